@@ -1,0 +1,38 @@
+"""Run, score and tune language models far larger than memory, by streaming their weights from disk.
+
+The names below are loaded when first used: importing slowllm loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Budget", "Report", "SlowLLMError", "StreamedLM", "load", "log_probs"]
+
+if TYPE_CHECKING:
+    from slowllm.errors import SlowLLMError
+    from slowllm.head import log_probs
+    from slowllm.model import Report, StreamedLM, load
+    from slowllm.plan import Budget
+
+_HOMES = {
+    "Budget": "plan",
+    "Report": "model",
+    "SlowLLMError": "errors",
+    "StreamedLM": "model",
+    "load": "model",
+    "log_probs": "head",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'slowllm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"slowllm.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,5 @@
+"""`python -m slowllm`."""
+
+from slowllm.cli import run
+
+run()

@@ -1,0 +1,327 @@
+"""StreamedBlock: a transformers block whose weights are bound when its stop comes round.
+
+A streamed block gets whatever transformers passes and returns what the block returned. It makes no mask, no
+rotary table and no cache of its own. Gradients: an autograd Function keeps the block's inputs; backward visits
+the stop again and recomputes, from a snapshot of the cache as it was. Blocks always compute in eval mode, and no
+weight ever requires grad.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from slowllm.carousel import Carousel, Direction, Weights
+from slowllm.errors import ArchitectureError, NonFiniteError, UnsupportedError
+
+# Which positions hold text: the (B, T) attention mask of the model call under way, None where all do. A mask of
+# another form says nothing that could be read here, and is written as UNKNOWN_MASK.
+text_mask: ContextVar[Tensor | None] = ContextVar("text_mask", default=None)
+UNKNOWN_MASK = torch.empty(0)
+
+
+def check_finite(name: str, values: Tensor, *, infinity_is_legal: bool = False) -> None:
+    """Check an output at the positions that hold text.
+
+    Args:
+        name: of the block, for the error.
+        values: (B, T, ...), or anything else, which is then checked as a whole.
+        infinity_is_legal: whether only NaN is an error.
+    Raises:
+        NonFiniteError: with the first position.
+    """
+    good = ~values.isnan() if infinity_is_legal else values.isfinite()
+    if bool(good.all()):
+        return
+    bad = ~good.flatten(2).all(-1) if values.dim() >= 3 else ~good
+    mask = text_mask.get()
+    if mask is UNKNOWN_MASK:
+        if not bool(bad.all()):
+            return
+    elif mask is not None and bad.dim() == 2 and len(mask) == len(bad) and mask.shape[1] >= bad.shape[1]:
+        bad &= mask[:, -bad.shape[1] :].bool()
+    if bool(bad.any()):
+        kind = "NaN" if bool(values.isnan().any()) else "infinity"
+        position = bad.nonzero()[0].tolist()
+        raise NonFiniteError(
+            f"{name}: {kind} in the output at position {position}; "
+            "the weights are damaged, or this model needs dtype='float32'"
+        )
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the name and the list of the model's blocks.
+
+    Raises:
+        ArchitectureError: there is no one list of blocks, or blocks share weights.
+    """
+    family = type(model).__name__
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ArchitectureError(f"{family}: an encoder-decoder has two stacks of blocks; only decoders are streamed")
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    # Lists inside a block (experts, per-head norms) may happen to be as long.
+    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    if len(outer) != 1:
+        found = ", ".join(name for name, _ in outer) or "none"
+        raise ArchitectureError(
+            f"{family}: its {count} blocks should stand in one ModuleList, but the lists of that length are: {found}"
+        )
+    name, blocks = outer[0]
+    owners: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for parameter in block.parameters():
+            if owners.setdefault(id(parameter), index) != index:
+                raise ArchitectureError(
+                    f"{family}: blocks {owners[id(parameter)]} and {index} share weights, so a block is no stop of its own"
+                )
+    return name, blocks
+
+
+class StreamedBlock(nn.Module):
+    """What stands in the model in a block's place; made by `stream_block`.
+
+    It shares the block's submodules, whose parameters are on the meta device, so names, counts and hooks are
+    those of transformers. Subclasses also derive from the block's own class.
+    """
+
+    # Not the block's own __call__: transformers' gradient checkpointing would replay the forward twice.
+    __call__ = nn.Module.__call__
+
+    _plain: nn.Module
+    _carousel: Carousel
+    _stop: int
+    _prefix: str
+    _names: tuple[str, ...]
+
+    def train(self, mode: bool = True) -> StreamedBlock:
+        """Set the flag, but leave the block's submodules in eval mode: a streamed block has no dropout."""
+        self.training = mode
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Pass through the block when its stop comes; see the block's own class for arguments and result."""
+        if not torch.is_grad_enabled():
+            return self._compute(args, kwargs)
+        call = _Call.record(self, args, kwargs)
+        if not call.inputs:
+            return self._compute(args, kwargs)
+        return call.apply()
+
+    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def work(weights: Weights) -> Any:
+            output = self._run(weights, args, kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+            check_finite(self._prefix.rstrip("."), hidden)
+            return output
+
+        return self._visit("up", work)
+
+    def _visit(self, direction: Direction, work: Callable[[Weights], Any], *, comes_back: bool = False) -> Any:
+        return self._carousel.visit(self._stop, direction, work, comes_back=comes_back)
+
+    def _run(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if tuple(name for name, _ in self._plain.named_parameters()) != self._names:
+            raise UnsupportedError(
+                f"{self._prefix.rstrip('.')} was changed after loading: adapters inside streamed blocks (LoRA and "
+                "its like) are not supported; use prompt tuning or prefix tuning"
+            )
+        bound = {name: weights[self._prefix + name] for name in self._names}
+        return functional_call(self._plain, bound, args, kwargs)
+
+
+def stream_block(block: nn.Module, carousel: Carousel, stop: int, name: str) -> StreamedBlock:
+    """Return the streamed form of a block.
+
+    Args:
+        block: parameters on the meta device, buffers real.
+        carousel: that brings its weights.
+        stop: its number there.
+        name: of the block in the model; weights come under their full names.
+    """
+    block.requires_grad_(False).eval()
+    kind = type(block)
+    # A subclass of the block's class: transformers finds the blocks whose outputs it records by isinstance.
+    streamed = type(f"Streamed{kind.__name__}", (StreamedBlock, kind), {"__module__": __name__})
+    shell: StreamedBlock = streamed.__new__(streamed)
+    for key, value in block.__dict__.items():
+        # Submodules, parameters and buffers are shared; hooks are not, or they would run twice.
+        shell.__dict__[key] = copy.copy(value) if "_hooks" in key else value
+    shell.__dict__["_plain"] = block  # past nn.Module's __setattr__: it is not a submodule
+    shell._carousel, shell._stop, shell._prefix = carousel, stop, f"{name}."
+    shell._names = tuple(parameter for parameter, _ in block.named_parameters())
+    return shell
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, Cache)
+
+
+def _snapshot(cache: Cache) -> Cache:
+    """Copy a cache's layers, not their tensors: growing caches replace tensors, they do not write into them."""
+    clone = copy.copy(cache)
+    clone.layers = [copy.copy(layer) for layer in cache.layers]
+    return clone
+
+
+def _cache_tensors(cache: Cache) -> Iterator[tuple[int, str, Tensor]]:
+    for number, layer in enumerate(cache.layers):
+        for attribute, value in vars(layer).items():
+            if isinstance(value, Tensor):
+                yield number, attribute, value
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a tensor stands: the leaf of that number, or an attribute of a layer of the cache at that leaf."""
+
+    leaf: int
+    layer: int | None = None
+    attribute: str = ""
+
+    def get(self, leaves: list[Any]) -> Any:
+        if self.layer is None:
+            return leaves[self.leaf]
+        return getattr(leaves[self.leaf].layers[self.layer], self.attribute)
+
+    def put(self, leaves: list[Any], value: Any) -> None:
+        if self.layer is None:
+            leaves[self.leaf] = value
+        else:
+            setattr(leaves[self.leaf].layers[self.layer], self.attribute, value)
+
+
+@dataclass
+class _Call:
+    """One call of a block under autograd: enough to run it again.
+
+    Attributes:
+        leaves: the flattened arguments; caches as they were before the call, tensors taken out after it.
+        inputs: the tensors that want a gradient; `tensors` are all of them.
+    """
+
+    block: StreamedBlock
+    leaves: list[Any]
+    spec: TreeSpec
+    live: list[Any]
+    inputs: list[_Slot]
+    tensors: list[_Slot]
+    outputs: list[_Slot]
+    autocast: tuple[bool, torch.dtype]
+
+    @classmethod
+    def record(cls, block: StreamedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        live, spec = tree_flatten((args, kwargs), is_leaf=_is_leaf)
+        leaves = [_snapshot(leaf) if isinstance(leaf, Cache) else leaf for leaf in live]
+        tensors = [_Slot(i) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Cache):
+                tensors += [_Slot(i, layer, attribute) for layer, attribute, _ in _cache_tensors(leaf)]
+        inputs = [slot for slot in tensors if slot.get(leaves).requires_grad]
+        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        return cls(block, leaves, spec, live, inputs, tensors, [], autocast)
+
+    def apply(self) -> Any:
+        """Run the block, and give its results a place in the graph."""
+        results: list[Any] = []
+        flat = _Replay.apply(self, results, *(slot.get(self.live) for slot in self.inputs))  # type: ignore[no-untyped-call]
+        out_leaves, out_spec = results.pop()
+        for slot, value in zip(self.outputs, flat, strict=True):
+            slot.put(self.live if slot.layer is not None else out_leaves, value)
+        # From here on the graph keeps the inputs, where a later write into them is noticed; and not the live cache.
+        self.live = []
+        return tree_unflatten(out_leaves, out_spec)
+
+    def run_first(self, results: list[Any]) -> tuple[Tensor, ...]:
+        """Run the block on the live arguments. Appends its flattened result to `results`."""
+        args, kwargs = tree_unflatten(self.live, self.spec)
+
+        def work(weights: Weights) -> Any:
+            output = self.block._run(weights, args, kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+            check_finite(self.block._prefix.rstrip("."), hidden)
+            return output
+
+        output = self.block._visit("up", work, comes_back=True)
+        out_leaves, out_spec = tree_flatten(output, is_leaf=_is_leaf)
+        results.append((out_leaves, out_spec))
+        given = {id(slot.get(self.live)) for slot in self.tensors if slot.layer is None}
+        self.outputs = [
+            _Slot(i)
+            for i, leaf in enumerate(out_leaves)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and id(leaf) not in given
+        ]
+        for i, leaf in enumerate(self.live):
+            if isinstance(leaf, Cache):
+                known = {(layer, attribute): id(value) for layer, attribute, value in _cache_tensors(self.leaves[i])}
+                self.outputs += [
+                    _Slot(i, layer, attribute)
+                    for layer, attribute, value in _cache_tensors(leaf)
+                    if value.is_floating_point() and known.get((layer, attribute)) != id(value)
+                ]
+        return tuple(slot.get(self.live if slot.layer is not None else out_leaves) for slot in self.outputs)
+
+    def replay(self, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """Run the block again on copies of its arguments and return the gradient of each input."""
+        leaves = [_snapshot(leaf) if isinstance(leaf, Cache) else leaf for leaf in self.leaves]
+        for slot, tensor in zip(self.tensors, saved, strict=True):
+            slot.put(leaves, tensor.detach())
+        inputs = [slot.get(leaves).requires_grad_(True) for slot in self.inputs]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+
+        def work(weights: Weights) -> list[Tensor | None]:
+            # Forward and backward within one visit: the weights may be saved for the one, and are still there.
+            with torch.enable_grad():
+                out_leaves, _ = tree_flatten(self.block._run(weights, args, kwargs), is_leaf=_is_leaf)
+            outputs = [slot.get(leaves if slot.layer is not None else out_leaves) for slot in self.outputs]
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            if not pairs:
+                return [None] * len(inputs)
+            found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+            return list(found)
+
+        enabled, dtype = self.autocast
+        with torch.autocast("cpu", enabled=enabled, dtype=dtype):
+            result: list[Tensor | None] = self.block._visit("down", work)
+        return result
+
+
+class _Replay(torch.autograd.Function):
+    """Forward keeps the arguments of a block; backward visits the block again and recomputes."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, results: list[Any], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(slot.get(call.leaves) for slot in call.tensors))
+        ctx.call = call
+        versions = [slot.get(call.leaves)._version for slot in call.tensors]
+        outputs = call.run_first(results)
+        if versions != [slot.get(call.leaves)._version for slot in call.tensors]:
+            raise UnsupportedError(
+                f"{call.block._prefix.rstrip('.')} writes into its cache in place, so it cannot be replayed for a "
+                "gradient; pass use_cache=False or a growing cache (DynamicCache)"
+            )
+        for slot in call.tensors:
+            slot.put(call.leaves, None)
+        return outputs
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, None, *ctx.call.replay(ctx.saved_tensors, grads))

@@ -1,0 +1,404 @@
+"""Where every tensor's bytes are: a folder of safetensors shards, validated before any size is trusted.
+
+Knows the file format (https://github.com/huggingface/safetensors#format) and the Hugging Face index file;
+knows nothing about models. Headers are read once; the bytes of a few rows can be taken through a memory map.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from slowllm.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+
+# Bits, not bytes: the format has sub-byte dtypes, which are valid in a header even if we cannot compute with them.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Span:
+    """The bytes of one tensor.
+
+    Attributes:
+        name: the tensor's name in the file.
+        path: the shard that holds it.
+        dtype: safetensors' name of the dtype, such as ``BF16``.
+        shape: as in the header.
+        offset: of the first byte, from the start of the file.
+        num_bytes: length.
+    """
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch dtype of the stored elements.
+
+        Raises:
+            CheckpointError: torch on the CPU has no such dtype.
+        """
+        if self.dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"{self.path.name}: {self.name} is stored as {self.dtype}, which cannot be computed with; "
+                "use a checkpoint in bfloat16, float16 or float32"
+            )
+        return TORCH_DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Bytes that lie together in a file and together in a parameter.
+
+    Attributes:
+        span: the tensor on disk.
+        source: first byte, from the start of the span.
+        target: first byte, from the start of the parameter's storage.
+        num_bytes: length.
+    """
+
+    span: Span
+    source: int
+    target: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the bytes of one parameter or buffer come from, covering it exactly once.
+
+    Attributes:
+        name: of the parameter, as `named_parameters` has it.
+        shape: of the parameter.
+        dtype: as stored.
+        runs: in order of `target`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    runs: tuple[Run, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parameter as stored."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def take_rows(placement: Placement, name: str, start: int, stop: int) -> Placement:
+    """Return the rows `start` to `stop` of a parameter as a tensor of their own."""
+    row_bytes = placement.num_bytes // placement.shape[0]
+    low, high = start * row_bytes, stop * row_bytes
+    runs = []
+    for run in placement.runs:
+        begin, end = max(run.target, low), min(run.target + run.num_bytes, high)
+        if begin < end:
+            runs.append(Run(run.span, run.source + begin - run.target, begin - low, end - begin))
+    return Placement(name, (stop - start, *placement.shape[1:]), placement.dtype, tuple(runs))
+
+
+def read_header(path: Path) -> dict[str, Span]:
+    """Return the spans of one safetensors file, every promise of its header checked against the file.
+
+    Stricter than the safetensors library where it is lax: a name that stands twice, blanks before the object,
+    and entries written as lists are errors.
+
+    Raises:
+        CheckpointError: naming the file and, where there is one, the tensor.
+    """
+
+    def refuse(problem: str) -> NoReturn:
+        _refuse(path, problem)
+
+    try:
+        with open(path, "rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                refuse(f"has {file_bytes} bytes, too few for a safetensors header; fetch this shard again")
+            header_bytes = int.from_bytes(prefix, "little")
+            if header_bytes > MAX_HEADER_BYTES:
+                refuse(f"claims a header of {header_bytes:,} bytes; this is not a safetensors file")
+            if 8 + header_bytes > file_bytes:
+                refuse(
+                    f"claims a header of {header_bytes:,} bytes but the file has {file_bytes:,}. "
+                    "The download is incomplete; fetch this shard again."
+                )
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+
+    header = _parse_json(path, text)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        refuse("its __metadata__ is not a table of strings")
+
+    data_start = 8 + header_bytes
+    spans = [_span(path, name, entry, data_start) for name, entry in header.items()]
+    # Names with equal offsets are empty tensors; the end decides which lies before which.
+    spans.sort(key=lambda span: (span.offset, span.offset + span.num_bytes))
+    position, previous = data_start, "the header"
+    for span in spans:
+        if span.offset < position:
+            refuse(f"{span.name} starts at byte {span.offset:,}, inside {previous}; the header is damaged")
+        if span.offset > position:
+            refuse(f"{span.offset - position:,} bytes before {span.name} belong to no tensor")
+        position, previous = span.offset + span.num_bytes, span.name
+    if position > file_bytes:
+        refuse(
+            f"{previous} ends at byte {position:,} but the file has {file_bytes:,}. "
+            "The download is incomplete; fetch this shard again."
+        )
+    if position < file_bytes:
+        refuse(f"the last tensor ends at byte {position:,} but the file has {file_bytes:,}; it is too long")
+    return {span.name: span for span in spans}
+
+
+def _refuse(path: Path, problem: str) -> NoReturn:
+    raise CheckpointError(f"{path.name}: {problem}")
+
+
+def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        for text in (*table, *(value for value in table.values() if isinstance(value, str))):
+            text.encode("utf-8")  # Python's json lets lone surrogates pass; a name with one is no name
+        if len(table) < len(pairs):
+            names = [name for name, _ in pairs]
+            _refuse(path, f"{next(name for name in names if names.count(name) > 1)} stands twice in the header")
+        return table
+
+    def no_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    if not text.startswith(b"{"):
+        _refuse(path, "its header is not a JSON object; this is not a safetensors file")
+    try:
+        # Not json.loads(bytes), which guesses UTF-16 and UTF-32.
+        header = json.loads(
+            text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_int=_integer
+        )
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name}: its header is not valid JSON ({error})") from error
+    assert isinstance(header, dict)
+    return header
+
+
+def _integer(digits: str) -> int | float:
+    # "-0" is not an unsigned integer to serde_json, and huge numbers must not become Python's big integers.
+    return int(digits) if digits.isdigit() and len(digits) <= 20 else float(digits)
+
+
+def _span(path: Path, name: str, entry: Any, data_start: int) -> Span:
+    def refuse(problem: str) -> NoReturn:
+        _refuse(path, problem)
+
+    def is_size(value: Any) -> bool:
+        return type(value) is int and value < 1 << 64
+
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        refuse(f"{name} has no dtype, shape and data_offsets in the header")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        refuse(f"{name} has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(map(is_size, shape)):
+        refuse(f"{name} has the impossible shape {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
+        refuse(f"{name} has the impossible data_offsets {offsets!r}")
+    begin, end = offsets
+    if end < begin:
+        refuse(f"{name} ends at byte {end:,} before it begins at {begin:,}")
+    size = 1
+    for length in shape:
+        size *= length
+        # The safetensors library multiplies in 64 bits and refuses overflow even where a later zero would save it.
+        if size >= 1 << 64:
+            refuse(f"{name} has the impossible shape {shape!r}")
+    bits = size * DTYPE_BITS[dtype]
+    if bits >= 1 << 64 or bits % 8:
+        refuse(f"{name} of shape {shape!r} and dtype {dtype} does not fill whole bytes")
+    if bits // 8 != end - begin:
+        refuse(f"{name} of shape {shape!r} and dtype {dtype} needs {bits // 8:,} bytes but has {end - begin:,}")
+    return Span(name, path, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+class Checkpoint:
+    """A Hugging Face folder: its config files and the spans of all its shards.
+
+    Owns the memory maps that `mapped` hands out; closing it ends them once the last view is gone.
+    """
+
+    def __init__(self, folder: Path, spans: Mapping[str, Span]) -> None:
+        self.folder = folder
+        self.spans = dict(spans)
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+        """Read and validate the headers of every shard in `folder`.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or of a kind that is not read.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder")
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
+        spans: dict[str, Span] = {}
+        for path in _shards(folder):
+            for name, span in read_header(path).items():
+                if name in spans:
+                    raise CheckpointError(
+                        f"{name} stands in {spans[name].path.name} and again in {path.name}; "
+                        "remove the shard that the index does not name"
+                    )
+                spans[name] = span
+        _check_index(folder, spans)
+        if not spans:
+            raise CheckpointError(f"{folder}: its shards hold no tensors")
+        return cls(folder, spans)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(span.num_bytes for span in self.spans.values())
+
+    def mapped(self, placement: Placement) -> Tensor | None:
+        """Return a parameter that lies on a memory map of its shard: no bytes are read until touched.
+
+        The tensor must not be written to. None where the parameter's bytes do not lie together, or at an offset
+        that torch cannot view as its dtype.
+        """
+        if not placement.runs:
+            return torch.empty(placement.shape, dtype=placement.dtype)
+        if len(placement.runs) > 1:
+            return None
+        span, dtype = placement.runs[0].span, placement.dtype
+        offset = span.offset + placement.runs[0].source
+        if offset % dtype.itemsize:
+            return None
+        if span.path not in self._maps:
+            with open(span.path, "rb") as file:
+                # A private map is writable in name, so torch takes it without a warning; a write would only
+                # copy the page, never reach the file.
+                self._maps[span.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = math.prod(placement.shape)
+        return torch.frombuffer(self._maps[span.path], dtype=dtype, count=count, offset=offset).view(placement.shape)
+
+    def close(self) -> None:
+        """Drop the memory maps; tensors that still lie on one keep it alive."""
+        self._maps.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not an object.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name}: is not valid JSON ({error})") from error
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path.name}: is not a JSON object")
+    return table
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index.name}: has no weight_map of tensor names to file names")
+    return weight_map
+
+
+def _shards(folder: Path) -> list[Path]:
+    weight_map = _weight_map(folder)
+    if weight_map is None:
+        single = folder / "model.safetensors"
+        if single.is_file():
+            return [single]
+        _refuse_other_formats(folder)
+        found = sorted(folder.glob("*.safetensors"))
+        if not found:
+            raise CheckpointError(f"{folder}: has no model.safetensors and no model.safetensors.index.json")
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{folder}: has {len(found)} safetensors files but no model.safetensors.index.json; "
+                "fetch the index file too"
+            )
+        return found
+    paths = []
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise CheckpointError(f"model.safetensors.index.json: names {file!r}, which is not a file beside it")
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{file}: named by model.safetensors.index.json but missing; fetch this shard")
+        paths.append(folder / file)
+    return paths
+
+
+def _check_index(folder: Path, spans: Mapping[str, Span]) -> None:
+    for name, file in (_weight_map(folder) or {}).items():
+        if name not in spans:
+            raise CheckpointError(f"{file}: {name} is missing, though model.safetensors.index.json names it there")
+        if spans[name].path.name != file:
+            raise CheckpointError(
+                f"{name}: model.safetensors.index.json names {file} but it lies in {spans[name].path.name}"
+            )
+
+
+def _refuse_other_formats(folder: Path) -> None:
+    if list(folder.glob("pytorch_model*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
+        raise CheckpointError(
+            f"{folder}: has only pickled weights (pytorch_model*.bin), which are never loaded here because a "
+            "pickle can run code. Save it with transformers' save_pretrained(), which writes safetensors, "
+            "or fetch the safetensors revision."
+        )
+    if list(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{folder}: has only GGUF files. Fetch the original safetensors checkpoint, "
+            "or load it in transformers with gguf_file= and save_pretrained()."
+        )

@@ -1,0 +1,36 @@
+"""The errors a user can cause or meet, each one clear sentence.
+
+The command line prints them without a traceback and exits with code 2.
+"""
+
+
+class SlowLLMError(Exception):
+    """Base of every error that names something the user, a file or the machine got wrong."""
+
+
+class CheckpointError(SlowLLMError):
+    """The files of a checkpoint are missing, damaged, or of a kind that cannot be streamed."""
+
+
+class ArchitectureError(SlowLLMError):
+    """The model's architecture does not fit the carousel; the message says which and why."""
+
+
+class PlanError(SlowLLMError):
+    """The job does not fit the budget; the message has the numbers."""
+
+
+class InputError(SlowLLMError):
+    """The text or option given by the user cannot be used."""
+
+
+class NonFiniteError(SlowLLMError):
+    """A NaN, or an infinity where none is legal, came out of a block or the head."""
+
+
+class UnsupportedError(SlowLLMError):
+    """A transformers operation that has no meaning on a streamed model."""
+
+
+class RideError(SlowLLMError):
+    """A ride was started where none can start, or the carousel was closed under a rider."""

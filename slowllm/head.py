@@ -1,0 +1,311 @@
+"""Embedding by rows; the head over vocabulary chunks; log-probabilities without logits.
+
+The two matrices of vocabulary size stay out of memory. The embedding is transformers' own module on a
+memory-mapped parameter: a look-up touches only its rows. The head is a row of stops, each an equal part of the
+vocabulary. Log-probabilities are gathered chunk by chunk with an online softmax, so that tokens x vocabulary is
+never held.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from slowllm.blocks import check_finite
+from slowllm.carousel import Carousel, Weights
+from slowllm.checkpoint import Placement, take_rows
+from slowllm.errors import ArchitectureError
+
+log = logging.getLogger(__name__)
+
+# The head is not cut into chunks smaller than this: a GEMM of few columns is slow, and its rounding differs from
+# that of the whole (measured: chunks of 6,000 columns and more give the bits of the whole at a width of 4096).
+MIN_CHUNK_BYTES = 64 << 20
+# Columns of logits that are held in fp32 at a time: 8,192 x 1,024 tokens are 34 MB.
+TILE_COLUMNS = 8192
+
+_taken: ContextVar[list[Tensor] | None] = ContextVar("taken", default=None)
+
+Finish = Callable[[Tensor], Tensor]
+
+
+def cut_head(placement: Placement, max_bytes: int) -> list[Placement]:
+    """Cut the head's matrix (V, H) into the fewest equal chunks of rows that are at most `max_bytes`."""
+    num_rows = placement.shape[0]
+    num_chunks = max(1, -(-placement.num_bytes // max(max_bytes, MIN_CHUNK_BYTES)))
+    rows = -(-num_rows // num_chunks // 64) * 64
+    starts = range(0, num_rows, rows)
+    return [
+        take_rows(placement, f"{placement.name}[{start}:]", start, min(start + rows, num_rows)) for start in starts
+    ]
+
+
+class RowEmbedding(nn.Embedding):
+    """Mixin for a model's input embedding whose weight lies on a memory map, as stored.
+
+    Looks up the rows it needs, casts those, and hands them to the embedding's own class, whose scaling stays its
+    own business.
+    """
+
+    compute_dtype: torch.dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the embedding of token ids, in the compute dtype."""
+        if self.weight.dtype == self.compute_dtype:
+            return super().forward(input)
+        ids, places = input.unique(return_inverse=True)
+        rows = nn.Parameter(self.weight[ids].to(self.compute_dtype), requires_grad=False)
+        # A copy of the module for this one call: other threads may be looking up rows of their own.
+        once = copy.copy(self)
+        once.__dict__["_parameters"] = {**self._parameters, "weight": rows}
+        once.padding_idx = None  # an id, where rows are numbered by place; it matters only for a weight's gradient
+        return super(RowEmbedding, once).forward(places)
+
+
+def stream_embedding(embedding: nn.Module, weight: Tensor, compute_dtype: torch.dtype) -> nn.Module:
+    """Put a mapped weight (V, H) into a model's input embedding.
+
+    Raises:
+        ArchitectureError: it is no `nn.Embedding`.
+    """
+    if not isinstance(embedding, nn.Embedding):
+        raise ArchitectureError(f"{type(embedding).__name__}: the input embedding is no nn.Embedding")
+    embedding._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    kind = type(embedding)
+    embedding.__class__ = type(f"Row{kind.__name__}", (RowEmbedding, kind), {"__module__": __name__})
+    cast(RowEmbedding, embedding).compute_dtype = compute_dtype
+    return embedding
+
+
+class StreamedHead(nn.Linear):
+    """Mixin for a model's output embedding whose matrix comes by in chunks; made by `stream_head`."""
+
+    _carousel: Carousel
+    _stops: tuple[int, ...]
+    _rows: tuple[tuple[int, int], ...]
+    _finish: Finish | None
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the logits (..., V) of hidden states (..., H)."""
+        taken = _taken.get()
+        if taken is not None:
+            taken.append(input)
+            return input.new_zeros(*input.shape[:-1], 0)
+        if torch.is_grad_enabled() and input.requires_grad:
+            return cast(Tensor, _HeadFunction.apply(self, input))  # type: ignore[no-untyped-call]
+        return self._logits(input)
+
+    def _logits(self, hidden: Tensor, *, comes_back: bool = False) -> Tensor:
+        parts = []
+        for number, stop in enumerate(self._stops):
+
+            def work(weights: Weights, number: int = number) -> Tensor:
+                part = F.linear(hidden, self._weight(weights), self._bias(number))
+                check_finite("the head", part, infinity_is_legal=True)
+                return part
+
+            parts.append(self._carousel.visit(stop, "up", work, comes_back=comes_back))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _weight(self, weights: Weights) -> Tensor:
+        (weight,) = weights.values()
+        return weight
+
+    def _bias(self, number: int) -> Tensor | None:
+        start, stop = self._rows[number]
+        return None if self.bias is None else self.bias[start:stop]
+
+    def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the log-probability of each target token; see `log_probs`."""
+        assert self._finish is not None, "log_probs() takes the long way for such a model"
+        wanted = targets != -100
+        rows, ids = hidden[wanted], targets[wanted]
+        highest = rows.new_full((len(rows),), -math.inf, dtype=torch.float32)
+        total = torch.zeros_like(highest)
+        found = torch.full_like(highest, math.nan)
+        for number, stop in enumerate(self._stops):
+
+            def work(weights: Weights, number: int = number) -> None:
+                weight, bias = self._weight(weights), self._bias(number)
+                first = self._rows[number][0]
+                for column in range(0, len(weight), TILE_COLUMNS):
+                    tile = slice(column, min(column + TILE_COLUMNS, len(weight)))
+                    logits = self._tile(rows, weight[tile], None if bias is None else bias[tile])
+                    # An online softmax (Milakov and Gimelshein, 2018): the sum is kept relative to the highest.
+                    peak = torch.maximum(highest, logits.amax(-1))
+                    scale = torch.where(peak == highest, 1.0, (highest - peak).exp())
+                    total.mul_(scale).add_((logits - peak[:, None]).exp_().sum(-1))
+                    highest.copy_(peak)
+                    place = ids - (first + column)
+                    here = ((place >= 0) & (place < logits.shape[-1])).nonzero().flatten()
+                    found[here] = logits[here, place[here]]
+
+            self._carousel.visit(stop, "up", work)
+        scores = torch.zeros(targets.shape, dtype=torch.float32)
+        scores[wanted] = found - (highest + total.log())
+        return scores
+
+    def _tile(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert self._finish is not None, "checked by log_probs"
+        logits = self._finish(F.linear(rows, weight, bias)[None])[0].float()
+        check_finite("the head", logits[None], infinity_is_legal=True)
+        return logits
+
+
+class _HeadFunction(torch.autograd.Function):
+    """Logits whose backward visits the head's stops again."""
+
+    @staticmethod
+    def forward(ctx: Any, head: StreamedHead, hidden: Tensor) -> Tensor:
+        ctx.head = head
+        ctx.dtype = hidden.dtype
+        ctx.autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        return head._logits(hidden, comes_back=True)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        head: StreamedHead = ctx.head
+        parts = []
+        # From the last chunk to the first: the last is still in memory.
+        for number in reversed(range(len(head._stops))):
+            start, stop = head._rows[number]
+
+            def work(weights: Weights, start: int = start, stop: int = stop) -> Tensor:
+                weight = head._weight(weights)
+                part = grad[..., start:stop]
+                return part.to(weight.dtype) @ weight if not ctx.autocast[0] else part @ weight.to(part.dtype)
+
+            parts.append(head._carousel.visit(head._stops[number], "down", work))
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return None, total.to(ctx.dtype)
+
+
+def stream_head(
+    head: nn.Linear, carousel: Carousel, chunks: list[Placement], first_stop: int, finish: Finish | None
+) -> None:
+    """Turn a model's output embedding into stops.
+
+    Args:
+        head: its bias, if any, is real; its weight is only looked at for its shape.
+        carousel: that brings the chunks.
+        chunks: from `cut_head`, in order.
+        first_stop: the number of the first.
+        finish: from `find_finish`.
+    """
+    kind = type(head)
+    head.__class__ = type(f"Streamed{kind.__name__}", (StreamedHead, kind), {"__module__": __name__})
+    streamed = cast(StreamedHead, head)
+    streamed._carousel = carousel
+    streamed._stops = tuple(range(first_stop, first_stop + len(chunks)))
+    ends = [0]
+    for chunk in chunks:
+        ends.append(ends[-1] + chunk.shape[0])
+    streamed._rows = tuple(zip(ends, ends[1:], strict=False))
+    streamed._finish = finish
+
+
+class _Returns(nn.Module):
+    """A module that answers every call with one value, and every look-up of a part with itself."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.__dict__["value"] = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            return super().__getattr__(name)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value
+
+
+class _Output(BaseModelOutputWithPast):
+    """A base model's output that has nothing but hidden states; what else is asked for is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def find_finish(model: PreTrainedModel) -> Finish | None:
+    """Return what the model does to logits after its head: soft caps, scales, casts.
+
+    It is the model's own forward, with a base model and a head that only hand over what they were given. Returns
+    None where that cannot be separated from the head, or is not element by element; log-probabilities then take
+    the logits as a whole.
+    """
+    kind, head = type(model), model.get_output_embeddings()
+    names = [name for name, module in model.named_children() if module is head]
+    base = model.base_model_prefix
+    if len(names) != 1 or base not in model._modules:
+        log.info("%s: its head is no child of the model; log-probabilities take whole logits", kind.__name__)
+        return None
+    shim = copy.copy(model)
+    shim.__dict__ = {**model.__dict__, "_modules": dict(model._modules)}
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+
+    def finish(logits: Tensor) -> Tensor:
+        hidden = logits.new_zeros(*logits.shape[:-1], 1)
+        with torch.no_grad():
+            shim._modules[base] = _Returns(_Output(last_hidden_state=cast(Any, hidden)))
+            shim._modules[names[0]] = _Returns(logits)
+            return cast(Tensor, kind.forward(shim, input_ids=ids, use_cache=False, return_dict=True).logits)
+
+    probe = torch.linspace(-40.0, 40.0, 24).view(1, 3, 8)
+    try:
+        whole = finish(probe)
+        parts = torch.cat([finish(probe[..., :5]), finish(probe[..., 5:])], -1)
+        separable = torch.equal(whole, parts) and finish(probe[..., :0]).shape[-1] == 0
+    except Exception as error:  # whatever a model's forward may trip over on such stubs
+        log.info("%s: %r; log-probabilities take whole logits", kind.__name__, error)
+        return None
+    if not separable:
+        log.info("%s: finishes its logits together; log-probabilities take whole logits", kind.__name__)
+        return None
+    return finish
+
+
+def log_probs(model: PreTrainedModel, targets: Tensor, **inputs: Any) -> Tensor:
+    """Return the log-probability of each target token under a streamed model, by one call of it.
+
+    Args:
+        model: a streamed model.
+        targets: (B, T) int64, the token expected after each position; -100 marks positions that are not scored.
+        inputs: of the model's forward, `input_ids` (B, T) among them.
+    Returns:
+        (B, T) float32, zero where not scored.
+    Raises:
+        NonFiniteError: NaN came out of a block or the head.
+    """
+    head = model.get_output_embeddings()
+    assert isinstance(head, StreamedHead), "log_probs needs a streamed model"
+    with torch.no_grad():
+        if head._finish is None:
+            logits = model(**inputs, use_cache=False).logits.float().log_softmax(-1)
+            found = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+            return torch.where(targets != -100, found, 0.0)
+        hidden: list[Tensor] = []
+        token = _taken.set(hidden)
+        try:
+            model(**inputs, use_cache=False)
+        finally:
+            _taken.reset(token)
+        return head.log_probs(hidden[0], targets)

@@ -1,0 +1,109 @@
+"""Every knob of a streamed model, and byte sizes as people write them.
+
+Knows nothing about files or models.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from slowllm.errors import InputError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPE_ALIASES: dict[str, DTypeName] = {
+    "auto": "auto",
+    "fp32": "float32",
+    "float32": "float32",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
+}
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{unit: 1000**power for power, unit in enumerate(("KB", "MB", "GB", "TB"), 1)},
+    **{unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)},
+    # As in `--memory 16g` of other tools: a bare letter is a binary unit.
+    **{unit: 1024**power for power, unit in enumerate(("K", "M", "G", "T"), 1)},
+}
+
+
+def parse_bytes(size: str | int) -> int:
+    """Return the bytes meant by a size such as ``16GiB``, ``500MB``, ``8g`` or a plain number.
+
+    Raises:
+        InputError: the size cannot be read, or is not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS:
+        raise InputError(f"{size!r} is not a size; write it like 16GiB, 500MB or 8g")
+    num_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if num_bytes <= 0:
+        raise InputError(f"{size!r} is not a positive size")
+    return num_bytes
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Return a size in decimal units with three figures, as disks are sold: ``352 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 999.5:
+            break
+        num_bytes /= 1000
+    else:
+        unit = "TB"
+    return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 99.95 else f"{num_bytes:.3g} {unit}"
+
+
+def format_binary(num_bytes: int) -> str:
+    """Return a size that `parse_bytes` reads back as at least as many bytes: ``1.25GiB``."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if num_bytes >= unit:
+            hundredths = -(-num_bytes * 100 // unit)
+            return f"{hundredths / 100:g}{name}"
+    return f"{num_bytes}B"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is loaded and streamed.
+
+    Attributes:
+        ram_bytes: the budget for the whole process.
+        dtype: compute dtype; ``auto`` takes the checkpoint's bfloat16 where this CPU multiplies it fast.
+        device: where blocks compute; only ``cpu`` so far.
+        num_read_threads: reads in flight.
+        request_bytes: size of one read.
+        keep_resident: whether blocks that fit the budget stay in memory after the first sweep.
+    """
+
+    ram_bytes: int = 16 * GIB
+    dtype: DTypeName = "auto"
+    device: str = "cpu"
+    num_read_threads: int = 8
+    # 256 KiB to 1 MiB at 8 to 16 in flight read fastest on the reference NVMe; see benchmarks/LOG.md.
+    request_bytes: int = MIB
+    keep_resident: bool = True
+
+    def __post_init__(self) -> None:
+        if self.device != "cpu":
+            raise InputError(f"device {self.device!r} is not supported yet; use device='cpu'")
+        if self.dtype not in DTYPE_ALIASES.values():
+            raise InputError(f"dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPE_ALIASES)}")
+
+
+def parse_dtype(name: str) -> DTypeName:
+    """Return the full name of a dtype written as ``bf16``, ``fp32``, ``bfloat16`` and so on.
+
+    Raises:
+        InputError: no such dtype.
+    """
+    try:
+        return DTYPE_ALIASES[str(name).removeprefix("torch.").lower()]
+    except KeyError:
+        raise InputError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPE_ALIASES)}") from None

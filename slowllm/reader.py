@@ -1,0 +1,478 @@
+"""Fill buffers with the bytes of a stop, ahead of need, in any order.
+
+Knows files, order and memory; knows nothing about models or compute dtypes. A stop handed out stays valid until
+it is given back. Buffers are allocated once: a ring for the stops that stream, and one kept buffer for each
+resident stop. Reads bypass the page cache (O_DIRECT) where the file system allows, else they are buffered and
+the pages are dropped behind them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import mmap
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slowllm.checkpoint import Checkpoint, Placement, Run
+from slowllm.errors import CheckpointError, RideError
+
+log = logging.getLogger(__name__)
+
+# Offset, length and address of a direct read must be multiples of the logical block size, at most a page.
+PAGE = 4096
+
+Weights = Mapping[str, Tensor]
+
+
+def _up(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE) * PAGE
+
+
+def _lead(placement: Placement) -> int:
+    """Bytes between the start of a tensor's page and its first byte, so that file and memory agree modulo a page."""
+    if not placement.runs:
+        return 0
+    first = placement.runs[0]
+    lead = (first.span.offset + first.source) % PAGE
+    # torch cannot view bf16 at an odd address; such a tensor goes through a bounce buffer instead.
+    return lead if lead % placement.dtype.itemsize == 0 else 0
+
+
+def ring_bytes_of(placement: Placement) -> int:
+    """Return the bytes that a tensor takes in a buffer: whole pages, the bytes around it included."""
+    return _up(_lead(placement) + placement.num_bytes)
+
+
+def smallest_ring(stops: Sequence[Sequence[Placement]]) -> int:
+    """Return the smallest ring that never blocks.
+
+    The largest stop, and the largest tensor again: a tensor that does not fit before the ring's end goes to its
+    beginning and leaves a gap that is smaller than itself.
+    """
+    if not any(stops):
+        return PAGE
+    return max(sum(map(ring_bytes_of, stop)) for stop in stops) + max(
+        ring_bytes_of(tensor) for stop in stops for tensor in stop
+    )
+
+
+@dataclass
+class ReadStats:
+    """What reading cost so far.
+
+    Attributes:
+        read_bytes: bytes read from files.
+        wait_seconds: time that visitors waited for a stop.
+    """
+
+    read_bytes: int = 0
+    wait_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One read: the bytes from `begin` to `end` of a file, to `region[at:]`; by way of a bounce buffer or not.
+
+    Of these, `needed` must arrive; the last page of a file may be short.
+    """
+
+    slot: _Slot
+    path: Path
+    begin: int
+    end: int
+    region: np.ndarray
+    at: int
+    needed: int
+    bounce: bool
+
+
+@dataclass
+class _Slot:
+    """A stop in memory, or on its way there."""
+
+    stop: int
+    resident: bool
+    unplaced: deque[Placement]
+    requests: deque[_Request] = field(default_factory=deque)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    regions: list[np.ndarray] = field(default_factory=list)
+    num_in_flight: int = 0
+    held: bool = False
+    error: BaseException | None = None
+
+    @property
+    def ready(self) -> bool:
+        return not (self.unplaced or self.requests or self.num_in_flight)
+
+
+class _Buffer:
+    """Anonymous memory, aligned to a page, in huge pages where the kernel has them."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._memory = mmap.mmap(-1, max(_up(num_bytes), PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError, AttributeError):  # not every kernel has huge pages
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes = np.frombuffer(self._memory, dtype=np.uint8)
+
+
+class _Ring:
+    """Allocate extents of one buffer in a circle, first in, first out."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._buffer = _Buffer(num_bytes)
+        self.num_bytes = num_bytes
+        self.extents: deque[tuple[int, int, _Slot]] = deque()
+
+    def allocate(self, num_bytes: int, slot: _Slot) -> np.ndarray | None:
+        start = self._fit(num_bytes)
+        if start is None:
+            return None
+        self.extents.append((start, num_bytes, slot))
+        return self._buffer.bytes[start : start + num_bytes]
+
+    def _fit(self, num_bytes: int) -> int | None:
+        if not self.extents:
+            return 0 if num_bytes <= self.num_bytes else None
+        oldest, (newest, length, _) = self.extents[0][0], self.extents[-1]
+        head = newest + length
+        if head <= oldest:  # the circle has wrapped; free is what lies between
+            return head if head + num_bytes <= oldest else None
+        if head + num_bytes <= self.num_bytes:
+            return head
+        return 0 if num_bytes <= oldest else None
+
+
+class _Files:
+    """Open files, for direct reads where they work."""
+
+    def __init__(self) -> None:
+        self._direct: dict[Path, int | None] = {}
+        self._buffered: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, offset: int, view: np.ndarray, needed: int) -> int:
+        """Read `view.nbytes` at `offset`, or to the end of the file; at least `needed` bytes."""
+        num_read = 0
+        while num_read < needed:
+            count = self._read_once(path, offset + num_read, view[num_read:])
+            if count == 0:
+                raise CheckpointError(
+                    f"{path.name}: ends at byte {offset + num_read:,} but {offset + needed:,} are needed; "
+                    "the file was cut short while it was open"
+                )
+            num_read += count
+        return num_read
+
+    def _read_once(self, path: Path, offset: int, view: np.ndarray) -> int:
+        direct = self._open(path)
+        # What a short read left over is no longer aligned; the page cache takes the rest.
+        if direct is not None and offset % PAGE == 0:
+            try:
+                return os.preadv(direct, [view], offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                log.info("%s: direct reads are refused here; reading through the page cache", path.name)
+                with self._lock:
+                    self._direct[path] = None
+        count = os.preadv(self._buffered[path], [view], offset)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._buffered[path], offset, count, os.POSIX_FADV_DONTNEED)
+        return count
+
+    def _open(self, path: Path) -> int | None:
+        with self._lock:
+            if path not in self._buffered:
+                self._buffered[path] = os.open(path, os.O_RDONLY)
+                try:
+                    self._direct[path] = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                except (OSError, AttributeError):  # tmpfs and other systems
+                    self._direct[path] = None
+            return self._direct[path]
+
+    def close(self) -> None:
+        for number in (*self._buffered.values(), *self._direct.values()):
+            if number is not None:
+                os.close(number)
+        self._buffered.clear()
+        self._direct.clear()
+
+
+class Reader:
+    """Read stops ahead of a visitor, into a ring and into kept buffers.
+
+    One visitor at a time. Owns its threads, files and buffers.
+
+    Args:
+        stops: the tensors of each stop.
+        ring_bytes: size of the ring, at least `smallest_ring` of the stops that stream.
+        resident: stops that stay in memory once read.
+        num_threads: reads in flight.
+        request_bytes: size of one read.
+        poison: fill every streamed tensor with NaN when its stop is given back, to show whoever still uses it.
+    """
+
+    def __init__(
+        self,
+        stops: Sequence[Sequence[Placement]],
+        *,
+        ring_bytes: int,
+        resident: frozenset[int] = frozenset(),
+        num_threads: int = 8,
+        request_bytes: int = 1 << 20,
+        poison: bool = False,
+    ) -> None:
+        streamed = [stop for index, stop in enumerate(stops) if index not in resident]
+        assert ring_bytes >= smallest_ring(streamed), "the ring cannot hold the largest stop"
+        self.stats = ReadStats()
+        self.num_stops = len(stops)
+        self._stops = [_in_file_order(stop) for stop in stops]
+        self._resident = resident
+        self._request_bytes = _up(request_bytes)
+        self._poison = poison
+        self._ring = _Ring(ring_bytes)
+        self._slots: dict[int, _Slot] = {}
+        self._wanted: list[int] = []
+        self._files = _Files()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"slowllm-read-{number}", daemon=True)
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @contextlib.contextmanager
+    def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
+        """Hold a stop in memory, and read those that come next meanwhile.
+
+        Args:
+            stop: to be held.
+            upcoming: the stops expected next, in order; a wrong guess costs a read, never a wrong answer.
+        Yields:
+            the stop's tensors by name, as stored; valid inside the context.
+        Raises:
+            CheckpointError: a file is shorter than its header said.
+            OSError: the disk failed.
+        """
+        started = time.perf_counter()
+        with self._changed:
+            self._wanted = list(dict.fromkeys((stop, *upcoming)))
+            for slot in list(self._slots.values()):
+                if slot.stop not in self._wanted and (slot.error or not slot.ready):
+                    self._forget(slot)
+            self._changed.notify_all()
+            while (slot := self._slots.get(stop)) is None or not (slot.ready or slot.error):
+                if self._closing:
+                    raise RideError("the model was closed")
+                self._changed.wait()
+            if slot.error is not None:
+                self._forget(slot)
+                raise slot.error
+            slot.held = True
+            self.stats.wait_seconds += time.perf_counter() - started
+        try:
+            yield slot.weights
+        finally:
+            with self._changed:
+                slot.held = False
+                if self._poison and not slot.resident:
+                    for region in slot.regions:
+                        region.fill(0xFF)  # NaN in every floating-point dtype
+                    self._forget(slot)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the threads and close the files. Weights handed out stay readable."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._files.close()
+
+    # What follows runs with the lock held, but for `_work` and `_read`.
+
+    def _forget(self, slot: _Slot) -> None:
+        """Give a stop up. Its extents leave the ring when they are the oldest and no read is under way."""
+        slot.unplaced.clear()
+        slot.requests.clear()
+        if self._slots.get(slot.stop) is slot:
+            del self._slots[slot.stop]
+
+    def _next_request(self) -> _Request | None:
+        for stop in self._wanted:
+            slot = self._slots.get(stop)
+            if slot is None:
+                slot = _Slot(stop, stop in self._resident, deque(self._stops[stop]))
+                self._slots[stop] = slot
+                if slot.ready:  # a stop without weights of its own
+                    self._changed.notify_all()
+            if slot.error is not None:
+                return None
+            while slot.unplaced and not slot.requests:
+                if not self._place(slot):
+                    # Given up to start over, or waiting for room.
+                    return None if self._slots.get(stop) is slot else self._next_request()
+            if slot.requests:
+                slot.num_in_flight += 1
+                return slot.requests.popleft()
+        return None
+
+    def _place(self, slot: _Slot) -> bool:
+        """Give the slot's next tensor a place in memory; return False where there is none yet."""
+        placement = slot.unplaced[0]
+        num_bytes = ring_bytes_of(placement)
+        if slot.resident:
+            region = _Buffer(num_bytes).bytes
+        else:
+            while (found := self._ring.allocate(num_bytes, slot)) is None:
+                if not self._drop_oldest(slot):
+                    return False
+            region = found
+        slot.unplaced.popleft()
+        lead = _lead(placement)
+        flat = torch.from_numpy(region)[lead : lead + placement.num_bytes]
+        slot.weights[placement.name] = flat.view(placement.dtype).view(placement.shape)
+        slot.regions.append(region)
+        slot.requests.extend(self._requests(slot, placement, region, lead))
+        if slot.ready:
+            self._changed.notify_all()
+        return True
+
+    def _drop_oldest(self, newcomer: _Slot) -> bool:
+        oldest = self._ring.extents[0][2]
+        if oldest is newcomer:
+            # Half of it was read ahead, then another stop was wanted sooner and lies behind it. The circle can
+            # only be freed from its oldest end, so the newcomer starts over behind the other.
+            if any(self._is_needed(slot, newcomer) for _, _, slot in self._ring.extents if slot is not newcomer):
+                return False
+        elif self._is_needed(oldest, newcomer):
+            return False
+        self._forget(oldest)
+        if oldest.num_in_flight:
+            return False
+        while self._ring.extents and self._ring.extents[0][2] is oldest:
+            self._ring.extents.popleft()
+        return oldest is not newcomer
+
+    def _is_needed(self, slot: _Slot, newcomer: _Slot) -> bool:
+        """Whether a slot must stay because it is held, or wanted sooner than the newcomer."""
+        if slot.held:
+            return True
+        if self._slots.get(slot.stop) is not slot or slot.stop not in self._wanted:
+            return False
+        return self._wanted.index(slot.stop) < self._wanted.index(newcomer.stop)
+
+    def _requests(self, slot: _Slot, placement: Placement, region: np.ndarray, lead: int) -> Iterator[_Request]:
+        for number, run in enumerate(placement.runs):
+            begin = run.span.offset + run.source
+            end, shift = begin + run.num_bytes, lead + run.target - begin
+            first, last = number == 0, number == len(placement.runs) - 1
+            if shift % PAGE:
+                yield from self._cut(slot, run, region, shift, begin, end, bounce=True)
+                continue
+            # Pages at the edges also hold the bytes of other tensors. They may be written around the first and
+            # the last byte of this one, which has whole pages to itself, but not over its neighbouring runs.
+            low = begin // PAGE * PAGE if first else _up(begin)
+            high = _up(end) if last else end // PAGE * PAGE
+            if low >= high:
+                yield from self._cut(slot, run, region, shift, begin, end, bounce=True)
+                continue
+            if low > begin:
+                yield from self._cut(slot, run, region, shift, begin, low, bounce=True)
+            yield from self._cut(slot, run, region, shift, low, high, bounce=False)
+            if high < end:
+                yield from self._cut(slot, run, region, shift, high, end, bounce=True)
+
+    def _cut(
+        self, slot: _Slot, run: Run, region: np.ndarray, shift: int, begin: int, end: int, *, bounce: bool
+    ) -> Iterator[_Request]:
+        run_begin = run.span.offset + run.source
+        for low in range(begin, end, self._request_bytes):
+            high = min(low + self._request_bytes, end)
+            needed = min(high, run_begin + run.num_bytes) - low
+            at = shift + low
+            yield _Request(slot, run.span.path, low, high, region, at, needed, bounce)
+
+    def _work(self) -> None:
+        # A request that begins inside a page and ends inside another touches a page more at either end.
+        bounce = _Buffer(self._request_bytes + 2 * PAGE).bytes
+        while True:
+            with self._changed:
+                while (request := None if self._closing else self._next_request()) is None:
+                    if self._closing:
+                        return
+                    self._changed.wait()
+            error: BaseException | None = None
+            try:
+                self._read(request, bounce)
+            except BaseException as caught:  # handed to the visitor
+                error = caught
+            with self._changed:
+                slot = request.slot
+                slot.num_in_flight -= 1
+                self.stats.read_bytes += request.needed
+                if error is not None:
+                    slot.unplaced.clear()
+                    slot.requests.clear()
+                    slot.error = error
+                if not slot.num_in_flight:  # the stop may be ready, or its extents may be free
+                    self._changed.notify_all()
+
+    def _read(self, request: _Request, bounce: np.ndarray) -> None:
+        length = request.end - request.begin
+        target = request.region[request.at : request.at + length]
+        if not request.bounce:
+            self._files.read(request.path, request.begin, target, request.needed)
+            return
+        skip = request.begin % PAGE
+        view = bounce[: _up(skip + length)]
+        self._files.read(request.path, request.begin - skip, view, skip + length)
+        np.copyto(target, view[skip : skip + length])
+
+
+def _in_file_order(stop: Sequence[Placement]) -> list[Placement]:
+    return sorted(stop, key=lambda p: (str(p.runs[0].span.path), p.runs[0].span.offset) if p.runs else ("", 0))
+
+
+class MappedStops:
+    """Serve stops from memory maps: for a model that fits the budget, no copies and no reads of our own.
+
+    What no map can hold (fused experts, tensors at odd addresses) is read once, at the first visit.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, stops: Sequence[Sequence[Placement]]) -> None:
+        self.num_stops = len(stops)
+        self._mapped: list[dict[str, Tensor]] = []
+        rest: list[list[Placement]] = []
+        for stop in stops:
+            tensors = {p.name: checkpoint.mapped(p) for p in stop}
+            self._mapped.append({name: tensor for name, tensor in tensors.items() if tensor is not None})
+            rest.append([p for p in stop if tensors[p.name] is None])
+        resident = frozenset(range(len(stops)))
+        self._rest = Reader(rest, ring_bytes=PAGE, resident=resident, num_threads=4 if any(rest) else 1)
+        self.stats = self._rest.stats
+
+    @contextlib.contextmanager
+    def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
+        """Hold a stop; see `Reader.visit`."""
+        with self._rest.visit(stop, upcoming) as rest:
+            yield {**self._mapped[stop], **rest}
+
+    def close(self) -> None:
+        """Let go of the maps."""
+        self._rest.close()
+        self._mapped.clear()

@@ -1,0 +1,198 @@
+"""Likelihoods of text: lines packed into micro-batches, micro-batches riding shared sweeps.
+
+The first token of a line is scored after the tokenizer's BOS token, or EOS where it has none, as lm-eval does;
+without a prefix it is left unscored. Lines are packed with lines of like length, so that little is padded; a
+line's score does not depend on its neighbours beyond rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slowllm.errors import InputError
+from slowllm.head import log_probs
+from slowllm.model import StreamedLM
+
+# Lines are sorted by length within a window of this many sweeps' tokens, so that any number can stream through.
+WINDOW_SWEEPS = 4
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of text as token ids.
+
+    Attributes:
+        number: in its file, from 1.
+        text: as read.
+        ids: without prefix.
+        truncated: whether ids were cut off.
+    """
+
+    number: int
+    text: str
+    ids: tuple[int, ...]
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Score:
+    """The likelihood of one line.
+
+    Attributes:
+        line: that was scored.
+        log_probs: natural logarithms, one for each scored token; the first token is missing where no prefix
+            was used.
+    """
+
+    line: Line
+    log_probs: tuple[float, ...]
+
+    @property
+    def log_likelihood(self) -> float:
+        """Sum over the scored tokens, in nats."""
+        return math.fsum(self.log_probs)
+
+    @property
+    def mean_nll(self) -> float:
+        """Negative log-likelihood of a token; NaN where none is scored."""
+        return -self.log_likelihood / len(self.log_probs) if self.log_probs else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean_nll)."""
+        return safe_exp(self.mean_nll)
+
+
+def safe_exp(value: float) -> float:
+    """Return exp(value), infinity where that is too large for a float."""
+    return math.exp(value) if not value > 709.0 else math.inf
+
+
+def prefix_id(tokenizer: Any) -> int:
+    """Return the token that stands before a line: BOS, or EOS where there is no BOS.
+
+    Raises:
+        InputError: the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise InputError("this tokenizer has neither BOS nor EOS to score the first token after; use --no-prefix")
+
+
+def max_line_tokens(lm: StreamedLM) -> int:
+    """Return how many tokens a line may have, prefix included: the model's own limit, or what fits the budget."""
+    config = lm.model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    # ALiBi has no limit of its own; BLOOM was trained on 2,048.
+    return min(int(limit or 2048), lm.plan.sweep_tokens)
+
+
+def encode(
+    lm: StreamedLM, texts: Iterable[tuple[int, str]], *, max_tokens: int, truncate: bool
+) -> Iterator[Line]:
+    """Turn numbered texts into lines of token ids, without special tokens.
+
+    Raises:
+        InputError: a line has more than `max_tokens` tokens and `truncate` is false.
+    """
+    vocabulary = lm.model.config.get_text_config().vocab_size
+    for number, text in texts:
+        ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids:
+            raise InputError(f"line {number}: the tokenizer makes no tokens of it")
+        if max(ids) >= vocabulary:
+            raise InputError(f"line {number}: token {max(ids)} is beyond the model's vocabulary of {vocabulary}")
+        if len(ids) > max_tokens and not truncate:
+            raise InputError(
+                f"line {number} has {len(ids)} tokens but the limit is {max_tokens}; "
+                "use --truncate to cut such lines, or --max-tokens to raise the limit"
+            )
+        yield Line(number, text, tuple(ids[:max_tokens]), len(ids) > max_tokens)
+
+
+def pack(lengths: Sequence[int], rider_tokens: int) -> list[list[int]]:
+    """Divide lines into micro-batches of at most `rider_tokens` tokens, padding included.
+
+    Longest first, so that lines of like length share a micro-batch. A line longer than that rides alone.
+
+    Args:
+        lengths: tokens of each line.
+        rider_tokens: capacity of a micro-batch.
+    Returns:
+        the lines' indices, each exactly once.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    for index in order:
+        widest = lengths[batches[-1][0]] if batches else 0
+        if batches and (len(batches[-1]) + 1) * widest <= rider_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def score_lines(lm: StreamedLM, lines: Iterable[Line], *, prefix: int | None) -> Iterator[Score]:
+    """Yield the scores of any number of lines, in order, in as few sweeps as the plan allows.
+
+    Args:
+        lm: a loaded model.
+        lines: from `encode`.
+        prefix: token id before each line, from `prefix_id`; None leaves each line's first token unscored.
+    """
+    extra = 0 if prefix is None else 1
+    for window in _windows(lines, lm.plan.sweep_tokens * WINDOW_SWEEPS, extra):
+        batches = pack([len(line.ids) + extra for line in window], lm.plan.rider_tokens)
+        widths = [len(window[batch[0]].ids) + extra for batch in batches]
+        tokens = [width * len(batch) for width, batch in zip(widths, batches, strict=True)]
+        max_riders = max(1, lm.plan.sweep_tokens // max(tokens))
+
+        def job(batch: list[int]) -> Any:
+            return lambda: _score_batch(lm, [window[index] for index in batch], prefix)  # noqa: B023
+
+        found: dict[int, Score] = {}
+        # Lines come back in order; of a micro-batch, each as soon as all before it are there.
+        position = 0
+        for batch, scores in zip(batches, lm.stream(map(job, batches), max_riders), strict=True):
+            found.update(zip(batch, scores, strict=True))
+            while position in found:
+                yield found.pop(position)
+                position += 1
+
+
+def _windows(lines: Iterable[Line], max_tokens: int, extra: int) -> Iterator[list[Line]]:
+    window: list[Line] = []
+    num_tokens = 0
+    for line in lines:
+        if window and num_tokens + len(line.ids) + extra > max_tokens:
+            yield window
+            window, num_tokens = [], 0
+        window.append(line)
+        num_tokens += len(line.ids) + extra
+    if window:
+        yield window
+
+
+def _score_batch(lm: StreamedLM, lines: list[Line], prefix: int | None) -> list[Score]:
+    """Score the lines of one micro-batch; runs as a rider."""
+    rows = [(prefix, *line.ids) if prefix is not None else line.ids for line in lines]
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    targets = torch.full_like(ids, -100)
+    for number, row in enumerate(rows):
+        # Padded on the right: a causal model never looks there, and positions count from the first token.
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+        targets[number, : len(row) - 1] = ids[number, 1 : len(row)]
+    found = log_probs(lm.model, targets, input_ids=ids, attention_mask=mask)
+    return [
+        Score(line, tuple(values[: len(row) - 1].tolist()))
+        for line, row, values in zip(lines, rows, found, strict=True)
+    ]
