@@ -267,7 +267,7 @@ def check(out: Path, train_lines: list[str], heldout: list[str]) -> None:
         model, info = BloomForCausalLM.from_pretrained(
             out / name, dtype=torch.float32, output_loading_info=True
         )
-        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        assert info["missing_keys"] | info["unexpected_keys"] == set(), info
         loaded[name] = model.eval()
         size = sum(file.stat().st_size for file in (out / name).glob("*.safetensors"))
         print(f"{name}: {size:,} bytes, {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     family = type(model).__name__
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ArchitectureError(f"{family}: an encoder-decoder has two stacks of blocks; only decoders are streamed")
+        raise ArchitectureError(
+            f"{family}: an encoder-decoder has two stacks of blocks; only decoders are streamed"
+        )
     count = getattr(config, "num_hidden_layers", None)
     lists = [
         (name, module)
@@ -133,7 +135,9 @@ class StreamedBlock(nn.Module):
 
         return self._visit("up", work)
 
-    def _visit(self, direction: Direction, work: Callable[[Weights], Any], *, comes_back: bool = False) -> Any:
+    def _visit(
+        self, direction: Direction, work: Callable[[Weights], Any], *, comes_back: bool = False
+    ) -> Any:
         return self._carousel.visit(self._stop, direction, work, comes_back=comes_back)
 
     def _run(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -159,7 +163,7 @@ def stream_block(block: nn.Module, carousel: Carousel, stop: int, name: str) -> 
     kind = type(block)
     # A subclass of the block's class: transformers finds the blocks whose outputs it records by isinstance.
     streamed = type(f"Streamed{kind.__name__}", (StreamedBlock, kind), {"__module__": __name__})
-    shell: StreamedBlock = streamed.__new__(streamed)
+    shell = cast(StreamedBlock, nn.Module.__new__(streamed))
     for key, value in block.__dict__.items():
         # Submodules, parameters and buffers are shared; hooks are not, or they would run twice.
         shell.__dict__[key] = copy.copy(value) if "_hooks" in key else value
@@ -173,38 +177,53 @@ def _is_leaf(value: Any) -> bool:
     return isinstance(value, Cache)
 
 
-def _snapshot(cache: Cache) -> Cache:
-    """Copy a cache's layers, not their tensors: growing caches replace tensors, they do not write into them."""
-    clone = copy.copy(cache)
-    clone.layers = [copy.copy(layer) for layer in cache.layers]
-    return clone
-
-
-def _cache_tensors(cache: Cache) -> Iterator[tuple[int, str, Tensor]]:
-    for number, layer in enumerate(cache.layers):
-        for attribute, value in vars(layer).items():
-            if isinstance(value, Tensor):
-                yield number, attribute, value
-
-
 @dataclass(frozen=True)
 class _Slot:
-    """Where a tensor stands: the leaf of that number, or an attribute of a layer of the cache at that leaf."""
+    """Where a tensor stands: the leaf of that number; or, in the cache there, an attribute of a layer, at a key."""
 
     leaf: int
     layer: int | None = None
     attribute: str = ""
+    key: tuple[Any, ...] = ()
 
     def get(self, leaves: list[Any]) -> Any:
         if self.layer is None:
             return leaves[self.leaf]
-        return getattr(leaves[self.leaf].layers[self.layer], self.attribute)
+        value = getattr(leaves[self.leaf].layers[self.layer], self.attribute)
+        return value[self.key[0]] if self.key else value
 
     def put(self, leaves: list[Any], value: Any) -> None:
         if self.layer is None:
             leaves[self.leaf] = value
+        elif self.key:
+            getattr(leaves[self.leaf].layers[self.layer], self.attribute)[self.key[0]] = value
         else:
             setattr(leaves[self.leaf].layers[self.layer], self.attribute, value)
+
+
+def _snapshot(cache: Cache) -> Cache:
+    """Copy a cache's layers and their tables, not their tensors: growing caches replace tensors."""
+    clone = copy.copy(cache)
+    clone.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in clone.layers:
+        for attribute, value in vars(layer).items():
+            # Linear attention keeps its states, and whether they are set, in tables of this kind.
+            if isinstance(value, dict | list | set):
+                setattr(layer, attribute, copy.copy(value))
+    return clone
+
+
+def _slots(leaf: int, cache: Cache) -> Iterator[_Slot]:
+    """Find the tensors of the cache that is the argument of number `leaf`."""
+    for number, layer in enumerate(cache.layers):
+        for attribute, value in vars(layer).items():
+            if isinstance(value, Tensor):
+                yield _Slot(leaf, number, attribute)
+            elif isinstance(value, dict | list):
+                keys = value if isinstance(value, dict) else range(len(value))
+                for key in keys:
+                    if isinstance(value[key], Tensor):
+                        yield _Slot(leaf, number, attribute, (key,))
 
 
 @dataclass
@@ -232,7 +251,7 @@ class _Call:
         tensors = [_Slot(i) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Cache):
-                tensors += [_Slot(i, layer, attribute) for layer, attribute, _ in _cache_tensors(leaf)]
+                tensors += _slots(i, leaf)
         inputs = [slot for slot in tensors if slot.get(leaves).requires_grad]
         autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         return cls(block, leaves, spec, live, inputs, tensors, [], autocast)
@@ -269,11 +288,11 @@ class _Call:
         ]
         for i, leaf in enumerate(self.live):
             if isinstance(leaf, Cache):
-                known = {(layer, attribute): id(value) for layer, attribute, value in _cache_tensors(self.leaves[i])}
+                known = {slot: id(slot.get(self.leaves)) for slot in _slots(i, self.leaves[i])}
                 self.outputs += [
-                    _Slot(i, layer, attribute)
-                    for layer, attribute, value in _cache_tensors(leaf)
-                    if value.is_floating_point() and known.get((layer, attribute)) != id(value)
+                    slot
+                    for slot in _slots(i, leaf)
+                    if slot.get(self.live).is_floating_point() and known.get(slot) != id(slot.get(self.live))
                 ]
         return tuple(slot.get(self.live if slot.layer is not None else out_leaves) for slot in self.outputs)
 
@@ -293,7 +312,9 @@ class _Call:
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
             if not pairs:
                 return [None] * len(inputs)
-            found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True
+            )
             return list(found)
 
         enabled, dtype = self.autocast
@@ -322,6 +343,6 @@ class _Replay(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, None, *ctx.call.replay(ctx.saved_tensors, grads))

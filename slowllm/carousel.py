@@ -17,7 +17,7 @@ import contextvars
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
@@ -293,16 +293,16 @@ class Carousel:
             for index, value, error in outcomes:
                 kept[index] = (value, error)
                 while position in kept:
-                    value, error = kept.pop(position)
-                    if error is not None:
-                        error.add_note(f"raised by rider {position}")
-                        raise error
+                    result, failure = kept.pop(position)
+                    if failure is not None:
+                        failure.add_note(f"raised by rider {position}")
+                        raise failure
                     position += 1
-                    yield value
+                    yield result
 
     def _ride(
         self, jobs: Iterator[Callable[[], Any]], max_riders: int, stop_at_error: bool = False
-    ) -> Iterator[tuple[int, Any, BaseException | None]]:
+    ) -> Generator[tuple[int, Any, BaseException | None], None, None]:
         assert max_riders > 0, "a ride needs at least one rider at a time"
         if getattr(self._local, "rider", None) is not None or threading.current_thread() is self._thread:
             raise RideError("ride() was called inside a rider; call the model directly there")
@@ -545,5 +545,7 @@ class Carousel:
         if any(visit.comes_back or visit.direction == "down" for visit in self._waiting):
             return onward + list(range(last - 2, -1, -1))
         # Past the last stop only where somebody is known to come round again.
-        again = any(visit.comes_round for visit in self._waiting) or any(not p.exhausted for p in self._parties)
+        again = any(visit.comes_round for visit in self._waiting) or any(
+            not p.exhausted for p in self._parties
+        )
         return onward + list(range(stop)) if again else onward

@@ -193,7 +193,9 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
             text.encode("utf-8")  # Python's json lets lone surrogates pass; a name with one is no name
         if len(table) < len(pairs):
             names = [name for name, _ in pairs]
-            _refuse(path, f"{next(name for name in names if names.count(name) > 1)} stands twice in the header")
+            _refuse(
+                path, f"{next(name for name in names if names.count(name) > 1)} stands twice in the header"
+            )
         return table
 
     def no_constant(name: str) -> NoReturn:
@@ -204,7 +206,10 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     try:
         # Not json.loads(bytes), which guesses UTF-16 and UTF-32.
         header = json.loads(
-            text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_int=_integer
+            text.decode("utf-8"),
+            object_pairs_hook=no_duplicates,
+            parse_constant=no_constant,
+            parse_int=_integer,
         )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: its header is not valid JSON ({error})") from error
@@ -246,7 +251,9 @@ def _span(path: Path, name: str, entry: Any, data_start: int) -> Span:
     if bits >= 1 << 64 or bits % 8:
         refuse(f"{name} of shape {shape!r} and dtype {dtype} does not fill whole bytes")
     if bits // 8 != end - begin:
-        refuse(f"{name} of shape {shape!r} and dtype {dtype} needs {bits // 8:,} bytes but has {end - begin:,}")
+        refuse(
+            f"{name} of shape {shape!r} and dtype {dtype} needs {bits // 8:,} bytes but has {end - begin:,}"
+        )
     return Span(name, path, dtype, tuple(shape), data_start + begin, end - begin)
 
 
@@ -312,7 +319,9 @@ class Checkpoint:
                 # copy the page, never reach the file.
                 self._maps[span.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         count = math.prod(placement.shape)
-        return torch.frombuffer(self._maps[span.path], dtype=dtype, count=count, offset=offset).view(placement.shape)
+        return torch.frombuffer(self._maps[span.path], dtype=dtype, count=count, offset=offset).view(
+            placement.shape
+        )
 
     def close(self) -> None:
         """Drop the memory maps; tensors that still lie on one keep it alive."""
@@ -373,9 +382,13 @@ def _shards(folder: Path) -> list[Path]:
     paths = []
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
-            raise CheckpointError(f"model.safetensors.index.json: names {file!r}, which is not a file beside it")
+            raise CheckpointError(
+                f"model.safetensors.index.json: names {file!r}, which is not a file beside it"
+            )
         if not (folder / file).is_file():
-            raise CheckpointError(f"{file}: named by model.safetensors.index.json but missing; fetch this shard")
+            raise CheckpointError(
+                f"{file}: named by model.safetensors.index.json but missing; fetch this shard"
+            )
         paths.append(folder / file)
     return paths
 
@@ -383,7 +396,9 @@ def _shards(folder: Path) -> list[Path]:
 def _check_index(folder: Path, spans: Mapping[str, Span]) -> None:
     for name, file in (_weight_map(folder) or {}).items():
         if name not in spans:
-            raise CheckpointError(f"{file}: {name} is missing, though model.safetensors.index.json names it there")
+            raise CheckpointError(
+                f"{file}: {name} is missing, though model.safetensors.index.json names it there"
+            )
         if spans[name].path.name != file:
             raise CheckpointError(
                 f"{name}: model.safetensors.index.json names {file} but it lies in {spans[name].path.name}"

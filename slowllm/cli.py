@@ -67,12 +67,16 @@ def forward(
     ] = True,
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="Longest line in tokens, prefix not counted.", min=1, show_default="the model's own"),
+        typer.Option(
+            help="Longest line in tokens, prefix not counted.", min=1, show_default="the model's own"
+        ),
     ] = None,
     truncate: Annotated[bool, typer.Option(help="Cut longer lines instead of refusing them.")] = False,
     resident: Annotated[
         bool,
-        typer.Option("--resident/--stream-all", help="Keep blocks that fit the budget, or stream every block."),
+        typer.Option(
+            "--resident/--stream-all", help="Keep blocks that fit the budget, or stream every block."
+        ),
     ] = True,
     verbose: Verbose = False,
 ) -> None:
@@ -94,7 +98,9 @@ def forward(
     with load(model or embedded_model(), ram=ram, dtype=dtype, keep_resident=resident) as lm:
         limit = scoring.max_line_tokens(lm) - prefix
         if max_tokens is not None and max_tokens > limit:
-            raise InputError(f"--max-tokens {max_tokens} is more than the {limit} that this model and budget take")
+            raise InputError(
+                f"--max-tokens {max_tokens} is more than the {limit} that this model and budget take"
+            )
         # All lines are looked at before the first byte of weights is read: a line too long is refused at once.
         lines = list(scoring.encode(lm, texts, max_tokens=max_tokens or limit, truncate=truncate))
         before = scoring.prefix_id(lm.tokenizer) if prefix else None
@@ -153,10 +159,10 @@ def _writer(lm: StreamedLM, out: Path | None, as_json: bool, per_token: bool) ->
         return
     partial = out.with_name(out.name + ".part") if out is not None else None
     try:
-        file: IO[str] = open(partial, "w", encoding="utf-8") if partial is not None else sys.stdout
         with contextlib.ExitStack() as stack:
+            file: IO[str] = sys.stdout
             if partial is not None:
-                stack.callback(file.close)
+                file = stack.enter_context(open(partial, "w", encoding="utf-8"))
 
             def write(score: Score) -> None:
                 # One write a line, flushed: an interrupt leaves whole lines.
@@ -246,7 +252,11 @@ def _progress(lm: StreamedLM, num_tokens: int) -> Iterator[Any]:
     plan = lm.plan
     num_sweeps = max(1, -(-num_tokens // plan.sweep_tokens))
     console = Console(stderr=True)
-    held = f"{len(plan.resident)} of {lm.num_stops} stops in memory" if plan.ring_bytes else "all of it fits in memory"
+    held = (
+        f"{len(plan.resident)} of {lm.num_stops} stops in memory"
+        if plan.ring_bytes
+        else "all of it fits in memory"
+    )
     console.print(
         f"[dim]{lm.folder.name}: {format_bytes(lm.weight_bytes)} a sweep, {held}; "
         f"{num_tokens:,} tokens in about {num_sweeps} sweep{'s' if num_sweeps > 1 else ''}[/dim]"
@@ -284,7 +294,9 @@ def _progress(lm: StreamedLM, num_tokens: int) -> Iterator[Any]:
             lm.on_passage = None
 
 
-def _summarise(lm: StreamedLM, scores: Iterable[tuple[float, int]], seconds: float, num_truncated: int) -> None:
+def _summarise(
+    lm: StreamedLM, scores: Iterable[tuple[float, int]], seconds: float, num_truncated: int
+) -> None:
     from slowllm.scoring import safe_exp
 
     pairs = list(scores)

@@ -9,9 +9,10 @@ never held.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -47,7 +48,8 @@ def cut_head(placement: Placement, max_bytes: int) -> list[Placement]:
     rows = -(-num_rows // num_chunks // 64) * 64
     starts = range(0, num_rows, rows)
     return [
-        take_rows(placement, f"{placement.name}[{start}:]", start, min(start + rows, num_rows)) for start in starts
+        take_rows(placement, f"{placement.name}[{start}:]", start, min(start + rows, num_rows))
+        for start in starts
     ]
 
 
@@ -69,7 +71,9 @@ class RowEmbedding(nn.Embedding):
         # A copy of the module for this one call: other threads may be looking up rows of their own.
         once = copy.copy(self)
         once.__dict__["_parameters"] = {**self._parameters, "weight": rows}
-        once.padding_idx = None  # an id, where rows are numbered by place; it matters only for a weight's gradient
+        once.padding_idx = (
+            None  # an id, where rows are numbered by place; it matters only for a weight's gradient
+        )
         return super(RowEmbedding, once).forward(places)
 
 
@@ -176,7 +180,7 @@ class _HeadFunction(torch.autograd.Function):
         return head._logits(hidden, comes_back=True)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         head: StreamedHead = ctx.head
         parts = []
@@ -197,7 +201,7 @@ class _HeadFunction(torch.autograd.Function):
 
 
 def stream_head(
-    head: nn.Linear, carousel: Carousel, chunks: list[Placement], first_stop: int, finish: Finish | None
+    head: nn.Linear, carousel: Carousel, chunks: Sequence[Placement], first_stop: int, finish: Finish | None
 ) -> None:
     """Turn a model's output embedding into stops.
 
@@ -216,21 +220,23 @@ def stream_head(
     ends = [0]
     for chunk in chunks:
         ends.append(ends[-1] + chunk.shape[0])
-    streamed._rows = tuple(zip(ends, ends[1:], strict=False))
+    streamed._rows = tuple(itertools.pairwise(ends))
     streamed._finish = finish
 
 
 class _Returns(nn.Module):
-    """A module that answers every call with one value, and every look-up of a part with itself."""
+    """A module that answers every call with one value.
 
-    def __init__(self, value: Any) -> None:
+    Looks for all else like `likeness`, whose dtype a forward may ask for; without one, like itself all the way
+    down, for a forward that calls a part of its base model.
+    """
+
+    def __init__(self, value: Any, likeness: nn.Module | None = None) -> None:
         super().__init__()
-        self.__dict__["value"] = value
+        self.__dict__["value"], self.__dict__["likeness"] = value, likeness
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            return super().__getattr__(name)
-        return self
+        return self if self.__dict__["likeness"] is None else getattr(self.__dict__["likeness"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.value
@@ -266,7 +272,7 @@ def find_finish(model: PreTrainedModel) -> Finish | None:
         hidden = logits.new_zeros(*logits.shape[:-1], 1)
         with torch.no_grad():
             shim._modules[base] = _Returns(_Output(last_hidden_state=cast(Any, hidden)))
-            shim._modules[names[0]] = _Returns(logits)
+            shim._modules[names[0]] = _Returns(logits, head)
             return cast(Tensor, kind.forward(shim, input_ids=ids, use_cache=False, return_dict=True).logits)
 
     probe = torch.linspace(-40.0, 40.0, 24).view(1, 3, 8)

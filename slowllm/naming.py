@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,9 @@ def place(model: PreTrainedModel, spans: Mapping[str, Span]) -> dict[str, Placem
     for (target, _), sources in fused.items():
         for placement in _place_fused(model, target, by_pattern[sources[0][0]], sources, wanted):
             if placement.name in placements:
-                raise CheckpointError(f"{placement.name} is filled twice; a tensor stands in the checkpoint twice")
+                raise CheckpointError(
+                    f"{placement.name} is filled twice; a tensor stands in the checkpoint twice"
+                )
             placements[placement.name] = placement
 
     _refuse_missing(model, wanted, placements, spans)
@@ -156,11 +158,15 @@ def _place_fused(
     """Run one conversion on probes and read off where each source lands."""
     dtypes = {span.torch_dtype for _, span in sources}
     if len(dtypes) > 1:
-        raise CheckpointError(f"{target}: its parts are stored in different dtypes, {sorted(map(str, dtypes))}")
+        raise CheckpointError(
+            f"{target}: its parts are stored in different dtypes, {sorted(map(str, dtypes))}"
+        )
     dtype = dtypes.pop()
     scale = _probe_scale([length for _, span in sources for length in span.shape])
     if sum(math.prod(span.shape) // scale ** len(span.shape) for _, span in sources) > MAX_PROBE_ELEMENTS:
-        raise ArchitectureError(f"{target}: its parts have shapes that cannot be traced through the conversion")
+        raise ArchitectureError(
+            f"{target}: its parts have shapes that cannot be traced through the conversion"
+        )
 
     probe_run = deepcopy(converter)
     first = 0
@@ -170,7 +176,7 @@ def _place_fused(
         probe = torch.arange(first, first + math.prod(small)).view(small)
         firsts.append(first)
         first += math.prod(small)
-        probe_run.add_tensor(target, span.name, pattern, probe)
+        probe_run.add_tensor(target, span.name, pattern, cast(Any, probe))
     try:
         results = probe_run.convert(target, model=model, config=model.config)
     except Exception as error:  # whatever a conversion of transformers may raise on parts that are missing
@@ -179,7 +185,9 @@ def _place_fused(
     for name, value in results.items():
         result = value[0] if isinstance(value, list) else value
         if name not in wanted:
-            raise ArchitectureError(f"{name}: transformers' conversion makes it, but the model has no such parameter")
+            raise ArchitectureError(
+                f"{name}: transformers' conversion makes it, but the model has no such parameter"
+            )
         shape = tuple(wanted[name].shape)
         runs = []
         for start, (_, span) in zip(firsts, sources, strict=True):
@@ -218,7 +226,9 @@ def _locate(result: Tensor, first: int, small: tuple[int, ...]) -> tuple[_Box, _
     values = result[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] - first
     if values.numel() != index.shape[0]:
         return target, target, ()
-    source_index = torch.stack(torch.unravel_index(values.flatten(), small), 1) if small else index.new_zeros(1, 0)
+    source_index = (
+        torch.stack(torch.unravel_index(values.flatten(), small), 1) if small else index.new_zeros(1, 0)
+    )
     low, high = source_index.min(0).values, source_index.max(0).values + 1
     source = _Box(tuple(low.tolist()), tuple((high - low).tolist()))
     whole = torch.arange(size).view(small)[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
@@ -252,7 +262,9 @@ def _runs(
     if len(probe_shape) != len(shape) or any(
         real % probe for real, probe in zip(shape, probe_shape, strict=True)
     ):
-        raise CheckpointError(f"{name} needs shape {list(shape)}, which {span.name} {list(span.shape)} cannot fill")
+        raise CheckpointError(
+            f"{name} needs shape {list(shape)}, which {span.name} {list(span.shape)} cannot fill"
+        )
 
     def real(box: _Box, whole: tuple[int, ...], probe: tuple[int, ...]) -> _Box:
         factors = [a // b for a, b in zip(whole, probe, strict=True)]
@@ -263,13 +275,16 @@ def _runs(
 
     source, target = real(source, span.shape, small), real(target, shape, probe_shape)
     if [n for n in source.extent if n > 1] != [n for n in target.extent if n > 1]:
-        raise CheckpointError(f"{name} needs shape {list(shape)}, which {span.name} {list(span.shape)} cannot fill")
+        raise CheckpointError(
+            f"{name} needs shape {list(shape)}, which {span.name} {list(span.shape)} cannot fill"
+        )
     source_rows, source_length = _rows(source, span.shape)
     target_rows, target_length = _rows(target, shape)
     length = math.gcd(source_length, target_length)
-    starts = zip(_split(source_rows, source_length, length), _split(target_rows, target_length, length), strict=True)
-    runs = [Run(span, a * itemsize, b * itemsize, length * itemsize) for a, b in starts]
-    return runs
+    starts = zip(
+        _split(source_rows, source_length, length), _split(target_rows, target_length, length), strict=True
+    )
+    return [Run(span, a * itemsize, b * itemsize, length * itemsize) for a, b in starts]
 
 
 def _rows(box: _Box, shape: tuple[int, ...]) -> tuple[list[int], int]:
@@ -296,9 +311,7 @@ def _split(starts: list[int], length: int, piece: int) -> Iterator[int]:
         yield from range(start, start + length, piece)
 
 
-def _covering(
-    name: str, runs: list[Run], num_bytes: int, sources: list[tuple[str, Any]]
-) -> tuple[Run, ...]:
+def _covering(name: str, runs: list[Run], num_bytes: int, sources: list[tuple[str, Any]]) -> tuple[Run, ...]:
     """Check that runs cover a parameter exactly once, and join neighbours.
 
     Raises:

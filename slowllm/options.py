@@ -51,12 +51,11 @@ def parse_bytes(size: str | int) -> int:
 
 def format_bytes(num_bytes: float) -> str:
     """Return a size in decimal units with three figures, as disks are sold: ``352 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(num_bytes) < 999.5:
-            break
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while abs(num_bytes) >= 999.5 and len(units) > 1:
         num_bytes /= 1000
-    else:
-        unit = "TB"
+        units.pop(0)
+    unit = units[0]
     return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 99.95 else f"{num_bytes:.3g} {unit}"
 
 

@@ -135,7 +135,8 @@ def make_plan(sizes: Sizes, *, free_bytes: int, total_bytes: int, keep_resident:
     spare = free_bytes - (everything if stays else floor)
     allowance = spare if stays else spare // 2
     rider_tokens = min(
-        MAX_RIDER_TOKENS, MIN_RIDER_TOKENS + allowance // 2 // (sizes.block_token_bytes + sizes.rider_token_bytes)
+        MAX_RIDER_TOKENS,
+        MIN_RIDER_TOKENS + allowance // 2 // (sizes.block_token_bytes + sizes.rider_token_bytes),
     )
     allowance -= working(rider_tokens, rider_tokens) - working(MIN_RIDER_TOKENS, MIN_RIDER_TOKENS)
     sweep_tokens = min(MAX_SWEEP_TOKENS, rider_tokens + allowance // sizes.rider_token_bytes)

@@ -179,14 +179,14 @@ class _Files:
         # What a short read left over is no longer aligned; the page cache takes the rest.
         if direct is not None and offset % PAGE == 0:
             try:
-                return os.preadv(direct, [view], offset)
+                return os.preadv(direct, [view.data], offset)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 log.info("%s: direct reads are refused here; reading through the page cache", path.name)
                 with self._lock:
                     self._direct[path] = None
-        count = os.preadv(self._buffered[path], [view], offset)
+        count = os.preadv(self._buffered[path], [view.data], offset)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._buffered[path], offset, count, os.POSIX_FADV_DONTNEED)
         return count
@@ -274,10 +274,11 @@ class Reader:
                 if slot.stop not in self._wanted and (slot.error or not slot.ready):
                     self._forget(slot)
             self._changed.notify_all()
-            while (slot := self._slots.get(stop)) is None or not (slot.ready or slot.error):
+            while (found := self._slots.get(stop)) is None or not (found.ready or found.error):
                 if self._closing:
                     raise RideError("the model was closed")
                 self._changed.wait()
+            slot = found
             if slot.error is not None:
                 self._forget(slot)
                 raise slot.error
@@ -357,7 +358,9 @@ class Reader:
         if oldest is newcomer:
             # Half of it was read ahead, then another stop was wanted sooner and lies behind it. The circle can
             # only be freed from its oldest end, so the newcomer starts over behind the other.
-            if any(self._is_needed(slot, newcomer) for _, _, slot in self._ring.extents if slot is not newcomer):
+            if any(
+                self._is_needed(slot, newcomer) for _, _, slot in self._ring.extents if slot is not newcomer
+            ):
                 return False
         elif self._is_needed(oldest, newcomer):
             return False
@@ -376,7 +379,9 @@ class Reader:
             return False
         return self._wanted.index(slot.stop) < self._wanted.index(newcomer.stop)
 
-    def _requests(self, slot: _Slot, placement: Placement, region: np.ndarray, lead: int) -> Iterator[_Request]:
+    def _requests(
+        self, slot: _Slot, placement: Placement, region: np.ndarray, lead: int
+    ) -> Iterator[_Request]:
         for number, run in enumerate(placement.runs):
             begin = run.span.offset + run.source
             end, shift = begin + run.num_bytes, lead + run.target - begin
@@ -445,7 +450,9 @@ class Reader:
 
 
 def _in_file_order(stop: Sequence[Placement]) -> list[Placement]:
-    return sorted(stop, key=lambda p: (str(p.runs[0].span.path), p.runs[0].span.offset) if p.runs else ("", 0))
+    return sorted(
+        stop, key=lambda p: (str(p.runs[0].span.path), p.runs[0].span.offset) if p.runs else ("", 0)
+    )
 
 
 class MappedStops:

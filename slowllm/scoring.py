@@ -107,7 +107,9 @@ def encode(
         if not ids:
             raise InputError(f"line {number}: the tokenizer makes no tokens of it")
         if max(ids) >= vocabulary:
-            raise InputError(f"line {number}: token {max(ids)} is beyond the model's vocabulary of {vocabulary}")
+            raise InputError(
+                f"line {number}: token {max(ids)} is beyond the model's vocabulary of {vocabulary}"
+            )
         if len(ids) > max_tokens and not truncate:
             raise InputError(
                 f"line {number} has {len(ids)} tokens but the limit is {max_tokens}; "

@@ -1,0 +1,41 @@
+# Two commands on a fresh machine with Python 3.11 or 3.12 and make:
+#   make forward    install, and score sentences.txt with the embedded model
+#   make test       install what the tests need, then lint, types and tests
+#
+# On Linux the registry's torch brings gigabytes of CUDA; for the build without it:
+#   make forward TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_FLAGS := -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: forward test lint types unit clean
+
+forward: $(VENV)/.core
+	$(BIN)/slowllm forward sentences.txt
+
+test: lint types unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and "slowllm needs Python 3.11 or 3.12; say: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev,tune]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
