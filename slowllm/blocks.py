@@ -68,10 +68,6 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """
     family = type(model).__name__
     config = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ArchitectureError(
-            f"{family}: an encoder-decoder has two stacks of blocks; only decoders are streamed"
-        )
     count = getattr(config, "num_hidden_layers", None)
     lists = [
         (name, module)

@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from slowllm.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+# As the safetensors library has them.
+MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_DEPTH = 127
 
 # Bits, not bytes: the format has sub-byte dtypes, which are valid in a header even if we cannot compute with them.
 DTYPE_BITS = {
@@ -126,8 +129,8 @@ def take_rows(placement: Placement, name: str, start: int, stop: int) -> Placeme
 def read_header(path: Path) -> dict[str, Span]:
     """Return the spans of one safetensors file, every promise of its header checked against the file.
 
-    Stricter than the safetensors library where it is lax: a name that stands twice, blanks before the object,
-    and entries written as lists are errors.
+    Stricter than the safetensors library where it is lax: a name that stands twice in any table, blanks before
+    the object, and entries or dtypes written in the other ways that serde reads (lists, one-entry tables) are errors.
 
     Raises:
         CheckpointError: naming the file and, where there is one, the tensor.
@@ -188,14 +191,16 @@ def _refuse(path: Path, problem: str) -> NoReturn:
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        for text in (*table, *(value for value in table.values() if isinstance(value, str))):
-            text.encode("utf-8")  # Python's json lets lone surrogates pass; a name with one is no name
-        if len(table) < len(pairs):
-            names = [name for name, _ in pairs]
-            _refuse(
-                path, f"{next(name for name in names if names.count(name) > 1)} stands twice in the header"
-            )
+        table: dict[str, Any] = {}
+        for name, value in pairs:
+            for text in (name, value):
+                if isinstance(text, str):
+                    text.encode(
+                        "utf-8"
+                    )  # Python's json lets lone surrogates pass; a name with one is no name
+            if name in table:
+                _refuse(path, f"{name} stands twice in the header")
+            table[name] = value
         return table
 
     def no_constant(name: str) -> NoReturn:
@@ -209,6 +214,7 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
             text.decode("utf-8"),
             object_pairs_hook=no_duplicates,
             parse_constant=no_constant,
+            parse_float=_finite,
             parse_int=_integer,
         )
     except (ValueError, RecursionError) as error:
@@ -217,9 +223,31 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError("number out of range")
+    return number
+
+
 def _integer(digits: str) -> int | float:
     # "-0" is not an unsigned integer to serde_json, and huge numbers must not become Python's big integers.
-    return int(digits) if digits.isdigit() and len(digits) <= 20 else float(digits)
+    return int(digits) if digits.isdigit() and len(digits) <= 20 else _finite(digits)
+
+
+def _check_ignored(value: Any, depth: int) -> None:
+    """Refuse, in a field that has no meaning here, what Python's json reads but the safetensors library does not.
+
+    Raises:
+        ValueError: a lone surrogate, or lists in lists without end.
+    """
+    if isinstance(value, str):
+        value.encode("utf-8")
+    elif isinstance(value, dict | list):
+        if depth > MAX_HEADER_DEPTH:
+            raise ValueError("nested too deeply")
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_ignored(part, depth + 1)
 
 
 def _span(path: Path, name: str, entry: Any, data_start: int) -> Span:
@@ -229,15 +257,21 @@ def _span(path: Path, name: str, entry: Any, data_start: int) -> Span:
     def is_size(value: Any) -> bool:
         return type(value) is int and value < 1 << 64
 
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+    fields = {"dtype", "shape", "data_offsets"}
+    if not isinstance(entry, dict) or not fields <= entry.keys():
         refuse(f"{name} has no dtype, shape and data_offsets in the header")
+    for field in entry.keys() - fields:
+        try:
+            _check_ignored(entry[field], depth=3)
+        except ValueError as error:
+            raise CheckpointError(f"{path.name}: its header is not valid JSON ({error})") from error
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        refuse(f"{name} has the unknown dtype {dtype!r}")
+        refuse(f"{name} has the unknown dtype {reprlib.repr(dtype)}")
     if not isinstance(shape, list) or not all(map(is_size, shape)):
-        refuse(f"{name} has the impossible shape {shape!r}")
+        refuse(f"{name} has the impossible shape {reprlib.repr(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
-        refuse(f"{name} has the impossible data_offsets {offsets!r}")
+        refuse(f"{name} has the impossible data_offsets {reprlib.repr(offsets)}")
     begin, end = offsets
     if end < begin:
         refuse(f"{name} ends at byte {end:,} before it begins at {begin:,}")
@@ -246,13 +280,13 @@ def _span(path: Path, name: str, entry: Any, data_start: int) -> Span:
         size *= length
         # The safetensors library multiplies in 64 bits and refuses overflow even where a later zero would save it.
         if size >= 1 << 64:
-            refuse(f"{name} has the impossible shape {shape!r}")
+            refuse(f"{name} has the impossible shape {reprlib.repr(shape)}")
     bits = size * DTYPE_BITS[dtype]
     if bits >= 1 << 64 or bits % 8:
-        refuse(f"{name} of shape {shape!r} and dtype {dtype} does not fill whole bytes")
+        refuse(f"{name} of shape {reprlib.repr(shape)} and dtype {dtype} does not fill whole bytes")
     if bits // 8 != end - begin:
         refuse(
-            f"{name} of shape {shape!r} and dtype {dtype} needs {bits // 8:,} bytes but has {end - begin:,}"
+            f"{name} of shape {reprlib.repr(shape)} and dtype {dtype} needs {bits // 8:,} bytes but has {end - begin:,}"
         )
     return Span(name, path, dtype, tuple(shape), data_start + begin, end - begin)
 
@@ -304,6 +338,9 @@ class Checkpoint:
 
         The tensor must not be written to. None where the parameter's bytes do not lie together, or at an offset
         that torch cannot view as its dtype.
+
+        Raises:
+            CheckpointError: the shard is gone, or shorter than when its header was read.
         """
         if not placement.runs:
             return torch.empty(placement.shape, dtype=placement.dtype)
@@ -313,15 +350,26 @@ class Checkpoint:
         offset = span.offset + placement.runs[0].source
         if offset % dtype.itemsize:
             return None
-        if span.path not in self._maps:
-            with open(span.path, "rb") as file:
-                # A private map is writable in name, so torch takes it without a warning; a write would only
-                # copy the page, never reach the file.
-                self._maps[span.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        whole = self._map(span.path)
+        if offset + placement.num_bytes > len(whole):
+            _refuse(
+                span.path,
+                f"{span.name} ends at byte {offset + placement.num_bytes:,} but the file has {len(whole):,}; "
+                "it was cut short since its header was read",
+            )
         count = math.prod(placement.shape)
-        return torch.frombuffer(self._maps[span.path], dtype=dtype, count=count, offset=offset).view(
-            placement.shape
-        )
+        return torch.frombuffer(whole, dtype=dtype, count=count, offset=offset).view(placement.shape)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            try:
+                with open(path, "rb") as file:
+                    # A private map is writable in name, so torch takes it without a warning; a write would only
+                    # copy the page, never reach the file.
+                    self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:  # ValueError: the file is empty by now
+                raise CheckpointError(f"{path}: cannot be mapped ({error})") from error
+        return self._maps[path]
 
     def close(self) -> None:
         """Drop the memory maps; tensors that still lie on one keep it alive."""
@@ -385,7 +433,7 @@ def _shards(folder: Path) -> list[Path]:
             raise CheckpointError(
                 f"model.safetensors.index.json: names {file!r}, which is not a file beside it"
             )
-        if not (folder / file).is_file():
+        if not os.path.isfile(folder / file):  # Path.is_file would raise on a name that is too long
             raise CheckpointError(
                 f"{file}: named by model.safetensors.index.json but missing; fetch this shard"
             )

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import math
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from slowllm.errors import InputError, SlowLLMError
-from slowllm.options import format_bytes, parse_bytes, parse_dtype
-
-if TYPE_CHECKING:
-    from slowllm.model import StreamedLM
-    from slowllm.scoring import Score
+from slowllm.options import parse_bytes, parse_dtype
 
 app = typer.Typer(
     name="slowllm",
     help="Run and score language models far larger than memory, by streaming their weights from disk.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -57,7 +49,9 @@ def forward(
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bf16 or fp32.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Write JSON lines to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
-    per_token: Annotated[bool, typer.Option(help="Also give every token and its log-probability.")] = False,
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="Also give every token and its log-probability.")
+    ] = False,
     prefix: Annotated[
         bool,
         typer.Option(
@@ -71,7 +65,9 @@ def forward(
             help="Longest line in tokens, prefix not counted.", min=1, show_default="the model's own"
         ),
     ] = None,
-    truncate: Annotated[bool, typer.Option(help="Cut longer lines instead of refusing them.")] = False,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut longer lines instead of refusing them.")
+    ] = False,
     resident: Annotated[
         bool,
         typer.Option(
@@ -92,8 +88,13 @@ def forward(
     parse_dtype(dtype)
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder to write {out.name} to")
-    _quiet_transformers()
-    from slowllm import load, scoring
+    if out is not None and out.is_dir():
+        raise InputError(f"{out}: is a folder; name a file")
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    from slowllm import console, load, scoring
 
     with load(model or embedded_model(), ram=ram, dtype=dtype, keep_resident=resident) as lm:
         limit = scoring.max_line_tokens(lm) - prefix
@@ -101,18 +102,20 @@ def forward(
             raise InputError(
                 f"--max-tokens {max_tokens} is more than the {limit} that this model and budget take"
             )
+        before = scoring.prefix_id(lm.tokenizer) if prefix else None
         # All lines are looked at before the first byte of weights is read: a line too long is refused at once.
         lines = list(scoring.encode(lm, texts, max_tokens=max_tokens or limit, truncate=truncate))
-        before = scoring.prefix_id(lm.tokenizer) if prefix else None
-        num_tokens = sum(len(line.ids) + prefix for line in lines)
-        with _progress(lm, num_tokens) as told, _writer(lm, out, as_json, per_token) as write:
-            started = time.perf_counter()
-            scores = []
+        started = time.perf_counter()
+        scores = []
+        with (
+            console.progress(lm, sum(len(line.ids) + prefix for line in lines)),
+            console.writer(lm, out, as_json=as_json, per_token=per_token) as write,
+        ):
             for score in scoring.score_lines(lm, lines, prefix=before):
                 write(score)
                 scores.append((score.log_likelihood, len(score.log_probs)))
-            told(time.perf_counter() - started)
-        _summarise(lm, scores, time.perf_counter() - started, sum(line.truncated for line in lines))
+        num_truncated = sum(line.truncated for line in lines)
+        console.summarise(lm, scores, time.perf_counter() - started, num_truncated)
 
 
 def embedded_model() -> Path:
@@ -147,198 +150,18 @@ def _read_lines(file: str) -> list[tuple[int, str]]:
     return lines
 
 
-@contextlib.contextmanager
-def _writer(lm: StreamedLM, out: Path | None, as_json: bool, per_token: bool) -> Iterator[Any]:
-    """Yield a function that writes one score: to a file, as JSON lines on stdout, or as rows of a table.
-
-    A file appears under its name only when it is complete; an interrupted one stays beside it, in whole lines.
-    """
-    if out is None and not as_json and sys.stdout.isatty():
-        with _table(lm, per_token) as write:
-            yield write
-        return
-    partial = out.with_name(out.name + ".part") if out is not None else None
-    try:
-        with contextlib.ExitStack() as stack:
-            file: IO[str] = sys.stdout
-            if partial is not None:
-                file = stack.enter_context(open(partial, "w", encoding="utf-8"))
-
-            def write(score: Score) -> None:
-                # One write a line, flushed: an interrupt leaves whole lines.
-                file.write(json.dumps(_row(lm, score, per_token), ensure_ascii=False) + "\n")
-                file.flush()
-
-            yield write
-        if partial is not None and out is not None:
-            os.replace(partial, out)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise InputError(
-            f"{out or 'standard output'}: {error.strerror or error}; what was written so far is in {partial or 'the pipe'}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _table(lm: StreamedLM, per_token: bool) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("line", "tokens", "log-likelihood", "mean NLL", "perplexity"):
-        table.add_column(name, justify="right")
-    table.add_column("text", overflow="ellipsis", no_wrap=not per_token)
-
-    def write(score: Score) -> None:
-        text = score.line.text
-        if per_token:
-            pairs = [f"{t['token']!r} {_number(t['log_prob'])}" for t in _tokens(lm, score)]
-            text = "  ".join(pairs)
-        table.add_row(
-            str(score.line.number), str(len(score.line.ids)), f"{score.log_likelihood:.3f}",
-            _number(score.mean_nll), _number(score.perplexity), _plain(text),
-        )  # fmt: skip
-
-    try:
-        yield write
-    finally:
-        Console().print(table)
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:,.3f}"
-
-
-def _row(lm: StreamedLM, score: Score, per_token: bool) -> dict[str, Any]:
-    def finite(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    row: dict[str, Any] = {
-        "line": score.line.number,
-        "text": score.line.text,
-        "num_tokens": len(score.line.ids),
-        "log_likelihood": score.log_likelihood,
-        "mean_nll": finite(score.mean_nll),
-        "perplexity": finite(score.perplexity),
-    }
-    if score.line.truncated:
-        row["truncated"] = True
-    if per_token:
-        row["tokens"] = _tokens(lm, score)
-    return row
-
-
-def _tokens(lm: StreamedLM, score: Score) -> list[dict[str, Any]]:
-    unscored = [None] * (len(score.line.ids) - len(score.log_probs))
-    return [
-        {"id": token, "token": lm.tokenizer.decode([token]), "log_prob": value}
-        for token, value in zip(score.line.ids, [*unscored, *score.log_probs], strict=True)
-    ]
-
-
-@contextlib.contextmanager
-def _progress(lm: StreamedLM, num_tokens: int) -> Iterator[Any]:
-    """Show the carousel's way: stop, rate and the end expected. Say first what is about to be done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    plan = lm.plan
-    num_sweeps = max(1, -(-num_tokens // plan.sweep_tokens))
-    console = Console(stderr=True)
-    held = (
-        f"{len(plan.resident)} of {lm.num_stops} stops in memory"
-        if plan.ring_bytes
-        else "all of it fits in memory"
-    )
-    console.print(
-        f"[dim]{lm.folder.name}: {format_bytes(lm.weight_bytes)} a sweep, {held}; "
-        f"{num_tokens:,} tokens in about {num_sweeps} sweep{'s' if num_sweeps > 1 else ''}[/dim]"
-    )
-    with Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} stops  {task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("sweep 1", total=num_sweeps * lm.num_stops, rate="")
-
-        def on_passage(passage: Any) -> None:
-            report = lm.report
-            rate = report.read_bytes / max(time.perf_counter() - started, 1e-9)
-            done = report.num_passages
-            total = max(num_sweeps * lm.num_stops, done)
-            progress.update(
-                task,
-                completed=done,
-                total=total,
-                description=f"sweep {(done - 1) // lm.num_stops + 1}",
-                rate=f"{format_bytes(rate)}/s" if report.read_bytes else "",
-            )
-
-        started = time.perf_counter()
-        lm.on_passage = on_passage
-        try:
-            yield lambda seconds: None
-        finally:
-            lm.on_passage = None
-
-
-def _summarise(
-    lm: StreamedLM, scores: Iterable[tuple[float, int]], seconds: float, num_truncated: int
-) -> None:
-    from slowllm.scoring import safe_exp
-
-    pairs = list(scores)
-    num_scored = sum(count for _, count in pairs)
-    total = math.fsum(value for value, _ in pairs)
-    perplexity = safe_exp(-total / num_scored) if num_scored else math.nan
-    report = lm.report
-    num_sweeps = report.num_passages / lm.num_stops
-    if report.read_bytes:
-        disk = f"read {format_bytes(report.read_bytes)} at {format_bytes(report.read_bytes / seconds)}/s"
-    else:
-        disk = f"{format_bytes(lm.weight_bytes)} of weights mapped, nothing streamed"
-    cut = f", {num_truncated} of them cut" if num_truncated else ""
-    print(
-        f"{len(pairs)} lines{cut}, {num_scored} tokens scored, corpus perplexity {_number(perplexity)}\n"
-        f"{num_sweeps:.3g} sweeps in {seconds:.2f} s: {disk}, waiting {report.wait_seconds:.2f} s, "
-        f"computing {report.compute_seconds:.2f} s, peak RSS {format_bytes(report.peak_rss_bytes)}",
-        file=sys.stderr,
-    )
-
-
 def _log_to_stderr(verbose: bool) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("slowllm").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
-def _quiet_transformers() -> None:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-
-
 def run() -> None:
-    """Run the command line: one sentence and exit code 2 for what the user can mend, 130 for an interrupt."""
+    """Run the command line: one sentence and exit code 2 for what the user can mend.
+
+    An interrupt exits with 130 and a closed pipe with 1, as click has it.
+    """
     try:
-        app(standalone_mode=True)
+        app()
     except SlowLLMError as error:
         print(f"slowllm: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except KeyboardInterrupt:
-        print("slowllm: interrupted; the lines printed so far are complete", file=sys.stderr)
-        sys.exit(130)

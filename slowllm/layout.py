@@ -155,7 +155,7 @@ def _compute_dtypes(model: PreTrainedModel, placements: Mapping[str, Placement])
 
 def _name_of(model: PreTrainedModel, module: nn.Module, placements: Mapping[str, Placement]) -> str:
     """Return the name under which the checkpoint has a module's weight: its own, or one that is tied to it."""
-    own = next(name for name, candidate in model.named_modules() if candidate is module) + ".weight"
+    own: str = next(name for name, candidate in model.named_modules() if candidate is module) + ".weight"
     if own in placements:
         return own
     tied = model.all_tied_weights_keys

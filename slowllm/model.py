@@ -66,6 +66,7 @@ class StreamedLM:
     """A loaded model: what `load` returns.
 
     Attributes:
+        name: of the checkpoint: a hub id, or the folder's name.
         model: transformers' own model with streamed blocks and head.
         folder: of the checkpoint.
         plan: what stays resident, and how many tokens ride a sweep.
@@ -86,6 +87,7 @@ class StreamedLM:
     ) -> None:
         self.model: Any = model
         self.folder = checkpoint.folder
+        self.name = checkpoint.folder.name
         self.plan = plan
         self.num_stops = stops.num_stops
         self.weight_bytes = weight_bytes
@@ -187,10 +189,12 @@ def load(
     model = build_skeleton(config, folder, choose_dtype(options.dtype, checkpoint))
     budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)
     try:
-        return _assemble(model, checkpoint, options, budget, poison)
+        lm = _assemble(model, checkpoint, options, budget, poison)
     except BaseException:
         checkpoint.close()
         raise
+    lm.name = folder.name if Path(path_or_hub_id) == folder else str(path_or_hub_id)
+    return lm
 
 
 def _assemble(

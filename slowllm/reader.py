@@ -289,6 +289,8 @@ class Reader:
         finally:
             with self._changed:
                 slot.held = False
+                # Served: from here on it is wanted only if it comes up again.
+                self._wanted = list(dict.fromkeys(upcoming))
                 if self._poison and not slot.resident:
                     for region in slot.regions:
                         region.fill(0xFF)  # NaN in every floating-point dtype

@@ -43,16 +43,16 @@ def read_config(folder: Path) -> PreTrainedConfig:
         )
     try:
         # Without trust_remote_code: a config that names code of its own is read by transformers' class, or refused.
-        return cast(
-            PreTrainedConfig,
-            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
-        )
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if kind is None:
             raise CheckpointError(f"{folder}/config.json: names no model_type") from error
         raise ArchitectureError(
             f"model type {kind!r} cannot be used by this version of transformers ({first_line(error)})"
         ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ArchitectureError(f"model type {kind!r} is an encoder-decoder; only decoders are streamed")
+    return cast(PreTrainedConfig, config)
 
 
 class _EmptyOnMeta(TorchFunctionMode):

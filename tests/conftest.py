@@ -1,0 +1,46 @@
+"""Checkpoints that many tests share, made once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Set before transformers is imported anywhere: tests reach no network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import transformers
+
+import slowllm
+from tests.families import save_tiny
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_BLOOM = ROOT / "weights" / "tiny-bloom"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the folder of a tiny checkpoint of a family, made on first use."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = tmp_path_factory.mktemp(name)
+            save_tiny(name, made[name, dtype], dtype)
+        return made[name, dtype]
+
+    return get
+
+
+@pytest.fixture
+def tiny_bloom() -> Iterator[slowllm.StreamedLM]:
+    """The embedded model in fp32, every block streamed, released weights poisoned."""
+    with slowllm.load(TINY_BLOOM, dtype="fp32", keep_resident=False, poison=True) as lm:
+        yield lm

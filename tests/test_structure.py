@@ -1,0 +1,91 @@
+"""The house keeps its order: who may import whom, what is documented, what may never be in it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "slowllm"
+# From the ground up: a room may import from those before it, never from those after it.
+ROOMS = [
+    "errors", "options", "checkpoint", "naming", "reader", "plan", "carousel", "swap", "blocks", "head",
+    "layout", "skeleton", "model", "scoring", "console", "cli", "__main__",
+]  # fmt: skip
+# Packages that only some rooms may know; a room not named in a list may not import it.
+ONLY_IN = {
+    "transformers": {"naming", "blocks", "head", "layout", "skeleton", "model", "cli"},
+    "huggingface_hub": {"model"},
+    "psutil": {"model"},
+    "rich": {"console"},
+    "typer": {"cli"},
+    "hivemind": set(),
+    "lm_eval": set(),
+    "gradio": set(),
+    "peft": set(),
+    "accelerate": set(),
+    "pickle": set(),
+}
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports by full names only"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def test_every_room_is_known() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_run_one_way(room: str) -> None:
+    names = imports(PACKAGE / f"{room}.py")
+    used = {name.split(".")[1] for name in names if name.startswith("slowllm.")} & set(ROOMS)
+    late = {other for other in used if ROOMS.index(other) >= ROOMS.index(room)}
+    assert not late, f"{room} imports from rooms above it: {late}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_packages_stay_in_their_rooms(room: str) -> None:
+    top = {name.split(".")[0] for name in imports(PACKAGE / f"{room}.py")}
+    for package, rooms in ONLY_IN.items():
+        assert package not in top or room in rooms, f"{room} may not know {package}"
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "__init__"])
+def test_what_is_public_is_documented_and_typed(room: str) -> None:
+    tree = ast.parse((PACKAGE / f"{room}.py").read_text())
+    assert ast.get_docstring(tree), f"{room} has no docstring"
+
+    def check(body: list[ast.stmt], inside: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{room}.{inside}{node.name} has no docstring"
+                if isinstance(node, ast.ClassDef):
+                    check(node.body, f"{node.name}.")
+
+    check(tree.body, "")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_files_can_be_read_in_one_sitting(room: str) -> None:
+    assert len((PACKAGE / f"{room}.py").read_text().splitlines()) <= 600
+
+
+def test_no_module_keeps_state_or_patches_another() -> None:
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.Global), f"{path.name}: module state"
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called not in {"torch.set_default_dtype", "torch.load", "pickle.load", "eval", "exec"}, (
+                path.name
+            )
