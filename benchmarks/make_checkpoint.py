@@ -1,0 +1,217 @@
+"""Write a checkpoint of real geometry with random weights, to measure with before downloading 350 GB.
+
+    python -m benchmarks.make_checkpoint --geometry llama-70b --blocks 4 OUT
+
+The files are as the hub has them: names on disk, bf16, shards of about 5 GB with an index, and a small tokenizer
+beside them. Weights are drawn once per scale and written over and over at shifting offsets, so that the disk and
+not the generator is the limit; norms are one and biases zero, so activations stay of the order of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARD_BYTES = 5_000_000_000
+POOL_ELEMENTS = (1 << 25) + 12_289  # odd, so that rows of a matrix never repeat in step
+
+LLAMA_3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+# Model type, the number of blocks of the whole model, and its published configuration.
+GEOMETRIES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "bloom-176b": ("bloom", 70, {"hidden_size": 14336, "n_head": 112, "vocab_size": 250880}),
+    "llama-70b": (
+        "llama",
+        80,
+        {
+            "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
+            "vocab_size": 128256, "max_position_embeddings": 131072, "rope_parameters": LLAMA_3_ROPE,
+        },
+    ),
+    "llama-405b": (
+        "llama",
+        126,
+        {
+            "hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_key_value_heads": 8,
+            "vocab_size": 128256, "max_position_embeddings": 131072,
+            "rope_parameters": LLAMA_3_ROPE,
+        },
+    ),
+    "mixtral-8x22b": (
+        "mixtral",
+        56,
+        {
+            "hidden_size": 6144, "intermediate_size": 16384, "num_attention_heads": 48, "num_key_value_heads": 8,
+            "vocab_size": 32768, "num_local_experts": 8, "max_position_embeddings": 65536,
+        },
+    ),
+    "falcon-180b": (
+        "falcon",
+        80,
+        {
+            "hidden_size": 14848, "num_attention_heads": 232, "num_kv_heads": 8, "vocab_size": 65024,
+            "new_decoder_architecture": True, "bias": False, "alibi": False,
+        },
+    ),
+    # For tests of the benchmarks: everything runs in a second.
+    "tiny": (
+        "llama",
+        8,
+        {
+            "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "vocab_size": 4096, "max_position_embeddings": 2048,
+        },
+    ),
+}  # fmt: skip
+
+
+def num_model_blocks(geometry: str) -> int:
+    """Return how many blocks the whole model of a geometry has."""
+    return GEOMETRIES[geometry][1]
+
+
+def make_checkpoint(geometry: str, num_blocks: int, out: Path, *, seed: int = 0) -> int:
+    """Write a checkpoint and return its bytes. The folder gets its name when it is complete.
+
+    Raises:
+        SystemExit: there is too little space, with the numbers.
+    """
+    model = _on_meta(geometry, num_blocks)
+    tensors = _names_on_disk(model)
+    num_bytes = sum(tensor.numel() * 2 for tensor in tensors.values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if num_bytes > 0.98 * free:
+        sys.exit(f"{out}: needs {num_bytes / 1e9:.1f} GB but {free / 1e9:.1f} GB are free")
+    partial = out.with_name(out.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+
+    shards = list(_shards(tensors))
+    weight_map = {}
+    pools: dict[float, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map.update(dict.fromkeys(names, file))
+        _write_shard(partial / file, {name: tensors[name] for name in names}, pools, generator)
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = torch.bfloat16
+    model.config.save_pretrained(partial)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "weights" / "tiny-bloom" / file, partial)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    return num_bytes
+
+
+def _on_meta(geometry: str, num_blocks: int) -> PreTrainedModel:
+    kind, _, options = GEOMETRIES[geometry]
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    config = AutoConfig.for_model(kind, num_hidden_layers=num_blocks, **options, **tokens)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def _names_on_disk(model: PreTrainedModel) -> dict[str, Tensor]:
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
+    }
+    names = revert_weight_conversion(model, state)
+    if model.config.model_type == "bloom":  # as bigscience/bloom has them
+        names = {name.removeprefix("transformer."): tensor for name, tensor in names.items()}
+    return names
+
+
+def _shards(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.numel() * 2 > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.numel() * 2
+    yield names
+
+
+def _write_shard(
+    path: Path, tensors: dict[str, Tensor], pools: dict[float, Tensor], generator: torch.Generator
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in tensors.items():
+        num_bytes = tensor.numel() * 2
+        offsets = [position, position + num_bytes]
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
+        position += num_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            _write_tensor(file, name, tensor, pools, generator)
+
+
+def _write_tensor(
+    file: Any, name: str, tensor: Tensor, pools: dict[float, Tensor], generator: torch.Generator
+) -> None:
+    if tensor.dim() == 1:
+        value = 0.0 if name.endswith("bias") else 1.0
+        file.write(torch.full(tensor.shape, value, dtype=torch.bfloat16).view(torch.uint8).numpy().data)
+        return
+    scale = 0.02 if "embed" in name else 1 / math.sqrt(tensor.shape[-1])
+    if scale not in pools:
+        pools[scale] = torch.randn(POOL_ELEMENTS, generator=generator).mul_(scale).to(torch.bfloat16)
+    pool = pools[scale]
+    start = int(torch.randint(POOL_ELEMENTS, (), generator=generator))
+    left = tensor.numel()
+    while left:
+        piece = pool[start : start + left]
+        file.write(piece.view(torch.uint8).numpy().data)
+        left, start = left - len(piece), 0
+
+
+def main() -> None:
+    """Parse the command line, write, and say how long it took."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--geometry", required=True, choices=sorted(GEOMETRIES))
+    parser.add_argument(
+        "--blocks", type=int, required=True, help="number of blocks; the whole model has more"
+    )
+    parser.add_argument("out", type=Path, help="folder to write")
+    arguments = parser.parse_args()
+    if arguments.blocks < 1:
+        parser.error("--blocks must be at least 1")
+    started = time.perf_counter()
+    num_bytes = make_checkpoint(arguments.geometry, arguments.blocks, arguments.out)
+    seconds = time.perf_counter() - started
+    result = {"out": str(arguments.out), "bytes": num_bytes, "seconds": round(seconds, 2)}
+    print(
+        f"{num_bytes / 1e9:.2f} GB in {seconds:.1f} s, {seconds / num_bytes * 1e9:.2f} s/GB", file=sys.stderr
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
