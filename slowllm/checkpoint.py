@@ -232,7 +232,7 @@ def _finite(digits: str) -> float:
 
 def _integer(digits: str) -> int | float:
     # "-0" is not an unsigned integer to serde_json, and huge numbers must not become Python's big integers.
-    return int(digits) if digits.isdigit() and len(digits) <= 20 else _finite(digits)
+    return int(digits) if digits != "-0" and len(digits) <= 20 else _finite(digits)
 
 
 def _check_ignored(value: Any, depth: int) -> None:
@@ -255,7 +255,7 @@ def _span(path: Path, name: str, entry: Any, data_start: int) -> Span:
         _refuse(path, problem)
 
     def is_size(value: Any) -> bool:
-        return type(value) is int and value < 1 << 64
+        return type(value) is int and 0 <= value < 1 << 64
 
     fields = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or not fields <= entry.keys():
@@ -320,7 +320,7 @@ class Checkpoint:
                 if name in spans:
                     raise CheckpointError(
                         f"{name} stands in {spans[name].path.name} and again in {path.name}; "
-                        "remove the shard that the index does not name"
+                        "fetch both shards and the index again"
                     )
                 spans[name] = span
         _check_index(folder, spans)

@@ -27,6 +27,7 @@ from slowllm.blocks import check_finite
 from slowllm.carousel import Carousel, Weights
 from slowllm.checkpoint import Placement, take_rows
 from slowllm.errors import ArchitectureError
+from slowllm.swap import SwappedWeight
 
 log = logging.getLogger(__name__)
 
@@ -53,43 +54,19 @@ def cut_head(placement: Placement, max_bytes: int) -> list[Placement]:
     ]
 
 
-class RowEmbedding(nn.Embedding):
-    """Mixin for a model's input embedding whose weight lies on a memory map, as stored.
+def stream_embedding(embedding: nn.Module, weight: Tensor, compute_dtype: torch.dtype) -> None:
+    """Put a mapped weight (V, H) into a model's input embedding, which stays a module of its own class.
 
-    Looks up the rows it needs, casts those, and hands them to the embedding's own class, whose scaling stays its
-    own business.
-    """
-
-    compute_dtype: torch.dtype
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the embedding of token ids, in the compute dtype."""
-        if self.weight.dtype == self.compute_dtype:
-            return super().forward(input)
-        ids, places = input.unique(return_inverse=True)
-        rows = nn.Parameter(self.weight[ids].to(self.compute_dtype), requires_grad=False)
-        # A copy of the module for this one call: other threads may be looking up rows of their own.
-        once = copy.copy(self)
-        once.__dict__["_parameters"] = {**self._parameters, "weight": rows}
-        once.padding_idx = (
-            None  # an id, where rows are numbered by place; it matters only for a weight's gradient
-        )
-        return super(RowEmbedding, once).forward(places)
-
-
-def stream_embedding(embedding: nn.Module, weight: Tensor, compute_dtype: torch.dtype) -> nn.Module:
-    """Put a mapped weight (V, H) into a model's input embedding.
+    A weight stored in another dtype than `compute_dtype` is looked up as stored, and only its rows are cast.
 
     Raises:
         ArchitectureError: it is no `nn.Embedding`.
     """
     if not isinstance(embedding, nn.Embedding):
         raise ArchitectureError(f"{type(embedding).__name__}: the input embedding is no nn.Embedding")
+    if weight.dtype != compute_dtype:
+        weight = SwappedWeight(weight, compute_dtype, torch.empty(0, dtype=torch.uint8))
     embedding._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    kind = type(embedding)
-    embedding.__class__ = type(f"Row{kind.__name__}", (RowEmbedding, kind), {"__module__": __name__})
-    cast(RowEmbedding, embedding).compute_dtype = compute_dtype
-    return embedding
 
 
 class StreamedHead(nn.Linear):

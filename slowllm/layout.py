@@ -130,7 +130,7 @@ def sizes_of(model: PreTrainedModel, layout: Layout) -> Sizes:
     return Sizes(
         stop_bytes=tuple(sum(map(ring_bytes_of, stop)) for stop in layout.stops),
         smallest_ring_bytes=smallest_ring(layout.stops),
-        kept_bytes=kept + swap_bytes(layout.stops, layout.dtypes),
+        kept_bytes=kept + sum(swap_bytes(layout.stops, layout.dtypes)),
         block_token_bytes=max(2 * itemsize * (widest + 4 * hidden) + attention, head_tile),
         rider_token_bytes=6 * itemsize * hidden + 1024,
     )

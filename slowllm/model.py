@@ -225,8 +225,8 @@ def _assemble(
         )
     else:
         source = MappedStops(checkpoint, layout.stops)
-    scratch_bytes = swap_bytes(layout.stops, layout.dtypes)
-    stops: Stops = CastStops(source, layout.dtypes, scratch_bytes) if scratch_bytes else source
+    buffer_bytes = swap_bytes(layout.stops, layout.dtypes)
+    stops: Stops = CastStops(source, layout.dtypes, buffer_bytes) if any(buffer_bytes) else source
     lm = StreamedLM(model, checkpoint, source, stops, plan, budget, layout.weight_bytes)
     for index, block in enumerate(layout.blocks):
         layout.blocks[index] = stream_block(block, lm._carousel, index, f"{layout.blocks_name}.{index}")

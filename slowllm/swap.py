@@ -1,34 +1,130 @@
-"""Hand weights over in the dtype that the model computes in.
+"""Hand weights over in the dtype that the model computes in, one matrix at a time.
 
-A layer between the stops and the carousel: where storage and compute dtype differ, a stop's tensors are cast
-once a visit into a kept buffer, however many riders pass. What lies in that buffer is overwritten at the next
-stop, so nobody may keep it.
+A layer between the stops and the carousel. Where storage and compute dtype differ, a small tensor is cast when its
+stop comes; a matrix is handed over as a `SwappedWeight`, which claims the compute dtype and is cast into one kept
+buffer by each operation that reads it. The buffer is overwritten by the next operation, so nothing may keep it:
+autograd, which sits above, saves the `SwappedWeight` and has it cast again in backward.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from slowllm.carousel import Stops, Weights
 from slowllm.checkpoint import Placement
+from slowllm.errors import UnsupportedError
+
+# These pick elements and change none, so that only what they pick is cast: rows of an embedding.
+_PICKS = {
+    torch.ops.aten.embedding.default,
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_select.default,
+}
+# Has no alias in its schema, and is one all the same.
+_UNSAFE_VIEWS = {torch.ops.aten._unsafe_view.default}
 
 
-def swap_bytes(stops: Sequence[Sequence[Placement]], dtypes: Mapping[str, torch.dtype]) -> int:
-    """Return the size of the kept buffer: what has to be cast of the stop where that is most."""
-    return max((_cast_bytes(stop, dtypes) for stop in stops), default=0)
+def swap_bytes(stops: Sequence[Sequence[Placement]], dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
+    """Return the sizes of the kept buffers: for all small tensors of a stop, and for the largest matrix."""
+    small, large = 0, 0
+    for stop in stops:
+        sizes = [
+            _cast_bytes(p, dtypes[p.name]) for p in stop if dtypes[p.name] != p.dtype and _is_small(p.shape)
+        ]
+        small = max(small, sum(sizes))
+        for p in stop:
+            if dtypes[p.name] != p.dtype and not _is_small(p.shape):
+                large = max(large, _cast_bytes(p, dtypes[p.name]))
+    return small, large
 
 
-def _cast_bytes(stop: Sequence[Placement], dtypes: Mapping[str, torch.dtype]) -> int:
+def _is_small(shape: Sequence[int]) -> bool:
+    return len(shape) < 2
+
+
+def _cast_bytes(placement: Placement, dtype: torch.dtype) -> int:
     # Each tensor begins on a cache line.
-    return sum(
-        -(-p.num_bytes // p.dtype.itemsize * dtypes[p.name].itemsize // 64) * 64 + 64
-        for p in stop
-        if dtypes[p.name] != p.dtype
-    )
+    return -(-math.prod(placement.shape) * dtype.itemsize // 64) * 64
+
+
+class SwappedWeight(Tensor):
+    """A weight that is stored in one dtype and computed with in another.
+
+    Views of it are again such weights, rows are picked as stored and then cast, and every other operation reads
+    it through the kept buffer; where two are read at once and the second does not fit, through a fresh tensor.
+    """
+
+    stored: Tensor
+    buffer: Tensor
+
+    # Without this, torch would make results of this class as well.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, stored: Tensor, dtype: torch.dtype, buffer: Tensor) -> SwappedWeight:
+        """Wrap `stored`; `buffer` is uint8 and at least as large as the cast weight."""
+        weight: SwappedWeight = Tensor._make_wrapper_subclass(
+            cls, stored.shape, strides=stored.stride(), dtype=dtype, device=stored.device
+        )
+        weight.stored, weight.buffer = stored, buffer
+        return weight
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"SwappedWeight({tuple(self.shape)}, {self.stored.dtype} as {self.dtype})"
+
+    def cast(self, offset: int = 0) -> Tensor:
+        """Return the weight in the compute dtype, at `offset` bytes of the kept buffer."""
+        num_bytes = self.stored.numel() * self.dtype.itemsize
+        room = self.buffer[offset : offset + num_bytes]
+        flat = (
+            room.view(self.dtype)
+            if len(room) == num_bytes
+            else torch.empty(self.stored.numel(), dtype=self.dtype)
+        )
+        # A transposed matrix keeps its layout, so that the product is the one that a resident weight gives.
+        dense = torch.ops.aten.is_non_overlapping_and_dense.default(self.stored)
+        layout = self.stored.stride() if dense else torch.empty(self.stored.shape, device="meta").stride()
+        return flat.as_strided(self.stored.shape, layout).copy_(self.stored)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        if any(
+            argument.alias_info and argument.alias_info.is_write for argument in schema.arguments
+        ) and isinstance(args[0], SwappedWeight):
+            raise UnsupportedError(f"a streamed weight cannot be written to ({func})")
+        if func in _UNSAFE_VIEWS or any(value.alias_info for value in schema.returns):
+            first = args[0]
+            assert isinstance(first, SwappedWeight), "a view is of its first argument"
+            return tree_map(
+                lambda value: (
+                    SwappedWeight(value, first.dtype, first.buffer) if isinstance(value, Tensor) else value
+                ),
+                func(first.stored, *args[1:], **kwargs),
+            )
+        if func in _PICKS and isinstance(args[0], SwappedWeight):
+            return func(args[0].stored, *args[1:], **kwargs).to(args[0].dtype)
+        offset = 0
+
+        def plain(value: Any) -> Any:
+            nonlocal offset
+            if not isinstance(value, SwappedWeight):
+                return value
+            found = value.cast(offset)
+            offset += -(-found.numel() * found.dtype.itemsize // 64) * 64
+            return found
+
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
 
 class CastStops:
@@ -37,14 +133,16 @@ class CastStops:
     Args:
         stops: that hand out weights as stored.
         dtypes: compute dtype of every tensor, by name.
-        scratch_bytes: from `swap_bytes`.
+        buffer_bytes: from `swap_bytes`.
     """
 
-    def __init__(self, stops: Stops, dtypes: Mapping[str, torch.dtype], scratch_bytes: int) -> None:
+    def __init__(
+        self, stops: Stops, dtypes: Mapping[str, torch.dtype], buffer_bytes: tuple[int, int]
+    ) -> None:
         self.num_stops = stops.num_stops
         self._stops = stops
         self._dtypes = dtypes
-        self._scratch = torch.empty(scratch_bytes, dtype=torch.uint8)
+        self._small, self._large = (torch.empty(size, dtype=torch.uint8) for size in buffer_bytes)
 
     @contextlib.contextmanager
     def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
@@ -56,9 +154,11 @@ class CastStops:
                 dtype = self._dtypes[name]
                 if tensor.dtype == dtype:
                     weights[name] = tensor
-                    continue
-                num_bytes = tensor.numel() * dtype.itemsize
-                kept = self._scratch[offset : offset + num_bytes].view(dtype).view(tensor.shape)
-                weights[name] = kept.copy_(tensor)
-                offset += -(-num_bytes // 64) * 64
+                elif _is_small(tensor.shape):
+                    num_bytes = tensor.numel() * dtype.itemsize
+                    kept = self._small[offset : offset + num_bytes].view(dtype).view(tensor.shape)
+                    weights[name] = kept.copy_(tensor)
+                    offset += -(-num_bytes // 64) * 64
+                else:
+                    weights[name] = SwappedWeight(tensor, dtype, self._large)
             yield weights

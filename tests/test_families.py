@@ -109,7 +109,7 @@ def test_parameters_are_counted_as_transformers_counts_them(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["bloom", "mixtral", "gemma-2-soft-cap", "gpt2"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_half_precision_checkpoints_compute_in_fp32(
     name: str, stored: torch.dtype, tiny: Callable[..., Path]
 ) -> None:

@@ -1,0 +1,670 @@
+"""Headers agree with the safetensors library; every way of being wrong has its own sentence."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save as save_numpy
+from safetensors.torch import save as save_torch
+from safetensors.torch import save_file
+
+from slowllm.checkpoint import (
+    DTYPE_BITS,
+    Checkpoint,
+    Placement,
+    Run,
+    Span,
+    read_header,
+    read_json,
+    take_rows,
+)
+from slowllm.errors import CheckpointError
+
+fuzz = settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=400,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def contents(header: str | bytes, data: bytes = b"", header_bytes: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else header.encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(text) if header_bytes is None else header_bytes) + text + data
+
+
+def entry(dtype: Any = "U8", shape: Any = (4,), offsets: Any = (0, 4), **more: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
+
+
+def header_of(**tensors: Any) -> str:
+    return json.dumps(tensors)
+
+
+def by_oracle(file: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+    try:
+        tensors = safetensors.deserialize(file)
+    except Exception:  # whatever it is, the library refuses
+        return None
+    return {name: (found["dtype"], tuple(found["shape"]), bytes(found["data"])) for name, found in tensors}
+
+
+def by_us(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+    try:
+        spans = read_header(path)
+    except CheckpointError as error:
+        return None if str(error).startswith(path.name) else pytest.fail(f"no file is named: {error}")
+    file = path.read_bytes()
+    for name, span in spans.items():
+        assert (span.name, span.path) == (name, path)
+    return {
+        name: (span.dtype, span.shape, file[span.offset : span.offset + span.num_bytes])
+        for name, span in spans.items()
+    }
+
+
+def stricter(text: bytes) -> bool:
+    """Whether a header has one of the things that `read_header` says it refuses and the library does not."""
+    if not text.startswith(b"{"):
+        return True
+    found = False
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal found
+        found |= len(dict(items)) < len(items)
+        return dict(items)
+
+    header = json.loads(text, object_pairs_hook=pairs)
+    tensors = [value for name, value in header.items() if name != "__metadata__"]
+    return found or any(isinstance(value, list) or isinstance(value["dtype"], dict) for value in tensors)
+
+
+def agrees(path: Path, file: bytes) -> None:
+    path.write_bytes(file)
+    ours, theirs = by_us(path), by_oracle(file)
+    if theirs is not None and ours is None:
+        assert stricter(file[8 : 8 + struct.unpack("<Q", file[:8])[0]]), file
+    else:
+        assert ours == theirs, file
+
+
+# The library as oracle
+
+NUMPY_DTYPES = ["bool", "uint8", "int8", "int16", "uint16", "float16", "int32", "float32", "int64", "float64"]
+names = st.text(st.characters(codec="utf-8"), max_size=6)
+shapes = st.lists(st.integers(0, 4), max_size=4)
+
+
+@st.composite
+def saved(draw: st.DrawFn) -> bytes:
+    """A file as the library writes it."""
+    # Not an empty table: without tensors, safetensors 0.8 writes a header for it that it cannot read itself.
+    metadata = draw(st.none() | st.dictionaries(names, names, min_size=1, max_size=2))
+    tensors = draw(st.dictionaries(names, st.tuples(st.sampled_from(NUMPY_DTYPES), shapes), max_size=4))
+    tensors.pop("__metadata__", None)
+    made = {
+        name: (np.arange(math.prod(shape)) + 3).reshape(shape).astype(dtype)
+        for name, (dtype, shape) in tensors.items()
+    }
+    if draw(st.booleans()):
+        return save_numpy(made, metadata)
+    unsigned = {"uint16", "bool"}
+    return save_torch(
+        {
+            name: torch.from_numpy(array).to(torch.bfloat16 if array.dtype.name in unsigned else None)
+            for name, array in made.items()
+        },
+        metadata,
+    )
+
+
+BIG = [2**31, 2**32, 2**62, 2**63, 2**64 - 1, 2**64, 10**19, 10**25, -1, -(2**63)]
+sizes = st.integers(0, 9) | st.sampled_from(BIG)
+odd = st.one_of(
+    st.sampled_from(
+        [None, True, False, 1.0, 4.0, -0.0, 1e300, math.inf, -math.inf, math.nan, "4", "", [], {}, "\ud800"]
+    ),
+    sizes,
+)
+
+
+@st.composite
+def by_hand(draw: st.DrawFn) -> bytes:
+    """A file whose header is right as a whole, with a few things then made wrong."""
+    tensors: list[tuple[str, Any]] = []
+    position = 0
+    for name in draw(st.lists(st.sampled_from(["a", "b", "c", "é", "", "a.b"]), max_size=4)):
+        dtype = draw(st.sampled_from(sorted(DTYPE_BITS)))
+        shape = draw(shapes)
+        num_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+        tensors.append((name, entry(dtype, shape, [position, position + num_bytes])))
+        position += num_bytes
+    for _ in range(draw(st.integers(0, 2))):
+        if tensors:
+            _spoil(draw, tensors)
+    metadata = draw(
+        st.sampled_from(
+            [(), (), (), ({"a": "b"},), (None,), ({"a": 1},), ([],), ("a",), ({},), ({"a": "\ud800"},)]
+        )
+    )
+    pairs = [("__metadata__", table) for table in metadata] + tensors
+    if draw(st.booleans()):
+        pairs = draw(st.permutations(pairs))
+    text = "{" + ",".join(f"{json.dumps(name)}:{json.dumps(value)}" for name, value in pairs) + "}"
+    text += draw(st.sampled_from(["", " ", "\n\t\r ", "\0", "\x0c", ","]))
+    encoded = text.encode("utf-8", "surrogatepass")
+    lie = draw(st.sampled_from([0, 0, 0, 0, 0, 0, 1, -1, 8, 2**40, 10**8]))
+    data = bytes(range(256))[: max(position + draw(st.sampled_from([0, 0, 0, 0, 0, 1, -1])), 0) % 256]
+    return contents(encoded, data, max(len(encoded) + lie, 0))
+
+
+def _spoil(draw: st.DrawFn, tensors: list[tuple[str, Any]]) -> None:
+    index = draw(st.integers(0, len(tensors) - 1))
+    name, value = tensors[index]
+    value = json.loads(json.dumps(value))
+    kind = draw(
+        st.sampled_from(
+            ["offset", "shape", "both", "dtype", "field", "extra", "whole", "twice", "swap", "length", "name"]
+        )
+    )
+    if kind == "name":
+        name = draw(st.sampled_from(["\ud800", "\udc00\ud800", "\ud83d\ude00", "x\x00", "__metadata__"]))
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+        kind = "whole"
+    if kind == "offset":
+        value["data_offsets"] = (
+            [*value["data_offsets"]] if isinstance(value["data_offsets"], list) else [0, 0]
+        )
+        value["data_offsets"][:1] = [draw(odd)]
+    elif kind == "both":
+        value["data_offsets"] = draw(st.lists(odd, max_size=3) | odd)
+    elif kind == "shape":
+        value["shape"] = draw(st.lists(odd, max_size=3) | odd)
+    elif kind == "length" and isinstance(value["shape"], list):
+        value["shape"] = [*value["shape"], draw(st.sampled_from([0, 1, 2, 2**40, 2**63]))] * draw(
+            st.integers(1, 2)
+        )
+    elif kind == "dtype":
+        value["dtype"] = draw(st.sampled_from(["F33", "f32", "F4", "F6_E2M3", "C128", {"U8": None}]) | odd)
+    elif kind == "field":
+        del value[draw(st.sampled_from(sorted(value)))]
+    elif kind == "extra":
+        value["more"] = draw(st.recursive(odd, lambda inner: st.lists(inner, max_size=2), max_leaves=3))
+    elif kind == "whole":
+        value = draw(st.sampled_from([["U8", [4], [0, 4]], None, 3, "U8", [], {}]))
+    elif kind == "twice":
+        tensors.append((name, value))
+    elif kind == "swap":
+        other = draw(st.integers(0, len(tensors) - 1))
+        tensors[index], tensors[other] = tensors[other], tensors[index]
+        return
+    tensors[index] = (name, value)
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz") / "model.safetensors"
+
+
+@fuzz
+@given(file=saved())
+def test_what_the_library_writes_is_read(shard: Path, file: bytes) -> None:
+    shard.write_bytes(file)
+    found = by_us(shard)
+    assert found is not None
+    assert found == by_oracle(file)
+
+
+@settings(fuzz, max_examples=1500)
+@given(file=by_hand())
+def test_spoiled_headers_are_judged_as_by_the_library(shard: Path, file: bytes) -> None:
+    agrees(shard, file)
+
+
+@fuzz
+@given(
+    file=saved() | by_hand(),
+    flips=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=3),
+    cut=st.integers(-3, 400),
+)
+def test_flipped_bytes_and_cut_files_are_judged_as_by_the_library(
+    shard: Path, file: bytes, flips: list[tuple[int, int]], cut: int
+) -> None:
+    changed = bytearray(file)
+    for position, value in flips:
+        if position < len(changed):
+            changed[position] = value
+    # Once in four, cut short; else as it is, or longer.
+    agrees(shard, bytes(changed[:cut]) if 0 < cut < 100 else bytes(changed) + b"\0" * -min(cut, 0))
+
+
+@fuzz
+@given(
+    text=st.text(st.sampled_from('{}[]":,0123456789.eE-+ \\untrlafs\n'), max_size=40),
+    data=st.binary(max_size=4),
+)
+def test_text_that_is_almost_json_is_judged_as_by_the_library(shard: Path, text: str, data: bytes) -> None:
+    agrees(shard, contents('{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4],"x":' + text + "}}", b"data"))
+    agrees(shard, contents("{" + text, data))
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPE_BITS))
+@pytest.mark.parametrize("shape", [[8], [1], [3], [0], [], [2, 2]])
+def test_every_dtype_has_the_librarys_size(shard: Path, dtype: str, shape: list[int]) -> None:
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    agrees(shard, contents(header_of(a=entry(dtype, shape, [0, bits // 8])), bytes(bits // 8)))
+    agrees(shard, contents(header_of(a=entry(dtype, shape, [0, -(-bits // 8)])), bytes(-(-bits // 8))))
+
+
+def test_no_dtype_of_the_library_is_unknown() -> None:
+    try:
+        safetensors.deserialize(contents(header_of(a=entry("no such"))))
+    except safetensors.SafetensorError as error:
+        known = str(error).partition("expected one of")[2].partition(" at line")[0]
+        assert {word.strip("` ") for word in known.split(",")} == DTYPE_BITS.keys()
+    else:
+        pytest.fail("the library takes any dtype")
+
+
+def test_depth_and_range_end_where_the_librarys_do(shard: Path) -> None:
+    def accepted(more: str) -> bool:
+        file = contents('{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4],"x":' + more + "}}", b"data")
+        agrees(shard, file)
+        return by_us(shard) is not None
+
+    assert accepted("[" * 125 + "]" * 125)
+    assert not accepted("[" * 126 + "]" * 126)
+    assert accepted('{"x":' * 125 + "1" + "}" * 125)
+    assert not accepted('{"x":' * 126 + "1" + "}" * 126)
+    assert not accepted("[" * 100_000)
+    assert accepted("9" * 300)
+    assert not accepted("9" * 400)
+    assert accepted("-1e308")
+    assert not accepted("-1e309")
+
+
+def test_a_deep_shape_is_one_short_sentence(shard: Path) -> None:
+    for depth in (90, 900):
+        shard.write_bytes(
+            contents('{"a":{"dtype":"U8","shape":' + "[" * depth + "]" * depth + ',"data_offsets":[0,4]}}')
+        )
+        with pytest.raises(CheckpointError) as caught:
+            read_header(shard)
+        assert len(str(caught.value)) < 200
+
+
+STRICTER = {
+    "name twice": '{"a":%s,"a":%s}',
+    "ignored field twice": '{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4],"x":1,"x":1}}',
+    "metadata key twice": '{"__metadata__":{"k":"v","k":"v"},"a":%s}',
+    "blank before": ' {"a":%s}',
+    "entry as a list": '{"a":["U8",[4],[0,4]]}',
+    "dtype as a table": '{"a":{"dtype":{"U8":null},"shape":[4],"data_offsets":[0,4]}}',
+}
+
+
+@pytest.mark.parametrize("header", STRICTER.values(), ids=STRICTER)
+def test_what_is_refused_beyond_the_library_is_as_stated(shard: Path, header: str) -> None:
+    file = contents(header.replace("%s", json.dumps(entry())), b"data")
+    assert by_oracle(file) is not None
+    shard.write_bytes(file)
+    assert by_us(shard) is None
+
+
+# Each refusal of a header, in its own words
+
+A = '"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'
+REFUSALS: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", r"model\.safetensors: has 0 bytes, too few"),
+    "seven bytes": (b"1234567", r"has 7 bytes, too few"),
+    "huge header": (contents("{}", b"", 100_000_001), r"claims a header of 100,000,001 bytes; this is not"),
+    "negative header": (b"\xff" * 20, r"claims a header of 18,446,744,073,709,551,615 bytes; this is not"),
+    "header cut": (contents("{}", b"", 3), r"claims a header of 3 bytes but the file has 10\. The download"),
+    "no header": (contents(""), r"its header is not a JSON object"),
+    "list": (contents("[]"), r"its header is not a JSON object"),
+    "not JSON": (contents("{a"), r"its header is not valid JSON \(Expecting property name"),
+    "not UTF-8": (contents(b'{"\xff"}'), r"its header is not valid JSON \('utf-8' codec"),
+    "UTF-16": (contents('{"a":1}'.encode("utf-16-le")), r"its header is not valid JSON"),
+    "lone surrogate": (contents('{"\\ud800":1}'), r"its header is not valid JSON \('utf-8' codec can't encode"),
+    "NaN": (contents('{"a":NaN}'), r"its header is not valid JSON \(NaN is not JSON\)"),
+    "too large": (contents('{"a":1e999}'), r"its header is not valid JSON \(number out of range\)"),
+    "too deep": (contents("{" + A[:-1] + ',"x":' + "[" * 126 + "]" * 126 + "}}"), r"JSON \(nested too deeply\)"),
+    "endless": (contents('{"a":' + "[" * 100_000), r"its header is not valid JSON \(.*recursion"),
+    "twice": (contents("{" + A + "," + A + "}", b"data"), r"a stands twice in the header"),
+    "metadata": (contents('{"__metadata__":{"a":1}}'), r"its __metadata__ is not a table of strings"),
+    "entry": (contents('{"a":7}'), r"a has no dtype, shape and data_offsets"),
+    "no offsets": (contents('{"a":{"dtype":"U8","shape":[4]}}'), r"a has no dtype, shape and data_offsets"),
+    "dtype": (contents(header_of(a=entry("F33"))), r"a has the unknown dtype 'F33'"),
+    "negative": (contents(header_of(a=entry(shape=[-4]))), r"a has the impossible shape \[-4\]"),
+    "bool": (contents(header_of(a=entry(shape=[True, 4]))), r"a has the impossible shape \[True, 4\]"),
+    "float": (contents(header_of(a=entry(shape=[4.0]))), r"a has the impossible shape \[4\.0\]"),
+    "overflow": (contents(header_of(a=entry(shape=[2**40, 2**40, 0]))), r"a has the impossible shape \[109"),
+    "offsets": (contents(header_of(a=entry(offsets=[0, 4, 8]))), r"a has the impossible data_offsets \[0, 4, 8\]"),
+    "negative offset": (contents(header_of(a=entry(offsets=[-4, 0]))), r"impossible data_offsets \[-4, 0\]"),
+    "backwards": (contents(header_of(a=entry(offsets=[4000, 0]))), r"a ends at byte 0 before it begins at 4,000"),
+    "half a byte": (contents(header_of(a=entry("F4", [3], [0, 1]))), r"a of shape \[3\] and dtype F4 does not fill"),
+    "size": (contents(header_of(a=entry("F32"))), r"shape \[4\] and dtype F32 needs 16 bytes but has 4"),
+    "overlap": (
+        contents(header_of(a=entry(), b=entry(offsets=[3, 7]))),
+        r"b starts at byte 131, inside a; the header is damaged",
+    ),
+    "hole": (contents(header_of(a=entry(offsets=[1, 5]))), r"1 bytes before a belong to no tensor"),
+    "short": (contents("{" + A + "}", b"dat"), r"a ends at byte 65 but the file has 64\. The download is incomplete"),
+    "long": (contents("{" + A + "}", b"data!"), r"the last tensor ends at byte 65 but the file has 66; it is too"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "words"), REFUSALS.values(), ids=REFUSALS)
+def test_a_header_is_refused_with(tmp_path: Path, file: bytes, words: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(file)
+    with pytest.raises(CheckpointError, match=words):
+        read_header(path)
+    assert by_oracle(file) is None or words.endswith("stands twice in the header")
+
+
+def test_a_shard_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none\.safetensors: No such file"):
+        read_header(tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match="Is a directory"):
+        read_header(tmp_path)
+
+
+def test_many_names_are_checked_in_linear_time(shard: Path) -> None:
+    # A quadratic search for the name that stands twice would take hours.
+    header = "{" + ",".join(f'"{i}":0' for i in (*range(300_000), 299_999)) + "}"
+    shard.write_bytes(contents(header))
+    with pytest.raises(CheckpointError, match="299999 stands twice"):
+        read_header(shard)
+
+
+# Folders
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sound folder of two shards."""
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5)}, tmp_path / "one.safetensors")
+    save_file({"c": torch.full((3,), 7.0)}, tmp_path / "two.safetensors")
+    write_index(tmp_path, a="one.safetensors", b="one.safetensors", c="two.safetensors")
+    return tmp_path
+
+
+def write_index(folder: Path, **weight_map: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def remove(folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def test_a_sound_folder_is_opened(folder: Path) -> None:
+    with Checkpoint.open(str(folder)) as checkpoint:
+        assert checkpoint.spans.keys() == {"a", "b", "c"}
+        assert checkpoint.spans["c"].path == folder / "two.safetensors"
+        assert checkpoint.num_bytes == (6 + 5 + 3) * 4
+        assert checkpoint.folder == folder
+
+
+def test_shards_that_the_index_does_not_name_are_left_alone(folder: Path) -> None:
+    (folder / "consolidated.safetensors").write_bytes(b"not read")
+    (folder / "model.safetensors").write_bytes(b"not read")
+    assert len(Checkpoint.open(folder).spans) == 3
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter.safetensors"])
+def test_one_file_needs_no_index(folder: Path, name: str) -> None:
+    remove(folder, "*.index.json", "two.safetensors")
+    (folder / "one.safetensors").rename(folder / name)
+    assert Checkpoint.open(folder).spans.keys() == {"a", "b"}
+
+
+def test_model_safetensors_comes_before_others(folder: Path) -> None:
+    remove(folder, "*.index.json")
+    (folder / "two.safetensors").rename(folder / "model.safetensors")
+    assert Checkpoint.open(folder).spans.keys() == {"c"}
+
+
+def break_index(**weight_map: Any) -> Callable[[Path], None]:
+    return lambda folder: write_index(folder, **weight_map)
+
+
+def without_index(*touched: str, remove_all: bool = True) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        remove(folder, "*.index.json", *(["*.safetensors"] if remove_all else []))
+        for name in touched:
+            (folder / name).touch()
+
+    return change
+
+
+def text_index(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text) and None
+
+
+def save_over(file: str, **tensors: torch.Tensor) -> Callable[[Path], None]:
+    return lambda folder: save_file(tensors, folder / file)
+
+
+def resize(file: str, change: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / file, (folder / file).stat().st_size + change)
+
+
+def empty_shards(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(contents("{}"))
+    write_index(folder)
+
+
+ONE, TWO = "one.safetensors", "two.safetensors"
+FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "gone": (shutil.rmtree, r"no such folder"),
+    "no config": (lambda folder: remove(folder, "config.json"), r"has no config\.json, so it is not a Hugging"),
+    "no weights": (without_index(), r"has no model\.safetensors and no model\.safetensors\.index\.json"),
+    "several files": (without_index(remove_all=False), r"has 2 safetensors files but no model\.saf.*index file too"),
+    "pickled": (without_index("pytorch_model-00001-of-00002.bin"), r"only pickled weights .* never loaded"),
+    "pickled .pth": (without_index("consolidated.00.pth"), r"only pickled weights"),
+    "pickled .pt": (without_index("model.pt"), r"only pickled weights"),
+    "GGUF": (without_index("model-q4.gguf"), r"has only GGUF files\. Fetch the original safetensors"),
+    "shard missing": (lambda folder: remove(folder, TWO), r"two\.safetensors: named by .* but missing; fetch"),
+    "long shard name": (break_index(a="x" * 5000), r"x: named by .* but missing"),
+    "tensor missing": (
+        break_index(a=ONE, b=ONE, c=TWO, d=TWO), r"two\.safetensors: d is missing, though .*index\.json names it there"
+    ),
+    "other shard": (
+        break_index(a=ONE, b=TWO, c=TWO), r"b: model\.saf.* names two\.safetensors but it lies in one\.safetensors"
+    ),
+    "traversal": (break_index(a="../one.safetensors"), r"names '\.\./one\.safetensors', which is not a file beside"),
+    "absolute": (break_index(a="/etc/passwd"), r"names '/etc/passwd', which is not a file beside"),
+    "parent": (break_index(a=".."), r"\.\.: named by model\.safetensors\.index\.json but missing"),
+    "no name": (break_index(a=""), r": named by model\.safetensors\.index\.json but missing"),
+    "not a name": (break_index(a=7), r"index\.json: has no weight_map of tensor names to file names"),
+    "no map": (text_index("{}"), r"index\.json: has no weight_map of tensor names"),
+    "map is a list": (text_index('{"weight_map": []}'), r"index\.json: has no weight_map of tensor names"),
+    "index is a list": (text_index("[]"), r"index\.json: is not a JSON object"),
+    "index is cut": (text_index('{"weight_map": {'), r"index\.json: is not valid JSON"),
+    "index is endless": (text_index("[" * 100_000), r"index\.json: is not valid JSON \(.*recursion"),
+    "twice": (
+        save_over(TWO, a=torch.zeros(2, 3), c=torch.zeros(3)),
+        r"a stands in one\.safetensors and again in two\.safetensors; fetch both shards and the index again",
+    ),
+    "short": (resize(ONE, -1), r"one\.safetensors: \w ends at byte (\d+) but the file has \d+\. The download is inc"),
+    "long": (resize(TWO, 5), r"two\.safetensors: the last tensor ends at byte \d+ but the file has \d+; it is too long"),
+    "empty shard": (lambda folder: os.truncate(folder / TWO, 0), r"two\.safetensors: has 0 bytes"),
+    "empty": (empty_shards, r"its shards hold no tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words"), FOLDERS.values(), ids=FOLDERS)
+def test_a_folder_is_refused_with(folder: Path, change: Callable[[Path], Any], words: str) -> None:
+    change(folder)
+    with pytest.raises(CheckpointError, match=words):
+        Checkpoint.open(folder)
+
+
+def test_a_short_file_is_told_with_its_numbers(folder: Path) -> None:
+    size = (folder / TWO).stat().st_size
+    os.truncate(folder / TWO, size - 5)
+    with pytest.raises(
+        CheckpointError, match=rf"two\.safetensors: c ends at byte {size:,} but the file has {size - 5:,}\."
+    ):
+        Checkpoint.open(folder)
+
+
+def test_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: No such file"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(CheckpointError, match=r"config\.json: is not valid JSON"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_dtype_that_torch_cannot_compute_with_is_refused_by_name(tmp_path: Path) -> None:
+    span = Span("a.weight", tmp_path / "one.safetensors", "F8_E4M3", (4,), 8, 4)
+    with pytest.raises(
+        CheckpointError, match=r"one\.safetensors: a\.weight is stored as F8_E4M3, which cannot"
+    ):
+        _ = span.torch_dtype
+
+
+# Bytes
+
+
+def whole(span: Span) -> Placement:
+    runs = (Run(span, 0, 0, span.num_bytes),) if span.num_bytes else ()
+    return Placement(span.name, span.shape, span.torch_dtype, runs)
+
+
+def bytes_of(placement: Placement) -> bytes:
+    """Follow the runs by hand."""
+    filled = bytearray(placement.num_bytes)
+    for run in placement.runs:
+        begin = run.span.offset + run.source
+        filled[run.target : run.target + run.num_bytes] = run.span.path.read_bytes()[
+            begin : begin + run.num_bytes
+        ]
+    return bytes(filled)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+def test_mapped_tensors_equal_the_saved_and_share_one_map(tmp_path: Path, dtype: torch.dtype) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {
+        "a": torch.arange(35).view(5, 7).to(dtype),
+        "b": torch.arange(3).to(dtype),
+        "c": torch.tensor(1).to(dtype),
+        "d": torch.zeros(0, 4, dtype=dtype),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        mapped = {name: checkpoint.mapped(whole(span)) for name, span in checkpoint.spans.items()}
+        for name, tensor in tensors.items():
+            found = mapped[name]
+            assert found is not None
+            assert found.dtype == dtype
+            assert torch.equal(found, tensor)
+        # No copies: their distance in memory is their distance in the file.
+        first, second = mapped["a"], mapped["b"]
+        assert first is not None
+        assert second is not None
+        offsets = checkpoint.spans["b"].offset - checkpoint.spans["a"].offset
+        assert second.data_ptr() - first.data_ptr() == offsets
+    # A view keeps its map alive.
+    assert torch.equal(first, tensors["a"])
+
+
+def test_a_mapped_tensor_shows_the_file_and_never_writes_to_it(folder: Path) -> None:
+    with Checkpoint.open(folder) as checkpoint:
+        mapped = checkpoint.mapped(whole(checkpoint.spans["a"]))
+        assert mapped is not None
+        before = (folder / ONE).read_bytes()
+        mapped.fill_(5.0)
+        assert (folder / ONE).read_bytes() == before
+
+
+def test_rows_of_a_mapped_tensor_are_mapped(folder: Path) -> None:
+    with Checkpoint.open(folder) as checkpoint:
+        mapped = checkpoint.mapped(take_rows(whole(checkpoint.spans["a"]), "a", 1, 2))
+        assert mapped is not None
+        assert mapped.tolist() == [[3.0, 4.0, 5.0]]
+
+
+def test_what_no_map_can_hold_is_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    header = header_of(
+        odd=entry("U8", [1], [0, 1]), a=entry("F32", [2], [1, 9]), b=entry("F32", [2], [9, 17])
+    )
+    header += " " * (-len(header) % 8)
+    (tmp_path / "model.safetensors").write_bytes(contents(header, bytes(17)))
+    with Checkpoint.open(tmp_path) as checkpoint:
+        a, b = checkpoint.spans["a"], checkpoint.spans["b"]
+        assert checkpoint.mapped(whole(a)) is None
+        assert checkpoint.mapped(whole(checkpoint.spans["odd"])) is not None
+        # Misaligned as a whole, but its bytes alone are not.
+        assert checkpoint.mapped(Placement("a", (8,), torch.uint8, (Run(a, 0, 0, 8),))) is not None
+        two = Placement("ab", (4,), torch.uint8, (Run(a, 0, 0, 2), Run(b, 0, 2, 2)))
+        assert checkpoint.mapped(two) is None
+
+
+def test_a_shard_cut_short_since_it_was_opened_is_not_mapped(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    size = (folder / TWO).stat().st_size
+    os.truncate(folder / TWO, size - 3)
+    words = rf"two\.safetensors: c ends at byte {size:,} but the file has {size - 3:,}; it was cut short"
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.mapped(whole(checkpoint.spans["c"]))
+    (folder / ONE).unlink()
+    with pytest.raises(CheckpointError, match=r"one\.safetensors: cannot be mapped"):
+        checkpoint.mapped(whole(checkpoint.spans["a"]))
+    (folder / ONE).touch()
+    with pytest.raises(CheckpointError, match=r"one\.safetensors: cannot be mapped"):
+        checkpoint.mapped(whole(checkpoint.spans["a"]))
+
+
+@settings(fuzz, max_examples=100)
+@given(
+    cuts=st.lists(st.integers(0, 60), max_size=4),
+    rows=st.tuples(st.integers(0, 5), st.integers(0, 5)).map(sorted),
+    backwards=st.booleans(),
+)
+def test_rows_are_the_rows_of_the_whole(
+    tmp_path: Path, cuts: list[int], rows: list[int], backwards: bool
+) -> None:
+    """A (5, 2, 3) parameter in int16 of which each piece lies in its own place on disk."""
+    shape, row_bytes = (5, 2, 3), 12
+    path = tmp_path / "model.safetensors"
+    data = bytes(range(60))
+    save_file({"a": torch.frombuffer(bytearray(data), dtype=torch.int16).view(30)}, path)
+    span = read_header(path)["a"]
+    edges = sorted({0, 60, *cuts})
+    pieces = [(low, high) for low, high in itertools.pairwise(edges)]
+    # What lies first in the parameter lies last on disk.
+    runs = [Run(span, 60 - high if backwards else low, low, high - low) for low, high in pieces]
+    placement = Placement("a", shape, torch.int16, tuple(runs))
+    start, stop = rows
+    taken = take_rows(placement, "rows", start, stop)
+    assert (taken.name, taken.shape, taken.dtype) == ("rows", (stop - start, 2, 3), torch.int16)
+    assert [run.target for run in taken.runs] == sorted(run.target for run in taken.runs)
+    assert sum(run.num_bytes for run in taken.runs) == taken.num_bytes == (stop - start) * row_bytes
+    assert bytes_of(taken) == bytes_of(placement)[start * row_bytes : stop * row_bytes]
