@@ -66,7 +66,7 @@ GEOMETRIES: dict[str, tuple[str, int, dict[str, Any]]] = {
         80,
         {
             "hidden_size": 14848, "num_attention_heads": 232, "num_kv_heads": 8, "vocab_size": 65024,
-            "new_decoder_architecture": True, "bias": False, "alibi": False,
+            "new_decoder_architecture": True, "bias": False, "alibi": False, "tie_word_embeddings": False,
         },
     ),
     # For tests of the benchmarks: everything runs in a second.

@@ -7,8 +7,10 @@ line's score does not depend on its neighbours beyond rounding.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from slowllm.errors import InputError
 from slowllm.head import log_probs
 from slowllm.model import StreamedLM
+from slowllm.plan import Plan
 
 # Lines are sorted by length within a window of this many sweeps' tokens, so that any number can stream through.
 WINDOW_SWEEPS = 4
@@ -143,29 +146,37 @@ def pack(lengths: Sequence[int], rider_tokens: int) -> list[list[int]]:
 def score_lines(lm: StreamedLM, lines: Iterable[Line], *, prefix: int | None) -> Iterator[Score]:
     """Yield the scores of any number of lines, in order, in as few sweeps as the plan allows.
 
+    Lines are drawn as riders leave, so their number is no limit, and the next sweep begins while the last one's
+    results are handed over.
+
     Args:
         lm: a loaded model.
-        lines: from `encode`.
+        lines: from `encode`; drawn on the carousel's thread, so it must not call the model.
         prefix: token id before each line, from `prefix_id`; None leaves each line's first token unscored.
     """
-    extra = 0 if prefix is None else 1
-    for window in _windows(lines, lm.plan.sweep_tokens * WINDOW_SWEEPS, extra):
-        batches = pack([len(line.ids) + extra for line in window], lm.plan.rider_tokens)
-        widths = [len(window[batch[0]].ids) + extra for batch in batches]
-        tokens = [width * len(batch) for width, batch in zip(widths, batches, strict=True)]
-        max_riders = max(1, lm.plan.sweep_tokens // max(tokens))
+    plan, aboard = lm.plan, deque[list[int]]()
 
-        def job(batch: list[int]) -> Any:
-            return lambda: _score_batch(lm, [window[index] for index in batch], prefix)  # noqa: B023
+    def jobs() -> Iterator[Callable[[], list[Score]]]:
+        for numbers, batch in _micro_batches(lines, plan, extra=0 if prefix is None else 1):
+            aboard.append(numbers)
+            yield functools.partial(_score_batch, lm, batch, prefix)
 
-        found: dict[int, Score] = {}
-        # Lines come back in order; of a micro-batch, each as soon as all before it are there.
-        position = 0
-        for batch, scores in zip(batches, lm.stream(map(job, batches), max_riders), strict=True):
-            found.update(zip(batch, scores, strict=True))
-            while position in found:
-                yield found.pop(position)
-                position += 1
+    found: dict[int, Score] = {}
+    position = 0
+    for scores in lm.stream(jobs(), max(1, plan.sweep_tokens // plan.rider_tokens)):
+        found.update(zip(aboard.popleft(), scores, strict=True))
+        while position in found:
+            yield found.pop(position)
+            position += 1
+
+
+def _micro_batches(lines: Iterable[Line], plan: Plan, extra: int) -> Iterator[tuple[list[int], list[Line]]]:
+    """Yield micro-batches and the positions of their lines, packed within a window of a few sweeps."""
+    first = 0
+    for window in _windows(lines, plan.sweep_tokens * WINDOW_SWEEPS, extra):
+        for batch in pack([len(line.ids) + extra for line in window], plan.rider_tokens):
+            yield [first + index for index in batch], [window[index] for index in batch]
+        first += len(window)
 
 
 def _windows(lines: Iterable[Line], max_tokens: int, extra: int) -> Iterator[list[Line]]:

@@ -115,11 +115,8 @@ def test_all_lines_go_through_in_as_few_sweeps_as_the_plan_says(lm: StreamedLM) 
         found = score(lm, ["The value is returned as it was given."] * 48)
     finally:
         lm.plan = whole
-    width = len(found[0].line.ids) + 1
-    riders = math.ceil(48 / (64 // width))
-    assert (
-        lm.report.num_passages - before == math.ceil(riders / (128 // (64 // width * width))) * lm.num_stops
-    )
+    riders = math.ceil(48 / (64 // (len(found[0].line.ids) + 1)))
+    assert lm.report.num_passages - before == math.ceil(riders / 2) * lm.num_stops
 
 
 def test_lines_stream_through_without_being_drawn_all_at_once(lm: StreamedLM) -> None:
