@@ -1,20 +1,23 @@
 """The loop: stops go round, riders pass through them.
 
 Knows stops, riders and directions; knows nothing of text, of transformers or of where weights come from. A rider
-is a callable in a thread of its own. Exactly one of them runs at a time: a baton goes round. When every rider
+is a callable in a thread of its own. Exactly one of them runs at a time: whoever holds the baton. When every rider
 waits at a stop, the carousel moves to the next stop that somebody waits for, and takes them through it one after
 the other in rider order. The heavy computing is done here, on the carousel's one thread, so that forty riders do
 not bring forty teams of OpenMP threads.
 
 Threads that are not riders may visit stops too (a plain call of the model): they are guests. A guest is served
 like a rider, but holds no baton, so nobody waits for it between its visits.
+
+Torch's global generator changes hands with the baton, so while anybody rides, it belongs to the riders. Other
+global state (Python's `random`, numpy's generator, torch's flags) is everybody's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import copy
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +33,16 @@ from slowllm.errors import RideError
 T = TypeVar("T")
 Weights = Mapping[str, Tensor]
 Direction = Literal["up", "down"]
+Work = Callable[[Weights], Any]
+Job = Callable[[], Any]
+
+# How long a rider may run its own code before a guest that waits at another stop is served meanwhile. The rider
+# may be waiting for that very guest, which cannot be known; where it is not, the riders' stop is read once more.
+# So the patience is about as long as reading a stop takes.
+GUEST_PATIENCE_SECONDS = 0.5
+# A stream runs at most this many times `max_riders` ahead of its consumer. One would leave seats empty behind a
+# rider that takes long; without a limit, results would pile up behind it, or behind a consumer that pauses.
+MAX_AHEAD = 4
 
 
 class Stops(Protocol):
@@ -39,7 +52,6 @@ class Stops(Protocol):
 
     def visit(self, stop: int, upcoming: Sequence[int] = ()) -> AbstractContextManager[Weights]:
         """Hold the weights of a stop for the length of the context; `upcoming` are the stops expected next."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -63,14 +75,7 @@ class Passage:
 
 @dataclass
 class Totals:
-    """What a carousel has done since it began; complete whenever a result is handed over.
-
-    Attributes:
-        num_passages: stops at which somebody was served.
-        num_passed: visits served.
-        wait_seconds: spent waiting for weights.
-        compute_seconds: spent computing.
-    """
+    """The sums of all passages since the carousel began; complete whenever a result is handed over."""
 
     num_passages: int = 0
     num_passed: int = 0
@@ -78,98 +83,118 @@ class Totals:
     compute_seconds: float = 0.0
 
 
-@dataclass
-class _ThreadState:
-    """What torch and Python keep per thread, so that work done elsewhere behaves as in the rider's own."""
+def _as_here() -> Callable[..., Any]:
+    """Return a function that runs work, in whatever thread, with what torch and Python keep for this one."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    cache, context = torch.is_autocast_cache_enabled(), contextvars.copy_context()
 
-    grad: bool
-    inference: bool
-    autocast: bool
-    autocast_dtype: torch.dtype
-    autocast_cache: bool
-    context: contextvars.Context
-
-    @classmethod
-    def capture(cls) -> _ThreadState:
-        return cls(
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            torch.get_autocast_dtype("cpu"),
-            torch.is_autocast_cache_enabled(),
-            contextvars.copy_context(),
-        )
-
-    def run(self, work: Callable[[], T]) -> T:
+    def run(work: Callable[..., Any], *args: Any) -> Any:
         with (
-            torch.inference_mode(self.inference),
-            torch.set_grad_enabled(self.grad),
-            torch.autocast(
-                "cpu", enabled=self.autocast, dtype=self.autocast_dtype, cache_enabled=self.autocast_cache
-            ),
+            torch.inference_mode(inference),
+            torch.set_grad_enabled(grad),
+            torch.autocast("cpu", enabled=autocast, dtype=dtype, cache_enabled=cache),
         ):
-            # A copy, because a context cannot be entered twice at a time.
-            return self.context.copy().run(work)
+            # A copy: all riders of a party start from one context, and none may see what another sets.
+            return context.copy().run(work, *args)
+
+    return run
 
 
 class _Visit:
     """One thread's wait for a stop, and what came of it."""
 
-    def __init__(self, stop: int, direction: Direction, work: Callable[[Weights], Any]) -> None:
-        self.stop, self.direction, self.work = stop, direction, work
-        self.rider: _Rider | None = None
-        self.comes_back = False
-        self.comes_round = False
-        self.state = _ThreadState.capture()
-        self.done = threading.Semaphore(0)
+    comes_back = comes_round = False
+
+    def __init__(self, stop: int, direction: Direction, work: Work, rider: _Rider | None) -> None:
+        self.stop, self.direction, self.work, self.rider = stop, direction, work, rider
+        # Riders in their order, guests after them.
+        self.order = math.inf if rider is None else rider.order
+        self.key = (stop, direction, -threading.get_ident() if rider is None else rider.order)
+        self.run = _as_here()
+        self.done = threading.Event()
         self.value: Any = None
         self.error: BaseException | None = None
 
-    @property
-    def order(self) -> tuple[int, int]:
-        # Riders in their order, guests after them.
-        return (0, self.rider.order) if self.rider else (1, 0)
-
 
 class _Rider:
-    """One job of a party, and the thread it runs in."""
+    """One job of a party, the thread it runs in, and what came of it."""
 
-    def __init__(
-        self, party: _Party, index: int, order: int, job: Callable[[], Any], random_state: Tensor
-    ) -> None:
-        self.party, self.index, self.order, self.job = party, index, order, job
-        self.random_state = random_state
+    def __init__(self, party: _Party, order: int, job: Job, random_state: Tensor) -> None:
+        self.party, self.index, self.order = party, party.num_boarded, order
+        self.job, self.random_state = job, random_state
+        self.thread: threading.Thread | None = None
+        self.result: list[Any] = []
+        self.error: BaseException | None = None
 
 
 class _Party:
-    """The riders of one `ride`, and what came of those that have ended."""
+    """The riders of one `ride` or `stream`; those that have ended wait for their turn to be taken."""
 
-    def __init__(self, jobs: Iterator[Callable[[], Any]], max_riders: int) -> None:
-        self.jobs, self.max_riders = jobs, max_riders
-        self.state = _ThreadState.capture()
-        # The first rider goes on with the caller's generator; the others' seeds come from a copy of it.
-        self.random_state = torch.get_rng_state()
-        self.seeds = torch.Generator()
-        self.seeds.set_state(self.random_state)
-        self.num_boarded = 0
-        self.next_job: Callable[[], Any] | None = None
-        self.exhausted = False
-        self.cancelled = False
+    def __init__(self, jobs: Iterator[Job], max_riders: int, is_stream: bool) -> None:
+        self.jobs, self.max_riders, self.is_stream = jobs, max_riders, is_stream
+        self.run = _as_here()
+        self.random_state: Tensor
+        self.seeds: torch.Generator
+        # Drawn one ahead of need: whether more will come is then known.
+        self.drawn: list[Job] = []
+        self.exhausted = self.cancelled = False
+        self.error: BaseException | None = None
+        self.num_boarded = self.num_taken = 0
         self.aboard: set[_Rider] = set()
-        self.outcomes: dict[int, tuple[Any, BaseException | None]] = {}
-        self.jobs_error: BaseException | None = None
+        self.ended: dict[int, _Rider] = {}
 
-    def draw(self) -> None:
-        """Take the next job from the caller's iterable, one ahead of need: whether more will come is then known."""
-        try:
-            self.next_job = None if self.exhausted else self.state.context.run(next, self.jobs, None)
-        except BaseException as error:  # the caller's iterable failed; the caller hears of it
-            self.next_job, self.jobs_error = None, error
-        self.exhausted = self.next_job is None
+    def stop_boarding(self, error: BaseException | None) -> None:
+        if self.drawn or not self.exhausted:  # else none is left behind
+            self.error = error
+        self.exhausted = True
+        self.drawn.clear()
 
     @property
     def has_seat(self) -> bool:
-        return not self.exhausted and len(self.aboard) < self.max_riders
+        in_reach = not self.is_stream or self.num_boarded - self.num_taken < MAX_AHEAD * self.max_riders
+        return in_reach and bool(self.drawn) and len(self.aboard) < self.max_riders
+
+
+class _Course:
+    """Where the carousel is, which way it goes, and who has passed there.
+
+    Nobody passes one stop again in one direction while somebody waits who has not had a turn: a thread that comes
+    back to one stop for ever must not keep the carousel there.
+    """
+
+    def __init__(self) -> None:
+        self.stop = -1
+        self.direction: Direction = "up"
+        self.passed: set[tuple[int, Direction, int]] = set()
+
+    def due(self, visits: Sequence[_Visit]) -> list[_Visit]:
+        return [visit for visit in visits if visit.key not in self.passed]
+
+    def move(self, visits: Sequence[_Visit]) -> None:
+        """Go to the next stop that somebody waits for: onward first, then back down, or round to the start."""
+        due = self.due(visits)
+        stops = {visit.stop for visit in due}
+        if self.stop in stops:
+            return
+        self.passed.clear()
+        if not due:  # nobody but those who have just passed: another round of this stop
+            return
+        up = self.direction == "up"
+        ahead = [stop for stop in stops if (stop > self.stop) == up]
+        if ahead:
+            self.stop = min(ahead) if up else max(ahead)
+        elif up and any(visit.direction == "down" for visit in due):
+            self.stop, self.direction = max(stops), "down"
+        else:
+            self.stop, self.direction = min(stops), "up"
+
+
+class _Local(threading.local):
+    """What the carousel knows of the thread that calls it."""
+
+    rider: _Rider | None = None
+    last_stop, comes_round = -1, False
 
 
 class Carousel:
@@ -178,33 +203,23 @@ class Carousel:
     Args:
         stops: where weights come from.
         on_passage: called after each stop, on the carousel's thread; must not raise and not visit.
-        on_thread_start: called once at the start of every rider's thread.
     """
 
-    def __init__(
-        self,
-        stops: Stops,
-        on_passage: Callable[[Passage], None] | None = None,
-        on_thread_start: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, stops: Stops, on_passage: Callable[[Passage], None] | None = None) -> None:
         self.totals = Totals()
-        self._stops = stops
-        self._on_passage = on_passage
-        self._on_thread_start = on_thread_start
+        self._stops, self._on_passage = stops, on_passage
         self._changed = threading.Condition()
         self._waiting: list[_Visit] = []
+        self._dismissed: list[_Visit] = []  # will not be served; each rider hears of it when it has the baton
         self._parties: list[_Party] = []
-        self._baton: _Rider | None = None
-        self._random_owner: _Rider | None = None
         self._last_order = 0
-        self._here: int | None = None
-        self._direction: Direction = "up"
-        self._closing = False
-        self._local = threading.local()
+        self._baton: _Rider | None = None
+        self._runs_since = 0.0
+        self._course, self._detour = _Course(), _Course()
+        self._over: RideError | None = None
+        self._local = _Local()
         self._thread = threading.Thread(target=self._run, name="slowllm-carousel", daemon=True)
         self._thread.start()
-
-    # For riders and guests.
 
     def visit(
         self, stop: int, direction: Direction, work: Callable[[Weights], T], *, comes_back: bool = False
@@ -220,332 +235,365 @@ class Carousel:
             work: called with the weights of the stop.
             comes_back: whether a backward pass will follow; a hint for the reader.
         Raises:
-            RideError: the carousel was closed, the ride was cancelled, or the call came from a stop's own work.
-            BaseException: whatever `work` raised.
+            RideError: the carousel was closed, the ride was cancelled, or the call came from its own thread.
+            BaseException: whatever `work` raised, or what kept the weights from coming.
         """
         if threading.current_thread() is self._thread:
-            raise RideError("a streamed model cannot be called from inside one of its own blocks")
-        visit = _Visit(stop, direction, work)
-        rider = visit.rider = getattr(self._local, "rider", None)
-        visit.comes_back = comes_back
-        last = getattr(self._local, "last_stop", -1)
-        self._local.comes_round = getattr(self._local, "comes_round", False) or stop < last
-        self._local.last_stop, visit.comes_round = stop, self._local.comes_round
-        with self._changed:
-            self._refuse_if_over(rider)
-            self._waiting.append(visit)
-            if rider is not None:
-                self._put_baton_down(rider)
-            self._changed.notify_all()
+            raise RideError("the model was called inside a block, on_passage or the iterable of jobs")
+        local, rider = self._local, self._local.rider
+        local.comes_round = local.comes_round or (direction == "up" and stop <= local.last_stop)
+        local.last_stop = stop
+        visit = _Visit(stop, direction, work, rider)
+        visit.comes_back, visit.comes_round = comes_back, local.comes_round
         try:
-            visit.done.acquire()
+            with self._changed:
+                self._refuse_if_over(rider)
+                self._waiting.append(visit)
+                self._put_baton_down(rider)
+                self._changed.notify_all()
+            visit.done.wait()
         except BaseException:  # an interrupt: nobody is to serve a visit that is not waited for
             with self._changed:
                 if visit in self._waiting:
                     self._waiting.remove(visit)
             raise
-        if visit.error is not None:
-            raise visit.error
-        return visit.value  # type: ignore[no-any-return]
+        try:
+            if visit.error is not None:
+                raise visit.error
+            return visit.value  # type: ignore[no-any-return]
+        finally:
+            # The error's traceback holds this frame; a circle would keep the visitor's tensors alive.
+            visit.error = visit.value = None
 
     def _refuse_if_over(self, rider: _Rider | None) -> None:
-        if self._closing:
-            raise RideError("the model was closed")
+        if self._over is not None:
+            raise _twin(self._over)
         if rider is not None and rider.party.cancelled:
             raise RideError("the ride was cancelled")
-
-    # For whoever has jobs.
 
     def ride(self, jobs: Iterable[Callable[[], T]], max_riders: int | None = None) -> list[T]:
         """Run each job as a rider of shared sweeps and return their results in order.
 
         Args:
-            jobs: callables that call the model. Each runs in a thread of its own, one at a time, with a random
-                generator of its own: the first has the caller's, the others are seeded from it.
-            max_riders: how many are aboard at once; the others board as these leave.
+            jobs: callables that call the model. Each runs in a thread of its own, one at a time, so none may wait
+                for another, or for another ride. The first has the caller's random generator, the others have
+                their own, seeded from it.
+            max_riders: how many are aboard at once; the others board as these leave. All, by default.
         Raises:
-            BaseException: what a job raised, after the others have finished, with a note that says which.
-            RideError: called from inside a rider.
+            BaseException: what a job raised, after the others have finished, with a note that says which; of
+                several errors, that of the first job in order.
+            RideError: called from inside a rider, or the carousel was closed.
         """
         jobs = list(jobs)
-        results: list[Any] = [None] * len(jobs)
-        failures: list[tuple[int, BaseException]] = []
-        for index, value, error in self._ride(iter(jobs), max_riders or max(len(jobs), 1)):
-            results[index] = value
-            if error is not None:
-                failures.append((index, error))
-        if failures:
-            index, error = min(failures, key=lambda failure: failure[0])
-            others = f"; {len(failures) - 1} others failed too" if len(failures) > 1 else ""
-            error.add_note(f"raised by rider {index} of {len(jobs)}{others}")
-            raise error
-        return results
+        seats = max(len(jobs), 1) if max_riders is None else max_riders
+        return list(self._ride(iter(jobs), seats, is_stream=False))
 
     def stream(self, jobs: Iterable[Callable[[], T]], max_riders: int) -> Iterator[T]:
         """Yield the results of any number of jobs, in order, as they come.
 
-        Jobs are drawn from the iterable as riders leave. When one raises, no more board; those aboard finish,
-        and the error is raised in its place in the order.
+        Jobs are drawn as riders leave, at most four times `max_riders` ahead of whoever takes the results. The
+        carousel waits for each, so the iterable must not block; it goes on with the caller's random generator,
+        and every rider's is seeded from that. When a job or the iterable raises, no more board; those aboard
+        finish, and the error is raised in its place in the order. Closing the stream early cancels its riders.
         """
-        kept: dict[int, tuple[Any, BaseException | None]] = {}
-        position = 0
-        with contextlib.closing(self._ride(iter(jobs), max_riders, stop_at_error=True)) as outcomes:
-            for index, value, error in outcomes:
-                kept[index] = (value, error)
-                while position in kept:
-                    result, failure = kept.pop(position)
-                    if failure is not None:
-                        failure.add_note(f"raised by rider {position}")
-                        raise failure
-                    position += 1
-                    yield result
+        return self._ride(iter(jobs), max_riders, is_stream=True)
 
-    def _ride(
-        self, jobs: Iterator[Callable[[], Any]], max_riders: int, stop_at_error: bool = False
-    ) -> Generator[tuple[int, Any, BaseException | None], None, None]:
+    def _ride(self, jobs: Iterator[Job], max_riders: int, is_stream: bool) -> Generator[Any, None, None]:
         assert max_riders > 0, "a ride needs at least one rider at a time"
-        if getattr(self._local, "rider", None) is not None or threading.current_thread() is self._thread:
+        if self._is_ours():
             raise RideError("ride() was called inside a rider; call the model directly there")
-        party = _Party(jobs, max_riders)
-        party.draw()
-        with self._changed:
-            self._refuse_if_over(None)
-            self._parties.append(party)
-            self._changed.notify_all()
+        party = _Party(jobs, max_riders, is_stream)
+        failed: list[_Rider] = []
         try:
-            while True:
-                with self._changed:
-                    while not party.outcomes and not (party.exhausted and not party.aboard):
-                        self._changed.wait()
-                    ready, party.outcomes = party.outcomes, {}
-                if not ready:
-                    break
-                for index, (value, error) in ready.items():
-                    if error is not None and stop_at_error:
-                        with self._changed:
-                            party.exhausted = True
-                    yield index, value, error
-            if party.jobs_error is not None:
-                raise party.jobs_error
-        finally:
             with self._changed:
-                party.cancelled = party.exhausted = True
-                for visit in [v for v in self._waiting if v.rider is not None and v.rider.party is party]:
-                    self._waiting.remove(visit)
-                    visit.error = RideError("the ride was cancelled")
-                    visit.done.release()
+                self._refuse_if_over(None)
+                # During another ride the generator is that of some rider, who would draw the same numbers.
+                source = _fork(self._parties[0].seeds) if self._parties else torch.default_generator
+                party.random_state, party.seeds = source.get_state(), _fork(source)
+                self._parties.append(party)
                 self._changed.notify_all()
-                while party.aboard:
-                    self._changed.wait()
-                self._parties.remove(party)
-                if not self._parties:
-                    # The caller's generator goes on as if the first rider had run in its place; one step further
-                    # where there were others, or their seeds would come again.
-                    torch.set_rng_state(party.random_state)
-                    if party.num_boarded > 1:
-                        torch.rand(())
-                    self._random_owner = None
+            while (rider := self._next_ended(party)) is not None:
+                if rider.error is not None:
+                    failed.append(rider)
+                elif not failed:
+                    yield rider.result.pop()
+            error = failed[0].error if failed else party.error
+            if failed and error is not None:
+                more = f"; {len(failed) - 1} more failed" if len(failed) > 1 else ""
+                error.add_note(f"raised by rider {failed[0].index} of {party.num_boarded}{more}")
+            if error is not None:
+                raise error
+        finally:
+            self._cancel(party)
+            # The traceback holds this frame; a circle would keep what its tensors hold.
+            error = party.error = None
+            failed.clear()
+
+    def _next_ended(self, party: _Party) -> _Rider | None:
+        """Wait for the next rider in order, and for its thread; return None where the party has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: party.num_taken in party.ended or party not in self._parties)
+            rider = party.ended.pop(party.num_taken, None)
+            party.num_taken += 1
+            self._changed.notify_all()
+        if rider is not None and rider.thread is not None:
+            rider.thread.join()
+        return rider
+
+    def _cancel(self, party: _Party) -> None:
+        """End a party, where it has not ended by itself, and wait for its riders."""
+        reason = RideError("the ride was cancelled")
+        party.cancelled = True
+        party.stop_boarding(reason)
+        if self._is_ours():
+            # A forgotten stream, collected as garbage on a thread that must not wait for riders: the marks end it.
+            return
+        with self._changed:
+            self._dismiss([v for v in self._waiting if v.rider and v.rider.party is party], reason)
+            self._end_parties()
+        while self._next_ended(party) is not None:
+            pass
+
+    def _is_ours(self) -> bool:
+        return self._local.rider is not None or threading.current_thread() is self._thread
 
     def close(self) -> None:
         """End the carousel: whoever waits gets a `RideError`. Joins the thread."""
         with self._changed:
-            self._end("the model was closed")
+            self._end(RideError("the model was closed"))
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _end(self, reason: str, cause: BaseException | None = None) -> None:
-        self._closing = True
-        for party in self._parties:
-            party.cancelled = party.exhausted = True
-        for visit in self._waiting:
-            visit.error = RideError(reason)
-            visit.error.__cause__ = cause
-            visit.done.release()
-        self._waiting.clear()
-        self._changed.notify_all()
-
-    # The carousel's own thread.
+    # The threads of the carousel and its riders.
 
     def _run(self) -> None:
         try:
             while True:
                 with self._changed:
-                    self._settle()
-                    while not self._waiting and not self._closing:
-                        self._changed.wait()
-                        self._settle()
-                    if self._closing:
+                    visits = self._settle()
+                    if not visits:
                         return
-                    stop, direction = self._choose()
-                    upcoming = self._upcoming(stop)
-                self._serve(stop, direction, upcoming)
+                    # A guest who is served while a rider runs does not take the riders' carousel along.
+                    course = self._course if self._baton is None else self._detour
+                    course.move(visits)
+                    upcoming = self._expected(course)
+                del visits  # or they would be kept until the next
+                self._serve(course, upcoming)
         except BaseException as error:  # a fault of ours must not leave everybody waiting
+            reason = RideError(f"the carousel failed: {error!r}")
+            reason.__cause__ = error
             with self._changed:
-                self._end(f"the carousel failed: {error!r}", error)
+                self._end(reason)
 
-    def _serve(self, stop: int, direction: Direction, upcoming: Sequence[int]) -> None:
+    def _serve(self, course: _Course, upcoming: Sequence[int]) -> None:
+        stop = course.stop
         started = time.perf_counter()
-        compute_seconds, num_passed, wait_seconds = 0.0, 0, 0.0
+        compute_seconds, num_passed, wait_seconds = 0.0, 0, None
         try:
             with self._stops.visit(stop, upcoming) as weights:
                 wait_seconds = time.perf_counter() - started
                 self.totals.num_passages += 1
                 self.totals.wait_seconds += wait_seconds
-                while (visit := self._next_visit(stop)) is not None:
-                    compute_seconds += self._pass(visit, weights)
+                while (seconds := self._pass_next(course, weights)) is not None:
+                    compute_seconds += seconds
                     num_passed += 1
-        except BaseException as error:  # the weights could not be had: every visitor of this stop hears of it
+        except BaseException as error:
+            if wait_seconds is not None:  # all have passed, so there is nobody here who could hear of it
+                raise
             with self._changed:
-                visits = [visit for visit in self._waiting if visit.stop == stop]
-                self._waiting = [visit for visit in self._waiting if visit.stop != stop]
-            for visit in sorted(visits, key=lambda visit: visit.order):
-                with self._changed:
-                    self._settle()
-                # A copy each: threads that raise one object would mix their tracebacks in it.
-                self._deliver(visit, None, copy.copy(error).with_traceback(error.__traceback__))
+                self._dismiss([visit for visit in self._waiting if visit.stop == stop], error)
+            return
         if self._on_passage is not None and num_passed:
-            self._on_passage(Passage(stop, direction, num_passed, wait_seconds, compute_seconds))
+            self._on_passage(Passage(stop, course.direction, num_passed, wait_seconds, compute_seconds))
 
-    def _pass(self, visit: _Visit, weights: Weights) -> float:
-        """Serve one visit; return the seconds that it took."""
+    def _pass_next(self, course: _Course, weights: Weights) -> float | None:
+        """Serve the next visit to this stop; return the seconds that it took, None where nobody is left."""
+        with self._changed:
+            here = [visit for visit in course.due(self._settle(course)) if visit.stop == course.stop]
+            if not here:
+                return None
+            # One at a time: a rider may come back to the same stop at once (head and last block, at the turn).
+            visit = min(here, key=lambda visit: visit.order)
+            self._waiting.remove(visit)
+            course.passed.add(visit.key)
+            self._hand_baton(visit.rider)
         started = time.perf_counter()
-        value, error = None, None
         try:
-            value = visit.state.run(lambda: visit.work(weights))
+            visit.value = visit.run(visit.work, weights)
         except BaseException as caught:  # the visitor's, whatever it is
-            error = caught
+            visit.error = caught
         seconds = time.perf_counter() - started
         self.totals.num_passed += 1
         self.totals.compute_seconds += seconds
-        self._deliver(visit, value, error)
+        if visit.rider is not None:
+            self._runs_since = time.monotonic()
+        visit.done.set()
         return seconds
 
-    def _deliver(self, visit: _Visit, value: Any, error: BaseException | None) -> None:
+    def _run_rider(self, rider: _Rider) -> None:
+        self._local.rider = rider
+        try:
+            rider.result.append(rider.party.run(rider.job))
+        except BaseException as caught:  # handed to whoever called ride()
+            rider.error = caught
+        del rider.job
         with self._changed:
-            if visit.rider is not None:
-                if visit.rider.party.cancelled:
-                    error = RideError("the ride was cancelled")
-                self._hand_baton(visit.rider)
-        visit.value, visit.error = value, error
-        visit.done.release()
-
-    def _next_visit(self, stop: int) -> _Visit | None:
-        """Take the next visit to this stop, once whoever runs has come back or left.
-
-        One at a time: a rider may come back to the same stop at once (head and last block, at the turn).
-        """
-        with self._changed:
-            self._settle()
-            here = [visit for visit in self._servable() if visit.stop == stop]
-            if not here or self._closing:
-                return None
-            visit = min(here, key=lambda visit: visit.order)
-            self._waiting.remove(visit)
-            return visit
+            self._leave(rider)
 
     # What follows runs with the lock held.
 
-    def _settle(self) -> None:
-        """Let everybody board who can, and wait until no rider runs.
+    def _settle(self, course: _Course | None = None) -> list[_Visit]:
+        """Let everybody board who can, and wait until no rider runs. Return who may be served; none at the end.
 
-        Guests are served while a rider runs its own code: the rider may be waiting for that very guest.
+        Guests may be served while a rider runs, because the rider may be waiting for that very guest: those at
+        the stop of `course`, where the carousel is, at once; others only after a while, as the carousel may have
+        to come back for riders who are still to pass here. Without a course, wait until somebody comes.
         """
-        while not self._closing:
+        while self._over is None:
+            self._end_parties()
+            patience = None
             if self._baton is None:
-                if not self._board():
-                    return
-            elif self._servable():
-                return
-            else:
-                self._changed.wait()
+                if self._draw() or self._board():
+                    continue
+                if self._waiting or course is not None:
+                    return self._waiting
+            elif guests := [visit for visit in self._waiting if visit.rider is None]:
+                patience = self._runs_since + GUEST_PATIENCE_SECONDS - time.monotonic()
+                is_here = course is not None and any(v.stop == course.stop for v in course.due(guests))
+                if is_here or patience <= 0:
+                    return guests
+            self._changed.wait(patience)
+        return []
 
-    def _servable(self) -> list[_Visit]:
-        return [visit for visit in self._waiting if self._baton is None or visit.rider is None]
+    def _draw(self) -> bool:
+        """Take the next job from a caller's iterable; return False where no party needs one."""
+        party = next((party for party in self._parties if not party.drawn and not party.exhausted), None)
+        if party is None:
+            return False
+        torch.set_rng_state(party.random_state)
+        # Without the lock: it is the caller's code, and may take its time.
+        self._changed.release()
+        try:
+            job = party.run(next, party.jobs)
+        except BaseException as error:  # the end, or what the caller is to hear
+            party.stop_boarding(None if isinstance(error, StopIteration) else error)
+        finally:
+            self._changed.acquire()
+        party.random_state = torch.get_rng_state()
+        if not party.exhausted:  # nor cancelled meanwhile
+            party.drawn.append(job)
+        return True
 
     def _board(self) -> bool:
         """Start the next job that finds a seat; return False where there is none."""
         party = next((party for party in self._parties if party.has_seat), None)
         if party is None:
             return False
-        job = party.next_job
-        assert job is not None, "a party that is not exhausted has a next job"
-        random_state = party.random_state
-        if party.num_boarded:
-            seed = int(torch.randint(1 << 62, (), dtype=torch.int64, generator=party.seeds))
-            random_state = torch.Generator().manual_seed(seed).get_state()
+        has_callers = party.num_boarded == 0 and not party.is_stream
+        random_state = party.random_state if has_callers else _fork(party.seeds).get_state()
         self._last_order += 1
-        rider = _Rider(party, party.num_boarded, self._last_order, job, random_state)
+        rider = _Rider(party, self._last_order, party.drawn.pop(), random_state)
         party.num_boarded += 1
         party.aboard.add(rider)
-        party.draw()
         self._hand_baton(rider)
         name = f"slowllm-rider-{rider.index}"
-        threading.Thread(target=self._run_rider, args=(rider,), name=name, daemon=True).start()
+        thread = threading.Thread(target=self._run_rider, args=(rider,), name=name, daemon=True)
+        try:
+            thread.start()
+            rider.thread = thread
+        except RuntimeError as error:  # no more threads are to be had
+            rider.error = error
+            self._leave(rider)
         return True
 
-    def _run_rider(self, rider: _Rider) -> None:
-        self._local.rider = rider
-        value, error = None, None
-        try:
-            if self._on_thread_start is not None:
-                self._on_thread_start()
-            value = rider.party.state.run(rider.job)
-        except BaseException as caught:  # handed to whoever called ride()
-            error = caught
-        with self._changed:
-            rider.party.outcomes[rider.index] = (value, error)
-            rider.party.aboard.discard(rider)
-            self._put_baton_down(rider)
-            if rider.index == 0:
-                rider.party.random_state = rider.random_state
+    def _leave(self, rider: _Rider) -> None:
+        party = rider.party
+        party.aboard.discard(rider)
+        party.ended[rider.index] = rider
+        self._put_baton_down(rider)
+        if rider.index == 0 and not party.is_stream:
+            party.random_state = rider.random_state
+        if rider.error is not None and party.is_stream:
+            party.stop_boarding(None)
+        self._end_parties()
+        self._changed.notify_all()
+
+    def _end_parties(self) -> None:
+        """Strike off those that are complete. After the last one, the generator is the caller's again."""
+        for party in [p for p in self._parties if p.exhausted and not p.drawn and not p.aboard]:
+            self._parties.remove(party)
+            if not self._parties:
+                torch.set_rng_state(party.random_state)
+                if party.num_boarded > 1 or party.is_stream:
+                    _fork(torch.default_generator)  # past the number of the seeds, or they would come again
             self._changed.notify_all()
 
-    def _hand_baton(self, rider: _Rider) -> None:
-        # Sampling draws from the one global generator, so its state is the rider's own while it runs.
-        if self._random_owner is not rider:
+    def _hand_baton(self, rider: _Rider | None) -> None:
+        if rider is not None:  # a guest has no part in it
+            # Sampling draws from the one global generator, so its state is the rider's own meanwhile.
             torch.set_rng_state(rider.random_state)
-            self._random_owner = rider
-        self._baton = rider
+            self._baton = rider
+            self._runs_since = time.monotonic()
 
-    def _put_baton_down(self, rider: _Rider) -> None:
-        if self._baton is rider:
+    def _put_baton_down(self, rider: _Rider | None) -> None:
+        if rider is not None:
             rider.random_state = torch.get_rng_state()
             self._baton = None
+            self._tell_dismissed()
 
-    def _choose(self) -> tuple[int, Direction]:
-        """Return the next stop that somebody waits for: onward first, then back down, or round to the start."""
-        visits = self._servable()
-        stops = {visit.stop for visit in visits}
-        here = -1 if self._here is None else self._here
-        if here in stops:
-            stop = here
-        elif self._direction == "up":
-            ahead = [stop for stop in stops if stop > here]
-            if ahead:
-                stop = min(ahead)
-            elif any(visit.direction == "down" for visit in visits):
-                self._direction = "down"
-                stop = max(stops)
-            else:
-                stop = min(stops)
-        else:
-            ahead = [stop for stop in stops if stop < here]
-            if not ahead:
-                self._direction = "up"
-            stop = max(ahead) if ahead else min(stops)
-        self._here = stop
-        return stop, self._direction
+    def _dismiss(self, visits: Sequence[_Visit], error: BaseException) -> None:
+        """End visits unserved. Riders hear of it one after the other, and before anybody else is served."""
+        for visit in sorted(visits, key=lambda visit: visit.order):
+            self._waiting.remove(visit)
+            visit.error = _twin(error)
+            if visit.rider is not None:
+                self._dismissed.append(visit)
+            else:  # at once: whoever runs may be waiting for it
+                visit.done.set()
+        self._tell_dismissed()
 
-    def _upcoming(self, stop: int) -> list[int]:
+    def _tell_dismissed(self) -> None:
+        if self._dismissed and self._baton is None:
+            visit = self._dismissed.pop(0)
+            self._hand_baton(visit.rider)
+            visit.done.set()
+
+    def _end(self, reason: RideError) -> None:
+        self._over = self._over or reason
+        for party in self._parties:
+            party.cancelled = True
+            party.stop_boarding(_twin(reason))
+        self._dismiss(self._waiting, reason)
+        self._end_parties()
+        self._changed.notify_all()
+
+    def _expected(self, course: _Course) -> list[int]:
         """Guess the stops after this one; the reader goes by it, and a wrong guess costs one read."""
-        last = self._stops.num_stops
-        if self._direction == "down":
-            return [*range(stop - 1, -1, -1), *range(1, last)]
-        onward = list(range(stop + 1, last))
+        stop, num_stops = course.stop, self._stops.num_stops
+        if course.direction == "down":
+            return [*range(stop - 1, -1, -1), *range(1, num_stops)]
+        onward = list(range(stop + 1, num_stops))
         if any(visit.comes_back or visit.direction == "down" for visit in self._waiting):
-            return onward + list(range(last - 2, -1, -1))
-        # Past the last stop only where somebody is known to come round again.
-        again = any(visit.comes_round for visit in self._waiting) or any(
-            not p.exhausted for p in self._parties
-        )
+            return onward + list(range(num_stops - 2, -1, -1))
+        # Past the last stop only where somebody waits at an earlier one, or is likely to come there.
+        again = any(visit.stop < stop or visit.comes_round for visit in self._waiting)
+        again |= any(party.drawn for party in self._parties)
         return onward + list(range(stop)) if again else onward
+
+
+def _fork(generator: torch.Generator) -> torch.Generator:
+    """Make a generator that is seeded by one draw from another."""
+    # The device is named because the caller may have made another one the default.
+    seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu", generator=generator)
+    return torch.Generator("cpu").manual_seed(int(seed))
+
+
+def _twin(error: BaseException) -> BaseException:
+    """Copy an error: threads that raise one object would mix their tracebacks and notes in it."""
+    try:
+        twin = copy.copy(error)
+    except Exception:  # its class wants other arguments than it keeps; then all share the one
+        return error
+    twin.__cause__, twin.__context__ = error.__cause__, error.__context__
+    twin.__suppress_context__ = error.__suppress_context__
+    return twin.with_traceback(error.__traceback__)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from slowllm.errors import InputError
@@ -40,10 +41,11 @@ def parse_bytes(size: str | int) -> int:
     Raises:
         InputError: the size cannot be read, or is not positive.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    # At most 18 digits: sizes beyond that are slips, and Python refuses to read thousands of digits.
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS:
         raise InputError(f"{size!r} is not a size; write it like 16GiB, 500MB or 8g")
-    num_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    num_bytes = int(Fraction(match[1]) * _UNITS[match[2].upper()])
     if num_bytes <= 0:
         raise InputError(f"{size!r} is not a positive size")
     return num_bytes
@@ -63,8 +65,8 @@ def format_binary(num_bytes: int) -> str:
     """Return a size that `parse_bytes` reads back as at least as many bytes: ``1.25GiB``."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if num_bytes >= unit:
-            hundredths = -(-num_bytes * 100 // unit)
-            return f"{hundredths / 100:g}{name}"
+            whole, hundredths = divmod(-(-num_bytes * 100 // unit), 100)
+            return f"{whole}.{hundredths:02}".rstrip("0").rstrip(".") + name
     return f"{num_bytes}B"
 
 

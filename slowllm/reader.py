@@ -2,7 +2,7 @@
 
 Knows files, order and memory; knows nothing about models or compute dtypes. A stop handed out stays valid until
 it is given back. Buffers are allocated once: a ring for the stops that stream, and one kept buffer for each
-resident stop. Reads bypass the page cache (O_DIRECT) where the file system allows, else they are buffered and
+tensor of a resident stop. Reads bypass the page cache (O_DIRECT) where the file system allows, else they are buffered and
 the pages are dropped behind them.
 """
 
@@ -19,12 +19,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slowllm.checkpoint import Checkpoint, Placement, Run
+from slowllm.checkpoint import Checkpoint, Placement, Run, Span
 from slowllm.errors import CheckpointError, RideError
 
 log = logging.getLogger(__name__)
@@ -82,13 +83,13 @@ class ReadStats:
 
 @dataclass(frozen=True)
 class _Request:
-    """One read: the bytes from `begin` to `end` of a file, to `region[at:]`; by way of a bounce buffer or not.
+    """One read: the bytes from `begin` to `end` of a span's file, to `region[at:]`; by a bounce buffer or not.
 
     Of these, `needed` must arrive; the last page of a file may be short.
     """
 
     slot: _Slot
-    path: Path
+    span: Span
     begin: int
     end: int
     region: np.ndarray
@@ -135,6 +136,8 @@ class _Ring:
         self.extents: deque[tuple[int, int, _Slot]] = deque()
 
     def allocate(self, num_bytes: int, slot: _Slot) -> np.ndarray | None:
+        if not num_bytes:  # an extent of no bytes would look like a full circle
+            return self._buffer.bytes[:0]
         start = self._fit(num_bytes)
         if start is None:
             return None
@@ -159,23 +162,36 @@ class _Files:
     def __init__(self) -> None:
         self._direct: dict[Path, int | None] = {}
         self._buffered: dict[Path, int] = {}
+        self._refused: set[Path] = set()
         self._lock = threading.Lock()
 
-    def read(self, path: Path, offset: int, view: np.ndarray, needed: int) -> int:
-        """Read `view.nbytes` at `offset`, or to the end of the file; at least `needed` bytes."""
+    def read(self, span: Span, offset: int, view: np.ndarray, needed: int) -> None:
+        """Read `view.nbytes` at `offset` of the span's file, or to its end; at least `needed` bytes.
+
+        Raises:
+            CheckpointError: the file ends before.
+            OSError: the disk failed.
+        """
         num_read = 0
         while num_read < needed:
-            count = self._read_once(path, offset + num_read, view[num_read:])
+            try:
+                count = self._read_once(span.path, offset + num_read, view[num_read:])
+            except OSError as error:
+                where = f"reading {span.name} at byte {offset + num_read:,}"
+                raise OSError(error.errno, f"{error.strerror} ({where})", str(span.path)) from error
             if count == 0:
-                raise CheckpointError(
-                    f"{path.name}: ends at byte {offset + num_read:,} but {offset + needed:,} are needed; "
-                    "the file was cut short while it was open"
-                )
+                self._refuse_short(span)
             num_read += count
-        return num_read
+
+    def _refuse_short(self, span: Span) -> NoReturn:
+        file_bytes = os.fstat(self._buffered[span.path]).st_size
+        raise CheckpointError(
+            f"{span.path.name}: {span.name} ends at byte {span.offset + span.num_bytes:,} but the file has "
+            f"{file_bytes:,} by now; it was cut short while it was open"
+        )
 
     def _read_once(self, path: Path, offset: int, view: np.ndarray) -> int:
-        direct = self._open(path)
+        direct, buffered = self._open(path)
         # What a short read left over is no longer aligned; the page cache takes the rest.
         if direct is not None and offset % PAGE == 0:
             try:
@@ -184,22 +200,22 @@ class _Files:
                 if error.errno != errno.EINVAL:
                     raise
                 log.info("%s: direct reads are refused here; reading through the page cache", path.name)
-                with self._lock:
-                    self._direct[path] = None
-        count = os.preadv(self._buffered[path], [view.data], offset)
+                self._refused.add(path)
+        count = os.preadv(buffered, [view.data], offset)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._buffered[path], offset, count, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(buffered, offset, count, os.POSIX_FADV_DONTNEED)
         return count
 
-    def _open(self, path: Path) -> int | None:
+    def _open(self, path: Path) -> tuple[int | None, int]:
         with self._lock:
             if path not in self._buffered:
                 self._buffered[path] = os.open(path, os.O_RDONLY)
+            if path not in self._direct:
                 try:
                     self._direct[path] = os.open(path, os.O_RDONLY | os.O_DIRECT)
                 except (OSError, AttributeError):  # tmpfs and other systems
                     self._direct[path] = None
-            return self._direct[path]
+            return None if path in self._refused else self._direct[path], self._buffered[path]
 
     def close(self) -> None:
         for number in (*self._buffered.values(), *self._direct.values()):
@@ -247,6 +263,7 @@ class Reader:
         self._files = _Files()
         self._changed = threading.Condition()
         self._closing = False
+        self._failure: BaseException | None = None
         self._threads = [
             threading.Thread(target=self._work, name=f"slowllm-read-{number}", daemon=True)
             for number in range(num_threads)
@@ -266,21 +283,30 @@ class Reader:
         Raises:
             CheckpointError: a file is shorter than its header said.
             OSError: the disk failed.
+            RideError: the reader was closed.
         """
+        assert all(0 <= index < self.num_stops for index in (stop, *upcoming)), "there is no such stop"
         started = time.perf_counter()
         with self._changed:
             self._wanted = list(dict.fromkeys((stop, *upcoming)))
             for slot in list(self._slots.values()):
-                if slot.stop not in self._wanted and (slot.error or not slot.ready):
+                # What half a resident stop has is kept until it comes.
+                if slot.stop not in self._wanted and (slot.error or not (slot.ready or slot.resident)):
                     self._forget(slot)
             self._changed.notify_all()
-            while (found := self._slots.get(stop)) is None or not (found.ready or found.error):
+            while True:
                 if self._closing:
                     raise RideError("the model was closed")
+                if self._failure is not None:
+                    raise self._failure
+                found = self._slots.get(stop)
+                if found is not None and (found.ready or found.error):
+                    break
                 self._changed.wait()
             slot = found
             if slot.error is not None:
                 self._forget(slot)
+                self._wanted = []  # else it would be read again at once, and fail again before anybody came
                 raise slot.error
             slot.held = True
             self.stats.wait_seconds += time.perf_counter() - started
@@ -306,7 +332,7 @@ class Reader:
             thread.join()
         self._files.close()
 
-    # What follows runs with the lock held, but for `_work` and `_read`.
+    # What follows runs with the lock held, down to `_work`.
 
     def _forget(self, slot: _Slot) -> None:
         """Give a stop up. Its extents leave the ring when they are the oldest and no read is under way."""
@@ -412,42 +438,55 @@ class Reader:
             high = min(low + self._request_bytes, end)
             needed = min(high, run_begin + run.num_bytes) - low
             at = shift + low
-            yield _Request(slot, run.span.path, low, high, region, at, needed, bounce)
+            yield _Request(slot, run.span, low, high, region, at, needed, bounce)
 
     def _work(self) -> None:
-        # A request that begins inside a page and ends inside another touches a page more at either end.
-        bounce = _Buffer(self._request_bytes + 2 * PAGE).bytes
-        while True:
+        try:
+            # A request that begins inside a page and ends inside another touches a page more at either end.
+            bounce = _Buffer(self._request_bytes + 2 * PAGE).bytes
+            while (request := self._wait_for_request()) is not None:
+                error: BaseException | None = None
+                try:
+                    self._read(request, bounce)
+                except BaseException as caught:  # handed to whoever visits this stop
+                    error = caught
+                self._finish(request, error)
+        except BaseException as caught:  # no memory for a buffer, say: handed to every visitor
             with self._changed:
-                while (request := None if self._closing else self._next_request()) is None:
-                    if self._closing:
-                        return
-                    self._changed.wait()
-            error: BaseException | None = None
-            try:
-                self._read(request, bounce)
-            except BaseException as caught:  # handed to the visitor
-                error = caught
-            with self._changed:
-                slot = request.slot
-                slot.num_in_flight -= 1
+                self._failure = caught
+                self._changed.notify_all()
+
+    def _wait_for_request(self) -> _Request | None:
+        with self._changed:
+            while not self._closing:
+                request = self._next_request()
+                if request is not None:
+                    return request
+                self._changed.wait()
+        return None
+
+    def _finish(self, request: _Request, error: BaseException | None) -> None:
+        with self._changed:
+            slot = request.slot
+            slot.num_in_flight -= 1
+            if error is None:
                 self.stats.read_bytes += request.needed
-                if error is not None:
-                    slot.unplaced.clear()
-                    slot.requests.clear()
-                    slot.error = error
-                if not slot.num_in_flight:  # the stop may be ready, or its extents may be free
-                    self._changed.notify_all()
+            else:
+                slot.unplaced.clear()
+                slot.requests.clear()
+                slot.error = error
+            if not slot.num_in_flight:  # the stop may be ready, or its extents may be free
+                self._changed.notify_all()
 
     def _read(self, request: _Request, bounce: np.ndarray) -> None:
         length = request.end - request.begin
         target = request.region[request.at : request.at + length]
         if not request.bounce:
-            self._files.read(request.path, request.begin, target, request.needed)
+            self._files.read(request.span, request.begin, target, request.needed)
             return
         skip = request.begin % PAGE
         view = bounce[: _up(skip + length)]
-        self._files.read(request.path, request.begin - skip, view, skip + length)
+        self._files.read(request.span, request.begin - skip, view, skip + length)
         np.copyto(target, view[skip : skip + length])
 
 

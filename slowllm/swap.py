@@ -54,6 +54,13 @@ def _cast_bytes(placement: Placement, dtype: torch.dtype) -> int:
     return -(-math.prod(placement.shape) * dtype.itemsize // 64) * 64
 
 
+def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Return the elements from the first to the last of a strided tensor."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+
+
 class SwappedWeight(Tensor):
     """A weight that is stored in one dtype and computed with in another.
 
@@ -71,7 +78,12 @@ class SwappedWeight(Tensor):
     def __new__(cls, stored: Tensor, dtype: torch.dtype, buffer: Tensor) -> SwappedWeight:
         """Wrap `stored`; `buffer` is uint8 and at least as large as the cast weight."""
         weight: SwappedWeight = Tensor._make_wrapper_subclass(
-            cls, stored.shape, strides=stored.stride(), dtype=dtype, device=stored.device
+            cls,
+            stored.shape,
+            strides=stored.stride(),
+            storage_offset=stored.storage_offset(),
+            dtype=dtype,
+            device=stored.device,
         )
         weight.stored, weight.buffer = stored, buffer
         return weight
@@ -81,17 +93,16 @@ class SwappedWeight(Tensor):
 
     def cast(self, offset: int = 0) -> Tensor:
         """Return the weight in the compute dtype, at `offset` bytes of the kept buffer."""
-        num_bytes = self.stored.numel() * self.dtype.itemsize
+        shape, strides = self.stored.shape, self.stored.stride()
+        # A view keeps its layout, so that the product is the one that a view of a resident weight gives; only an
+        # expanded one, whose elements lie on each other, is written out.
+        if any(stride == 0 and length > 1 for length, stride in zip(shape, strides, strict=True)):
+            strides = torch.empty(shape, device="meta").stride()
+        extent = _extent(shape, strides)
+        num_bytes = extent * self.dtype.itemsize
         room = self.buffer[offset : offset + num_bytes]
-        flat = (
-            room.view(self.dtype)
-            if len(room) == num_bytes
-            else torch.empty(self.stored.numel(), dtype=self.dtype)
-        )
-        # A transposed matrix keeps its layout, so that the product is the one that a resident weight gives.
-        dense = torch.ops.aten.is_non_overlapping_and_dense.default(self.stored)
-        layout = self.stored.stride() if dense else torch.empty(self.stored.shape, device="meta").stride()
-        return flat.as_strided(self.stored.shape, layout).copy_(self.stored)
+        flat = room.view(self.dtype) if len(room) == num_bytes else torch.empty(extent, dtype=self.dtype)
+        return flat.as_strided(shape, strides).copy_(self.stored)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -99,19 +110,36 @@ class SwappedWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         schema = func._schema
-        if any(
-            argument.alias_info and argument.alias_info.is_write for argument in schema.arguments
-        ) and isinstance(args[0], SwappedWeight):
-            raise UnsupportedError(f"a streamed weight cannot be written to ({func})")
-        if func in _UNSAFE_VIEWS or any(value.alias_info for value in schema.returns):
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        for argument in schema.arguments:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(given.get(argument.name), SwappedWeight):
+                raise UnsupportedError(f"a streamed weight cannot be written to ({func})")
+        is_view = func in _UNSAFE_VIEWS or any(
+            value.alias_info is not None and not value.alias_info.is_write for value in schema.returns
+        )
+        if is_view:
+            # In inference mode composite operations come whole, and `to`, say, is a view only where it does nothing.
+            parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
             first = args[0]
             assert isinstance(first, SwappedWeight), "a view is of its first argument"
-            return tree_map(
-                lambda value: (
-                    SwappedWeight(value, first.dtype, first.buffer) if isinstance(value, Tensor) else value
-                ),
-                func(first.stored, *args[1:], **kwargs),
-            )
+            if func is torch.ops.aten.view.dtype:
+                raise UnsupportedError(
+                    f"the bytes of a streamed weight cannot be seen as another dtype ({func})"
+                )
+            # Outside of inference mode: a view that is an inference tensor cannot have a normal tensor for its base.
+            with torch.inference_mode(False):
+                views = func(first.stored, *args[1:], **kwargs)
+                return tree_map(
+                    lambda value: (
+                        SwappedWeight(value, first.dtype, first.buffer)
+                        if isinstance(value, Tensor)
+                        else value
+                    ),
+                    views,
+                )
         if func in _PICKS and isinstance(args[0], SwappedWeight):
             return func(args[0].stored, *args[1:], **kwargs).to(args[0].dtype)
         offset = 0
@@ -121,7 +149,7 @@ class SwappedWeight(Tensor):
             if not isinstance(value, SwappedWeight):
                 return value
             found = value.cast(offset)
-            offset += -(-found.numel() * found.dtype.itemsize // 64) * 64
+            offset += -(-_extent(found.shape, found.stride()) * found.dtype.itemsize // 64) * 64
             return found
 
         return func(*tree_map(plain, args), **tree_map(plain, kwargs))

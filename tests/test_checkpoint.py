@@ -142,76 +142,76 @@ odd = st.one_of(
 )
 
 
+TENSOR_FAULTS = [
+    "offset", "offsets", "shape", "length", "dtype", "field", "extra", "whole", "twice", "swap", "name",
+]  # fmt: skip
+METADATA = [{"a": "b"}, None, {"a": 1}, [], "a", {}, {"a": "\ud800"}, {"a": "\ud83d\ude00"}]
+
+
 @st.composite
 def by_hand(draw: st.DrawFn) -> bytes:
-    """A file whose header is right as a whole, with a few things then made wrong."""
+    """A file that is right but for two things at most."""
     tensors: list[tuple[str, Any]] = []
     position = 0
-    for name in draw(st.lists(st.sampled_from(["a", "b", "c", "é", "", "a.b"]), max_size=4)):
+    for name in draw(st.lists(st.sampled_from(["a", "b", "c", "é", "", "a.b"]), max_size=4, unique=True)):
         dtype = draw(st.sampled_from(sorted(DTYPE_BITS)))
         shape = draw(shapes)
         num_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
         tensors.append((name, entry(dtype, shape, [position, position + num_bytes])))
         position += num_bytes
-    for _ in range(draw(st.integers(0, 2))):
-        if tensors:
-            _spoil(draw, tensors)
-    metadata = draw(
-        st.sampled_from(
-            [(), (), (), ({"a": "b"},), (None,), ({"a": 1},), ([],), ("a",), ({},), ({"a": "\ud800"},)]
-        )
-    )
-    pairs = [("__metadata__", table) for table in metadata] + tensors
-    if draw(st.booleans()):
-        pairs = draw(st.permutations(pairs))
-    text = "{" + ",".join(f"{json.dumps(name)}:{json.dumps(value)}" for name, value in pairs) + "}"
-    text += draw(st.sampled_from(["", " ", "\n\t\r ", "\0", "\x0c", ","]))
+    metadata, end, lie, longer = [], "", 0, 0
+    for fault in draw(st.lists(st.sampled_from([*TENSOR_FAULTS, *TENSOR_FAULTS, *"melo"]), max_size=2)):
+        match fault:
+            case "m":
+                metadata.append(("__metadata__", draw(st.sampled_from(METADATA))))
+            case "e":
+                end = draw(st.sampled_from([" ", "\n\t\r ", "\0", "\x0c", ","]))
+            case "l":
+                lie = draw(st.sampled_from([1, -1, 8, 2**40, 10**8]))
+            case "o":
+                longer = draw(st.sampled_from([1, -1]))
+            case _ if tensors:
+                _spoil(draw, tensors, fault)
+    pairs = draw(st.permutations(metadata + tensors))
+    text = "{" + ",".join(f"{json.dumps(name)}:{json.dumps(value)}" for name, value in pairs) + "}" + end
     encoded = text.encode("utf-8", "surrogatepass")
-    lie = draw(st.sampled_from([0, 0, 0, 0, 0, 0, 1, -1, 8, 2**40, 10**8]))
-    data = bytes(range(256))[: max(position + draw(st.sampled_from([0, 0, 0, 0, 0, 1, -1])), 0) % 256]
+    data = (bytes(range(256)) * 32)[: max(position + longer, 0)]
     return contents(encoded, data, max(len(encoded) + lie, 0))
 
 
-def _spoil(draw: st.DrawFn, tensors: list[tuple[str, Any]]) -> None:
+def _spoil(draw: st.DrawFn, tensors: list[tuple[str, Any]], fault: str) -> None:
     index = draw(st.integers(0, len(tensors) - 1))
     name, value = tensors[index]
-    value = json.loads(json.dumps(value))
-    kind = draw(
-        st.sampled_from(
-            ["offset", "shape", "both", "dtype", "field", "extra", "whole", "twice", "swap", "length", "name"]
-        )
-    )
-    if kind == "name":
-        name = draw(st.sampled_from(["\ud800", "\udc00\ud800", "\ud83d\ude00", "x\x00", "__metadata__"]))
-    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
-        kind = "whole"
-    if kind == "offset":
-        value["data_offsets"] = (
-            [*value["data_offsets"]] if isinstance(value["data_offsets"], list) else [0, 0]
-        )
-        value["data_offsets"][:1] = [draw(odd)]
-    elif kind == "both":
-        value["data_offsets"] = draw(st.lists(odd, max_size=3) | odd)
-    elif kind == "shape":
-        value["shape"] = draw(st.lists(odd, max_size=3) | odd)
-    elif kind == "length" and isinstance(value["shape"], list):
-        value["shape"] = [*value["shape"], draw(st.sampled_from([0, 1, 2, 2**40, 2**63]))] * draw(
-            st.integers(1, 2)
-        )
-    elif kind == "dtype":
-        value["dtype"] = draw(st.sampled_from(["F33", "f32", "F4", "F6_E2M3", "C128", {"U8": None}]) | odd)
-    elif kind == "field":
-        del value[draw(st.sampled_from(sorted(value)))]
-    elif kind == "extra":
-        value["more"] = draw(st.recursive(odd, lambda inner: st.lists(inner, max_size=2), max_leaves=3))
-    elif kind == "whole":
-        value = draw(st.sampled_from([["U8", [4], [0, 4]], None, 3, "U8", [], {}]))
-    elif kind == "twice":
-        tensors.append((name, value))
-    elif kind == "swap":
-        other = draw(st.integers(0, len(tensors) - 1))
-        tensors[index], tensors[other] = tensors[other], tensors[index]
-        return
+    value = dict(value) if isinstance(value, dict) else entry()
+    shape = value.get("shape", [4])
+    match fault:
+        case "offset":
+            offsets = value.get("data_offsets", [0, 4])
+            value["data_offsets"] = [draw(odd), *offsets[1:]] if isinstance(offsets, list) else [0, 4]
+            if draw(st.booleans()):
+                value["data_offsets"] = value["data_offsets"][::-1]
+        case "offsets":
+            value["data_offsets"] = draw(st.lists(odd, max_size=3) | odd)
+        case "shape":
+            value["shape"] = draw(st.lists(odd, max_size=3) | odd)
+        case "length" if isinstance(shape, list):
+            value["shape"] = draw(st.permutations([*shape, draw(st.sampled_from([0, 1, 2, 2**32, 2**63]))]))
+        case "dtype":
+            known = sorted(DTYPE_BITS)
+            value["dtype"] = draw(st.sampled_from([*known, "F33", "f32", "C128", {"U8": None}]) | odd)
+        case "field" if value:
+            del value[draw(st.sampled_from(sorted(value)))]
+        case "extra":
+            value["more"] = draw(st.recursive(odd, lambda inner: st.lists(inner, max_size=2), max_leaves=3))
+        case "whole":
+            value = draw(st.sampled_from([["U8", [4], [0, 4]], None, 3, "U8", [], {}]))
+        case "twice":
+            tensors.append((draw(st.sampled_from([name, "again"])), value))
+        case "swap":  # the bytes of one tensor under the name of another
+            other = draw(st.integers(0, len(tensors) - 1))
+            tensors[other], value = (tensors[other][0], value), tensors[other][1]
+        case "name":
+            name = draw(st.sampled_from(["\ud800", "\udc00\ud800", "\ud83d\ude00", "x\x00", "__metadata__"]))
     tensors[index] = (name, value)
 
 
