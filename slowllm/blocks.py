@@ -22,8 +22,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from slowllm.carousel import Carousel, Direction, Weights
+from slowllm.carousel import Carousel
 from slowllm.errors import ArchitectureError, NonFiniteError, UnsupportedError
+from slowllm.stops import Direction, Weights
 
 # Which positions hold text: the (B, T) attention mask of the model call under way, None where all do. A mask of
 # another form says nothing that could be read here, and is written as UNKNOWN_MASK.

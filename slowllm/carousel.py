@@ -20,19 +20,16 @@ import copy
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from slowllm.errors import RideError
+from slowllm.stops import Direction, Passage, Stops, Totals, Weights
 
 T = TypeVar("T")
-Weights = Mapping[str, Tensor]
-Direction = Literal["up", "down"]
 Work = Callable[[Weights], Any]
 Job = Callable[[], Any]
 
@@ -40,47 +37,12 @@ Job = Callable[[], Any]
 # may be waiting for that very guest, which cannot be known; where it is not, the riders' stop is read once more.
 # So the patience is about as long as reading a stop takes.
 GUEST_PATIENCE_SECONDS = 0.5
+# Callers' waits are cut into pieces of this length: a signal that arrives just before a lock is waited for is not
+# heard until the wait ends.
+SIGNAL_SECONDS = 1.0
 # A stream runs at most this many times `max_riders` ahead of its consumer. One would leave seats empty behind a
 # rider that takes long; without a limit, results would pile up behind it, or behind a consumer that pauses.
 MAX_AHEAD = 4
-
-
-class Stops(Protocol):
-    """Where the weights of a stop come from: a disk, memory, or other machines."""
-
-    num_stops: int
-
-    def visit(self, stop: int, upcoming: Sequence[int] = ()) -> AbstractContextManager[Weights]:
-        """Hold the weights of a stop for the length of the context; `upcoming` are the stops expected next."""
-
-
-@dataclass(frozen=True)
-class Passage:
-    """What happened at one stop.
-
-    Attributes:
-        stop: which.
-        direction: in which the carousel went.
-        num_passed: visits served.
-        wait_seconds: until the stop's weights were there.
-        compute_seconds: that the visits took.
-    """
-
-    stop: int
-    direction: Direction
-    num_passed: int
-    wait_seconds: float
-    compute_seconds: float
-
-
-@dataclass
-class Totals:
-    """The sums of all passages since the carousel began; complete whenever a result is handed over."""
-
-    num_passages: int = 0
-    num_passed: int = 0
-    wait_seconds: float = 0.0
-    compute_seconds: float = 0.0
 
 
 def _as_here() -> Callable[..., Any]:
@@ -251,7 +213,8 @@ class Carousel:
                 self._waiting.append(visit)
                 self._put_baton_down(rider)
                 self._changed.notify_all()
-            visit.done.wait()
+            while not visit.done.wait(SIGNAL_SECONDS):
+                pass
         except BaseException:  # an interrupt: nobody is to serve a visit that is not waited for
             with self._changed:
                 if visit in self._waiting:
@@ -332,7 +295,10 @@ class Carousel:
     def _next_ended(self, party: _Party) -> _Rider | None:
         """Wait for the next rider in order, and for its thread; return None where the party has ended."""
         with self._changed:
-            self._changed.wait_for(lambda: party.num_taken in party.ended or party not in self._parties)
+            while not self._changed.wait_for(
+                lambda: party.num_taken in party.ended or party not in self._parties, SIGNAL_SECONDS
+            ):
+                pass
             rider = party.ended.pop(party.num_taken, None)
             party.num_taken += 1
             self._changed.notify_all()

@@ -238,6 +238,8 @@ def _integer(digits: str) -> int | float:
 def _check_ignored(value: Any, depth: int) -> None:
     """Refuse, in a field that has no meaning here, what Python's json reads but the safetensors library does not.
 
+    Names of tables have been seen to already.
+
     Raises:
         ValueError: a lone surrogate, or lists in lists without end.
     """
@@ -246,7 +248,7 @@ def _check_ignored(value: Any, depth: int) -> None:
     elif isinstance(value, dict | list):
         if depth > MAX_HEADER_DEPTH:
             raise ValueError("nested too deeply")
-        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+        for part in value.values() if isinstance(value, dict) else value:
             _check_ignored(part, depth + 1)
 
 

@@ -20,11 +20,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from slowllm.carousel import Passage
 from slowllm.errors import InputError
 from slowllm.model import StreamedLM
 from slowllm.options import format_bytes
 from slowllm.scoring import Score, safe_exp
+from slowllm.stops import Passage
 
 Write = Callable[[Score], None]
 

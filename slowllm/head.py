@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from slowllm.blocks import check_finite
-from slowllm.carousel import Carousel, Weights
+from slowllm.carousel import Carousel
 from slowllm.checkpoint import Placement, take_rows
 from slowllm.errors import ArchitectureError
+from slowllm.stops import Weights
 from slowllm.swap import SwappedWeight
 
 log = logging.getLogger(__name__)

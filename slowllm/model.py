@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from slowllm.blocks import stream_block
-from slowllm.carousel import Carousel, Passage, Stops
+from slowllm.carousel import Carousel
 from slowllm.checkpoint import Checkpoint
 from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.head import find_finish, stream_embedding, stream_head
@@ -37,6 +37,7 @@ from slowllm.options import Options, format_bytes, parse_bytes, parse_dtype
 from slowllm.plan import Budget, Plan, make_plan
 from slowllm.reader import MappedStops, Reader
 from slowllm.skeleton import build_skeleton, choose_dtype, first_line, make_streamed, read_config
+from slowllm.stops import Passage, Stops
 from slowllm.swap import CastStops, swap_bytes
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -27,13 +27,12 @@ from torch import Tensor
 
 from slowllm.checkpoint import Checkpoint, Placement, Run, Span
 from slowllm.errors import CheckpointError, RideError
+from slowllm.stops import Weights
 
 log = logging.getLogger(__name__)
 
 # Offset, length and address of a direct read must be multiples of the logical block size, at most a page.
 PAGE = 4096
-
-Weights = Mapping[str, Tensor]
 
 
 def _up(num_bytes: int) -> int:

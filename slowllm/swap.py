@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from slowllm.carousel import Stops, Weights
 from slowllm.checkpoint import Placement
 from slowllm.errors import UnsupportedError
+from slowllm.stops import Stops, Weights
 
 # These pick elements and change none, so that only what they pick is cast: rows of an embedding.
 _PICKS = {

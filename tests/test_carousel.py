@@ -26,8 +26,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slowllm import carousel as module
-from slowllm.carousel import Carousel, Direction, Passage, Weights
+from slowllm.carousel import Carousel
 from slowllm.errors import RideError
+from slowllm.stops import Direction, Passage, Weights
 from tests.conftest import ROOT
 
 Job = Callable[[], Any]

@@ -351,6 +351,7 @@ REFUSALS: dict[str, tuple[bytes, str]] = {
     "dtype": (contents(header_of(a=entry("F33"))), r"a has the unknown dtype 'F33'"),
     "negative": (contents(header_of(a=entry(shape=[-4]))), r"a has the impossible shape \[-4\]"),
     "bool": (contents(header_of(a=entry(shape=[True, 4]))), r"a has the impossible shape \[True, 4\]"),
+    "minus zero": (contents(header_of(a=entry()).replace("[0, 4]", "[-0, 4]"), b"data"), r"data_offsets \[-0\.0, 4\]"),
     "float": (contents(header_of(a=entry(shape=[4.0]))), r"a has the impossible shape \[4\.0\]"),
     "overflow": (contents(header_of(a=entry(shape=[2**40, 2**40, 0]))), r"a has the impossible shape \[109"),
     "offsets": (contents(header_of(a=entry(offsets=[0, 4, 8]))), r"a has the impossible data_offsets \[0, 4, 8\]"),
@@ -665,6 +666,7 @@ def test_rows_are_the_rows_of_the_whole(
     start, stop = rows
     taken = take_rows(placement, "rows", start, stop)
     assert (taken.name, taken.shape, taken.dtype) == ("rows", (stop - start, 2, 3), torch.int16)
+    assert all(run.num_bytes for run in taken.runs)
     assert [run.target for run in taken.runs] == sorted(run.target for run in taken.runs)
     assert sum(run.num_bytes for run in taken.runs) == taken.num_bytes == (stop - start) * row_bytes
     assert bytes_of(taken) == bytes_of(placement)[start * row_bytes : stop * row_bytes]

@@ -158,6 +158,9 @@ def test_what_fits_as_a_whole_is_kept_as_a_whole(sizes: Sizes, more: int) -> Non
     plan = plan_of(sizes, everything + more)
     assert plan.resident == frozenset(range(len(sizes.stop_bytes)))
     assert plan.ring_bytes == 0
+    # All that is left goes into tokens.
+    left = everything + more - plan.peak_bytes
+    assert left < sizes.rider_token_bytes or plan.sweep_tokens == MAX_SWEEP_TOKENS
     assume(sum(sizes.stop_bytes) > sizes.smallest_ring_bytes)
     assert plan_of(sizes, everything - 1).ring_bytes == sizes.smallest_ring_bytes
 

@@ -1,0 +1,54 @@
+"""The seam between a carousel and whoever brings its weights: a disk, memory, or other machines.
+
+Says what is promised on either side; knows no implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+Direction = Literal["up", "down"]
+
+
+class Stops(Protocol):
+    """Where the weights of a stop come from: a disk, memory, or other machines."""
+
+    num_stops: int
+
+    def visit(self, stop: int, upcoming: Sequence[int] = ()) -> AbstractContextManager[Weights]:
+        """Hold the weights of a stop for the length of the context; `upcoming` are the stops expected next."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What happened at one stop.
+
+    Attributes:
+        stop: which.
+        direction: in which the carousel went.
+        num_passed: visits served.
+        wait_seconds: until the stop's weights were there.
+        compute_seconds: that the visits took.
+    """
+
+    stop: int
+    direction: Direction
+    num_passed: int
+    wait_seconds: float
+    compute_seconds: float
+
+
+@dataclass
+class Totals:
+    """The sums of all passages since the carousel began; complete whenever a result is handed over."""
+
+    num_passages: int = 0
+    num_passed: int = 0
+    wait_seconds: float = 0.0
+    compute_seconds: float = 0.0
