@@ -57,7 +57,7 @@ def check_finite(name: str, values: Tensor, *, infinity_is_legal: bool = False) 
         position = bad.nonzero()[0].tolist()
         raise NonFiniteError(
             f"{name}: {kind} in the output at position {position}; "
-            "the weights are damaged, or this model needs dtype='float32'"
+            "the weights are damaged, or their numbers are too large for the compute dtype (try float32)"
         )
 
 

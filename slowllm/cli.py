@@ -86,36 +86,61 @@ def forward(
     texts = _read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
     parse_bytes(ram)
     parse_dtype(dtype)
-    if out is not None and not out.parent.is_dir():
-        raise InputError(f"{out.parent}: no such folder to write {out.name} to")
-    if out is not None and out.is_dir():
-        raise InputError(f"{out}: is a folder; name a file")
+    if out is not None:
+        out = _checked_output(out, file)
 
     import transformers
 
     transformers.logging.set_verbosity_error()
     from slowllm import console, load, scoring
 
-    with load(model or embedded_model(), ram=ram, dtype=dtype, keep_resident=resident) as lm:
+    with load(
+        embedded_model() if model is None else model, ram=ram, dtype=dtype, keep_resident=resident
+    ) as lm:
         limit = scoring.max_line_tokens(lm) - prefix
         if max_tokens is not None and max_tokens > limit:
-            raise InputError(
-                f"--max-tokens {max_tokens} is more than the {limit} that this model and budget take"
-            )
-        before = scoring.prefix_id(lm.tokenizer) if prefix else None
+            raise InputError(f"--max-tokens {max_tokens} is more than the {limit} that this model takes")
+        before = (
+            scoring.prefix_id(lm.tokenizer, lm.model.config.get_text_config().vocab_size) if prefix else None
+        )
         # All lines are looked at before the first byte of weights is read: a line too long is refused at once.
         lines = list(scoring.encode(lm, texts, max_tokens=max_tokens or limit, truncate=truncate))
+        longest = max(lines, key=lambda line: len(line.ids))
+        if len(longest.ids) + prefix > lm.plan.sweep_tokens:
+            raise InputError(
+                f"line {longest.number} has {len(longest.ids)} tokens, but in --ram {ram} only "
+                f"{lm.plan.sweep_tokens - prefix} fit; allow more memory, or cut lines with --max-tokens and --truncate"
+            )
         started = time.perf_counter()
         scores = []
         with (
-            console.progress(lm, sum(len(line.ids) + prefix for line in lines)),
             console.writer(lm, out, as_json=as_json, per_token=per_token) as write,
+            console.progress(lm, sum(len(line.ids) + prefix for line in lines)),
         ):
             for score in scoring.score_lines(lm, lines, prefix=before):
                 write(score)
                 scores.append((score.log_likelihood, len(score.log_probs)))
         num_truncated = sum(line.truncated for line in lines)
         console.summarise(lm, scores, time.perf_counter() - started, num_truncated)
+
+
+def _checked_output(out: Path, file: str) -> Path:
+    """Return the file to write, links followed, once it is known that nothing else is lost by it."""
+    try:
+        out = out.expanduser().resolve()
+        if not out.parent.is_dir():
+            raise InputError(f"{out.parent}: no such folder to write {out.name} to")
+        if out.is_dir():
+            raise InputError(f"{out}: is a folder; name a file")
+        partial = out.with_name(out.name + ".part")
+        for target in (out, partial):
+            if target.exists() and not target.is_file():
+                raise InputError(f"{target}: is no ordinary file; print with --json instead")
+            if file != "-" and target.exists() and target.samefile(file):
+                raise InputError(f"{target}: is the input; name another file")
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{out}: {getattr(error, 'strerror', None) or error}") from error
+    return out
 
 
 def embedded_model() -> Path:

@@ -6,6 +6,8 @@ Results go to stdout or a file, all else to stderr.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import io
 import json
 import math
 import os
@@ -49,7 +51,9 @@ def writer(lm: StreamedLM, out: Path | None, *, as_json: bool, per_token: bool) 
         with contextlib.ExitStack() as stack:
             file: IO[str] = sys.stdout
             if partial is not None:
-                file = stack.enter_context(open(partial, "w", encoding="utf-8"))
+                file = stack.enter_context(_open_alone(partial))
+            elif isinstance(file, io.TextIOWrapper):
+                file.reconfigure(encoding="utf-8")  # JSON lines are UTF-8 whatever the terminal speaks
 
             def write_line(score: Score) -> None:
                 nonlocal num_good_bytes
@@ -74,17 +78,37 @@ def writer(lm: StreamedLM, out: Path | None, *, as_json: bool, per_token: bool) 
             + (f"; the lines written so far are in {partial.name}" if num_good_bytes and partial else "")
         ) from error
     except KeyboardInterrupt:
-        if partial is not None and num_good_bytes:
+        if partial is not None:
             print(f"slowllm: interrupted; the lines scored so far are in {partial}", file=sys.stderr)
         raise
 
 
+def _open_alone(path: Path) -> IO[str]:
+    """Open a file for writing that no other process is writing.
+
+    Raises:
+        InputError: one is.
+    """
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InputError(f"{path}: another run is writing it") from error
+    file.truncate(0)
+    return file
+
+
 @contextlib.contextmanager
 def _table(lm: StreamedLM, per_token: bool) -> Iterator[Write]:
+    console = Console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("line", "tokens", "log-likelihood", "mean NLL", "perplexity"):
-        table.add_column(name, justify="right")
-    table.add_column("text", overflow="ellipsis", no_wrap=not per_token)
+        table.add_column(name, justify="right", no_wrap=True)
+    # The text takes what is left, or rich would squeeze the numbers out to show more of it.
+    table.add_column(
+        "text", overflow="ellipsis", no_wrap=not per_token, max_width=max(12, console.width - 56)
+    )
 
     def write(score: Score) -> None:
         text = score.line.text
@@ -93,13 +117,18 @@ def _table(lm: StreamedLM, per_token: bool) -> Iterator[Write]:
             text = "  ".join(pairs)
         table.add_row(
             str(score.line.number), str(len(score.line.ids)), f"{score.log_likelihood:.3f}",
-            _number(score.mean_nll), _number(score.perplexity), Text(text),
+            _number(score.mean_nll), _number(score.perplexity), Text(_printable(text)),
         )  # fmt: skip
 
     try:
         yield write
     finally:
-        Console().print(table)
+        console.print(table)
+
+
+def _printable(text: str) -> str:
+    """Show control characters instead of sending them to the terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _number(value: float | None) -> str:

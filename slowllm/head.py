@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from slowllm.blocks import check_finite
 from slowllm.carousel import Carousel
 from slowllm.checkpoint import Placement, take_rows
-from slowllm.errors import ArchitectureError
+from slowllm.errors import ArchitectureError, InputError
 from slowllm.stops import Weights
 from slowllm.swap import SwappedWeight
 
@@ -138,6 +138,7 @@ class StreamedHead(nn.Linear):
             self._carousel.visit(stop, "up", work)
         scores = torch.zeros(targets.shape, dtype=torch.float32)
         scores[wanted] = found - (highest + total.log())
+        check_finite("the head", scores, infinity_is_legal=True)
         return scores
 
     def _tile(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -277,10 +278,16 @@ def log_probs(model: PreTrainedModel, targets: Tensor, **inputs: Any) -> Tensor:
     Returns:
         (B, T) float32, zero where not scored.
     Raises:
+        InputError: a target is no token of the vocabulary.
         NonFiniteError: NaN came out of a block or the head.
     """
     head = model.get_output_embeddings()
     assert isinstance(head, StreamedHead), "log_probs needs a streamed model"
+    named = targets[targets != -100]
+    if len(named) and not 0 <= int(named.min()) <= int(named.max()) < head.out_features:
+        raise InputError(
+            f"targets lie between {int(named.min())} and {int(named.max())}, but there are {head.out_features} tokens"
+        )
     with torch.no_grad():
         if head._finish is None:
             logits = model(**inputs, use_cache=False).logits.float().log_softmax(-1)

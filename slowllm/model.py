@@ -13,11 +13,12 @@ import logging
 import os
 import resource
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 import huggingface_hub
 import psutil
@@ -93,8 +94,14 @@ class StreamedLM:
         self.num_stops = stops.num_stops
         self.weight_bytes = weight_bytes
         self.on_passage: Callable[[Passage], None] | None = None
-        self._checkpoint, self._source, self._budget = checkpoint, source, budget
-        self._carousel = Carousel(stops, self._tell)
+        self._source = source
+        self._carousel = Carousel(stops, functools.partial(_tell, weakref.ref(self)))
+        # Who keeps only the model keeps its handle too. A handle that is forgotten is closed when it is collected,
+        # or when the interpreter ends, before daemon threads are stopped in the middle of a product.
+        model.__dict__["_slowllm"] = self
+        self._finalizer = weakref.finalize(
+            self, _release, self._carousel, source, checkpoint, budget, plan.peak_bytes
+        )
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -105,7 +112,7 @@ class StreamedLM:
         """
         try:
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        except Exception as error:  # whatever a damaged tokenizer may trip over
             raise CheckpointError(
                 f"{self.folder}: its tokenizer cannot be loaded ({first_line(error)})"
             ) from error
@@ -136,16 +143,7 @@ class StreamedLM:
 
     def close(self) -> None:
         """End threads, close files and give the memory back. Idempotent."""
-        if self._budget is not None:
-            self._carousel.close()
-            self._source.close()
-            self._checkpoint.close()
-            self._budget.give_back(self.plan.peak_bytes)
-            self._budget = cast(Any, None)
-
-    def _tell(self, passage: Passage) -> None:
-        if self.on_passage is not None:
-            self.on_passage(passage)
+        self._finalizer()
 
     def __enter__(self) -> Self:
         return self
@@ -154,6 +152,21 @@ class StreamedLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _tell(handle: weakref.ref[StreamedLM], passage: Passage) -> None:
+    lm = handle()
+    if lm is not None and lm.on_passage is not None:
+        lm.on_passage(passage)
+
+
+def _release(
+    carousel: Carousel, source: Reader | MappedStops, checkpoint: Checkpoint, budget: Budget, num_bytes: int
+) -> None:
+    carousel.close()
+    source.close()
+    checkpoint.close()
+    budget.give_back(num_bytes)
 
 
 def load(
@@ -184,6 +197,11 @@ def load(
     options = Options(
         ram_bytes=ram_bytes, dtype=parse_dtype(dtype), device=device, keep_resident=keep_resident
     )
+    memory = psutil.virtual_memory().total
+    if ram_bytes > memory:
+        log.warning(
+            "the budget is %s, but this machine has %s", format_bytes(ram_bytes), format_bytes(memory)
+        )
     folder = find_folder(path_or_hub_id)
     checkpoint = Checkpoint.open(folder)
     config = read_config(folder)
@@ -194,7 +212,7 @@ def load(
     except BaseException:
         checkpoint.close()
         raise
-    lm.name = folder.name if Path(path_or_hub_id) == folder else str(path_or_hub_id)
+    lm.name = folder.resolve().name if Path(path_or_hub_id).expanduser() == folder else str(path_or_hub_id)
     return lm
 
 
@@ -297,11 +315,20 @@ def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: neither is there.
     """
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
     text = str(path_or_hub_id)
-    if folder.exists():
+    if not text:
+        raise CheckpointError("the name of the model is empty")
+    try:
+        folder = Path(path_or_hub_id).expanduser()
+        exists, is_folder = folder.exists(), folder.is_dir()
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # a name too long, a folder that may not be searched, no such home
+        raise CheckpointError(f"{text}: {getattr(error, 'strerror', None) or error}") from error
+    if is_folder:
+        return folder
+    if exists:
         raise CheckpointError(
             f"{text}: is a file; give the folder that holds config.json and the safetensors"
         )

@@ -76,24 +76,35 @@ def safe_exp(value: float) -> float:
     return math.exp(value) if not value > 709.0 else math.inf
 
 
-def prefix_id(tokenizer: Any) -> int:
+def prefix_id(tokenizer: Any, vocab_size: int | None = None) -> int:
     """Return the token that stands before a line: BOS, or EOS where there is no BOS.
 
     Raises:
-        InputError: the tokenizer has neither.
+        InputError: the tokenizer has neither, or one that is beyond the model's vocabulary.
     """
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
+            if vocab_size is not None and token >= vocab_size:
+                raise InputError(
+                    f"the tokenizer's BOS or EOS is {token}, beyond the model's {vocab_size} tokens"
+                )
             return int(token)
     raise InputError("this tokenizer has neither BOS nor EOS to score the first token after; use --no-prefix")
 
 
 def max_line_tokens(lm: StreamedLM) -> int:
-    """Return how many tokens a line may have, prefix included: the model's own limit, or what fits the budget."""
+    """Return how many tokens a line may have, prefix included, by the model's own limit.
+
+    Raises:
+        InputError: the config's limit is no length.
+    """
     config = lm.model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     # ALiBi has no limit of its own; BLOOM was trained on 2,048.
-    return min(int(limit or 2048), lm.plan.sweep_tokens)
+    limit = limit or 2048
+    if not isinstance(limit, int) or limit < 2:
+        raise InputError(f"config.json: {limit!r} is no length that the model could take")
+    return limit
 
 
 def encode(

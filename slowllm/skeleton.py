@@ -7,7 +7,6 @@ has no meaning there, is said here in `StreamedModel`.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import time
@@ -25,6 +24,9 @@ from slowllm.checkpoint import Checkpoint, read_json
 from slowllm.errors import ArchitectureError, CheckpointError, UnsupportedError
 
 log = logging.getLogger(__name__)
+
+# A config that names more is damaged; making them all would take hours.
+MAX_BLOCKS = 10_000
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -45,12 +47,15 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         # Without trust_remote_code: a config that names code of its own is read by transformers' class, or refused.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever transformers' validation may raise on a config
         if kind is None:
             raise CheckpointError(f"{folder}/config.json: names no model_type") from error
         raise ArchitectureError(
             f"model type {kind!r} cannot be used by this version of transformers ({first_line(error)})"
         ) from error
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(count, int) and not 1 <= count <= MAX_BLOCKS:
+        raise CheckpointError(f"{folder}/config.json: names {count} blocks")
     if getattr(config, "is_encoder_decoder", False):
         raise ArchitectureError(f"model type {kind!r} is an encoder-decoder; only decoders are streamed")
     return cast(PreTrainedConfig, config)
@@ -83,15 +88,7 @@ def build_skeleton(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -
     try:
         with _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        RuntimeError,
-        ImportError,
-    ) as error:
+    except Exception as error:  # whatever a model's constructor may raise on a config
         raise ArchitectureError(
             f"model type {kind!r} has no usable causal LM ({first_line(error)})"
         ) from error
@@ -108,7 +105,7 @@ def build_skeleton(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -
     if (folder / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, json.JSONDecodeError) as error:
+        except Exception as error:  # whatever transformers' validation may raise
             raise CheckpointError(f"{folder}/generation_config.json: {first_line(error)}") from error
     return cast(PreTrainedModel, model)
 
@@ -171,6 +168,12 @@ class StreamedModel(PreTrainedModel):
                 f"a streamed model stays on {probe.device} in {probe.dtype}; load it again with other options"
             )
         return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Refuse to train weights: a streamed one has no gradient, and the few others would train in silence."""
+        if requires_grad:
+            raise UnsupportedError("a streamed model's weights are not trained; use prompt or prefix tuning")
+        return super().requires_grad_(False)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: the weights are on disk already."""

@@ -37,7 +37,7 @@ from slowllm.errors import CheckpointError
 fuzz = settings(
     deadline=None,
     derandomize=True,
-    max_examples=400,
+    max_examples=200,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -229,7 +229,7 @@ def test_what_the_library_writes_is_read(shard: Path, file: bytes) -> None:
     assert found == by_oracle(file)
 
 
-@settings(fuzz, max_examples=1500)
+@settings(fuzz, max_examples=700)
 @given(file=by_hand())
 def test_spoiled_headers_are_judged_as_by_the_library(shard: Path, file: bytes) -> None:
     agrees(shard, file)

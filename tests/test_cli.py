@@ -152,6 +152,7 @@ BAD_INPUT: dict[str, tuple[bytes | None, list[str], str]] = {
         ["--out", "{tmp}/no/where.jsonl"],
         "no such folder to write where.jsonl to",
     ),
+    "output is the input": (b"a b\n", ["--out", "{tmp}/in.txt"], "is the input; name another file"),
     "output is a folder": (b"a b\n", ["--out", "{tmp}"], "is a folder; name a file"),
 }
 
@@ -165,6 +166,62 @@ def test_bad_input_is_one_sentence(case: str, tmp_path: Path, monkeypatch: Any, 
     arguments = ["forward", file, *(option.replace("{tmp}", str(tmp_path)) for option in options)]
     assert sentence in refused(arguments, monkeypatch, capsys)
     assert set(tmp_path.iterdir()) <= {file}  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("pipe", "is no ordinary file"),
+        ("in.txt", "is the input"),
+        ("link", "is the input"),
+        ("in", "is the input"),
+    ],
+)
+def test_an_output_that_would_destroy_something_is_refused(
+    name: str, sentence: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    file = tmp_path / "in.txt"
+    file.write_text("a b\n")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(file)
+    if name == "in":  # whose partial results would go to the input
+        file = file.rename(tmp_path / "in.part")
+    before = set(tmp_path.iterdir())
+    assert sentence in refused(["forward", file, "--out", tmp_path / name], monkeypatch, capsys)
+    assert set(tmp_path.iterdir()) == before
+    assert file.read_text() == "a b\n"
+
+
+def test_two_runs_do_not_write_one_file(
+    sentences: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    import fcntl
+
+    with open(tmp_path / "out.jsonl.part", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        sentence = refused(["forward", sentences, "--out", tmp_path / "out.jsonl"], monkeypatch, capsys)
+    assert "another run is writing it" in sentence
+
+
+def test_an_empty_model_name_is_refused(sentences: Path, monkeypatch: Any, capsys: Any) -> None:
+    assert "the name of the model is empty" in refused(
+        ["forward", sentences, "--model", ""], monkeypatch, capsys
+    )
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_shows_numbers_on_a_narrow_terminal(columns: int) -> None:
+    if shutil.which("script") is None:
+        pytest.skip("needs the program `script` to make a terminal")
+    line = f"stty cols {columns}; {' '.join(COMMAND)} {ROOT / 'sentences.txt'}"
+    done = subprocess.run(
+        ["script", "-qec", line, "/dev/null"],
+        env={**ENVIRONMENT, "TERM": "xterm"}, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    rows = [row for row in done.stdout.splitlines() if "On the right is" in row]
+    assert len(rows) == 1
+    assert rows[0].split()[:2] == ["2", "14"]
+    assert len(rows[0].split()) > 6
 
 
 def test_an_unknown_option_exits_with_2(monkeypatch: Any, capsys: Any) -> None:

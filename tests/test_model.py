@@ -131,6 +131,7 @@ def test_state_dict_has_names_and_shapes(tiny_bloom: StreamedLM, plain: Any) -> 
         (lambda m: m.save_pretrained("x"), "is not saved: its weights lie unchanged in"),
         (lambda m: m.load_state_dict({}), "takes its weights from its checkpoint only"),
         (lambda m: m.resize_token_embeddings(5000), "cannot be resized"),
+        (lambda m: m.requires_grad_(True), "weights are not trained"),
         (lambda m: m.half(), "stays on cpu in torch.float32"),
         (lambda m: m.to("meta"), "stays on cpu in torch.float32"),
         (copy.deepcopy, "cannot be copied; load it again"),
@@ -449,6 +450,33 @@ def test_a_rider_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
     assert finished == [4, 6]
 
 
+def test_numbers_too_large_for_the_head_are_no_success(tmp_path: Path) -> None:
+    folder = broken_copy(tmp_path / "m", "word_embeddings.weight", lambda t: t[4000].fill_(3e38))
+    with slowllm.load(folder, dtype="fp32") as lm:
+        ids = some_ids(1, 6).clamp(max=3999)
+        with pytest.raises(NonFiniteError, match="the head: NaN"):
+            slowllm.log_probs(lm.model, ids, input_ids=ids)
+
+
+@pytest.mark.parametrize("target", [-1, 4096])
+def test_a_target_beyond_the_vocabulary_is_refused(tiny_bloom: StreamedLM, target: int) -> None:
+    with pytest.raises(InputError, match="but there are 4096 tokens"):
+        slowllm.log_probs(tiny_bloom.model, torch.tensor([[target, -100]]), input_ids=some_ids(1, 2))
+
+
+def test_a_forgotten_model_is_closed_when_it_is_collected() -> None:
+    import gc
+
+    before = set(threading.enumerate())
+    model = slowllm.load(TINY_BLOOM, keep_resident=False).model
+    gc.collect()
+    model(some_ids(1, 3))  # the model alone keeps its handle
+    assert set(threading.enumerate()) != before
+    del model
+    gc.collect()
+    assert set(threading.enumerate()) == before
+
+
 def test_hub_ids_resolve_offline_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "models--someone--tiny"
@@ -503,6 +531,8 @@ def rewrite_config(folder: Path, **changes: Any) -> Path:
             CheckpointError,
             r"has shape \[160\] but .* needs \[168\]; config.json and the",
         ),
+        ({"vocab_size": "8"}, ArchitectureError, "model type 'bloom' cannot be used"),
+        ({"n_layer": 10**30}, CheckpointError, "config.json: names"),
         ({"n_head": 7}, ArchitectureError, "has no usable causal LM"),
     ],
 )

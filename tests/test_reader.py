@@ -275,6 +275,33 @@ def test_stops_without_weights_are_served(files: list[Path]) -> None:
         assert reader.stats.read_bytes == 0
 
 
+@pytest.mark.parametrize("later", [0, 1, 2])
+def test_runs_that_share_a_page_leave_each_other_alone(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch, later: int
+) -> None:
+    # Each keeps its place in the page, so that whole pages are read straight into place but for those at the seams.
+    lengths = [5000, 9000, 6000]
+    pieces = [(path, sum(lengths[:place]) % PAGE, lengths[place]) for place, path in enumerate(files)]
+    stop = (tensor_at("a", torch.uint8, (20_000,), pieces),)
+    others, done = threading.Event(), 0
+
+    def wait(true: Any, number: int, views: Any, offset: int) -> int:
+        nonlocal done
+        if path_of(number).endswith(f"part-{later}.safetensors"):
+            others.wait(5)
+            return int(true(number, views, offset))
+        count = int(true(number, views, offset))
+        done += 1
+        if done == 7 - (2, 3, 2)[later]:  # requests of each file
+            others.set()
+        return count
+
+    preadv_as(monkeypatch, wait)
+    reader = Reader([stop], ring_bytes=smallest_of([stop]), num_threads=8)
+    with closing(reader), reader.visit(0) as weights:
+        check(weights, stop)
+
+
 def test_a_tensor_keeps_its_place_in_the_page_so_that_nothing_is_copied(files: list[Path]) -> None:
     stops = [(tensor_at("a", torch.float32, (2000,), [(files[0], 5 * 4096 + 40, 8000)]),)]
     with closing(Reader(stops, ring_bytes=smallest_of(stops))) as reader, reader.visit(0) as weights:
@@ -362,6 +389,59 @@ def test_what_is_still_in_the_ring_is_not_read_again(
         assert reader.stats.read_bytes == before == sum(map(cost_of, stops))
 
 
+def test_the_smallest_ring_holds_the_largest_stop_and_one_more_tensor(files: list[Path]) -> None:
+    def pages(name: str, num_pages: int) -> Placement:
+        # Begins inside its first page, so it takes a page more.
+        return tensor_at(name, torch.uint8, (num_pages * PAGE,), [(files[0], 100, num_pages * PAGE)])
+
+    stops = [(pages("a", 2), pages("b", 1)), (pages("c", 3),), (empty_of("d"),)]
+    assert smallest_ring(stops) == (3 + 2 + 4) * PAGE
+    assert smallest_ring([(), ()]) == PAGE
+    with closing(Reader(stops, ring_bytes=smallest_ring(stops))) as reader, reader.visit(0, (1,)) as weights:
+        check(weights, stops[0])
+
+
+def test_the_next_stop_is_read_while_this_one_is_held(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = alike(files)
+    next_offset = stops[1][0].runs[0].span.offset // PAGE * PAGE
+    seen = threading.Event()
+
+    def watch(true: Any, number: int, views: Any, offset: int) -> int:
+        if held and offset == next_offset:
+            seen.set()
+        return int(true(number, views, offset))
+
+    held = False
+    preadv_as(monkeypatch, watch)
+    with (
+        closing(Reader(stops, ring_bytes=smallest_of(stops), num_threads=1)) as reader,
+        reader.visit(0, (1,)),
+    ):
+        held = True
+        assert seen.wait(20), "there is room for a tensor more"
+
+
+def test_a_stop_that_was_served_is_not_read_again_unasked(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = threading.Event()
+
+    def watch(true: Any, *args: Any) -> int:
+        if served:
+            again.set()
+        return int(true(*args))
+
+    served = False
+    preadv_as(monkeypatch, watch)
+    stops = alike(files)
+    with closing(Reader(stops, ring_bytes=smallest_of(stops), poison=True)) as reader:
+        with reader.visit(0):
+            served = True
+        assert not again.wait(0.1)
+
+
 def test_a_wrong_guess_costs_a_read_and_no_more(files: list[Path]) -> None:
     stops = alike(files)
     cost = cost_of(stops[0])
@@ -424,6 +504,10 @@ def preadv_as(monkeypatch: pytest.MonkeyPatch, change: Callable[..., int]) -> No
     monkeypatch.setattr(os, "preadv", lambda *args: change(true, *args))
 
 
+def path_of(number: int) -> str:
+    return os.readlink(f"/proc/self/fd/{number}")
+
+
 def is_direct(number: int) -> bool:
     return bool(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_DIRECT)
 
@@ -479,11 +563,7 @@ def test_a_disk_that_fails_is_told_with_file_tensor_and_byte(
     broken = True
 
     def fail(true: Any, number: int, views: Any, offset: int) -> int:
-        if (
-            broken
-            and offset == 8192
-            and os.readlink(f"/proc/self/fd/{number}").endswith("part-1.safetensors")
-        ):
+        if broken and offset == 8192 and path_of(number).endswith("part-1.safetensors"):
             raise OSError(errno.EIO, "Input/output error")
         return int(true(number, views, offset))
 
@@ -507,20 +587,98 @@ def test_a_disk_that_fails_is_told_with_file_tensor_and_byte(
 def test_a_failed_stop_is_not_read_again_before_it_is_visited_again(
     files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stops = in_three_files(files)
-    calls = 0
+    under_way, gate, again = threading.Event(), threading.Event(), threading.Event()
+    failed = 0
 
     def fail(true: Any, number: int, views: Any, offset: int) -> int:
-        nonlocal calls
-        calls += 1
+        nonlocal failed
+        if not path_of(number).endswith("part-1.safetensors"):
+            under_way.set()
+            gate.wait()
+            return int(true(number, views, offset))
+        under_way.wait()
+        failed += 1
+        if failed > 1:
+            again.set()
         raise OSError(errno.EIO, "Input/output error")
 
     preadv_as(monkeypatch, fail)
-    with closing(Reader(stops, ring_bytes=smallest_of(stops), num_threads=1)) as reader:
-        for visits in (1, 2, 3):
-            with pytest.raises(OSError, match="Input/output error"), reader.visit(1, (0, 2)):
-                pass
-            assert calls == visits
+    stops = in_three_files(files)
+    with closing(Reader(stops, ring_bytes=smallest_of(stops), num_threads=2)) as reader:
+        with pytest.raises(OSError, match="Input/output error"), reader.visit(1, (0,)):
+            pass
+        # The end of the other read wakes everybody.
+        gate.set()
+        too_early = again.wait(0.1)
+        with reader.visit(0) as weights:
+            check(weights, stops[0])
+        assert not too_early
+        with pytest.raises(OSError, match="Input/output error"), reader.visit(1):
+            pass
+        assert failed == 2
+
+
+def test_a_read_that_nobody_waits_for_any_more_writes_over_no_other_stop(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, revisited = threading.Event(), threading.Event()
+    reads = 0
+
+    def wait(true: Any, number: int, views: Any, offset: int) -> int:
+        nonlocal reads
+        if path_of(number).endswith("part-0.safetensors"):
+            gate.wait()
+        if path_of(number).endswith("part-1.safetensors"):
+            reads += 1
+            if reads == 2:
+                revisited.set()
+        return int(true(number, views, offset))
+
+    preadv_as(monkeypatch, wait)
+    stops = in_three_files(files)
+
+    def visit_again() -> None:
+        with reader.visit(1) as weights:
+            check(weights, stops[1])
+
+    # Room for two of the three: the slow one and another.
+    reader = Reader(stops, ring_bytes=smallest_of(stops), num_threads=3)
+    with closing(reader), ThreadPoolExecutor(1) as pool:
+        with reader.visit(1, (0,)):
+            pass
+        with reader.visit(2):
+            pass
+        again = pool.submit(visit_again)
+        too_early = revisited.wait(0.1)
+        gate.set()
+        again.result()
+    assert not too_early, "its place was still being written to"
+
+
+def test_what_is_left_of_a_short_direct_read_comes_from_the_page_cache(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = 0
+
+    def cut(true: Any, number: int, views: Any, offset: int) -> int:
+        nonlocal short
+        count = int(true(number, views, offset))
+        if is_direct(number) and count > 100:
+            short += 1
+            views[0][100:] = b"\xff" * (len(views[0]) - 100)
+            return 100
+        return count
+
+    preadv_as(monkeypatch, cut)
+    caplog.set_level("INFO", logger="slowllm.reader")
+    stops = in_three_files(files)
+    with closing(Reader(stops, ring_bytes=smallest_of(stops), request_bytes=PAGE)) as reader:
+        for stop in range(3):
+            with reader.visit(stop) as weights:
+                check(weights, stops[stop])
+    # No request was unaligned, and direct reads went on.
+    assert "refused" not in caplog.text
+    assert short == 9 or not short
 
 
 def test_no_memory_for_a_kept_buffer_is_told_to_the_visitor(
