@@ -72,6 +72,10 @@ def place(model: PreTrainedModel, spans: Mapping[str, Span]) -> dict[str, Placem
     unexpected: list[str] = []
     for name in sorted(spans, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        if (
+            target not in wanted and name in wanted
+        ):  # a name that is right already and was renamed all the same
+            target, pattern = name, None
         if target not in wanted:
             unexpected.append(name)
         elif pattern is not None:

@@ -28,7 +28,7 @@ def test_python_examples_run(number: int) -> None:
 
 def test_there_are_examples() -> None:
     assert len(EXAMPLES) == 2
-    assert len(EXAMPLES[0].strip().splitlines()) <= 9
+    assert len(EXAMPLES[0].strip().splitlines()) <= 8
 
 
 def test_families_are_counted_right() -> None:
