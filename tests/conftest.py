@@ -6,6 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Set before torch is imported. On processors of other makers, MKL's fp32 products round differently by where in
+# memory a matrix begins, for a resident model as well; this asks for one way, so that equal bits can be asked for.
+with open("/proc/cpuinfo", encoding="utf-8") as _cpuinfo:
+    if "GenuineIntel" not in _cpuinfo.read():
+        os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+
 import pytest
 import torch
 

@@ -105,5 +105,8 @@ def save_tiny(
 
 
 def resident(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
-    """Load the reference: plain transformers, all in memory."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    """Load the reference: plain transformers, all in memory.
+
+    Frozen, as streamed weights are: torch takes another path through a product with a matrix that requires grad.
+    """
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval().requires_grad_(False)

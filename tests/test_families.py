@@ -24,6 +24,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 LOG_PROB_TOLERANCE = 5e-6
 # Relative to the gradient's norm. Most are bit-equal; Mamba sums the uses of its state in another order.
 GRADIENT_TOLERANCE = 1e-6
+# torch folds a batch that is not contiguous into one product where the weight is a tensor subclass, and into many
+# where it is not; on some processors these round differently. Of the families here only Mamba has such a product.
+FOLDED_TOLERANCE = 5e-6
 
 Pair = tuple[StreamedLM, Any]
 
@@ -120,7 +123,11 @@ def test_half_precision_checkpoints_compute_in_fp32(
         assert lm.model.dtype == torch.float32
         for ids in batches():
             with torch.no_grad():
-                assert torch.equal(lm.model(ids).logits, plain(ids).logits)
+                logits, reference = lm.model(ids).logits, plain(ids).logits
+            if name == "mamba":
+                assert torch.allclose(logits, reference, rtol=0, atol=FOLDED_TOLERANCE)
+            else:
+                assert torch.equal(logits, reference)
             gradient, wanted = (soft_prompt_gradient(model, prompt, ids) for model in (lm.model, plain))
             assert (gradient - wanted).norm() <= GRADIENT_TOLERANCE * wanted.norm()
 

@@ -17,9 +17,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import Chunk, Concatenate, ConversionOps, MergeModulelist, Transpose
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightRenaming,
+)
 from transformers.core_model_loading import WeightConverter as Converter
 
+from slowllm import naming
 from slowllm.checkpoint import Checkpoint, Placement, Run, Span, read_header
 from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.naming import MAX_RUNS, _covering, _place_fused, _probe_scale, place
@@ -187,6 +195,16 @@ def test_dtypes_may_differ_from_tensor_to_tensor(saved: Saved, tmp_path: Path) -
     found = check(tmp_path)
     assert found["model.norm.weight"].dtype == torch.float32
     assert found["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
+def test_a_name_that_is_right_already_is_kept_though_a_renaming_would_change_it(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite(tmp_path, [saved(tmp_path, "llama-2")])
+    renaming = WeightRenaming("mlp.up_proj", "mlp.nowhere")
+    monkeypatch.setattr(naming, "get_model_conversion_mapping", lambda model: [renaming])
+    found = placements_of(tmp_path)
+    assert found["model.layers.1.mlp.up_proj.weight"].runs[0].span.name == "model.layers.1.mlp.up_proj.weight"
 
 
 # Fused experts

@@ -613,9 +613,10 @@ def test_a_failed_stop_is_not_read_again_before_it_is_visited_again(
         with reader.visit(0) as weights:
             check(weights, stops[0])
         assert not too_early
-        with pytest.raises(OSError, match="Input/output error"), reader.visit(1):
-            pass
-        assert failed == 2
+        for reads in (2, 3):
+            with pytest.raises(OSError, match="Input/output error"), reader.visit(1):
+                pass
+            assert failed == reads
 
 
 def test_a_read_that_nobody_waits_for_any_more_writes_over_no_other_stop(

@@ -142,6 +142,13 @@ def swapped(stored: Tensor, dtype: torch.dtype) -> SwappedWeight:
 
 Operation = Callable[[Tensor, Tensor], Any]
 
+
+def kept_over_another(view: Tensor, weight: Tensor) -> Tensor:
+    """Use a view after another operation has used the kept buffer."""
+    torch.relu(weight[4:])
+    return view * 2
+
+
 # With x of (3, 8, 8) and a weight of (8, 8).
 OPERATIONS: dict[str, Operation] = {
     "linear": F.linear,
@@ -150,6 +157,7 @@ OPERATIONS: dict[str, Operation] = {
     "Conv1D": lambda x, w: torch.addmm(x[0, 0], x[0], w),
     "matmul": lambda x, w: x @ w,
     "matmul from the left": lambda x, w: w @ x[0],
+    "matmul from the left of a batch": lambda x, w: w @ x,
     "matmul with a vector": lambda x, w: w @ x[0, 0],
     "transposed": lambda x, w: x @ w.t(),
     "transposed twice": lambda x, w: x @ w.mT.transpose(0, 1),
@@ -163,6 +171,8 @@ OPERATIONS: dict[str, Operation] = {
     "split": lambda x, w: [F.linear(x, part) for part in w.split([3, 5])],
     "unbound": lambda x, w: sum(x @ row for row in w.unbind()),
     "view": lambda x, w: x[0] * w.view(4, 16).view(8, 8),
+    "unsafe view": lambda x, w: kept_over_another(torch.ops.aten._unsafe_view(w, [4, 16]), w),
+    "view kept": lambda x, w: kept_over_another(w[1:5], w),
     "reshaped": lambda x, w: w.t().reshape(4, 16) * 2,
     "flattened": lambda x, w: w.flatten() + w.t().flatten(),
     "three-dimensional": lambda x, w: torch.bmm(x[:2, :, :4], w.view(2, 8, 4).mT),
