@@ -91,11 +91,14 @@ class StreamedHead(nn.Linear):
         return self._logits(input)
 
     def _logits(self, hidden: Tensor, *, comes_back: bool = False) -> Tensor:
+        # Flat: by the strides of a slice of positions, torch may choose a product in a batch and copy the weight.
+        flat = hidden.reshape(-1, hidden.shape[-1])
         parts = []
         for number, stop in enumerate(self._stops):
 
             def work(weights: Weights, number: int = number) -> Tensor:
-                part = F.linear(hidden, self._weight(weights), self._bias(number))
+                part = F.linear(flat, self._weight(weights), self._bias(number))
+                part = part.view(*hidden.shape[:-1], -1)
                 check_finite("the head", part, infinity_is_legal=True)
                 return part
 
@@ -169,14 +172,16 @@ class _HeadFunction(torch.autograd.Function):
 
             def work(weights: Weights, start: int = start, stop: int = stop) -> Tensor:
                 weight = head._weight(weights)
-                part = grad[..., start:stop]
-                return part.to(weight.dtype) @ weight if not ctx.autocast[0] else part @ weight.to(part.dtype)
+                part = grad[..., start:stop].flatten(0, -2)  # flat, as in `_logits`
+                if ctx.autocast[0]:
+                    return part @ weight.to(part.dtype)
+                return part.to(weight.dtype) @ weight
 
             parts.append(head._carousel.visit(head._stops[number], "down", work))
         total = parts[0]
         for part in parts[1:]:
             total = total + part
-        return None, total.to(ctx.dtype)
+        return None, total.view(*grad.shape[:-1], -1).to(ctx.dtype)
 
 
 def stream_head(
