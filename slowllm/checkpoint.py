@@ -12,7 +12,7 @@ import mmap
 import os
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -25,6 +25,9 @@ from slowllm.errors import CheckpointError
 # As the safetensors library has them.
 MAX_HEADER_BYTES = 100_000_000
 MAX_HEADER_DEPTH = 127
+
+# What `git clone` leaves in place of a large file where git-LFS is not installed.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 # Bits, not bytes: the format has sub-byte dtypes, which are valid in a header even if we cannot compute with them.
 DTYPE_BITS = {
@@ -40,6 +43,11 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
+# What tells a file from another that has taken its name, or from itself after a change: device, inode, size, and
+# time of the last change.
+Stamp = tuple[int, int, int, int]
+
+
 @dataclass(frozen=True)
 class Span:
     """The bytes of one tensor.
@@ -51,6 +59,7 @@ class Span:
         shape: as in the header.
         offset: of the first byte, from the start of the file.
         num_bytes: length.
+        stamp: of the shard when its header was read; None where no header was.
     """
 
     name: str
@@ -59,6 +68,7 @@ class Span:
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
+    stamp: Stamp | None = field(default=None, repr=False)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -141,12 +151,18 @@ def read_header(path: Path) -> dict[str, Span]:
 
     try:
         with open(path, "rb") as file:
+            stamp = _stamp(file.fileno())
             file_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
                 refuse(f"has {file_bytes} bytes, too few for a safetensors header; fetch this shard again")
             header_bytes = int.from_bytes(prefix, "little")
             if header_bytes > MAX_HEADER_BYTES:
+                if (prefix + file.read(len(LFS_POINTER))).startswith(LFS_POINTER):
+                    refuse(
+                        "is a git-LFS pointer, not the file itself; fetch the file with `git lfs pull`, "
+                        "or the model with `slowllm download`"
+                    )
                 refuse(f"claims a header of {header_bytes:,} bytes; this is not a safetensors file")
             if 8 + header_bytes > file_bytes:
                 refuse(
@@ -165,7 +181,7 @@ def read_header(path: Path) -> dict[str, Span]:
         refuse("its __metadata__ is not a table of strings")
 
     data_start = 8 + header_bytes
-    spans = [_span(path, name, entry, data_start) for name, entry in header.items()]
+    spans = [_span(path, stamp, name, entry, data_start) for name, entry in header.items()]
     # Names with equal offsets are empty tensors; the end decides which lies before which.
     spans.sort(key=lambda span: (span.offset, span.offset + span.num_bytes))
     position, previous = data_start, "the header"
@@ -183,6 +199,37 @@ def read_header(path: Path) -> dict[str, Span]:
     if position < file_bytes:
         refuse(f"the last tensor ends at byte {position:,} but the file has {file_bytes:,}; it is too long")
     return {span.name: span for span in spans}
+
+
+def open_shard(span: Span, flags: int = os.O_RDONLY) -> int:
+    """Return a new descriptor of the shard that holds a span.
+
+    Raises:
+        CheckpointError: it is not the file whose header was read, or was written to since.
+        OSError: it cannot be opened.
+    """
+    number = os.open(span.path, flags)
+    try:
+        if span.stamp not in (None, _stamp(number)):
+            _refuse(span.path, "was replaced or changed since its header was read; load the model again")
+    except BaseException:
+        os.close(number)
+        raise
+    return number
+
+
+def refuse_short(span: Span, file_bytes: int) -> NoReturn:
+    """Raise the error of a shard that has lost its end."""
+    _refuse(
+        span.path,
+        f"{span.name} ends at byte {span.offset + span.num_bytes:,} but the file has {file_bytes:,} by now; "
+        "it was cut short while it was open",
+    )
+
+
+def _stamp(number: int) -> Stamp:
+    state = os.fstat(number)
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:
@@ -252,7 +299,7 @@ def _check_ignored(value: Any, depth: int) -> None:
             _check_ignored(part, depth + 1)
 
 
-def _span(path: Path, name: str, entry: Any, data_start: int) -> Span:
+def _span(path: Path, stamp: Stamp, name: str, entry: Any, data_start: int) -> Span:
     def refuse(problem: str) -> NoReturn:
         _refuse(path, problem)
 
@@ -262,9 +309,9 @@ def _span(path: Path, name: str, entry: Any, data_start: int) -> Span:
     fields = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or not fields <= entry.keys():
         refuse(f"{name} has no dtype, shape and data_offsets in the header")
-    for field in entry.keys() - fields:
+    for ignored in entry.keys() - fields:
         try:
-            _check_ignored(entry[field], depth=3)
+            _check_ignored(entry[ignored], depth=3)
         except ValueError as error:
             raise CheckpointError(f"{path.name}: its header is not valid JSON ({error})") from error
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -290,7 +337,7 @@ def _span(path: Path, name: str, entry: Any, data_start: int) -> Span:
         refuse(
             f"{name} of shape {reprlib.repr(shape)} and dtype {dtype} needs {bits // 8:,} bytes but has {end - begin:,}"
         )
-    return Span(name, path, dtype, tuple(shape), data_start + begin, end - begin)
+    return Span(name, path, dtype, tuple(shape), data_start + begin, end - begin, stamp)
 
 
 class Checkpoint:
@@ -342,7 +389,7 @@ class Checkpoint:
         that torch cannot view as its dtype.
 
         Raises:
-            CheckpointError: the shard is gone, or shorter than when its header was read.
+            CheckpointError: the shard is gone, or is not as it was when its header was read.
         """
         if not placement.runs:
             return torch.empty(placement.shape, dtype=placement.dtype)
@@ -352,23 +399,36 @@ class Checkpoint:
         offset = span.offset + placement.runs[0].source
         if offset % dtype.itemsize:
             return None
-        whole = self._map(span.path)
-        if offset + placement.num_bytes > len(whole):
-            _refuse(
-                span.path,
-                f"{span.name} ends at byte {offset + placement.num_bytes:,} but the file has {len(whole):,}; "
-                "it was cut short since its header was read",
-            )
+        whole = self._map(span)
+        self.check_length(placement)
         count = math.prod(placement.shape)
         return torch.frombuffer(whole, dtype=dtype, count=count, offset=offset).view(placement.shape)
 
-    def _map(self, path: Path) -> mmap.mmap:
+    def check_length(self, placement: Placement) -> None:
+        """See that the mapped shards of a parameter still reach to its end.
+
+        To touch a page beyond the end of its file kills the process, and no handler can mend that.
+
+        Raises:
+            CheckpointError: one was cut short.
+        """
+        for run in placement.runs:
+            whole = self._maps.get(run.span.path)
+            # A map knows the length of its own file, whatever has taken the file's name.
+            if whole is not None and (size := whole.size()) < run.span.offset + run.source + run.num_bytes:
+                refuse_short(run.span, size)
+
+    def _map(self, span: Span) -> mmap.mmap:
+        path = span.path
         if path not in self._maps:
             try:
-                with open(path, "rb") as file:
+                number = open_shard(span)
+                try:
                     # A private map is writable in name, so torch takes it without a warning; a write would only
                     # copy the page, never reach the file.
-                    self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                    self._maps[path] = mmap.mmap(number, 0, access=mmap.ACCESS_COPY)
+                finally:
+                    os.close(number)
             except (OSError, ValueError) as error:  # ValueError: the file is empty by now
                 raise CheckpointError(f"{path}: cannot be mapped ({error})") from error
         return self._maps[path]

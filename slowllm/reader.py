@@ -19,20 +19,21 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slowllm.checkpoint import Checkpoint, Placement, Run, Span
-from slowllm.errors import CheckpointError, RideError
+from slowllm.checkpoint import Checkpoint, Placement, Run, Span, open_shard, refuse_short
+from slowllm.errors import RideError
 from slowllm.stops import Weights
 
 log = logging.getLogger(__name__)
 
 # Offset, length and address of a direct read must be multiples of the logical block size, at most a page.
 PAGE = 4096
+# How long closing waits for the reads under way, all together. From a network disk that is gone none returns.
+CLOSE_PATIENCE_SECONDS = 5.0
 
 
 def _up(num_bytes: int) -> int:
@@ -168,29 +169,22 @@ class _Files:
         """Read `view.nbytes` at `offset` of the span's file, or to its end; at least `needed` bytes.
 
         Raises:
-            CheckpointError: the file ends before.
+            CheckpointError: the file ends before, or is not the one whose header was read.
             OSError: the disk failed.
         """
         num_read = 0
         while num_read < needed:
             try:
-                count = self._read_once(span.path, offset + num_read, view[num_read:])
+                count = self._read_once(span, offset + num_read, view[num_read:])
             except OSError as error:
                 where = f"reading {span.name} at byte {offset + num_read:,}"
                 raise OSError(error.errno, f"{error.strerror} ({where})", str(span.path)) from error
             if count == 0:
-                self._refuse_short(span)
+                refuse_short(span, os.fstat(self._buffered[span.path]).st_size)
             num_read += count
 
-    def _refuse_short(self, span: Span) -> NoReturn:
-        file_bytes = os.fstat(self._buffered[span.path]).st_size
-        raise CheckpointError(
-            f"{span.path.name}: {span.name} ends at byte {span.offset + span.num_bytes:,} but the file has "
-            f"{file_bytes:,} by now; it was cut short while it was open"
-        )
-
-    def _read_once(self, path: Path, offset: int, view: np.ndarray) -> int:
-        direct, buffered = self._open(path)
+    def _read_once(self, span: Span, offset: int, view: np.ndarray) -> int:
+        direct, buffered = self._open(span)
         # What a short read left over is no longer aligned; the page cache takes the rest.
         if direct is not None and offset % PAGE == 0:
             try:
@@ -198,20 +192,21 @@ class _Files:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                log.info("%s: direct reads are refused here; reading through the page cache", path.name)
-                self._refused.add(path)
+                log.info("%s: direct reads are refused here; reading through the page cache", span.path.name)
+                self._refused.add(span.path)
         count = os.preadv(buffered, [view.data], offset)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(buffered, offset, count, os.POSIX_FADV_DONTNEED)
         return count
 
-    def _open(self, path: Path) -> tuple[int | None, int]:
+    def _open(self, span: Span) -> tuple[int | None, int]:
+        path = span.path
         with self._lock:
             if path not in self._buffered:
-                self._buffered[path] = os.open(path, os.O_RDONLY)
+                self._buffered[path] = open_shard(span)
             if path not in self._direct:
                 try:
-                    self._direct[path] = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                    self._direct[path] = open_shard(span, os.O_RDONLY | os.O_DIRECT)
                 except (OSError, AttributeError):  # tmpfs and other systems
                     self._direct[path] = None
             return None if path in self._refused else self._direct[path], self._buffered[path]
@@ -263,6 +258,8 @@ class Reader:
         self._changed = threading.Condition()
         self._closing = False
         self._failure: BaseException | None = None
+        self._process = os.getpid()
+        self._num_working = num_threads
         self._threads = [
             threading.Thread(target=self._work, name=f"slowllm-read-{number}", daemon=True)
             for number in range(num_threads)
@@ -280,7 +277,7 @@ class Reader:
         Yields:
             the stop's tensors by name, as stored; valid inside the context.
         Raises:
-            CheckpointError: a file is shorter than its header said.
+            CheckpointError: a file is shorter than its header said, or is not the one whose header was read.
             OSError: the disk failed.
             RideError: the reader was closed.
         """
@@ -323,13 +320,28 @@ class Reader:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """End the threads and close the files. Weights handed out stay readable."""
+        """End the threads and close the files. Weights handed out stay readable.
+
+        A read that does not return is left to its thread after a while, and with it the files and its buffer, which
+        may be written to at any time.
+        """
+        # A forked child has no threads to end, and whoever held the lock is not there to give it back.
+        if os.getpid() != self._process:
+            return
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        self._files.close()
+        # A forgotten reader may be collected, and closed, on one of its own threads.
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        deadline = time.monotonic() + CLOSE_PATIENCE_SECONDS
+        for thread in others:
+            thread.join(max(deadline - time.monotonic(), 0))
+        num_left = sum(thread.is_alive() for thread in others)
+        if num_left:
+            log.warning(
+                "%d reads have not returned after %g s; closing without them, and what they write to stays in memory",
+                num_left, CLOSE_PATIENCE_SECONDS,
+            )  # fmt: skip
 
     # What follows runs with the lock held, down to `_work`.
 
@@ -454,6 +466,12 @@ class Reader:
             with self._changed:
                 self._failure = caught
                 self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._num_working -= 1
+                is_last = not self._num_working
+            if is_last:  # not whoever closes, for whom a read may take too long
+                self._files.close()
 
     def _wait_for_request(self) -> _Request | None:
         with self._changed:
@@ -499,10 +517,13 @@ class MappedStops:
     """Serve stops from memory maps: for a model that fits the budget, no copies and no reads of our own.
 
     What no map can hold (fused experts, tensors at odd addresses) is read once, at the first visit.
+
+    A shard that is cut short is refused at the next visit. Cut during one, it ends the process (SIGBUS).
     """
 
     def __init__(self, checkpoint: Checkpoint, stops: Sequence[Sequence[Placement]]) -> None:
         self.num_stops = len(stops)
+        self._checkpoint, self._stops = checkpoint, stops
         self._mapped: list[dict[str, Tensor]] = []
         rest: list[list[Placement]] = []
         for stop in stops:
@@ -516,10 +537,13 @@ class MappedStops:
     @contextlib.contextmanager
     def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
         """Hold a stop; see `Reader.visit`."""
+        mapped = self._mapped  # before the rest is asked, which refuses once they are let go
         with self._rest.visit(stop, upcoming) as rest:
-            yield {**self._mapped[stop], **rest}
+            for placement in self._stops[stop]:
+                self._checkpoint.check_length(placement)
+            yield {**mapped[stop], **rest}
 
     def close(self) -> None:
         """Let go of the maps."""
         self._rest.close()
-        self._mapped.clear()
+        self._mapped = []

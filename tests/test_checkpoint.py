@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -333,6 +334,11 @@ REFUSALS: dict[str, tuple[bytes, str]] = {
     "seven bytes": (b"1234567", r"has 7 bytes, too few"),
     "huge header": (contents("{}", b"", 100_000_001), r"claims a header of 100,000,001 bytes; this is not"),
     "negative header": (b"\xff" * 20, r"claims a header of 18,446,744,073,709,551,615 bytes; this is not"),
+    "git-LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\nsize 12345\n",
+        r"is a git-LFS pointer, not the file itself; fetch the file with `git lfs pull`, or the model with `slowllm",
+    ),
+    "other text": (b"version 2 of the weights, to come", r"claims a header of 2,336,927,755,350,992,246 bytes; this"),
     "header cut": (contents("{}", b"", 3), r"claims a header of 3 bytes but the file has 10\. The download"),
     "no header": (contents(""), r"its header is not a JSON object"),
     "list": (contents("[]"), r"its header is not a JSON object"),
@@ -628,19 +634,44 @@ def test_what_no_map_can_hold_is_none(tmp_path: Path) -> None:
         assert checkpoint.mapped(two) is None
 
 
-def test_a_shard_cut_short_since_it_was_opened_is_not_mapped(folder: Path) -> None:
+def test_a_shard_that_changed_since_it_was_opened_is_not_mapped(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
-    size = (folder / TWO).stat().st_size
-    os.truncate(folder / TWO, size - 3)
-    words = rf"two\.safetensors: c ends at byte {size:,} but the file has {size - 3:,}; it was cut short"
-    with pytest.raises(CheckpointError, match=words):
+    os.truncate(folder / TWO, (folder / TWO).stat().st_size - 3)
+    with pytest.raises(CheckpointError, match=r"^two\.safetensors: was replaced or changed since its header"):
         checkpoint.mapped(whole(checkpoint.spans["c"]))
     (folder / ONE).unlink()
     with pytest.raises(CheckpointError, match=r"one\.safetensors: cannot be mapped"):
         checkpoint.mapped(whole(checkpoint.spans["a"]))
     (folder / ONE).touch()
-    with pytest.raises(CheckpointError, match=r"one\.safetensors: cannot be mapped"):
+    with pytest.raises(CheckpointError, match=r"^one\.safetensors: was replaced or changed since its header"):
         checkpoint.mapped(whole(checkpoint.spans["a"]))
+
+
+def test_an_empty_file_is_not_mapped(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    (folder / ONE).write_bytes(b"")
+    unread = dataclasses.replace(checkpoint.spans["a"], stamp=None)
+    with pytest.raises(CheckpointError, match=r"one\.safetensors: cannot be mapped"):
+        checkpoint.mapped(whole(unread))
+
+
+def test_a_shard_cut_short_since_it_was_mapped_is_refused(folder: Path) -> None:
+    with Checkpoint.open(folder) as checkpoint:
+        a, b = (whole(checkpoint.spans[name]) for name in "ab")
+        first = checkpoint.mapped(a)
+        size = (folder / ONE).stat().st_size
+        os.truncate(folder / ONE, size - 1)
+        words = rf"^one\.safetensors: b ends at byte {size:,} but the file has {size - 1:,} by now; it was cut short"
+        for refused in (checkpoint.mapped, checkpoint.check_length):
+            with pytest.raises(CheckpointError, match=words):
+                refused(b)
+        checkpoint.check_length(a)
+        # Another file of that name changes nothing for the map.
+        (folder / ONE).unlink()
+        (folder / ONE).touch()
+        checkpoint.check_length(a)
+        assert first is not None
+        assert first.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 @settings(fuzz, max_examples=100)

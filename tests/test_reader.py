@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import faulthandler
 import fcntl
+import gc
 import itertools
 import math
 import os
@@ -12,6 +13,7 @@ import random
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +23,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from slowllm import reader as reader_module
-from slowllm.checkpoint import Checkpoint, Placement, Run, Span
+from slowllm.checkpoint import Checkpoint, Placement, Run, Span, read_header
 from slowllm.errors import CheckpointError, RideError
 from slowllm.reader import PAGE, MappedStops, Reader, ring_bytes_of, smallest_ring
 
@@ -796,6 +799,107 @@ def test_where_no_file_opens_for_direct_reads_the_page_cache_serves(
                 check(weights, stops[stop])
 
 
+# Files that are not what they were
+
+
+def saved(folder: Path) -> tuple[list[Path], list[Stop]]:
+    """Three shards, each with the one tensor of a stop, and their stops as their headers have them."""
+    files, stops = [], []
+    for number in range(3):
+        files.append(folder / f"part-{number}.safetensors")
+        save_file({f"h.{number}": torch.full((3000,), float(number))}, files[-1])
+        span = read_header(files[-1])[f"h.{number}"]
+        stops.append((Placement(span.name, (3000,), torch.float32, (Run(span, 0, 0, span.num_bytes),)),))
+    return files, stops
+
+
+def replace(file: Path, num_values: int = 3000) -> None:
+    """Put another shard in a file's place, of the same age and, by default, of the same size."""
+    state = file.stat()
+    other = file.with_suffix(".new")
+    save_file({"h.1": torch.full((num_values,), -1.0)}, other)
+    os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
+    os.replace(other, file)
+
+
+def rewrite(file: Path) -> None:
+    """Write other bytes of the same number over a file."""
+    age = file.stat().st_mtime_ns
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    os.utime(file, ns=(age + 1, age + 1))
+
+
+CHANGES = {
+    "same size and age": replace,
+    "another size": lambda file: replace(file, 2000),
+    "rewritten": rewrite,
+    "cut short": lambda file: os.truncate(file, 5000),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_shard_that_changed_between_its_header_and_its_first_read_is_refused(
+    tmp_path: Path, change: Callable[[Path], Any]
+) -> None:
+    files, stops = saved(tmp_path)
+    before = open_files()
+    words = r"^part-1\.safetensors: was replaced or changed since its header was read; load the model again$"
+    with closing(Reader(stops, ring_bytes=smallest_of(stops))) as reader:
+        change(files[1])
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=words), reader.visit(1, (0, 2)):
+                pass
+            for stop in (0, 2):
+                with reader.visit(stop) as weights:
+                    check(weights, stops[stop])
+    assert open_files() == before
+    with pytest.raises(CheckpointError, match=words):
+        mapped_stops(stops, files)
+
+
+@pytest.mark.parametrize("num_values", [3000, 2000])
+@pytest.mark.parametrize("kind", ["read", "mapped"])
+def test_a_shard_replaced_while_it_is_open_goes_on_with_its_old_bytes(
+    tmp_path: Path, kind: str, num_values: int
+) -> None:
+    files, stops = saved(tmp_path)
+    if kind == "read":
+        source: Any = Reader(stops, ring_bytes=smallest_of(stops))
+    else:
+        source = mapped_stops(stops, files)
+    with closing(source):
+        for stop in (1, 2, 0):  # the ring holds two, so the first is gone again
+            with source.visit(stop):
+                pass
+        replace(files[1], num_values)
+        with source.visit(1) as weights:
+            assert torch.equal(weights["h.1"], torch.ones(3000))
+
+
+@pytest.mark.parametrize("size", [0, 4096, 12_000])
+def test_a_shard_cut_short_under_its_map_is_refused_before_it_kills_the_process(
+    tmp_path: Path, size: int
+) -> None:
+    files, stops = saved(tmp_path)
+    with closing(mapped_stops(stops, files)) as source:
+        with source.visit(1) as weights:
+            check(weights, stops[1])
+        sound = files[1].read_bytes()
+        os.truncate(files[1], size)
+        words = (
+            rf"^part-1\.safetensors: h\.1 ends at byte {len(sound):,} but the file has {size:,} by now; "
+            r"it was cut short while it was open$"
+        )
+        with pytest.raises(CheckpointError, match=words), source.visit(1, (0, 2)):
+            pass
+        for stop in (0, 2):
+            with source.visit(stop) as weights:
+                check(weights, stops[stop])
+        files[1].write_bytes(sound)
+        with source.visit(1) as weights:
+            check(weights, stops[1])
+
+
 # The end
 
 
@@ -838,6 +942,58 @@ def test_closing_ends_a_waiting_visit_at_once_and_the_reads_under_way(
     assert open_files() == before
     # Not one read was begun after closing.
     assert reader.stats.read_bytes <= 4 * PAGE
+
+
+def test_a_read_that_never_returns_is_left_with_its_file_and_its_buffer(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = Gate(monkeypatch)
+    monkeypatch.setattr(reader_module, "CLOSE_PATIENCE_SECONDS", 0.0)
+    before = open_files()
+    stops = in_three_files(files)
+    reader = Reader(stops, ring_bytes=smallest_of(stops), num_threads=1)
+    (thread,), buffer = reader._threads, weakref.ref(reader._ring._buffer.bytes)
+
+    def visit(reader: Reader) -> None:
+        with reader.visit(0, (1, 2)):
+            pytest.fail("no read was let through")
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(visit, reader)
+        gate.arrived.wait()
+        reader.close()
+        with pytest.raises(RideError, match="the model was closed"):
+            waiting.result()
+    assert caplog.messages == [
+        "1 reads have not returned after 0 s; closing without them, and what they write to stays in memory"
+    ]
+    del reader, waiting
+    gc.collect()
+    assert thread.is_alive()
+    assert buffer() is not None, "the read may still write there"
+    assert open_files() > before
+    # The disk answers after all.
+    gate.open.set()
+    thread.join()
+    gc.collect()
+    assert buffer() is None
+    assert open_files() == before
+
+
+def test_closing_on_a_thread_of_its_own_waits_for_the_others_only(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close(true: Any, *args: Any) -> int:
+        reader.close()
+        return int(true(*args))
+
+    before = open_files()
+    preadv_as(monkeypatch, close)
+    stops = in_three_files(files)
+    reader = Reader(stops, ring_bytes=smallest_of(stops), num_threads=1)
+    with closing(reader), pytest.raises(RideError, match="the model was closed"), reader.visit(0):
+        pass
+    assert open_files() == before
 
 
 def test_a_visit_after_closing_is_refused_even_where_the_weights_are_still_there(files: list[Path]) -> None:
