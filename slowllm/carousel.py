@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -180,6 +181,7 @@ class Carousel:
         self._course, self._detour = _Course(), _Course()
         self._over: RideError | None = None
         self._local = _Local()
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="slowllm-carousel", daemon=True)
         self._thread.start()
 
@@ -197,9 +199,11 @@ class Carousel:
             work: called with the weights of the stop.
             comes_back: whether a backward pass will follow; a hint for the reader.
         Raises:
-            RideError: the carousel was closed, the ride was cancelled, or the call came from its own thread.
+            RideError: the carousel was closed, the ride was cancelled, or the call came from its own thread or from
+                a forked process.
             BaseException: whatever `work` raised, or what kept the weights from coming.
         """
+        self._refuse_if_forked()
         if threading.current_thread() is self._thread:
             raise RideError("the model was called inside a block, on_passage or the iterable of jobs")
         local, rider = self._local, self._local.rider
@@ -234,6 +238,17 @@ class Carousel:
         if rider is not None and rider.party.cancelled:
             raise RideError("the ride was cancelled")
 
+    def _refuse_if_forked(self) -> None:
+        # Before the lock is asked for: whoever held it at the fork is not there to give it back.
+        if self._is_forked():
+            raise RideError(
+                "this process was forked after the model was loaded, and a fork has none of the model's threads; "
+                "load it here"
+            )
+
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._process
+
     def ride(self, jobs: Iterable[Callable[[], T]], max_riders: int | None = None) -> list[T]:
         """Run each job as a rider of shared sweeps and return their results in order.
 
@@ -245,7 +260,7 @@ class Carousel:
         Raises:
             BaseException: what a job raised, after the others have finished, with a note that says which; of
                 several errors, that of the first job in order.
-            RideError: called from inside a rider, or the carousel was closed.
+            RideError: called from inside a rider or from a forked process, or the carousel was closed.
         """
         jobs = list(jobs)
         seats = max(len(jobs), 1) if max_riders is None else max_riders
@@ -263,6 +278,7 @@ class Carousel:
 
     def _ride(self, jobs: Iterator[Job], max_riders: int, is_stream: bool) -> Generator[Any, None, None]:
         assert max_riders > 0, "a ride needs at least one rider at a time"
+        self._refuse_if_forked()
         if self._is_ours():
             raise RideError("ride() was called inside a rider; call the model directly there")
         party = _Party(jobs, max_riders, is_stream)
@@ -311,8 +327,9 @@ class Carousel:
         reason = RideError("the ride was cancelled")
         party.cancelled = True
         party.stop_boarding(reason)
-        if self._is_ours():
+        if self._is_ours() or self._is_forked():
             # A forgotten stream, collected as garbage on a thread that must not wait for riders: the marks end it.
+            # Or a stream that a child has from its parent: there are no riders to wait for.
             return
         with self._changed:
             self._dismiss([v for v in self._waiting if v.rider and v.rider.party is party], reason)
@@ -324,7 +341,12 @@ class Carousel:
         return self._local.rider is not None or threading.current_thread() is self._thread
 
     def close(self) -> None:
-        """End the carousel: whoever waits gets a `RideError`. Joins the thread."""
+        """End the carousel: whoever waits gets a `RideError`. Joins the thread.
+
+        The thread may be waiting for a stop's weights; whoever owns the stops ends that wait before this call.
+        """
+        if self._is_forked():
+            return
         with self._changed:
             self._end(RideError("the model was closed"))
         if threading.current_thread() is not self._thread:

@@ -163,8 +163,8 @@ def _tell(handle: weakref.ref[StreamedLM], passage: Passage) -> None:
 def _release(
     carousel: Carousel, source: Reader | MappedStops, checkpoint: Checkpoint, budget: Budget, num_bytes: int
 ) -> None:
+    source.close()  # first: the carousel may be waiting for a read that never returns
     carousel.close()
-    source.close()
     checkpoint.close()
     budget.give_back(num_bytes)
 

@@ -985,14 +985,17 @@ def test_closing_on_a_thread_of_its_own_waits_for_the_others_only(
 ) -> None:
     def close(true: Any, *args: Any) -> int:
         reader.close()
+        closed.set()
         return int(true(*args))
 
+    closed = threading.Event()
     before = open_files()
     preadv_as(monkeypatch, close)
     stops = in_three_files(files)
     reader = Reader(stops, ring_bytes=smallest_of(stops), num_threads=1)
     with closing(reader), pytest.raises(RideError, match="the model was closed"), reader.visit(0):
         pass
+    assert closed.is_set()
     assert open_files() == before
 
 
