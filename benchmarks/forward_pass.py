@@ -1,212 +1,333 @@
 """A forward pass over a checkpoint larger than memory: the physical limit, us, and accelerate's disk offload.
 
     python -m benchmarks.forward_pass --geometry llama-70b --blocks 4 --tokens 13 --ram 5GiB --peer accelerate
+    python -m benchmarks.forward_pass --case mixed --ram 5GiB --peer accelerate
+    python -m benchmarks.forward_pass --case many --sentences 5000 --sentence-tokens 20 --ram 5GiB --repeat 1
+    python -m benchmarks.forward_pass --warm --tokens 13 --ram 16GiB --peer accelerate
 
 Each run is a process of its own under the same memory cap (a cgroup where the machine allows one), on the same
-bytes, the page cache of its files dropped before (unless --warm). Both sides compute the logits of each
-sequence's last position. What is timed is the pass, not imports and not opening the checkpoint. The disk's and the
-processor's rates are measured in turn with the runs. The last line of stdout is one JSON document.
+bytes, the page cache of its files dropped before; with --warm there is no cap, and the files are read before. What
+is timed is the pass, not imports and not opening the checkpoint. Before anything is timed, our logits of one block
+must equal, bit for bit, those of transformers' own model in memory. The disk's and the processor's rates, and the
+time of the same micro-batches on blocks in memory, are measured in turn with the runs. The last line of stdout is
+one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import machine
 from benchmarks.make_checkpoint import GEOMETRIES, make_checkpoint, num_model_blocks
+from benchmarks.sentences import Task, as_json, lengths_of
+from slowllm.blocks import find_blocks
 from slowllm.options import format_bytes, parse_bytes
 
-
-def batch(num_tokens: int, num_sequences: int, vocab_size: int) -> torch.Tensor:
-    """Return (sequences, tokens / sequences) random ids, the same on both sides."""
-    shape = (num_sequences, num_tokens // num_sequences)
-    return torch.randint(5, vocab_size, shape, generator=torch.Generator().manual_seed(0))
+Runs = dict[str, list[dict[str, Any]]]
 
 
-def run_ours(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run sweeps with slowllm; each is reported."""
-    import slowllm
-
-    with slowllm.load(arguments.checkpoint, ram=arguments.ram, dtype="bf16") as lm, torch.no_grad():
-        ids = batch(arguments.tokens, arguments.sequences, lm.model.config.vocab_size)
-        # Micro-batches of whole sequences, as the plan says.
-        size = max(1, lm.plan.rider_tokens // ids.shape[1])
-        sweeps = []
-        for _ in range(arguments.sweeps):
-            before, started = lm.report, time.perf_counter()
-            jobs = [
-                lambda part=part: lm.model(part, logits_to_keep=1, use_cache=False).logits[:, -1]
-                for part in ids.split(size)
-            ]
-            logits = torch.cat(lm.ride(jobs))
-            wall, after = time.perf_counter() - started, lm.report
-            sweeps.append(
-                {
-                    "wall_s": wall,
-                    "read_bytes": after.read_bytes - before.read_bytes,
-                    "wait_s": after.wait_seconds - before.wait_seconds,
-                    "compute_s": after.compute_seconds - before.compute_seconds,
-                }
-            )
-        return {
-            **sweeps[0],
-            "sweeps": sweeps,
-            "num_resident": len(lm.plan.resident),
-            "weight_bytes": lm.weight_bytes,
-            "logits_sum": float(logits.double().sum()),
-            "top": logits.argmax(-1).tolist(),
-        }
-
-
-def run_accelerate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the same pass with transformers' device_map and disk offload, as accelerate does it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(arguments.checkpoint)
-    with torch.device("meta"):
-        blocks = AutoModelForCausalLM.from_config(config)
-    base = blocks.base_model_prefix
-    device_map = {f"{base}.{name}": "disk" for name, _ in blocks.base_model.named_children()}
-    device_map["lm_head"] = "disk"
-    # The folder gets an index only: safetensors are mapped where they lie.
-    with tempfile.TemporaryDirectory() as offload:
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.checkpoint, dtype=torch.bfloat16, device_map=device_map, offload_folder=offload
-        ).eval()
-    ids = batch(arguments.tokens, arguments.sequences, config.vocab_size)
-    started = time.perf_counter()
-    with torch.no_grad():
-        logits = model(ids, logits_to_keep=1, use_cache=False).logits[:, -1].float()
-    wall = time.perf_counter() - started
-    return {"wall_s": wall, "logits_sum": float(logits.double().sum()), "top": logits.argmax(-1).tolist()}
-
-
-RUNNERS = {"ours": run_ours, "accelerate": run_accelerate}
-
-
-def run_child(name: str, arguments: argparse.Namespace, cgroup: Path | None) -> dict[str, Any]:
+def run_child(name: str, task: Task, *, cgroup: Path | None, warm: bool) -> dict[str, Any]:
     """Run one side in a process of its own and return what it reports."""
-    command = [
-        sys.executable, "-m", "benchmarks.forward_pass", "--child", name, "--checkpoint", str(arguments.checkpoint),
-        "--geometry", arguments.geometry, "--blocks", str(arguments.blocks), "--tokens", str(arguments.tokens),
-        "--sequences", str(arguments.sequences), "--ram", arguments.ram, "--sweeps", str(arguments.sweeps),
-    ]  # fmt: skip
-    if not arguments.warm:
-        machine.drop_page_cache(arguments.checkpoint)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    folder = Path(task.checkpoint)
+    if warm:
+        machine.read_all(folder)
+    else:
+        machine.drop_page_cache(folder)
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment,
+        [sys.executable, "-m", "benchmarks.passes", name, as_json(task)], capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
         preexec_fn=(lambda: machine.enter_cgroup(cgroup)) if cgroup else None,
     )  # fmt: skip
     if done.returncode:
         sys.exit(f"{name} failed ({done.returncode}):\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run everything in turn and put the medians together."""
-    hidden = GEOMETRIES[arguments.geometry][2]["hidden_size"]
-    cgroup = None if arguments.warm else machine.memory_cgroup("slowllm-bench", parse_bytes(arguments.ram))
-    if cgroup is None and not arguments.warm:
+@contextlib.contextmanager
+def capped(arguments: argparse.Namespace) -> Iterator[Path | None]:
+    """Yield a memory cgroup for the length of the measurement; None where there is none."""
+    if arguments.warm:
+        yield None
+        return
+    cgroup = machine.memory_cgroup(f"slowllm-bench-{os.getpid()}", parse_bytes(arguments.ram))
+    if cgroup is None:
         print("no memory cgroup can be made here; only --ram caps us, and nothing the peer", file=sys.stderr)
-    runs: dict[str, list[dict[str, Any]]] = {}
-    disk, gemm = [], []
     try:
-        for _ in range(arguments.repeat):
-            machine.drop_page_cache(arguments.checkpoint)
-            disk.append(machine.disk_bytes_per_second(arguments.checkpoint))
-            gemm.append(machine.gemm_flops_per_second(min(arguments.tokens, 1024), hidden))
-            for name in ["ours", *([arguments.peer] if arguments.peer else [])]:
-                found = run_child(name, arguments, cgroup)
-                runs.setdefault(name, []).append(found)
-                print(f"{name}: {found['wall_s']:.2f} s, disk {disk[-1] / 1e9:.2f} GB/s", file=sys.stderr)
+        yield cgroup
     finally:
         if cgroup is not None:
             machine.remove_cgroup(cgroup)
 
-    def median(name: str, key: str) -> float:
-        return statistics.median(run[key] for run in runs[name])
 
-    weight_bytes = runs["ours"][0]["weight_bytes"]
-    disk_rate, gemm_rate = statistics.median(disk), statistics.median(gemm)
-    disk_s = median("ours", "read_bytes") / disk_rate
-    gemm_s = weight_bytes / 2 * 2 * arguments.tokens / gemm_rate
-    wall = median("ours", "wall_s")
-    report: dict[str, Any] = {
-        "geometry": arguments.geometry, "blocks": arguments.blocks, "tokens": arguments.tokens,
-        "sequences": arguments.sequences, "ram": arguments.ram, "page_cache": "warm" if arguments.warm else "cold",
-        "capped_by_cgroup": cgroup is not None,
-        "disk_gb_per_s": disk_rate / 1e9, "gemm_tflop_per_s": gemm_rate / 1e12,
-        "disk_limit_s": disk_s, "gemm_limit_s": gemm_s, "limit_s": max(disk_s, gemm_s),
-        "wall_s": wall, "efficiency": max(disk_s, gemm_s) / wall,
-        "read_bytes": median("ours", "read_bytes"), "wait_s": median("ours", "wait_s"),
-        "compute_s": median("ours", "compute_s"), "peak_rss_bytes": median("ours", "peak_rss_bytes"),
-        "later_sweeps": [
-            {key: statistics.median(run["sweeps"][n][key] for run in runs["ours"]) for key in ("wall_s", "read_bytes")}
-            for n in range(1, arguments.sweeps)
-        ],
-        "num_resident": runs["ours"][0]["num_resident"],
-    }  # fmt: skip
-    per_block = wall * num_model_blocks(arguments.geometry) / arguments.blocks
-    report["full_model_s_at_most"] = per_block
-    if arguments.peer:
-        assert runs["ours"][0]["top"] == runs[arguments.peer][0]["top"], (
-            "both sides must find the same tokens"
+def verify(task: Task, run: Callable[[str, Task], dict[str, Any]]) -> int:
+    """Compare our logits of one block with those of the resident model; return the tokens of a micro-batch.
+
+    Raises:
+        SystemExit: a bit differs; the message has the largest difference.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ours, resident = Path(folder) / "ours", Path(folder) / "resident"
+        rider_tokens = int(run("verify", dataclasses.replace(task, logits=str(ours)))["rider_tokens"])
+        run("resident", dataclasses.replace(task, logits=str(resident), rider_tokens=rider_tokens))
+        compare(torch.load(ours), torch.load(resident))
+    return rider_tokens
+
+
+def compare(ours: list[torch.Tensor], resident: list[torch.Tensor]) -> None:
+    """Leave with an error unless the logits of every micro-batch are equal."""
+    largest = 0.0
+    for a, b in zip(ours, resident, strict=True):
+        if not torch.equal(a, b):
+            largest = max(largest, float((a.double() - b.double()).abs().nan_to_num(nan=torch.inf).max()))
+    if largest:
+        sys.exit(
+            f"not verified: our logits of one block differ from the resident model's by up to {largest:.3g}"
         )
-        report["peer"] = arguments.peer
-        report["peer_wall_s"] = median(arguments.peer, "wall_s")
-        report["speedup"] = report["peer_wall_s"] / wall
+
+
+def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
+    """Verify, run everything in turn, and put the medians together."""
+    names = {
+        "uniform": ["ours", "resident", "accelerate"],
+        "mixed": ["ours", "resident", "accelerate", "accelerate_one_by_one"],
+        "many": ["many"],
+    }[task.case]
+    folder, runs = Path(task.checkpoint), Runs()
+    block_weights, head_weights, width = matrix_sizes(folder)
+    disk, gemm = [], []
+    with capped(arguments) as cgroup:
+
+        def run(name: str, task: Task) -> dict[str, Any]:
+            # The resident block and head may be larger than the cap, which is the streamed sides' alone.
+            return run_child(name, task, cgroup=None if name == "resident" else cgroup, warm=arguments.warm)
+
+        rider_tokens = verify(task, run)
+        print("verified: one block gives the resident model's bits", file=sys.stderr)
+        task = dataclasses.replace(task, rider_tokens=rider_tokens)
+        for _ in range(arguments.repeat):
+            disk.append(machine.measure_disk(folder))
+            gemm.append(machine.gemm_flops_per_second(min(sum(lengths_of(task)), rider_tokens, 1024), width))
+            for name in names:
+                if name.startswith("accelerate") and not arguments.peer:
+                    continue
+                runs.setdefault(name, []).append(found := run(name, task))
+                rate = f"disk {disk[-1].bytes_per_second / 1e9:.2f} GB/s"
+                print(f"{name}: {found['wall_s']:.2f} s, {rate}", file=sys.stderr)
+
+    ours = runs[names[0]]
+    lengths = lengths_of(task)
+    num_heads = ours[0].get("num_scored", len(lengths))
+    flops = 2 * (block_weights * arguments.blocks * sum(lengths) + head_weights * num_heads)
+    report = {
+        "geometry": arguments.geometry, "blocks": arguments.blocks, "case": task.case, "tokens": sum(lengths),
+        "sequences": len(lengths), "ram": task.ram, "store": arguments.store,
+        "page_cache": "warm" if arguments.warm else "cold", "capped_by_cgroup": cgroup is not None,
+        "repeat": arguments.repeat, "verified": True, "rider_tokens": rider_tokens,
+        "disk_gb_per_s": statistics.median(rate.bytes_per_second for rate in disk) / 1e9,
+        "read_core_s_per_gb": statistics.median(rate.core_seconds_per_gb for rate in disk),
+        "gemm_tflop_per_s": statistics.median(gemm) / 1e12,
+        "gemm_limit_s": flops / statistics.median(gemm),
+        "walls_s": [run["wall_s"] for run in ours],
+        "weight_bytes": ours[0]["weight_bytes"], "resident_bytes": ours[0]["resident_bytes"],
+        "num_resident": ours[0]["num_resident"], "mapped": ours[0]["mapped"],
+    }  # fmt: skip
+    for key in ("wall_s", "read_bytes", "wait_s", "compute_s", "peak_rss_bytes", "predicted_s"):
+        if key in ours[0]:
+            report[key] = median(ours, key)
+    report["gb_per_s"] = report["weight_bytes"] / report["wall_s"] / 1e9
+    report["disk_limit_s"] = disk_bytes(report) / report["disk_gb_per_s"] / 1e9
+    if task.case == "many":
+        report.update({key: ours[0][key] for key in ("num_sweeps", "num_scored", "mean_log_prob")})
+        report["written_bytes"] = max(run["written_bytes"] for run in ours)
+        report["limit_s"] = max(report["disk_limit_s"], report["gemm_limit_s"])
+        report["gemm_efficiency"] = report["gemm_limit_s"] / report["wall_s"]
+    else:
+        report.update(of_passes(arguments, report, ours, runs["resident"]))
+    report["efficiency"] = report["limit_s"] / report["wall_s"]
+    if arguments.peer:
+        report.update(of_peer(task, report, runs))
     return report
 
 
-def main() -> None:
-    """Parse the command line, measure, print the limit, the measurement and the ratio."""
+def median(runs: list[dict[str, Any]], key: str) -> float:
+    """Return the median of what several runs report."""
+    return statistics.median(run[key] for run in runs)
+
+
+def disk_bytes(report: dict[str, Any]) -> float:
+    """Return the bytes that must come from the disk in what was measured.
+
+    No more than the weights in a first sweep: what is read twice is our fault, not a limit. The kernel does not tell
+    what it reads for a mapped model, which is everything unless the page cache is warm.
+    """
+    if report["mapped"]:
+        return 0 if report["page_cache"] == "warm" else report["weight_bytes"]
+    if report["case"] == "many":
+        return report["read_bytes"]
+    return min(report["read_bytes"], report["weight_bytes"])
+
+
+def of_passes(
+    arguments: argparse.Namespace,
+    report: dict[str, Any],
+    ours: list[dict[str, Any]],
+    resident: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return the limit by what resident blocks take, the later sweeps, and the whole model's time."""
+    block_s, head_s = median(resident, "block_s"), median(resident, "head_s")
+    compute_s = arguments.blocks * block_s + head_s
+    later = [
+        {key: statistics.median(run["sweeps"][n][key] for run in ours) for key in ("wall_s", "read_bytes")}
+        for n in range(1, arguments.sweeps)
+    ]
+    for sweep in later:
+        sweep["limit_s"] = max(sweep["read_bytes"] / report["disk_gb_per_s"] / 1e9, compute_s)
+    return {
+        "micro_batches": ours[0]["micro_batches"],
+        "resident_block_s": block_s, "resident_head_s": head_s, "resident_compute_s": compute_s,
+        "limit_s": max(report["disk_limit_s"], compute_s),
+        "later_sweeps": later,
+        # Everything in a first sweep is read, so its blocks are like those of a model that is longer.
+        "full_model_s": median(ours, "block_s") * num_model_blocks(arguments.geometry) + median(ours, "rest_s"),
+    }  # fmt: skip
+
+
+def of_peer(task: Task, report: dict[str, Any], runs: Runs) -> dict[str, Any]:
+    """Return what the peer took, in each way that it can be asked."""
+    peers, wall = runs["accelerate"], report["wall_s"]
+    peer_wall = median(peers, "wall_s")
+    ours_top, peer_top = runs["ours"][0]["top"], peers[0]["top"]
+    same = statistics.mean(a == b for a, b in zip(ours_top, peer_top, strict=True))
+    # Another batch has another rounding, and random weights have near ties; but this many are no ties.
+    if same < 0.5:
+        sys.exit(f"accelerate finds the same likeliest token for only {same:.0%} of the sequences")
+    found = {
+        "peer": "accelerate",
+        "peer_wall_s": peer_wall,
+        "peer_gb_per_s": report["weight_bytes"] / peer_wall / 1e9,
+        "peer_peak_rss_bytes": median(peers, "peak_rss_bytes"),
+        "peer_same_tokens": same,
+    }
+    if task.case == "mixed":
+        singles = runs["accelerate_one_by_one"]
+        found["peer_padded_s"], found["peer_one_by_one_s"] = peer_wall, median(singles, "wall_s")
+        found["peer_one_by_one_measured"] = singles[0]["measured"]
+        found["speedup_padded"] = peer_wall / wall
+        found["speedup_one_by_one"] = found["peer_one_by_one_s"] / wall
+        found["peer_wall_s"] = min(peer_wall, found["peer_one_by_one_s"])
+    found["speedup"] = found["peer_wall_s"] / wall
+    if report["later_sweeps"]:
+        later = statistics.median(sweep["wall_s"] for sweep in report["later_sweeps"])
+        found["speedup_later"] = found["peer_wall_s"] / later
+    return found
+
+
+def matrix_sizes(folder: Path) -> tuple[float, int, int]:
+    """Return the weights of a block that a token is multiplied with, those of the head, and the model's width."""
+    config = AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers = 1
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    _, (block,) = find_blocks(model)
+    num_experts = getattr(config, "num_local_experts", 1)
+    share = getattr(config, "num_experts_per_tok", 1) / num_experts
+    matrices = [(name, weight.numel()) for name, weight in block.named_parameters() if weight.dim() > 1]
+    weights = sum(count * (share if "experts" in name else 1) for name, count in matrices)
+    return weights, model.get_output_embeddings().weight.numel(), config.hidden_size
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Say the limit, the measurement and the ratio, for people."""
+    computing = (
+        f"computing in memory {report['resident_compute_s']:.2f} s, "
+        if "resident_compute_s" in report
+        else ""
+    )
+    lines = [
+        f"limit      {report['limit_s']:.2f} s: disk {report['disk_limit_s']:.2f} s at {report['disk_gb_per_s']:.2f} "
+        f"GB/s, {computing}GEMM {report['gemm_limit_s']:.2f} s at {report['gemm_tflop_per_s']:.2f} TFLOP/s",
+        f"measured   {report['wall_s']:.2f} s, page cache {report['page_cache']}: waiting {report['wait_s']:.2f} s, "
+        f"computing {report['compute_s']:.2f} s, {format_bytes(report['read_bytes'])} read, "
+        f"peak RSS {format_bytes(report['peak_rss_bytes'])}",
+        f"ratio      {report['efficiency']:.2f} of the limit",
+    ]
+    if "full_model_s" in report:
+        lines.append(f"all blocks {report['full_model_s']:.0f} s, extrapolated")
+    if "peer" in report:
+        lines.append(f"{report['peer']} {report['peer_wall_s']:.2f} s: {report['speedup']:.2f} times as long")
+    if "peer_padded_s" in report:
+        lines.append(
+            f"           padded {report['peer_padded_s']:.2f} s; one by one {report['peer_one_by_one_s']:.2f} s "
+            f"({report['peer_one_by_one_measured']} measured, the rest extrapolated)"
+        )
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and say what does not go together."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-70b")
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=13)
-    parser.add_argument("--sequences", type=int, default=1)
-    parser.add_argument("--ram", default="5GiB")
-    parser.add_argument(
-        "--sweeps", type=int, default=1, help="sweeps in one process; the first is the one compared"
-    )
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--case", choices=["uniform", "mixed", "many"], default="uniform")
+    parser.add_argument("--tokens", type=int, default=13, help="case uniform: of all sequences together")
+    parser.add_argument("--sequences", type=int, default=1, help="case uniform: of equal length")
+    parser.add_argument("--sentences", type=int, default=5000, help="case many: to score")
+    parser.add_argument("--sentence-tokens", type=int, default=20, help="case many: of each")
+    parser.add_argument("--ram", default="5GiB", help="our budget, and the cap of both sides")
+    parser.add_argument("--store", choices=["plain"], default="plain", help="how the weights lie on disk")
+    parser.add_argument("--sweeps", type=int, default=1, help="in one process; the first is compared")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each side; the median counts")
     parser.add_argument("--peer", choices=["accelerate"])
-    parser.add_argument("--warm", action="store_true", help="leave the page cache, and no cap")
+    parser.add_argument("--warm", action="store_true", help="all files in the page cache, and no cap")
+    parser.add_argument("--stream-all", action="store_true", help="keep no block in memory")
     parser.add_argument("--checkpoint", type=Path, help="made there if it is missing")
-    parser.add_argument("--child", choices=sorted(RUNNERS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        report = RUNNERS[arguments.child](arguments)
-        report["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(report))
-        return
-    if arguments.checkpoint is None:
-        arguments.checkpoint = Path("/var/tmp") / f"slowllm-{arguments.geometry}-{arguments.blocks}"
-    if not (arguments.checkpoint / "config.json").is_file():
-        make_checkpoint(arguments.geometry, arguments.blocks, arguments.checkpoint)
-    report = measure(arguments)
-    print(
-        f"limit {report['limit_s']:.2f} s ({format_bytes(report['read_bytes'])} at {report['disk_gb_per_s']:.2f} GB/s; "
-        f"GEMM {report['gemm_limit_s']:.2f} s)\nmeasured {report['wall_s']:.2f} s, efficiency {report['efficiency']:.2f}, "
-        f"peak RSS {format_bytes(report['peak_rss_bytes'])}"
-    )
-    if arguments.peer:
-        print(f"{report['peer']} {report['peer_wall_s']:.2f} s: {report['speedup']:.2f} times as long")
+    arguments = parser.parse_args(argv)
+    if arguments.tokens % arguments.sequences:
+        parser.error(f"--tokens {arguments.tokens} are not {arguments.sequences} sequences of equal length")
+    if arguments.case == "many" and (arguments.peer or arguments.sweeps > 1):
+        parser.error("--case many has no peer, and as many sweeps as it takes")
+    if arguments.case == "many" and arguments.sentence_tokens < 2:
+        parser.error("--sentence-tokens must be at least 2: the first token is not scored")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, then print the limit, the measurement, the ratio, and the JSON document."""
+    arguments = parse(argv)
+    folder = arguments.checkpoint or Path("/var/tmp") / f"slowllm-{arguments.geometry}-{arguments.blocks}"
+    if not (folder / "config.json").is_file():
+        make_checkpoint(arguments.geometry, arguments.blocks, folder)
+    config = AutoConfig.from_pretrained(folder)
+    if (
+        config.num_hidden_layers != arguments.blocks
+        or config.hidden_size != GEOMETRIES[arguments.geometry][2]["hidden_size"]
+    ):
+        sys.exit(
+            f"{folder} is not {arguments.blocks} blocks of {arguments.geometry}; name another --checkpoint"
+        )
+    task = Task(
+        checkpoint=str(folder), ram=arguments.ram, case=arguments.case, tokens=arguments.tokens,
+        sequences=arguments.sequences, sentences=arguments.sentences, sentence_tokens=arguments.sentence_tokens,
+        sweeps=arguments.sweeps, keep_resident=not arguments.stream_all,
+    )  # fmt: skip
+    report = measure(arguments, task)
+    print(summary(report))
     print(json.dumps(report))
 
 

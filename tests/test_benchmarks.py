@@ -6,42 +6,193 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import slowllm
-from benchmarks import make_checkpoint
+from benchmarks import forward_pass, machine, make_checkpoint, passes, sentences
 from tests.conftest import ROOT
 
 
-def run(module: str, *arguments: str) -> dict[str, object]:
+def run(module: str, *arguments: str) -> dict[str, Any]:
     """Run a benchmark and return the JSON document in its last line."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_forward_pass_reports_limit_measurement_and_ratio(tmp_path: Path) -> None:
     report = run(
         "forward_pass", "--geometry", "tiny", "--blocks", "3", "--checkpoint", str(tmp_path / "c"), "--ram", "2GiB",
-        "--repeat", "1", "--sweeps", "2", "--peer", "accelerate",
+        "--repeat", "1", "--stream-all",
     )  # fmt: skip
+    assert report["verified"] is True
     for key in (
         "disk_gb_per_s",
+        "read_core_s_per_gb",
         "gemm_tflop_per_s",
-        "limit_s",
-        "wall_s",
-        "efficiency",
-        "peer_wall_s",
-        "speedup",
+        "gemm_limit_s",
+        "wait_s",
+        "compute_s",
+        "full_model_s",
     ):
-        assert float(str(report[key])) > 0
+        assert report[key] > 0, key
+    assert report["limit_s"] == max(report["disk_limit_s"], report["resident_compute_s"])
+    assert report["efficiency"] == report["limit_s"] / report["wall_s"]
+    assert report["wait_s"] + report["compute_s"] <= report["wall_s"]
+    assert report["resident_bytes"] == 0
+    assert report["read_bytes"] >= report["weight_bytes"], "every stop comes from the disk once"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("benchmarks") / "tiny"
+    make_checkpoint.make_checkpoint("tiny", 3, out)
+    return out
+
+
+@pytest.fixture
+def measured(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., dict[str, Any]]:
+    """Run the forward benchmark with all its sides in this process, whose imports are paid for."""
+
+    def run_child(name: str, task: sentences.Task, **_: object) -> dict[str, Any]:
+        found = {**passes.RUNNERS[name](task), "peak_rss_bytes": passes.peak_rss_bytes()}
+        return dict(json.loads(json.dumps(found)))
+
+    monkeypatch.setattr(forward_pass, "run_child", run_child)
+
+    def measure(*arguments: str) -> dict[str, Any]:
+        given = ("--geometry", "tiny", "--blocks", "3", "--checkpoint", str(tiny_llama), "--ram", "4GiB")
+        forward_pass.main([*given, "--repeat", "1", *arguments])
+        return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
+
+    return measure
+
+
+def test_later_sweeps_read_only_what_is_not_resident(measured: Callable[..., dict[str, Any]]) -> None:
+    report = measured("--tokens", "24", "--sequences", "3", "--sweeps", "3", "--peer", "accelerate")
+    assert report["mapped"]
+    assert report["resident_bytes"] >= report["weight_bytes"]
+    assert [sweep["read_bytes"] for sweep in report["later_sweeps"]] == [0, 0]
+    assert report["speedup"] == report["peer_wall_s"] / report["wall_s"]
+    assert report["speedup_later"] > 0
+    assert report["peer_same_tokens"] == 1
+    assert sum(report["micro_batches"]) == 3
+
+
+def test_a_warm_pass_is_a_rate_of_memory(measured: Callable[..., dict[str, Any]]) -> None:
+    report = measured("--warm", "--peer", "accelerate")
+    assert report["page_cache"] == "warm"
+    assert not report["capped_by_cgroup"]
+    assert report["disk_limit_s"] == 0, "a mapped model in the page cache needs no disk"
+    assert report["gb_per_s"] == report["weight_bytes"] / report["wall_s"] / 1e9
+    assert report["peer_gb_per_s"] == report["weight_bytes"] / report["peer_wall_s"] / 1e9
+
+
+def test_mixed_sentences_are_compared_with_both_ways_of_the_peer(
+    measured: Callable[..., dict[str, Any]],
+) -> None:
+    report = measured("--case", "mixed", "--peer", "accelerate")
+    assert (report["tokens"], report["sequences"]) == (1024, 64)
+    assert sum(report["micro_batches"]) == 64
+    assert report["verified"]
+    assert report["peer_wall_s"] == min(report["peer_padded_s"], report["peer_one_by_one_s"])
+    assert report["peer_one_by_one_measured"] == passes.NUM_ONE_BY_ONE
+    assert report["speedup_one_by_one"] == report["peer_one_by_one_s"] / report["wall_s"]
+    # Padded on the left on both sides, in other batches: a position off by one would agree nowhere.
+    assert report["peer_same_tokens"] > 0.9
+
+
+def test_many_sentences_are_scored_in_few_sweeps_and_nothing_is_written(
+    measured: Callable[..., dict[str, Any]],
+) -> None:
+    arguments = ("--case", "many", "--sentences", "300", "--sentence-tokens", "20", "--stream-all")
+    report = measured(*arguments)
+    assert report["tokens"] == 6000
+    assert report["num_scored"] == 300 * 19
+    assert 1 <= report["num_sweeps"] <= 6
+    assert report["written_bytes"] < 1 << 20
+    assert report["gemm_efficiency"] == report["gemm_limit_s"] / report["wall_s"]
+    # Of 4,096 tokens with random weights.
+    assert -10 < report["mean_log_prob"] < -math.log(4096)
+
+
+def test_mixed_sentences_have_4_to_60_tokens() -> None:
+    task = sentences.Task("", "", "mixed", 0, 1, 0, 0, 1, keep_resident=True)
+    lengths = sentences.lengths_of(task)
+    assert (len(lengths), sum(lengths), min(lengths), max(lengths)) == (64, 1024, 4, 60)
+    assert [len(row) for row in sentences.sentences(task, 100)] == lengths
+
+
+def test_logits_that_differ_end_the_benchmark() -> None:
+    same = [torch.ones(2, 3), torch.zeros(1, 3)]
+    forward_pass.compare(same, [part.clone() for part in same])
+    with pytest.raises(SystemExit, match=r"not verified: .* by up to 0\.25"):
+        forward_pass.compare(same, [same[0], same[1] + 0.25])
+    with pytest.raises(SystemExit, match=r"not verified: .* by up to inf"):
+        forward_pass.compare(same, [same[0] * math.nan, same[1]])
+
+
+def test_the_resident_side_has_the_first_block_alone(tiny_llama: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    model = passes.one_block(tiny_llama)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name)), name
+    assert len(model.model.layers) == 1
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
+
+
+def test_a_token_is_multiplied_with_two_of_eight_experts(tmp_path: Path) -> None:
+    model = make_checkpoint._on_meta("mixtral-8x22b", 1)
+    model.config.save_pretrained(tmp_path)
+    block, head, width = forward_pass.matrix_sizes(tmp_path)
+    experts, attention, router = 3 * 6144 * 16384, 2 * 6144 * 6144 + 2 * 6144 * 1024, 6144 * 8
+    assert (block, head, width) == (2 * experts + attention + router, 32768 * 6144, 6144)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "13", "--sequences", "2"], "13 are not 2 sequences"),
+        (["--case", "many", "--peer", "accelerate"], "many has no peer"),
+        (["--case", "many", "--sentence-tokens", "1"], "must be at least 2"),
+        (["--store", "int8"], "invalid choice"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        forward_pass.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_another_checkpoint_than_was_asked_for_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(SystemExit, match="is not 4 blocks of tiny"):
+        forward_pass.main(["--geometry", "tiny", "--blocks", "4", "--checkpoint", str(tiny_llama)])
+
+
+def test_the_disk_is_measured_on_the_checkpoint_itself(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr(machine, "PROBE_BYTES", 1 << 19)
+    with slowllm.checkpoint.Checkpoint.open(tiny_llama) as checkpoint:
+        stops = machine._probe_stops(list(checkpoint.spans.values()))
+    assert len(stops) == 8 + machine.RING_PIECES
+    rate = machine.measure_disk(tiny_llama)
+    assert rate.bytes_per_second > 0
+    assert rate.core_seconds_per_gb > 0
 
 
 def test_a_checkpoint_is_written_as_the_hub_has_it(tmp_path: Path) -> None:

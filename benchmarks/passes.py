@@ -1,0 +1,304 @@
+"""What each process of the forward benchmark runs: slowllm, the same blocks resident, or accelerate.
+
+    python -m benchmarks.passes NAME '{"checkpoint": ...}'
+
+Knows the sentences of each case, and that all sides compute the same ones: the logits of each sentence's last
+position, or the likelihoods of whole sentences. Times passes only, never imports or the opening of a checkpoint.
+The last line of stdout is one JSON document.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from benchmarks.sentences import Task, last_logits, micro_batches, sentences, tops
+
+# One by one, the peer reads the whole checkpoint for every sentence; so many are timed.
+NUM_ONE_BY_ONE = 2
+# So many of the case "many" are compared with the resident model.
+NUM_VERIFIED = 64
+NUM_RESIDENT_ROUNDS = 3
+
+
+def load_ours(task: Task, *, keep_resident: bool | None = None) -> Any:
+    """Open the checkpoint with slowllm. Everything that ours is told stands here."""
+    import slowllm
+
+    keep = task.keep_resident if keep_resident is None else keep_resident
+    return slowllm.load(task.checkpoint, ram=task.ram, dtype="bf16", keep_resident=keep)
+
+
+def run_ours(task: Task) -> dict[str, Any]:
+    """Run sweeps with slowllm, all micro-batches in one ride; each is reported, the first as the measurement."""
+    with load_ours(task) as lm, torch.no_grad():
+        config = lm.model.config.get_text_config()
+        rows = sentences(task, config.vocab_size)
+        batches = micro_batches(rows, task.rider_tokens)
+        passages: list[Any] = []
+        lm.on_passage = passages.append
+        sweeps = []
+        for _ in range(task.sweeps):
+            passages.clear()
+            before, started = lm.report, time.perf_counter()
+            jobs = [
+                lambda numbers=numbers: last_logits(lm.model, [rows[n] for n in numbers])
+                for numbers in batches
+            ]
+            parts = lm.ride(jobs)
+            wall, after = time.perf_counter() - started, lm.report
+            seconds = [0.0] * lm.num_stops
+            for passage in passages:
+                seconds[passage.stop] += passage.wait_seconds + passage.compute_seconds
+            num_body = num_body_stops(lm)
+            each = num_body // config.num_hidden_layers  # more than one where a stop is a leaf of a block
+            blocks = [sum(seconds[first : first + each]) for first in range(0, num_body, each)]
+            sweeps.append(
+                {
+                    "wall_s": wall,
+                    "read_bytes": after.read_bytes - before.read_bytes,
+                    "wait_s": after.wait_seconds - before.wait_seconds,
+                    "compute_s": after.compute_seconds - before.compute_seconds,
+                    # The first block waits for a reader that has nothing ahead; later ones are the steady state.
+                    "block_s": statistics.mean(blocks[1:] or blocks),
+                    "rest_s": wall - sum(blocks),
+                }
+            )
+        return {
+            **sweeps[0],
+            **predicted(lm),
+            "sweeps": sweeps,
+            "weight_bytes": lm.weight_bytes,
+            "resident_bytes": resident_bytes(lm),
+            "num_resident": len(lm.plan.resident),
+            "mapped": not lm.plan.ring_bytes,
+            "micro_batches": [len(numbers) for numbers in batches],
+            "top": tops(batches, parts),
+        }
+
+
+def run_many(task: Task) -> dict[str, Any]:
+    """Score every sentence with slowllm, as the command `score` does."""
+    from slowllm.scoring import Line, score_lines
+
+    with load_ours(task) as lm, torch.no_grad():
+        config = lm.model.config.get_text_config()
+        ids = sentences(task, config.vocab_size)
+        lines = (Line(number, "", tuple(row.tolist())) for number, row in enumerate(ids, 1))
+        passages: list[Any] = []
+        lm.on_passage = passages.append
+        process = psutil.Process()
+        before, written = lm.report, process.io_counters().write_bytes
+        started = time.perf_counter()
+        num_scored, log_likelihood = 0, 0.0
+        for score in score_lines(lm, lines, prefix=None):
+            num_scored += len(score.log_probs)
+            log_likelihood += score.log_likelihood
+        wall, after = time.perf_counter() - started, lm.report
+        stops = [passage.stop for passage in passages]
+        return {
+            "wall_s": wall,
+            "read_bytes": after.read_bytes - before.read_bytes,
+            "wait_s": after.wait_seconds - before.wait_seconds,
+            "compute_s": after.compute_seconds - before.compute_seconds,
+            "written_bytes": process.io_counters().write_bytes - written,
+            "num_sweeps": 1 + sum(b <= a for a, b in itertools.pairwise(stops)),
+            "num_scored": num_scored,
+            "mean_log_prob": log_likelihood / num_scored,
+            "weight_bytes": lm.weight_bytes,
+            "resident_bytes": resident_bytes(lm),
+            "num_resident": len(lm.plan.resident),
+            "mapped": not lm.plan.ring_bytes,
+        }
+
+
+def predicted(lm: Any) -> dict[str, float]:
+    """Return what the plan expected of a first sweep, where plans have a forecast."""
+    forecast = getattr(lm.plan, "forecast", None)
+    return {} if forecast is None else {"predicted_s": forecast.first_seconds}
+
+
+def resident_bytes(lm: Any) -> int:
+    """Return the bytes of the stops that stay in memory: blocks are alike, and so are the head's chunks."""
+    if hasattr(lm.plan, "resident_bytes"):
+        return int(lm.plan.resident_bytes)
+    num_body = num_body_stops(lm)
+    head = lm.model.get_output_embeddings().weight.numel() * 2
+    num_kept = sum(stop < num_body for stop in lm.plan.resident)
+    num_chunks = len(lm.plan.resident) - num_kept
+    return round(
+        num_kept * (lm.weight_bytes - head) / num_body + num_chunks * head / (lm.num_stops - num_body)
+    )
+
+
+def num_body_stops(lm: Any) -> int:
+    """Return the number of stops before the head's."""
+    return int(lm.num_stops) - len(lm.model.get_output_embeddings()._stops)
+
+
+def run_verify(task: Task) -> dict[str, Any]:
+    """Save what slowllm computes with the first block alone, every stop streamed; say how it packs."""
+    from slowllm.blocks import find_blocks
+
+    with load_ours(task) as lm:
+        rider_tokens = lm.plan.rider_tokens
+    with load_ours(task, keep_resident=False) as lm, torch.no_grad():
+        _, blocks = find_blocks(lm.model)
+        # The carousel goes past stops that nobody waits for, so the other blocks need no other checkpoint.
+        del blocks[1:]
+        config = lm.model.config.get_text_config()
+        config.num_hidden_layers = 1
+        rows = sentences(task, config.vocab_size)[:NUM_VERIFIED]
+        jobs = [
+            lambda numbers=numbers: last_logits(lm.model, [rows[n] for n in numbers])
+            for numbers in micro_batches(rows, rider_tokens)
+        ]
+        torch.save(lm.ride(jobs), task.logits)
+    return {"rider_tokens": rider_tokens}
+
+
+def run_resident(task: Task) -> dict[str, Any]:
+    """Run the micro-batches through transformers' own model with one block in memory; time block and head."""
+    model = one_block(Path(task.checkpoint))
+    rows = sentences(task, model.config.get_text_config().vocab_size)
+    rows = rows[:NUM_VERIFIED] if task.logits else rows
+    batches = micro_batches(rows, task.rider_tokens)
+    with torch.no_grad():
+        warm = [last_logits(model, [rows[n] for n in numbers]) for numbers in batches]
+        if task.logits:
+            torch.save(warm, task.logits)
+            return {}
+        rounds = [
+            _resident_round(model, [[rows[n] for n in numbers] for numbers in batches])
+            for _ in range(NUM_RESIDENT_ROUNDS)
+        ]
+    block_s, head_s = (statistics.median(times) for times in zip(*rounds, strict=True))
+    return {"block_s": block_s, "head_s": head_s, "wall_s": block_s + head_s}
+
+
+def _resident_round(model: Any, batches: list[list[Tensor]]) -> tuple[float, float]:
+    """Return the seconds inside the block, and outside of it: embedding, norm and head."""
+    from slowllm.blocks import find_blocks
+
+    (block,) = find_blocks(model)[1]
+    marks: list[float] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter())),
+        block.register_forward_hook(lambda *_: marks.append(time.perf_counter())),
+    ]
+    started = time.perf_counter()
+    for rows in batches:
+        last_logits(model, rows)
+    wall = time.perf_counter() - started
+    for hook in hooks:
+        hook.remove()
+    inside = sum(marks[1::2]) - sum(marks[::2])
+    return inside, wall - inside
+
+
+def one_block(folder: Path) -> Any:
+    """Return transformers' own model of a checkpoint's first block, embedding and head, in memory in bf16."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    config.get_text_config().num_hidden_layers = 1
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, config=config, state_dict=dict(_tensors_of_first_block(folder)), dtype=torch.bfloat16
+    )
+    model.eval().requires_grad_(False)
+    # A head that is frozen too would be multiplied in a batch for a slice of positions, and torch copies its whole
+    # weight for every row of that: 23 s for one sequence at a width of 8192.
+    model.get_output_embeddings().weight.requires_grad_(True)
+    return model
+
+
+def _tensors_of_first_block(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                number = re.search(r"(?:^|\.)(?:h|layers|blocks)\.(\d+)\.", name)
+                if number is None or int(number[1]) == 0:
+                    yield name, file.get_tensor(name).clone()  # else it would stay a page of the file
+
+
+def run_accelerate(task: Task) -> dict[str, Any]:
+    """Run all sentences in one batch, padded where need be, with accelerate's disk offload."""
+    model, offload = offloaded(task)
+    with offload, torch.no_grad():
+        rows = sentences(task, model.config.vocab_size)
+        started = time.perf_counter()
+        logits = last_logits(model, rows)
+        wall = time.perf_counter() - started
+    return {"wall_s": wall, "top": logits.argmax(-1).tolist()}
+
+
+def run_accelerate_one_by_one(task: Task) -> dict[str, Any]:
+    """Run a few sentences, each in a pass of its own, and extrapolate to all."""
+    model, offload = offloaded(task)
+    with offload, torch.no_grad():
+        rows = sentences(task, model.config.vocab_size)
+        started = time.perf_counter()
+        for row in rows[:NUM_ONE_BY_ONE]:
+            last_logits(model, [row])
+        wall = time.perf_counter() - started
+    measured = len(rows[:NUM_ONE_BY_ONE])
+    return {"wall_s": wall / measured * len(rows), "measured": measured}
+
+
+def offloaded(task: Task) -> tuple[Any, tempfile.TemporaryDirectory[str]]:
+    """Open the checkpoint with transformers' device_map, everything on disk, as accelerate does it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(task.checkpoint)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    base = skeleton.base_model_prefix
+    device_map = {f"{base}.{name}": "disk" for name, _ in skeleton.base_model.named_children()}
+    device_map["lm_head"] = "disk"
+    # The folder gets an index only: safetensors are mapped where they lie.
+    offload = tempfile.TemporaryDirectory()
+    model = AutoModelForCausalLM.from_pretrained(
+        task.checkpoint, dtype=torch.bfloat16, device_map=device_map, offload_folder=offload.name
+    )
+    return model.eval(), offload
+
+
+def peak_rss_bytes() -> int:
+    """Return this program's largest resident set; getrusage would count its parent's, from before the exec."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+RUNNERS = {
+    "ours": run_ours,
+    "many": run_many,
+    "verify": run_verify,
+    "resident": run_resident,
+    "accelerate": run_accelerate,
+    "accelerate_one_by_one": run_accelerate_one_by_one,
+}
+
+
+def main() -> None:
+    """Run what the command line names."""
+    name, text = sys.argv[1:]
+    task = Task(**json.loads(text))
+    print(json.dumps({**RUNNERS[name](task), "peak_rss_bytes": peak_rss_bytes()}))
+
+
+if __name__ == "__main__":
+    main()
