@@ -124,6 +124,31 @@ def forward(
         console.summarise(lm, scores, time.perf_counter() - started, num_truncated)
 
 
+@app.command()
+def download(
+    repo: Annotated[str, typer.Argument(help="Hub id of a model, such as bigscience/bloom.")],
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    to: Annotated[
+        Path | None, typer.Option(help="Write to this folder.", show_default="the Hugging Face cache")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the SHA-256 of LFS files with the hub's.")
+    ] = True,
+) -> None:
+    """Fetch what streaming needs of a model on the hub, and print its folder.
+
+    That is safetensors, tokenizer and configs; no pickles, no other copies of the weights. The space is checked
+    first. After an interrupt, a crash or a lost connection the same command goes on where it was. Sizes are always
+    compared with the hub's. Afterwards `slowllm forward --model REPO` finds the model in the cache; with --to, or a
+    --revision other than main, give it the folder that is printed.
+
+    For gated models log in with `hf auth login`, or set HF_TOKEN.
+    """
+    from slowllm.download import download as fetch
+
+    typer.echo(fetch(repo, revision=revision, to=to, verify=verify))
+
+
 def _checked_output(out: Path, file: str) -> Path:
     """Return the file to write, links followed, once it is known that nothing else is lost by it."""
     try:

@@ -34,3 +34,7 @@ class UnsupportedError(SlowLLMError):
 
 class RideError(SlowLLMError):
     """A ride was started where none can start, or the carousel was closed under a rider."""
+
+
+class DownloadError(SlowLLMError):
+    """The hub cannot be reached or refuses, the disk is too small, or a file is not what the hub says it is."""

@@ -335,11 +335,14 @@ def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     if text.count("/") > 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(f"{text}: no such folder")
     try:
-        return Path(huggingface_hub.snapshot_download(text, local_files_only=True))
+        # One pattern: without it, a snapshot that was fetched in part, such as one without its pickles, is refused.
+        return Path(
+            huggingface_hub.snapshot_download(text, local_files_only=True, allow_patterns=["config.json"])
+        )
     except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError) as error:
         raise CheckpointError(
             f"{text}: no such folder, and no such model in the Hugging Face cache; "
-            f"if it is a hub id, fetch it with `hf download {text}`"
+            f"if it is a hub id, fetch it with `slowllm download {text}`"
         ) from error
 
 

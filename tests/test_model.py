@@ -489,7 +489,7 @@ def test_hub_ids_resolve_offline_through_the_cache(tmp_path: Path, monkeypatch: 
         assert lm.tokenizer("a")["input_ids"]
         lm.model(some_ids(1, 3))
     with pytest.raises(
-        CheckpointError, match=r"someone/else: no such folder, and no such model .* `hf download"
+        CheckpointError, match=r"someone/else: no such folder, and no such model .* `slowllm download"
     ):
         slowllm.load("someone/else")
 

@@ -1,0 +1,179 @@
+"""What the hub says of a repository: its files, with sizes and hashes, and which of them streaming needs.
+
+huggingface_hub does the talking, tokens included. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from slowllm.errors import CheckpointError, DownloadError, InputError, SlowLLMError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SMALL_FILES = (
+    "config.json", "generation_config.json", INDEX,
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+# The base of the errors of httpx or httpx2, whichever this huggingface_hub brings.
+_TransportError: type[BaseException] = HfHubHTTPError.__mro__[1]
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository, as the hub lists it.
+
+    Attributes:
+        name: in the repository, with ``/`` between folders.
+        size: in bytes.
+        etag: the SHA-256 of a file stored with LFS (64 digits), the git id of any other (40).
+    """
+
+    name: str
+    size: int
+    etag: str
+
+    @property
+    def is_lfs(self) -> bool:
+        """Whether it is stored with LFS, as shards are."""
+        return len(self.etag) == 64
+
+    def wrong_size(self, num_bytes: int) -> str | None:
+        """Return what is wrong with a file of this size, if anything is."""
+        return None if num_bytes == self.size else f"has {num_bytes:,} bytes, but the hub says {self.size:,}"
+
+
+def list_files(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
+    """Return the commit that a revision stands for, and every file of it by name.
+
+    Raises:
+        InputError: this cannot be the id of a model.
+        DownloadError: the answer is not a hub's.
+    """
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
+        commit, listing = info.sha or "", {}
+        for entry in info.siblings or []:
+            etag = (entry.lfs.sha256 if entry.lfs else entry.blob_id) or ""
+            size = entry.lfs.size if entry.lfs else entry.size
+            # Hashes become names of files: what is no hash might lead anywhere.
+            if size is None or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
+                raise ValueError(f"no size or no hash of {entry.rfilename}")
+            listing[entry.rfilename] = HubFile(entry.rfilename, size, etag)
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise ValueError("no commit")
+    except HFValidationError as error:
+        raise InputError(f"{repo!r} is not the id of a model; write it like bigscience/bloom") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DownloadError(
+            f"{constants.ENDPOINT}: does not answer as the hub does ({error}); is a login page or a proxy between?"
+        ) from error
+    return commit, listing
+
+
+def choose(repo: str, listing: Mapping[str, HubFile], read: Callable[[HubFile], bytes]) -> list[HubFile]:
+    """Return the files that streaming needs, small ones first.
+
+    Args:
+        repo: its id, for messages.
+        listing: every file of the repository, by name.
+        read: returns the content of a file; called for the index of the shards only.
+    Raises:
+        CheckpointError: the repository has no model in safetensors.
+    """
+    if "config.json" not in listing:
+        raise CheckpointError(f"{repo}: has no config.json, so it is not a transformers model")
+    shards = [SINGLE]
+    if INDEX in listing:
+        shards = _shard_names(repo, read(listing[INDEX]))
+    elif SINGLE not in listing:
+        if any(fnmatchcase(name, pattern) for name in listing for pattern in PICKLES):
+            raise CheckpointError(
+                f"{repo}: has only pickled weights, which are never loaded here because a pickle can run code; "
+                "name a --revision that has safetensors, or convert it with save_pretrained()"
+            )
+        raise CheckpointError(f"{repo}: has neither {SINGLE} nor {INDEX}")
+    for name in shards:
+        if name not in listing or "/" in name:
+            raise CheckpointError(f"{repo}: {INDEX} names {name!r}, which is not a file beside it")
+    small = [
+        file
+        for name, file in sorted(listing.items())
+        # The star of fnmatch does not stop at a slash.
+        if any(
+            fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in SMALL_FILES
+        )
+    ]
+    return small + [listing[name] for name in shards]
+
+
+def _shard_names(repo: str, index: bytes) -> list[str]:
+    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        names = set(json.loads(index)["weight_map"].values())
+        if names and all(isinstance(name, str) for name in names):
+            return sorted(names)
+    raise CheckpointError(f"{repo}: {INDEX} has no weight_map of tensor names to file names")
+
+
+@contextlib.contextmanager
+def one_sentence(repo: str, revision: str) -> Iterator[None]:
+    """Turn what huggingface_hub and the system raise during a download into a sentence that says what to do.
+
+    Raises:
+        DownloadError: the hub cannot be reached or refuses, or a file cannot be written.
+    """
+    hub = constants.ENDPOINT
+    try:
+        yield
+    except SlowLLMError:
+        raise
+    except KeyboardInterrupt:
+        print(
+            "slowllm: interrupted; what has arrived is kept, and the same command goes on from there",
+            file=sys.stderr,
+        )
+        raise
+    except (_TransportError, OSError) as error:
+        problem = f"no connection to {hub} ({error}); what has arrived is kept, run the same command again"
+        if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError, and both are HfHubHTTPErrors
+            problem = (
+                f"is gated: ask for access at {hub}/{repo}, then log in with `hf auth login` or set HF_TOKEN"
+            )
+        elif isinstance(error, RepositoryNotFoundError):
+            problem = (
+                f"no such model at {hub}, or a private one; check the name, or log in with `hf auth login`"
+            )
+        elif isinstance(error, RevisionNotFoundError):
+            problem = f"has no revision {revision!r}"
+        elif isinstance(error, HfHubHTTPError):
+            status = error.response.status_code
+            login = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
+            problem = (
+                f"{hub} answered with error {status}; {login if status in (401, 403) else 'try again later'}"
+            )
+        elif isinstance(error, OfflineModeIsEnabled):
+            problem = "HF_HUB_OFFLINE is set, so nothing can be fetched; unset it"
+        elif not isinstance(error, _TransportError):
+            where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            reason = getattr(error, "strerror", None) or error
+            problem = f"{where}{reason}; what has arrived is kept, run the same command again"
+        raise DownloadError(f"{repo}: {problem}") from error
