@@ -1,15 +1,19 @@
-"""StreamedBlock: a transformers block whose weights are bound when its stop comes round.
+"""StreamedBlock: a transformers block whose weights are bound when its stop comes round; or those of its leaves.
 
 A streamed block gets whatever transformers passes and returns what the block returned. It makes no mask, no
 rotary table and no cache of its own. Gradients: an autograd Function keeps the block's inputs; backward visits
 the stop again and recomputes, from a snapshot of the cache as it was. Blocks always compute in eval mode, and no
 weight ever requires grad.
+
+Where memory is too small for whole blocks, a block runs its own code on its rider's thread, and each of its leaves
+(linears, fused experts) is a stop: a `LeafwiseBlock` of `StreamedLeaf`s. That way is forward only.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,6 +28,7 @@ from transformers.cache_utils import Cache
 
 from slowllm.carousel import Carousel
 from slowllm.errors import ArchitectureError, NonFiniteError, UnsupportedError
+from slowllm.state import journal
 from slowllm.stops import Direction, Weights
 
 # Which positions hold text: the (B, T) attention mask of the model call under way, None where all do. A mask of
@@ -93,14 +98,14 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
-class StreamedBlock(nn.Module):
-    """What stands in the model in a block's place; made by `stream_block`.
+class _Streamed(nn.Module):
+    """What stands in a module's place, and binds its weights when their stop comes.
 
-    It shares the block's submodules, whose parameters are on the meta device, so names, counts and hooks are
-    those of transformers. Subclasses also derive from the block's own class.
+    It shares the module's submodules, whose parameters are on the meta device, so names, counts and hooks are
+    those of transformers. Subclasses also derive from the module's own class.
     """
 
-    # Not the block's own __call__: transformers' gradient checkpointing would replay the forward twice.
+    # Not the module's own __call__: transformers' gradient checkpointing would replay the forward twice.
     __call__ = nn.Module.__call__
 
     _plain: nn.Module
@@ -109,28 +114,10 @@ class StreamedBlock(nn.Module):
     _prefix: str
     _names: tuple[str, ...]
 
-    def train(self, mode: bool = True) -> StreamedBlock:
-        """Set the flag, but leave the block's submodules in eval mode: a streamed block has no dropout."""
+    def train(self, mode: bool = True) -> _Streamed:
+        """Set the flag, but leave the submodules in eval mode: what is streamed has no dropout."""
         self.training = mode
         return self
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Pass through the block when its stop comes; see the block's own class for arguments and result."""
-        if not torch.is_grad_enabled():
-            return self._compute(args, kwargs)
-        call = _Call.record(self, args, kwargs)
-        if not call.inputs:
-            return self._compute(args, kwargs)
-        return call.apply()
-
-    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        def work(weights: Weights) -> Any:
-            output = self._run(weights, args, kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
-            check_finite(self._prefix.rstrip("."), hidden)
-            return output
-
-        return self._visit("up", work)
 
     def _visit(
         self, direction: Direction, work: Callable[[Weights], Any], *, comes_back: bool = False
@@ -147,6 +134,95 @@ class StreamedBlock(nn.Module):
         return functional_call(self._plain, bound, args, kwargs)
 
 
+class StreamedBlock(_Streamed):
+    """What stands in the model in a block's place; made by `stream_block`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Pass through the block when its stop comes; see the block's own class for arguments and result."""
+        if not torch.is_grad_enabled():
+            return self._compute(args, kwargs)
+        call = _Call.record(self, args, kwargs)
+        if not call.inputs:
+            return self._compute(args, kwargs)
+        return call.apply()
+
+    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def work(weights: Weights) -> Any:
+            output = self._run(weights, args, kwargs)
+            check_finite(self._prefix.rstrip("."), _hidden_of(output))
+            return output
+
+        return _kept_in_journal(self._stop, lambda: self._visit("up", work))
+
+
+class StreamedLeaf(_Streamed):
+    """What stands in a block in a leaf's place; made by `stream_leaves`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Pass through the leaf when its stop comes; see the leaf's own class for arguments and result.
+
+        Raises:
+            UnsupportedError: a gradient is wanted.
+        """
+        if torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())
+        ):
+            raise UnsupportedError(
+                f"{self._prefix.rstrip('.')}: this budget streams blocks in parts, which cannot run backward; "
+                "allow enough memory for whole blocks (`slowllm plan` says how much)"
+            )
+        return self._visit("up", lambda weights: self._run(weights, args, kwargs))
+
+
+class LeafwiseBlock(nn.Module):
+    """Mixin for the class of a block whose leaves are streamed; made by `stream_leaves`."""
+
+    __call__ = nn.Module.__call__
+
+    _name: str
+    _number: int
+
+    def train(self, mode: bool = True) -> LeafwiseBlock:
+        """Set the flag, but leave the submodules in eval mode, as `StreamedBlock` does."""
+        self.training = mode
+        return self
+
+
+def stream_leaves(
+    block: nn.Module, carousel: Carousel, stops: Mapping[str, int], name: str, number: int
+) -> None:
+    """Turn the leaves of a block into stops, in place.
+
+    Args:
+        block: parameters of its leaves on the meta device, all else real.
+        carousel: that brings the weights.
+        stops: the number of each leaf's stop, by its full name.
+        name: of the block in the model.
+        number: of the block.
+    """
+    block.requires_grad_(False).eval()
+    for leaf_name, stop in stops.items():
+        parent, _, attribute = leaf_name[len(name) + 1 :].rpartition(".")
+        owner = block.get_submodule(parent)
+        owner._modules[attribute] = _shell(
+            StreamedLeaf, cast(nn.Module, owner._modules[attribute]), carousel, stop, leaf_name
+        )
+    kind = type(block)
+
+    def forward(self: LeafwiseBlock, *args: Any, **kwargs: Any) -> Any:
+        def work() -> Any:
+            output = kind.forward(self, *args, **kwargs)
+            check_finite(self._name, _hidden_of(output))
+            return output
+
+        return _kept_in_journal(self._number, work)
+
+    names = {"forward": functools.wraps(kind.forward)(forward), "__module__": __name__}
+    block.__class__ = type(f"Streamed{kind.__name__}", (LeafwiseBlock, kind), names)
+    streamed = cast(LeafwiseBlock, block)
+    streamed._name, streamed._number = name, number
+
+
 def stream_block(block: nn.Module, carousel: Carousel, stop: int, name: str) -> StreamedBlock:
     """Return the streamed form of a block.
 
@@ -157,17 +233,37 @@ def stream_block(block: nn.Module, carousel: Carousel, stop: int, name: str) -> 
         name: of the block in the model; weights come under their full names.
     """
     block.requires_grad_(False).eval()
-    kind = type(block)
-    # A subclass of the block's class: transformers finds the blocks whose outputs it records by isinstance.
-    streamed = type(f"Streamed{kind.__name__}", (StreamedBlock, kind), {"__module__": __name__})
-    shell = cast(StreamedBlock, nn.Module.__new__(streamed))
-    for key, value in block.__dict__.items():
+    return cast(StreamedBlock, _shell(StreamedBlock, block, carousel, stop, name))
+
+
+def _shell(mixin: type[_Streamed], plain: nn.Module, carousel: Carousel, stop: int, name: str) -> _Streamed:
+    kind = type(plain)
+    # A subclass of the module's class: transformers finds the blocks whose outputs it records by isinstance.
+    streamed = type(f"Streamed{kind.__name__}", (mixin, kind), {"__module__": __name__})
+    shell = cast(_Streamed, nn.Module.__new__(streamed))
+    for key, value in plain.__dict__.items():
         # Submodules, parameters and buffers are shared; hooks are not, or they would run twice.
         shell.__dict__[key] = copy.copy(value) if "_hooks" in key else value
-    shell.__dict__["_plain"] = block  # past nn.Module's __setattr__: it is not a submodule
+    shell.__dict__["_plain"] = plain  # past nn.Module's __setattr__: it is not a submodule
     shell._carousel, shell._stop, shell._prefix = carousel, stop, f"{name}."
-    shell._names = tuple(parameter for parameter, _ in block.named_parameters())
+    shell._names = tuple(parameter for parameter, _ in plain.named_parameters())
     return shell
+
+
+def _kept_in_journal(block: int, work: Callable[[], Any]) -> Any:
+    """Do the work of a block, unless the rider's journal says that it was done before the process was killed."""
+    kept = journal.get()
+    if kept is None:
+        return work()
+    output = kept.output_of(block)
+    if output is None:
+        output = work()
+        kept.pass_block(block, output)
+    return output
+
+
+def _hidden_of(output: Any) -> Tensor:
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def _is_leaf(value: Any) -> bool:
@@ -270,8 +366,7 @@ class _Call:
 
         def work(weights: Weights) -> Any:
             output = self.block._run(weights, args, kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
-            check_finite(self.block._prefix.rstrip("."), hidden)
+            check_finite(self.block._prefix.rstrip("."), _hidden_of(output))
             return output
 
         output = self.block._visit("up", work, comes_back=True)

@@ -6,6 +6,7 @@ knows nothing about models. Headers are read once; the bytes of a few rows can b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -25,6 +26,8 @@ from slowllm.errors import CheckpointError
 # As the safetensors library has them.
 MAX_HEADER_BYTES = 100_000_000
 MAX_HEADER_DEPTH = 127
+# By these a shard is known again; two fine-tunings of one model differ everywhere.
+NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 # What `git clone` leaves in place of a large file where git-LFS is not installed.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -381,6 +384,18 @@ class Checkpoint:
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(span.num_bytes for span in self.spans.values())
+
+    def fingerprint(self, config: str) -> str:
+        """Return a hash of the config, every span, and samples of every shard; reads a few hundred KB of each."""
+        found = hashlib.sha256(config.encode())
+        for name, span in sorted(self.spans.items()):
+            found.update(repr((name, span.dtype, span.shape, span.offset, span.path.name)).encode())
+        for path in sorted({span.path for span in self.spans.values()}):
+            with open(path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                for sample in range(NUM_SAMPLES):
+                    found.update(os.pread(file.fileno(), SAMPLE_BYTES, size * sample // NUM_SAMPLES))
+        return found.hexdigest()
 
     def mapped(self, placement: Placement) -> Tensor | None:
         """Return a parameter that lies on a memory map of its shard: no bytes are read until touched.

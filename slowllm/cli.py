@@ -74,6 +74,16 @@ def forward(
             "--resident/--stream-all", help="Keep blocks that fit the budget, or stream every block."
         ),
     ] = True,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep what is done in this folder: the same command goes on after a crash or kill."
+        ),
+    ] = None,
+    save_every: Annotated[
+        float,
+        typer.Option("--save-every", help="With --state: seconds of work that a kill may cost.", min=0.0),
+    ] = 30.0,
     verbose: Verbose = False,
 ) -> None:
     """Print the likelihood of every non-empty line of a file.
@@ -88,40 +98,86 @@ def forward(
     parse_dtype(dtype)
     if out is not None:
         out = _checked_output(out, file)
+    begun = None
+    if state is not None:
+        from slowllm.state import read_job
+
+        begun = read_job(state)
 
     import transformers
 
     transformers.logging.set_verbosity_error()
-    from slowllm import console, load, scoring
+    from slowllm import console, measure, scoring
+    from slowllm.model import Description, load
 
-    with load(
-        embedded_model() if model is None else model, ram=ram, dtype=dtype, keep_resident=resident
-    ) as lm:
-        limit = scoring.max_line_tokens(lm) - prefix
-        if max_tokens is not None and max_tokens > limit:
-            raise InputError(f"--max-tokens {max_tokens} is more than the {limit} that this model takes")
-        before = (
-            scoring.prefix_id(lm.tokenizer, lm.model.config.get_text_config().vocab_size) if prefix else None
-        )
-        # All lines are looked at before the first byte of weights is read: a line too long is refused at once.
-        lines = list(scoring.encode(lm, texts, max_tokens=max_tokens or limit, truncate=truncate))
-        longest = max(lines, key=lambda line: len(line.ids))
-        if len(longest.ids) + prefix > lm.plan.sweep_tokens:
-            raise InputError(
-                f"line {longest.number} has {len(longest.ids)} tokens, but in --ram {ram} only "
-                f"{lm.plan.sweep_tokens - prefix} fit; allow more memory, or cut lines with --max-tokens and --truncate"
-            )
+    known = Description(embedded_model() if model is None else model)
+    limit = scoring.max_line_tokens(known) - prefix
+    if max_tokens is not None and max_tokens > limit:
+        raise InputError(f"--max-tokens {max_tokens} is more than the {limit} that this model takes")
+    before = scoring.prefix_id(known.tokenizer, known.config.get_text_config().vocab_size) if prefix else None
+    # All lines are looked at before the first byte of weights is read: a line too long is refused at once.
+    lines = scoring.Lines(scoring.encode(known, texts, max_tokens=max_tokens or limit, truncate=truncate))
+    job = scoring.job_of(lines, before, begun)
+    if begun is not None and dtype == "auto":
+        dtype = str(begun.get("dtype"))  # measured anew it might come out otherwise
+    rates = measure.quick_rates(known.folder, parse_dtype(dtype))
+    with (
+        load(known, ram=ram, dtype=dtype, keep_resident=resident, job=job, rates=rates) as lm,
+        scoring.opened_state(state, lm, lines, before, save_every) as kept,
+    ):
         started = time.perf_counter()
-        scores = []
+        totals = scoring.Totals()
         with (
             console.writer(lm, out, as_json=as_json, per_token=per_token) as write,
-            console.progress(lm, sum(len(line.ids) + prefix for line in lines)),
+            console.progress(lm, job, kept),
         ):
-            for score in scoring.score_lines(lm, lines, prefix=before):
+            for score in scoring.score_lines(lm, lines, prefix=before, state=kept):
                 write(score)
-                scores.append((score.log_likelihood, len(score.log_probs)))
-        num_truncated = sum(line.truncated for line in lines)
-        console.summarise(lm, scores, time.perf_counter() - started, num_truncated)
+                totals.add(score)
+        console.summarise(lm, totals, time.perf_counter() - started, lines.num_truncated)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder or cached hub id of a checkpoint.")],
+    ram: Annotated[str, typer.Option(help="Memory budget of the whole process.")] = "16GiB",
+    tokens: Annotated[int, typer.Option(help="Tokens of the whole job.", min=1)] = 1024,
+    longest: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the longest sequence.", min=1, show_default="512, or all of a smaller job"
+        ),
+    ] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Plan for tuning: whole blocks, which can run backward.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bf16 or fp32.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a job would take on this machine, before it starts.
+
+    Measures the disk under the model's folder and the processor on the model's first block (a few seconds), and
+    prints what stays in memory, how many sweeps the job takes, how long that is, and what would make it faster. A
+    job that does not fit the budget is refused with the smallest that would do.
+    """
+    _log_to_stderr(verbose)
+    parse_bytes(ram)
+    parse_dtype(dtype)
+    longest = min(tokens, 512) if longest is None else longest
+    if longest > tokens:
+        raise InputError(f"--longest {longest} is more than all {tokens} tokens of the job")
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    from slowllm import console, measure
+    from slowllm.model import Description
+    from slowllm.plan import Job
+
+    job = Job(num_tokens=tokens, longest=longest, forward_only=not gradients)
+    found = measure.survey(Description(model), ram=ram, dtype=dtype, job=job)
+    console.print_survey(found, as_json=as_json)
 
 
 @app.command()

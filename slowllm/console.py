@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,9 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from slowllm.errors import InputError
+from slowllm.measure import Survey
 from slowllm.model import StreamedLM
-from slowllm.options import format_bytes
-from slowllm.scoring import Score, safe_exp
+from slowllm.options import format_binary, format_bytes
+from slowllm.plan import Forecast, Job
+from slowllm.scoring import Score, Totals, safe_exp
+from slowllm.state import State
 from slowllm.stops import Passage
 
 Write = Callable[[Score], None]
@@ -163,16 +166,19 @@ def _tokens(lm: StreamedLM, score: Score) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def progress(lm: StreamedLM, num_tokens: int) -> Iterator[None]:
+def progress(lm: StreamedLM, job: Job, state: State | None = None) -> Iterator[None]:
     """Say what is about to be done, then show the carousel's way: stop, rate and the end expected."""
     console = Console(stderr=True)
-    num_sweeps = max(1, -(-num_tokens // lm.plan.sweep_tokens))
+    plan, forecast = lm.plan, lm.plan.forecast
+    num_sweeps = forecast.num_sweeps
     held = "all of it fits in memory"
-    if lm.plan.ring_bytes:
-        held = f"{len(lm.plan.resident)} of {lm.num_stops} stops stay in memory"
+    if plan.ring_bytes:
+        held = f"{len(plan.resident)} of {lm.num_stops} stops stay in memory"
+    about = f", about {duration(forecast.seconds)}" if plan.ring_bytes else ""
+    resumed = f"; {state.num_resumed} micro-batches were done before" if state and state.num_resumed else ""
     console.print(
-        f"{lm.name}: {format_bytes(lm.weight_bytes)} a sweep, {held}; "
-        f"{num_tokens:,} tokens in {'one sweep' if num_sweeps == 1 else f'about {num_sweeps} sweeps'}",
+        f"{lm.name}: {format_bytes(lm.weight_bytes)} a sweep, {held}; {job.num_tokens:,} tokens in "
+        f"{'one sweep' if num_sweeps == 1 else f'about {num_sweeps} sweeps'}{about}{resumed}",
         style="dim",
         highlight=False,
     )
@@ -211,19 +217,24 @@ def progress(lm: StreamedLM, num_tokens: int) -> Iterator[None]:
         lm.on_passage = None
 
 
-def summarise(
-    lm: StreamedLM, scores: Sequence[tuple[float, int]], seconds: float, num_truncated: int
-) -> None:
+def duration(seconds: float) -> str:
+    """Return a time as people say it: ``3.2 s``, ``14 min``, ``5.1 h``."""
+    for unit, length in (("s", 1), ("min", 60)):
+        if seconds < 99.5 * length:
+            count = seconds / length
+            return f"{count:.2g} {unit}" if count < 9.95 else f"{count:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
+def summarise(lm: StreamedLM, totals: Totals, seconds: float, num_truncated: int) -> None:
     """Print what was done, and what it cost.
 
     Args:
-        scores: log-likelihood and number of scored tokens of each line.
+        totals: of the scores.
         seconds: that the lines took.
         num_truncated: lines that were cut.
     """
-    num_scored = sum(count for _, count in scores)
-    total = math.fsum(value for value, _ in scores)
-    perplexity = safe_exp(-total / num_scored) if num_scored else math.nan
+    perplexity = safe_exp(-totals.log_likelihood / totals.num_scored) if totals.num_scored else math.nan
     report = lm.report
     disk = f"{format_bytes(lm.weight_bytes)} of weights mapped, nothing streamed"
     if report.read_bytes:
@@ -231,9 +242,95 @@ def summarise(
     cut = f", {num_truncated} of them cut" if num_truncated else ""
     num_sweeps = report.num_passages / lm.num_stops
     print(
-        f"{len(scores)} lines{cut}, {num_scored} tokens scored, corpus perplexity {_number(perplexity)}\n"
+        f"{totals.num_lines} lines{cut}, {totals.num_scored} tokens scored in "
+        f"{str(lm.model.dtype).removeprefix('torch.')}, corpus perplexity {_number(perplexity)}\n"
         f"{num_sweeps:.3g} sweep{'' if num_sweeps == 1 else 's'} in {seconds:.2f} s: {disk}, "
         f"waiting {report.wait_seconds:.2f} s, computing {report.compute_seconds:.2f} s, "
         f"peak RSS {format_bytes(report.peak_rss_bytes)}",
         file=sys.stderr,
+    )
+
+
+def print_survey(survey: Survey, *, as_json: bool) -> None:
+    """Print a plan to stdout: as a table, or as one JSON document."""
+    plan, forecast, rates, job = survey.plan, survey.plan.forecast, survey.rates, survey.job
+    if as_json:
+        document = {
+            "model": survey.name,
+            "weight_bytes": survey.weight_bytes,
+            "num_stops": survey.num_stops,
+            "compute_dtype": survey.dtype,
+            "ram_bytes": survey.ram_bytes,
+            "tokens": job.num_tokens,
+            "longest": job.longest,
+            "disk_bytes_per_second": rates.disk,
+            "memory_bytes_per_second": rates.memory,
+            "flops_per_second": rates.compute,
+            "rates_measured": rates.measured,
+            "stops": plan.granularity,
+            "resident_stops": sorted(plan.resident),
+            "resident_bytes": plan.resident_bytes,
+            "ring_bytes": plan.ring_bytes,
+            "rider_tokens": plan.rider_tokens,
+            "sweep_tokens": plan.sweep_tokens,
+            "num_sweeps": forecast.num_sweeps,
+            "first_sweep_seconds": forecast.first_seconds,
+            "later_sweep_seconds": forecast.later_seconds,
+            "seconds": forecast.seconds,
+            "peak_ram_bytes": survey.process_bytes + plan.peak_bytes,
+            "smallest_ram_bytes": survey.smallest_bytes,
+            "more_ram": [{"ram_bytes": ram, "seconds": seconds} for ram, seconds in survey.larger],
+            "half_the_bytes_seconds": survey.halved_seconds,
+        }
+        print(json.dumps(document))
+        return
+    peak = survey.process_bytes + plan.peak_bytes
+    how = "measured" if rates.measured else "assumed: so small a model is not worth measuring"
+    rows = [
+        ("model", f"{survey.name}: {format_bytes(survey.weight_bytes)} a sweep in {survey.num_stops} stops"),
+        ("job", f"{job.num_tokens:,} tokens, sequences of up to {job.longest:,}, computed in {survey.dtype}"),
+        (
+            "this machine",
+            f"disk {format_bytes(rates.disk)}/s, processor {rates.compute / 1e12:.3g} TFLOP/s ({how})",
+        ),
+        ("memory", f"{format_binary(peak)} at the peak, of {format_binary(survey.ram_bytes)}"),
+    ]
+    if plan.ring_bytes:
+        what = "whole blocks" if plan.granularity == "blocks" else "parts of blocks (forward only)"
+        rows += [
+            ("streamed", f"{what} through a ring of {format_bytes(plan.ring_bytes)}"),
+            (
+                "resident",
+                f"{len(plan.resident)} of {survey.num_stops} stops, {format_bytes(plan.resident_bytes)}, not read again",
+            ),
+        ]
+    else:
+        rows.append(("resident", "everything, mapped from the page cache"))
+    rows += [
+        ("micro-batch", f"{plan.rider_tokens:,} tokens; {plan.sweep_tokens:,} tokens a sweep"),
+        ("time", _time_of(forecast)),
+        ("limited by", "the disk" if forecast.read_seconds > forecast.compute_seconds else "the processor"),
+    ]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    for ram, seconds in survey.larger:
+        table.add_row("faster", Text(f"--ram {format_binary(ram)}: {duration(seconds)}"))
+    if survey.halved_seconds < 0.95 * forecast.seconds:
+        table.add_row(
+            "faster",
+            Text(f"weights of half the bytes (a store of 8 bits): {duration(survey.halved_seconds)}"),
+        )
+    table.add_row("smallest", Text(f"--ram {format_binary(survey.smallest_bytes)} would do"))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _time_of(forecast: Forecast) -> str:
+    if forecast.num_sweeps == 1:
+        return f"{duration(forecast.seconds)} in one sweep"
+    return (
+        f"{duration(forecast.seconds)} in {forecast.num_sweeps} sweeps: the first {duration(forecast.first_seconds)}, "
+        f"each later one {duration(forecast.later_seconds)}"
     )

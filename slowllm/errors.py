@@ -36,5 +36,9 @@ class RideError(SlowLLMError):
     """A ride was started where none can start, or the carousel was closed under a rider."""
 
 
+class StateError(SlowLLMError):
+    """A state folder belongs to another job or process, is damaged, or cannot be written."""
+
+
 class DownloadError(SlowLLMError):
     """The hub cannot be reached or refuses, the disk is too small, or a file is not what the hub says it is."""

@@ -27,6 +27,7 @@ from slowllm.blocks import check_finite
 from slowllm.carousel import Carousel
 from slowllm.checkpoint import Placement, take_rows
 from slowllm.errors import ArchitectureError, InputError
+from slowllm.state import journal
 from slowllm.stops import Weights
 from slowllm.swap import SwappedWeight
 
@@ -121,7 +122,12 @@ class StreamedHead(nn.Linear):
         highest = rows.new_full((len(rows),), -math.inf, dtype=torch.float32)
         total = torch.zeros_like(highest)
         found = torch.full_like(highest, math.nan)
+        kept = journal.get()
         for number, stop in enumerate(self._stops):
+            if kept is not None and (sums := kept.sums_of(number)):
+                for ours, theirs in zip((highest, total, found), sums, strict=True):
+                    ours.copy_(theirs)
+                continue
 
             def work(weights: Weights, number: int = number) -> None:
                 weight, bias = self._weight(weights), self._bias(number)
@@ -139,6 +145,8 @@ class StreamedHead(nn.Linear):
                     found[here] = logits[here, place[here]]
 
             self._carousel.visit(stop, "up", work)
+            if kept is not None:
+                kept.pass_chunk(number, (highest, total, found))
         scores = torch.zeros(targets.shape, dtype=torch.float32)
         scores[wanted] = found - (highest + total.log())
         check_finite("the head", scores, infinity_is_legal=True)

@@ -1,28 +1,33 @@
-"""Which tensors make which stop: the blocks, the chunks of the head, and what always stays in memory.
+"""Which tensors make which stop: blocks or their leaves, the chunks of the head, and what always stays in memory.
 
 Knows transformers' models by their parts, and sizes; reads no weight.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slowllm.blocks import find_blocks
 from slowllm.checkpoint import Placement
 from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.head import TILE_COLUMNS, cut_head
-from slowllm.plan import Sizes
-from slowllm.reader import ring_bytes_of, smallest_ring
+from slowllm.plan import Granularity, Sizes, StopSize
+from slowllm.reader import ring_bytes_of
 from slowllm.swap import swap_bytes
 
-# Sequences are assumed no longer than this when scratch memory of attention is counted.
-ASSUMED_LENGTH = 1024
+log = logging.getLogger(__name__)
+
+# A leaf smaller than this (a router, say) always stays in memory.
+MIN_LEAF_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -30,22 +35,26 @@ class Layout:
     """The parts of a model, and where the tensors of each stop come from.
 
     Attributes:
+        granularity: whether a stop is a whole block or a leaf of one.
         blocks_name: of the list of blocks.
         blocks: the list.
         embedding: the input embedding, whose rows are looked up in `embedding_placement`.
         head: the output embedding, cut into `chunks`.
-        stops: tensors of each block, then each chunk of the head.
+        modules: the name of the block or leaf that each stop is for, those of the head left out.
+        stops: tensors of each block or leaf, then each chunk of the head.
         kept: tensors that always stay: norms, position tables, what stands outside the blocks.
         dtypes: compute dtype of every tensor, by name.
         streamed_names: parameters that are never filled, because their stops bring them.
     """
 
+    granularity: Granularity
     blocks_name: str
     blocks: nn.ModuleList
     embedding: nn.Module
     embedding_placement: Placement
     head: nn.Linear
     chunks: tuple[Placement, ...]
+    modules: tuple[str, ...]
     stops: tuple[tuple[Placement, ...], ...]
     kept: tuple[Placement, ...]
     dtypes: Mapping[str, torch.dtype]
@@ -57,12 +66,15 @@ class Layout:
         return sum(placement.num_bytes for stop in self.stops for placement in stop)
 
 
-def lay_out(model: PreTrainedModel, placements: Mapping[str, Placement]) -> Layout:
+def lay_out(
+    model: PreTrainedModel, placements: Mapping[str, Placement], granularity: Granularity = "blocks"
+) -> Layout:
     """Divide a model's tensors among stops.
 
     Args:
         model: from `build_skeleton`.
         placements: from `naming.place`.
+        granularity: what a stop is.
     Raises:
         ArchitectureError: the model has no one list of blocks, or no linear head.
         CheckpointError: a tensor is missing or stored in a dtype that cannot be computed with.
@@ -76,37 +88,124 @@ def lay_out(model: PreTrainedModel, placements: Mapping[str, Placement]) -> Layo
     embedding_name, head_name = _name_of(model, embedding, placements), _name_of(model, head, placements)
     dtypes = _compute_dtypes(model, placements)
 
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    groups: list[list[Placement]] = [[] for _ in blocks]
+    for number, block in enumerate(blocks):
+        for name, _ in block.named_parameters():
+            if f"{blocks_name}.{number}.{name}" not in placements:
+                raise ArchitectureError(
+                    f"{blocks_name}.{number}.{name}: is tied to a tensor of another name, which is not streamed"
+                )
+    modules = [f"{blocks_name}.{number}" for number in range(len(blocks))]
+    if granularity == "leaves":
+        leaves = _leaves(model, modules, placements)
+        if not any(leaves):
+            raise ArchitectureError(f"{type(model).__name__}: its blocks have no part that is worth a stop")
+        modules = _in_order_of_use(model, modules, leaves)
+    owners = {name: number for number, module in enumerate(modules) for name in _names_in(model, module)}
+    groups: list[list[Placement]] = [[] for _ in modules]
     kept: list[Placement] = []
     for name, placement in placements.items():
-        block = _block_of(name, blocks_name)
-        if block is not None and name in parameters:
-            groups[block].append(placement)
+        if name in owners:
+            groups[owners[name]].append(placement)
         elif name not in (embedding_name, head_name):
             kept.append(placement)
-    for index, block_module in enumerate(blocks):
-        brought = {placement.name for placement in groups[index]}
-        for name, _ in block_module.named_parameters():
-            full = f"{blocks_name}.{index}.{name}"
-            if full not in brought:
-                raise ArchitectureError(f"{full}: is tied to a tensor of another name, which is not streamed")
-    chunks = cut_head(placements[head_name], max(sum(map(ring_bytes_of, group)) for group in groups))
+    largest = max(ring_bytes_of(placement) for group in groups for placement in group)
+    chunks = cut_head(placements[head_name], largest)
     dtypes.update({chunk.name: dtypes[head_name] for chunk in chunks})
-    streamed = {name for name in parameters if _block_of(name, blocks_name) is not None}
-    streamed.add(next(name for name, module in model.named_modules() if module is head) + ".weight")
+    streamed = {*owners, next(name for name, module in model.named_modules() if module is head) + ".weight"}
     return Layout(
+        granularity=granularity,
         blocks_name=blocks_name,
         blocks=blocks,
         embedding=embedding,
         embedding_placement=placements[embedding_name],
         head=head,
         chunks=tuple(chunks),
+        modules=tuple(modules),
         stops=(*map(tuple, groups), *((chunk,) for chunk in chunks)),
         kept=tuple(kept),
         dtypes=dtypes,
         streamed_names=frozenset(streamed),
     )
+
+
+def granularities(model: PreTrainedModel, placements: Mapping[str, Placement]) -> tuple[Granularity, ...]:
+    """Return how a model can be cut: into blocks, and into leaves where any is worth a stop."""
+    name, blocks = find_blocks(model)
+    leaves = _leaves(model, [f"{name}.{number}" for number in range(len(blocks))], placements)
+    return ("blocks", "leaves") if any(leaves) else ("blocks",)
+
+
+def _names_in(model: PreTrainedModel, module: str) -> Iterator[str]:
+    for name, _ in model.get_submodule(module).named_parameters():
+        yield f"{module}.{name}"
+
+
+def _leaves(
+    model: PreTrainedModel, blocks: Sequence[str], placements: Mapping[str, Placement]
+) -> list[list[str]]:
+    """Find, in each block, the outermost modules that own a matrix and are worth a stop of their own."""
+
+    def walk(name: str, module: nn.Module) -> Iterator[str]:
+        if any(parameter.dim() >= 2 for parameter in module._parameters.values() if parameter is not None):
+            if sum(placements[inner].num_bytes for inner in _names_in(model, name)) >= MIN_LEAF_BYTES:
+                yield name
+            return
+        for child, inner in module.named_children():
+            yield from walk(f"{name}.{child}", inner)
+
+    return [list(walk(block, model.get_submodule(block))) for block in blocks]
+
+
+def _in_order_of_use(
+    model: PreTrainedModel, blocks: Sequence[str], leaves: Sequence[Sequence[str]]
+) -> list[str]:
+    """Return the leaves in the order in which a forward pass comes to them.
+
+    Found by a pass of two tokens through a model whose every module with parameters only gives zeros. Where a
+    model does not take that, the order is that of their definition, and the reader may read a stop in vain.
+    """
+    defined = [name for block in leaves for name in block]
+    used: list[str] = []
+    stubbed: list[nn.Module] = []
+
+    def stub(name: str, module: nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if name in wanted and name not in used:
+                used.append(name)
+            given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            if isinstance(module, nn.Embedding):
+                return torch.zeros(*given.shape, module.embedding_dim, dtype=model.dtype)
+            width = getattr(module, "out_features", None) or getattr(module, "nf", None)
+            return given if width is None else given.new_zeros(*given.shape[:-1], width)
+
+        return forward
+
+    wanted = set(defined)
+    try:
+        for name, module in model.named_modules():
+            is_inner = any(prefix in wanted for prefix in _prefixes(name))
+            if module._parameters and not is_inner:
+                module.forward = stub(name, module)
+                stubbed.append(module)
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+    except Exception as error:  # whatever a model's forward may trip over on such stubs
+        log.info("%s: %r; its leaves are read in the order of their definition", type(model).__name__, error)
+        return defined
+    finally:
+        for module in stubbed:
+            del module.__dict__["forward"]
+    places = {name: number for number, name in enumerate(used)}
+    # Sorting is stable: what the pass did not come to keeps its order, after the others.
+    return [
+        name for block in leaves for name in sorted(block, key=lambda name: places.get(name, len(places)))
+    ]
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        yield ".".join(parts[:length])
 
 
 def sizes_of(model: PreTrainedModel, layout: Layout) -> Sizes:
@@ -119,20 +218,41 @@ def sizes_of(model: PreTrainedModel, layout: Layout) -> Sizes:
     config = model.config.get_text_config()
     itemsize = max((layout.dtypes[p.name].itemsize for stop in layout.stops for p in stop), default=4)
     hidden = int(config.hidden_size)
-    blocks = layout.stops[: len(layout.blocks)]
-    widest = max(sum(max(p.shape[-2:]) for p in block if len(p.shape) >= 2) for block in blocks)
+    per_block: dict[str, list[Placement]] = {}
+    for module, stop in zip(layout.modules, layout.stops, strict=False):
+        number = module[len(layout.blocks_name) + 1 :].partition(".")[0]
+        per_block.setdefault(number, []).extend(stop)
+    sides = [[max(p.shape[-2:]) for p in block if len(p.shape) >= 2] for block in per_block.values()]
     num_heads = int(getattr(config, "num_attention_heads", 1) or 1)
-    attention = num_heads * ASSUMED_LENGTH * (2 * 4 + 2 * itemsize)
+    is_eager = getattr(config, "_attn_implementation", "eager") == "eager"
     head_tile = TILE_COLUMNS * (itemsize + 3 * 4)
     kept = sum(
         p.num_bytes + p.num_bytes // p.dtype.itemsize * layout.dtypes[p.name].itemsize for p in layout.kept
     )
+    # Between two leaves a rider holds what the block has made so far; between two blocks only its hidden states.
+    inside = 2 * max(map(max, sides)) if layout.granularity == "leaves" else 0
     return Sizes(
-        stop_bytes=tuple(sum(map(ring_bytes_of, stop)) for stop in layout.stops),
-        smallest_ring_bytes=smallest_ring(layout.stops),
+        granularity=layout.granularity,
+        stops=tuple(_size_of(stop, config) for stop in layout.stops),
         kept_bytes=kept + sum(swap_bytes(layout.stops, layout.dtypes)),
-        block_token_bytes=max(2 * itemsize * (widest + 4 * hidden) + attention, head_tile),
-        rider_token_bytes=6 * itemsize * hidden + 1024,
+        block_token_bytes=max(2 * itemsize * (max(map(sum, sides)) + 4 * hidden), head_tile),
+        attention_token_bytes=num_heads * (2 * 4 + 2 * itemsize) if is_eager else 0,
+        rider_token_bytes=itemsize * (6 * hidden + inside) + 1024,
+    )
+
+
+def _size_of(stop: Sequence[Placement], config: Any) -> StopSize:
+    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    used = min(1.0, (getattr(config, "num_experts_per_tok", None) or num_experts) / num_experts)
+    flops = 0.0
+    for p in stop:
+        if len(p.shape) >= 2:
+            # A tensor of three dimensions holds every expert, of which a token takes a few.
+            flops += 2 * math.prod(p.shape) * (used if len(p.shape) == 3 else 1.0)
+    return StopSize(
+        num_bytes=sum(map(ring_bytes_of, stop)),
+        largest_bytes=max(map(ring_bytes_of, stop), default=0),
+        flops=flops,
     )
 
 
@@ -164,9 +284,3 @@ def _name_of(model: PreTrainedModel, module: nn.Module, placements: Mapping[str,
         if name in placements:
             return str(name)
     raise CheckpointError(f"{own}: missing from the checkpoint")
-
-
-def _block_of(name: str, blocks_name: str) -> int | None:
-    if not name.startswith(f"{blocks_name}."):
-        return None
-    return int(name[len(blocks_name) + 1 :].partition(".")[0])

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import json
 import logging
 import os
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,15 +28,15 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from slowllm.blocks import stream_block
+from slowllm.blocks import stream_block, stream_leaves
 from slowllm.carousel import Carousel
 from slowllm.checkpoint import Checkpoint
 from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.head import find_finish, stream_embedding, stream_head
-from slowllm.layout import Layout, lay_out, sizes_of
+from slowllm.layout import Layout, granularities, lay_out, sizes_of
 from slowllm.naming import place
 from slowllm.options import Options, format_bytes, parse_bytes, parse_dtype
-from slowllm.plan import Budget, Plan, make_plan
+from slowllm.plan import Budget, Granularity, Job, Plan, Rates, Sizes, make_plan
 from slowllm.reader import MappedStops, Reader
 from slowllm.skeleton import build_skeleton, choose_dtype, first_line, make_streamed, read_config
 from slowllm.stops import Passage, Stops
@@ -43,6 +44,43 @@ from slowllm.swap import CastStops, swap_bytes
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+class Description:
+    """What a checkpoint says of itself before any weight is touched.
+
+    Args:
+        path_or_hub_id: as for `load`.
+    Attributes:
+        name: a hub id, or the folder's name.
+        folder: of the checkpoint.
+        config: transformers' config.
+    Raises:
+        CheckpointError: there is no such checkpoint, or its config cannot be used.
+        ArchitectureError: this version of transformers does not know the model type.
+    """
+
+    def __init__(self, path_or_hub_id: str | os.PathLike[str]) -> None:
+        self.folder = find_folder(path_or_hub_id)
+        is_path = Path(path_or_hub_id).expanduser() == self.folder
+        self.name = self.folder.resolve().name if is_path else str(path_or_hub_id)
+        self.config: Any = read_config(self.folder)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            CheckpointError: the folder has none that transformers can load.
+        """
+        return _load_tokenizer(self.folder)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged tokenizer may trip over
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -72,7 +110,9 @@ class StreamedLM:
         model: transformers' own model with streamed blocks and head.
         folder: of the checkpoint.
         plan: what stays resident, and how many tokens ride a sweep.
-        num_stops: of the carousel: blocks, then chunks of the head.
+        choices: what the plan was chosen from.
+        layout: which tensors make which stop.
+        num_stops: of the carousel: blocks or their leaves, then chunks of the head.
         weight_bytes: that one sweep passes through, as stored.
         on_passage: set it to be told of every stop served, on the carousel's thread.
     """
@@ -84,17 +124,18 @@ class StreamedLM:
         source: Reader | MappedStops,
         stops: Stops,
         plan: Plan,
+        choices: Sequence[Sizes],
         budget: Budget,
-        weight_bytes: int,
+        layout: Layout,
     ) -> None:
         self.model: Any = model
         self.folder = checkpoint.folder
         self.name = checkpoint.folder.name
-        self.plan = plan
-        self.num_stops = stops.num_stops
-        self.weight_bytes = weight_bytes
+        self.plan, self.choices = plan, tuple(choices)
+        self.layout, self.num_stops = layout, stops.num_stops
+        self.weight_bytes = layout.weight_bytes
         self.on_passage: Callable[[Passage], None] | None = None
-        self._source = source
+        self._source, self._checkpoint = source, checkpoint
         self._carousel = Carousel(stops, functools.partial(_tell, weakref.ref(self)))
         # Who keeps only the model keeps its handle too. A handle that is forgotten is closed when it is collected,
         # or when the interpreter ends, before daemon threads are stopped in the middle of a product.
@@ -103,19 +144,15 @@ class StreamedLM:
             self, _release, self._carousel, source, checkpoint, budget, plan.peak_bytes
         )
 
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.model.config
+
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer.
-
-        Raises:
-            CheckpointError: the folder has none that transformers can load.
-        """
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # whatever a damaged tokenizer may trip over
-            raise CheckpointError(
-                f"{self.folder}: its tokenizer cannot be loaded ({first_line(error)})"
-            ) from error
+        """The checkpoint's tokenizer; see `Description.tokenizer`."""
+        return _load_tokenizer(self.folder)
 
     @property
     def report(self) -> Report:
@@ -128,6 +165,10 @@ class StreamedLM:
             totals.compute_seconds,
             peak_rss_bytes(),
         )
+
+    def fingerprint(self) -> str:
+        """Return a hash of the checkpoint: its config, every span, and samples of every shard."""
+        return self._checkpoint.fingerprint(json.dumps(self.config.to_dict(), sort_keys=True, default=str))
 
     def ride(self, jobs: Iterable[Callable[[], T]], max_riders: int | None = None) -> list[T]:
         """Run each job as a rider of shared sweeps and return the results in order.
@@ -170,22 +211,30 @@ def _release(
 
 
 def load(
-    path_or_hub_id: str | os.PathLike[str],
+    path_or_hub_id: str | os.PathLike[str] | Description,
     *,
     ram: str | int | Budget = "16GiB",
     dtype: str = "auto",
     device: str = "cpu",
     keep_resident: bool = True,
+    job: Job | None = None,
+    rates: Rates | None = None,
+    granularity: Granularity | None = None,
     poison: bool = False,
 ) -> StreamedLM:
     """Open a Hugging Face checkpoint for streaming. Reads headers and small tensors only.
 
     Args:
-        path_or_hub_id: a folder with config.json and safetensors, or a hub id that is in the local cache.
+        path_or_hub_id: a folder with config.json and safetensors, or a hub id that is in the local cache; or its
+            `Description`.
         ram: budget for the whole process, such as ``16GiB``; or a `Budget` that several models share.
         dtype: compute dtype: ``auto``, ``bfloat16`` or ``float32`` (also ``bf16``, ``fp32``).
         device: only ``cpu`` so far.
-        keep_resident: whether blocks that fit the budget stay in memory.
+        keep_resident: whether stops that fit the budget stay in memory.
+        job: what the model is opened for; by default a session of any calls, gradients among them.
+        rates: of this machine, for the plan; assumed where nobody measured.
+        granularity: stream whole ``blocks``, or their ``leaves``, which takes less memory and cannot run backward;
+            by default blocks, unless they do not fit, or the job is forward only and leaves are faster.
         poison: overwrite weights with NaN when they are given back, to find code that keeps them.
     Raises:
         CheckpointError: a file is missing, damaged or of a kind that is not streamed.
@@ -202,31 +251,43 @@ def load(
         log.warning(
             "the budget is %s, but this machine has %s", format_bytes(ram_bytes), format_bytes(memory)
         )
-    folder = find_folder(path_or_hub_id)
-    checkpoint = Checkpoint.open(folder)
-    config = read_config(folder)
-    model = build_skeleton(config, folder, choose_dtype(options.dtype, checkpoint))
+    known = path_or_hub_id if isinstance(path_or_hub_id, Description) else Description(path_or_hub_id)
+    checkpoint = Checkpoint.open(known.folder)
     budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)
     try:
-        lm = _assemble(model, checkpoint, options, budget, poison)
+        model = build_skeleton(known.config, known.folder, choose_dtype(options.dtype, checkpoint))
+        lm = _assemble(model, checkpoint, options, budget, job, rates, granularity, poison)
     except BaseException:
         checkpoint.close()
         raise
-    lm.name = folder.resolve().name if Path(path_or_hub_id).expanduser() == folder else str(path_or_hub_id)
+    lm.name = known.name
     return lm
 
 
 def _assemble(
-    model: PreTrainedModel, checkpoint: Checkpoint, options: Options, budget: Budget, poison: bool
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    options: Options,
+    budget: Budget,
+    job: Job | None,
+    rates: Rates | None,
+    granularity: Granularity | None,
+    poison: bool,
 ) -> StreamedLM:
-    layout = lay_out(model, place(model, checkpoint.spans))
+    placements = place(model, checkpoint.spans)
+    wanted = granularities(model, placements) if granularity is None else (granularity,)
+    layouts = {name: lay_out(model, placements, name) for name in wanted}
+    choices = [sizes_of(model, layout) for layout in layouts.values()]
     finish = find_finish(model)
     plan = make_plan(
-        sizes_of(model, layout),
+        choices,
         free_bytes=budget.free_bytes,
         total_bytes=budget.total_bytes,
+        job=job,
+        rates=rates,
         keep_resident=options.keep_resident,
     )
+    layout = layouts[plan.granularity]
     _limit_arenas()
     compute_dtype = next(parameter.dtype for parameter in model.parameters())
     _fill(model, layout, checkpoint, compute_dtype)
@@ -246,15 +307,20 @@ def _assemble(
         source = MappedStops(checkpoint, layout.stops)
     buffer_bytes = swap_bytes(layout.stops, layout.dtypes)
     stops: Stops = CastStops(source, layout.dtypes, buffer_bytes) if any(buffer_bytes) else source
-    lm = StreamedLM(model, checkpoint, source, stops, plan, budget, layout.weight_bytes)
+    lm = StreamedLM(model, checkpoint, source, stops, plan, choices, budget, layout)
     for index, block in enumerate(layout.blocks):
-        layout.blocks[index] = stream_block(block, lm._carousel, index, f"{layout.blocks_name}.{index}")
-    stream_head(layout.head, lm._carousel, layout.chunks, len(layout.blocks), finish)
+        name = f"{layout.blocks_name}.{index}"
+        if layout.granularity == "blocks":
+            layout.blocks[index] = stream_block(block, lm._carousel, index, name)
+        else:
+            leaves = {m: stop for stop, m in enumerate(layout.modules) if m.startswith(f"{name}.")}
+            stream_leaves(block, lm._carousel, leaves, name, index)
+    stream_head(layout.head, lm._carousel, layout.chunks, len(layout.modules), finish)
     make_streamed(model, checkpoint.folder, compute_dtype)
     log.info(
-        "%s: %d blocks and %d chunks of head, %s; %d of %d stops stay in memory; compute dtype %s",
-        type(model).__name__, len(layout.blocks), len(layout.chunks), format_bytes(layout.weight_bytes),
-        len(plan.resident), len(layout.stops), compute_dtype,
+        "%s: %d blocks in %d stops and %d chunks of head, %s; %d of %d stops stay in memory; compute dtype %s",
+        type(model).__name__, len(layout.blocks), len(layout.modules), len(layout.chunks),
+        format_bytes(layout.weight_bytes), len(plan.resident), len(layout.stops), compute_dtype,
     )  # fmt: skip
     return lm
 

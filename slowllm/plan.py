@@ -1,46 +1,147 @@
-"""Pure arithmetic: what stays resident, how large the ring is, how many tokens ride a sweep.
+"""Pure arithmetic: what stays resident, how large the ring is, how many tokens ride a sweep, how long that takes.
 
-Knows sizes in bytes; knows nothing of files, models or text. `Budget` alone keeps state: what several models of
-one process have taken from the bytes allowed.
+Knows sizes in bytes and rates; knows nothing of files, models or text. The plan is the candidate with the shortest
+time by a simple model of a sweep (`forecast`), among those that fit the budget. `Budget` alone keeps state: what
+several models of one process have taken from the bytes allowed.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from slowllm.errors import PlanError
 from slowllm.options import MIB, format_binary
 
-# 64 rows reach a third of the rate of a large matrix product; below this a rider wastes the processor.
-MIN_RIDER_TOKENS = 512
+Granularity = Literal["blocks", "leaves"]
+
+# Fewer rows than this take as long as these: the weights pass through the processor either way.
+MIN_RIDER_TOKENS = 64
 # Beyond this a larger matrix product is no faster, and the scratch memory of a block grows with it.
 MAX_RIDER_TOKENS = 1024
-# A few times T*, the batch whose computing hides under the reading (about 1,000 tokens in bf16 on two cores):
-# far above T* another sweep is free, and a result comes earlier.
+# A few times T*, the batch whose computing hides under the reading (about 1,000 tokens in bf16 on two cores with
+# AMX): far above T* another sweep is free, and a result comes earlier.
 MAX_SWEEP_TOKENS = 8192
+# What a model is planned for when nobody says what it will do: this many tokens at a time, again and again.
+ASSUMED_TOKENS = 2048
+ASSUMED_LENGTH = 512
+REPEATS = 10
 # What the allocator, thread stacks and the interpreter take beyond what is counted here.
 SLACK_BYTES = 192 * MIB
+# Stops smaller than a block must save this much of the time, or their handing over is not worth it.
+LEAVES_GAIN = 0.95
+
+
+@dataclass(frozen=True)
+class StopSize:
+    """What one stop costs.
+
+    Attributes:
+        num_bytes: in a buffer.
+        largest_bytes: of its largest tensor there.
+        flops: of one token.
+    """
+
+    num_bytes: int
+    largest_bytes: int
+    flops: float = 0.0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model needs, in bytes.
+    """What a model needs, cut into stops of one granularity.
 
     Attributes:
-        stop_bytes: in memory, for each stop.
-        smallest_ring_bytes: the ring that never blocks when every stop streams.
+        granularity: whole blocks, or their leaves (linears, fused experts), which cannot run backward.
+        stops: in order, the head's chunks last.
         kept_bytes: parameters that always stay, and the scratch buffers of the dtype swap.
         block_token_bytes: scratch memory of one token inside a block; one rider computes at a time.
+        attention_token_bytes: the same again for every token of its sequence, where attention is written out.
         rider_token_bytes: what one token of a waiting rider holds.
     """
 
-    stop_bytes: tuple[int, ...]
-    smallest_ring_bytes: int
+    granularity: Granularity
+    stops: tuple[StopSize, ...]
     kept_bytes: int
     block_token_bytes: int
+    attention_token_bytes: int
     rider_token_bytes: int
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of all stops."""
+        return sum(stop.num_bytes for stop in self.stops)
+
+    @property
+    def smallest_ring_bytes(self) -> int:
+        """The ring that never blocks: see `reader.smallest_ring`."""
+        return max(stop.num_bytes for stop in self.stops) + max(stop.largest_bytes for stop in self.stops)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a model is opened for.
+
+    Attributes:
+        num_tokens: of the whole job, prefixes included; None where it is not known.
+        longest: tokens of the longest sequence.
+        repeated: whether as much will be done again and again (a session in Python, steps of tuning).
+        forward_only: whether no gradient will be asked for.
+        packing: tokens of a micro-batch and of a sweep that are given, because the job was begun with them.
+    """
+
+    num_tokens: int | None = None
+    longest: int = ASSUMED_LENGTH
+    repeated: bool = False
+    forward_only: bool = False
+    packing: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.longest > 0, "a sequence has tokens"
+        assert self.num_tokens is None or self.num_tokens >= self.longest, "the longest is a part of all"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a machine is; these are assumed until measured.
+
+    Attributes:
+        disk: bytes a second that the reader gets.
+        memory: bytes of weights a second that a product of a few rows passes through.
+        compute: floating-point operations a second of a block with many rows, what is no product included.
+        measured: whether they were.
+    """
+
+    disk: float = 2e9
+    memory: float = 12e9
+    compute: float = 1e12
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """How long a job takes by the plan.
+
+    Attributes:
+        num_sweeps: of the job.
+        first_seconds: of the first sweep.
+        later_seconds: of each sweep after it.
+        seconds: of the job.
+        read_seconds: of a later sweep's bytes at the disk's rate.
+        compute_seconds: of a sweep's tokens, on weights already in memory.
+        read_bytes: of a later sweep.
+    """
+
+    num_sweeps: int
+    first_seconds: float
+    later_seconds: float
+    seconds: float
+    read_seconds: float
+    compute_seconds: float
+    read_bytes: int
 
 
 @dataclass(frozen=True)
@@ -48,18 +149,24 @@ class Plan:
     """How a model is held.
 
     Attributes:
+        granularity: what a stop is.
         resident: stops that stay in memory, spread evenly.
         ring_bytes: of the ring through which the others stream; 0 where all stay.
         rider_tokens: tokens of one micro-batch, padding included.
         sweep_tokens: tokens of all riders of one sweep.
         peak_bytes: what the model takes of the budget.
+        resident_bytes: of it, the stops that stay.
+        forecast: how long the job takes.
     """
 
+    granularity: Granularity
     resident: frozenset[int]
     ring_bytes: int
     rider_tokens: int
     sweep_tokens: int
     peak_bytes: int
+    resident_bytes: int
+    forecast: Forecast
 
 
 class Budget:
@@ -100,53 +207,201 @@ class Budget:
             self.used_bytes -= num_bytes
 
 
-def make_plan(sizes: Sizes, *, free_bytes: int, total_bytes: int, keep_resident: bool = True) -> Plan:
-    """Divide the budget: first what must be, then tokens, then resident stops.
+def make_plan(
+    choices: Sequence[Sizes],
+    *,
+    free_bytes: int,
+    total_bytes: int,
+    job: Job | None = None,
+    rates: Rates | None = None,
+    keep_resident: bool = True,
+) -> Plan:
+    """Divide the budget so that the job takes the least time.
 
     Args:
+        choices: the model cut into whole blocks, and into leaves where it can be.
         free_bytes: what this model may take.
         total_bytes: the whole budget, for the error's numbers.
+        job: what it is for.
+        rates: of the machine.
         keep_resident: whether stops may stay in memory.
     Raises:
-        PlanError: the model cannot run in the budget; the message names the smallest that would do.
+        PlanError: the job cannot run in the budget; the message names the smallest that would do.
     """
-    all_bytes = sum(sizes.stop_bytes)
+    job, rates = job or Job(repeated=True), rates or Rates()
+    plans = [
+        [_planned(c, job, rates) for c in _candidates(s, job, rates, free_bytes, keep_resident)]
+        for s in choices
+    ]
+    best = [min(found, key=lambda p: (p.forecast.seconds, p.peak_bytes)) for found in plans if found]
+    if not best:
+        raise PlanError(_refusal(choices, job, free_bytes, total_bytes, keep_resident))
+    chosen = best[0]
+    # Whole blocks can run backward as well, so leaves are for when they must be, or when they pay.
+    for other in best[1:]:
+        if job.forward_only and other.forecast.seconds < LEAVES_GAIN * chosen.forecast.seconds:
+            chosen = other
+    return chosen
 
-    def working(rider_tokens: int, sweep_tokens: int) -> int:
-        return rider_tokens * sizes.block_token_bytes + sweep_tokens * sizes.rider_token_bytes
 
+@dataclass(frozen=True)
+class _Candidate:
+    sizes: Sizes
+    resident: frozenset[int]
+    ring_bytes: int
+    rider_tokens: int
+    sweep_tokens: int
+    used_bytes: int
+
+
+def _tokens_of(job: Job) -> int:
+    return max(ASSUMED_TOKENS, job.longest) if job.num_tokens is None else job.num_tokens
+
+
+def least_rider_tokens(job: Job) -> int:
+    """Return the tokens that a rider must be able to carry: the longest sequence, and no fewer than pay."""
+    if job.packing is not None:
+        return max(job.longest, job.packing[0])
+    return max(job.longest, min(MIN_RIDER_TOKENS, _tokens_of(job)))
+
+
+def working_bytes(sizes: Sizes, job: Job, rider_tokens: int, sweep_tokens: int) -> int:
+    """Return the memory of a sweep's riders, one of which computes."""
+    scratch = sizes.block_token_bytes + job.longest * sizes.attention_token_bytes
+    return rider_tokens * scratch + sweep_tokens * sizes.rider_token_bytes
+
+
+def least_bytes(sizes: Sizes, job: Job, keep_resident: bool = True) -> int:
+    """Return the smallest part of a budget in which the job can run."""
     # A model smaller than the ring is better kept than streamed.
-    floor_stops = min(sizes.smallest_ring_bytes, all_bytes) if keep_resident else sizes.smallest_ring_bytes
-    fixed = sizes.kept_bytes + SLACK_BYTES
-    floor = fixed + floor_stops + working(MIN_RIDER_TOKENS, MIN_RIDER_TOKENS)
-    if free_bytes < floor:
-        smallest = total_bytes - free_bytes + floor
-        raise PlanError(
-            f"a budget of {format_binary(total_bytes)} is too small for this model: "
-            f"the smallest that would do is {format_binary(-(-smallest // MIB) * MIB)} "
-            f"({format_binary(total_bytes - free_bytes)} for the process as it is, "
-            f"{format_binary(fixed)} always in memory, {format_binary(floor_stops)} for the weights passing "
-            f"through and {format_binary(working(MIN_RIDER_TOKENS, MIN_RIDER_TOKENS))} for {MIN_RIDER_TOKENS} tokens)"
-        )
+    through = sizes.smallest_ring_bytes
+    if keep_resident:
+        through = min(through, sizes.all_bytes)
+    tokens = least_rider_tokens(job)
+    return sizes.kept_bytes + SLACK_BYTES + through + working_bytes(sizes, job, tokens, tokens)
 
-    everything = fixed + all_bytes + working(MIN_RIDER_TOKENS, MIN_RIDER_TOKENS)
-    stays = keep_resident and everything <= free_bytes
-    # Tokens come before resident stops, up to half of what is free: a sweep's cost is shared by its tokens.
-    spare = free_bytes - (everything if stays else floor)
-    allowance = spare if stays else spare // 2
-    rider_tokens = min(
-        MAX_RIDER_TOKENS,
-        MIN_RIDER_TOKENS + allowance // 2 // (sizes.block_token_bytes + sizes.rider_token_bytes),
+
+def _refusal(
+    choices: Sequence[Sizes], job: Job, free_bytes: int, total_bytes: int, keep_resident: bool
+) -> str:
+    sizes = min(choices, key=lambda s: least_bytes(s, job, keep_resident))
+    tokens, outside = least_rider_tokens(job), total_bytes - free_bytes
+    working, fixed = working_bytes(sizes, job, tokens, tokens), sizes.kept_bytes + SLACK_BYTES
+    least = least_bytes(sizes, job, keep_resident)
+    smallest = -(-(outside + least) // MIB) * MIB
+    length = ", as many as the longest sequence has" if tokens == job.longest > MIN_RIDER_TOKENS else ""
+    return (
+        f"a budget of {format_binary(total_bytes)} is too small for this model: "
+        f"the smallest that would do is {format_binary(smallest)} "
+        f"({format_binary(outside)} for the process as it is, "
+        f"{format_binary(fixed)} always in memory, {format_binary(least - fixed - working)} for the weights passing "
+        f"through and {format_binary(working)} for {tokens} tokens{length})"
     )
-    allowance -= working(rider_tokens, rider_tokens) - working(MIN_RIDER_TOKENS, MIN_RIDER_TOKENS)
-    sweep_tokens = min(MAX_SWEEP_TOKENS, rider_tokens + allowance // sizes.rider_token_bytes)
-    used = fixed + working(rider_tokens, sweep_tokens)
-    if stays:
-        return Plan(frozenset(range(len(sizes.stop_bytes))), 0, rider_tokens, sweep_tokens, used + all_bytes)
-    used += sizes.smallest_ring_bytes
-    resident = spread(sizes.stop_bytes, free_bytes - used) if keep_resident else frozenset()
-    used += sum(sizes.stop_bytes[stop] for stop in resident)
-    return Plan(resident, sizes.smallest_ring_bytes, rider_tokens, sweep_tokens, used)
+
+
+def _candidates(
+    sizes: Sizes, job: Job, rates: Rates, free_bytes: int, keep_resident: bool
+) -> Iterator[_Candidate]:
+    fixed = sizes.kept_bytes + SLACK_BYTES
+    for rider, sweep in _token_choices(job):
+        used = fixed + working_bytes(sizes, job, rider, sweep)
+        if keep_resident and used + sizes.all_bytes <= free_bytes:
+            everything = frozenset(range(len(sizes.stops)))
+            yield _Candidate(sizes, everything, 0, rider, sweep, used + sizes.all_bytes)
+            continue
+        for ring in _ring_choices(sizes, rates, rider, sweep):
+            room = free_bytes - used - ring
+            if room < 0:
+                continue
+            # What is read once is not worth keeping.
+            again = keep_resident and (job.repeated or _tokens_of(job) > sweep or job.num_tokens is None)
+            resident = spread([stop.num_bytes for stop in sizes.stops], room) if again else frozenset()
+            kept = sum(sizes.stops[stop].num_bytes for stop in resident)
+            yield _Candidate(sizes, resident, ring, rider, sweep, used + ring + kept)
+
+
+def _token_choices(job: Job) -> Iterator[tuple[int, int]]:
+    """Yield tokens of a micro-batch and of a sweep."""
+    if job.packing is not None:
+        yield job.packing
+        return
+    least, total = least_rider_tokens(job), _tokens_of(job)
+    most = max(least, min(MAX_RIDER_TOKENS, total))
+    riders = {least, most} | {tokens for tokens in (128, 256, 512) if least < tokens < most}
+    for rider in sorted(riders):
+        # Micro-batches are seldom full: a seat more than would do if they were.
+        seats = -(-total // rider) + (1 if total > rider else 0)
+        enough = max(rider, min(MAX_SWEEP_TOKENS, seats * rider))
+        sweep = rider
+        while sweep < enough:
+            yield rider, sweep
+            sweep *= 4
+        yield rider, enough
+
+
+def _ring_choices(sizes: Sizes, rates: Rates, rider: int, sweep: int) -> set[int]:
+    """Return the smallest ring, and one that lets the disk work all the time that a stop computes."""
+    smallest = sizes.smallest_ring_bytes
+    full = smallest
+    for stop, following in zip(sizes.stops, (*sizes.stops[1:], sizes.stops[0]), strict=True):
+        ahead = min(following.num_bytes, int(rates.disk * _compute_seconds(stop, rates, rider, sweep)))
+        full = max(full, stop.num_bytes + max(ahead, following.largest_bytes))
+    return {smallest, full}
+
+
+def _compute_seconds(stop: StopSize, rates: Rates, rider: int, sweep: int) -> float:
+    # Each rider takes the weights through the processor once.
+    return -(-sweep // rider) * stop.num_bytes / rates.memory + sweep * stop.flops / rates.compute
+
+
+def _planned(candidate: _Candidate, job: Job, rates: Rates) -> Plan:
+    forecast = forecast_of(
+        candidate.sizes, candidate.resident, candidate.ring_bytes, candidate.rider_tokens,
+        candidate.sweep_tokens, job, rates,
+    )  # fmt: skip
+    resident_bytes = sum(candidate.sizes.stops[stop].num_bytes for stop in candidate.resident)
+    return Plan(
+        candidate.sizes.granularity, candidate.resident, candidate.ring_bytes, candidate.rider_tokens,
+        candidate.sweep_tokens, candidate.used_bytes, resident_bytes, forecast,
+    )  # fmt: skip
+
+
+def forecast_of(
+    sizes: Sizes,
+    resident: frozenset[int],
+    ring_bytes: int,
+    rider_tokens: int,
+    sweep_tokens: int,
+    job: Job,
+    rates: Rates,
+) -> Forecast:
+    """Foretell a job's time: while a stop computes, the disk fills what is free in the ring, and no more."""
+    total = _tokens_of(job)
+    sweep = min(sweep_tokens, max(total, rider_tokens) if job.num_tokens is None else total)
+    num_sweeps = -(-total // sweep)
+    computing = [_compute_seconds(stop, rates, min(rider_tokens, sweep), sweep) for stop in sizes.stops]
+    ahead, seconds = 0.0, [0.0, 0.0]
+    for number in range(2):
+        for index, stop in enumerate(sizes.stops):
+            is_kept = index in resident
+            # A resident stop has room of its own and is read once.
+            to_read = 0 if is_kept and number else stop.num_bytes
+            wait = max(0.0, to_read - ahead) / rates.disk
+            room = ring_bytes - (0 if is_kept else stop.num_bytes)
+            ahead = min(max(room, 0), max(0.0, ahead - to_read) + computing[index] * rates.disk)
+            seconds[number] += wait + computing[index]
+    first, later = seconds
+    read_bytes = sizes.all_bytes - sum(sizes.stops[stop].num_bytes for stop in resident)
+    times = num_sweeps * (REPEATS if job.repeated else 1)
+    return Forecast(
+        num_sweeps=num_sweeps,
+        first_seconds=first,
+        later_seconds=later,
+        seconds=(first + (times - 1) * later) / (REPEATS if job.repeated else 1),
+        read_seconds=read_bytes / rates.disk,
+        compute_seconds=math.fsum(computing),
+        read_bytes=read_bytes,
+    )
 
 
 def spread(stop_bytes: Sequence[int], room_bytes: int) -> frozenset[int]:
@@ -155,9 +410,75 @@ def spread(stop_bytes: Sequence[int], room_bytes: int) -> frozenset[int]:
     A fixed set, because an LRU would evict each stop just before it is needed again; spread evenly, so that the
     reader gains on the computation at every one of them.
     """
-    num_stops = len(stop_bytes)
-    for count in range(num_stops, 0, -1):
-        chosen = frozenset((2 * k + 1) * num_stops // (2 * count) for k in range(count))
-        if sum(stop_bytes[stop] for stop in chosen) <= room_bytes:
-            return chosen
-    return frozenset()
+    total = sum(stop_bytes)
+    if total <= room_bytes:
+        return frozenset(range(len(stop_bytes)))
+    # Twice, because what is left over at the end would crowd the stops at the beginning.
+    chosen = set(_even(stop_bytes, sum(stop_bytes[stop] for stop in _even(stop_bytes, room_bytes))))
+    kept = sum(stop_bytes[stop] for stop in chosen)
+    # Stops differ in size, and what is left may hold another.
+    for stop in sorted(range(len(stop_bytes)), key=lambda stop: -stop_bytes[stop]):
+        if stop not in chosen and 0 < stop_bytes[stop] <= room_bytes - kept:
+            chosen.add(stop)
+            kept += stop_bytes[stop]
+    return frozenset(chosen)
+
+
+def _even(stop_bytes: Sequence[int], room_bytes: int) -> Iterator[int]:
+    """Yield stops of at most `room_bytes`: each brings its share of the room, and stays where enough has come."""
+    total, share = sum(stop_bytes), 0
+    for stop, num_bytes in enumerate(stop_bytes):
+        share += num_bytes * max(room_bytes, 0)
+        if 0 < num_bytes * total <= share:
+            share -= num_bytes * total
+            yield stop
+
+
+def advise(
+    choices: Sequence[Sizes],
+    plan: Plan,
+    *,
+    free_bytes: int,
+    total_bytes: int,
+    job: Job,
+    rates: Rates,
+) -> list[tuple[int, float]]:
+    """Return larger budgets that would make the job faster, each with the seconds that it would then take.
+
+    The first saves a tenth at least; the last is the smallest that holds every weight.
+    """
+    found: list[tuple[int, float]] = []
+    seconds = plan.forecast.seconds
+    everything = min(
+        total_bytes - free_bytes + s.kept_bytes + SLACK_BYTES + s.all_bytes
+        + working_bytes(s, job, plan.rider_tokens, plan.sweep_tokens)
+        for s in choices
+    )  # fmt: skip
+    for factor in (1.25, 1.5, 2, 3, 4, 6, 8):
+        larger = int(total_bytes * factor)
+        if larger >= everything:
+            break
+        more = larger - total_bytes
+        better = make_plan(
+            choices, free_bytes=free_bytes + more, total_bytes=larger, job=job, rates=rates
+        ).forecast.seconds
+        if better <= 0.9 * seconds:
+            found.append((larger, better))
+            seconds = better
+    if everything > total_bytes:
+        more = everything - total_bytes
+        held = make_plan(
+            choices, free_bytes=free_bytes + more, total_bytes=everything, job=job, rates=rates
+        ).forecast.seconds
+        if held < seconds:
+            found.append((everything, held))
+    return found
+
+
+def with_smaller_weights(sizes: Sizes, factor: float) -> Sizes:
+    """Return what a model would need whose weights took `factor` of the bytes on disk and in memory."""
+    stops = tuple(
+        replace(s, num_bytes=int(s.num_bytes * factor), largest_bytes=int(s.largest_bytes * factor))
+        for s in sizes.stops
+    )
+    return replace(sizes, stops=stops)

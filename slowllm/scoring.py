@@ -7,22 +7,42 @@ line's score does not depend on its neighbours beyond rounding.
 
 from __future__ import annotations
 
+import array
+import contextlib
 import functools
+import hashlib
+import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+import transformers
 
-from slowllm.errors import InputError
+from slowllm import __version__
+from slowllm.errors import InputError, StateError
 from slowllm.head import log_probs
 from slowllm.model import StreamedLM
-from slowllm.plan import Plan
+from slowllm.plan import MAX_RIDER_TOKENS, Job
+from slowllm.state import Journal, State, journal
 
 # Lines are sorted by length within a window of this many sweeps' tokens, so that any number can stream through.
 WINDOW_SWEEPS = 4
+
+
+class TextSide(Protocol):
+    """What is asked of a model before its weights: a `StreamedLM`, or a `Description`."""
+
+    @property
+    def config(self) -> Any:
+        """Transformers' config."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Transformers' tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,27 @@ class Line:
     text: str
     ids: tuple[int, ...]
     truncated: bool = False
+
+
+@dataclass
+class Totals:
+    """Sums over scores.
+
+    Attributes:
+        num_lines: scored.
+        num_scored: tokens with a log-probability.
+        log_likelihood: of all, in nats.
+    """
+
+    num_lines: int = 0
+    num_scored: int = 0
+    log_likelihood: float = 0.0
+
+    def add(self, score: Score) -> None:
+        """Count one line."""
+        self.num_lines += 1
+        self.num_scored += len(score.log_probs)
+        self.log_likelihood += score.log_likelihood
 
 
 @dataclass(frozen=True)
@@ -92,13 +133,13 @@ def prefix_id(tokenizer: Any, vocab_size: int | None = None) -> int:
     raise InputError("this tokenizer has neither BOS nor EOS to score the first token after; use --no-prefix")
 
 
-def max_line_tokens(lm: StreamedLM) -> int:
+def max_line_tokens(lm: TextSide) -> int:
     """Return how many tokens a line may have, prefix included, by the model's own limit.
 
     Raises:
         InputError: the config's limit is no length.
     """
-    config = lm.model.config.get_text_config()
+    config = lm.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     # ALiBi has no limit of its own; BLOOM was trained on 2,048.
     limit = limit or 2048
@@ -108,14 +149,14 @@ def max_line_tokens(lm: StreamedLM) -> int:
 
 
 def encode(
-    lm: StreamedLM, texts: Iterable[tuple[int, str]], *, max_tokens: int, truncate: bool
+    lm: TextSide, texts: Iterable[tuple[int, str]], *, max_tokens: int, truncate: bool
 ) -> Iterator[Line]:
     """Turn numbered texts into lines of token ids, without special tokens.
 
     Raises:
         InputError: a line has more than `max_tokens` tokens and `truncate` is false.
     """
-    vocabulary = lm.model.config.get_text_config().vocab_size
+    vocabulary = lm.config.get_text_config().vocab_size
     for number, text in texts:
         ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
@@ -130,6 +171,51 @@ def encode(
                 "use --truncate to cut such lines, or --max-tokens to raise the limit"
             )
         yield Line(number, text, tuple(ids[:max_tokens]), len(ids) > max_tokens)
+
+
+class Lines(Iterable[Line]):
+    """Any number of lines, with little memory for each.
+
+    Args:
+        lines: taken one by one.
+    Attributes:
+        num_tokens: of all, prefixes not counted.
+        longest: the line with the most.
+        num_truncated: how many were cut.
+    """
+
+    def __init__(self, lines: Iterable[Line]) -> None:
+        self._texts: list[tuple[int, str, bool]] = []
+        # Four bytes a token, where a tuple of them takes ten times as many.
+        self._ids, self._ends = array.array("i"), array.array("q", [0])
+        self.longest: Line | None = None
+        for line in lines:
+            self._texts.append((line.number, line.text, line.truncated))
+            self._ids.extend(line.ids)
+            self._ends.append(len(self._ids))
+            if self.longest is None or len(line.ids) > len(self.longest.ids):
+                self.longest = line
+        self.num_tokens = len(self._ids)
+        self.num_truncated = sum(truncated for _, _, truncated in self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __iter__(self) -> Iterator[Line]:
+        for index, (number, text, truncated) in enumerate(self._texts):
+            ids = self._ids[self._ends[index] : self._ends[index + 1]]
+            yield Line(number, text, tuple(ids), truncated)
+
+    def padded_tokens(self, extra: int) -> int:
+        """Return the tokens of all lines in full micro-batches, padding and `extra` tokens a line included."""
+        lengths = [end - start + extra for start, end in itertools.pairwise(self._ends)]
+        return sum(len(batch) * lengths[batch[0]] for batch in pack(lengths, MAX_RIDER_TOKENS))
+
+    def digest(self) -> str:
+        """Return a hash of numbers and tokens, to know the lines again."""
+        found = hashlib.sha256(self._ids.tobytes() + self._ends.tobytes())
+        found.update(array.array("q", [number for number, _, _ in self._texts]).tobytes())
+        return found.hexdigest()
 
 
 def pack(lengths: Sequence[int], rider_tokens: int) -> list[list[int]]:
@@ -154,7 +240,68 @@ def pack(lengths: Sequence[int], rider_tokens: int) -> list[list[int]]:
     return batches
 
 
-def score_lines(lm: StreamedLM, lines: Iterable[Line], *, prefix: int | None) -> Iterator[Score]:
+def job_of(lines: Lines, prefix: int | None, begun: Mapping[str, Any] | None = None) -> Job:
+    """Return what the plan must know of a job.
+
+    Args:
+        prefix: token id before each line, if any.
+        begun: from `state.read_job`: micro-batches are then packed as when the job was begun.
+    Raises:
+        StateError: the state is another version's.
+        InputError: there are no lines.
+    """
+    if lines.longest is None:
+        raise InputError("there are no lines to score")
+    extra = 0 if prefix is None else 1
+    packing = None
+    if begun is not None:
+        found = begun.get("packing")
+        if not (
+            isinstance(found, list) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found)
+        ):
+            raise StateError("the state is another version's, or damaged; delete its folder")
+        packing = (found[0], found[1])
+    return Job(
+        num_tokens=lines.padded_tokens(extra),
+        longest=len(lines.longest.ids) + extra,
+        forward_only=True,
+        packing=packing,
+    )
+
+
+@contextlib.contextmanager
+def opened_state(
+    folder: Path | None, lm: StreamedLM, lines: Lines, prefix: int | None, save_seconds: float
+) -> Iterator[State | None]:
+    """Open the state of a scoring job: everything that its results depend on must be as it was.
+
+    Raises:
+        StateError: see `State`.
+    """
+    if folder is None:
+        yield None
+        return
+    job = {
+        "kind": "forward",
+        "versions": {
+            "slowllm": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "model": lm.fingerprint(),
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "lines": lines.digest(),
+        "prefix": prefix,
+        "packing": [lm.plan.rider_tokens, lm.plan.sweep_tokens],
+        "threads": torch.get_num_threads(),
+    }
+    with State(folder, job, save_seconds) as state:
+        yield state
+
+
+def score_lines(
+    lm: StreamedLM, lines: Iterable[Line], *, prefix: int | None, state: State | None = None
+) -> Iterator[Score]:
     """Yield the scores of any number of lines, in order, in as few sweeps as the plan allows.
 
     Lines are drawn as riders leave, so their number is no limit, and the next sweep begins while the last one's
@@ -164,28 +311,49 @@ def score_lines(lm: StreamedLM, lines: Iterable[Line], *, prefix: int | None) ->
         lm: a loaded model.
         lines: from `encode`; drawn on the carousel's thread, so it must not call the model.
         prefix: token id before each line, from `prefix_id`; None leaves each line's first token unscored.
+        state: where to keep what is done, and to find what an earlier process has done of the same job.
+    Raises:
+        StateError: the state cannot be written.
     """
-    plan, aboard = lm.plan, deque[list[int]]()
+    plan, aboard = lm.plan, deque[tuple[int, list[int]]]()
 
     def jobs() -> Iterator[Callable[[], list[Score]]]:
-        for numbers, batch in _micro_batches(lines, plan, extra=0 if prefix is None else 1):
-            aboard.append(numbers)
-            yield functools.partial(_score_batch, lm, batch, prefix)
+        batches = _micro_batches(
+            lines, plan.rider_tokens, plan.sweep_tokens, extra=0 if prefix is None else 1
+        )
+        for number, (positions, batch) in enumerate(batches):
+            aboard.append((number, positions))
+            if state is None:
+                yield functools.partial(_score_batch, lm, batch, prefix, None)
+            elif (done := state.result(number)) is None:
+                yield functools.partial(_score_batch, lm, batch, prefix, state.journal(number))
+            else:
+                yield functools.partial(_scores_of, batch, done)
 
     found: dict[int, Score] = {}
     position = 0
     for scores in lm.stream(jobs(), max(1, plan.sweep_tokens // plan.rider_tokens)):
-        found.update(zip(aboard.popleft(), scores, strict=True))
+        number, positions = aboard.popleft()
+        if state is not None:
+            state.finish(number, [score.log_probs for score in scores])
+        found.update(zip(positions, scores, strict=True))
         while position in found:
             yield found.pop(position)
             position += 1
 
 
-def _micro_batches(lines: Iterable[Line], plan: Plan, extra: int) -> Iterator[tuple[list[int], list[Line]]]:
+def _scores_of(lines: list[Line], log_probs: list[list[float]]) -> list[Score]:
+    """Return what an earlier process found; a rider that calls no model."""
+    return [Score(line, tuple(values)) for line, values in zip(lines, log_probs, strict=True)]
+
+
+def _micro_batches(
+    lines: Iterable[Line], rider_tokens: int, sweep_tokens: int, extra: int
+) -> Iterator[tuple[list[int], list[Line]]]:
     """Yield micro-batches and the positions of their lines, packed within a window of a few sweeps."""
     first = 0
-    for window in _windows(lines, plan.sweep_tokens * WINDOW_SWEEPS, extra):
-        for batch in pack([len(line.ids) + extra for line in window], plan.rider_tokens):
+    for window in _windows(lines, sweep_tokens * WINDOW_SWEEPS, extra):
+        for batch in pack([len(line.ids) + extra for line in window], rider_tokens):
             yield [first + index for index in batch], [window[index] for index in batch]
         first += len(window)
 
@@ -203,8 +371,9 @@ def _windows(lines: Iterable[Line], max_tokens: int, extra: int) -> Iterator[lis
         yield window
 
 
-def _score_batch(lm: StreamedLM, lines: list[Line], prefix: int | None) -> list[Score]:
+def _score_batch(lm: StreamedLM, lines: list[Line], prefix: int | None, kept: Journal | None) -> list[Score]:
     """Score the lines of one micro-batch; runs as a rider."""
+    journal.set(kept)  # in the rider's own context
     rows = [(prefix, *line.ids) if prefix is not None else line.ids for line in lines]
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.int64)

@@ -36,6 +36,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
         CheckpointError: config.json cannot be used, or the weights are quantised already.
         ArchitectureError: this version of transformers does not know the model type.
     """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
     table = read_json(folder / "config.json")
     kind = table.get("model_type")
     if table.get("quantization_config"):

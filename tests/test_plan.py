@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import threading
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slowllm.errors import InputError, PlanError
@@ -17,13 +18,20 @@ from slowllm.options import GIB, KIB, MIB, Options, format_binary, format_bytes,
 from slowllm.plan import (
     MAX_RIDER_TOKENS,
     MAX_SWEEP_TOKENS,
-    MIN_RIDER_TOKENS,
     SLACK_BYTES,
     Budget,
+    Granularity,
+    Job,
     Plan,
+    Rates,
     Sizes,
+    StopSize,
+    advise,
+    least_bytes,
     make_plan,
     spread,
+    with_smaller_weights,
+    working_bytes,
 )
 
 fuzz = settings(deadline=None, derandomize=True, max_examples=200)
@@ -33,136 +41,193 @@ budgets = st.integers(0, 100 * GIB) | st.integers(0, 2 * GIB)
 
 
 @st.composite
-def sizes(draw: st.DrawFn, uniform: bool = False) -> Sizes:
-    if uniform:
-        stop_bytes = [draw(st.integers(1, 6 * GIB) | st.integers(1, 10 * MIB))] * draw(st.integers(1, 130))
-    else:
-        stop_bytes = draw(st.lists(num_bytes, min_size=1, max_size=30))
-    largest = max(stop_bytes)
+def sizes(draw: st.DrawFn, granularity: Granularity = "blocks", uniform: bool = False) -> Sizes:
+    def stop() -> StopSize:
+        size = draw(num_bytes)
+        return StopSize(size, draw(st.integers(size // 3, size)), float(size))
+
+    num_stops = draw(st.integers(1, 130 if uniform else 30))
+    stops = [stop()] * num_stops if uniform else [stop() for _ in range(num_stops)]
     return Sizes(
-        stop_bytes=tuple(stop_bytes),
-        smallest_ring_bytes=largest + draw(st.integers(0, max(largest, 4096))),
+        granularity=granularity,
+        stops=tuple(stops),
         kept_bytes=draw(num_bytes),
         block_token_bytes=draw(st.integers(1, 4 * MIB)),
+        attention_token_bytes=draw(st.integers(0, 2 * KIB)),
         rider_token_bytes=draw(st.integers(1, 200 * KIB)),
     )
 
 
-def least(sizes: Sizes, keep_resident: bool = True) -> int:
-    """The smallest budget: what always stays, the way through, and one rider."""
-    through = sizes.smallest_ring_bytes
-    if keep_resident:
-        through = min(through, sum(sizes.stop_bytes))
-    one_rider = MIN_RIDER_TOKENS * (sizes.block_token_bytes + sizes.rider_token_bytes)
-    return sizes.kept_bytes + SLACK_BYTES + through + one_rider
+@st.composite
+def jobs(draw: st.DrawFn) -> Job:
+    longest = draw(st.integers(1, 2000))
+    num_tokens = draw(st.none() | st.integers(longest, 200_000))
+    packing = draw(st.none() | st.integers(1, 2000).flatmap(lambda n: st.just((n, 4 * n))))
+    return Job(num_tokens, longest, draw(st.booleans()), draw(st.booleans()), packing)
 
 
-def plan_of(sizes: Sizes, free_bytes: int, keep_resident: bool = True) -> Plan:
-    return make_plan(sizes, free_bytes=free_bytes, total_bytes=free_bytes, keep_resident=keep_resident)
+def plan_of(sizes: Sizes, free_bytes: int, job: Job, keep_resident: bool = True) -> Plan:
+    return make_plan(
+        [sizes], free_bytes=free_bytes, total_bytes=free_bytes, job=job, keep_resident=keep_resident
+    )
 
 
 # Plans
 
 
 @fuzz
-@given(sizes=sizes(), more=budgets, keep_resident=st.booleans())
-def test_a_plan_keeps_the_budget_and_counts_everything(sizes: Sizes, more: int, keep_resident: bool) -> None:
-    free = least(sizes, keep_resident) + more
-    plan = plan_of(sizes, free, keep_resident)
+@given(sizes=sizes(), more=budgets, job=jobs(), keep_resident=st.booleans())
+def test_a_plan_keeps_the_budget_and_counts_everything(
+    sizes: Sizes, more: int, job: Job, keep_resident: bool
+) -> None:
+    free = least_bytes(sizes, job, keep_resident) + more
+    if job.packing is not None:  # its sweep is given, and may need more than the least
+        free += working_bytes(sizes, job, *job.packing)
+    plan = plan_of(sizes, free, job, keep_resident)
     assert plan.peak_bytes <= free
+    assert plan.resident_bytes == sum(sizes.stops[stop].num_bytes for stop in plan.resident)
+    scratch = sizes.block_token_bytes + job.longest * sizes.attention_token_bytes
     assert plan.peak_bytes == (
-        sizes.kept_bytes
-        + SLACK_BYTES
-        + plan.ring_bytes
-        + sum(sizes.stop_bytes[stop] for stop in plan.resident)
-        + plan.rider_tokens * sizes.block_token_bytes
-        + plan.sweep_tokens * sizes.rider_token_bytes
-    )
-    assert MIN_RIDER_TOKENS <= plan.rider_tokens <= MAX_RIDER_TOKENS
-    assert plan.rider_tokens <= plan.sweep_tokens <= MAX_SWEEP_TOKENS
-    if len(plan.resident) == len(sizes.stop_bytes):
-        assert plan.ring_bytes == 0
+        sizes.kept_bytes + SLACK_BYTES + plan.ring_bytes + plan.resident_bytes
+        + plan.rider_tokens * scratch + plan.sweep_tokens * sizes.rider_token_bytes
+    )  # fmt: skip
+    if job.packing is not None:
+        assert (plan.rider_tokens, plan.sweep_tokens) == job.packing
     else:
-        assert plan.ring_bytes == sizes.smallest_ring_bytes
+        assert job.longest <= plan.rider_tokens <= max(MAX_RIDER_TOKENS, job.longest)
+        assert plan.rider_tokens <= plan.sweep_tokens <= max(MAX_SWEEP_TOKENS, plan.rider_tokens)
+    if len(plan.resident) < len(sizes.stops):
+        assert plan.ring_bytes >= sizes.smallest_ring_bytes
     if not keep_resident:
         assert not plan.resident
 
 
 @fuzz
-@given(sizes=sizes(), taken=num_bytes, keep_resident=st.booleans())
-def test_a_budget_is_refused_just_below_the_smallest(sizes: Sizes, taken: int, keep_resident: bool) -> None:
-    enough = least(sizes, keep_resident)
+@given(sizes=sizes(), taken=num_bytes, job=jobs(), keep_resident=st.booleans())
+def test_a_budget_is_refused_just_below_the_smallest(
+    sizes: Sizes, taken: int, job: Job, keep_resident: bool
+) -> None:
+    job = replace(job, packing=None)
+    enough = least_bytes(sizes, job, keep_resident)
     for free, works in ((enough, True), (enough - 1, False), (0, False), (-taken, False)):
+        options = {"total_bytes": free + taken, "job": job, "keep_resident": keep_resident}
         if works:
-            make_plan(sizes, free_bytes=free, total_bytes=free + taken, keep_resident=keep_resident)
+            make_plan([sizes], free_bytes=free, **options)
             continue
         with pytest.raises(PlanError, match="is too small for this model: the smallest that would do is"):
-            make_plan(sizes, free_bytes=free, total_bytes=free + taken, keep_resident=keep_resident)
+            make_plan([sizes], free_bytes=free, **options)
 
 
 @fuzz
-@given(sizes=sizes(), taken=num_bytes, part=st.floats(0, 1), keep_resident=st.booleans())
+@given(choices=st.tuples(sizes(), sizes("leaves")), taken=num_bytes, job=jobs(), part=st.floats(0, 1))
 def test_the_budget_that_a_refusal_names_will_do(
-    sizes: Sizes, taken: int, part: float, keep_resident: bool
+    choices: tuple[Sizes, Sizes], taken: int, job: Job, part: float
 ) -> None:
-    free = min(int(least(sizes, keep_resident) * part), least(sizes, keep_resident) - 1)
+    job = replace(job, packing=None)
+    enough = min(least_bytes(sizes, job) for sizes in choices)
+    free = min(int(enough * part), enough - 1)
     with pytest.raises(PlanError) as caught:
-        make_plan(sizes, free_bytes=free, total_bytes=free + taken, keep_resident=keep_resident)
+        make_plan(choices, free_bytes=free, total_bytes=free + taken, job=job)
     found = re.search(r"the smallest that would do is (\S+) ", str(caught.value))
     assert found is not None
     named = parse_bytes(found[1])
-    make_plan(sizes, free_bytes=named - taken, total_bytes=named, keep_resident=keep_resident)
+    make_plan(choices, free_bytes=named - taken, total_bytes=named, job=job)
     # And it is not far from the smallest: rounded up to a MiB, then to three figures of GiB.
-    assert named - taken - least(sizes, keep_resident) <= MIB + GIB // 100
+    assert named - taken - enough <= MIB + GIB // 100
+
+
+BLOCK = StopSize(5 * GIB, 2 * GIB, 5e9)
+LEAF = StopSize(2 * GIB, 2 * GIB, 2e9)
+BLOCKS = Sizes("blocks", (BLOCK,) * 70, GIB, 2 * MIB, 1024, 64 * KIB)
+LEAVES = Sizes("leaves", (LEAF,) * 175, GIB, 2 * MIB, 1024, 256 * KIB)
 
 
 def test_a_refusal_has_all_numbers() -> None:
-    sizes = Sizes((4 * GIB,) * 70, 5 * GIB, GIB, 2 * MIB, 256 * KIB)
     words = (
-        r"^a budget of 4GiB is too small for this model: the smallest that would do is 7\.82GiB "
-        r"\(512MiB for the process as it is, 1\.19GiB always in memory, 5GiB for the weights passing through "
-        r"and 1\.13GiB for 512 tokens\)$"
+        r"^a budget of 4GiB is too small for this model: the smallest that would do is 8\.83GiB "
+        r"\(512MiB for the process as it is, 1\.19GiB always in memory, 7GiB for the weights passing through "
+        r"and 136MiB for 64 tokens\)$"
     )
+    job = Job(num_tokens=1000, longest=64)
     with pytest.raises(PlanError, match=words):
-        make_plan(sizes, free_bytes=4 * GIB - 512 * MIB, total_bytes=4 * GIB)
+        make_plan([BLOCKS], free_bytes=4 * GIB - 512 * MIB, total_bytes=4 * GIB, job=job)
+    with pytest.raises(PlanError, match=r"for 900 tokens, as many as the longest sequence has\)$"):
+        make_plan([BLOCKS], free_bytes=GIB, total_bytes=GIB, job=Job(num_tokens=1000, longest=900))
 
 
 @fuzz
-@given(sizes=sizes(uniform=True), more=budgets, step=st.integers(0, 20 * GIB))
-def test_more_memory_never_keeps_less_and_never_makes_a_sweep_smaller(
-    sizes: Sizes, more: int, step: int
-) -> None:
-    # Tokens come in whole numbers: a step of a few of them evens that out.
-    step += 8 * (sizes.block_token_bytes + sizes.rider_token_bytes)
-    free = least(sizes) + more
-    before, after = plan_of(sizes, free), plan_of(sizes, free + step)
-    assert len(after.resident) >= len(before.resident)
-    # Where all weights stay, a sweep costs no reading, and its size does not matter any more.
+@given(sizes=sizes(uniform=True), more=budgets, step=st.integers(0, 20 * GIB), job=jobs())
+def test_more_memory_never_takes_more_time(sizes: Sizes, more: int, step: int, job: Job) -> None:
+    job = replace(job, packing=None)
+    free = least_bytes(sizes, job) + more
+    before, after = plan_of(sizes, free, job), plan_of(sizes, free + step, job)
+    # A model that fits altogether is mapped: nothing is read ahead in its first sweep.
     if bool(before.ring_bytes) == bool(after.ring_bytes):
-        assert after.rider_tokens >= before.rider_tokens
-        assert after.sweep_tokens >= before.sweep_tokens
+        assert after.forecast.seconds <= before.forecast.seconds * (1 + 1e-9)
+
+
+def test_blocks_are_cut_only_where_they_must_be_or_where_it_pays() -> None:
+    def chosen(free_bytes: int, job: Job) -> str:
+        return make_plan([BLOCKS, LEAVES], free_bytes=free_bytes, total_bytes=free_bytes, job=job).granularity
+
+    few = Job(num_tokens=13, longest=13, forward_only=True)
+    assert chosen(6 * GIB, few) == "leaves"
+    assert chosen(6 * GIB, replace(few, forward_only=False)) == "leaves", "the only way there is"
+    assert chosen(12 * GIB, few) == "blocks", "one sweep takes as long either way"
+    many = Job(num_tokens=100_000, longest=64, forward_only=True)
+    assert chosen(100 * GIB, replace(many, forward_only=False)) == "blocks"
+
+
+def test_a_job_of_one_sweep_keeps_nothing_and_one_of_many_keeps_what_fits() -> None:
+    one, many = Job(num_tokens=13, longest=13), Job(num_tokens=13, longest=13, repeated=True)
+    assert not plan_of(BLOCKS, 30 * GIB, one).resident
+    plan = plan_of(BLOCKS, 30 * GIB, many)
+    assert 30 * GIB - plan.peak_bytes < BLOCK.num_bytes
+    assert len(plan.resident) == 4
+
+
+def test_many_tokens_get_a_ring_through_which_the_disk_works_all_the_time() -> None:
+    few, many = Job(num_tokens=13, longest=13), Job(num_tokens=4096, longest=64)
+    assert plan_of(BLOCKS, 20 * GIB, few).ring_bytes == BLOCKS.smallest_ring_bytes
+    assert plan_of(BLOCKS, 20 * GIB, many).ring_bytes == 2 * BLOCK.num_bytes
+
+
+def test_a_small_job_rides_one_sweep_with_a_seat_to_spare() -> None:
+    plan = plan_of(BLOCKS, 30 * GIB, Job(num_tokens=1500, longest=60))
+    assert plan.forecast.num_sweeps == 1
+    assert plan.sweep_tokens // plan.rider_tokens * plan.rider_tokens > 1500
 
 
 @fuzz
-@given(sizes=sizes(uniform=True), more=budgets)
-def test_no_room_is_left_for_another_stop(sizes: Sizes, more: int) -> None:
-    plan = plan_of(sizes, least(sizes) + more)
-    assume(plan.ring_bytes)
-    assert least(sizes) + more - plan.peak_bytes < sizes.stop_bytes[0]
+@given(sizes=sizes(), job=jobs(), more=budgets)
+def test_a_forecast_is_no_shorter_than_reading_or_computing(sizes: Sizes, job: Job, more: int) -> None:
+    job = replace(job, packing=None)
+    forecast = plan_of(sizes, least_bytes(sizes, job) + more, job).forecast
+    slack = 1 + 1e-9
+    assert forecast.later_seconds * slack >= forecast.compute_seconds
+    # What the last stops' computing lets the disk read ahead belongs to the next sweep.
+    ahead = sizes.smallest_ring_bytes + 2 * sizes.all_bytes
+    assert forecast.first_seconds * slack >= sizes.all_bytes / Rates().disk
+    assert forecast.later_seconds <= forecast.first_seconds * slack
+    assert forecast.later_seconds >= (forecast.read_bytes - ahead) / Rates().disk
 
 
-@fuzz
-@given(sizes=sizes(), more=st.integers(0, 10 * MIB))
-def test_what_fits_as_a_whole_is_kept_as_a_whole(sizes: Sizes, more: int) -> None:
-    everything = least(replace(sizes, smallest_ring_bytes=sum(sizes.stop_bytes)))
-    plan = plan_of(sizes, everything + more)
-    assert plan.resident == frozenset(range(len(sizes.stop_bytes)))
-    assert plan.ring_bytes == 0
-    # All that is left goes into tokens.
-    left = everything + more - plan.peak_bytes
-    assert left < sizes.rider_token_bytes or plan.sweep_tokens == MAX_SWEEP_TOKENS
-    assume(sum(sizes.stop_bytes) > sizes.smallest_ring_bytes)
-    assert plan_of(sizes, everything - 1).ring_bytes == sizes.smallest_ring_bytes
+def test_advice_names_budgets_that_are_faster_the_last_of_which_holds_everything() -> None:
+    job, rates = Job(num_tokens=20_000, longest=64, repeated=True), Rates(compute=1e15)
+    options = {"free_bytes": 30 * GIB, "total_bytes": 31 * GIB, "job": job, "rates": rates}
+    plan = make_plan([BLOCKS], **options)
+    larger = advise([BLOCKS], plan, **options)
+    assert len(larger) >= 2
+    seconds = [plan.forecast.seconds, *(s for _, s in larger)]
+    assert all(after <= 0.9 * before for before, after in itertools.pairwise(seconds[:-1]))
+    assert seconds[-1] < seconds[-2]
+    for ram, expected in larger:
+        found = make_plan([BLOCKS], **{**options, "free_bytes": ram - GIB, "total_bytes": ram})
+        assert found.forecast.seconds == expected
+    everything = larger[-1][0]
+    assert make_plan([BLOCKS], **{**options, "free_bytes": everything - GIB}).ring_bytes == 0
+    halved = make_plan([with_smaller_weights(BLOCKS, 0.5)], **options)
+    assert halved.forecast.seconds < 0.6 * plan.forecast.seconds
 
 
 # Which stops stay
@@ -185,7 +250,10 @@ def test_resident_stops_are_as_many_as_fit_at_even_distances(num_stops: int, siz
 @given(stop_bytes=st.lists(st.integers(0, 50), max_size=40), room=st.integers(-10, 1000))
 def test_resident_stops_never_take_more_than_the_room(stop_bytes: list[int], room: int) -> None:
     chosen = spread(stop_bytes, room)
-    assert sum(stop_bytes[stop] for stop in chosen) <= max(room, 0)
+    kept = sum(stop_bytes[stop] for stop in chosen)
+    assert kept <= max(room, 0)
+    # And no stop that would fit is left out.
+    assert all(not 0 < size <= room - kept for stop, size in enumerate(stop_bytes) if stop not in chosen)
     if sum(stop_bytes) <= room:
         assert len(chosen) == len(stop_bytes)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,10 @@ import pytest
 import torch
 
 import slowllm
-from slowllm.errors import CheckpointError
+from slowllm.errors import CheckpointError, PlanError
+from slowllm.options import parse_bytes
 from tests.conftest import ROOT, TINY_BLOOM
+from tests.families import save_tiny
 
 LAST = "model-00005-of-00005.safetensors"  # of the embedded model: blocks 7 to 9, and parts of block 6
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -209,3 +213,55 @@ def test_a_forked_child_is_refused_and_ends_by_itself() -> None:
     """
     refusal = "this process was forked after the model was loaded, and a fork has none of the model's threads; load it here"
     assert run(script, TINY_BLOOM) == [refusal] * 3 + ["7 2 True"]
+
+
+# Memory
+
+
+@pytest.mark.parametrize("keep_resident", [False, True])
+def test_the_budget_that_a_refusal_names_loads_and_runs_and_a_smaller_one_does_not(
+    keep_resident: bool,
+) -> None:
+    used = 300 << 20  # by the process; what it really has grows with every attempt
+    with pytest.raises(PlanError, match="the smallest that would do is") as caught:
+        slowllm.load(TINY_BLOOM, ram=slowllm.Budget(100 << 20, used), keep_resident=keep_resident)
+    smallest = parse_bytes(str(caught.value).split("the smallest that would do is ")[1].split()[0])
+    with slowllm.load(TINY_BLOOM, ram=slowllm.Budget(smallest, used), keep_resident=keep_resident) as lm:
+        assert logits(lm).isfinite().all()
+    with pytest.raises(PlanError, match="the smallest that would do is"):
+        slowllm.load(TINY_BLOOM, ram=slowllm.Budget(smallest - (1 << 20), used), keep_resident=keep_resident)
+
+
+def test_forty_riders_stay_within_the_plan() -> None:
+    script = """
+        import json, sys
+        import psutil, torch
+        import slowllm
+
+        def peak_bytes():
+            # Not getrusage, which begins with the peak of the process that started this one.
+            with open("/proc/self/status") as file:
+                return 1024 * int(next(line.split()[1] for line in file if line.startswith("VmHWM")))
+
+        def ride(lm):
+            # 64 tokens each, where the plan has so many; all forty wait at every stop.
+            ids = torch.full((1, min(64, lm.plan.sweep_tokens // 40)), 7)
+            with torch.no_grad():
+                return lm.ride([lambda: lm.model(ids).logits] * 40)
+
+        with slowllm.load(sys.argv[1]) as lm:  # imports what is imported late
+            ride(lm)
+        before = psutil.Process().memory_info().rss
+        with slowllm.load(sys.argv[2], ram=before + (512 << 20), keep_resident=False) as lm:
+            results = ride(lm)
+            assert len(results) == 40 and all(result.isfinite().all() for result in results)
+            used = peak_bytes() - before
+            print(json.dumps([used, lm.plan.peak_bytes, lm.weight_bytes, lm.report.peak_rss_bytes - before]))
+    """
+    with tempfile.TemporaryDirectory() as folder:  # 300 MB, not to be kept with what pytest keeps
+        save_tiny("bloom", Path(folder), shard="100MB", hidden_size=512, n_layer=24, n_head=8)
+        (line,) = run(script, TINY_BLOOM, folder)
+    used, planned, weights, reported = json.loads(line)
+    assert used <= planned <= 512 << 20
+    assert used + weights > planned, "weights that stay would not be noticed"
+    assert reported >= used

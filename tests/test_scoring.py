@@ -105,10 +105,11 @@ def test_a_single_token_without_a_prefix_has_nothing_to_score(lm: StreamedLM) ->
 
 
 def test_all_lines_go_through_in_as_few_sweeps_as_the_plan_says(lm: StreamedLM) -> None:
+    whole = lm.plan
+    lm.plan = dataclasses.replace(whole, rider_tokens=1024, sweep_tokens=8192)
     before = lm.report.num_passages
     score(lm, LINES * 10)  # 4,000 tokens, which ride one sweep of 8,192
     assert lm.report.num_passages - before == lm.num_stops
-    whole = lm.plan
     lm.plan = dataclasses.replace(whole, rider_tokens=64, sweep_tokens=128)
     try:
         before = lm.report.num_passages

@@ -1,0 +1,218 @@
+"""How fast this machine is: the disk under a checkpoint, and the processor.
+
+Knows files, matrices and, for `block_rates`, a loaded model. Rates vary from minute to minute; what is measured
+here is for plans and forecasts, never for results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from slowllm.checkpoint import Checkpoint, Placement, Run
+from slowllm.model import Description, StreamedLM, load
+from slowllm.options import DTypeName, parse_bytes, parse_dtype
+from slowllm.plan import Granularity, Job, Plan, Rates, advise, least_bytes, make_plan, with_smaller_weights
+from slowllm.reader import Reader, ring_bytes_of
+from slowllm.skeleton import choose_dtype
+
+PIECE_BYTES = 64 << 20
+# A checkpoint below this is read in a moment, and any rate will do.
+WORTH_MEASURING_BYTES = 4 << 30
+# Activations, norms and attention take about as long again as this part of the products.
+OTHER_WORK = 1.5
+
+
+def disk_rate(checkpoint: Checkpoint, num_bytes: int) -> float:
+    """Return the bytes a second of direct reads of a checkpoint's largest tensors, by the engine's own reader.
+
+    The buffer's first touch is not counted, because the engine touches its buffers once. What the page cache
+    holds of the files makes the rate too high.
+    """
+    stops: list[list[Placement]] = []
+    for span in sorted(checkpoint.spans.values(), key=lambda span: -span.num_bytes):
+        piece = min(PIECE_BYTES, span.num_bytes)
+        for start in range(0, span.num_bytes - piece + 1, max(piece, 1)):
+            run = Run(span, start, 0, piece)
+            stops.append([Placement("probe", (piece,), torch.uint8, (run,))])
+        if len(stops) * PIECE_BYTES >= num_bytes + 4 * PIECE_BYTES:
+            break
+    ring = 4 * max(ring_bytes_of(stop[0]) for stop in stops)
+    with contextlib.closing(Reader(stops, ring_bytes=ring)) as reader:
+        warm = min(4, len(stops) - 1)
+        started, skipped = time.perf_counter(), 0
+        for number in range(len(stops)):
+            if number == warm:
+                started, skipped = time.perf_counter(), reader.stats.read_bytes
+            with reader.visit(number, range(number + 1, len(stops))):
+                pass
+        seconds = time.perf_counter() - started
+        return (reader.stats.read_bytes - skipped) / max(seconds, 1e-6)
+
+
+def quick_rates(folder: Path, dtype: DTypeName) -> Rates:
+    """Return this machine's rates, measured in less than a second; assumed ones for a small checkpoint.
+
+    Args:
+        folder: of the checkpoint, whose own bytes are read.
+        dtype: compute dtype.
+    """
+    with Checkpoint.open(folder) as checkpoint:
+        if sum(span.num_bytes for span in checkpoint.spans.values()) < WORTH_MEASURING_BYTES:
+            return Rates()
+        disk = disk_rate(checkpoint, 8 * PIECE_BYTES)
+        computed = choose_dtype(dtype, checkpoint)
+    few, many = _product_seconds(1, computed), _product_seconds(512, computed)
+    weights = 4096 * 4096
+    return Rates(
+        disk=disk,
+        memory=2 * weights / few,
+        compute=2 * 512 * weights / many / OTHER_WORK,
+        measured=True,
+    )
+
+
+def _product_seconds(rows: int, dtype: torch.dtype) -> float:
+    a, b = torch.ones(rows, 4096, dtype=dtype), torch.ones(4096, 4096, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        nn.functional.linear(a, b)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+class _Enough(Exception):
+    """Ends a forward pass after its first block."""
+
+
+def block_rates(lm: StreamedLM, rates: Rates) -> Rates:
+    """Return rates whose processor's part is measured on the model's own first block, once read.
+
+    Args:
+        lm: whose first block is read, and passed with a few tokens and with a whole micro-batch.
+        rates: for the disk's part.
+    """
+    sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)
+    first = f"{lm.layout.blocks_name}.0."
+    stops = [
+        size
+        for name, size in zip(lm.layout.modules, sizes.stops, strict=False)
+        if f"{name}.".startswith(first)
+    ]
+    num_bytes, flops = sum(size.num_bytes for size in stops), sum(size.flops for size in stops)
+    many, few = min(lm.plan.rider_tokens, 512), min(8, lm.plan.rider_tokens)
+    _first_block_seconds(lm, few)  # read, and buffers touched
+    few_seconds = _first_block_seconds(lm, few)
+    rates = replace(rates, memory=num_bytes / few_seconds, measured=True)
+    if many < 8 * few:  # no room for more tokens, or no more in the job: their rate hardly matters
+        return rates
+    many_seconds = _first_block_seconds(lm, many)
+    if many_seconds <= few_seconds:  # too small a model to tell
+        return rates
+    return replace(rates, compute=many * flops / (many_seconds - few_seconds))
+
+
+def _first_block_seconds(lm: StreamedLM, num_tokens: int) -> float:
+    """Return how long a micro-batch of short sequences takes in the first block, waiting for the disk left out."""
+    width = max(1, min(64, num_tokens))
+    ids = torch.zeros(max(1, num_tokens // width), width, dtype=torch.int64)
+
+    def enough(*_: Any) -> None:
+        raise _Enough
+
+    after = [*lm.layout.blocks, lm.model.get_output_embeddings()][1]
+    hook = after.register_forward_pre_hook(enough)
+    before, started = lm.report.wait_seconds, time.perf_counter()
+    try:
+        with torch.no_grad(), contextlib.suppress(_Enough):
+            lm.model(ids, use_cache=False)
+    finally:
+        hook.remove()
+    return time.perf_counter() - started - (lm.report.wait_seconds - before)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a job would take on this machine, and what would make it faster.
+
+    Attributes:
+        name: of the checkpoint.
+        weight_bytes: that a sweep passes through.
+        num_stops: of a sweep.
+        dtype: compute dtype.
+        ram_bytes: the budget.
+        process_bytes: of it, what the process held before the model was opened.
+        job: that was planned.
+        rates: of this machine.
+        plan: the choice.
+        smallest_bytes: the smallest budget that would do.
+        larger: budgets that would be faster, with the seconds that the job would then take.
+        halved_seconds: what the job would take if weights had half the bytes.
+    """
+
+    name: str
+    weight_bytes: int
+    num_stops: int
+    dtype: str
+    ram_bytes: int
+    process_bytes: int
+    job: Job
+    rates: Rates
+    plan: Plan
+    smallest_bytes: int
+    larger: tuple[tuple[int, float], ...]
+    halved_seconds: float
+
+
+def survey(known: Description, *, ram: str | int, dtype: str, job: Job, keep_resident: bool = True) -> Survey:
+    """Measure the disk under a checkpoint and the processor on its first block, and plan a job.
+
+    Raises:
+        PlanError: the job cannot run in the budget; the message names the smallest that would do.
+    """
+    ram_bytes, process_bytes = parse_bytes(ram), psutil.Process().memory_info().rss
+    rates = quick_rates(known.folder, parse_dtype(dtype))
+    granularity: Granularity | None = None if job.forward_only else "blocks"
+    with load(
+        known,
+        ram=ram,
+        dtype=dtype,
+        job=job,
+        rates=rates,
+        keep_resident=keep_resident,
+        granularity=granularity,
+    ) as lm:
+        rates = block_rates(lm, rates)
+        choices = lm.choices
+        free_bytes = ram_bytes - process_bytes
+        plan = make_plan(
+            choices, free_bytes=free_bytes, total_bytes=ram_bytes, job=job, rates=rates,
+            keep_resident=keep_resident,
+        )  # fmt: skip
+        larger = advise(choices, plan, free_bytes=free_bytes, total_bytes=ram_bytes, job=job, rates=rates)
+        halved = make_plan(
+            [with_smaller_weights(sizes, 0.5) for sizes in choices], free_bytes=free_bytes,
+            total_bytes=ram_bytes, job=job, rates=rates, keep_resident=keep_resident,
+        )  # fmt: skip
+        return Survey(
+            name=lm.name,
+            weight_bytes=lm.weight_bytes,
+            num_stops=lm.num_stops,
+            dtype=str(lm.model.dtype).removeprefix("torch."),
+            ram_bytes=ram_bytes,
+            process_bytes=process_bytes,
+            job=job,
+            rates=rates,
+            plan=plan,
+            smallest_bytes=process_bytes + min(least_bytes(sizes, job, keep_resident) for sizes in choices),
+            larger=tuple(larger),
+            halved_seconds=halved.forecast.seconds,
+        )
