@@ -24,7 +24,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from benchmarks.sentences import Task, last_logits, micro_batches, sentences, tops
+from benchmarks.sentences import Task, last_logits, lengths_of, micro_batches, sentences, tops
+from slowllm.plan import MAX_RIDER_TOKENS
+from slowllm.scoring import pack
 
 # One by one, the peer reads the whole checkpoint for every sentence; so many are timed.
 NUM_ONE_BY_ONE = 2
@@ -35,10 +37,16 @@ NUM_RESIDENT_ROUNDS = 3
 
 def load_ours(task: Task, *, keep_resident: bool | None = None) -> Any:
     """Open the checkpoint with slowllm. Everything that ours is told stands here."""
-    import slowllm
+    from slowllm.measure import quick_rates
+    from slowllm.model import load
+    from slowllm.plan import Job
 
     keep = task.keep_resident if keep_resident is None else keep_resident
-    return slowllm.load(task.checkpoint, ram=task.ram, dtype="bf16", keep_resident=keep)
+    lengths = lengths_of(task)
+    padded = sum(len(part) * lengths[part[0]] for part in pack(lengths, MAX_RIDER_TOKENS))
+    job = Job(num_tokens=padded, longest=max(lengths), repeated=task.sweeps > 1, forward_only=True)
+    rates = quick_rates(Path(task.checkpoint), "bfloat16")
+    return load(task.checkpoint, ram=task.ram, dtype="bf16", keep_resident=keep, job=job, rates=rates)
 
 
 def run_ours(task: Task) -> dict[str, Any]:
@@ -63,17 +71,15 @@ def run_ours(task: Task) -> dict[str, Any]:
             for passage in passages:
                 seconds[passage.stop] += passage.wait_seconds + passage.compute_seconds
             num_body = num_body_stops(lm)
-            each = num_body // config.num_hidden_layers  # more than one where a stop is a leaf of a block
-            blocks = [sum(seconds[first : first + each]) for first in range(0, num_body, each)]
+            head_s = sum(seconds[num_body:])
             sweeps.append(
                 {
                     "wall_s": wall,
                     "read_bytes": after.read_bytes - before.read_bytes,
                     "wait_s": after.wait_seconds - before.wait_seconds,
                     "compute_s": after.compute_seconds - before.compute_seconds,
-                    # The first block waits for a reader that has nothing ahead; later ones are the steady state.
-                    "block_s": statistics.mean(blocks[1:] or blocks),
-                    "rest_s": wall - sum(blocks),
+                    "block_s": (wall - head_s) / config.num_hidden_layers,
+                    "rest_s": head_s,
                 }
             )
         return {
@@ -81,7 +87,9 @@ def run_ours(task: Task) -> dict[str, Any]:
             **predicted(lm),
             "sweeps": sweeps,
             "weight_bytes": lm.weight_bytes,
-            "resident_bytes": resident_bytes(lm),
+            "resident_bytes": lm.plan.resident_bytes,
+            "granularity": lm.plan.granularity,
+            "plan_peak_bytes": lm.plan.peak_bytes,
             "num_resident": len(lm.plan.resident),
             "mapped": not lm.plan.ring_bytes,
             "micro_batches": [len(numbers) for numbers in batches],
@@ -118,34 +126,22 @@ def run_many(task: Task) -> dict[str, Any]:
             "num_scored": num_scored,
             "mean_log_prob": log_likelihood / num_scored,
             "weight_bytes": lm.weight_bytes,
-            "resident_bytes": resident_bytes(lm),
+            "resident_bytes": lm.plan.resident_bytes,
+            "granularity": lm.plan.granularity,
+            "plan_peak_bytes": lm.plan.peak_bytes,
             "num_resident": len(lm.plan.resident),
             "mapped": not lm.plan.ring_bytes,
         }
 
 
 def predicted(lm: Any) -> dict[str, float]:
-    """Return what the plan expected of a first sweep, where plans have a forecast."""
-    forecast = getattr(lm.plan, "forecast", None)
-    return {} if forecast is None else {"predicted_s": forecast.first_seconds}
-
-
-def resident_bytes(lm: Any) -> int:
-    """Return the bytes of the stops that stay in memory: blocks are alike, and so are the head's chunks."""
-    if hasattr(lm.plan, "resident_bytes"):
-        return int(lm.plan.resident_bytes)
-    num_body = num_body_stops(lm)
-    head = lm.model.get_output_embeddings().weight.numel() * 2
-    num_kept = sum(stop < num_body for stop in lm.plan.resident)
-    num_chunks = len(lm.plan.resident) - num_kept
-    return round(
-        num_kept * (lm.weight_bytes - head) / num_body + num_chunks * head / (lm.num_stops - num_body)
-    )
+    """Return what the plan expects of a first sweep."""
+    return {"predicted_s": lm.plan.forecast.first_seconds}
 
 
 def num_body_stops(lm: Any) -> int:
     """Return the number of stops before the head's."""
-    return int(lm.num_stops) - len(lm.model.get_output_embeddings()._stops)
+    return len(lm.layout.modules)
 
 
 def run_verify(task: Task) -> dict[str, Any]:
