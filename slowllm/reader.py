@@ -339,7 +339,7 @@ class Reader:
         num_left = sum(thread.is_alive() for thread in others)
         if num_left:
             log.warning(
-                "%d reads have not returned after %g s; closing without them, and what they write to stays in memory",
+                "closing without %d read(s) that have not returned after %g s; what they write to stays in memory",
                 num_left, CLOSE_PATIENCE_SECONDS,
             )  # fmt: skip
 
