@@ -44,7 +44,7 @@ def load_ours(task: Task, *, keep_resident: bool | None = None) -> Any:
     keep = task.keep_resident if keep_resident is None else keep_resident
     lengths = lengths_of(task)
     padded = sum(len(part) * lengths[part[0]] for part in pack(lengths, MAX_RIDER_TOKENS))
-    job = Job(num_tokens=padded, longest=max(lengths), repeated=task.sweeps > 1, forward_only=True)
+    job = Job(padded, max(lengths), repeated=task.sweeps > 1, forward_only=True, keeps_results=False)
     rates = quick_rates(Path(task.checkpoint), "bfloat16")
     return load(task.checkpoint, ram=task.ram, dtype="bf16", keep_resident=keep, job=job, rates=rates)
 
@@ -150,6 +150,7 @@ def run_verify(task: Task) -> dict[str, Any]:
 
     with load_ours(task) as lm:
         rider_tokens = lm.plan.rider_tokens
+    del lm  # with its memory
     with load_ours(task, keep_resident=False) as lm, torch.no_grad():
         _, blocks = find_blocks(lm.model)
         # The carousel goes past stops that nobody waits for, so the other blocks need no other checkpoint.

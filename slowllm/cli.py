@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from slowllm.errors import InputError, SlowLLMError
+from slowllm.heap import keep_together
 from slowllm.options import parse_bytes, parse_dtype
 
 app = typer.Typer(
@@ -175,7 +176,7 @@ def plan(
     from slowllm.model import Description
     from slowllm.plan import Job
 
-    job = Job(num_tokens=tokens, longest=longest, forward_only=not gradients)
+    job = Job(num_tokens=tokens, longest=longest, forward_only=not gradients, keeps_results=False)
     found = measure.survey(Description(model), ram=ram, dtype=dtype, job=job)
     console.print_survey(found, as_json=as_json)
 
@@ -266,6 +267,7 @@ def run() -> None:
 
     An interrupt exits with 130 and a closed pipe with 1, as click has it.
     """
+    keep_together()
     try:
         app()
     except SlowLLMError as error:

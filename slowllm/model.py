@@ -7,7 +7,6 @@ callables as riders of shared sweeps. The handle owns files, threads and buffers
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import json
 import logging
@@ -33,6 +32,7 @@ from slowllm.carousel import Carousel
 from slowllm.checkpoint import Checkpoint
 from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.head import find_finish, stream_embedding, stream_head
+from slowllm.heap import keep_together
 from slowllm.layout import Layout, granularities, lay_out, sizes_of
 from slowllm.naming import place
 from slowllm.options import Options, format_bytes, parse_bytes, parse_dtype
@@ -288,7 +288,7 @@ def _assemble(
         keep_resident=options.keep_resident,
     )
     layout = layouts[plan.granularity]
-    _limit_arenas()
+    keep_together()
     compute_dtype = next(parameter.dtype for parameter in model.parameters())
     _fill(model, layout, checkpoint, compute_dtype)
 
@@ -410,14 +410,6 @@ def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
             f"{text}: no such folder, and no such model in the Hugging Face cache; "
             f"if it is a hub id, fetch it with `slowllm download {text}`"
         ) from error
-
-
-def _limit_arenas() -> None:
-    """Keep glibc from giving each rider's thread an arena of its own, whose freed memory never comes back."""
-    try:
-        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX
-    except (OSError, AttributeError):
-        log.info("this C library has no mallopt; forty riders may hold more memory than planned")
 
 
 def peak_rss_bytes() -> int:

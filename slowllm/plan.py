@@ -29,8 +29,8 @@ MAX_SWEEP_TOKENS = 8192
 ASSUMED_TOKENS = 2048
 ASSUMED_LENGTH = 512
 REPEATS = 10
-# What the allocator, thread stacks and the interpreter take beyond what is counted here.
-SLACK_BYTES = 192 * MIB
+# What the allocator, thread stacks and the interpreter take beyond what is counted here (measured: up to 250 MB).
+SLACK_BYTES = 288 * MIB
 # Stops smaller than a block must save this much of the time, or their handing over is not worth it.
 LEAVES_GAIN = 0.95
 
@@ -61,6 +61,7 @@ class Sizes:
         block_token_bytes: scratch memory of one token inside a block; one rider computes at a time.
         attention_token_bytes: the same again for every token of its sequence, where attention is written out.
         rider_token_bytes: what one token of a waiting rider holds.
+        result_token_bytes: what it holds besides where a call of the model returns all: logits, and keys and values.
     """
 
     granularity: Granularity
@@ -69,6 +70,7 @@ class Sizes:
     block_token_bytes: int
     attention_token_bytes: int
     rider_token_bytes: int
+    result_token_bytes: int = 0
 
     @property
     def all_bytes(self) -> int:
@@ -90,6 +92,7 @@ class Job:
         longest: tokens of the longest sequence.
         repeated: whether as much will be done again and again (a session in Python, steps of tuning).
         forward_only: whether no gradient will be asked for.
+        keeps_results: whether calls of the model return logits and caches, as they do by default.
         packing: tokens of a micro-batch and of a sweep that are given, because the job was begun with them.
     """
 
@@ -97,6 +100,7 @@ class Job:
     longest: int = ASSUMED_LENGTH
     repeated: bool = False
     forward_only: bool = False
+    keeps_results: bool = True
     packing: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -268,7 +272,8 @@ def least_rider_tokens(job: Job) -> int:
 def working_bytes(sizes: Sizes, job: Job, rider_tokens: int, sweep_tokens: int) -> int:
     """Return the memory of a sweep's riders, one of which computes."""
     scratch = sizes.block_token_bytes + job.longest * sizes.attention_token_bytes
-    return rider_tokens * scratch + sweep_tokens * sizes.rider_token_bytes
+    held = sizes.rider_token_bytes + (sizes.result_token_bytes if job.keeps_results else 0)
+    return rider_tokens * scratch + sweep_tokens * held
 
 
 def least_bytes(sizes: Sizes, job: Job, keep_resident: bool = True) -> int:

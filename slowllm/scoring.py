@@ -265,6 +265,7 @@ def job_of(lines: Lines, prefix: int | None, begun: Mapping[str, Any] | None = N
         num_tokens=lines.padded_tokens(extra),
         longest=len(lines.longest.ids) + extra,
         forward_only=True,
+        keeps_results=False,
         packing=packing,
     )
 

@@ -55,6 +55,7 @@ def sizes(draw: st.DrawFn, granularity: Granularity = "blocks", uniform: bool = 
         block_token_bytes=draw(st.integers(1, 4 * MIB)),
         attention_token_bytes=draw(st.integers(0, 2 * KIB)),
         rider_token_bytes=draw(st.integers(1, 200 * KIB)),
+        result_token_bytes=draw(st.integers(0, 4 * MIB)),
     )
 
 
@@ -63,7 +64,7 @@ def jobs(draw: st.DrawFn) -> Job:
     longest = draw(st.integers(1, 2000))
     num_tokens = draw(st.none() | st.integers(longest, 200_000))
     packing = draw(st.none() | st.integers(1, 2000).flatmap(lambda n: st.just((n, 4 * n))))
-    return Job(num_tokens, longest, draw(st.booleans()), draw(st.booleans()), packing)
+    return Job(num_tokens, longest, draw(st.booleans()), draw(st.booleans()), draw(st.booleans()), packing)
 
 
 def plan_of(sizes: Sizes, free_bytes: int, job: Job, keep_resident: bool = True) -> Plan:
@@ -89,7 +90,8 @@ def test_a_plan_keeps_the_budget_and_counts_everything(
     scratch = sizes.block_token_bytes + job.longest * sizes.attention_token_bytes
     assert plan.peak_bytes == (
         sizes.kept_bytes + SLACK_BYTES + plan.ring_bytes + plan.resident_bytes
-        + plan.rider_tokens * scratch + plan.sweep_tokens * sizes.rider_token_bytes
+        + plan.rider_tokens * scratch
+        + plan.sweep_tokens * (sizes.rider_token_bytes + job.keeps_results * sizes.result_token_bytes)
     )  # fmt: skip
     if job.packing is not None:
         assert (plan.rider_tokens, plan.sweep_tokens) == job.packing
@@ -144,8 +146,8 @@ LEAVES = Sizes("leaves", (LEAF,) * 175, GIB, 2 * MIB, 1024, 256 * KIB)
 
 def test_a_refusal_has_all_numbers() -> None:
     words = (
-        r"^a budget of 4GiB is too small for this model: the smallest that would do is 8\.83GiB "
-        r"\(512MiB for the process as it is, 1\.19GiB always in memory, 7GiB for the weights passing through "
+        r"^a budget of 4GiB is too small for this model: the smallest that would do is 8\.92GiB "
+        r"\(512MiB for the process as it is, 1\.29GiB always in memory, 7GiB for the weights passing through "
         r"and 136MiB for 64 tokens\)$"
     )
     job = Job(num_tokens=1000, longest=64)

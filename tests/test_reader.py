@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from slowllm import reader as reader_module
 from slowllm.checkpoint import Checkpoint, Placement, Run, Span, read_header
-from slowllm.errors import CheckpointError, RideError
+from slowllm.errors import CheckpointError, PlanError, RideError
 from slowllm.reader import PAGE, MappedStops, Reader, ring_bytes_of, smallest_ring
 
 Stop = tuple[Placement, ...]
@@ -686,22 +687,35 @@ def test_what_is_left_of_a_short_direct_read_comes_from_the_page_cache(
     assert short == 9 or not short
 
 
-def test_no_memory_for_a_kept_buffer_is_told_to_the_visitor(
+def test_memory_that_the_machine_has_not_is_refused_at_once(files: list[Path]) -> None:
+    with pytest.raises(PlanError, match=r"this machine has no 1,125,899,906,842,624 bytes left"):
+        Reader(in_three_files(files), ring_bytes=1 << 50)
+
+
+def test_no_memory_for_a_bounce_buffer_is_told_to_the_visitor(
     files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stops = in_three_files(files)
     true = reader_module._Buffer
 
     def small(num_bytes: int) -> Any:
-        if num_bytes == ring_bytes_of(stops[0][0]):
-            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        if threading.current_thread() is not threading.main_thread():
+            raise PlanError("no memory")
         return true(num_bytes)
 
-    with closing(Reader(stops, ring_bytes=PAGE, resident=frozenset([0, 1, 2]))) as reader:
-        monkeypatch.setattr(reader_module, "_Buffer", small)
+    monkeypatch.setattr(reader_module, "_Buffer", small)
+    with closing(Reader(in_three_files(files), ring_bytes=PAGE, resident=frozenset([0, 1, 2]))) as reader:
         for _ in range(2):
-            with pytest.raises(OSError, match="Cannot allocate memory"), reader.visit(0):
+            with pytest.raises(PlanError, match="no memory"), reader.visit(0):
                 pass
+
+
+def test_closing_gives_the_memory_back(files: list[Path]) -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    reader = Reader(in_three_files(files), ring_bytes=256 << 20)
+    assert process.memory_info().rss - before > 200 << 20
+    reader.close()
+    assert process.memory_info().rss - before < 100 << 20
 
 
 @pytest.mark.parametrize("most", [1, 100, PAGE, 5000])
@@ -953,7 +967,7 @@ def test_a_read_that_never_returns_is_left_with_its_file_and_its_buffer(
     before = open_files()
     stops = in_three_files(files)
     reader = Reader(stops, ring_bytes=smallest_of(stops), num_threads=1)
-    (thread,), buffer = reader._threads, weakref.ref(reader._ring._buffer.bytes)
+    (thread,), buffer = reader._threads, weakref.ref(reader._ring.buffer.bytes)
 
     def visit(reader: Reader) -> None:
         with reader.visit(0, (1, 2)):
