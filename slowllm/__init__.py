@@ -8,16 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Report", "SlowLLMError", "StreamedLM", "load", "log_probs"]
+__all__ = ["Budget", "Job", "Rates", "Report", "SlowLLMError", "StreamedLM", "load", "log_probs"]
 
 if TYPE_CHECKING:
     from slowllm.errors import SlowLLMError
     from slowllm.head import log_probs
     from slowllm.model import Report, StreamedLM, load
-    from slowllm.plan import Budget
+    from slowllm.plan import Budget, Job, Rates
 
 _HOMES = {
     "Budget": "plan",
+    "Job": "plan",
+    "Rates": "plan",
     "Report": "model",
     "SlowLLMError": "errors",
     "StreamedLM": "model",

@@ -322,6 +322,9 @@ def _candidates(
             again = keep_resident and (job.repeated or _tokens_of(job) > sweep or job.num_tokens is None)
             resident = spread([stop.num_bytes for stop in sizes.stops], room) if again else frozenset()
             kept = sum(sizes.stops[stop].num_bytes for stop in resident)
+            # A tensor that does not fit before the ring's end leaves a gap there, and computing takes longer
+            # beside reading than alone: what is left over goes into the ring, as far as that helps.
+            ring += min(room - kept, max(0, _comfortable_ring(sizes, rates, rider, sweep) - ring))
             yield _Candidate(sizes, resident, ring, rider, sweep, used + ring + kept)
 
 
@@ -352,6 +355,13 @@ def _ring_choices(sizes: Sizes, rates: Rates, rider: int, sweep: int) -> set[int
         ahead = min(following.num_bytes, int(rates.disk * _compute_seconds(stop, rates, rider, sweep)))
         full = max(full, stop.num_bytes + max(ahead, following.largest_bytes))
     return {smallest, full}
+
+
+def _comfortable_ring(sizes: Sizes, rates: Rates, rider: int, sweep: int) -> int:
+    seconds = max(_compute_seconds(stop, rates, rider, sweep) for stop in sizes.stops)
+    largest = max(stop.num_bytes for stop in sizes.stops)
+    gap = max(stop.largest_bytes for stop in sizes.stops)
+    return largest + min(largest, 2 * int(rates.disk * seconds)) + gap
 
 
 def _compute_seconds(stop: StopSize, rates: Rates, rider: int, sweep: int) -> float:

@@ -244,15 +244,16 @@ def test_forty_riders_stay_within_the_plan() -> None:
                 return 1024 * int(next(line.split()[1] for line in file if line.startswith("VmHWM")))
 
         def ride(lm):
-            # 64 tokens each, where the plan has so many; all forty wait at every stop.
-            ids = torch.full((1, min(64, lm.plan.sweep_tokens // 40)), 7)
+            ids = torch.full((1, 64), 7)  # all forty wait at every stop
             with torch.no_grad():
-                return lm.ride([lambda: lm.model(ids).logits] * 40)
+                return lm.ride([lambda: lm.model(ids, use_cache=False).logits] * 40)
 
         with slowllm.load(sys.argv[1]) as lm:  # imports what is imported late
             ride(lm)
         before = psutil.Process().memory_info().rss
-        with slowllm.load(sys.argv[2], ram=before + (512 << 20), keep_resident=False) as lm:
+        job = slowllm.Job(num_tokens=40 * 64, longest=64, forward_only=True, keeps_results=False)
+        with slowllm.load(sys.argv[2], ram=before + (512 << 20), keep_resident=False, job=job) as lm:
+            assert lm.plan.sweep_tokens >= 40 * 64
             results = ride(lm)
             assert len(results) == 40 and all(result.isfinite().all() for result in results)
             used = peak_bytes() - before
