@@ -314,8 +314,8 @@ def _candidates(
             everything = frozenset(range(len(sizes.stops)))
             yield _Candidate(sizes, everything, 0, rider, sweep, used + sizes.all_bytes)
             continue
-        for ring in _ring_choices(sizes, rates, rider, sweep):
-            room = free_bytes - used - ring
+        for least_ring in _ring_choices(sizes, rates, rider, sweep):
+            room = free_bytes - used - least_ring
             if room < 0:
                 continue
             # What is read once is not worth keeping.
@@ -324,7 +324,9 @@ def _candidates(
             kept = sum(sizes.stops[stop].num_bytes for stop in resident)
             # A tensor that does not fit before the ring's end leaves a gap there, and computing takes longer
             # beside reading than alone: what is left over goes into the ring, as far as that helps.
-            ring += min(room - kept, max(0, _comfortable_ring(sizes, rates, rider, sweep) - ring))
+            more = max(0, _comfortable_ring(sizes, rates, rider, sweep) - least_ring)
+            # Nine tenths of it: an estimate that is too low should not use up the budget.
+            ring = least_ring + min((room - kept) * 9 // 10, more)
             yield _Candidate(sizes, resident, ring, rider, sweep, used + ring + kept)
 
 

@@ -120,6 +120,7 @@ class State:
             os.write(self._results.fileno(), line)
             if os.fstat(self._results.fileno()).st_size != position + len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._results.fileno())
             self._places[number] = (position, len(line))
             self._file_of(number).unlink(missing_ok=True)
         except OSError as error:
@@ -212,6 +213,8 @@ class Journal:
         partial = self._path.with_suffix(".part")
         try:
             save_file(tensors, partial, metadata)
+            with open(partial, "rb") as file:  # a name must not outlive a power cut that its bytes do not
+                os.fsync(file.fileno())
             os.replace(partial, self._path)
         except (OSError, safetensors.SafetensorError) as error:
             raise StateError(

@@ -10,6 +10,8 @@ import torch
 
 import slowllm
 from slowllm import layout
+from slowllm.errors import ArchitectureError, PlanError, UnsupportedError
+from slowllm.plan import Job, least_bytes
 from tests.families import FAMILIES, VOCAB, resident
 
 
@@ -43,3 +45,55 @@ def test_leaves_give_the_bits_of_the_resident_model(
         tokens = lm.ride([lambda ids=ids: lm.model.generate(ids, **options) for ids in batches()])
         for ids, found in zip(batches(), tokens, strict=True):
             assert torch.equal(found, plain.generate(ids, **options))
+
+
+def test_a_sweep_over_leaves_reads_each_once(tiny: Callable[..., Path]) -> None:
+    with (
+        slowllm.load(tiny("llama-2"), dtype="fp32", keep_resident=False, granularity="leaves") as lm,
+        torch.no_grad(),
+    ):
+        # The order of use, not of definition: values are read before the product that mixes the heads.
+        lm.model(batches()[0], use_cache=False)
+        assert lm.report.num_passages == lm.num_stops
+        # Rounded to whole pages, and no stop of the next sweep.
+        assert lm.report.read_bytes < 1.3 * lm.weight_bytes + 4096 * 2 * lm.num_stops
+
+
+def test_a_gradient_through_leaves_is_refused(tiny: Callable[..., Path]) -> None:
+    with slowllm.load(tiny("llama-2"), dtype="fp32", keep_resident=False, granularity="leaves") as lm:
+        inputs = lm.model.get_input_embeddings()(batches()[0]).detach().requires_grad_(True)
+        with pytest.raises(UnsupportedError, match="streams blocks in parts, which cannot run backward"):
+            lm.model(inputs_embeds=inputs)
+
+
+def test_a_budget_smaller_than_a_block_streams_its_leaves(tiny: Callable[..., Path]) -> None:
+    job = Job(num_tokens=64, longest=16, forward_only=True)
+    with slowllm.load(tiny("llama-2"), dtype="fp32", keep_resident=False, job=job) as lm:
+        assert len(lm.choices) == 2
+    outside = 300 << 20
+    enough = {
+        sizes.granularity: outside + least_bytes(sizes, job, keep_resident=False) for sizes in lm.choices
+    }
+    assert enough["leaves"] < enough["blocks"]
+    for ram, expected in (
+        (enough["blocks"], "blocks"),
+        (enough["blocks"] - 1, "leaves"),
+        (enough["leaves"], "leaves"),
+    ):
+        budget = slowllm.Budget(ram, outside)
+        with slowllm.load(tiny("llama-2"), ram=budget, dtype="fp32", keep_resident=False, job=job) as lm:
+            assert lm.plan.granularity == expected
+    with pytest.raises(PlanError, match="is too small for this model"):
+        slowllm.load(
+            tiny("llama-2"), ram=slowllm.Budget(enough["leaves"] - 1, outside), keep_resident=False, job=job
+        )
+
+
+def test_blocks_without_a_part_worth_a_stop_are_not_cut(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "MIN_LEAF_BYTES", 1 << 30)
+    with slowllm.load(tiny("llama-2")) as lm:
+        assert [sizes.granularity for sizes in lm.choices] == ["blocks"]
+    with pytest.raises(ArchitectureError, match="its blocks have no part that is worth a stop"):
+        slowllm.load(tiny("llama-2"), granularity="leaves")

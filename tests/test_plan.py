@@ -218,7 +218,7 @@ def test_a_forecast_is_no_shorter_than_reading_or_computing(sizes: Sizes, job: J
 
 
 def test_advice_names_budgets_that_are_faster_the_last_of_which_holds_everything() -> None:
-    job, rates = Job(num_tokens=20_000, longest=64, repeated=True), Rates(compute=1e15)
+    job, rates = Job(num_tokens=20_000, longest=64, repeated=True), Rates(memory=1e12, compute=1e15)
     options = {"free_bytes": 30 * GIB, "total_bytes": 31 * GIB, "job": job, "rates": rates}
     plan = make_plan([BLOCKS], **options)
     larger = advise([BLOCKS], plan, **options)

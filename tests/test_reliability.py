@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import slowllm
+from benchmarks import machine
 from slowllm.errors import CheckpointError, PlanError
 from slowllm.options import parse_bytes
 from tests.conftest import ROOT, TINY_BLOOM
@@ -266,3 +268,35 @@ def test_forty_riders_stay_within_the_plan() -> None:
     assert used <= planned <= 512 << 20
     assert used + weights > planned, "weights that stay would not be noticed"
     assert reported >= used
+
+
+def test_a_cgroup_of_the_budget_is_enough(tmp_path: Path) -> None:
+    cgroup = machine.memory_cgroup("slowllm-test", 700 << 20)
+    if cgroup is None:
+        pytest.skip("no memory cgroup can be made here")
+    texts = tmp_path / "in.txt"
+    texts.write_text("\n".join(f"Line number {n} of the file is scored." for n in range(300)))
+    command = [
+        sys.executable,
+        "-m",
+        "slowllm",
+        "forward",
+        str(texts),
+        "--ram",
+        "700MiB",
+        "--stream-all",
+        "--json",
+    ]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False,
+            preexec_fn=lambda: machine.enter_cgroup(cgroup),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 300
+        # And the cap is one: a process that takes more is killed.
+        greedy = [sys.executable, "-c", "bytearray(800 << 20)"]
+        killed = subprocess.run(greedy, check=False, preexec_fn=lambda: machine.enter_cgroup(cgroup))
+        assert killed.returncode == -signal.SIGKILL
+    finally:
+        machine.remove_cgroup(cgroup)
