@@ -73,18 +73,19 @@ def capped(arguments: argparse.Namespace) -> Iterator[Path | None]:
             machine.remove_cgroup(cgroup)
 
 
-def verify(task: Task, run: Callable[[str, Task], dict[str, Any]]) -> int:
-    """Compare our logits of one block with those of the resident model; return the tokens of a micro-batch.
+def verify(task: Task, run: Callable[[str, Task], dict[str, Any]]) -> dict[str, int]:
+    """Compare our logits of one block with those of the resident model; return how micro-batches are packed.
 
     Raises:
         SystemExit: a bit differs; the message has the largest difference.
     """
     with tempfile.TemporaryDirectory() as folder:
         ours, resident = Path(folder) / "ours", Path(folder) / "resident"
-        rider_tokens = int(run("verify", dataclasses.replace(task, logits=str(ours)))["rider_tokens"])
-        run("resident", dataclasses.replace(task, logits=str(resident), rider_tokens=rider_tokens))
+        found = run("verify", dataclasses.replace(task, logits=str(ours)))
+        packed = {name: int(found[name]) for name in ("rider_tokens", "padding_tokens")}
+        run("resident", dataclasses.replace(task, logits=str(resident), **packed))
         compare(torch.load(ours), torch.load(resident))
-    return rider_tokens
+    return packed
 
 
 def compare(ours: list[torch.Tensor], resident: list[torch.Tensor]) -> None:
@@ -115,12 +116,14 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
             # The resident block and head may be larger than the cap, which is the streamed sides' alone.
             return run_child(name, task, cgroup=None if name == "resident" else cgroup, warm=arguments.warm)
 
-        rider_tokens = verify(task, run)
+        packed = verify(task, run)
         print("verified: one block gives the resident model's bits", file=sys.stderr)
-        task = dataclasses.replace(task, rider_tokens=rider_tokens)
+        task = dataclasses.replace(task, **packed)
         for _ in range(arguments.repeat):
             disk.append(machine.measure_disk(folder))
-            gemm.append(machine.gemm_flops_per_second(min(sum(lengths_of(task)), rider_tokens, 1024), width))
+            gemm.append(
+                machine.gemm_flops_per_second(min(sum(lengths_of(task)), task.rider_tokens, 1024), width)
+            )
             for name in names:
                 if name.startswith("accelerate") and not arguments.peer:
                     continue
@@ -136,7 +139,7 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
         "geometry": arguments.geometry, "blocks": arguments.blocks, "case": task.case, "tokens": sum(lengths),
         "sequences": len(lengths), "ram": task.ram, "store": arguments.store,
         "page_cache": "warm" if arguments.warm else "cold", "capped_by_cgroup": cgroup is not None,
-        "repeat": arguments.repeat, "verified": True, "rider_tokens": rider_tokens,
+        "repeat": arguments.repeat, "verified": True, **packed,
         "disk_gb_per_s": statistics.median(rate.bytes_per_second for rate in disk) / 1e9,
         "read_core_s_per_gb": statistics.median(rate.core_seconds_per_gb for rate in disk),
         "gemm_tflop_per_s": statistics.median(gemm) / 1e12,

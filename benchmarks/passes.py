@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.sentences import Task, last_logits, lengths_of, micro_batches, sentences, tops
-from slowllm.plan import MAX_RIDER_TOKENS
+from slowllm.plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.scoring import pack
 
 # One by one, the peer reads the whole checkpoint for every sentence; so many are timed.
@@ -42,10 +42,10 @@ def load_ours(task: Task, *, keep_resident: bool | None = None) -> Any:
     from slowllm.plan import Job
 
     keep = task.keep_resident if keep_resident is None else keep_resident
-    lengths = lengths_of(task)
-    padded = sum(len(part) * lengths[part[0]] for part in pack(lengths, MAX_RIDER_TOKENS))
+    lengths, rates = lengths_of(task), quick_rates(Path(task.checkpoint), "bfloat16")
+    batches = pack(lengths, MAX_RIDER_TOKENS, task.padding_tokens or padding_worth(rates))
+    padded = sum(len(batch) * lengths[batch[0]] for batch in batches)
     job = Job(padded, max(lengths), repeated=task.sweeps > 1, forward_only=True, keeps_results=False)
-    rates = quick_rates(Path(task.checkpoint), "bfloat16")
     return load(task.checkpoint, ram=task.ram, dtype="bf16", keep_resident=keep, job=job, rates=rates)
 
 
@@ -54,7 +54,7 @@ def run_ours(task: Task) -> dict[str, Any]:
     with load_ours(task) as lm, torch.no_grad():
         config = lm.model.config.get_text_config()
         rows = sentences(task, config.vocab_size)
-        batches = micro_batches(rows, task.rider_tokens)
+        batches = micro_batches(rows, task.rider_tokens, task.padding_tokens)
         passages: list[Any] = []
         lm.on_passage = passages.append
         sweeps = []
@@ -149,7 +149,7 @@ def run_verify(task: Task) -> dict[str, Any]:
     from slowllm.blocks import find_blocks
 
     with load_ours(task) as lm:
-        rider_tokens = lm.plan.rider_tokens
+        plan = lm.plan
     del lm  # with its memory
     with load_ours(task, keep_resident=False) as lm, torch.no_grad():
         _, blocks = find_blocks(lm.model)
@@ -160,10 +160,10 @@ def run_verify(task: Task) -> dict[str, Any]:
         rows = sentences(task, config.vocab_size)[:NUM_VERIFIED]
         jobs = [
             lambda numbers=numbers: last_logits(lm.model, [rows[n] for n in numbers])
-            for numbers in micro_batches(rows, rider_tokens)
+            for numbers in micro_batches(rows, plan.rider_tokens, plan.padding_tokens)
         ]
         torch.save(lm.ride(jobs), task.logits)
-    return {"rider_tokens": rider_tokens}
+    return {"rider_tokens": plan.rider_tokens, "padding_tokens": plan.padding_tokens}
 
 
 def run_resident(task: Task) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def run_resident(task: Task) -> dict[str, Any]:
     model = one_block(Path(task.checkpoint))
     rows = sentences(task, model.config.get_text_config().vocab_size)
     rows = rows[:NUM_VERIFIED] if task.logits else rows
-    batches = micro_batches(rows, task.rider_tokens)
+    batches = micro_batches(rows, task.rider_tokens, task.padding_tokens)
     with torch.no_grad():
         warm = [last_logits(model, [rows[n] for n in numbers]) for numbers in batches]
         if task.logits:

@@ -27,6 +27,7 @@ class Task:
     Attributes:
         case: `uniform` (`tokens` in `sequences`), `mixed`, or `many` (`sentences` of `sentence_tokens`).
         rider_tokens: of a micro-batch, the same for all sides; 0 until ours has planned.
+        padding_tokens: most tokens of padding in one, likewise.
         keep_resident: whether ours may keep stops in memory.
         logits: file for the logits that are compared; nothing is timed then.
     """
@@ -41,6 +42,7 @@ class Task:
     sweeps: int
     keep_resident: bool
     rider_tokens: int = 0
+    padding_tokens: int = 0
     logits: str = ""
 
 
@@ -85,9 +87,9 @@ def last_logits(model: Any, rows: list[Tensor]) -> Tensor:
     return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
 
 
-def micro_batches(rows: list[Tensor], rider_tokens: int) -> list[list[int]]:
+def micro_batches(rows: list[Tensor], rider_tokens: int, padding_tokens: int) -> list[list[int]]:
     """Divide sentences into micro-batches as slowllm's scoring does."""
-    return pack([len(row) for row in rows], rider_tokens)
+    return pack([len(row) for row in rows], rider_tokens, padding_tokens)
 
 
 def tops(batches: list[list[int]], parts: list[Tensor]) -> list[int]:

@@ -118,10 +118,10 @@ def forward(
     before = scoring.prefix_id(known.tokenizer, known.config.get_text_config().vocab_size) if prefix else None
     # All lines are looked at before the first byte of weights is read: a line too long is refused at once.
     lines = scoring.Lines(scoring.encode(known, texts, max_tokens=max_tokens or limit, truncate=truncate))
-    job = scoring.job_of(lines, before, begun)
     if begun is not None and dtype == "auto":
         dtype = str(begun.get("dtype"))  # measured anew it might come out otherwise
     rates = measure.quick_rates(known.folder, parse_dtype(dtype))
+    job = scoring.job_of(lines, before, rates, begun)
     with (
         load(known, ram=ram, dtype=dtype, keep_resident=resident, job=job, rates=rates) as lm,
         scoring.opened_state(state, lm, lines, before, save_every) as kept,

@@ -93,7 +93,8 @@ class Job:
         repeated: whether as much will be done again and again (a session in Python, steps of tuning).
         forward_only: whether no gradient will be asked for.
         keeps_results: whether calls of the model return logits and caches, as they do by default.
-        packing: tokens of a micro-batch and of a sweep that are given, because the job was begun with them.
+        packing: tokens of a micro-batch, of a sweep and of padding that are given, because the job was begun with
+            them.
     """
 
     num_tokens: int | None = None
@@ -101,7 +102,7 @@ class Job:
     repeated: bool = False
     forward_only: bool = False
     keeps_results: bool = True
-    packing: tuple[int, int] | None = None
+    packing: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         assert self.longest > 0, "a sequence has tokens"
@@ -158,6 +159,7 @@ class Plan:
         ring_bytes: of the ring through which the others stream; 0 where all stay.
         rider_tokens: tokens of one micro-batch, padding included.
         sweep_tokens: tokens of all riders of one sweep.
+        padding_tokens: of padding in a micro-batch that take as long as another micro-batch would.
         peak_bytes: what the model takes of the budget.
         resident_bytes: of it, the stops that stay.
         forecast: how long the job takes.
@@ -168,6 +170,7 @@ class Plan:
     ring_bytes: int
     rider_tokens: int
     sweep_tokens: int
+    padding_tokens: int
     peak_bytes: int
     resident_bytes: int
     forecast: Forecast
@@ -269,6 +272,14 @@ def least_rider_tokens(job: Job) -> int:
     return max(job.longest, min(MIN_RIDER_TOKENS, _tokens_of(job)))
 
 
+def padding_worth(rates: Rates) -> int:
+    """Return how many tokens of padding take as long as the weights' way through the processor for one micro-batch.
+
+    A token takes about as many floating-point operations as the weights have bytes.
+    """
+    return max(1, int(rates.compute / rates.memory))
+
+
 def working_bytes(sizes: Sizes, job: Job, rider_tokens: int, sweep_tokens: int) -> int:
     """Return the memory of a sweep's riders, one of which computes."""
     scratch = sizes.block_token_bytes + job.longest * sizes.attention_token_bytes
@@ -333,7 +344,7 @@ def _candidates(
 def _token_choices(job: Job) -> Iterator[tuple[int, int]]:
     """Yield tokens of a micro-batch and of a sweep."""
     if job.packing is not None:
-        yield job.packing
+        yield job.packing[:2]
         return
     least, total = least_rider_tokens(job), _tokens_of(job)
     most = max(least, min(MAX_RIDER_TOKENS, total))
@@ -379,7 +390,8 @@ def _planned(candidate: _Candidate, job: Job, rates: Rates) -> Plan:
     resident_bytes = sum(candidate.sizes.stops[stop].num_bytes for stop in candidate.resident)
     return Plan(
         candidate.sizes.granularity, candidate.resident, candidate.ring_bytes, candidate.rider_tokens,
-        candidate.sweep_tokens, candidate.used_bytes, resident_bytes, forecast,
+        candidate.sweep_tokens, padding_worth(rates) if job.packing is None else job.packing[2],
+        candidate.used_bytes, resident_bytes, forecast,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from slowllm import __version__
 from slowllm.errors import InputError, StateError
 from slowllm.head import log_probs
 from slowllm.model import StreamedLM
-from slowllm.plan import MAX_RIDER_TOKENS, Job
+from slowllm.plan import MAX_RIDER_TOKENS, Job, Plan, Rates, padding_worth
 from slowllm.state import Journal, State, journal
 
 # Lines are sorted by length within a window of this many sweeps' tokens, so that any number can stream through.
@@ -206,10 +206,12 @@ class Lines(Iterable[Line]):
             ids = self._ids[self._ends[index] : self._ends[index + 1]]
             yield Line(number, text, tuple(ids), truncated)
 
-    def padded_tokens(self, extra: int) -> int:
-        """Return the tokens of all lines in full micro-batches, padding and `extra` tokens a line included."""
+    def padded_tokens(self, extra: int, padding_tokens: int | None = None) -> int:
+        """Return the tokens of all lines in micro-batches, padding and `extra` tokens a line included."""
         lengths = [end - start + extra for start, end in itertools.pairwise(self._ends)]
-        return sum(len(batch) * lengths[batch[0]] for batch in pack(lengths, MAX_RIDER_TOKENS))
+        return sum(
+            len(batch) * lengths[batch[0]] for batch in pack(lengths, MAX_RIDER_TOKENS, padding_tokens)
+        )
 
     def digest(self) -> str:
         """Return a hash of numbers and tokens, to know the lines again."""
@@ -218,7 +220,7 @@ class Lines(Iterable[Line]):
         return found.hexdigest()
 
 
-def pack(lengths: Sequence[int], rider_tokens: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], rider_tokens: int, padding_tokens: int | None = None) -> list[list[int]]:
     """Divide lines into micro-batches of at most `rider_tokens` tokens, padding included.
 
     Longest first, so that lines of like length share a micro-batch. A line longer than that rides alone.
@@ -226,25 +228,31 @@ def pack(lengths: Sequence[int], rider_tokens: int) -> list[list[int]]:
     Args:
         lengths: tokens of each line.
         rider_tokens: capacity of a micro-batch.
+        padding_tokens: most tokens of padding in one, where more would cost more than another; None for any.
     Returns:
         the lines' indices, each exactly once.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches: list[list[int]] = []
+    padding = 0
     for index in order:
         widest = lengths[batches[-1][0]] if batches else 0
-        if batches and (len(batches[-1]) + 1) * widest <= rider_tokens:
+        padding += widest - lengths[index]
+        has_room = bool(batches) and (len(batches[-1]) + 1) * widest <= rider_tokens
+        if has_room and (padding_tokens is None or padding <= padding_tokens):
             batches[-1].append(index)
         else:
             batches.append([index])
+            padding = 0
     return batches
 
 
-def job_of(lines: Lines, prefix: int | None, begun: Mapping[str, Any] | None = None) -> Job:
+def job_of(lines: Lines, prefix: int | None, rates: Rates, begun: Mapping[str, Any] | None = None) -> Job:
     """Return what the plan must know of a job.
 
     Args:
         prefix: token id before each line, if any.
+        rates: of the machine, which say how much padding is worth a micro-batch.
         begun: from `state.read_job`: micro-batches are then packed as when the job was begun.
     Raises:
         StateError: the state is another version's.
@@ -257,12 +265,12 @@ def job_of(lines: Lines, prefix: int | None, begun: Mapping[str, Any] | None = N
     if begun is not None:
         found = begun.get("packing")
         if not (
-            isinstance(found, list) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found)
+            isinstance(found, list) and len(found) == 3 and all(isinstance(n, int) and n > 0 for n in found)
         ):
             raise StateError("the state is another version's, or damaged; delete its folder")
-        packing = (found[0], found[1])
+        packing = (found[0], found[1], found[2])
     return Job(
-        num_tokens=lines.padded_tokens(extra),
+        num_tokens=lines.padded_tokens(extra, packing[2] if packing else padding_worth(rates)),
         longest=len(lines.longest.ids) + extra,
         forward_only=True,
         keeps_results=False,
@@ -293,7 +301,7 @@ def opened_state(
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "lines": lines.digest(),
         "prefix": prefix,
-        "packing": [lm.plan.rider_tokens, lm.plan.sweep_tokens],
+        "packing": [lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens],
         "threads": torch.get_num_threads(),
     }
     with State(folder, job, save_seconds) as state:
@@ -310,18 +318,24 @@ def score_lines(
 
     Args:
         lm: a loaded model.
-        lines: from `encode`; drawn on the carousel's thread, so it must not call the model.
+        lines: from `encode`; drawn here for the first window, then on the carousel's thread, so it must not call
+            the model.
         prefix: token id before each line, from `prefix_id`; None leaves each line's first token unscored.
         state: where to keep what is done, and to find what an earlier process has done of the same job.
     Raises:
         StateError: the state cannot be written.
     """
     plan, aboard = lm.plan, deque[tuple[int, list[int]]]()
+    extra = 0 if prefix is None else 1
+    windows = _packed_windows(lines, plan, extra)
+    first = next(windows, [])
+    # A job that fits one sweep rides it, however small its micro-batches are.
+    seats = max(1, plan.sweep_tokens // plan.rider_tokens)
+    if sum(len(batch) * (len(batch[0].ids) + extra) for _, batch in first) <= plan.sweep_tokens:
+        seats = max(seats, len(first))
 
     def jobs() -> Iterator[Callable[[], list[Score]]]:
-        batches = _micro_batches(
-            lines, plan.rider_tokens, plan.sweep_tokens, extra=0 if prefix is None else 1
-        )
+        batches = itertools.chain(first, itertools.chain.from_iterable(windows))
         for number, (positions, batch) in enumerate(batches):
             aboard.append((number, positions))
             if state is None:
@@ -333,7 +347,7 @@ def score_lines(
 
     found: dict[int, Score] = {}
     position = 0
-    for scores in lm.stream(jobs(), max(1, plan.sweep_tokens // plan.rider_tokens)):
+    for scores in lm.stream(jobs(), seats):
         number, positions = aboard.popleft()
         if state is not None:
             state.finish(number, [score.log_probs for score in scores])
@@ -348,14 +362,17 @@ def _scores_of(lines: list[Line], log_probs: list[list[float]]) -> list[Score]:
     return [Score(line, tuple(values)) for line, values in zip(lines, log_probs, strict=True)]
 
 
-def _micro_batches(
-    lines: Iterable[Line], rider_tokens: int, sweep_tokens: int, extra: int
-) -> Iterator[tuple[list[int], list[Line]]]:
-    """Yield micro-batches and the positions of their lines, packed within a window of a few sweeps."""
+def _packed_windows(
+    lines: Iterable[Line], plan: Plan, extra: int
+) -> Iterator[list[tuple[list[int], list[Line]]]]:
+    """Yield micro-batches with the positions of their lines, packed within windows of a few sweeps."""
     first = 0
-    for window in _windows(lines, sweep_tokens * WINDOW_SWEEPS, extra):
-        for batch in pack([len(line.ids) + extra for line in window], rider_tokens):
-            yield [first + index for index in batch], [window[index] for index in batch]
+    for window in _windows(lines, plan.sweep_tokens * WINDOW_SWEEPS, extra):
+        lengths = [len(line.ids) + extra for line in window]
+        yield [
+            ([first + index for index in batch], [window[index] for index in batch])
+            for batch in pack(lengths, plan.rider_tokens, plan.padding_tokens)
+        ]
         first += len(window)
 
 

@@ -63,7 +63,7 @@ def sizes(draw: st.DrawFn, granularity: Granularity = "blocks", uniform: bool = 
 def jobs(draw: st.DrawFn) -> Job:
     longest = draw(st.integers(1, 2000))
     num_tokens = draw(st.none() | st.integers(longest, 200_000))
-    packing = draw(st.none() | st.integers(1, 2000).flatmap(lambda n: st.just((n, 4 * n))))
+    packing = draw(st.none() | st.integers(1, 2000).flatmap(lambda n: st.just((n, 4 * n, 7))))
     return Job(num_tokens, longest, draw(st.booleans()), draw(st.booleans()), draw(st.booleans()), packing)
 
 
@@ -83,7 +83,7 @@ def test_a_plan_keeps_the_budget_and_counts_everything(
 ) -> None:
     free = least_bytes(sizes, job, keep_resident) + more
     if job.packing is not None:  # its sweep is given, and may need more than the least
-        free += working_bytes(sizes, job, *job.packing)
+        free += working_bytes(sizes, job, *job.packing[:2])
     plan = plan_of(sizes, free, job, keep_resident)
     assert plan.peak_bytes <= free
     assert plan.resident_bytes == sum(sizes.stops[stop].num_bytes for stop in plan.resident)
@@ -94,7 +94,7 @@ def test_a_plan_keeps_the_budget_and_counts_everything(
         + plan.sweep_tokens * (sizes.rider_token_bytes + job.keeps_results * sizes.result_token_bytes)
     )  # fmt: skip
     if job.packing is not None:
-        assert (plan.rider_tokens, plan.sweep_tokens) == job.packing
+        assert (plan.rider_tokens, plan.sweep_tokens, plan.padding_tokens) == job.packing
     else:
         assert job.longest <= plan.rider_tokens <= max(MAX_RIDER_TOKENS, job.longest)
         assert plan.rider_tokens <= plan.sweep_tokens <= max(MAX_SWEEP_TOKENS, plan.rider_tokens)

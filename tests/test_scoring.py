@@ -214,3 +214,31 @@ def test_safe_exp_overflows_to_infinity() -> None:
     assert scoring.safe_exp(1.0) == math.e
     assert scoring.safe_exp(1e9) == math.inf
     assert math.isnan(scoring.safe_exp(math.nan))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 600), max_size=60),
+    rider_tokens=st.integers(1, 2000),
+    padding_tokens=st.integers(0, 500),
+)
+def test_padding_is_limited_where_it_costs_more_than_a_micro_batch(
+    lengths: list[int], rider_tokens: int, padding_tokens: int
+) -> None:
+    batches = scoring.pack(lengths, rider_tokens, padding_tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        widest = lengths[batch[0]]
+        assert len(batch) * widest <= rider_tokens or len(batch) == 1
+        assert sum(widest - lengths[index] for index in batch) <= padding_tokens
+
+
+def test_a_job_of_small_micro_batches_rides_one_sweep(lm: StreamedLM) -> None:
+    whole = lm.plan
+    lm.plan = dataclasses.replace(whole, rider_tokens=512, sweep_tokens=512, padding_tokens=1)
+    try:
+        before = lm.report.num_passages
+        score(lm, [" ".join(["value"] * n) for n in (2, 9, 17, 30, 41)])
+    finally:
+        lm.plan = whole
+    assert lm.report.num_passages - before == lm.num_stops
