@@ -142,7 +142,7 @@ def forward(
 def plan(
     model: Annotated[str, typer.Argument(help="Folder or cached hub id of a checkpoint.")],
     ram: Annotated[str, typer.Option(help="Memory budget of the whole process.")] = "16GiB",
-    tokens: Annotated[int, typer.Option(help="Tokens of the whole job.", min=1)] = 1024,
+    tokens: Annotated[int, typer.Option(help="Tokens of the whole job.", min=1, max=10**12)] = 1024,
     longest: Annotated[
         int | None,
         typer.Option(
@@ -172,12 +172,17 @@ def plan(
     import transformers
 
     transformers.logging.set_verbosity_error()
-    from slowllm import console, measure
+    from slowllm import console, measure, scoring
     from slowllm.model import Description
     from slowllm.plan import Job
 
     job = Job(num_tokens=tokens, longest=longest, forward_only=not gradients, keeps_results=False)
-    found = measure.survey(Description(model), ram=ram, dtype=dtype, job=job)
+    known = Description(model)
+    if longest > scoring.max_line_tokens(known):
+        raise InputError(
+            f"--longest {longest} is more than the {scoring.max_line_tokens(known)} that this model takes"
+        )
+    found = measure.survey(known, ram=ram, dtype=dtype, job=job)
     console.print_survey(found, as_json=as_json)
 
 

@@ -174,7 +174,8 @@ def progress(lm: StreamedLM, job: Job, state: State | None = None) -> Iterator[N
     held = "all of it fits in memory"
     if plan.ring_bytes:
         held = f"{len(plan.resident)} of {lm.num_stops} stops stay in memory"
-    about = f", about {duration(forecast.seconds)}" if plan.ring_bytes else ""
+    is_new = state is None or not state.num_resumed
+    about = f", about {duration(forecast.seconds)}" if plan.ring_bytes and is_new else ""
     resumed = f"; {state.num_resumed} micro-batches were done before" if state and state.num_resumed else ""
     console.print(
         f"{lm.name}: {format_bytes(lm.weight_bytes)} a sweep, {held}; {job.num_tokens:,} tokens in "
@@ -237,7 +238,7 @@ def summarise(lm: StreamedLM, totals: Totals, seconds: float, num_truncated: int
     perplexity = safe_exp(-totals.log_likelihood / totals.num_scored) if totals.num_scored else math.nan
     report = lm.report
     disk = f"{format_bytes(lm.weight_bytes)} of weights mapped, nothing streamed"
-    if report.read_bytes:
+    if lm.plan.ring_bytes:
         disk = f"read {format_bytes(report.read_bytes)} at {format_bytes(report.read_bytes / seconds)}/s"
     cut = f", {num_truncated} of them cut" if num_truncated else ""
     num_sweeps = report.num_passages / lm.num_stops

@@ -25,3 +25,11 @@ def keep_together() -> None:
         return
     for option, value in ((-8, 1), (-4, 0), (-1, (1 << 31) - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
         mallopt(option, value)
+
+
+def give_back() -> None:
+    """Return what is free in the heap to the system."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        log.info("this C library has no malloc_trim")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from slowllm.checkpoint import Checkpoint, Placement, Run
+from slowllm.heap import give_back
 from slowllm.model import Description, StreamedLM, load
 from slowllm.options import DTypeName, parse_bytes, parse_dtype
 from slowllm.plan import Granularity, Job, Plan, Rates, advise, least_bytes, make_plan, with_smaller_weights
@@ -73,6 +74,7 @@ def quick_rates(folder: Path, dtype: DTypeName) -> Rates:
         disk = disk_rate(checkpoint, 8 * PIECE_BYTES)
         computed = choose_dtype(dtype, checkpoint)
     few, many = _product_seconds(1, computed), _product_seconds(512, computed)
+    give_back()  # or the plan would count these matrices as the process's own
     weights = WIDTH * WIDTH
     return Rates(
         disk=disk,
@@ -181,8 +183,8 @@ def survey(known: Description, *, ram: str | int, dtype: str, job: Job, keep_res
     Raises:
         PlanError: the job cannot run in the budget; the message names the smallest that would do.
     """
-    ram_bytes, process_bytes = parse_bytes(ram), psutil.Process().memory_info().rss
     rates = quick_rates(known.folder, parse_dtype(dtype))
+    ram_bytes, process_bytes = parse_bytes(ram), psutil.Process().memory_info().rss
     granularity: Granularity | None = None if job.forward_only else "blocks"
     with load(
         known,

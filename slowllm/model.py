@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from slowllm.blocks import stream_block, stream_leaves
 from slowllm.carousel import Carousel
 from slowllm.checkpoint import Checkpoint
-from slowllm.errors import ArchitectureError, CheckpointError
+from slowllm.errors import ArchitectureError, CheckpointError, InputError
 from slowllm.head import find_finish, stream_embedding, stream_head
 from slowllm.heap import keep_together
 from slowllm.layout import Layout, granularities, lay_out, sizes_of
@@ -168,7 +168,11 @@ class StreamedLM:
 
     def fingerprint(self) -> str:
         """Return a hash of the checkpoint: its config, every span, and samples of every shard."""
-        return self._checkpoint.fingerprint(json.dumps(self.config.to_dict(), sort_keys=True, default=str))
+        config = {
+            **self.config.to_dict(),
+            "dtype": None,
+        }  # the compute dtype, which is no part of the checkpoint
+        return self._checkpoint.fingerprint(json.dumps(config, sort_keys=True, default=str))
 
     def ride(self, jobs: Iterable[Callable[[], T]], max_riders: int | None = None) -> list[T]:
         """Run each job as a rider of shared sweeps and return the results in order.
@@ -251,6 +255,10 @@ def load(
         log.warning(
             "the budget is %s, but this machine has %s", format_bytes(ram_bytes), format_bytes(memory)
         )
+    if granularity not in (None, "blocks", "leaves"):
+        raise InputError(f"granularity {granularity!r} is unknown; use 'blocks' or 'leaves'")
+    if not isinstance(job, Job | None):
+        raise InputError(f"job must be a slowllm.Job, not {type(job).__name__}")
     known = path_or_hub_id if isinstance(path_or_hub_id, Description) else Description(path_or_hub_id)
     checkpoint = Checkpoint.open(known.folder)
     budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)

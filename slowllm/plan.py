@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from slowllm.errors import PlanError
+from slowllm.errors import InputError, PlanError
 from slowllm.options import MIB, format_binary
 
 Granularity = Literal["blocks", "leaves"]
@@ -95,6 +95,8 @@ class Job:
         keeps_results: whether calls of the model return logits and caches, as they do by default.
         packing: tokens of a micro-batch, of a sweep and of padding that are given, because the job was begun with
             them.
+    Raises:
+        InputError: these are no numbers of tokens.
     """
 
     num_tokens: int | None = None
@@ -105,8 +107,12 @@ class Job:
     packing: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        assert self.longest > 0, "a sequence has tokens"
-        assert self.num_tokens is None or self.num_tokens >= self.longest, "the longest is a part of all"
+        if not isinstance(self.longest, int) or self.longest < 1:
+            raise InputError(f"the longest sequence cannot have {self.longest!r} tokens")
+        if self.num_tokens is not None and not (
+            isinstance(self.num_tokens, int) and self.num_tokens >= self.longest
+        ):
+            raise InputError(f"a job cannot have {self.num_tokens!r} tokens and a sequence of {self.longest}")
 
 
 @dataclass(frozen=True)
@@ -499,7 +505,7 @@ def advise(
         held = make_plan(
             choices, free_bytes=free_bytes + more, total_bytes=everything, job=job, rates=rates
         ).forecast.seconds
-        if held < seconds:
+        if held <= 0.95 * seconds:
             found.append((everything, held))
     return found
 

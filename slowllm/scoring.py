@@ -265,7 +265,10 @@ def job_of(lines: Lines, prefix: int | None, rates: Rates, begun: Mapping[str, A
     if begun is not None:
         found = begun.get("packing")
         if not (
-            isinstance(found, list) and len(found) == 3 and all(isinstance(n, int) and n > 0 for n in found)
+            isinstance(found, list)
+            and len(found) == 3
+            and all(type(n) is int and 0 < n < 1 << 24 for n in found)
+            and begun.get("dtype") in ("float32", "bfloat16", "float16")
         ):
             raise StateError("the state is another version's, or damaged; delete its folder")
         packing = (found[0], found[1], found[2])

@@ -57,9 +57,15 @@ class State:
         except OSError as error:
             raise StateError(f"{folder}: {error.strerror or error}") from error
         try:
-            self._own(json.loads(json.dumps(job)))
+            found = json.loads(json.dumps(job))
+            # In every checksum: what belongs to another job is never taken for this one's, whatever was copied.
+            self._seed = zlib.crc32(json.dumps(found, sort_keys=True).encode())
+            self._own(found)
             self._results = open(folder / "results.jsonl", "ab+")  # noqa: SIM115 (closed with the state)
             self._places = self._read_results()
+        except OSError as error:
+            self._lock.close()
+            raise StateError(f"{folder}: {error.strerror or error}") from error
         except BaseException:
             self._lock.close()
             raise
@@ -68,6 +74,10 @@ class State:
         """Write `job.json`, or compare it."""
         saved = read_job(self.folder)
         if saved is None:
+            # Without a job.json nobody knows whose these are.
+            (self.folder / "results.jsonl").unlink(missing_ok=True)
+            for rider in (self.folder / "riders").iterdir():
+                rider.unlink()
             self._write(self.folder / "job.json", json.dumps(job, indent=1).encode())
             return
         other = [key for key in {**saved, **job} if saved.get(key) != job.get(key)]
@@ -86,11 +96,13 @@ class State:
         for line in self._results:
             try:
                 checksum, number = line[:8], json.loads(line[9:])["number"]
-                good = line.endswith(b"\n") and int(checksum, 16) == zlib.crc32(line[9:])
+                good = line.endswith(b"\n") and int(checksum, 16) == zlib.crc32(line[9:], self._seed)
             except (ValueError, KeyError, TypeError):
                 good = False
             if not good:
-                log.warning("%s: its last result was cut short and is done again", self.folder)
+                log.warning(
+                    "%s: a result is damaged or cut short; it and those after it are done again", self.folder
+                )
                 break
             places[number] = (position, len(line))
             position += len(line)
@@ -114,7 +126,7 @@ class State:
         if number in self._places:
             return
         line = json.dumps({"number": number, "result": result}).encode() + b"\n"
-        line = b"%08x " % zlib.crc32(line) + line
+        line = b"%08x " % zlib.crc32(line, self._seed) + line
         try:
             position = os.fstat(self._results.fileno()).st_size
             os.write(self._results.fileno(), line)
@@ -138,7 +150,10 @@ class State:
     def _write(self, path: Path, data: bytes) -> None:
         partial = path.with_name(path.name + ".part")
         try:
-            partial.write_bytes(data)
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, path)
         except OSError as error:
             raise StateError(
@@ -208,8 +223,9 @@ class Journal:
         )
         metadata = {
             "block": str(self._block), "chunk": str(self._chunk), "spec": treespec_dumps(spec),
-            "num_leaves": str(len(leaves)), "num_sums": str(len(self._sums)), "checksum": _checksum(tensors),
+            "num_leaves": str(len(leaves)), "num_sums": str(len(self._sums)),
         }  # fmt: skip
+        metadata["checksum"] = self._checksum(metadata, tensors)
         partial = self._path.with_suffix(".part")
         try:
             save_file(tensors, partial, metadata)
@@ -223,14 +239,22 @@ class Journal:
                 "free some space and run it again"
             ) from error
 
+    def _checksum(self, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+        text = json.dumps([self._path.name, sorted(metadata.items())])
+        found = zlib.crc32(text.encode(), self._state._seed)
+        for name in sorted(tensors):
+            if tensors[name].numel():
+                found = zlib.crc32(tensors[name].view(torch.uint8).numpy().data, found)
+        return f"{found:08x}"
+
     def _load(self) -> None:
         if not self._path.exists():
             return
         try:
             with safetensors.safe_open(self._path, framework="pt") as file:
-                metadata = file.metadata()
+                metadata = dict(file.metadata())
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            if _checksum(tensors) != metadata["checksum"]:
+            if metadata.pop("checksum") != self._checksum(metadata, tensors):
                 raise ValueError("its checksum is another")
             leaves = [tensors.get(f"output.{i}") for i in range(int(metadata["num_leaves"]))]
             self._output = tree_unflatten(leaves, treespec_loads(metadata["spec"]))
@@ -264,7 +288,7 @@ def read_job(folder: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise StateError(f"{folder}: its job.json cannot be read ({error}); delete the folder") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not found:
         raise StateError(f"{folder}: its job.json is damaged; delete the folder")
     return found
 
@@ -277,17 +301,6 @@ def _lock(folder: Path) -> IO[bytes]:
         file.close()
         raise StateError(f"{folder}: another run is using this state") from error
     return file
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    found = 0
-    for name in sorted(tensors):
-        found = (
-            zlib.crc32(tensors[name].view(torch.uint8).numpy().data, found)
-            if tensors[name].numel()
-            else found
-        )
-    return f"{found:08x}"
 
 
 def _short(value: Any) -> str:

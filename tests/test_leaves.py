@@ -10,7 +10,7 @@ import torch
 
 import slowllm
 from slowllm import layout
-from slowllm.errors import ArchitectureError, PlanError, UnsupportedError
+from slowllm.errors import ArchitectureError, InputError, PlanError, UnsupportedError
 from slowllm.plan import Job, least_bytes
 from tests.families import FAMILIES, VOCAB, resident
 
@@ -97,3 +97,10 @@ def test_blocks_without_a_part_worth_a_stop_are_not_cut(
         assert [sizes.granularity for sizes in lm.choices] == ["blocks"]
     with pytest.raises(ArchitectureError, match="its blocks have no part that is worth a stop"):
         slowllm.load(tiny("llama-2"), granularity="leaves")
+
+
+def test_what_is_no_granularity_or_job_is_refused(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="granularity 'halves' is unknown"):
+        slowllm.load(tiny("llama-2"), granularity="halves")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"job must be a slowllm\.Job, not str"):
+        slowllm.load(tiny("llama-2"), job="scoring")  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -195,6 +196,12 @@ def test_many_tokens_get_a_ring_through_which_the_disk_works_all_the_time() -> N
     # One block, twice what is read while it computes, and the gap at the ring's end.
     assert 7.8 * GIB < plan_of(BLOCKS, 20 * GIB, few).ring_bytes < 9 * GIB
     assert plan_of(BLOCKS, 20 * GIB, many).ring_bytes == 2 * BLOCK.num_bytes + BLOCK.largest_bytes
+
+
+@pytest.mark.parametrize("tokens", [(None, 0), (None, 2.5), (3, 4), (-1, 1), ("x", 1)])
+def test_a_job_of_no_tokens_is_refused(tokens: tuple[Any, Any]) -> None:
+    with pytest.raises(InputError, match=r"cannot have"):
+        Job(*tokens)
 
 
 def test_a_small_job_rides_one_sweep_with_a_seat_to_spare() -> None:

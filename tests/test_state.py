@@ -151,7 +151,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         read_job(tmp_path / "thesis.tex")
     with pytest.raises(StateError, match=r"is no state of slowllm"):
         State(tmp_path, JOB)
-    for text in ("[]", "{", "\xff"):
+    for text in ("[]", "{}", "{", "\xff"):
         (tmp_path / "job.json").write_text(text, encoding="latin-1")
         with pytest.raises(StateError, match=r"job\.json (is damaged|cannot be read)"):
             read_job(tmp_path)
@@ -200,6 +200,47 @@ def test_a_damaged_rider_starts_over(state: State) -> None:
     for damaged in (bytes(data), bytes(data[:40]), b""):
         path.write_bytes(damaged)
         assert state.journal(0).output_of(0) is None
+
+
+def test_a_rider_of_another_number_place_or_job_is_not_taken(state: State, tmp_path: Path) -> None:
+    state.journal(0).pass_block(2, torch.arange(6.0))
+    path = state.folder / "riders" / "00000000.safetensors"
+    data = path.read_bytes()
+    (state.folder / "riders" / "00000001.safetensors").write_bytes(data)
+    assert state.journal(1).output_of(0) is None
+    path.write_bytes(data.replace(b'"block":"2"', b'"block":"3"'))
+    assert path.read_bytes() != data
+    assert state.journal(0).output_of(0) is None
+    with State(tmp_path / "other", {**JOB, "model": "b"}) as other:
+        (other.folder / "riders" / "00000000.safetensors").write_bytes(data)
+        assert other.journal(0).output_of(0) is None
+
+
+def test_results_without_their_job_are_not_taken_for_anothers(tmp_path: Path) -> None:
+    with State(tmp_path, JOB, 0.0) as state:
+        state.finish(0, "of the first job")
+        state.journal(1).pass_block(0, torch.zeros(1))
+    results = (tmp_path / "results.jsonl").read_bytes()
+    (tmp_path / "job.json").unlink()
+    with State(tmp_path, {**JOB, "model": "b"}) as state:
+        assert state.result(0) is None
+        assert state.journal(1).output_of(0) is None
+    (tmp_path / "results.jsonl").write_bytes(results)
+    with State(tmp_path, {**JOB, "model": "b"}) as state:
+        assert state.result(0) is None
+
+
+def test_results_that_are_a_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").mkdir()
+    with pytest.raises(StateError, match=r"[Dd]irectory"):
+        State(tmp_path, JOB)
+
+
+@pytest.mark.parametrize("begun", [{}, {"packing": [True, True, 1]}, {"packing": [1, 1, 1], "dtype": None}])
+def test_a_packing_that_is_damaged_is_refused(begun: dict[str, Any]) -> None:
+    lines = scoring.Lines([scoring.Line(1, "", (5, 6))])
+    with pytest.raises(StateError, match="another version's, or damaged"):
+        scoring.job_of(lines, None, slowllm.Rates(), begun)
 
 
 def test_a_rider_is_saved_no_more_often_than_asked(tmp_path: Path) -> None:
