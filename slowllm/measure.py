@@ -51,12 +51,15 @@ def disk_rate(checkpoint: Checkpoint, num_bytes: int) -> float:
     ring = 4 * max(ring_bytes_of(stop[0]) for stop in stops)
     with contextlib.closing(Reader(stops, ring_bytes=ring)) as reader:
         warm = min(4, len(stops) - 1)
-        started, skipped = time.perf_counter(), 0
+        began = started = time.perf_counter()
+        skipped = 0
         for number in range(len(stops)):
             if number == warm:
                 started, skipped = time.perf_counter(), reader.stats.read_bytes
             with reader.visit(number, range(number + 1, len(stops))):
                 pass
+        if reader.stats.read_bytes == skipped:  # so little that it was all read ahead
+            started, skipped = began, 0
         seconds = time.perf_counter() - started
         return (reader.stats.read_bytes - skipped) / max(seconds, 1e-6)
 
