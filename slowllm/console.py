@@ -178,7 +178,7 @@ def progress(lm: StreamedLM, job: Job, state: State | None = None) -> Iterator[N
     about = f", about {duration(forecast.seconds)}" if plan.ring_bytes and is_new else ""
     resumed = f"; {state.num_resumed} micro-batches were done before" if state and state.num_resumed else ""
     console.print(
-        f"{lm.name}: {format_bytes(lm.weight_bytes)} a sweep, {held}; {job.num_tokens:,} tokens in "
+        f"{lm.name}: {format_bytes(lm.weight_bytes)} a sweep, {held}; {job.num_tokens:,} tokens with padding in "
         f"{'one sweep' if num_sweeps == 1 else f'about {num_sweeps} sweeps'}{about}{resumed}",
         style="dim",
         highlight=False,

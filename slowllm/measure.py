@@ -7,7 +7,9 @@ here is for plans and forecasts, never for results.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,14 +42,9 @@ def disk_rate(checkpoint: Checkpoint, num_bytes: int) -> float:
     The buffer's first touch is not counted, because the engine touches its buffers once. What the page cache
     holds of the files makes the rate too high.
     """
-    stops: list[list[Placement]] = []
-    for span in sorted(checkpoint.spans.values(), key=lambda span: -span.num_bytes):
-        piece = min(PIECE_BYTES, span.num_bytes)
-        for start in range(0, span.num_bytes - piece + 1, max(piece, 1)):
-            run = Run(span, start, 0, piece)
-            stops.append([Placement("probe", (piece,), torch.uint8, (run,))])
-        if len(stops) * PIECE_BYTES >= num_bytes + 4 * PIECE_BYTES:
-            break
+    # Four more than are measured: those that are read before the clock starts.
+    pieces = itertools.islice(_pieces(checkpoint), num_bytes // PIECE_BYTES + 4)
+    stops = [[Placement("probe", (run.num_bytes,), torch.uint8, (run,))] for run in pieces]
     ring = 4 * max(ring_bytes_of(stop[0]) for stop in stops)
     with contextlib.closing(Reader(stops, ring_bytes=ring)) as reader:
         warm = min(4, len(stops) - 1)
@@ -62,6 +59,14 @@ def disk_rate(checkpoint: Checkpoint, num_bytes: int) -> float:
             started, skipped = began, 0
         seconds = time.perf_counter() - started
         return (reader.stats.read_bytes - skipped) / max(seconds, 1e-6)
+
+
+def _pieces(checkpoint: Checkpoint) -> Iterator[Run]:
+    """Cut the tensors of a checkpoint into pieces, the largest tensor first."""
+    for span in sorted(checkpoint.spans.values(), key=lambda span: -span.num_bytes):
+        piece = min(PIECE_BYTES, span.num_bytes)
+        for start in range(0, span.num_bytes - piece + 1, max(piece, 1)):
+            yield Run(span, start, 0, piece)
 
 
 def quick_rates(folder: Path, dtype: DTypeName) -> Rates:

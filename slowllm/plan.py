@@ -281,9 +281,10 @@ def least_rider_tokens(job: Job) -> int:
 def padding_worth(rates: Rates) -> int:
     """Return how many tokens of padding take as long as the weights' way through the processor for one micro-batch.
 
-    A token takes about as many floating-point operations as the weights have bytes.
+    A token takes about as many floating-point operations as the weights have bytes. A power of two, so that lines
+    are seldom packed otherwise, and rounded otherwise, when the machine is measured again.
     """
-    return max(1, int(rates.compute / rates.memory))
+    return 1 << max(0, round(math.log2(rates.compute / rates.memory)))
 
 
 def working_bytes(sizes: Sizes, job: Job, rider_tokens: int, sweep_tokens: int) -> int:
@@ -299,8 +300,12 @@ def least_bytes(sizes: Sizes, job: Job, keep_resident: bool = True) -> int:
     through = sizes.smallest_ring_bytes
     if keep_resident:
         through = min(through, sizes.all_bytes)
+    return sizes.kept_bytes + SLACK_BYTES + through + _least_working(sizes, job)
+
+
+def _least_working(sizes: Sizes, job: Job) -> int:
     tokens = least_rider_tokens(job)
-    return sizes.kept_bytes + SLACK_BYTES + through + working_bytes(sizes, job, tokens, tokens)
+    return working_bytes(sizes, job, tokens, tokens if job.packing is None else job.packing[1])
 
 
 def _refusal(
@@ -308,7 +313,7 @@ def _refusal(
 ) -> str:
     sizes = min(choices, key=lambda s: least_bytes(s, job, keep_resident))
     tokens, outside = least_rider_tokens(job), total_bytes - free_bytes
-    working, fixed = working_bytes(sizes, job, tokens, tokens), sizes.kept_bytes + SLACK_BYTES
+    working, fixed = _least_working(sizes, job), sizes.kept_bytes + SLACK_BYTES
     least = least_bytes(sizes, job, keep_resident)
     smallest = -(-(outside + least) // MIB) * MIB
     length = ", as many as the longest sequence has" if tokens == job.longest > MIN_RIDER_TOKENS else ""
@@ -412,7 +417,7 @@ def forecast_of(
 ) -> Forecast:
     """Foretell a job's time: while a stop computes, the disk fills what is free in the ring, and no more."""
     total = _tokens_of(job)
-    sweep = min(sweep_tokens, max(total, rider_tokens) if job.num_tokens is None else total)
+    sweep = min(sweep_tokens, total)
     num_sweeps = -(-total // sweep)
     computing = [_compute_seconds(stop, rates, min(rider_tokens, sweep), sweep) for stop in sizes.stops]
     ahead, seconds = 0.0, [0.0, 0.0]
@@ -480,7 +485,7 @@ def advise(
 ) -> list[tuple[int, float]]:
     """Return larger budgets that would make the job faster, each with the seconds that it would then take.
 
-    The first saves a tenth at least; the last is the smallest that holds every weight.
+    Each saves a tenth at least; one that holds every weight, half of that.
     """
     found: list[tuple[int, float]] = []
     seconds = plan.forecast.seconds
@@ -489,24 +494,17 @@ def advise(
         + working_bytes(s, job, plan.rider_tokens, plan.sweep_tokens)
         for s in choices
     )  # fmt: skip
-    for factor in (1.25, 1.5, 2, 3, 4, 6, 8):
-        larger = int(total_bytes * factor)
-        if larger >= everything:
-            break
-        more = larger - total_bytes
-        better = make_plan(
-            choices, free_bytes=free_bytes + more, total_bytes=larger, job=job, rates=rates
-        ).forecast.seconds
-        if better <= 0.9 * seconds:
+
+    def seconds_in(ram: int) -> float:
+        free = free_bytes + ram - total_bytes
+        plan = make_plan(choices, free_bytes=free, total_bytes=ram, job=job, rates=rates)
+        return plan.forecast.seconds
+
+    steps = [int(total_bytes * factor) for factor in (1.25, 1.5, 2, 3, 4, 6, 8)]
+    for larger, worth in [*((step, 0.9) for step in steps if step < everything), (everything, 0.95)]:
+        if larger > total_bytes and (better := seconds_in(larger)) <= worth * seconds:
             found.append((larger, better))
             seconds = better
-    if everything > total_bytes:
-        more = everything - total_bytes
-        held = make_plan(
-            choices, free_bytes=free_bytes + more, total_bytes=everything, job=job, rates=rates
-        ).forecast.seconds
-        if held <= 0.95 * seconds:
-            found.append((everything, held))
     return found
 
 

@@ -32,7 +32,6 @@ from slowllm.plan import (
     make_plan,
     spread,
     with_smaller_weights,
-    working_bytes,
 )
 
 fuzz = settings(deadline=None, derandomize=True, max_examples=200)
@@ -83,8 +82,6 @@ def test_a_plan_keeps_the_budget_and_counts_everything(
     sizes: Sizes, more: int, job: Job, keep_resident: bool
 ) -> None:
     free = least_bytes(sizes, job, keep_resident) + more
-    if job.packing is not None:  # its sweep is given, and may need more than the least
-        free += working_bytes(sizes, job, *job.packing[:2])
     plan = plan_of(sizes, free, job, keep_resident)
     assert plan.peak_bytes <= free
     assert plan.resident_bytes == sum(sizes.stops[stop].num_bytes for stop in plan.resident)
