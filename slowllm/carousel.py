@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 
 from slowllm.errors import RideError
-from slowllm.riders import Course, Job, Party, Rider, Visit
+from slowllm.riders import Course, Job, Party, Reach, Rider, Visit
 from slowllm.stops import Direction, Passage, Stops, Totals, Weights
 
 T = TypeVar("T")
@@ -450,17 +450,25 @@ class Carousel:
     def _expected(self, course: Course) -> list[int]:
         """Guess the stops after this one; the reader goes by it, and a wrong guess costs one read."""
         stop, num_stops = course.stop, self._stops.num_stops
-        if self._waiting and all(visit.horizon is not None for visit in self._waiting):
-            num_stops = max(visit.horizon or 0 for visit in self._waiting)
+        reaches = [visit.reach for visit in self._waiting] or [Reach()]
+        first = min(reach.first for reach in reaches)
+        end = max(num_stops if reach.end is None else reach.end for reach in reaches)
         if course.direction == "down":
-            return [*range(stop - 1, -1, -1), *range(1, num_stops)]
-        onward = list(range(stop + 1, num_stops))
+            # Where it goes up again, it begins with the stop at which it came down, which need not be read twice.
+            again = range(first, end) if any(reach.again for reach in reaches) else ()
+            return _once([*range(stop - 1, first - 1, -1), *again])
+        onward = list(range(stop + 1, end))
         if any(visit.comes_back or visit.direction == "down" for visit in self._waiting):
-            return onward + list(range(num_stops - 2, -1, -1))
+            turn = max(end if reach.turn is None else reach.turn for reach in reaches)
+            return _once([*onward, *range(turn - 1, first - 1, -1)])
         # Past the last stop only where somebody waits at an earlier one, or is likely to come there.
-        again = any(visit.stop < stop or visit.comes_round for visit in self._waiting)
-        again |= any(party.drawn for party in self._parties)
-        return onward + list(range(stop)) if again else onward
+        again_up = any(visit.stop < stop or visit.comes_round for visit in self._waiting)
+        again_up |= any(party.drawn for party in self._parties)
+        return onward + list(range(first, stop)) if again_up else onward
+
+
+def _once(stops: Sequence[int]) -> list[int]:
+    return list(dict.fromkeys(stops))
 
 
 def _fork(generator: torch.Generator) -> torch.Generator:

@@ -12,9 +12,9 @@ import copy
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -28,7 +28,7 @@ from slowllm.blocks import check_finite
 from slowllm.carousel import Carousel
 from slowllm.checkpoint import Placement, take_rows
 from slowllm.errors import ArchitectureError, InputError
-from slowllm.riders import horizon
+from slowllm.riders import reach
 from slowllm.state import journal
 from slowllm.stops import Weights
 from slowllm.swap import SwappedWeight
@@ -304,16 +304,16 @@ def find_finish(model: PreTrainedModel) -> Finish | None:
 
     def finish(logits: Tensor) -> Tensor:
         hidden = logits.new_zeros(*logits.shape[:-1], 1)
-        with torch.no_grad():
-            shim._modules[base] = _Returns(_Output(last_hidden_state=cast(Any, hidden)))
-            shim._modules[names[0]] = _Returns(logits, head)
-            return cast(Tensor, kind.forward(shim, input_ids=ids, use_cache=False, return_dict=True).logits)
+        shim._modules[base] = _Returns(_Output(last_hidden_state=cast(Any, hidden)))
+        shim._modules[names[0]] = _Returns(logits, head)
+        return cast(Tensor, kind.forward(shim, input_ids=ids, use_cache=False, return_dict=True).logits)
 
     probe = torch.linspace(-40.0, 40.0, 24).view(1, 3, 8)
     try:
-        whole = finish(probe)
-        parts = torch.cat([finish(probe[..., :5]), finish(probe[..., 5:])], -1)
-        separable = torch.equal(whole, parts) and finish(probe[..., :0]).shape[-1] == 0
+        with torch.no_grad():
+            whole = finish(probe)
+            parts = torch.cat([finish(probe[..., :5]), finish(probe[..., 5:])], -1)
+            separable = torch.equal(whole, parts) and finish(probe[..., :0]).shape[-1] == 0
     except Exception as error:  # whatever a model's forward may trip over on such stubs
         log.info("%s: %r; log-probabilities take whole logits", kind.__name__, error)
         return None
@@ -321,6 +321,17 @@ def find_finish(model: PreTrainedModel) -> Finish | None:
         log.info("%s: finishes its logits together; log-probabilities take whole logits", kind.__name__)
         return None
     return finish
+
+
+def last_hidden(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Return what a call of a streamed model hands to its head, (B, T, H), without a visit to the head."""
+    taken: list[Tensor] = []
+    token = _taken.set(taken)
+    try:
+        model(**inputs)
+    finally:
+        _taken.reset(token)
+    return taken[0]
 
 
 def log_probs(model: PreTrainedModel, targets: Tensor, **inputs: Any) -> Tensor:
@@ -380,18 +391,14 @@ def log_probs_at(
             scores = model(**inputs).logits[rows, positions].float().log_softmax(-1)
             return Found(scores.gather(-1, tokens[:, None])[:, 0], scores.argmax(-1) == tokens)
         wanted, which = torch.stack([rows, positions], -1).unique(dim=0, return_inverse=True)
-        taken: list[Tensor] = []
-        token = _taken.set(taken)
         few = (relative and head._lookup is not None) or not len(tokens)
         # Nobody comes to the head's stops, so they need not be read ahead.
-        reach = horizon.set(head._stops[0]) if few else None
+        hint = reach.set(replace(reach.get(), end=head._stops[0])) if few else None
         try:
-            model(**inputs)
+            hidden = last_hidden(model, inputs)[wanted[:, 0], wanted[:, 1]]
         finally:
-            _taken.reset(token)
-            if reach is not None:
-                horizon.reset(reach)
-        hidden = taken[0][wanted[:, 0], wanted[:, 1]]
+            if hint is not None:
+                reach.reset(hint)
         if not len(tokens):
             return Found(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
         if few:

@@ -25,9 +25,25 @@ Job = Callable[[], Any]
 # rider that takes long; without a limit, results would pile up behind it, or behind a consumer that pauses.
 MAX_AHEAD = 4
 
-# The number of stops from the first that this thread will come to in a sweep, None for all: a hint for the reader,
-# which would else read what nobody waits for.
-horizon: ContextVar[int | None] = ContextVar("horizon", default=None)
+
+@dataclass(frozen=True)
+class Reach:
+    """Where a thread will go: a hint for the reader, which would else read what nobody waits for.
+
+    Attributes:
+        first: the lowest stop that it comes to, but for a first visit to those below.
+        end: the number of stops from 0 that it comes to on the way up; None for all.
+        turn: the number of stops from 0 that it comes to again on the way down, where it comes down; None for all.
+        again: whether it, or another after it, goes up again when it has come down.
+    """
+
+    first: int = 0
+    end: int | None = None
+    turn: int | None = None
+    again: bool = True
+
+
+reach: ContextVar[Reach] = ContextVar("reach", default=Reach())  # noqa: B039 (frozen)
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ class Visit:
         self.order = math.inf if rider is None else rider.order
         self.key = (stop, direction, -threading.get_ident() if rider is None else rider.order)
         self.run = as_here()
-        self.horizon = horizon.get()
+        self.reach = reach.get()
         self.done = threading.Event()
         self.value: Any = None
         self.error: BaseException | None = None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from slowllm.carousel import Carousel
 from slowllm.plan import MAX_SWEEP_TOKENS, Plan, Sizes, StopSize, make_plan, widen
-from slowllm.riders import Sized, horizon
+from slowllm.riders import Reach, Sized, reach
 from tests.test_carousel import MemoryStops, sweep
 
 NUM_STOPS = 4
@@ -83,7 +83,7 @@ def test_the_reader_is_not_told_of_stops_that_nobody_comes_to() -> None:
     try:
 
         def short() -> None:
-            horizon.set(2)
+            reach.set(Reach(end=2))
             for stop in range(2):
                 carousel.visit(stop, "up", lambda weights: None)
 

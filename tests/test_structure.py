@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "slowllm"
 # From the ground up: a room may import from those before it, never from those after it.
 ROOMS = [
-    "errors", "options", "heap", "stops", "checkpoint", "naming", "state", "reader", "plan", "swap", "riders", "carousel", "blocks", "head",
+    "errors", "options", "heap", "stops", "checkpoint", "naming", "state", "reader", "plan", "swap", "riders", "carousel", "blocks", "head", "losses",
     "layout", "skeleton", "model", "measure", "packing", "sharing", "scoring", "corpus",
     "choices", "prompts", "generation", "trees", "drafts", "api", "batch_requests", "batch", "tasks", "console", "harness", "chat", "hub", "download", "verbs", "score_verbs", "eval_verbs",
     "generate_verbs", "batch_verbs", "cli", "__main__",
@@ -23,6 +23,7 @@ ONLY_IN = {
         "naming",
         "blocks",
         "head",
+        "losses",
         "layout",
         "skeleton",
         "model",
