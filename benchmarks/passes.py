@@ -36,9 +36,9 @@ NUM_RESIDENT_ROUNDS = 3
 
 def load_ours(task: Task, *, keep_resident: bool | None = None) -> Any:
     """Open the checkpoint with slowllm. Everything that ours is told stands here."""
+    from slowllm.forecast import Job
     from slowllm.measure import quick_rates
     from slowllm.model import load
-    from slowllm.plan import Job
 
     keep = task.keep_resident if keep_resident is None else keep_resident
     lengths, rates = lengths_of(task), quick_rates(Path(task.checkpoint), "bfloat16")

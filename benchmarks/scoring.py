@@ -77,7 +77,7 @@ def run_ours(task: Task, *, share: bool = True) -> dict[str, Any]:
     known = Description(task.checkpoint)
     queries = queries_of(task, known.config.vocab_size)
     rates = measure.quick_rates(known.folder, "bfloat16")
-    job = job_of_queries(queries, known.config, rates, share=share)
+    job = job_of_queries(queries, known, rates, share=share)
     relative = task.choice_tokens == 1
     with load(known, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:
         started = time.perf_counter()

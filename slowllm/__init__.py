@@ -25,15 +25,16 @@ __all__ = [
 if TYPE_CHECKING:
     from slowllm.api import LM, Likelihood, load
     from slowllm.errors import SlowLLMError
+    from slowllm.forecast import Job, Rates
     from slowllm.generation import Continuation
     from slowllm.head import log_probs
     from slowllm.model import Report, StreamedLM
-    from slowllm.plan import Budget, Job, Rates
+    from slowllm.plan import Budget
 
 _HOMES = {
     "Budget": "plan",
-    "Job": "plan",
-    "Rates": "plan",
+    "Job": "forecast",
+    "Rates": "forecast",
     "Report": "model",
     "SlowLLMError": "errors",
     "LM": "api",

@@ -18,6 +18,7 @@ import torch
 from slowllm import __version__
 from slowllm.batch_requests import CHAT, Refusal, Request, digest_of
 from slowllm.errors import StateError
+from slowllm.forecast import Job, Rates
 from slowllm.generation import (
     Continuation,
     Prompt,
@@ -29,7 +30,6 @@ from slowllm.generation import (
     text_of,
 )
 from slowllm.model import StreamedLM
-from slowllm.plan import Job, Rates
 from slowllm.scoring import TextSide
 from slowllm.state import State
 

@@ -105,7 +105,7 @@ class _Streamed(nn.Module):
     those of transformers. Subclasses also derive from the module's own class.
     """
 
-    # Not the module's own __call__: transformers' gradient checkpointing would replay the forward twice.
+    # Not the module's own __call__, which in some releases of transformers checkpoints: blocks are replayed anyway.
     __call__ = nn.Module.__call__
 
     _plain: nn.Module

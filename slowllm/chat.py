@@ -22,10 +22,10 @@ from rich.cells import cell_len
 
 from slowllm.console import duration
 from slowllm.errors import InputError, NonFiniteError
+from slowllm.forecast import Forecast, Job, Rates, forecast_of
 from slowllm.generation import Prompt, Settings, generate, text_of
 from slowllm.model import StreamedLM
 from slowllm.options import format_bytes
-from slowllm.plan import Forecast, Job, Rates, forecast_of
 from slowllm.stops import Passage
 
 HELP = """\

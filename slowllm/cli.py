@@ -20,6 +20,7 @@ from slowllm.verbs import (
     DTypeOption,
     ModelOption,
     OutOption,
+    PromptOption,
     RamOption,
     ResidentOption,
     StateOption,
@@ -59,6 +60,7 @@ def forward(
     model: ModelOption = None,
     ram: RamOption = "16GiB",
     dtype: DTypeOption = "auto",
+    prompt: PromptOption = None,
     out: OutOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
     per_token: Annotated[
@@ -108,7 +110,7 @@ def forward(
     from slowllm import console, corpus, measure, scoring
     from slowllm.model import load
 
-    known = describe(model)
+    known = describe(model, prompt)
     limit = scoring.max_line_tokens(known) - prefix
     if max_tokens is not None and max_tokens > limit:
         raise InputError(f"--max-tokens {max_tokens} is more than the {limit} that this model takes")
@@ -118,7 +120,7 @@ def forward(
     if begun is not None and dtype == "auto":
         dtype = str(begun.get("dtype"))  # measured anew it might come out otherwise
     rates = measure.quick_rates(known.folder, parse_dtype(dtype))
-    job = corpus.job_of(lines, before, rates, begun)
+    job = corpus.job_of(lines, before, rates, begun, known.num_virtual_tokens)
     with (
         load(known, ram=ram, dtype=dtype, keep_resident=resident, job=job, rates=rates) as lm,
         corpus.opened_state(state, lm, lines, before, save_every) as kept,
@@ -167,7 +169,7 @@ def plan(
         raise InputError(f"--longest {longest} is more than all {tokens} tokens of the job")
 
     from slowllm import console, measure, scoring
-    from slowllm.plan import Job
+    from slowllm.forecast import Job
 
     job = Job(num_tokens=tokens, longest=longest, forward_only=not gradients, keeps_results=False)
     known = describe(model)

@@ -24,10 +24,10 @@ from rich.text import Text
 
 from slowllm.corpus import Score, Totals
 from slowllm.errors import InputError
+from slowllm.forecast import Forecast, Job
 from slowllm.measure import Survey
 from slowllm.model import StreamedLM
 from slowllm.options import format_binary, format_bytes
-from slowllm.plan import Forecast, Job
 from slowllm.scoring import safe_exp
 from slowllm.state import State
 from slowllm.stops import Passage

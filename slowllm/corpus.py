@@ -23,9 +23,10 @@ import transformers
 
 from slowllm import __version__
 from slowllm.errors import InputError, StateError
+from slowllm.forecast import Job, Rates
 from slowllm.model import StreamedLM
 from slowllm.packing import Query, pack
-from slowllm.plan import MAX_RIDER_TOKENS, Job, Rates, padding_worth
+from slowllm.plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.scoring import TextSide, answer, safe_exp
 from slowllm.state import State
 
@@ -169,20 +170,28 @@ class Lines(Iterable[Line]):
         return found.hexdigest()
 
 
-def job_of(lines: Lines, prefix: int | None, rates: Rates, begun: Mapping[str, Any] | None = None) -> Job:
+def job_of(
+    lines: Lines,
+    prefix: int | None,
+    rates: Rates,
+    begun: Mapping[str, Any] | None = None,
+    num_virtual_tokens: int = 0,
+) -> Job:
     """Return what the plan must know of a job.
 
     Args:
+        lines: all of them.
         prefix: token id before each line, if any.
         rates: of the machine, which say how much padding is worth a micro-batch.
         begun: from `state.read_job`: micro-batches are then packed as when the job was begun.
+        num_virtual_tokens: of a soft prompt before each line.
     Raises:
         StateError: the state is another version's.
         InputError: there are no lines.
     """
     if lines.longest is None:
         raise InputError("there are no lines to score")
-    extra = 0 if prefix is None else 1
+    extra = num_virtual_tokens + (0 if prefix is None else 1)
     packing = None
     if begun is not None:
         found = begun.get("packing")
@@ -223,6 +232,7 @@ def opened_state(
             "transformers": transformers.__version__,
         },
         "model": lm.fingerprint(),
+        "prompt": None if lm.soft_prompt is None else lm.soft_prompt.digest(),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "lines": lines.digest(),
         "prefix": prefix,

@@ -32,9 +32,10 @@ from transformers.generation.logits_process import (
 
 from slowllm import generation
 from slowllm.errors import InputError, PlanError
+from slowllm.forecast import Job, Rates
 from slowllm.generation import Continuation, Ends, OnTokens, Prompt, Settings, ride_prompts, special_tokens
 from slowllm.model import Description, StreamedLM, load
-from slowllm.plan import Budget, Job, Rates
+from slowllm.plan import Budget
 from slowllm.scoring import TextSide, max_line_tokens
 from slowllm.trees import (
     HEARD_SHARES,
@@ -177,6 +178,16 @@ def check_draft(lm: TextSide, draft: TextSide) -> None:
         )
     refuse_uncroppable(lm)
     refuse_uncroppable(draft)
+
+
+def refuse_soft_prompt(lm: TextSide) -> None:
+    """Refuse a model with a soft prompt, of which a draft knows nothing.
+
+    Raises:
+        InputError: it has one.
+    """
+    if lm.soft_prompt is not None:
+        raise InputError("a draft does not know the soft prompt; leave out --draft, or --prompt")
 
 
 def check_settings(settings: Settings) -> None:

@@ -15,7 +15,15 @@ import typer
 
 from slowllm.errors import InputError
 from slowllm.score_verbs import NormalizeOption, checked_model, opened, print_table
-from slowllm.verbs import DTypeOption, ModelOption, RamOption, Verbose, checked_output, log_to_stderr
+from slowllm.verbs import (
+    DTypeOption,
+    ModelOption,
+    PromptOption,
+    RamOption,
+    Verbose,
+    checked_output,
+    log_to_stderr,
+)
 
 if TYPE_CHECKING:
     from slowllm.choices import Encoded
@@ -73,6 +81,7 @@ def boolq(
     model: ModelOption = None,
     ram: RamOption = "16GiB",
     dtype: DTypeOption = "auto",
+    prompt: PromptOption = None,
     normalize: NormalizeOption = "none",
     truncate: TruncateOption = False,
     out: PredictionsOption = None,
@@ -86,7 +95,7 @@ def boolq(
     """
     log_to_stderr(verbose)
     out = _predictions_file(out, data)
-    known = checked_model(model, ram, dtype, normalize)
+    known = checked_model(model, ram, dtype, normalize, prompt=prompt)
     from slowllm import tasks
 
     if template_file is None:
@@ -111,6 +120,7 @@ def task(
     model: ModelOption = None,
     ram: RamOption = "16GiB",
     dtype: DTypeOption = "auto",
+    prompt: PromptOption = None,
     normalize: NormalizeOption = "none",
     truncate: TruncateOption = False,
     out: PredictionsOption = None,
@@ -120,7 +130,7 @@ def task(
     """Measure a model's accuracy on any dataset, by templates whose target is one of their answer choices."""
     log_to_stderr(verbose)
     out = _predictions_file(out, data)
-    known = checked_model(model, ram, dtype, normalize)
+    known = checked_model(model, ram, dtype, normalize, prompt=prompt)
     from slowllm import tasks
 
     chosen = tasks.select_templates(tasks.read_templates(template_file), templates)

@@ -17,6 +17,7 @@ from slowllm.verbs import (
     DTypeOption,
     ModelOption,
     OutOption,
+    PromptOption,
     RamOption,
     ResidentOption,
     Verbose,
@@ -28,9 +29,9 @@ from slowllm.verbs import (
 
 if TYPE_CHECKING:
     from slowllm.drafts import Acceptance
+    from slowllm.forecast import Job, Rates
     from slowllm.generation import Continuation, Prompt, Settings
     from slowllm.model import Description, StreamedLM
-    from slowllm.plan import Job, Rates
 
 LOOKUP = "lookup"
 
@@ -46,6 +47,7 @@ def generate(
     model: ModelOption = None,
     ram: RamOption = "16GiB",
     dtype: DTypeOption = "auto",
+    prompt: PromptOption = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="Most tokens of a continuation; each takes a sweep.", min=1)
     ] = 2,
@@ -119,7 +121,7 @@ def generate(
         seed=seed if sample else None, repetition_penalty=repetition_penalty, stop=tuple(stop or ()),
         top_log_probs=log_probs, **sampling,
     )  # fmt: skip
-    known = describe(model)
+    known = describe(model, prompt)
     # All prompts are looked at before the first byte of weights is read.
     encoded = []
     for number, text in texts:
@@ -173,6 +175,7 @@ class _Work:
         budget = Budget(parse_bytes(ram), psutil.Process().memory_info().rss)
         if draft is not None:
             drafts.check_settings(settings)
+            drafts.refuse_soft_prompt(known)
             drafts.refuse_uncroppable(known)
             self.counts = drafts.Acceptance()
             self._draft = LOOKUP

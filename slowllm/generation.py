@@ -7,6 +7,7 @@ prompt whose tokens are drawn rides alone, so that its tokens do not depend on i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -27,9 +28,10 @@ from transformers.generation.stopping_criteria import (
 )
 
 from slowllm.errors import InputError, NonFiniteError, SlowLLMError
+from slowllm.forecast import Job, Rates
 from slowllm.model import StreamedLM
 from slowllm.packing import pack
-from slowllm.plan import MAX_RIDER_TOKENS, Job, Rates, padding_worth
+from slowllm.plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.prompts import Continuation, OnTokens, Prompt, Settings, check, encode
 from slowllm.riders import Sized
 from slowllm.scoring import TextSide
@@ -54,13 +56,13 @@ def job_of(lm: TextSide, prompts: Iterable[Prompt], rates: Rates | None = None) 
     Raises:
         InputError: there are no prompts, or one cannot be continued.
     """
-    prompts = list(prompts)
+    prompts = [replace(prompt, num_virtual=lm.num_virtual_tokens) for prompt in prompts]
     if not prompts:
         raise InputError("there are no prompts to continue")
     for number, prompt in enumerate(prompts, 1):
         check(lm, prompt, f"prompt {number}")
     padding = padding_worth(rates or Rates())
-    groups = _grouped(prompts, MAX_RIDER_TOKENS, 1 << 62, padding, can_mask=True)
+    groups = _grouped(prompts, MAX_RIDER_TOKENS, 1 << 62, padding, can_mask=_can_pad(lm))
     return Job(
         num_tokens=sum(map(_held_tokens, ([prompts[n] for n in group] for group in groups))),
         # A rider takes a prompt with all its rows, or not at all.
@@ -73,8 +75,13 @@ def job_of(lm: TextSide, prompts: Iterable[Prompt], rates: Rates | None = None) 
 
 def _held_tokens(prompts: Sequence[Prompt]) -> int:
     settings = prompts[0].settings
-    width = max(len(prompt.ids) for prompt in prompts)
+    width = max(prompt.width for prompt in prompts)
     return len(prompts) * settings.num_rows * (width + settings.max_new_tokens)
+
+
+def _can_pad(lm: TextSide) -> bool:
+    """Whether rows of one batch may begin at different places: what a soft prompt has inside must not."""
+    return lm.soft_prompt is None or lm.soft_prompt.kind == "shallow"
 
 
 def _grouped(
@@ -92,7 +99,7 @@ def _grouped(
     groups = []
     for numbers in alike.values():
         settings = prompts[numbers[0]].settings
-        lengths = [len(prompts[n].ids) for n in numbers]
+        lengths = [prompts[n].width for n in numbers]
         for batch in pack(lengths, rider_tokens // settings.num_rows, padding_tokens):
             held = settings.num_rows * (lengths[batch[0]] + settings.max_new_tokens)
             groups += [
@@ -149,7 +156,7 @@ def ride_prompts(
     """
     plan, aboard = lm.plan, deque[list[int]]()
     most = plan.sweep_tokens
-    can_mask = "attention_mask" in inspect.signature(lm.model.forward).parameters
+    can_mask = "attention_mask" in inspect.signature(lm.model.forward).parameters and _can_pad(lm)
 
     windows = _windows(lm, prompts)
     begun = next(windows, [])  # what is wrong with its prompts is said before anybody rides
@@ -204,9 +211,10 @@ def _windows(lm: StreamedLM, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]
     """Yield checked prompts, those of a few sweeps at a time."""
     plan = lm.plan
     window, num_tokens = list[Prompt](), 0
-    for number, prompt in enumerate(prompts, 1):
-        check(lm, prompt, f"prompt {number}")
-        width = len(prompt.ids) * prompt.settings.num_rows
+    for number, given in enumerate(prompts, 1):
+        check(lm, given, f"prompt {number}")
+        prompt = replace(given, num_virtual=lm.num_virtual_tokens)
+        width = prompt.width * prompt.settings.num_rows
         if prompt.num_tokens > plan.sweep_tokens or width > plan.rider_tokens:
             raise InputError(
                 f"prompt {number} takes {prompt.num_tokens} tokens with all its continuations, but the model was "
@@ -373,25 +381,19 @@ def continue_prompts(
         extra: for transformers' GenerationConfig.
     """
     settings, tokens = prompts[0].settings, special_tokens(lm)
-    width = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.full((len(prompts), width), tokens.pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        # On the left, so that all rows go on in one column.
-        ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
-        mask[row, width - len(prompt.ids) :] = 1
+    inputs = _inputs(lm, view, prompts, tokens.pad)
+    width = inputs["input_ids"].shape[1]
     ends = Ends(lm, settings, tokens)
     watch = _Watch(ends, numbers, width, settings, on_tokens, on_pass)
-    inputs = {"input_ids": ids}
-    if "attention_mask" in inspect.signature(view.forward).parameters:
-        inputs["attention_mask"] = mask
     if settings.do_sample and settings.seed is not None:
         torch.manual_seed(settings.seed)  # of this rider only: the generator changes hands with the baton
-    output = view.generate(
-        **inputs,
-        generation_config=config_of(settings, tokens, **extra),
-        stopping_criteria=StoppingCriteriaList([watch]),
-    )
+    prompt = lm.soft_prompt
+    with contextlib.nullcontext() if prompt is None else prompt.adding(0, width):
+        output = view.generate(
+            **inputs,
+            generation_config=config_of(settings, tokens, **extra),
+            stopping_criteria=StoppingCriteriaList([watch]),
+        )
     found = []
     for row, sequence in enumerate(output.sequences):
         sources = torch.full((settings.max_new_tokens,), row)
@@ -407,6 +409,36 @@ def continue_prompts(
             finished(lm, prompts[row // settings.num_return_sequences], new, ended, _picked(output, sources))
         )
     return [tuple(group) for group in _parts(found, settings.num_return_sequences)]
+
+
+def _inputs(lm: StreamedLM, view: Any, prompts: Sequence[Prompt], pad: int) -> dict[str, Any]:
+    """Return what transformers' `generate` is given: rows of ids, padded on the left so that all go on in one column.
+
+    A soft prompt has places in the rows as well. What stands there is the first token of the text: it is not looked at,
+    but penalties for repetition see it.
+    """
+    soft = lm.soft_prompt
+    num_virtual = 0 if soft is None else soft.num_tokens
+    width = num_virtual + max(len(prompt.ids) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        length = num_virtual + len(prompt.ids)
+        ids[row, width - length :] = torch.tensor([prompt.ids[0]] * num_virtual + list(prompt.ids))
+        mask[row, width - length :] = 1
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if "attention_mask" in inspect.signature(view.forward).parameters:
+        inputs["attention_mask"] = mask
+    if soft is not None and soft.virtual_ids:
+        virtual = ids.clone()
+        for row, prompt in enumerate(prompts):
+            first = width - num_virtual - len(prompt.ids)
+            virtual[row, first : first + num_virtual] = torch.tensor(soft.virtual_ids)
+        inputs["inputs_embeds"] = soft.embed(lm.model, virtual)
+    elif soft is not None:
+        num_rows = len(prompts) * prompts[0].settings.num_rows
+        inputs["past_key_values"] = soft.growing_cache(lm.config, num_rows, lm.model.dtype)
+    return inputs
 
 
 def _picked(output: Any, sources: Tensor) -> Iterator[Tensor]:

@@ -19,11 +19,11 @@ import torch
 
 from slowllm import console, generation, measure, scoring
 from slowllm.errors import InputError, SlowLLMError
+from slowllm.forecast import Job, Rates
 from slowllm.generation import Prompt, Settings
 from slowllm.model import Description, StreamedLM, load
 from slowllm.options import parse_dtype
 from slowllm.packing import Query
-from slowllm.plan import Job, Rates
 from slowllm.skeleton import first_line
 
 try:
@@ -240,7 +240,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
     def _answers(self, queries: Sequence[Query]) -> Iterator[tuple[float, bool]]:
         if not queries:
             return
-        job = scoring.job_of_queries(queries, self.config, self._rates)
+        job = scoring.job_of_queries(queries, self._known, self._rates)
         lm = self._opened(job)
         with console.progress(lm, job):
             for answer in scoring.answer(lm, queries):

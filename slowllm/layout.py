@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from slowllm.blocks import find_blocks
 from slowllm.checkpoint import Placement
 from slowllm.errors import ArchitectureError, CheckpointError
+from slowllm.forecast import Granularity, Sizes, StopSize
 from slowllm.head import TILE_COLUMNS, cut_head
-from slowllm.plan import Granularity, Sizes, StopSize
 from slowllm.reader import ring_bytes_of
 from slowllm.swap import swap_bytes
 
@@ -243,6 +243,10 @@ def sizes_of(model: PreTrainedModel, layout: Layout) -> Sizes:
         rider_token_bytes=itemsize * (6 * hidden + inside) + 1024,
         result_token_bytes=itemsize * (cache + layout.head.out_features),
         checkpoint_token_bytes=itemsize * len(layout.blocks) * hidden,
+        # What autograd keeps of one block, and its gradients.
+        replay_token_bytes=2 * itemsize * (max(map(sum, sides)) + 4 * hidden),
+        replay_attention_bytes=num_heads * (2 * 4 + 2 * itemsize) if is_eager else 0,
+        num_head_stops=len(layout.chunks),
     )
 
 

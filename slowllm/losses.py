@@ -44,8 +44,8 @@ def token_losses(
     assert isinstance(head, StreamedHead), "token_losses needs a streamed model"
     inputs = {"use_cache": False, **inputs}
     if head._finish is None:  # whole logits, which visit the head on the way down as well
-        scores = model(**inputs).logits[rows, positions].float().log_softmax(-1)
-        return -scores.gather(-1, tokens[:, None])[:, 0]
+        logits: Tensor = model(**inputs).logits[rows, positions]
+        return F.cross_entropy(logits.float(), tokens, reduction="none")
     # On the way down nobody comes to the head.
     hint = reach.set(replace(reach.get(), turn=head._stops[0]))
     try:

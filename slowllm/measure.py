@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from slowllm.checkpoint import Checkpoint, Placement, Run
+from slowllm.forecast import Granularity, Job, Rates
 from slowllm.heap import give_back
 from slowllm.model import Description, StreamedLM, load
 from slowllm.options import DTypeName, parse_bytes, parse_dtype
-from slowllm.plan import Granularity, Job, Plan, Rates, advise, least_bytes, make_plan, with_smaller_weights
+from slowllm.plan import Plan, advise, least_bytes, make_plan, with_smaller_weights
 from slowllm.reader import Reader, ring_bytes_of
 from slowllm.skeleton import choose_dtype
 

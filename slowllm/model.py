@@ -32,14 +32,17 @@ from slowllm.blocks import stream_block, stream_leaves
 from slowllm.carousel import Carousel
 from slowllm.checkpoint import Checkpoint, Placement
 from slowllm.errors import ArchitectureError, CheckpointError, InputError
+from slowllm.forecast import Granularity, Job, Rates, Sizes
 from slowllm.head import Lookup, find_finish, stream_embedding, stream_head
 from slowllm.heap import keep_together
 from slowllm.layout import Layout, granularities, lay_out, sizes_of
 from slowllm.naming import place
 from slowllm.options import Options, format_bytes, parse_bytes, parse_dtype
-from slowllm.plan import Budget, Granularity, Job, Plan, Rates, Sizes, make_plan, widen
+from slowllm.plan import Budget, Plan, make_plan, widen
+from slowllm.prompt_files import load_prompt
 from slowllm.reader import MappedStops, Reader
 from slowllm.skeleton import build_skeleton, choose_dtype, first_line, make_streamed, read_config
+from slowllm.soft_prompts import SoftPrompt, check_fits, let_vectors_in
 from slowllm.stops import Passage, Stops
 from slowllm.swap import CastStops, swap_bytes
 
@@ -53,20 +56,59 @@ class Description:
 
     Args:
         path_or_hub_id: as for `load`.
+        prompt: a soft prompt that stands before every text, or its folder.
     Attributes:
         name: a hub id, or the folder's name.
         folder: of the checkpoint.
         config: transformers' config.
+        soft_prompt: that stands before every text, if one does.
     Raises:
         CheckpointError: there is no such checkpoint, or its config cannot be used.
         ArchitectureError: this version of transformers does not know the model type.
+        InputError: the prompt cannot be read, or was made for another model.
     """
 
-    def __init__(self, path_or_hub_id: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        path_or_hub_id: str | os.PathLike[str],
+        prompt: str | os.PathLike[str] | SoftPrompt | None = None,
+    ) -> None:
         self.folder = find_folder(path_or_hub_id)
         is_path = Path(path_or_hub_id).expanduser() == self.folder
         self.name = self.folder.resolve().name if is_path else str(path_or_hub_id)
         self.config: Any = read_config(self.folder)
+        self.soft_prompt: SoftPrompt | None = None
+        self._made_for: str | None = None
+        if isinstance(prompt, SoftPrompt):
+            self.soft_prompt = prompt
+        elif prompt is not None:
+            self.soft_prompt, about = load_prompt(prompt)
+            self._made_for = about.get("fingerprint")
+        if self.soft_prompt is not None:
+            check_fits(
+                self.soft_prompt, self.config, str(prompt) if self._named(prompt) else "the soft prompt"
+            )
+        self._prompt_name = str(prompt)
+
+    @staticmethod
+    def _named(prompt: Any) -> bool:
+        return isinstance(prompt, str | os.PathLike)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens of the soft prompt before every text."""
+        return 0 if self.soft_prompt is None else self.soft_prompt.num_tokens
+
+    def check_prompt(self, fingerprint: str) -> None:
+        """Refuse a soft prompt that says it was made for other weights.
+
+        Raises:
+            InputError: it was.
+        """
+        if self._made_for not in (None, fingerprint):
+            raise InputError(
+                f"{self._prompt_name}: was made for another model, whose weights are not those of {self.name}"
+            )
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -113,6 +155,7 @@ class StreamedLM:
         folder: of the checkpoint.
         plan: what stays resident, and how many tokens ride a sweep.
         choices: what the plan was chosen from.
+        soft_prompt: that stands before every text that is scored or continued, if one does.
         layout: which tensors make which stop.
         num_stops: of the carousel: blocks or their leaves, then chunks of the head.
         weight_bytes: that one sweep passes through, as stored.
@@ -136,6 +179,7 @@ class StreamedLM:
         self.plan, self.choices = plan, tuple(choices)
         self.layout, self.num_stops = layout, stops.num_stops
         self.weight_bytes = layout.weight_bytes
+        self.soft_prompt: SoftPrompt | None = None
         self.on_passage: Callable[[Passage], None] | None = None
         self._source, self._checkpoint = source, checkpoint
         self._carousel = Carousel(stops, functools.partial(_tell, weakref.ref(self)))
@@ -158,6 +202,7 @@ class StreamedLM:
         job: Job | None = None,
         rates: Rates | None = None,
         granularity: Granularity | None = None,
+        prompt: str | os.PathLike[str] | SoftPrompt | None = None,
         poison: bool = False,
     ) -> Self:
         """Open a Hugging Face checkpoint for streaming. Reads headers and small tensors only.
@@ -173,6 +218,8 @@ class StreamedLM:
             rates: of this machine, for the plan; assumed where nobody measured.
             granularity: stream whole ``blocks``, or their ``leaves``, which takes less memory and cannot run backward;
                 by default blocks, unless they do not fit, or the job is forward only and leaves are faster.
+            prompt: a soft prompt that stands before every text that is scored or continued, or its folder; a
+                `Description` has its own.
             poison: overwrite weights with NaN when they are given back, to find code that keeps them.
         Raises:
             CheckpointError: a file is missing, damaged or of a kind that is not streamed.
@@ -193,7 +240,9 @@ class StreamedLM:
             raise InputError(f"granularity {granularity!r} is unknown; use 'blocks' or 'leaves'")
         if not isinstance(job, Job | None):
             raise InputError(f"job must be a slowllm.Job, not {type(job).__name__}")
-        known = path_or_hub_id if isinstance(path_or_hub_id, Description) else Description(path_or_hub_id)
+        known = (
+            path_or_hub_id if isinstance(path_or_hub_id, Description) else Description(path_or_hub_id, prompt)
+        )
         checkpoint = Checkpoint.open(known.folder)
         budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)
         try:
@@ -205,6 +254,13 @@ class StreamedLM:
             checkpoint.close()
             raise
         lm.name = known.name
+        if known.soft_prompt is not None:
+            try:
+                known.check_prompt(lm.fingerprint())
+            except BaseException:
+                lm.close()
+                raise
+            lm.soft_prompt = known.soft_prompt
         return lm
 
     @property
@@ -216,6 +272,11 @@ class StreamedLM:
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer; see `Description.tokenizer`."""
         return _load_tokenizer(self.folder)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens of the soft prompt before every text."""
+        return 0 if self.soft_prompt is None else self.soft_prompt.num_tokens
 
     @property
     def report(self) -> Report:
@@ -326,7 +387,8 @@ def _assemble(
             poison=poison,
         )
     else:
-        source = MappedStops(checkpoint, layout.stops)
+        used = [() if number in plan.unused else stop for number, stop in enumerate(layout.stops)]
+        source = MappedStops(checkpoint, used)
     buffer_bytes = swap_bytes(layout.stops, layout.dtypes)
     stops: Stops = CastStops(source, layout.dtypes, buffer_bytes) if any(buffer_bytes) else source
     lm = kind(model, checkpoint, source, stops, plan, choices, budget, layout)
@@ -345,6 +407,7 @@ def _assemble(
         finish,
         _head_rows(checkpoint, layout.chunks),
     )
+    let_vectors_in(layout.blocks)
     make_streamed(model, checkpoint.folder, compute_dtype)
     log.info(
         "%s: %d blocks in %d stops and %d chunks of head, %s; %d of %d stops stay in memory; compute dtype %s",

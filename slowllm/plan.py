@@ -1,7 +1,7 @@
-"""Pure arithmetic: what stays resident, how large the ring is, how many tokens ride a sweep, how long that takes.
+"""Pure arithmetic: what stays resident, how large the ring is, how many tokens ride a sweep.
 
 Knows sizes in bytes and rates; knows nothing of files, models or text. The plan is the candidate with the shortest
-time by a simple model of a sweep (`forecast`), among those that fit the budget. `Budget` alone keeps state: what
+forecast among those that fit the budget. `Budget` alone keeps state: what
 several models of one process have taken from the bytes allowed.
 """
 
@@ -11,12 +11,21 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from slowllm.errors import InputError, PlanError
+from slowllm.errors import PlanError
+from slowllm.forecast import (
+    ASSUMED_LENGTH,
+    Forecast,
+    Granularity,
+    Job,
+    Rates,
+    Sizes,
+    compute_seconds,
+    forecast_of,
+    reads_of,
+    tokens_of,
+)
 from slowllm.options import MIB, format_binary
-
-Granularity = Literal["blocks", "leaves"]
 
 # Fewer rows than this take as long as these: the weights pass through the processor either way.
 MIN_RIDER_TOKENS = 64
@@ -25,140 +34,10 @@ MAX_RIDER_TOKENS = 1024
 # A few times T*, the batch whose computing hides under the reading (about 1,000 tokens in bf16 on two cores with
 # AMX): far above T* another sweep is free, and a result comes earlier.
 MAX_SWEEP_TOKENS = 8192
-# What a model is planned for when nobody says what it will do: this many tokens at a time, again and again.
-ASSUMED_TOKENS = 2048
-ASSUMED_LENGTH = 512
-REPEATS = 10
 # What the allocator, thread stacks and the interpreter take beyond what is counted here (measured: up to 250 MB).
 SLACK_BYTES = 288 * MIB
 # Stops smaller than a block must save this much of the time, or their handing over is not worth it.
 LEAVES_GAIN = 0.95
-
-
-@dataclass(frozen=True)
-class StopSize:
-    """What one stop costs.
-
-    Attributes:
-        num_bytes: in a buffer.
-        largest_bytes: of its largest tensor there.
-        flops: of one token.
-    """
-
-    num_bytes: int
-    largest_bytes: int
-    flops: float = 0.0
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a model needs, cut into stops of one granularity.
-
-    Attributes:
-        granularity: whole blocks, or their leaves (linears, fused experts), which cannot run backward.
-        stops: in order, the head's chunks last.
-        kept_bytes: parameters that always stay, and the scratch buffers of the dtype swap.
-        block_token_bytes: scratch memory of one token inside a block; one rider computes at a time.
-        attention_token_bytes: the same again for every token of its sequence, where attention is written out.
-        rider_token_bytes: what one token of a waiting rider holds.
-        result_token_bytes: what it holds besides where a call of the model returns all: logits, and keys and values.
-        checkpoint_token_bytes: what it holds besides where a gradient is asked for: the input of every block.
-    """
-
-    granularity: Granularity
-    stops: tuple[StopSize, ...]
-    kept_bytes: int
-    block_token_bytes: int
-    attention_token_bytes: int
-    rider_token_bytes: int
-    result_token_bytes: int = 0
-    checkpoint_token_bytes: int = 0
-
-    @property
-    def all_bytes(self) -> int:
-        """Bytes of all stops."""
-        return sum(stop.num_bytes for stop in self.stops)
-
-    @property
-    def smallest_ring_bytes(self) -> int:
-        """The ring that never blocks: see `reader.smallest_ring`."""
-        return max(stop.num_bytes for stop in self.stops) + max(stop.largest_bytes for stop in self.stops)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a model is opened for.
-
-    Attributes:
-        num_tokens: of the whole job, prefixes included; None where it is not known.
-        longest: tokens of the longest sequence.
-        repeated: whether as much will be done again and again (a session in Python, steps of tuning).
-        forward_only: whether no gradient will be asked for.
-        keeps_results: whether calls of the model return logits and caches, as they do by default.
-        packing: tokens of a micro-batch, of a sweep and of padding that are given, because the job was begun with
-            them.
-        num_passes: sweeps that a sequence takes: after the first, each computes one token of it beside what it holds.
-    Raises:
-        InputError: these are no numbers of tokens.
-    """
-
-    num_tokens: int | None = None
-    longest: int = ASSUMED_LENGTH
-    repeated: bool = False
-    forward_only: bool = False
-    keeps_results: bool = True
-    packing: tuple[int, int, int] | None = None
-    num_passes: int = 1
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.num_passes, int) or self.num_passes < 1:
-            raise InputError(f"a sequence cannot take {self.num_passes!r} sweeps")
-        if not isinstance(self.longest, int) or self.longest < 1:
-            raise InputError(f"the longest sequence cannot have {self.longest!r} tokens")
-        if self.num_tokens is not None and not (
-            isinstance(self.num_tokens, int) and self.num_tokens >= self.longest
-        ):
-            raise InputError(f"a job cannot have {self.num_tokens!r} tokens and a sequence of {self.longest}")
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast a machine is; these are assumed until measured.
-
-    Attributes:
-        disk: bytes a second that the reader gets.
-        memory: bytes of weights a second that a product of a few rows passes through.
-        compute: floating-point operations a second of a block with many rows, what is no product included.
-        measured: whether they were.
-    """
-
-    disk: float = 2e9
-    memory: float = 12e9
-    compute: float = 1e12
-    measured: bool = False
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """How long a job takes by the plan.
-
-    Attributes:
-        num_sweeps: of the job.
-        first_seconds: of the first sweep.
-        later_seconds: of each sweep after it, on average.
-        seconds: of the job.
-        read_seconds: of a later sweep's bytes at the disk's rate.
-        compute_seconds: of a later sweep's tokens, on weights already in memory.
-        read_bytes: of a later sweep.
-    """
-
-    num_sweeps: int
-    first_seconds: float
-    later_seconds: float
-    seconds: float
-    read_seconds: float
-    compute_seconds: float
-    read_bytes: int
 
 
 @dataclass(frozen=True)
@@ -176,6 +55,7 @@ class Plan:
         resident_bytes: of it, the stops that stay.
         forecast: how long the job takes.
         longest: tokens of the longest sequence that memory is planned for.
+        unused: stops that the job never comes to.
     """
 
     granularity: Granularity
@@ -188,6 +68,7 @@ class Plan:
     resident_bytes: int
     forecast: Forecast
     longest: int = ASSUMED_LENGTH
+    unused: frozenset[int] = frozenset()
 
 
 class Budget:
@@ -290,15 +171,11 @@ class _Candidate:
     used_bytes: int
 
 
-def _tokens_of(job: Job) -> int:
-    return max(ASSUMED_TOKENS, job.longest) if job.num_tokens is None else job.num_tokens
-
-
 def least_rider_tokens(job: Job) -> int:
     """Return the tokens that a rider must be able to carry: the longest sequence, and no fewer than pay."""
     if job.packing is not None:
         return max(job.longest, job.packing[0])
-    return max(job.longest, min(MIN_RIDER_TOKENS, _tokens_of(job)))
+    return max(job.longest, min(MIN_RIDER_TOKENS, tokens_of(job)))
 
 
 def padding_worth(rates: Rates) -> int:
@@ -315,7 +192,10 @@ def working_bytes(sizes: Sizes, job: Job, rider_tokens: int, sweep_tokens: int) 
     held = sizes.rider_token_bytes
     held += sizes.result_token_bytes if job.keeps_results else 0
     held += 0 if job.forward_only else sizes.checkpoint_token_bytes
-    return scratch_bytes(sizes, rider_tokens, job.longest) + sweep_tokens * held
+    scratch = scratch_bytes(sizes, rider_tokens, job.longest)
+    if not job.forward_only:
+        scratch += rider_tokens * (sizes.replay_token_bytes + job.longest * sizes.replay_attention_bytes)
+    return scratch + sweep_tokens * held
 
 
 def scratch_bytes(sizes: Sizes, num_tokens: int, longest: int) -> int:
@@ -328,8 +208,13 @@ def least_bytes(sizes: Sizes, job: Job, keep_resident: bool = True) -> int:
     # A model smaller than the ring is better kept than streamed.
     through = sizes.smallest_ring_bytes
     if keep_resident:
-        through = min(through, sizes.all_bytes)
+        through = min(through, _used_bytes(sizes, job))
     return sizes.kept_bytes + SLACK_BYTES + through + _least_working(sizes, job)
+
+
+def _used_bytes(sizes: Sizes, job: Job) -> int:
+    reads = reads_of(sizes, job)
+    return sum(stop.num_bytes for stop, count in zip(sizes.stops, reads, strict=True) if count)
 
 
 def _least_working(sizes: Sizes, job: Job) -> int:
@@ -361,18 +246,19 @@ def _candidates(
     fixed = sizes.kept_bytes + SLACK_BYTES
     for rider, sweep in _token_choices(job):
         used = fixed + working_bytes(sizes, job, rider, sweep)
-        if keep_resident and used + sizes.all_bytes <= free_bytes:
-            everything = frozenset(range(len(sizes.stops)))
-            yield _Candidate(sizes, everything, 0, rider, sweep, used + sizes.all_bytes)
+        everything = _used_bytes(sizes, job)
+        if keep_resident and used + everything <= free_bytes:
+            every_stop = frozenset(range(len(sizes.stops)))
+            yield _Candidate(sizes, every_stop, 0, rider, sweep, used + everything)
             continue
         for least_ring in _ring_choices(sizes, rates, rider, sweep):
             room = free_bytes - used - least_ring
             if room < 0:
                 continue
             # What is read once is not worth keeping.
-            repeats = job.repeated or job.num_passes > 1 or _tokens_of(job) > sweep or job.num_tokens is None
+            repeats = job.repeated or job.num_passes > 1 or tokens_of(job) > sweep or job.num_tokens is None
             again = keep_resident and repeats
-            resident = spread([stop.num_bytes for stop in sizes.stops], room) if again else frozenset()
+            resident = choose_resident(sizes, job, room) if again else frozenset()
             kept = sum(sizes.stops[stop].num_bytes for stop in resident)
             # A tensor that does not fit before the ring's end leaves a gap there, and computing takes longer
             # beside reading than alone: what is left over goes into the ring, as far as that helps.
@@ -387,7 +273,7 @@ def _token_choices(job: Job) -> Iterator[tuple[int, int]]:
     if job.packing is not None:
         yield job.packing[:2]
         return
-    least, total = least_rider_tokens(job), _tokens_of(job)
+    least, total = least_rider_tokens(job), tokens_of(job)
     most = max(least, min(MAX_RIDER_TOKENS, total))
     riders = {least, most} | {tokens for tokens in (128, 256, 512) if least < tokens < most}
     for rider in sorted(riders):
@@ -407,21 +293,16 @@ def _ring_choices(sizes: Sizes, rates: Rates, rider: int, sweep: int) -> set[int
     smallest = sizes.smallest_ring_bytes
     full = smallest
     for stop, following in zip(sizes.stops, (*sizes.stops[1:], sizes.stops[0]), strict=True):
-        ahead = min(following.num_bytes, int(rates.disk * _compute_seconds(stop, rates, rider, sweep)))
+        ahead = min(following.num_bytes, int(rates.disk * compute_seconds(stop, rates, rider, sweep)))
         full = max(full, stop.num_bytes + max(ahead, following.largest_bytes))
     return {smallest, full}
 
 
 def _comfortable_ring(sizes: Sizes, rates: Rates, rider: int, sweep: int) -> int:
-    seconds = max(_compute_seconds(stop, rates, rider, sweep) for stop in sizes.stops)
+    seconds = max(compute_seconds(stop, rates, rider, sweep) for stop in sizes.stops)
     largest = max(stop.num_bytes for stop in sizes.stops)
     gap = max(stop.largest_bytes for stop in sizes.stops)
     return largest + min(largest, 2 * int(rates.disk * seconds)) + gap
-
-
-def _compute_seconds(stop: StopSize, rates: Rates, rider: int, sweep: int) -> float:
-    # Each rider takes the weights through the processor once.
-    return -(-sweep // rider) * stop.num_bytes / rates.memory + sweep * stop.flops / rates.compute
 
 
 def _planned(candidate: _Candidate, job: Job, rates: Rates) -> Plan:
@@ -429,67 +310,25 @@ def _planned(candidate: _Candidate, job: Job, rates: Rates) -> Plan:
         candidate.sizes, candidate.resident, candidate.ring_bytes, candidate.rider_tokens,
         candidate.sweep_tokens, job, rates,
     )  # fmt: skip
-    resident_bytes = sum(candidate.sizes.stops[stop].num_bytes for stop in candidate.resident)
+    reads = reads_of(candidate.sizes, job)
+    unused = frozenset(stop for stop, count in enumerate(reads) if not count)
+    resident_bytes = sum(candidate.sizes.stops[stop].num_bytes for stop in candidate.resident - unused)
     return Plan(
         candidate.sizes.granularity, candidate.resident, candidate.ring_bytes, candidate.rider_tokens,
         candidate.sweep_tokens, padding_worth(rates) if job.packing is None else job.packing[2],
-        candidate.used_bytes, resident_bytes, forecast, job.longest,
+        candidate.used_bytes, resident_bytes, forecast, job.longest, unused,
     )  # fmt: skip
 
 
-def forecast_of(
-    sizes: Sizes,
-    resident: frozenset[int],
-    ring_bytes: int,
-    rider_tokens: int,
-    sweep_tokens: int,
-    job: Job,
-    rates: Rates,
-) -> Forecast:
-    """Foretell a job's time: while a stop computes, the disk fills what is free in the ring, and no more."""
-    total = _tokens_of(job)
-    sweep = min(sweep_tokens, total)
-    num_riders, num_loads = -(-sweep // min(rider_tokens, sweep)), -(-total // sweep)
-    full = [_compute_seconds(stop, rates, min(rider_tokens, sweep), sweep) for stop in sizes.stops]
-    first, later = _sweep_seconds(sizes, resident, ring_bytes, full, rates)
-    # A load's later passes compute one token of each sequence, and each rider still takes the weights through.
-    rows = max(num_riders, sweep // job.longest)
-    one_each = [_compute_seconds(stop, rates, -(-rows // num_riders), rows) for stop in sizes.stops]
-    _, short = _sweep_seconds(sizes, resident, ring_bytes, one_each, rates)
-    read_bytes = sizes.all_bytes - sum(sizes.stops[stop].num_bytes for stop in resident)
-    computing = math.fsum(full)
-    times = REPEATS if job.repeated else 1
-    num_full, num_short = times * num_loads - 1, times * num_loads * (job.num_passes - 1)
-    seconds = first + num_full * later + num_short * short
-    if num_short:
-        later = (num_full * later + num_short * short) / (num_full + num_short)
-        computing = (num_full * computing + num_short * math.fsum(one_each)) / (num_full + num_short)
-    return Forecast(
-        num_sweeps=num_loads * job.num_passes,
-        first_seconds=first,
-        later_seconds=later,
-        seconds=seconds / times,
-        read_seconds=read_bytes / rates.disk,
-        compute_seconds=computing,
-        read_bytes=read_bytes,
-    )
-
-
-def _sweep_seconds(
-    sizes: Sizes, resident: frozenset[int], ring_bytes: int, computing: Sequence[float], rates: Rates
-) -> tuple[float, float]:
-    """Return the seconds of a first sweep and of a later one, each stop computing for so long."""
-    ahead, seconds = 0.0, [0.0, 0.0]
-    for number in range(2):
-        for index, stop in enumerate(sizes.stops):
-            is_kept = index in resident
-            # A resident stop has room of its own and is read once.
-            to_read = 0 if is_kept and number else stop.num_bytes
-            wait = max(0.0, to_read - ahead) / rates.disk
-            room = ring_bytes - (0 if is_kept else stop.num_bytes)
-            ahead = min(max(room, 0), max(0.0, ahead - to_read) + computing[index] * rates.disk)
-            seconds[number] += wait + computing[index]
-    return seconds[0], seconds[1]
+def choose_resident(sizes: Sizes, job: Job, room_bytes: int) -> frozenset[int]:
+    """Choose the stops that stay, from those that a sweep comes to: what it would read twice first."""
+    reads = reads_of(sizes, job)
+    chosen: frozenset[int] = frozenset()
+    for count in sorted(set(reads) - {0}, reverse=True):
+        num_bytes = [s.num_bytes if reads[n] == count else 0 for n, s in enumerate(sizes.stops)]
+        kept = sum(sizes.stops[stop].num_bytes for stop in chosen)
+        chosen |= {stop for stop in spread(num_bytes, room_bytes - kept) if num_bytes[stop]}
+    return chosen
 
 
 def spread(stop_bytes: Sequence[int], room_bytes: int) -> frozenset[int]:

@@ -101,15 +101,22 @@ class Prompt:
     Attributes:
         ids: token ids, at least one.
         settings: how.
+        num_virtual: tokens of a soft prompt before it.
     """
 
     ids: tuple[int, ...]
     settings: Settings = Settings()
+    num_virtual: int = 0
+
+    @property
+    def width(self) -> int:
+        """Its tokens, those of a soft prompt included."""
+        return self.num_virtual + len(self.ids)
 
     @property
     def num_tokens(self) -> int:
         """Tokens held for it at the end, over all its rows."""
-        return (len(self.ids) + self.settings.max_new_tokens) * self.settings.num_rows
+        return (self.width + self.settings.max_new_tokens) * self.settings.num_rows
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from slowllm.verbs import (
     DTypeOption,
     ModelOption,
     OutOption,
+    PromptOption,
     RamOption,
     Verbose,
     checked_output,
@@ -47,14 +48,16 @@ NormalizeOption = Annotated[
 ]
 
 
-def checked_model(model: str | None, ram: str, dtype: str, normalize: str = "none") -> Description:
+def checked_model(
+    model: str | None, ram: str, dtype: str, normalize: str = "none", prompt: str | None = None
+) -> Description:
     """Look at the options, and open what says what a model is; its weights are left alone."""
     parse_bytes(ram)
     parse_dtype(dtype)
     if normalize not in NORMALIZE:
         raise InputError(f"--normalize {normalize!r} is unknown; use one of {', '.join(NORMALIZE)}")
 
-    return describe(model)
+    return describe(model, prompt)
 
 
 @contextlib.contextmanager
@@ -64,7 +67,7 @@ def opened(known: Description, queries: Sequence[Query], ram: str, dtype: str) -
     from slowllm.api import load
 
     rates = measure.quick_rates(known.folder, parse_dtype(dtype))
-    job = scoring.job_of_queries(queries, known.config, rates)
+    job = scoring.job_of_queries(queries, known, rates)
     with load(known, ram=ram, dtype=dtype, job=job, rates=rates) as lm:
         started = time.perf_counter()
         with console.progress(lm, job):
@@ -97,6 +100,7 @@ def score(
     model: ModelOption = None,
     ram: RamOption = "16GiB",
     dtype: DTypeOption = "auto",
+    prompt: PromptOption = None,
     out: OutOption = None,
     normalize: NormalizeOption = "none",
     per_token: Annotated[
@@ -117,7 +121,7 @@ def score(
     lines = _numbered(file)
     if out is not None:
         out = checked_output(out, file)
-    known = checked_model(model, ram, dtype, normalize)
+    known = checked_model(model, ram, dtype, normalize, prompt=prompt)
     from slowllm import console, scoring
 
     # All lines are looked at before the first byte of weights is read.
@@ -251,6 +255,7 @@ def yesno(
     model: ModelOption = None,
     ram: RamOption = "16GiB",
     dtype: DTypeOption = "auto",
+    prompt: PromptOption = None,
     out: OutOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
     yes: Annotated[str, typer.Option("--yes", help="The one answer.")] = "yes",
@@ -270,16 +275,16 @@ def yesno(
         out = checked_output(out, file)
     if "{question}" not in template:
         raise InputError(f"--template {template!r} has no {{question}}")
-    prompt = template.replace("\\n", "\n")
+    pattern = template.replace("\\n", "\n")
     if not yes.strip() or not no.strip() or yes.strip() == no.strip():
         raise InputError(f"--yes {yes!r} and --no {no!r} must be two different words, neither of them empty")
-    known = checked_model(model, ram, dtype)
+    known = checked_model(model, ram, dtype, prompt=prompt)
     from slowllm import choices, console
 
-    blank = "" if prompt[-1].isspace() else " "
+    blank = "" if pattern[-1].isspace() else " "
     items = []
     for number, text in lines:
-        item = choices.Item(prompt.replace("{question}", text), (blank + yes.strip(), blank + no.strip()))
+        item = choices.Item(pattern.replace("{question}", text), (blank + yes.strip(), blank + no.strip()))
         try:
             items.append(choices.encode_item(known, item))
         except InputError as error:

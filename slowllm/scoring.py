@@ -6,6 +6,7 @@ plan says that it pays, rows that begin alike go on from one rider's keys and va
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections import deque
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from slowllm.errors import InputError
+from slowllm.forecast import Job, Rates
 from slowllm.head import log_probs_at
 from slowllm.model import StreamedLM
 from slowllm.packing import (
@@ -30,9 +32,10 @@ from slowllm.packing import (
     merge,
     padded_tokens,
 )
-from slowllm.plan import MAX_RIDER_TOKENS, Job, Plan, Rates, padding_worth, scratch_bytes
+from slowllm.plan import MAX_RIDER_TOKENS, Plan, padding_worth, scratch_bytes
 from slowllm.riders import Sized
 from slowllm.sharing import Beginning, SharedCache, Trunk, can_share
+from slowllm.soft_prompts import PrefixBeginning, SoftPrompt
 from slowllm.state import Journal, State, journal
 
 # Rows are packed within a window of this many sweeps' tokens, so that any number can stream through.
@@ -53,6 +56,14 @@ class TextSide(Protocol):
     @property
     def tokenizer(self) -> Any:
         """Transformers' tokenizer."""
+
+    @property
+    def soft_prompt(self) -> SoftPrompt | None:
+        """What stands before every text, if anything does."""
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Its tokens."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ def prefix_id(tokenizer: Any, vocab_size: int | None = None) -> int:
 
 
 def max_line_tokens(lm: TextSide) -> int:
-    """Return how many tokens a line may have, prefix included, by the model's own limit.
+    """Return how many tokens a line may have, prefix included, by the model's own limit and beside a soft prompt.
 
     Raises:
         InputError: the config's limit is no length.
@@ -106,7 +117,7 @@ def max_line_tokens(lm: TextSide) -> int:
     limit = limit or 2048
     if not isinstance(limit, int) or limit < 2:
         raise InputError(f"config.json: {limit!r} is no length that the model could take")
-    return limit
+    return limit - lm.num_virtual_tokens
 
 
 def leading_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -166,26 +177,38 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def job_of_queries(queries: Sequence[Query], config: Any, rates: Rates, *, share: bool = True) -> Job:
+def job_of_queries(queries: Sequence[Query], side: TextSide, rates: Rates, *, share: bool = True) -> Job:
     """Return what the plan must know of queries.
 
     Args:
         queries: all of them.
-        config: of the model.
+        side: the model, or its description.
         rates: of the machine.
         share: as for `answer`.
     Raises:
         InputError: there is nothing to score.
     """
-    rows = merge(queries)
+    rows = merge(_behind_prompt(side, queries))
     if not rows:
         raise InputError("there is nothing to score")
     padding = padding_worth(rates)
-    depths = choose_depths(rows, MAX_RIDER_TOKENS, padding) if share and can_share(config) else ()
+    depths = choose_depths(rows, MAX_RIDER_TOKENS, padding) if share and can_share(side.config) else ()
     segments = cut(rows, depths)
-    longest = max(len(row.ids) for row in rows)
+    longest = max(len(row.ids) for row in rows) + _prefix_tokens(side)
     num_tokens = padded_tokens(segments, batches_of(segments, MAX_RIDER_TOKENS, padding))
     return Job(num_tokens=max(longest, num_tokens), longest=longest, forward_only=True, keeps_results=False)
+
+
+def _prefix_tokens(side: TextSide) -> int:
+    """Return how many positions of a soft prompt come before a row's ids, and not among them."""
+    prompt = side.soft_prompt
+    return 0 if prompt is None else prompt.num_tokens - len(prompt.virtual_ids)
+
+
+def _behind_prompt(side: TextSide, queries: Sequence[Query]) -> Sequence[Query]:
+    """Put the virtual tokens of a soft prompt before each query."""
+    leading = () if side.soft_prompt is None else side.soft_prompt.virtual_ids
+    return [Query(leading + query.context, query.continuation) for query in queries] if leading else queries
 
 
 def answer(
@@ -221,9 +244,9 @@ def answer(
             asked = [_Asked(len(query.continuation)) for query in window]
             waiting.extend(asked)
             plan = lm.plan
-            rows = merge(window)
+            rows = merge(_behind_prompt(lm, window))
             for row in rows:
-                _refuse_too_long(lm, len(row.ids))
+                _refuse_too_long(lm, len(row.ids) + _prefix_tokens(lm))
             parts = loads(
                 rows,
                 plan.rider_tokens,
@@ -233,7 +256,9 @@ def answer(
                 max_batches=seats,
             )
             for load in parts:
-                for batch, (beginning, trunk) in zip(load.batches, _ties(load), strict=True):
+                for batch, (beginning, trunk) in zip(
+                    load.batches, _ties(load, _prefix_tokens(lm)), strict=True
+                ):
                     segments = [load.segments[member] for member in batch]
                     aboard.append([(asked, segment) for segment in segments])
                     num_tokens = len(batch) * max(len(segment.ids) for segment in segments)
@@ -317,8 +342,13 @@ def _windows(queries: Iterable[Query], plan: Plan) -> Iterator[list[Query]]:
         yield window
 
 
-def _ties(load: Load) -> list[tuple[Beginning | None, Trunk | None]]:
-    """Return for each micro-batch of a load where its rows begin, and where those that go on from it find them."""
+def _ties(load: Load, before: int) -> list[tuple[Beginning | None, Trunk | None]]:
+    """Return for each micro-batch of a load where its rows begin, and where those that go on from it find them.
+
+    Args:
+        load: of segments.
+        before: positions before the first token of a row.
+    """
     places = {
         member: (number, row) for number, batch in enumerate(load.batches) for row, member in enumerate(batch)
     }
@@ -337,7 +367,7 @@ def _ties(load: Load) -> list[tuple[Beginning | None, Trunk | None]]:
             for segment in segments
             if segment.parent is not None
         ]
-        beginning = Beginning(segments[0].start, rows) if rows else None
+        beginning = Beginning(before + segments[0].start, rows) if rows else None
         ties.append((beginning, trunks.get(number)))
     return ties
 
@@ -352,21 +382,32 @@ def _pass(
 ) -> list[tuple[list[float], list[bool]]]:
     """Pass one micro-batch through the model; runs as a rider. Returns what its wishes came to."""
     journal.set(kept)  # in the rider's own context
-    start = segments[0].start
+    start, before = segments[0].start, _prefix_tokens(lm)
     width = max(len(segment.ids) for segment in segments)
     ids = torch.zeros(len(segments), width, dtype=torch.int64)
-    mask = torch.zeros(len(segments), start + width, dtype=torch.int64)
+    mask = torch.zeros(len(segments), before + start + width, dtype=torch.int64)
     for number, segment in enumerate(segments):
         # Padded on the right: a causal model never looks there, and positions count from the first token.
         ids[number, : len(segment.ids)] = torch.tensor(segment.ids)
-        mask[number, : start + len(segment.ids)] = 1
+        mask[number, : before + start + len(segment.ids)] = 1
     wishes = [(row, wish.position - start, wish.token) for row, s in enumerate(segments) for wish in s.wishes]
     rows, positions, tokens = torch.tensor(wishes, dtype=torch.int64).view(-1, 3).unbind(1)
+    prompt = lm.soft_prompt
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if beginning is not None or trunk is not None:
+    if prompt is not None and prompt.virtual_ids:
+        inputs = {"inputs_embeds": prompt.embed(lm.model, ids), "attention_mask": mask}
+    first: Beginning | PrefixBeginning | None = beginning
+    if before and not start and prompt is not None:
+        if can_share(lm.config):
+            first = PrefixBeginning(prompt, len(segments), lm.model.dtype)
+        else:
+            cache = prompt.growing_cache(lm.config, len(segments), lm.model.dtype)
+            inputs |= {"past_key_values": cache, "use_cache": True}
+    if first is not None or trunk is not None:
         num_blocks = len(lm.layout.blocks)
-        inputs |= {"past_key_values": SharedCache(num_blocks, beginning, trunk), "use_cache": True}
-    found = log_probs_at(lm.model, rows, positions, tokens, relative=relative, **inputs)
+        inputs |= {"past_key_values": SharedCache(num_blocks, first, trunk), "use_cache": True}
+    with contextlib.nullcontext() if prompt is None else prompt.adding(start, width):
+        found = log_probs_at(lm.model, rows, positions, tokens, relative=relative, **inputs)
     lengths = [len(segment.wishes) for segment in segments]
     return [
         (values.tolist(), likeliest.tolist())

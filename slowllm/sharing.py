@@ -8,7 +8,7 @@ of one block's keys and values, not of the whole model's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,10 +77,19 @@ class Beginning:
         return taken[id(trunk)][side][number : number + 1, :, : self.length]
 
 
+class Begins(Protocol):
+    """What comes before a rider's own tokens."""
+
+    length: int
+
+    def take(self, block: int) -> Pair:
+        """Return keys and values (B, heads, length, head_dim) of a block."""
+
+
 class _Layer(DynamicLayer):
     """A block's part of a `SharedCache`. Keeps nothing: a row passes each block once."""
 
-    def __init__(self, block: int, beginning: Beginning | None, trunk: Trunk | None) -> None:
+    def __init__(self, block: int, beginning: Begins | None, trunk: Trunk | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._block, self._beginning, self._trunk = block, beginning, trunk
 
@@ -109,7 +118,7 @@ class SharedCache(Cache):
         trunk: None where nobody goes on from it.
     """
 
-    def __init__(self, num_blocks: int, beginning: Beginning | None, trunk: Trunk | None) -> None:
+    def __init__(self, num_blocks: int, beginning: Begins | None, trunk: Trunk | None) -> None:
         super().__init__(layers=[_Layer(block, beginning, trunk) for block in range(num_blocks)])
 
 

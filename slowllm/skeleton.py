@@ -177,6 +177,11 @@ class StreamedModel(PreTrainedModel):
             raise UnsupportedError("a streamed model's weights are not trained; use prompt or prefix tuning")
         return super().requires_grad_(False)
 
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer and PEFT ask for checkpointing by this. A streamed block keeps its inputs only and recomputes in any
+        # case; transformers' checkpoint around it would visit each block once more: 3 visits a step, not 2.
+        log.info("activations are recomputed in any case; checkpointing adds nothing")
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: the weights are on disk already."""
         raise UnsupportedError(f"a streamed model is not saved: its weights lie unchanged in {self._folder}")

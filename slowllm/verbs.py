@@ -28,6 +28,14 @@ ResidentOption = Annotated[
     bool,
     typer.Option("--resident/--stream-all", help="Keep blocks that fit the budget, or stream every block."),
 ]
+PromptOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        help="Folder of a soft prompt, of `slowllm tune` or PEFT, before every text.",
+        metavar="DIR",
+    ),
+]
 StateOption = Annotated[
     Path | None,
     typer.Option(
@@ -93,11 +101,11 @@ def log_to_stderr(verbose: bool) -> None:
     logging.getLogger("slowllm").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
-def describe(model: str | None) -> Description:
-    """Open what says what a model is, the embedded one by default; its weights are left alone."""
+def describe(model: str | None, prompt: str | None = None) -> Description:
+    """Open what says what a model is, the embedded one by default, and its soft prompt; weights are left alone."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     from slowllm.model import Description
 
-    return Description(embedded_model() if model is None else model)
+    return Description(embedded_model() if model is None else model, prompt)

@@ -24,9 +24,10 @@ from slowllm import drafts, generation
 from slowllm.cli import app
 from slowllm.drafts import Acceptance, FanLayer
 from slowllm.errors import InputError
+from slowllm.forecast import Rates
 from slowllm.generation import Prompt, Settings, generate
 from slowllm.model import Description
-from slowllm.plan import Budget, Rates
+from slowllm.plan import Budget
 from slowllm.trees import Costs, Heard, Node, choose_tree, free_tokens, paths_of, pays
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.test_generation import speaking

@@ -11,7 +11,8 @@ import torch
 import slowllm
 from slowllm import layout
 from slowllm.errors import ArchitectureError, InputError, PlanError, UnsupportedError
-from slowllm.plan import Job, least_bytes
+from slowllm.forecast import Job
+from slowllm.plan import least_bytes
 from tests.families import FAMILIES, VOCAB, resident
 
 

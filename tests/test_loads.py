@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slowllm.carousel import Carousel
-from slowllm.plan import MAX_SWEEP_TOKENS, Plan, Sizes, StopSize, make_plan, widen
+from slowllm.forecast import Sizes, StopSize
+from slowllm.plan import MAX_SWEEP_TOKENS, Plan, make_plan, widen
 from slowllm.riders import Reach, Sized, reach
 from tests.test_carousel import MemoryStops, sweep
 

@@ -15,7 +15,7 @@ import torch
 import slowllm
 from slowllm import console, measure
 from slowllm.checkpoint import Checkpoint
-from slowllm.plan import Job, Rates
+from slowllm.forecast import Job, Rates
 from tests.conftest import TINY_BLOOM
 from tests.test_cli import refused, run
 

@@ -15,18 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slowllm.errors import InputError, PlanError
+from slowllm.forecast import Granularity, Job, Rates, Sizes, StopSize
 from slowllm.options import GIB, KIB, MIB, Options, format_binary, format_bytes, parse_bytes, parse_dtype
 from slowllm.plan import (
     MAX_RIDER_TOKENS,
     MAX_SWEEP_TOKENS,
     SLACK_BYTES,
     Budget,
-    Granularity,
-    Job,
     Plan,
-    Rates,
-    Sizes,
-    StopSize,
     advise,
     least_bytes,
     make_plan,

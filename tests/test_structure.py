@@ -12,8 +12,8 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "slowllm"
 # From the ground up: a room may import from those before it, never from those after it.
 ROOMS = [
-    "errors", "options", "heap", "stops", "checkpoint", "naming", "state", "reader", "plan", "swap", "riders", "carousel", "blocks", "head", "losses",
-    "layout", "skeleton", "model", "measure", "packing", "sharing", "scoring", "corpus",
+    "errors", "options", "heap", "stops", "checkpoint", "naming", "state", "reader", "forecast", "plan", "swap", "riders", "carousel", "blocks", "head", "losses",
+    "sharing", "soft_prompts", "prompt_files", "layout", "skeleton", "model", "measure", "packing", "scoring", "corpus",
     "choices", "prompts", "generation", "trees", "drafts", "api", "batch_requests", "batch", "tasks", "console", "harness", "chat", "hub", "download", "verbs", "score_verbs", "eval_verbs",
     "generate_verbs", "batch_verbs", "cli", "__main__",
 ]  # fmt: skip
@@ -24,6 +24,7 @@ ONLY_IN = {
         "blocks",
         "head",
         "losses",
+        "soft_prompts",
         "layout",
         "skeleton",
         "model",
@@ -44,7 +45,7 @@ ONLY_IN = {
     "yaml": {"tasks"},
     "promptsource": {"tasks"},
     "gradio": set(),
-    "peft": set(),
+    "peft": {"prompt_files"},
     "accelerate": set(),
     "pickle": set(),
 }
