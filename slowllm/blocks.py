@@ -60,10 +60,12 @@ def check_finite(name: str, values: Tensor, *, infinity_is_legal: bool = False) 
     if bool(bad.any()):
         kind = "NaN" if bool(values.isnan().any()) else "infinity"
         position = bad.nonzero()[0].tolist()
-        raise NonFiniteError(
+        error = NonFiniteError(
             f"{name}: {kind} in the output at position {position}; "
             "the weights are damaged, or their numbers are too large for the compute dtype (try float32)"
         )
+        error.row = position[0] if len(position) > 1 else None
+        raise error
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -141,6 +143,10 @@ class StreamedBlock(_Streamed):
         """Pass through the block when its stop comes; see the block's own class for arguments and result."""
         if not torch.is_grad_enabled():
             return self._compute(args, kwargs)
+        kept = journal.get()
+        if kept is not None and self._stop < kept.num_frozen:  # nothing below it wants a gradient
+            with torch.no_grad():
+                return self._compute(args, kwargs)
         call = _Call.record(self, args, kwargs)
         if not call.inputs:
             return self._compute(args, kwargs)

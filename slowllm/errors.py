@@ -25,7 +25,13 @@ class InputError(SlowLLMError):
 
 
 class NonFiniteError(SlowLLMError):
-    """A NaN, or an infinity where none is legal, came out of a block or the head."""
+    """A NaN, or an infinity where none is legal, came out of a block or the head.
+
+    Attributes:
+        row: of the batch, where it is known.
+    """
+
+    row: int | None = None
 
 
 class UnsupportedError(SlowLLMError):
@@ -38,6 +44,10 @@ class RideError(SlowLLMError):
 
 class StateError(SlowLLMError):
     """A state folder belongs to another job or process, is damaged, or cannot be written."""
+
+
+class TuningError(SlowLLMError):
+    """A soft prompt cannot be tuned further: a loss or gradient is no number, or grows beyond all measure."""
 
 
 class DownloadError(SlowLLMError):

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 
 import safetensors
 import torch
@@ -33,8 +33,31 @@ log = logging.getLogger(__name__)
 # What is lost at most when the process dies; writing costs about as much as reading as many bytes.
 SAVE_SECONDS = 30.0
 
-# The journal of the rider that calls the model, None where nothing is kept.
-journal: ContextVar[Journal | None] = ContextVar("journal", default=None)
+
+class Passed(Protocol):
+    """What is kept of a rider's way.
+
+    Attributes:
+        num_frozen: blocks from the first below which no gradient is asked for.
+    """
+
+    num_frozen: int
+
+    def output_of(self, block: int) -> Any:
+        """Return the output of a block that was passed, or of a later one; None where it is still to come."""
+
+    def pass_block(self, block: int, output: Any) -> None:
+        """Note the output of a block."""
+
+    def sums_of(self, chunk: int) -> tuple[Tensor, ...]:
+        """Return what a chunk of the head, which was passed, left; nothing where it is still to come."""
+
+    def pass_chunk(self, chunk: int, sums: tuple[Tensor, ...]) -> None:
+        """Note what a chunk of the head left."""
+
+
+# What is kept for the rider that calls the model, None where nothing is.
+journal: ContextVar[Passed | None] = ContextVar("journal", default=None)
 
 
 class State:
@@ -140,6 +163,36 @@ class State:
                 f"{self.folder}: {error.strerror or error}; free some space and run it again"
             ) from error
 
+    def keep(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Keep tensors under a name, in the place of those that were there.
+
+        Args:
+            name: of a file in `riders/`.
+            tensors: contiguous.
+            about: what JSON has of them.
+        Raises:
+            StateError: they cannot be written.
+        """
+        path = self.folder / "riders" / f"{name}.safetensors"
+        metadata = {"about": json.dumps(about)}
+        _save_tensors(
+            path, tensors, {**metadata, "checksum": _checksum(path, metadata, tensors, self._seed)}, self
+        )
+
+    def kept(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return what is kept under a name; None where nothing is, or it is damaged."""
+        path = self.folder / "riders" / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            tensors, metadata = _load_tensors(path)
+            if metadata.pop("checksum") != _checksum(path, metadata, tensors, self._seed):
+                raise ValueError("its checksum is another")
+            return tensors, dict(json.loads(metadata["about"]))
+        except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s: cannot be used (%s)", path, error)
+            return None
+
     def journal(self, number: int) -> Journal:
         """Return the journal of a rider, with what an earlier process saved of it."""
         return Journal(self, number)
@@ -180,6 +233,8 @@ class Journal:
     A stop that it has passed before returns what came of the last of them: a block's output is only the next
     block's input, so those between the first and the last need not be known.
     """
+
+    num_frozen = 0
 
     def __init__(self, state: State, number: int) -> None:
         self._state, self._path = state, state._file_of(number)
@@ -225,36 +280,15 @@ class Journal:
             "block": str(self._block), "chunk": str(self._chunk), "spec": treespec_dumps(spec),
             "num_leaves": str(len(leaves)), "num_sums": str(len(self._sums)),
         }  # fmt: skip
-        metadata["checksum"] = self._checksum(metadata, tensors)
-        partial = self._path.with_suffix(".part")
-        try:
-            save_file(tensors, partial, metadata)
-            with open(partial, "rb") as file:  # a name must not outlive a power cut that its bytes do not
-                os.fsync(file.fileno())
-            os.replace(partial, self._path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise StateError(
-                f"{self._state.folder}: a rider's state of "
-                f"{sum(tensor.nbytes for tensor in tensors.values()):,} bytes cannot be saved ({error}); "
-                "free some space and run it again"
-            ) from error
-
-    def _checksum(self, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-        text = json.dumps([self._path.name, sorted(metadata.items())])
-        found = zlib.crc32(text.encode(), self._state._seed)
-        for name in sorted(tensors):
-            if tensors[name].numel():
-                found = zlib.crc32(tensors[name].view(torch.uint8).numpy().data, found)
-        return f"{found:08x}"
+        metadata["checksum"] = _checksum(self._path, metadata, tensors, self._state._seed)
+        _save_tensors(self._path, tensors, metadata, self._state)
 
     def _load(self) -> None:
         if not self._path.exists():
             return
         try:
-            with safetensors.safe_open(self._path, framework="pt") as file:
-                metadata = dict(file.metadata())
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            if metadata.pop("checksum") != self._checksum(metadata, tensors):
+            tensors, metadata = _load_tensors(self._path)
+            if metadata.pop("checksum") != _checksum(self._path, metadata, tensors, self._state._seed):
                 raise ValueError("its checksum is another")
             leaves = [tensors.get(f"output.{i}") for i in range(int(metadata["num_leaves"]))]
             self._output = tree_unflatten(leaves, treespec_loads(metadata["spec"]))
@@ -263,6 +297,37 @@ class Journal:
         except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
             log.warning("%s: cannot be used (%s); this rider starts over", self._path, error)
             self._block = self._chunk = -1
+
+
+def _save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], state: State
+) -> None:
+    partial = path.with_suffix(".part")
+    try:
+        save_file(dict(tensors), partial, dict(metadata))
+        with open(partial, "rb") as file:  # a name must not outlive a power cut that its bytes do not
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StateError(
+            f"{state.folder}: a rider's state of "
+            f"{sum(tensor.nbytes for tensor in tensors.values()):,} bytes cannot be saved ({error}); "
+            "free some space and run it again"
+        ) from error
+
+
+def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
+
+
+def _checksum(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], seed: int) -> str:
+    text = json.dumps([path.name, sorted(metadata.items())])
+    found = zlib.crc32(text.encode(), seed)
+    for name in sorted(tensors):
+        if tensors[name].numel():
+            found = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def read_job(folder: Path) -> dict[str, Any] | None:

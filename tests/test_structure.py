@@ -13,7 +13,7 @@ PACKAGE = ROOT / "slowllm"
 # From the ground up: a room may import from those before it, never from those after it.
 ROOMS = [
     "errors", "options", "heap", "stops", "checkpoint", "naming", "state", "reader", "forecast", "plan", "swap", "riders", "carousel", "blocks", "head", "losses",
-    "sharing", "soft_prompts", "prompt_files", "layout", "skeleton", "model", "measure", "packing", "scoring", "corpus",
+    "sharing", "soft_prompts", "prompt_files", "layout", "skeleton", "model", "measure", "packing", "scoring", "corpus", "examples", "recipes", "trunk", "lessons", "tuning",
     "choices", "prompts", "generation", "trees", "drafts", "api", "batch_requests", "batch", "tasks", "console", "harness", "chat", "hub", "download", "verbs", "score_verbs", "eval_verbs",
     "generate_verbs", "batch_verbs", "cli", "__main__",
 ]  # fmt: skip
@@ -29,13 +29,15 @@ ONLY_IN = {
         "skeleton",
         "model",
         "sharing",
+        "recipes",
+        "tuning",
         "corpus",
         "generation",
         "drafts",
         "verbs",
     },
     "huggingface_hub": {"model", "hub", "download"},
-    "psutil": {"model", "measure", "generate_verbs"},
+    "psutil": {"model", "measure", "tuning", "generate_verbs"},
     "rich": {"console", "chat"},
     "typer": {"verbs", "score_verbs", "eval_verbs", "generate_verbs", "batch_verbs", "cli"},
     "hivemind": set(),

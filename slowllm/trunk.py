@@ -1,0 +1,167 @@
+"""The frozen trunk: what the blocks below the tuned ones make of each example, computed once and kept.
+
+In memory, or in a file of the state folder. Knows hidden states and blocks; knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slowllm.errors import StateError, UnsupportedError
+
+
+class Enough(Exception):
+    """Ends a forward pass behind the trunk."""
+
+
+class Filling:
+    """What a rider that fills the trunk has passed: it goes no further than the trunk's last block."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_frozen = num_blocks
+        self.output: Any = None
+
+    def output_of(self, block: int) -> Any:
+        """Return nothing: every block is still to come."""
+        return None
+
+    def pass_block(self, block: int, output: Any) -> None:
+        """Keep the output of the last block.
+
+        Raises:
+            Enough: it was the last.
+        """
+        if block == self.num_frozen - 1:
+            self.output = output
+            raise Enough
+
+    def sums_of(self, chunk: int) -> tuple[Tensor, ...]:
+        """Return nothing: the head is not come to."""
+        return ()
+
+    def pass_chunk(self, chunk: int, sums: tuple[Tensor, ...]) -> None:
+        """Do nothing: the head is not come to."""
+
+
+class Frozen:
+    """What a rider above the trunk has passed: all of the trunk, whose blocks return its output at once."""
+
+    def __init__(self, num_blocks: int, output: Any) -> None:
+        self.num_frozen, self._output = num_blocks, output
+
+    def output_of(self, block: int) -> Any:
+        """Return the trunk's output, which is the next block's input; None above the trunk."""
+        return self._output if block < self.num_frozen else None
+
+    def pass_block(self, block: int, output: Any) -> None:
+        """Do nothing: only the trunk is kept."""
+
+    def sums_of(self, chunk: int) -> tuple[Tensor, ...]:
+        """Return nothing: the head is always come to."""
+        return ()
+
+    def pass_chunk(self, chunk: int, sums: tuple[Tensor, ...]) -> None:
+        """Do nothing."""
+
+
+class Trunk:
+    """The output of a trunk for rows of tokens.
+
+    Args:
+        num_blocks: of the trunk.
+        lengths: positions of each row.
+        width: of a hidden state.
+        dtype: of it.
+        path: of the file that keeps it; None for memory.
+        key: what it depends on; a file with another is filled anew.
+    Raises:
+        StateError: the file cannot be made.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        lengths: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        path: Path | None,
+        key: str,
+    ) -> None:
+        self.num_blocks, self._width, self._dtype = num_blocks, width, dtype
+        self._lengths = list(lengths)
+        self._starts = np.cumsum([0, *lengths]) * width
+        self._num_others = -1  # tensors of a block's output beside the hidden states; -1 for no tuple
+        self._path, self._key = path, key
+        self.is_filled = False
+        size = int(self._starts[-1])
+        if path is None:
+            self._data = torch.empty(size, dtype=dtype)
+            return
+        try:
+            done: dict[str, Any] = json.loads(self._about.read_bytes()) if self._about.is_file() else {}
+            self.is_filled = done.get("key") == key
+            if self.is_filled:
+                self._num_others = done["num_others"]
+            num_bytes = size * dtype.itemsize
+            with open(path, "r+b" if self.is_filled else "w+b") as file:
+                if os.fstat(file.fileno()).st_size != num_bytes:
+                    self.is_filled = False
+                os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))
+                mapped = np.memmap(file, dtype=np.uint8, mode="r+")
+            self._data = torch.from_numpy(mapped)[:num_bytes].view(dtype)
+        except (OSError, ValueError, KeyError) as error:
+            raise StateError(
+                f"{path}: the trunk's output of {size * dtype.itemsize:,} bytes cannot be kept "
+                f"({getattr(error, 'strerror', None) or error})"
+            ) from error
+
+    @property
+    def _about(self) -> Path:
+        assert self._path is not None, "kept in a file"
+        return self._path.with_suffix(".json")
+
+    def put(self, rows: Sequence[int], output: Any) -> None:
+        """Keep what the trunk's last block returned for some rows, padded on the right.
+
+        Raises:
+            UnsupportedError: it returned more than hidden states.
+        """
+        hidden = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, tuple):
+            if any(other is not None for other in output[1:]):
+                raise UnsupportedError(
+                    "blocks of this model hand on more than hidden states, so no trunk is kept; leave out top"
+                )
+            self._num_others = len(output) - 1
+        for place, row in enumerate(rows):
+            length = self._lengths[row]
+            target = self._data[self._starts[row] : self._starts[row + 1]].view(length, self._width)
+            target.copy_(hidden[place, :length])
+
+    def finish(self) -> None:
+        """Note that all rows are there."""
+        self.is_filled = True
+        if self._path is not None:
+            mark = json.dumps({"key": self._key, "num_others": self._num_others})
+            partial = self._about.with_suffix(".part")
+            partial.write_text(mark)
+            os.replace(partial, self._about)
+
+    def passed(self, rows: Sequence[int]) -> Frozen:
+        """Return what a rider with some rows has passed, padded on the right."""
+        width = max(self._lengths[row] for row in rows)
+        hidden = torch.zeros(len(rows), width, self._width, dtype=self._dtype)
+        for place, row in enumerate(rows):
+            length = self._lengths[row]
+            part = self._data[self._starts[row] : self._starts[row + 1]]
+            hidden[place, :length] = part.view(length, self._width)
+        output = hidden if self._num_others < 0 else (hidden, *[None] * self._num_others)
+        return Frozen(self.num_blocks, output)

@@ -1,0 +1,524 @@
+"""Tune soft prompts on a model that does not fit: each step goes up the stops and down again, once for all examples.
+
+A step's examples, and those of other trials, are riders of one sweep; each rider goes up, computes its losses from one
+pass over the head, and comes down. The step after it begins with the block at which they arrive. Validation rides up
+with the next step. Where only the top blocks are tuned, the blocks below are passed once for all steps (`trunk`), and
+the model is then opened anew for the top alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from torch import Tensor
+
+from slowllm import __version__
+from slowllm.errors import InputError, SlowLLMError, StateError, TuningError
+from slowllm.examples import Example, Task, make_task, read_rows
+from slowllm.examples import Row as Text
+from slowllm.forecast import Job
+from slowllm.lessons import (
+    Row,
+    above,
+    all_rows,
+    fill_rider,
+    judge_rider,
+    judgement,
+    learn_rider,
+    starts_of,
+    validation_rows,
+)
+from slowllm.measure import quick_rates
+from slowllm.model import Description, StreamedLM, load
+from slowllm.options import format_bytes, parse_bytes, parse_dtype
+from slowllm.packing import pack
+from slowllm.plan import Budget
+from slowllm.prompt_files import save_prompt
+from slowllm.recipes import Recipe, Trial, make_trials, restored_start
+from slowllm.riders import Reach, Sized
+from slowllm.soft_prompts import SoftPrompt
+from slowllm.state import State, read_job
+from slowllm.trunk import Trunk
+
+log = logging.getLogger(__name__)
+
+MAX_RIDERS = 256
+# What a trunk may take of the budget before it goes to a file.
+TRUNK_SHARE = 0.125
+# How long the prompts in the folder of results may be behind.
+SAVE_SECONDS = 30.0
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What became of a trial.
+
+    Attributes:
+        name: of the trial.
+        prompt: the best by validation, else the last.
+        recipe: how it was tuned.
+        records: of its steps and validations, in order.
+        failure: why it stopped early, if something was wrong.
+    """
+
+    name: str
+    prompt: SoftPrompt
+    recipe: Recipe
+    records: tuple[Record, ...]
+    failure: str | None = None
+
+
+def tune(
+    model: str | os.PathLike[str] | Description,
+    data: str | os.PathLike[str] | Sequence[Text] | Mapping[str, Any],
+    validation: str | os.PathLike[str] | Sequence[Text] | Mapping[str, Any] = (),
+    *,
+    labels: Sequence[str] = (),
+    recipes: Recipe | Sequence[Recipe] | None = None,
+    ram: str | int = "16GiB",
+    dtype: str = "auto",
+    keep_resident: bool = True,
+    out: str | os.PathLike[str] | None = None,
+    state: str | os.PathLike[str] | None = None,
+    on_open: Callable[[StreamedLM, Job, str], Any] | None = None,
+    on_record: Callable[[Record], Any] | None = None,
+    **settings: Any,
+) -> list[Tuned]:
+    """Tune one soft prompt or several, all of them in the same sweeps, and return them.
+
+    Args:
+        model: as for `load`.
+        data: a file (see `examples.read_rows`), or examples (see `examples.make_task`); or several of these by name,
+            each of which is a task of its own.
+        validation: as `data`; the prompt that does best on it is kept.
+        labels: words of which one follows each example, where they do.
+        recipes: one for each trial; by default one, of `settings`.
+        ram: budget for the whole process, such as ``16GiB``.
+        dtype: compute dtype; see `load`. Prompts are always float32.
+        keep_resident: whether stops that fit the budget stay in memory.
+        out: folder for the prompts, and a folder in it for each trial where there are several.
+        state: folder that keeps what is done: the same call goes on after a kill, with the same numbers.
+        on_open: called with the model, what it was planned for, and in words what for.
+        on_record: called with each step and each validation.
+        settings: fields of `Recipe`.
+    Raises:
+        InputError: an example, a setting or a folder cannot be used.
+        PlanError: a step does not fit the budget; the message names the smallest that would do.
+        TuningError: the only trial has diverged; its last good prompt is in `out`.
+        StateError: the state is another run's, or cannot be written.
+    """
+    chosen = _recipes(recipes, settings)
+    known = model if isinstance(model, Description) else Description(model)
+    if known.soft_prompt is not None:
+        raise InputError("the model has a soft prompt already; tune begins with a new one")
+    parse_dtype(dtype)
+    longest_prompt = max(recipe.num_tokens for recipe in chosen)
+    tasks = _tasks(known, data, validation, tuple(labels), longest_prompt)
+    num_blocks = int(known.config.get_text_config().num_hidden_layers)
+    for recipe in chosen:
+        if recipe.top is not None and recipe.top > num_blocks:
+            raise InputError(f"top {recipe.top} is more than the model's {num_blocks} blocks")
+    if len({recipe.top for recipe in chosen}) > 1:
+        raise InputError("all trials of one run must tune as many blocks from the top")
+    plans = list(make_trials(tasks, chosen))
+    if len({name for name, _, _ in plans}) < len(plans):
+        raise InputError("two trials have the same task, learning rate and seed; they would come out alike")
+    folder = None if out is None else Path(out).expanduser()
+    session = _Session(
+        known, plans, ram, dtype, keep_resident, folder, None if state is None else Path(state).expanduser(),
+        num_blocks, on_open, on_record,
+    )  # fmt: skip
+    return session.run()
+
+
+def _recipes(recipes: Recipe | Sequence[Recipe] | None, settings: Mapping[str, Any]) -> list[Recipe]:
+    if recipes is not None and settings:
+        raise InputError(f"give recipes or settings, not both ({', '.join(settings)})")
+    if recipes is None:
+        known = list(Recipe.__dataclass_fields__)
+        if wrong := sorted(set(settings) - set(known)):
+            raise InputError(f"no such setting: {', '.join(wrong)}; there are {', '.join(known)}")
+        return [Recipe(**settings)]
+    found = [recipes] if isinstance(recipes, Recipe) else list(recipes)
+    if not found:
+        raise InputError("there are no recipes")
+    return found
+
+
+def _tasks(
+    side: Description, data: Any, validation: Any, labels: tuple[str, ...], num_tokens: int
+) -> list[Task]:
+    named = data if isinstance(data, Mapping) else {_name_of(data): data}
+    judged = validation if isinstance(validation, Mapping) else dict.fromkeys(named, validation)
+    if other := sorted(set(judged) - set(named)):
+        raise InputError(f"validation is given for {other[0]}, which is none of the tasks {', '.join(named)}")
+    return [
+        make_task(side, name, _rows(rows), _rows(judged.get(name, ())), labels=labels, num_tokens=num_tokens)
+        for name, rows in named.items()
+    ]
+
+
+def _name_of(data: Any) -> str:
+    return Path(data).stem if isinstance(data, str | os.PathLike) else "data"
+
+
+def _rows(data: Any) -> Sequence[Text]:
+    return read_rows(data) if isinstance(data, str | os.PathLike) else data
+
+
+class _Session:
+    """One run of `tune`."""
+
+    def __init__(
+        self,
+        known: Description,
+        plans: Sequence[tuple[str, Task, Recipe]],
+        ram: str | int,
+        dtype: str,
+        keep_resident: bool,
+        out: Path | None,
+        state: Path | None,
+        num_blocks: int,
+        on_open: Callable[[StreamedLM, Job, str], Any] | None,
+        on_record: Callable[[Record], Any] | None,
+    ) -> None:
+        self.known, self.plans, self.ram, self.dtype = known, list(plans), parse_bytes(ram), dtype
+        self.keep_resident, self.out, self.folder = keep_resident, out, state
+        self.on_open, self.on_record = on_open, on_record
+        top = plans[0][2].top
+        self.first = 0 if top is None else num_blocks - top
+        self.num_blocks = num_blocks
+        begun = None if state is None else read_job(state)
+        self.packing: tuple[int, int, int] | None = None
+        if begun is not None:
+            if dtype == "auto":
+                self.dtype = str(begun.get("dtype"))  # measured anew it might come out otherwise
+            self.packing = _as_packing(begun.get("packing"))
+        self.rates = quick_rates(known.folder, parse_dtype(self.dtype))
+        self.records: dict[str, list[Record]] = {name: [] for name, _, _ in plans}
+        self.num_records = 0
+        self.saved_at = time.monotonic()
+        self.trunks: dict[str, Trunk] = {}
+        self.trunk_bytes = 0
+
+    def run(self) -> list[Tuned]:
+        """Do all of it."""
+        _check_folder(self.out)
+        with contextlib.ExitStack() as stack:
+            if self.first:
+                with self._opened(self._trunk_job(), "the frozen trunk") as lm:
+                    kept = self._state(stack, lm)
+                    trials = self._trials(lm, kept)
+                    self._fill(lm, trials)
+                lm = stack.enter_context(self._opened(self._step_job(), "steps"))
+            else:
+                lm = stack.enter_context(self._opened(self._step_job(), "steps"))
+                kept = self._state(stack, lm)
+                trials = self._trials(lm, kept)
+            self._loop(lm, trials, kept)
+        self._save(trials)
+        failures = [trial.failure for trial in trials if trial.failure]
+        if len(failures) == len(trials):
+            where = "" if self.out is None else f"; the last good prompt is in {self.out}"
+            raise TuningError(f"{failures[0]}{where}")
+        return [Tuned(t.name, t.result, t.recipe, tuple(self.records[t.name]), t.failure) for t in trials]
+
+    # Opening.
+
+    @contextlib.contextmanager
+    def _opened(self, job: Job, what: str) -> Iterator[StreamedLM]:
+        used = psutil.Process().memory_info().rss + self.trunk_bytes
+        with load(
+            self.known, ram=Budget(self.ram, used), dtype=self.dtype, keep_resident=self.keep_resident, job=job,
+            rates=self.rates, granularity="blocks",
+        ) as lm:  # fmt: skip
+            self.fingerprint = lm.fingerprint()
+            if self.on_open is not None:
+                self.on_open(lm, job, what)
+            yield lm
+
+    def _lengths(self, task: Task, recipe: Recipe) -> list[int]:
+        return [recipe.num_tokens + len(row.ids) for row in all_rows(task)]
+
+    def _trunk_job(self) -> Job:
+        lengths = [n for _, task, recipe in self.plans for n in self._lengths(task, recipe)]
+        return Job(sum(lengths), max(lengths), forward_only=True, keeps_results=False)
+
+    def _step_job(self) -> Job:
+        longest = max(max(self._lengths(task, recipe)) for _, task, recipe in self.plans)
+        total = 0
+        for _, task, recipe in self.plans:
+            lengths = sorted((recipe.num_tokens + len(e.ids) for e in task.train), reverse=True)
+            total += sum(lengths[: recipe.step_examples])
+        # A prefix counts as tokens: what is held of it in a batch is less than theirs.
+        return Job(
+            max(total, longest), longest, repeated=True, forward_only=False, keeps_results=False, turns=True,
+            first_stop=self.first, packing=self.packing,
+        )  # fmt: skip
+
+    def _state(self, stack: contextlib.ExitStack, lm: StreamedLM) -> State | None:
+        if self.folder is None:
+            return None
+        job = {
+            "kind": "tune",
+            "versions": {
+                "slowllm": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "model": self.fingerprint,
+            "dtype": str(lm.model.dtype).removeprefix("torch."),
+            "trials": [[name, task.digest(), asdict(recipe)] for name, task, recipe in self.plans],
+            # That of steps above a trunk is only known when they begin, and kept with them.
+            "packing": None if self.first else _packing(lm),
+            "threads": torch.get_num_threads(),
+        }
+        return stack.enter_context(State(self.folder, job))
+
+    # Beginnings.
+
+    def _trials(self, lm: StreamedLM, kept: State | None) -> list[Trial]:
+        found = None if kept is None else kept.kept("trials")
+        trials = []
+        if found is None:
+            starts = starts_of(lm, [recipe for _, _, recipe in self.plans], self.first)
+        for number, (name, task, recipe) in enumerate(self.plans):
+            if found is None:
+                trials.append(Trial(name, task, recipe, starts[number]))
+                continue
+            tensors, about = found
+            own = {k.partition(":")[2]: t for k, t in tensors.items() if k.partition(":")[0] == str(number)}
+            width = int(lm.config.get_text_config().hidden_size)
+            start = above(restored_start(own, recipe.kind, self.num_blocks, width), self.first)
+            trials.append(Trial(name, task, recipe, start))
+            trials[-1].restore(own, about["trials"][number])
+        if found is not None and kept is not None:
+            for number in range(found[1]["num_records"]):
+                self._tell(kept.result(number))
+            self.num_records = found[1]["num_records"]
+            self.packing = _as_packing(found[1]["packing"])
+        return trials
+
+    def _fill(self, lm: StreamedLM, trials: Sequence[Trial]) -> None:
+        """Pass all examples through the blocks below the tuned ones."""
+        config = lm.model.config.get_text_config()
+        for trial in trials:
+            rows = all_rows(trial.task)
+            start = trial.prompt()
+            lower = SoftPrompt(start.kind, start.embeddings, (), start.pairs[: self.first])
+            key = hashlib.sha256(
+                json.dumps(
+                    [lower.digest(), trial.task.digest(), self.fingerprint, self.first, self.dtype]
+                ).encode()
+            ).hexdigest()
+            if key in self.trunks:
+                self.trunks[trial.name] = self.trunks[key]
+                continue
+            lengths = [len(start.virtual_ids) + len(row.ids) for row in rows]
+            num_bytes = sum(lengths) * int(config.hidden_size) * lm.model.dtype.itemsize
+            path = None
+            if self.folder is not None:
+                path = self.folder / "riders" / f"trunk-{key[:16]}.bin"
+            elif self.trunk_bytes + num_bytes > TRUNK_SHARE * self.ram:
+                raise InputError(
+                    f"the trunk's output of {format_bytes(num_bytes)} is too large to be kept in memory; name a folder "
+                    "for it with --state"
+                )
+            else:
+                self.trunk_bytes += num_bytes
+            trunk = Trunk(self.first, lengths, int(config.hidden_size), lm.model.dtype, path, key)
+            self.trunks[key] = self.trunks[trial.name] = trunk
+            if trunk.is_filled:
+                continue
+            batches = pack(lengths, lm.plan.rider_tokens, lm.plan.padding_tokens)
+            jobs = [
+                Sized(
+                    functools.partial(fill_rider, lm, trial.prompt(), [rows[n] for n in batch], self.first),
+                    len(batch) * lengths[batch[0]],
+                )
+                for batch in batches
+            ]
+            outputs = lm.stream(iter(jobs), MAX_RIDERS, lm.plan.sweep_tokens)
+            for batch, output in zip(batches, outputs, strict=True):
+                trunk.put(batch, output)
+            trunk.finish()
+
+    # Steps.
+
+    def _loop(self, lm: StreamedLM, trials: Sequence[Trial], kept: State | None) -> None:
+        while active := [trial for trial in trials if not trial.ended]:
+            started, before = time.perf_counter(), lm.report
+            jobs: list[Sized] = []
+            shares: list[tuple[Trial, list[int], int, tuple[int, int]]] = []
+            # Behind a last step nobody goes up again.
+            hint = Reach(first=self.first, again=any(t.step + 1 < t.recipe.num_steps for t in active))
+            for trial in active:
+                train, judged = trial.batch(), validation_rows(trial.task) if trial.validates else []
+                batches = [self._pack(lm, trial, [trial.task.train[n] for n in train])]
+                batches.append(self._pack(lm, trial, [row.example for row in judged]))
+                shares.append((trial, train, len(judged), (len(batches[0]), len(batches[1]))))
+                jobs += self._jobs(lm, trial, train, judged, batches, hint)
+            found = list(lm.stream(iter(jobs), MAX_RIDERS, lm.plan.sweep_tokens))
+            cost = {
+                "seconds": time.perf_counter() - started,
+                "read_bytes": lm.report.read_bytes - before.read_bytes,
+            }
+            records: list[Record] = []
+            for trial, train, num_judged, (num_train, num_validation) in shares:
+                results, found = found[: num_train + num_validation], found[num_train + num_validation :]
+                records += self._close_step(trial, train, num_judged, results, num_train, cost)
+            for record in records:
+                if kept is not None:
+                    kept.finish(self.num_records, record)
+                self.num_records += 1
+                self._tell(record)
+            if kept is not None:
+                self._keep(kept, trials, _packing(lm))
+            if time.monotonic() - self.saved_at > SAVE_SECONDS:
+                self._save(trials)
+
+    def _pack(self, lm: StreamedLM, trial: Trial, examples: Sequence[Example]) -> list[list[int]]:
+        lengths = [trial.recipe.num_tokens + len(example.ids) for example in examples]
+        return pack(lengths, lm.plan.rider_tokens, lm.plan.padding_tokens)
+
+    def _jobs(
+        self,
+        lm: StreamedLM,
+        trial: Trial,
+        train: Sequence[int],
+        judged: Sequence[Row],
+        batches: Any,
+        hint: Reach,
+    ) -> Iterator[Sized]:
+        task, recipe, trunk = trial.task, trial.recipe, self.trunks.get(trial.name)
+        examples = [task.train[n] for n in train]
+        total = len(examples) if task.compares else sum(len(example.answer) for example in examples)
+        for batch in batches[0]:
+            rows = [Row(examples[n], train[n]) for n in batch]
+            num_tokens = len(batch) * (recipe.num_tokens + max(len(row.example.ids) for row in rows))
+            yield Sized(functools.partial(learn_rider, lm, trial, rows, total, trunk, hint), num_tokens)
+        for batch in batches[1]:
+            rows = [judged[n] for n in batch]
+            num_tokens = len(batch) * (recipe.num_tokens + max(len(row.example.ids) for row in rows))
+            yield Sized(functools.partial(judge_rider, lm, trial, rows, batch, trunk, hint), num_tokens)
+
+    def _close_step(
+        self,
+        trial: Trial,
+        train: Sequence[int],
+        num_judged: int,
+        results: Sequence[Any],
+        num_train: int,
+        cost: Mapping[str, Any],
+    ) -> list[Record]:
+        """Judge a trial by what its riders found, and update it."""
+        step = trial.step + 1
+        records: list[Record] = []
+        try:
+            for result in results:
+                if isinstance(result, SlowLLMError):
+                    raise TuningError(f"{trial.name}: step {step}: {result}")
+            if num_judged:
+                loss, accuracy = judgement(trial.task, results[num_train:])
+                records.append({"trial": trial.name, "step": trial.step, "validation_loss": loss})
+                if accuracy is not None:
+                    records[-1]["accuracy"] = accuracy
+                trial.judge(loss)
+                trial.ended |= trial.step >= trial.recipe.num_steps
+            if train and not trial.ended:
+                learned = results[:num_train]
+                loss = math.fsum(found.loss for found in learned)
+                gradients = dict(learned[0].gradients)
+                for found in learned[1:]:  # in rider order
+                    gradients = {name: gradients[name] + found.gradients[name] for name in gradients}
+                vocabulary = int(self.known.config.get_text_config().vocab_size)
+                norm, rate = trial.learn(loss, gradients, vocabulary)
+                records.append(
+                    {
+                        "trial": trial.name, "step": step, "epoch": round(trial.epoch, 4), "loss": loss,
+                        "grad_norm": norm, "learning_rate": rate,
+                        "num_tokens": sum(found.num_tokens for found in learned), **cost,
+                    }
+                )  # fmt: skip
+        except TuningError as error:
+            trial.failure, trial.ended = str(error), True
+            log.warning("%s", error)
+        return records
+
+    def _tell(self, record: Record) -> None:
+        self.records[record["trial"]].append(record)
+        if self.on_record is not None:
+            self.on_record(record)
+
+    def _keep(self, kept: State, trials: Sequence[Trial], packing: list[int]) -> None:
+        tensors: dict[str, Tensor] = {}
+        about: list[Any] = []
+        for number, trial in enumerate(trials):
+            own, said = trial.saved()
+            tensors |= {f"{number}:{name}": tensor.contiguous() for name, tensor in own.items()}
+            about.append(said)
+        kept.keep("trials", tensors, {"trials": about, "num_records": self.num_records, "packing": packing})
+
+    def _save(self, trials: Sequence[Trial]) -> None:
+        """Write the prompts to the folder of results."""
+        self.saved_at = time.monotonic()
+        for trial in trials if self.out is not None else ():
+            assert self.out is not None, "looked at above"
+            folder = self.out if len(trials) == 1 else self.out / trial.name
+            about = {
+                "model": self.known.name, "fingerprint": self.fingerprint, "recipe": asdict(trial.recipe),
+                "task": trial.task.name, "labels": list(trial.task.labels), "steps": trial.step,
+                "best_step": trial.best_step if trial.task.validation else trial.step,
+                "best_loss": trial.best_loss if math.isfinite(trial.best_loss) else None, "failure": trial.failure,
+            }  # fmt: skip
+            save_prompt(trial.result, folder, str(self.known.folder), about)
+
+
+def _packing(lm: StreamedLM) -> list[int]:
+    return [lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens]
+
+
+def _as_packing(found: Any) -> tuple[int, int, int] | None:
+    """Return the packing that a state says.
+
+    Raises:
+        StateError: it says nothing of the kind.
+    """
+    if found is None:
+        return None
+    if not (isinstance(found, list) and len(found) == 3 and all(type(n) is int and n > 0 for n in found)):
+        raise StateError("the state is another version's, or damaged; delete its folder")
+    return found[0], found[1], found[2]
+
+
+def _check_folder(out: Path | None) -> None:
+    """Refuse a folder that cannot be written, before hours are spent.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if out is None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError(f"{out}: {error.strerror or error}") from error
