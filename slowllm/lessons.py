@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from slowllm.errors import InputError, NonFiniteError, SlowLLMError, TuningError
 from slowllm.examples import Example, Task
+from slowllm.head import last_hidden
 from slowllm.losses import choice_logits, token_losses
 from slowllm.model import StreamedLM
 from slowllm.recipes import Recipe, Trial
@@ -200,15 +202,18 @@ def fill_rider(lm: StreamedLM, prompt: SoftPrompt, rows: Sequence[Example], num_
 def starts_of(lm: StreamedLM, recipes: Sequence[Recipe], first: int) -> list[SoftPrompt]:
     """Return where each trial begins; keys and values of prefixes take one sweep for all of them."""
     ids = [_first_ids(lm, recipe) for recipe in recipes]
-    if any(recipe.kind == "prefix" for recipe in recipes):
-        jobs = [functools.partial(_pairs_rider, lm, found) for found in ids]
-        return [
-            above(_spread_alike(SoftPrompt("prefix", pairs=pairs), recipe), first)
-            for recipe, pairs in zip(recipes, lm.ride(jobs), strict=True)
-        ]
+    jobs = [
+        functools.partial(_pairs_rider, lm, found)
+        for recipe, found in zip(recipes, ids, strict=True)
+        if recipe.kind == "prefix"
+    ]
+    pairs = iter(lm.ride(jobs) if jobs else [])
     width, num_blocks = int(lm.config.get_text_config().hidden_size), len(lm.layout.blocks)
     starts = []
     for recipe, found in zip(recipes, ids, strict=True):
+        if recipe.kind == "prefix":
+            starts.append(above(_spread_alike(SoftPrompt("prefix", pairs=next(pairs)), recipe), first))
+            continue
         with torch.no_grad():
             rows = lm.model.get_input_embeddings()(found).float()
         vectors: tuple[Tensor, ...] = ()
@@ -232,13 +237,15 @@ def _first_ids(lm: StreamedLM, recipe: Recipe) -> Tensor:
         repeated = -(-recipe.num_tokens // len(found)) * list(found)
         return torch.tensor(repeated[: recipe.num_tokens])
     dice = torch.Generator("cpu").manual_seed(recipe.seed)
-    vocabulary = min(int(lm.config.get_text_config().vocab_size), len(lm.tokenizer))
-    return torch.randint(vocabulary, (recipe.num_tokens,), generator=dice)
+    return torch.randint(int(lm.config.get_text_config().vocab_size), (recipe.num_tokens,), generator=dice)
 
 
 def _pairs_rider(lm: StreamedLM, ids: Tensor) -> tuple[Tensor, ...]:
+    cache = DynamicCache(config=lm.model.config.get_text_config())
+    # The head has no keys and values.
+    reach.set(Reach(end=len(lm.layout.blocks)))
     with torch.no_grad():
-        cache = lm.model(ids[None], use_cache=True).past_key_values
+        last_hidden(lm.model, {"input_ids": ids[None], "past_key_values": cache, "use_cache": True})
     pairs = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

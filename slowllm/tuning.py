@@ -128,21 +128,48 @@ def tune(
     known = model if isinstance(model, Description) else Description(model)
     if known.soft_prompt is not None:
         raise InputError("the model has a soft prompt already; tune begins with a new one")
-    parse_dtype(dtype)
     longest_prompt = max(recipe.num_tokens for recipe in chosen)
     tasks = _tasks(known, data, validation, tuple(labels), longest_prompt)
+    return tune_tasks(
+        known, tasks, chosen, ram=ram, dtype=dtype, keep_resident=keep_resident, out=out, state=state,
+        on_open=on_open, on_record=on_record,
+    )  # fmt: skip
+
+
+def tune_tasks(
+    known: Description,
+    tasks: Sequence[Task],
+    recipes: Sequence[Recipe],
+    *,
+    ram: str | int = "16GiB",
+    dtype: str = "auto",
+    keep_resident: bool = True,
+    out: str | os.PathLike[str] | None = None,
+    state: str | os.PathLike[str] | None = None,
+    on_open: Callable[[StreamedLM, Job, str], Any] | None = None,
+    on_record: Callable[[Record], Any] | None = None,
+) -> list[Tuned]:
+    """Tune a prompt by every recipe on every task, all in the same sweeps; see `tune`.
+
+    Args:
+        known: the model.
+        tasks: of token ids.
+        recipes: at least one.
+        ram: as for `tune`, like all others.
+    """
+    parse_dtype(dtype)
     num_blocks = int(known.config.get_text_config().num_hidden_layers)
-    for recipe in chosen:
+    for recipe in recipes:
         if recipe.top is not None and recipe.top > num_blocks:
             raise InputError(f"top {recipe.top} is more than the model's {num_blocks} blocks")
-    if len({recipe.top for recipe in chosen}) > 1:
+    if len({recipe.top for recipe in recipes}) > 1:
         raise InputError("all trials of one run must tune as many blocks from the top")
-    plans = list(make_trials(tasks, chosen))
+    plans = list(make_trials(tasks, recipes))
     if len({name for name, _, _ in plans}) < len(plans):
         raise InputError("two trials have the same task, learning rate and seed; they would come out alike")
-    folder = None if out is None else Path(out).expanduser()
     session = _Session(
-        known, plans, ram, dtype, keep_resident, folder, None if state is None else Path(state).expanduser(),
+        known, plans, ram, dtype, keep_resident,
+        None if out is None else Path(out).expanduser(), None if state is None else Path(state).expanduser(),
         num_blocks, on_open, on_record,
     )  # fmt: skip
     return session.run()

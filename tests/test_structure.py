@@ -30,6 +30,7 @@ ONLY_IN = {
         "model",
         "sharing",
         "recipes",
+        "lessons",
         "tuning",
         "corpus",
         "generation",
