@@ -29,7 +29,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import machine, sides
-from benchmarks.make_checkpoint import GEOMETRIES, num_model_blocks
+from benchmarks.make_checkpoint import num_model_blocks
 from benchmarks.sentences import Task, lengths_of
 from slowllm.blocks import find_blocks
 from slowllm.options import format_bytes
@@ -249,24 +249,16 @@ def summary(report: dict[str, Any]) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line, and say what does not go together."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-70b")
-    parser.add_argument("--blocks", type=int, default=4)
+    parser = sides.parser(__doc__)
     parser.add_argument("--case", choices=["uniform", "mixed", "many"], default="uniform")
     parser.add_argument("--tokens", type=int, default=13, help="case uniform: of all sequences together")
     parser.add_argument("--sequences", type=int, default=1, help="case uniform: of equal length")
     parser.add_argument("--sentences", type=int, default=5000, help="case many: to score")
     parser.add_argument("--sentence-tokens", type=int, default=20, help="case many: of each")
-    parser.add_argument("--ram", default="5GiB", help="our budget, and the cap of both sides")
     parser.add_argument("--store", choices=["plain"], default="plain", help="how the weights lie on disk")
     parser.add_argument("--sweeps", type=int, default=1, help="in one process; the first is compared")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each side; the median counts")
-    parser.add_argument("--peer", choices=["accelerate"])
     parser.add_argument("--warm", action="store_true", help="all files in the page cache, and no cap")
     parser.add_argument("--stream-all", action="store_true", help="keep no block in memory")
-    parser.add_argument("--checkpoint", type=Path, help="made there if it is missing")
     arguments = parser.parse_args(argv)
     if arguments.tokens % arguments.sequences:
         parser.error(f"--tokens {arguments.tokens} are not {arguments.sequences} sequences of equal length")

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from benchmarks import machine, sides
 from benchmarks.forward_pass import matrix_sizes
-from benchmarks.make_checkpoint import GEOMETRIES
 
 # One by one, the peer reads the whole checkpoint for every token of every prompt; so many tokens are timed.
 NUM_ONE_BY_ONE = 2
@@ -180,18 +179,10 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Make or find the checkpoint, measure, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-70b")
-    parser.add_argument("--blocks", type=int, default=4)
+    parser = sides.parser(__doc__)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=16, help="of a prompt, in the mean")
     parser.add_argument("--new-tokens", type=int, default=8)
-    parser.add_argument("--ram", default="5GiB", help="our budget, and the cap of both sides")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each side; the median counts")
-    parser.add_argument("--peer", choices=["accelerate"])
-    parser.add_argument("--checkpoint", type=Path, help="folder; written where it is missing")
     arguments = parser.parse_args(argv)
     folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks)
     task = Task(str(folder), arguments.ram, arguments.prompts, arguments.prompt_tokens, arguments.new_tokens)

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 
 from benchmarks import machine, sides
-from benchmarks.make_checkpoint import GEOMETRIES
 from slowllm.packing import Query
 
 # Passes of the peer that are measured.
@@ -207,21 +206,13 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Make or find the checkpoint, measure, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-70b")
-    parser.add_argument("--blocks", type=int, default=4)
+    parser = sides.parser(__doc__)
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--header-tokens", type=int, default=100, help="that all questions begin with")
     parser.add_argument("--question-tokens", type=int, default=24, help="of a question, in the mean")
     parser.add_argument("--choices", type=int, default=2)
     parser.add_argument("--choice-tokens", type=int, default=1)
-    parser.add_argument("--ram", default="5GiB", help="our budget, and the cap of both sides")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each side; the median counts")
-    parser.add_argument("--peer", choices=["accelerate"])
     parser.add_argument("--peer-batch", type=int, default=16, help="rows of the peer's batch")
-    parser.add_argument("--checkpoint", type=Path, help="folder; written where it is missing")
     arguments = parser.parse_args(argv)
     folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks)
     task = Task(

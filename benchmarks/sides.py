@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,20 @@ from benchmarks.make_checkpoint import GEOMETRIES, make_checkpoint
 from slowllm.options import parse_bytes
 
 SIDE = "--side"
+
+
+def parser(description: str | None, peers: Sequence[str] = ("accelerate",)) -> argparse.ArgumentParser:
+    """Return a parser of the options that all benchmarks have: the checkpoint, the cap, how often, and the peer."""
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-70b")
+    found.add_argument("--blocks", type=int, default=4)
+    found.add_argument("--ram", default="5GiB", help="our budget, and the cap of both sides")
+    found.add_argument("--repeat", type=int, default=3, help="runs of each side; the median counts")
+    found.add_argument("--peer", choices=peers)
+    found.add_argument("--checkpoint", type=Path, help="folder; written where it is missing")
+    return found
 
 
 def run(

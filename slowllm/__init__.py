@@ -15,11 +15,15 @@ __all__ = [
     "Job",
     "Likelihood",
     "Rates",
+    "Recipe",
     "Report",
     "SlowLLMError",
+    "SoftPrompt",
     "StreamedLM",
+    "Tuned",
     "load",
     "log_probs",
+    "tune",
 ]
 
 if TYPE_CHECKING:
@@ -30,12 +34,19 @@ if TYPE_CHECKING:
     from slowllm.head import log_probs
     from slowllm.model import Report, StreamedLM
     from slowllm.plan import Budget
+    from slowllm.recipes import Recipe
+    from slowllm.soft_prompts import SoftPrompt
+    from slowllm.tuning import Tuned, tune
 
 _HOMES = {
     "Budget": "plan",
     "Job": "forecast",
     "Rates": "forecast",
+    "Recipe": "recipes",
     "Report": "model",
+    "SoftPrompt": "soft_prompts",
+    "Tuned": "tuning",
+    "tune": "tuning",
     "SlowLLMError": "errors",
     "LM": "api",
     "Likelihood": "api",

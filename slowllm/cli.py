@@ -16,6 +16,7 @@ from slowllm.generate_verbs import generate
 from slowllm.heap import keep_together
 from slowllm.options import parse_bytes, parse_dtype
 from slowllm.score_verbs import score, yesno
+from slowllm.tune_verbs import tune
 from slowllm.verbs import (
     DTypeOption,
     ModelOption,
@@ -33,7 +34,7 @@ from slowllm.verbs import (
 
 app = typer.Typer(
     name="slowllm",
-    help="Run and score language models far larger than memory, by streaming their weights from disk.",
+    help="Run, score and tune language models far larger than memory, by streaming their weights from disk.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -211,6 +212,7 @@ app.command()(batch)
 app.command()(chat)
 app.command()(score)
 app.command()(yesno)
+app.command()(tune)
 app.add_typer(eval_app, name="eval")
 
 

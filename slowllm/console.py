@@ -231,6 +231,28 @@ def progress(lm: StreamedLM, job: Job, state: State | None = None) -> Iterator[N
         lm.on_passage = None
 
 
+@contextlib.contextmanager
+def steps(lm: StreamedLM, what: str) -> Iterator[None]:
+    """Show where the carousel is while a step of tuning goes up and down; on a terminal only."""
+    console = Console(stderr=True)
+    before, started = lm.report, time.perf_counter()
+
+    def on_passage(passage: Passage) -> None:
+        num_bytes = lm.report.read_bytes - before.read_bytes
+        rate = f", {format_bytes(num_bytes / (time.perf_counter() - started))}/s read" if num_bytes else ""
+        status.update(f"{what}: stop {passage.stop + 1} of {lm.num_stops}, {passage.direction}{rate}")
+
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what) as status:
+        lm.on_passage = on_passage
+        try:
+            yield
+        finally:
+            lm.on_passage = None
+
+
 def duration(seconds: float) -> str:
     """Return a time as people say it: ``3.2 s``, ``14 min``, ``5.1 h``."""
     for unit, length in (("s", 1), ("min", 60)):

@@ -92,6 +92,7 @@ class Job:
         num_passes: sweeps that a sequence takes: after the first, each computes one token of it beside what it holds.
         turns: whether each sweep comes down again from the last block, as in tuning.
         first_stop: the lowest stop that it comes to.
+        rider_tokens: of a micro-batch, where they are given: what the rounding depends on.
     Raises:
         InputError: these are no numbers of tokens.
     """
@@ -105,6 +106,7 @@ class Job:
     num_passes: int = 1
     turns: bool = False
     first_stop: int = 0
+    rider_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_passes, int) or self.num_passes < 1:

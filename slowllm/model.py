@@ -368,7 +368,8 @@ def _assemble(
         rates=rates,
         keep_resident=options.keep_resident,
     )
-    if job is None and not is_shared:
+    # Validation rides along with a step where there is room.
+    if (job is None and not is_shared) or (job is not None and job.turns):
         plan = widen(plan, choices, budget.free_bytes)
     layout = layouts[plan.granularity]
     keep_together()

@@ -175,6 +175,8 @@ def least_rider_tokens(job: Job) -> int:
     """Return the tokens that a rider must be able to carry: the longest sequence, and no fewer than pay."""
     if job.packing is not None:
         return max(job.longest, job.packing[0])
+    if job.rider_tokens is not None:
+        return max(job.longest, job.rider_tokens)
     return max(job.longest, min(MIN_RIDER_TOKENS, tokens_of(job)))
 
 
@@ -276,6 +278,8 @@ def _token_choices(job: Job) -> Iterator[tuple[int, int]]:
     least, total = least_rider_tokens(job), tokens_of(job)
     most = max(least, min(MAX_RIDER_TOKENS, total))
     riders = {least, most} | {tokens for tokens in (128, 256, 512) if least < tokens < most}
+    if job.rider_tokens is not None:
+        riders = {least}
     for rider in sorted(riders):
         # Micro-batches are seldom full: a seat more than would do if they were.
         seats = -(-total // rider) + (1 if total > rider else 0)

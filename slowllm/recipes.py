@@ -21,8 +21,9 @@ from slowllm.soft_prompts import Kind, SoftPrompt
 
 Init = Literal["text", "vocab", "random"]
 Schedule = Literal["constant", "linear", "cosine"]
-# A loss this many times that of guessing, or of the beginning where that is more, will not come down again.
-DIVERGED = 2.0
+# A loss worse than guessing, and so many times that of the beginning, for so many steps in a row will not come down.
+DIVERGED, DIVERGED_STEPS = 2.0, 5
+MAX_RATE = 1e6
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Recipe:
         init_text: for ``text``; repeated or cut to `num_tokens`.
         top: how many blocks, the uppermost, are tuned; the others keep what they started with. None for all.
         num_steps: updates.
+        num_epochs: passes over the examples; where it is given, it says how many updates there are.
         batch_size: examples of a batch.
         accumulate: batches of an update.
         learning_rate: of AdamW (Loshchilov and Hutter, 2019), at its highest.
@@ -57,6 +59,7 @@ class Recipe:
     init_text: str | None = None
     top: int | None = None
     num_steps: int = 100
+    num_epochs: int | None = None
     batch_size: int = 8
     accumulate: int = 1
     learning_rate: float = 0.03
@@ -75,11 +78,11 @@ class Recipe:
                     f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(get_args(words))}"
                 )
         for name, least in (
-            ("num_tokens", 1), ("top", 1), ("num_steps", 1), ("batch_size", 1), ("accumulate", 1),
+            ("num_tokens", 1), ("top", 1), ("num_steps", 1), ("num_epochs", 1), ("batch_size", 1), ("accumulate", 1),
             ("warmup_steps", 0), ("seed", 0), ("eval_every", 1), ("patience", 1),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name in ("top", "eval_every", "patience"):
+            if value is None and name in ("top", "num_epochs", "eval_every", "patience"):
                 continue
             if type(value) is not int or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
@@ -87,15 +90,17 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise InputError(f"{name} must be a number of at least 0, not {value!r}")
-        if not self.learning_rate:
-            raise InputError("learning_rate must be above 0")
+        if not 0 < self.learning_rate <= MAX_RATE:
+            raise InputError(
+                f"learning_rate must be above 0 and at most {MAX_RATE:g}, not {self.learning_rate:g}"
+            )
         if (self.init == "text") != bool(self.init_text):
             raise InputError("init_text goes with init='text', and only with it")
         if self.top is not None and self.kind == "shallow":
             raise InputError(
                 "top goes with a deep prompt or a prefix: a shallow one is all below the first block"
             )
-        if self.warmup_steps >= self.num_steps:
+        if self.num_epochs is None and self.warmup_steps >= self.num_steps:
             raise InputError(f"warmup_steps {self.warmup_steps} leave none of the {self.num_steps} steps")
 
     @property
@@ -117,6 +122,7 @@ class Trial:
         best_loss: lowest of its validations.
         best_step: updates before that.
         num_worse: validations since.
+        num_bad: steps in a row whose loss was beyond all measure.
         failure: why it stopped, if something was wrong.
         ended: whether there is nothing more to do.
     """
@@ -130,6 +136,7 @@ class Trial:
     best_loss: float = math.inf
     best_step: int = 0
     num_worse: int = 0
+    num_bad: int = 0
     failure: str | None = None
     ended: bool = False
     values: dict[str, nn.Parameter] = field(init=False)
@@ -147,9 +154,16 @@ class Trial:
         self._optimizer = torch.optim.AdamW(
             self.values.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, foreach=False
         )
-        scheduler = get_scheduler(recipe.schedule, self._optimizer, recipe.warmup_steps, recipe.num_steps)
+        scheduler = get_scheduler(recipe.schedule, self._optimizer, recipe.warmup_steps, self.num_steps)
         lambdas = getattr(scheduler, "lr_lambdas", None)
         self._scale = lambdas[0] if lambdas else lambda step: 1.0
+
+    @property
+    def num_steps(self) -> int:
+        """How many updates there are to be."""
+        if self.recipe.num_epochs is None:
+            return self.recipe.num_steps
+        return self.recipe.num_epochs * -(-len(self.task.train) // self.recipe.step_examples)
 
     @property
     def first_block(self) -> int:
@@ -160,7 +174,7 @@ class Trial:
     @property
     def epoch(self) -> float:
         """How often every example has been learned."""
-        return self.step * self.recipe.step_examples / len(self.task.train)
+        return self.step / -(-len(self.task.train) // self.recipe.step_examples)
 
     @property
     def validates(self) -> bool:
@@ -168,11 +182,11 @@ class Trial:
         if not self.task.validation:
             return False
         every = self.recipe.eval_every or -(-len(self.task.train) // self.recipe.step_examples)
-        return self.step % every == 0 or self.step == self.recipe.num_steps
+        return self.step % every == 0 or self.step == self.num_steps
 
     def batch(self) -> list[int]:
         """Return the numbers of the examples of the next update: each epoch in an order of its own."""
-        if self.step >= self.recipe.num_steps:
+        if self.step >= self.num_steps:
             return []
         total, count = len(self.task.train), self.recipe.step_examples
         per_epoch = -(-total // count)
@@ -215,9 +229,9 @@ class Trial:
         """
         where = f"{self.name}: step {self.step + 1}"
         guess = math.log(len(self.task.labels) if self.task.compares else vocabulary)
-        if self.first_loss is None:
-            self.first_loss = loss
-        elif loss > DIVERGED * max(guess, self.first_loss):
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.num_bad = self.num_bad + 1 if loss > max(guess, DIVERGED * self.first_loss) else 0
+        if self.num_bad == DIVERGED_STEPS:
             raise TuningError(
                 f"{where}: the loss has grown from {self.first_loss:.3g} to {loss:.3g}, where guessing gives {guess:.3g}; "
                 f"lower the learning rate of {self.recipe.learning_rate:g}"
@@ -234,12 +248,12 @@ class Trial:
         rate = self.recipe.learning_rate * self._scale(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        if not self.task.validation:  # its loss was just seen to be a number
+        if not self.task.validation and loss <= DIVERGED * self.first_loss:
             self._good = self._copies()
         self._optimizer.step()
         self.step += 1
-        if self.step == self.recipe.num_steps and not self.task.validation:
-            if all(bool(value.isfinite().all()) for value in self.values.values()):
+        if self.step == self.num_steps and not self.task.validation:
+            if not self.num_bad and all(bool(value.isfinite().all()) for value in self.values.values()):
                 self._good = self._copies()
             self.ended = True
         return norm, rate
@@ -257,7 +271,7 @@ class Trial:
         tensors |= {f"start.{n}": t for n, t in _frozen(self.start).items()}
         about = {
             name: getattr(self, name)
-            for name in ("step", "first_loss", "best_step", "num_worse", "failure", "ended")
+            for name in ("step", "first_loss", "best_step", "num_worse", "num_bad", "failure", "ended")
         }
         return tensors, {**about, "best_loss": None if self.best_loss == math.inf else self.best_loss}
 
@@ -270,7 +284,7 @@ class Trial:
             found = {key[len(start) :]: t for key, t in tensors.items() if key.startswith(start)}
             if found:
                 self._optimizer.state[value] = found
-        for name in ("step", "first_loss", "best_step", "num_worse", "failure", "ended"):
+        for name in ("step", "first_loss", "best_step", "num_worse", "num_bad", "failure", "ended"):
             setattr(self, name, about[name])
         self.best_loss = math.inf if about["best_loss"] is None else about["best_loss"]
 

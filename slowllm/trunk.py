@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slowllm.errors import StateError, UnsupportedError
+from slowllm.errors import StateError
 
 
 class Enough(Exception):
@@ -131,15 +131,10 @@ class Trunk:
     def put(self, rows: Sequence[int], output: Any) -> None:
         """Keep what the trunk's last block returned for some rows, padded on the right.
 
-        Raises:
-            UnsupportedError: it returned more than hidden states.
+        What it returned beside hidden states (BLOOM's attentions) is for those who ask for it, and not kept.
         """
         hidden = output[0] if isinstance(output, tuple) else output
         if isinstance(output, tuple):
-            if any(other is not None for other in output[1:]):
-                raise UnsupportedError(
-                    "blocks of this model hand on more than hidden states, so no trunk is kept; leave out top"
-                )
             self._num_others = len(output) - 1
         for place, row in enumerate(rows):
             length = self._lengths[row]

@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor
 
 from slowllm import __version__
-from slowllm.errors import InputError, SlowLLMError, StateError, TuningError
+from slowllm.errors import InputError, PlanError, SlowLLMError, StateError, TuningError
 from slowllm.examples import Example, Task, make_task, read_rows
 from slowllm.examples import Row as Text
 from slowllm.forecast import Job
@@ -60,10 +60,15 @@ log = logging.getLogger(__name__)
 MAX_RIDERS = 256
 # What a trunk may take of the budget before it goes to a file.
 TRUNK_SHARE = 0.125
+# Tokens of a micro-batch: as many as reach the processor's rate, or fewer where memory is short.
+RIDER_TOKENS = (512, 256, 128, 64)
+PADDING_TOKENS = 64
 # How long the prompts in the folder of results may be behind.
 SAVE_SECONDS = 30.0
 
 Record = dict[str, Any]
+# Called with a model, what it was planned for, in words what for, and the most memory that the process will take.
+OnOpen = Callable[[StreamedLM, Job, str, int], Any]
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def tune(
     keep_resident: bool = True,
     out: str | os.PathLike[str] | None = None,
     state: str | os.PathLike[str] | None = None,
-    on_open: Callable[[StreamedLM, Job, str], Any] | None = None,
+    on_open: OnOpen | None = None,
     on_record: Callable[[Record], Any] | None = None,
     **settings: Any,
 ) -> list[Tuned]:
@@ -115,7 +120,7 @@ def tune(
         keep_resident: whether stops that fit the budget stay in memory.
         out: folder for the prompts, and a folder in it for each trial where there are several.
         state: folder that keeps what is done: the same call goes on after a kill, with the same numbers.
-        on_open: called with the model, what it was planned for, and in words what for.
+        on_open: called before each phase; see `OnOpen`.
         on_record: called with each step and each validation.
         settings: fields of `Recipe`.
     Raises:
@@ -146,7 +151,7 @@ def tune_tasks(
     keep_resident: bool = True,
     out: str | os.PathLike[str] | None = None,
     state: str | os.PathLike[str] | None = None,
-    on_open: Callable[[StreamedLM, Job, str], Any] | None = None,
+    on_open: OnOpen | None = None,
     on_record: Callable[[Record], Any] | None = None,
 ) -> list[Tuned]:
     """Tune a prompt by every recipe on every task, all in the same sweeps; see `tune`.
@@ -223,7 +228,7 @@ class _Session:
         out: Path | None,
         state: Path | None,
         num_blocks: int,
-        on_open: Callable[[StreamedLM, Job, str], Any] | None,
+        on_open: OnOpen | None,
         on_record: Callable[[Record], Any] | None,
     ) -> None:
         self.known, self.plans, self.ram, self.dtype = known, list(plans), parse_bytes(ram), dtype
@@ -233,11 +238,11 @@ class _Session:
         self.first = 0 if top is None else num_blocks - top
         self.num_blocks = num_blocks
         begun = None if state is None else read_job(state)
-        self.packing: tuple[int, int, int] | None = None
+        self.most, self.is_bound = RIDER_TOKENS[0], False
         if begun is not None:
             if dtype == "auto":
                 self.dtype = str(begun.get("dtype"))  # measured anew it might come out otherwise
-            self.packing = _as_packing(begun.get("packing"))
+            self._bind(begun.get("rider_tokens"))
         self.rates = quick_rates(known.folder, parse_dtype(self.dtype))
         self.records: dict[str, list[Record]] = {name: [] for name, _, _ in plans}
         self.num_records = 0
@@ -254,9 +259,9 @@ class _Session:
                     kept = self._state(stack, lm)
                     trials = self._trials(lm, kept)
                     self._fill(lm, trials)
-                lm = stack.enter_context(self._opened(self._step_job(), "steps"))
+                lm = stack.enter_context(self._opened_for_steps())
             else:
-                lm = stack.enter_context(self._opened(self._step_job(), "steps"))
+                lm = stack.enter_context(self._opened_for_steps())
                 kept = self._state(stack, lm)
                 trials = self._trials(lm, kept)
             self._loop(lm, trials, kept)
@@ -269,6 +274,35 @@ class _Session:
 
     # Opening.
 
+    def _bind(self, most: Any) -> None:
+        """Pack micro-batches as the run that is gone on with did.
+
+        Raises:
+            StateError: it says nothing of that.
+        """
+        if most is None:
+            return
+        if type(most) is not int or most < 1:
+            raise StateError("the state is another version's, or damaged; delete its folder")
+        self.most, self.is_bound = most, True
+
+    @contextlib.contextmanager
+    def _opened_for_steps(self) -> Iterator[StreamedLM]:
+        """Open the model with the largest micro-batches that the budget has room for."""
+        for most in RIDER_TOKENS:
+            if not self.is_bound:
+                self.most = most
+            stack = contextlib.ExitStack()
+            try:
+                lm = stack.enter_context(self._opened(self._step_job(), "steps"))
+            except PlanError:
+                if self.is_bound or most == RIDER_TOKENS[-1]:
+                    raise
+                continue
+            with stack:
+                yield lm
+            return
+
     @contextlib.contextmanager
     def _opened(self, job: Job, what: str) -> Iterator[StreamedLM]:
         used = psutil.Process().memory_info().rss + self.trunk_bytes
@@ -278,7 +312,7 @@ class _Session:
         ) as lm:  # fmt: skip
             self.fingerprint = lm.fingerprint()
             if self.on_open is not None:
-                self.on_open(lm, job, what)
+                self.on_open(lm, job, what, used + lm.plan.peak_bytes)
             yield lm
 
     def _lengths(self, task: Task, recipe: Recipe) -> list[int]:
@@ -290,15 +324,25 @@ class _Session:
 
     def _step_job(self) -> Job:
         longest = max(max(self._lengths(task, recipe)) for _, task, recipe in self.plans)
-        total = 0
-        for _, task, recipe in self.plans:
-            lengths = sorted((recipe.num_tokens + len(e.ids) for e in task.train), reverse=True)
-            total += sum(lengths[: recipe.step_examples])
+        total = sum(self._step_tokens(task, recipe) for _, task, recipe in self.plans)
+        rider = max(self._rider_tokens(task, recipe) for _, task, recipe in self.plans)
         # A prefix counts as tokens: what is held of it in a batch is less than theirs.
         return Job(
             max(total, longest), longest, repeated=True, forward_only=False, keeps_results=False, turns=True,
-            first_stop=self.first, packing=self.packing,
+            first_stop=self.first, rider_tokens=rider,
         )  # fmt: skip
+
+    def _step_tokens(self, task: Task, recipe: Recipe) -> int:
+        """Return the most tokens of a step, padding included."""
+        lengths = sorted((recipe.num_tokens + len(e.ids) for e in task.train), reverse=True)
+        chosen = lengths[: recipe.step_examples]
+        num_batches = len(pack(chosen, self._rider_tokens(task, recipe), PADDING_TOKENS))
+        return min(len(chosen) * lengths[0], sum(chosen) + (num_batches + 1) * PADDING_TOKENS)
+
+    def _rider_tokens(self, task: Task, recipe: Recipe) -> int:
+        """Return the tokens of a trial's micro-batches, on which its rounding depends, so by the trial alone."""
+        lengths = sorted((recipe.num_tokens + len(e.ids) for e in task.train), reverse=True)
+        return max(*self._lengths(task, recipe), min(self.most, sum(lengths[: recipe.step_examples])))
 
     def _state(self, stack: contextlib.ExitStack, lm: StreamedLM) -> State | None:
         if self.folder is None:
@@ -314,7 +358,7 @@ class _Session:
             "dtype": str(lm.model.dtype).removeprefix("torch."),
             "trials": [[name, task.digest(), asdict(recipe)] for name, task, recipe in self.plans],
             # That of steps above a trunk is only known when they begin, and kept with them.
-            "packing": None if self.first else _packing(lm),
+            "rider_tokens": None if self.first else self.most,
             "threads": torch.get_num_threads(),
         }
         return stack.enter_context(State(self.folder, job))
@@ -340,7 +384,7 @@ class _Session:
             for number in range(found[1]["num_records"]):
                 self._tell(kept.result(number))
             self.num_records = found[1]["num_records"]
-            self.packing = _as_packing(found[1]["packing"])
+            self._bind(found[1]["rider_tokens"])
         return trials
 
     def _fill(self, lm: StreamedLM, trials: Sequence[Trial]) -> None:
@@ -395,11 +439,11 @@ class _Session:
             jobs: list[Sized] = []
             shares: list[tuple[Trial, list[int], int, tuple[int, int]]] = []
             # Behind a last step nobody goes up again.
-            hint = Reach(first=self.first, again=any(t.step + 1 < t.recipe.num_steps for t in active))
+            hint = Reach(first=self.first, again=any(t.step + 1 < t.num_steps for t in active))
             for trial in active:
                 train, judged = trial.batch(), validation_rows(trial.task) if trial.validates else []
-                batches = [self._pack(lm, trial, [trial.task.train[n] for n in train])]
-                batches.append(self._pack(lm, trial, [row.example for row in judged]))
+                batches = [self._pack(trial, [trial.task.train[n] for n in train])]
+                batches.append(self._pack(trial, [row.example for row in judged]))
                 shares.append((trial, train, len(judged), (len(batches[0]), len(batches[1]))))
                 jobs += self._jobs(lm, trial, train, judged, batches, hint)
             found = list(lm.stream(iter(jobs), MAX_RIDERS, lm.plan.sweep_tokens))
@@ -417,13 +461,13 @@ class _Session:
                 self.num_records += 1
                 self._tell(record)
             if kept is not None:
-                self._keep(kept, trials, _packing(lm))
+                self._keep(kept, trials)
             if time.monotonic() - self.saved_at > SAVE_SECONDS:
                 self._save(trials)
 
-    def _pack(self, lm: StreamedLM, trial: Trial, examples: Sequence[Example]) -> list[list[int]]:
+    def _pack(self, trial: Trial, examples: Sequence[Example]) -> list[list[int]]:
         lengths = [trial.recipe.num_tokens + len(example.ids) for example in examples]
-        return pack(lengths, lm.plan.rider_tokens, lm.plan.padding_tokens)
+        return pack(lengths, self._rider_tokens(trial.task, trial.recipe), PADDING_TOKENS)
 
     def _jobs(
         self,
@@ -468,7 +512,7 @@ class _Session:
                 if accuracy is not None:
                     records[-1]["accuracy"] = accuracy
                 trial.judge(loss)
-                trial.ended |= trial.step >= trial.recipe.num_steps
+                trial.ended |= trial.step >= trial.num_steps
             if train and not trial.ended:
                 learned = results[:num_train]
                 loss = math.fsum(found.loss for found in learned)
@@ -494,14 +538,16 @@ class _Session:
         if self.on_record is not None:
             self.on_record(record)
 
-    def _keep(self, kept: State, trials: Sequence[Trial], packing: list[int]) -> None:
+    def _keep(self, kept: State, trials: Sequence[Trial]) -> None:
         tensors: dict[str, Tensor] = {}
         about: list[Any] = []
         for number, trial in enumerate(trials):
             own, said = trial.saved()
             tensors |= {f"{number}:{name}": tensor.contiguous() for name, tensor in own.items()}
             about.append(said)
-        kept.keep("trials", tensors, {"trials": about, "num_records": self.num_records, "packing": packing})
+        kept.keep(
+            "trials", tensors, {"trials": about, "num_records": self.num_records, "rider_tokens": self.most}
+        )
 
     def _save(self, trials: Sequence[Trial]) -> None:
         """Write the prompts to the folder of results."""
@@ -516,23 +562,6 @@ class _Session:
                 "best_loss": trial.best_loss if math.isfinite(trial.best_loss) else None, "failure": trial.failure,
             }  # fmt: skip
             save_prompt(trial.result, folder, str(self.known.folder), about)
-
-
-def _packing(lm: StreamedLM) -> list[int]:
-    return [lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens]
-
-
-def _as_packing(found: Any) -> tuple[int, int, int] | None:
-    """Return the packing that a state says.
-
-    Raises:
-        StateError: it says nothing of the kind.
-    """
-    if found is None:
-        return None
-    if not (isinstance(found, list) and len(found) == 3 and all(type(n) is int and n > 0 for n in found)):
-        raise StateError("the state is another version's, or damaged; delete its folder")
-    return found[0], found[1], found[2]
 
 
 def _check_folder(out: Path | None) -> None:

@@ -15,7 +15,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import slowllm
-from benchmarks import forward_pass, generation, machine, make_checkpoint, passes, scoring, sentences, sides
+from benchmarks import (
+    forward_pass,
+    generation,
+    machine,
+    make_checkpoint,
+    passes,
+    scoring,
+    sentences,
+    sides,
+    tuning_step,
+)
 from tests.conftest import ROOT
 
 
@@ -69,6 +79,7 @@ def measured(
         "passes": (passes.RUNNERS, sentences.Task),
         "scoring": (scoring.RUNNERS, scoring.Task),
         "generation": (generation.RUNNERS, generation.Task),
+        "tuning_step": (tuning_step.RUNNERS, tuning_step.Task),
     }
 
     def run_side(module: str, name: str, task: dict[str, Any], **_: object) -> dict[str, Any]:
@@ -222,6 +233,68 @@ def test_generation_reports_tokens_per_sweep(measured: Callable[..., dict[str, A
     assert report["num_sweeps"] == report["predicted_sweeps"] == 3
     assert report["peer_one_by_one_measured_tokens"] == 2
     assert report["limit_s"] == max(report["disk_limit_s"], report["gemm_limit_s"])
+
+
+def test_a_tuning_step_has_a_limit_and_a_peer(measured: Callable[..., dict[str, Any]]) -> None:
+    report = measured(
+        "--sentences", "12", "--peer-batch", "8", "--stream-all", "--peer", "accelerate", module=tuning_step
+    )
+    assert report["verified"] is True
+    assert 0 < report["gradient_difference"] <= tuning_step.TOLERANCE
+    assert report["tokens"] == 12 * 31
+    assert report["micro_batches"] >= 1
+    assert not report["mapped"]
+    assert report["first"]["read_of_forward"] >= 1
+    assert report["resident_compute_s"] == 3 * report["resident_block_s"] + report["resident_head_s"]
+    for name in ("first", "later"):
+        step = report[name]
+        assert step["limit_s"] == max(step["disk_limit_s"], report["resident_compute_s"])
+        assert step["efficiency"] == step["limit_s"] / step["seconds"]
+        assert 0 < step["compute_s"] < step["seconds"]
+    assert report["speedup"] == report["peer_wall_s"] / report["first"]["seconds"]
+
+
+def test_an_epoch_above_the_trunk_is_compared_with_the_first(
+    measured: Callable[..., dict[str, Any]],
+) -> None:
+    report = measured("--sentences", "12", "--top", "1", "--steps", "2", module=tuning_step)
+    assert report["verified"] is True
+    assert report["first_epoch_s"] > report["first"]["seconds"], "the trunk is filled before the first step"
+    assert report["first_of_later"] == report["first_epoch_s"] / report["later_epoch_s"]
+    assert report["later_epoch_s"] == report["later"]["seconds"]
+    assert report["without_trunk_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("TOLERANCE", "our gradient of one block differs"),
+        ("LOSS_TOLERANCE", "a step on one block has a loss"),
+    ],
+)
+def test_a_gradient_or_a_loss_that_differs_is_not_reported(
+    measured: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setattr(tuning_step, name, -1.0)
+    with pytest.raises(SystemExit, match=f"not verified: {message}"):
+        measured("--sentences", "2", module=tuning_step)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top", "4"], "leaves no trunk of 4 blocks"),
+        (["--top", "1", "--peer", "accelerate"], "--top has no peer"),
+        (["--steps", "1"], "must be at least 2"),
+        (["--sentence-tokens", "1"], "must be at least 2"),
+    ],
+)
+def test_tuning_options_that_do_not_go_together_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tuning_step.parse(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_answers_that_differ_are_not_reported(

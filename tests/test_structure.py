@@ -15,7 +15,7 @@ ROOMS = [
     "errors", "options", "heap", "stops", "checkpoint", "naming", "state", "reader", "forecast", "plan", "swap", "riders", "carousel", "blocks", "head", "losses",
     "sharing", "soft_prompts", "prompt_files", "layout", "skeleton", "model", "measure", "packing", "scoring", "corpus", "examples", "recipes", "trunk", "lessons", "tuning",
     "choices", "prompts", "generation", "trees", "drafts", "api", "batch_requests", "batch", "tasks", "console", "harness", "chat", "hub", "download", "verbs", "score_verbs", "eval_verbs",
-    "generate_verbs", "batch_verbs", "cli", "__main__",
+    "generate_verbs", "batch_verbs", "tune_verbs", "cli", "__main__",
 ]  # fmt: skip
 # Packages that only some rooms may know; a room not named in a list may not import it.
 ONLY_IN = {
@@ -40,7 +40,7 @@ ONLY_IN = {
     "huggingface_hub": {"model", "hub", "download"},
     "psutil": {"model", "measure", "tuning", "generate_verbs"},
     "rich": {"console", "chat"},
-    "typer": {"verbs", "score_verbs", "eval_verbs", "generate_verbs", "batch_verbs", "cli"},
+    "typer": {"verbs", "score_verbs", "eval_verbs", "generate_verbs", "batch_verbs", "tune_verbs", "cli"},
     "hivemind": set(),
     "lm_eval": {"harness"},
     "datasets": {"tasks"},
@@ -49,6 +49,7 @@ ONLY_IN = {
     "promptsource": {"tasks"},
     "gradio": set(),
     "peft": {"prompt_files"},
+    "tensorboard": set(),
     "accelerate": set(),
     "pickle": set(),
 }

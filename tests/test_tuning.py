@@ -1,0 +1,505 @@
+"""Soft prompts are tuned on a streamed model as on a resident one; trials, kills and the frozen trunk change no number."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import slowllm
+from slowllm.blocks import find_blocks
+from slowllm.errors import InputError, PlanError, StateError, TuningError
+from slowllm.examples import Example, Task
+from slowllm.lessons import Row, learn_rider, starts_of
+from slowllm.model import Description
+from slowllm.recipes import Recipe, Trial
+from slowllm.riders import Reach
+from slowllm.tuning import tune, tune_tasks
+from tests.conftest import ROOT, TINY_BLOOM
+from tests.families import VOCAB
+
+Tiny = Callable[..., Path]
+KINDS = ["shallow", "deep", "prefix"]
+FAMILIES = ["bloom", "llama-3-scaled-rope", "mixtral", "falcon-new-decoder"]
+LENGTH = 3
+EXACT = 1e-6  # relative to the norm: sums in another order
+
+
+def examples(count: int, low: int = 4, high: int = 9, seed: int = 0) -> tuple[Example, ...]:
+    dice = torch.Generator().manual_seed(seed)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(5, VOCAB, (n,), generator=dice).tolist())
+
+    lengths = torch.randint(low, high, (count,), generator=dice).tolist()
+    return tuple(Example(f"example {n}", ids(length - 2), ids(1 + n % 3)) for n, length in enumerate(lengths))
+
+
+def resident(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+
+
+def moved(trial: Trial) -> Trial:
+    """Away from the beginning, where a deep prompt's vectors are all zero."""
+    dice = torch.Generator().manual_seed(9)
+    for value in trial.values.values():
+        value.data += 0.1 * torch.randn(value.shape, generator=dice)
+    return trial
+
+
+def resident_gradients(model: Any, trial: Trial, chosen: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """By transformers and autograd alone, one example at a time: mean over all tokens of the answers."""
+    leaves = trial.leaves()
+    prompt = trial.prompt(leaves)
+    total = sum(len(e.answer) for e in chosen)
+    loss = torch.zeros(())
+    for example in chosen:
+        ids, mask = torch.tensor([example.ids]), torch.ones(1, LENGTH + len(example.ids))
+        first = len(example.context) - 1
+        if prompt.kind == "prefix":
+            cache = DynamicCache(config=model.config)
+            for block, pair in enumerate(prompt.pairs):
+                cache.update(pair[:1].to(model.dtype), pair[1:].to(model.dtype), block)
+            logits = model(ids, past_key_values=cache, attention_mask=mask).logits[0]
+        else:
+            hooks = []
+            for block, vector in zip(find_blocks(model)[1], prompt.vectors, strict=False):
+
+                def add(module: Any, args: Any, kwargs: Any, vector: Any = vector) -> Any:
+                    hidden = args[0] if args else kwargs["hidden_states"]
+                    added = F.pad(vector.to(hidden.dtype), (0, 0, 0, hidden.shape[1] - LENGTH))
+                    hidden = hidden + added
+                    return (
+                        ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+                    )
+
+                hooks.append(block.register_forward_pre_hook(add, with_kwargs=True))
+            assert prompt.embeddings is not None
+            text = model.get_input_embeddings()(ids)
+            whole = torch.cat([prompt.embeddings[None].to(text.dtype), text], 1)
+            logits = model(inputs_embeds=whole, attention_mask=mask, use_cache=False).logits[0, LENGTH:]
+            for hook in hooks:
+                hook.remove()
+        wanted = torch.tensor(example.answer)
+        loss = loss + F.cross_entropy(logits[first:].float(), wanted, reduction="sum")
+    return dict(zip(leaves, torch.autograd.grad(loss / total, list(leaves.values())), strict=True))
+
+
+def streamed_gradients(
+    lm: slowllm.StreamedLM, trial: Trial, chosen: Sequence[Example], split: Sequence[Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    total = sum(len(e.answer) for e in chosen)
+    jobs = [
+        lambda part=part: learn_rider(lm, trial, [Row(chosen[n], n) for n in part], total, None, Reach())
+        for part in split
+    ]
+    found = lm.ride(jobs)
+    return {name: sum(one.gradients[name] for one in found) for name in trial.values}
+
+
+def trial_of(lm: slowllm.StreamedLM, kind: str) -> Trial:
+    recipe = Recipe(kind=kind, num_tokens=LENGTH)  # type: ignore[arg-type]
+    (start,) = starts_of(lm, [recipe], 0)
+    return moved(Trial("t", Task("t", examples(5)), recipe, start))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_equal_the_resident_models_for_any_split_into_riders(
+    name: str, kind: str, tiny: Tiny
+) -> None:
+    chosen = examples(5)
+    with slowllm.load(tiny(name), dtype="fp32", keep_resident=False, poison=True) as lm:
+        trial = trial_of(lm, kind)
+        wanted = resident_gradients(resident(tiny(name)), trial, chosen)
+        for split in ([[0, 1, 2, 3, 4]], [[0, 3], [4, 1], [2]], [[n] for n in range(5)]):
+            found = streamed_gradients(lm, trial, chosen, split)
+            for key, value in wanted.items():
+                assert value.norm() > 0
+                assert (found[key] - value).norm() <= EXACT * value.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bf16_gradients_are_as_good_as_the_resident_models(name: str, kind: str, tiny: Tiny) -> None:
+    chosen = examples(5)
+    with slowllm.load(tiny(name), dtype="bf16", keep_resident=False, poison=True) as lm:
+        trial = trial_of(lm, kind)
+        exact = resident_gradients(resident(tiny(name)), trial, chosen)
+        plain = resident_gradients(resident(tiny(name), torch.bfloat16), trial, chosen)
+        found = streamed_gradients(lm, trial, chosen, [[0, 1], [2, 3, 4]])
+    for key, value in exact.items():
+        noise = (plain[key] - value).norm()
+        assert noise > 0
+        assert (found[key] - value).norm() <= 2 * noise
+
+
+def corpus() -> list[str]:
+    lines = (ROOT / "tests" / "data" / "heldout.txt").read_text().splitlines()
+    return [line for line in lines if line.strip()]
+
+
+def ordered(lines: Sequence[str], seed: int = 0) -> list[dict[str, str]]:
+    """Sentences, and the same words in another order."""
+    dice = random.Random(seed)
+    rows = []
+    for line in lines:
+        words = line.split()
+        dice.shuffle(words)
+        rows += [{"prompt": line, "label": " yes"}, {"prompt": " ".join(words), "label": " no"}]
+    return rows
+
+
+def test_a_prompt_learns_to_tell_sentences_from_shuffled_ones() -> None:
+    lines = corpus()
+    (tuned,) = tune(
+        TINY_BLOOM, ordered(lines[:220]), ordered(lines[240:]), labels=[" yes", " no"],
+        kind="prefix", learning_rate=0.1, num_steps=45, batch_size=16, eval_every=45, dtype="fp32",
+    )  # fmt: skip
+    judged = [record["accuracy"] for record in tuned.records if "accuracy" in record]
+    assert judged[0] <= 0.6, "chance is 0.5"
+    assert judged[-1] >= 0.9, "on sentences that were not learned"
+
+
+TASK = Task("t", examples(10, seed=3), examples(4, seed=4))
+QUICK = {"num_tokens": LENGTH, "num_steps": 4, "batch_size": 4, "eval_every": 2}
+
+
+def run(
+    folder: Path, recipes: Sequence[Recipe], tasks: Sequence[Task] = (TASK,), **options: Any
+) -> list[Any]:
+    options = {"dtype": "fp32", "keep_resident": False, **options}
+    return tune_tasks(Description(folder), tasks, recipes, **options)
+
+
+def curve(tuned: Any) -> list[tuple[Any, ...]]:
+    keys = ("step", "loss", "grad_norm", "validation_loss", "learning_rate", "num_tokens")
+    return [tuple(record.get(key) for key in keys) for record in tuned.records]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trials_of_one_run_come_out_as_alone(kind: str, tiny: Tiny) -> None:
+    recipes = [
+        Recipe(kind=kind, learning_rate=lr, seed=seed, **QUICK) for lr in (0.1, 0.01) for seed in (0, 1)
+    ]  # type: ignore[arg-type]
+    tasks = [TASK, Task("other", examples(7, seed=8))]
+    together = run(tiny("bloom"), recipes, tasks)
+    assert len({one.name for one in together}) == 8
+    alone = [run(tiny("bloom"), [recipe], [task])[0] for task in tasks for recipe in recipes]
+    for one, other in zip(together, alone, strict=True):
+        assert curve(one) == curve(other)
+        assert one.prompt.digest() == other.prompt.digest()
+    assert len({one.prompt.digest() for one in together}) == 8
+
+
+def test_steps_of_several_trials_share_their_sweeps(tiny: Tiny) -> None:
+    passages = []
+
+    def watch(lm: Any, *_: Any) -> None:
+        passages.append([])
+        lm.on_passage = lambda passage: passages[-1].append((passage.stop, passage.direction))
+
+    task = Task("t", examples(8))
+    recipes = [Recipe(num_tokens=LENGTH, num_steps=3, batch_size=8, seed=seed) for seed in range(3)]
+    run(tiny("bloom"), recipes, [task], on_open=watch)
+    up, down = [(0, "up"), (1, "up"), (2, "up"), (3, "up")], [(2, "down"), (1, "down"), (0, "down")]
+    # A step begins where the last one ended, where the carousel may have stayed.
+    seen = [passage for passage in passages[0] if passage != (0, "up")]
+    once = [passage for n, passage in enumerate(seen) if passage != seen[n - 1]]
+    assert once == (up[1:] + down) * 3
+
+
+def test_a_step_reads_the_blocks_twice_and_the_head_and_the_turns_once(tiny: Tiny) -> None:
+    task = Task("t", examples(6))
+    sizes: list[int] = []
+
+    def watch(lm: Any, *_: Any) -> None:
+        sizes.extend(sum(p.num_bytes for p in stop) for stop in lm.layout.stops)
+
+    (tuned,) = run(
+        tiny("bloom"), [Recipe(num_tokens=LENGTH, num_steps=4, batch_size=6)], [task], on_open=watch
+    )
+    steps = [record["read_bytes"] for record in tuned.records]
+    (first, middle, last), head = sizes[:3], sizes[3]
+    # What is read ahead of a step's end counts for the step in which it is read.
+    assert sum(steps) <= first + 4 * (middle + last + head + last + middle) + 3 * 0
+    assert sum(steps) >= first + 4 * (middle + last + head + middle)
+
+
+@pytest.mark.parametrize("kind", ["deep", "prefix"])
+@pytest.mark.parametrize("where", ["memory", "file"])
+@pytest.mark.parametrize("name", ["bloom", "llama-3-scaled-rope"])
+def test_the_trunk_is_passed_once_and_changes_no_number(
+    name: str, where: str, kind: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    stops: dict[str, list[int]] = {}
+
+    def watch(lm: Any, job: Any, what: str, *_: Any) -> None:
+        stops[what] = []
+        lm.on_passage = lambda passage: stops[what].append(passage.stop)
+
+    recipe = Recipe(kind=kind, top=1, **QUICK)  # type: ignore[arg-type]
+    known = Description(tiny(name))
+    state = tmp_path if where == "file" else None
+    (tuned,) = tune_tasks(
+        known, [TASK], [recipe], dtype="fp32", keep_resident=False, on_open=watch, state=state
+    )
+    assert set(stops["steps"]) == {2, 3}, "the top block and the head"
+    assert [stop for stop in stops["the frozen trunk"] if stop > 1] in ([], [2]), (
+        "a prefix begins at every block"
+    )
+    # Without a trunk: the same recipe by hand, every block passed.
+    assert tuned.records[-1]["validation_loss"] < tuned.records[0]["validation_loss"]
+    with slowllm.load(known, dtype="fp32", keep_resident=False, poison=True) as lm:
+        (start,) = starts_of(lm, [recipe], 2)
+        trial = Trial("t", TASK, recipe, start)
+        losses = []
+        while trial.batch():
+            batch = [Row(TASK.train[n], n) for n in trial.batch()]
+            total = sum(len(row.example.answer) for row in batch)
+            (found,) = lm.ride([lambda b=batch, t=total: learn_rider(lm, trial, b, t, None, Reach())])
+            losses.append(found.loss)
+            trial.learn(found.loss, found.gradients, VOCAB)
+    assert [record["loss"] for record in tuned.records if "loss" in record] == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_prompt_tuned_here_works_in_plain_peft(tiny: Tiny, tmp_path: Path) -> None:
+    for kind in ("shallow", "prefix"):
+        run(tiny("llama-3-scaled-rope"), [Recipe(kind=kind, **QUICK)], out=tmp_path / kind)  # type: ignore[arg-type]
+        ids = torch.randint(5, VOCAB, (2, 6), generator=torch.Generator().manual_seed(2))
+        adapted = peft.PeftModel.from_pretrained(resident(tiny("llama-3-scaled-rope")), str(tmp_path / kind))
+        wanted = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -6:]
+        with slowllm.load(tiny("llama-3-scaled-rope"), dtype="fp32", prompt=tmp_path / kind) as lm:
+            prompt = lm.soft_prompt
+            assert prompt is not None
+            whole = torch.tensor([[*prompt.virtual_ids, *row] for row in ids.tolist()])
+            with torch.no_grad(), prompt.applied(lm.model, whole, torch.ones_like(whole)) as inputs:
+                found = lm.model(**inputs).logits[:, -6:]
+        assert torch.allclose(found, wanted, atol=1e-5)
+
+
+# Failures
+
+
+def test_a_bad_example_is_named_and_the_last_good_prompt_is_kept(tiny: Tiny, tmp_path: Path) -> None:
+    # One token's embedding is damaged, so only texts with that token come to nothing.
+    source = tiny("llama-2")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+            for name in tensors:
+                if "embed_tokens" in name:
+                    tensors[name][77] = math.nan
+            save_file(tensors, folder / path.name, {"format": "pt"})
+        else:
+            (folder / path.name).write_bytes(path.read_bytes())
+    good = examples(6, seed=1)
+    assert not any(77 in example.ids for example in good)
+    bad = Example("example with 77", (9, 77, 5), (8,))
+    recipe = Recipe(num_tokens=LENGTH, num_steps=7, batch_size=1, learning_rate=0.01)
+    with pytest.raises(TuningError, match=r"t: step \d: example with 77: .*NaN") as caught:
+        run(folder, [recipe], [Task("t", (*good, bad))], out=tmp_path / "out")
+    step = int(str(caught.value).partition("step ")[2].partition(":")[0])
+    kept, _ = slowllm.prompt_files.load_prompt(tmp_path / "out")
+    # The prompt before the last update that was made: the last whose loss was a number.
+    order = Trial("t", Task("t", (*good, bad)), recipe, kept).recipe
+    assert order == recipe
+    assert kept.embeddings is not None
+    assert bool(kept.embeddings.isfinite().all())
+    log = json.loads((tmp_path / "out" / "slowllm.json").read_text())
+    assert log["steps"] == step - 1
+    assert "example with 77" in log["failure"]
+
+
+def test_a_learning_rate_that_diverges_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        TuningError, match=r"data: step \d+: the loss has grown from .* lower the learning rate"
+    ) as caught:
+        tune(
+            TINY_BLOOM, corpus()[:24], out=tmp_path, kind="prefix", learning_rate=1e5, schedule="constant", dtype="fp32",
+            num_steps=30,
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+    kept, about = slowllm.prompt_files.load_prompt(tmp_path)
+    assert max(float(pair.abs().max()) for pair in kept.pairs) < 1e4, "the prompt from before it grew"
+    assert about["failure"] is not None
+
+
+def test_one_trial_that_fails_leaves_the_others_alone() -> None:
+    recipes = [
+        Recipe(kind="prefix", learning_rate=rate, num_steps=8, schedule="constant") for rate in (0.05, 1e5)
+    ]
+    both = tune(TINY_BLOOM, corpus()[:24], recipes=recipes, dtype="fp32")
+    assert [one.failure is None for one in both] == [True, False]
+    (alone,) = tune(TINY_BLOOM, corpus()[:24], recipes=recipes[0], dtype="fp32")
+    assert curve(both[0]) == curve(alone)
+
+
+def test_a_budget_too_small_for_a_step_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(PlanError, match="the smallest that would do is"):
+        run(tiny("bloom"), [Recipe(**QUICK)], ram="700MiB")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "lora"}, "kind 'lora' is unknown"),
+        ({"init": "zeros"}, "init 'zeros' is unknown"),
+        ({"init": "text"}, "init_text goes with"),
+        ({"top": 1}, "top goes with a deep prompt or a prefix"),
+        ({"kind": "deep", "top": 99}, "top 99 is more than the model's 10 blocks"),
+        ({"num_tokens": 0}, "num_tokens must be a whole number of at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": 1e38}, "learning_rate must be above 0 and at most 1e"),
+        ({"learning_rate": math.nan}, "learning_rate must be a number"),
+        ({"warmup_steps": 100}, "leave none of the 100 steps"),
+        ({"schedule": "wild"}, "schedule 'wild' is unknown"),
+        ({"num_layers": 3}, "no such setting: num_layers"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tune(TINY_BLOOM, ["The value is returned."], **settings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "message"),
+    [
+        ([], (), "data: has no examples"),
+        ([""], (), "example 1: is empty"),
+        (["fine", "  "], (), "example 2: is empty"),
+        ([{"prompt": "a", "answer": ""}], (), "example 1: has an empty answer"),
+        ([{"prompt": "a"}], (), "example 1: has no answer"),
+        ([{"answer": "a"}], (), "example 1: has no prompt"),
+        ([{"prompt": 3, "answer": "a"}], (), "example 1: its prompt is no text"),
+        ([{"prompt": "a", "label": " x"}], (), "has a label, but no labels are given"),
+        ([{"prompt": "a", "label": " x"}], (" y", " z"), "label ' x' is none of ' y', ' z'"),
+        ([{"prompt": "a", "label": True}], (" y", " z"), "label True is none of"),
+        ([{"prompt": "a", "label": 2}], (" y", " z"), "label 2 is none of"),
+        ([{"prompt": "a"}], (" y", " z"), "has no label"),
+        ([{"prompt": "a", "label": " y"}], (" y",), "two different words or more"),
+        (["word " * 3000], (), "has .* tokens, but beside the soft prompt the model takes|are more than"),
+        (["\ud800"], (), "cannot be encoded as UTF-8"),
+        ([5], (), "is no text and no object"),
+    ],
+)
+def test_examples_that_cannot_be_learned_are_refused(
+    rows: list[Any], labels: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        tune(TINY_BLOOM, rows, labels=labels)
+
+
+def test_a_state_of_another_run_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny("bloom"), [Recipe(**QUICK)], state=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="is the state of another job"):
+        run(tiny("bloom"), [Recipe(learning_rate=0.5, **QUICK)], state=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="is the state of another job"):
+        run(tiny("llama-2"), [Recipe(**QUICK)], state=tmp_path)  # type: ignore[arg-type]
+
+
+# Kills
+
+
+def command(folder: Path, out: Path, state: Path | None, *more: str) -> list[str]:
+    train, test = folder / "train.jsonl", folder / "test.jsonl"
+    if not train.exists():
+        lines = corpus()
+        train.write_text("".join(json.dumps(row) + "\n" for row in ordered(lines[:12])))
+        test.write_text("".join(json.dumps(row) + "\n" for row in ordered(lines[12:16])))
+    kept = [] if state is None else ["--state", str(state)]
+    return [
+        sys.executable, "-m", "slowllm", "tune", str(train), "--validation", str(test), "--label", " yes", "--label", " no",
+        "--steps", "6", "--batch-size", "4", "--eval-every", "3", "--dtype", "fp32", "--out", str(out), "--json", *kept, *more,
+    ]  # fmt: skip
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "read_bytes")} for row in rows]
+
+
+@pytest.mark.parametrize("more", [("--kind", "shallow", "--trials", "2"), ("--kind", "prefix", "--top", "3")])
+def test_a_killed_run_goes_on_with_the_same_curve(more: tuple[str, ...], tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    whole = subprocess.run(
+        command(tmp_path, tmp_path / "whole", None, *more), env=environment, capture_output=True, check=False
+    )
+    assert whole.returncode == 0, whole.stderr.decode()
+    for kill_after in (2, 5):  # lines of the log
+        process = subprocess.Popen(
+            command(tmp_path, tmp_path / "out", tmp_path / "state", *more),
+            env=environment,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        for _ in range(kill_after):
+            assert process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(
+        command(tmp_path, tmp_path / "out", tmp_path / "state", *more),
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert log_of(tmp_path / "out") == log_of(tmp_path / "whole")
+    for path in (tmp_path / "whole").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes()
+    assert "resumed" not in done.stdout.decode()
+
+
+# Recipes
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(
+    total=st.integers(1, 40), batch=st.integers(1, 9), accumulate=st.integers(1, 3), seed=st.integers(0, 5)
+)
+def test_every_epoch_brings_each_example_once(total: int, batch: int, accumulate: int, seed: int) -> None:
+    recipe = Recipe(num_epochs=3, batch_size=batch, accumulate=accumulate, seed=seed)
+    start = slowllm.SoftPrompt("shallow", torch.zeros(2, 4))
+    trial = Trial("t", Task("t", examples(total)), recipe, start)
+    orders = []
+    for _ in range(3):
+        seen: list[int] = []
+        while len(seen) < total:
+            part = trial.batch()
+            assert 0 < len(part) <= batch * accumulate
+            seen += part
+            trial.step += 1
+        assert sorted(seen) == list(range(total))
+        orders.append(tuple(seen))
+    assert trial.batch() == []
+    assert total < 8 or len(set(orders)) > 1
+
+
+def test_a_trial_stops_when_validation_gets_no_better() -> None:
+    recipe = Recipe(patience=2, eval_every=1)
+    trial = Trial("t", TASK, recipe, slowllm.SoftPrompt("shallow", torch.zeros(2, 4)))
+    for loss, ended in ((2.0, False), (1.0, False), (1.5, False), (1.2, True)):
+        trial.values["embeddings"].data.fill_(loss)
+        trial.judge(loss)
+        assert trial.ended is ended
+    assert trial.best_loss == 1.0
+    assert trial.result.embeddings is not None
+    assert float(trial.result.embeddings[0, 0]) == 1.0, "the best is kept"
