@@ -23,6 +23,8 @@ Init = Literal["text", "vocab", "random"]
 Schedule = Literal["constant", "linear", "cosine"]
 # A loss worse than guessing, and so many times that of the beginning, for so many steps in a row will not come down.
 DIVERGED, DIVERGED_STEPS = 2.0, 5
+# A loss that is no more than so many times that of the beginning speaks for its prompt.
+GOOD = 1.5
 MAX_RATE = 1e6
 
 
@@ -248,7 +250,7 @@ class Trial:
         rate = self.recipe.learning_rate * self._scale(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        if not self.task.validation and loss <= DIVERGED * self.first_loss:
+        if not self.task.validation and loss <= GOOD * self.first_loss:
             self._good = self._copies()
         self._optimizer.step()
         self.step += 1

@@ -255,10 +255,7 @@ class _Session:
         _check_folder(self.out)
         with contextlib.ExitStack() as stack:
             if self.first:
-                with self._opened(self._trunk_job(), "the frozen trunk") as lm:
-                    kept = self._state(stack, lm)
-                    trials = self._trials(lm, kept)
-                    self._fill(lm, trials)
+                trials, kept = self._pass_trunk(stack)
                 lm = stack.enter_context(self._opened_for_steps())
             else:
                 lm = stack.enter_context(self._opened_for_steps())
@@ -271,6 +268,18 @@ class _Session:
             where = "" if self.out is None else f"; the last good prompt is in {self.out}"
             raise TuningError(f"{failures[0]}{where}")
         return [Tuned(t.name, t.result, t.recipe, tuple(self.records[t.name]), t.failure) for t in trials]
+
+    def _pass_trunk(self, stack: contextlib.ExitStack) -> tuple[list[Trial], State | None]:
+        """Begin all trials, and pass their examples through the frozen blocks."""
+        # In memory it is not yet there when the model is opened, and is when it is opened again.
+        width = int(self.known.config.get_text_config().hidden_size)
+        most = sum(sum(self._lengths(task, recipe)) for _, task, recipe in self.plans) * width * 4
+        reserved = 0 if self.folder is not None else min(most, int(TRUNK_SHARE * self.ram))
+        with self._opened(self._trunk_job(), "the frozen trunk", reserved) as lm:
+            kept = self._state(stack, lm)
+            trials = self._trials(lm, kept)
+            self._fill(lm, trials)
+        return trials, kept
 
     # Opening.
 
@@ -304,8 +313,8 @@ class _Session:
             return
 
     @contextlib.contextmanager
-    def _opened(self, job: Job, what: str) -> Iterator[StreamedLM]:
-        used = psutil.Process().memory_info().rss + self.trunk_bytes
+    def _opened(self, job: Job, what: str, reserved: int = 0) -> Iterator[StreamedLM]:
+        used = psutil.Process().memory_info().rss + reserved
         with load(
             self.known, ram=Budget(self.ram, used), dtype=self.dtype, keep_resident=self.keep_resident, job=job,
             rates=self.rates, granularity="blocks",
