@@ -9,7 +9,6 @@ the pages are dropped behind them.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import logging
 import mmap
@@ -19,20 +18,19 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slowllm.checkpoint import Checkpoint, Placement, Run, Span, open_shard, refuse_short
+from slowllm.checkpoint import Checkpoint, Placement, Run, Span
+from slowllm.direct import PAGE, Files
 from slowllm.errors import PlanError, RideError
 from slowllm.stops import Weights
 
 log = logging.getLogger(__name__)
 
-# Offset, length and address of a direct read must be multiples of the logical block size, at most a page.
-PAGE = 4096
+LARGE_BYTES = 1 << 18
 # How long closing waits for the reads under way, all together. From a network disk that is gone none returns.
 CLOSE_PATIENCE_SECONDS = 5.0
 
@@ -52,8 +50,12 @@ def _lead(placement: Placement) -> int:
 
 
 def ring_bytes_of(placement: Placement) -> int:
-    """Return the bytes that a tensor takes in a buffer: whole pages, the bytes around it included."""
-    return _up(_lead(placement) + placement.num_bytes)
+    """Return the bytes that a tensor takes in a buffer: whole pages, the bytes around it included.
+
+    Where it is large, as many wherever it begins in a page, so that tensors of one size fit in each other's places.
+    """
+    is_large = placement.num_bytes >= LARGE_BYTES
+    return _up(placement.num_bytes + (PAGE - 1 if is_large else _lead(placement)))
 
 
 def smallest_ring(stops: Sequence[Sequence[Placement]]) -> int:
@@ -175,69 +177,6 @@ class _Ring:
         return 0 if num_bytes <= oldest else None
 
 
-class _Files:
-    """Open files, for direct reads where they work."""
-
-    def __init__(self) -> None:
-        self._direct: dict[Path, int | None] = {}
-        self._buffered: dict[Path, int] = {}
-        self._refused: set[Path] = set()
-        self._lock = threading.Lock()
-
-    def read(self, span: Span, offset: int, view: np.ndarray, needed: int) -> None:
-        """Read `view.nbytes` at `offset` of the span's file, or to its end; at least `needed` bytes.
-
-        Raises:
-            CheckpointError: the file ends before, or is not the one whose header was read.
-            OSError: the disk failed.
-        """
-        num_read = 0
-        while num_read < needed:
-            try:
-                count = self._read_once(span, offset + num_read, view[num_read:])
-            except OSError as error:
-                where = f"reading {span.name} at byte {offset + num_read:,}"
-                raise OSError(error.errno, f"{error.strerror} ({where})", str(span.path)) from error
-            if count == 0:
-                refuse_short(span, os.fstat(self._buffered[span.path]).st_size)
-            num_read += count
-
-    def _read_once(self, span: Span, offset: int, view: np.ndarray) -> int:
-        direct, buffered = self._open(span)
-        # What a short read left over is no longer aligned; the page cache takes the rest.
-        if direct is not None and offset % PAGE == 0:
-            try:
-                return os.preadv(direct, [view.data], offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                log.info("%s: direct reads are refused here; reading through the page cache", span.path.name)
-                self._refused.add(span.path)
-        count = os.preadv(buffered, [view.data], offset)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(buffered, offset, count, os.POSIX_FADV_DONTNEED)
-        return count
-
-    def _open(self, span: Span) -> tuple[int | None, int]:
-        path = span.path
-        with self._lock:
-            if path not in self._buffered:
-                self._buffered[path] = open_shard(span)
-            if path not in self._direct:
-                try:
-                    self._direct[path] = open_shard(span, os.O_RDONLY | os.O_DIRECT)
-                except (OSError, AttributeError):  # tmpfs and other systems
-                    self._direct[path] = None
-            return None if path in self._refused else self._direct[path], self._buffered[path]
-
-    def close(self) -> None:
-        for number in (*self._buffered.values(), *self._direct.values()):
-            if number is not None:
-                os.close(number)
-        self._buffered.clear()
-        self._direct.clear()
-
-
 class Reader:
     """Read stops ahead of a visitor, into a ring and into kept buffers.
 
@@ -270,13 +209,16 @@ class Reader:
         self._resident = resident
         self._request_bytes = _up(request_bytes)
         self._poison = poison
+        self._stop_bytes = [sum(map(ring_bytes_of, stop)) for stop in stops]
         self._ring = _Ring(ring_bytes)
-        kept_bytes = [sum(map(ring_bytes_of, stops[index])) for index in sorted(resident)]
+        kept_bytes = [self._stop_bytes[index] for index in sorted(resident)]
         self._homes = dict(zip(sorted(resident), itertools.accumulate(kept_bytes, initial=0), strict=False))
         self._kept = _Buffer(sum(kept_bytes))
         self._slots: dict[int, _Slot] = {}
         self._wanted: list[int] = []
-        self._files = _Files()
+        self._upcoming: list[int] = []
+        self._started_over: set[int] = set()
+        self._files = Files()
         self._changed = threading.Condition()
         self._closing = False
         self._failure: BaseException | None = None
@@ -306,6 +248,7 @@ class Reader:
         assert all(0 <= index < self.num_stops for index in (stop, *upcoming)), "there is no such stop"
         started = time.perf_counter()
         with self._changed:
+            self._upcoming = list(dict.fromkeys(upcoming))
             self._wanted = list(dict.fromkeys((stop, *upcoming)))
             for slot in list(self._slots.values()):
                 # What half a resident stop has is kept until it comes.
@@ -407,10 +350,17 @@ class Reader:
             region = self._kept.bytes[start : start + num_bytes]
         else:
             while (found := self._ring.allocate(num_bytes, slot)) is None:
+                # Behind a stop that is still wanted, as where the carousel turns, others may be done with.
+                if not self._is_done_with(self._ring.extents[0][2]):
+                    found = self._reuse(num_bytes, slot)
+                    if found is not None:
+                        break
                 if not self._drop_oldest(slot):
                     return False
             region = found
         slot.unplaced.popleft()
+        if not slot.unplaced:
+            self._started_over.discard(slot.stop)
         lead = _lead(placement)
         flat = torch.from_numpy(region)[lead : lead + placement.num_bytes]
         slot.weights[placement.name] = flat.view(placement.dtype).view(placement.shape)
@@ -420,9 +370,32 @@ class Reader:
             self._changed.notify_all()
         return True
 
+    def _reuse(self, num_bytes: int, newcomer: _Slot) -> np.ndarray | None:
+        """Give the newcomer the place of a tensor that nobody waits for any more, in the middle of the circle.
+
+        Only where it fits well: what is left over of the place is lost until the circle comes round.
+        """
+        if newcomer.stop in self._started_over:
+            return None
+        for index, (start, length, slot) in enumerate(self._ring.extents):
+            if not num_bytes <= length <= num_bytes * 9 // 8 or slot is newcomer:
+                continue
+            if not self._is_done_with(slot):
+                continue
+            self._forget(slot)
+            self._ring.extents[index] = (start, length, newcomer)
+            return self._ring.buffer.bytes[start : start + num_bytes]
+        return None
+
+    def _is_done_with(self, slot: _Slot) -> bool:
+        is_known = self._slots.get(slot.stop) is slot
+        return not (slot.held or slot.num_in_flight or (is_known and slot.stop in self._wanted))
+
     def _drop_oldest(self, newcomer: _Slot) -> bool:
         oldest = self._ring.extents[0][2]
         if oldest is newcomer:
+            # Its places in the middle of the circle may be what it is hemmed in by, so it takes none again.
+            self._started_over.add(newcomer.stop)
             # Half of it was read ahead, then another stop was wanted sooner and lies behind it. The circle can
             # only be freed from its oldest end, so the newcomer starts over behind the other.
             if any(
@@ -439,12 +412,34 @@ class Reader:
         return oldest is not newcomer
 
     def _is_needed(self, slot: _Slot, newcomer: _Slot) -> bool:
-        """Whether a slot must stay because it is held, or wanted sooner than the newcomer."""
+        """Whether a slot must stay because it is held, or wanted sooner than the newcomer, or soon after it."""
         if slot.held:
             return True
         if self._slots.get(slot.stop) is not slot or slot.stop not in self._wanted:
             return False
-        return self._wanted.index(slot.stop) < self._wanted.index(newcomer.stop)
+        place, own = self._wanted.index(slot.stop), self._wanted.index(newcomer.stop)
+        if place < own:
+            return True
+        # Where a sweep turns, the stop at the turn is wanted again behind a few others. To read it twice takes longer
+        # than to let the newcomer, whom nobody waits for yet, begin when the stop that is held has been passed.
+        return own > 0 and slot.ready and self._can_stay(slot, newcomer)
+
+    def _can_stay(self, slot: _Slot, newcomer: _Slot) -> bool:
+        """Whether a slot fits beside the newcomer, and what is to be read before it is wanted fits in the ring."""
+        later = self._upcoming
+        if slot.stop not in later or newcomer.stop not in later:
+            return False
+        before = later[: later.index(slot.stop)]
+        between = before[before.index(newcomer.stop) + 1 :] if newcomer.stop in before else []
+        beside = [slot.stop, newcomer.stop, *(stop for stop in between if self._is_there(stop))]
+        missing = [stop for stop in before if not self._is_there(stop)]
+        return max(self._bytes_of(beside), self._bytes_of(missing)) <= self._ring.num_bytes
+
+    def _bytes_of(self, stops: Sequence[int]) -> int:
+        return sum(self._stop_bytes[stop] for stop in stops if stop not in self._resident)
+
+    def _is_there(self, stop: int) -> bool:
+        return stop in self._slots and self._slots[stop].ready
 
     def _requests(
         self, slot: _Slot, placement: Placement, region: np.ndarray, lead: int

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+import torch._dynamo  # the optimizer's first step would import it, for 1.5 s, between two sweeps
 from torch import Tensor, nn
 from transformers import get_scheduler
 

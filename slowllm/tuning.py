@@ -456,14 +456,15 @@ class _Session:
                 shares.append((trial, train, len(judged), (len(batches[0]), len(batches[1]))))
                 jobs += self._jobs(lm, trial, train, judged, batches, hint)
             found = list(lm.stream(iter(jobs), MAX_RIDERS, lm.plan.sweep_tokens))
+            records: list[Record] = []
+            for trial, train, num_judged, (num_train, num_validation) in shares:
+                results, found = found[: num_train + num_validation], found[num_train + num_validation :]
+                records += self._close_step(trial, train, num_judged, results, num_train)
             cost = {
                 "seconds": time.perf_counter() - started,
                 "read_bytes": lm.report.read_bytes - before.read_bytes,
             }
-            records: list[Record] = []
-            for trial, train, num_judged, (num_train, num_validation) in shares:
-                results, found = found[: num_train + num_validation], found[num_train + num_validation :]
-                records += self._close_step(trial, train, num_judged, results, num_train, cost)
+            records = [{**record, **cost} if "loss" in record else record for record in records]
             for record in records:
                 if kept is not None:
                     kept.finish(self.num_records, record)
@@ -506,7 +507,6 @@ class _Session:
         num_judged: int,
         results: Sequence[Any],
         num_train: int,
-        cost: Mapping[str, Any],
     ) -> list[Record]:
         """Judge a trial by what its riders found, and update it."""
         step = trial.step + 1
@@ -534,7 +534,7 @@ class _Session:
                     {
                         "trial": trial.name, "step": step, "epoch": round(trial.epoch, 4), "loss": loss,
                         "grad_norm": norm, "learning_rate": rate,
-                        "num_tokens": sum(found.num_tokens for found in learned), **cost,
+                        "num_tokens": sum(found.num_tokens for found in learned),
                     }
                 )  # fmt: skip
         except TuningError as error:
