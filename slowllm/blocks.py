@@ -139,6 +139,8 @@ class _Streamed(nn.Module):
 class StreamedBlock(_Streamed):
     """What stands in the model in a block's place; made by `stream_block`."""
 
+    _replays = True
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Pass through the block when its stop comes; see the block's own class for arguments and result."""
         if not torch.is_grad_enabled():
@@ -147,6 +149,8 @@ class StreamedBlock(_Streamed):
         if kept is not None and self._stop < kept.num_frozen:  # nothing below it wants a gradient
             with torch.no_grad():
                 return self._compute(args, kwargs)
+        if not self._replays:
+            return self._compute(args, kwargs)
         call = _Call.record(self, args, kwargs)
         if not call.inputs:
             return self._compute(args, kwargs)
@@ -229,7 +233,9 @@ def stream_leaves(
     streamed._name, streamed._number = name, number
 
 
-def stream_block(block: nn.Module, carousel: Carousel, stop: int, name: str) -> StreamedBlock:
+def stream_block(
+    block: nn.Module, carousel: Carousel, stop: int, name: str, *, replays: bool = True
+) -> StreamedBlock:
     """Return the streamed form of a block.
 
     Args:
@@ -237,9 +243,13 @@ def stream_block(block: nn.Module, carousel: Carousel, stop: int, name: str) -> 
         carousel: that brings its weights.
         stop: its number there.
         name: of the block in the model; weights come under their full names.
+        replays: whether a backward pass computes the block again, at its stop; else autograd keeps what the block has
+            computed and its weights, which must then stay where they are.
     """
     block.requires_grad_(False).eval()
-    return cast(StreamedBlock, _shell(StreamedBlock, block, carousel, stop, name))
+    streamed = cast(StreamedBlock, _shell(StreamedBlock, block, carousel, stop, name))
+    streamed._replays = replays
+    return streamed
 
 
 def _shell(mixin: type[_Streamed], plain: nn.Module, carousel: Carousel, stop: int, name: str) -> _Streamed:

@@ -38,7 +38,7 @@ from slowllm.heap import keep_together
 from slowllm.layout import Layout, granularities, lay_out, sizes_of
 from slowllm.naming import place
 from slowllm.options import Options, format_bytes, parse_bytes, parse_dtype
-from slowllm.plan import Budget, Plan, make_plan, widen
+from slowllm.plan import Budget, Plan, keep_graph, make_plan, widen
 from slowllm.prompt_files import load_prompt
 from slowllm.reader import MappedStops, Reader
 from slowllm.skeleton import build_skeleton, choose_dtype, first_line, make_streamed, read_config
@@ -368,10 +368,13 @@ def _assemble(
         rates=rates,
         keep_resident=options.keep_resident,
     )
+    layout = layouts[plan.granularity]
+    # Weights that are cast into one buffer cannot be kept for a way down.
+    if job is not None and not any(swap_bytes(layout.stops, layout.dtypes)):
+        plan = keep_graph(plan, choices, job, budget.free_bytes)
     # Validation rides along with a step where there is room.
     if (job is None and not is_shared) or (job is not None and job.turns):
         plan = widen(plan, choices, budget.free_bytes)
-    layout = layouts[plan.granularity]
     keep_together()
     compute_dtype = next(parameter.dtype for parameter in model.parameters())
     _fill(model, layout, checkpoint, compute_dtype)
@@ -396,7 +399,9 @@ def _assemble(
     for index, block in enumerate(layout.blocks):
         name = f"{layout.blocks_name}.{index}"
         if layout.granularity == "blocks":
-            layout.blocks[index] = stream_block(block, lm._carousel, index, name)
+            layout.blocks[index] = stream_block(
+                block, lm._carousel, index, name, replays=not plan.keeps_graph
+            )
         else:
             leaves = {m: stop for stop, m in enumerate(layout.modules) if m.startswith(f"{name}.")}
             stream_leaves(block, lm._carousel, leaves, name, index)

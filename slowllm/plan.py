@@ -56,6 +56,8 @@ class Plan:
         forecast: how long the job takes.
         longest: tokens of the longest sequence that memory is planned for.
         unused: stops that the job never comes to.
+        keeps_graph: whether autograd keeps what the blocks have computed, instead of having it computed again on the
+            way down: all weights stay, and there is room.
     """
 
     granularity: Granularity
@@ -69,6 +71,7 @@ class Plan:
     forecast: Forecast
     longest: int = ASSUMED_LENGTH
     unused: frozenset[int] = frozenset()
+    keeps_graph: bool = False
 
 
 class Budget:
@@ -156,9 +159,33 @@ def widen(plan: Plan, choices: Sequence[Sizes], free_bytes: int) -> Plan:
     """
     sizes = next(sizes for sizes in choices if sizes.granularity == plan.granularity)
     held = sizes.rider_token_bytes + sizes.result_token_bytes + sizes.checkpoint_token_bytes
+    if plan.keeps_graph:
+        held += _graph_bytes(plan, sizes)
     more = (free_bytes - plan.peak_bytes) // held
     more = max(0, min(more, MAX_SWEEP_TOKENS - plan.sweep_tokens))
     return replace(plan, sweep_tokens=plan.sweep_tokens + more, peak_bytes=plan.peak_bytes + more * held)
+
+
+def keep_graph(plan: Plan, choices: Sequence[Sizes], job: Job, free_bytes: int) -> Plan:
+    """Let autograd keep its graph over the blocks, where all weights stay in memory and there is room for it.
+
+    Args:
+        plan: of a job that turns.
+        choices: that it was made from.
+        job: that it is for.
+        free_bytes: as for `make_plan`.
+    """
+    sizes = next(sizes for sizes in choices if sizes.granularity == plan.granularity)
+    more = plan.sweep_tokens * _graph_bytes(plan, sizes)
+    if plan.ring_bytes or not job.turns or plan.peak_bytes + more > free_bytes:
+        return plan
+    return replace(plan, keeps_graph=True, peak_bytes=plan.peak_bytes + more)
+
+
+def _graph_bytes(plan: Plan, sizes: Sizes) -> int:
+    """Return what autograd keeps of a token over all blocks."""
+    num_blocks = len(sizes.stops) - sizes.num_head_stops - len(plan.unused)
+    return num_blocks * (sizes.replay_token_bytes + plan.longest * sizes.replay_attention_bytes)
 
 
 @dataclass(frozen=True)
