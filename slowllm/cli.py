@@ -150,7 +150,7 @@ def plan(
         ),
     ] = None,
     gradients: Annotated[
-        bool, typer.Option("--gradients", help="Plan for tuning: whole blocks, which can run backward.")
+        bool, typer.Option("--gradients", help="Plan steps of tuning, which go up the blocks and down again.")
     ] = False,
     dtype: DTypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -172,7 +172,9 @@ def plan(
     from slowllm import console, measure, scoring
     from slowllm.forecast import Job
 
-    job = Job(num_tokens=tokens, longest=longest, forward_only=not gradients, keeps_results=False)
+    job = Job(
+        num_tokens=tokens, longest=longest, forward_only=not gradients, keeps_results=False, turns=gradients
+    )
     known = describe(model)
     if longest > scoring.max_line_tokens(known):
         raise InputError(

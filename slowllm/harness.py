@@ -61,6 +61,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         pretrained: folder, or hub id from the local cache; or a loaded model, which is used as it is.
         ram: memory budget of the whole process.
         dtype: ``auto``, ``bf16`` or ``fp32``.
+        prompt: folder of a soft prompt that stands before every text.
         device: only ``cpu`` so far.
         max_length: tokens that the model takes, where its config says another number.
         max_gen_toks: new tokens where a task names no limit.
@@ -82,6 +83,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         pretrained: str | Path | StreamedLM,
         ram: str = "16GiB",
         dtype: str = "auto",
+        prompt: str | None = None,
         device: str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -108,9 +110,11 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         self._job: Job | None = None
         self._known: Description | StreamedLM
         if isinstance(pretrained, StreamedLM):
+            if prompt is not None:
+                raise InputError("a loaded model has its own soft prompt; give it to load()")
             self._known = self._lm = pretrained
         else:
-            self._known = Description(pretrained)
+            self._known = Description(pretrained, prompt)
         self._ram, self._dtype, self._device = ram, dtype, device or "cpu"
         self.tokenizer: Any = self._known.tokenizer
         self._max_length, self._max_gen_toks = max_length, max_gen_toks
@@ -147,8 +151,9 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model takes."""
-        return self._max_length or resolve_max_length(self.config, self.tokenizer)
+        """Tokens that the model takes, beside a soft prompt."""
+        whole = self._max_length or resolve_max_length(self.config, self.tokenizer)
+        return int(whole) - self._known.num_virtual_tokens
 
     @property
     def max_gen_toks(self) -> int:

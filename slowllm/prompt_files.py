@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,24 @@ def save_prompt(prompt: SoftPrompt, folder: Path, base_model: str, about: Mappin
             (folder / name).unlink(missing_ok=True)
         about = {"kind": prompt.kind, "num_tokens": prompt.num_tokens, **about}
         _write(folder / ABOUT, json.dumps(about, indent=1).encode())
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror or error}") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder to which no prompt can be written, before hours are spent on one.
+
+    Raises:
+        InputError: it cannot be written to, or PEFT is not installed.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise InputError("prompts are written in PEFT's format: pip install 'slowllm[tune]'") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror or error}") from error
 

@@ -352,6 +352,8 @@ class Reader:
             while (found := self._ring.allocate(num_bytes, slot)) is None:
                 # Behind a stop that is still wanted, as where the carousel turns, others may be done with.
                 if not self._is_done_with(self._ring.extents[0][2]):
+                    if self._trim():
+                        continue
                     found = self._reuse(num_bytes, slot)
                     if found is not None:
                         break
@@ -369,6 +371,14 @@ class Reader:
         if slot.ready:
             self._changed.notify_all()
         return True
+
+    def _trim(self) -> bool:
+        """Take what is done with from the circle's newest end, as the head's chunks are when a sweep has turned."""
+        extents, has_trimmed = self._ring.extents, False
+        while len(extents) > 1 and self._is_done_with(extents[-1][2]):
+            self._forget(extents.pop()[2])
+            has_trimmed = True
+        return has_trimmed
 
     def _reuse(self, num_bytes: int, newcomer: _Slot) -> np.ndarray | None:
         """Give the newcomer the place of a tensor that nobody waits for any more, in the middle of the circle.

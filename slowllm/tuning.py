@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -48,7 +47,7 @@ from slowllm.model import Description, StreamedLM, load
 from slowllm.options import format_bytes, parse_bytes, parse_dtype
 from slowllm.packing import pack
 from slowllm.plan import Budget
-from slowllm.prompt_files import save_prompt
+from slowllm.prompt_files import check_folder, save_prompt
 from slowllm.recipes import Recipe, Trial, make_trials, restored_start
 from slowllm.riders import Reach, Sized
 from slowllm.soft_prompts import SoftPrompt
@@ -252,17 +251,20 @@ class _Session:
 
     def run(self) -> list[Tuned]:
         """Do all of it."""
-        _check_folder(self.out)
+        if self.out is not None:
+            check_folder(self.out)
         with contextlib.ExitStack() as stack:
             if self.first:
                 trials, kept = self._pass_trunk(stack)
-                lm = stack.enter_context(self._opened_for_steps())
+                lm = stack.enter_context(self._opened_for("steps", self._step_job))
             else:
-                lm = stack.enter_context(self._opened_for_steps())
+                lm = stack.enter_context(self._opened_for("steps", self._step_job))
                 kept = self._state(stack, lm)
                 trials = self._trials(lm, kept)
-            self._loop(lm, trials, kept)
-        self._save(trials)
+            try:
+                self._loop(lm, trials, kept)
+            finally:  # after an interrupt or a failed disk as well
+                self._save(trials)
         failures = [trial.failure for trial in trials if trial.failure]
         if len(failures) == len(trials):
             where = "" if self.out is None else f"; the last good prompt is in {self.out}"
@@ -275,7 +277,7 @@ class _Session:
         width = int(self.known.config.get_text_config().hidden_size)
         most = sum(sum(self._lengths(task, recipe)) for _, task, recipe in self.plans) * width * 4
         reserved = 0 if self.folder is not None else min(most, int(TRUNK_SHARE * self.ram))
-        with self._opened(self._trunk_job(), "the frozen trunk", reserved) as lm:
+        with self._opened_for("the frozen trunk", self._trunk_job, reserved) as lm:
             kept = self._state(stack, lm)
             trials = self._trials(lm, kept)
             self._fill(lm, trials)
@@ -296,14 +298,14 @@ class _Session:
         self.most, self.is_bound = most, True
 
     @contextlib.contextmanager
-    def _opened_for_steps(self) -> Iterator[StreamedLM]:
+    def _opened_for(self, what: str, job_of: Callable[[], Job], reserved: int = 0) -> Iterator[StreamedLM]:
         """Open the model with the largest micro-batches that the budget has room for."""
         for most in RIDER_TOKENS:
             if not self.is_bound:
                 self.most = most
             stack = contextlib.ExitStack()
             try:
-                lm = stack.enter_context(self._opened(self._step_job(), "steps"))
+                lm = stack.enter_context(self._opened(job_of(), what, reserved))
             except PlanError:
                 if self.is_bound or most == RIDER_TOKENS[-1]:
                     raise
@@ -313,7 +315,7 @@ class _Session:
             return
 
     @contextlib.contextmanager
-    def _opened(self, job: Job, what: str, reserved: int = 0) -> Iterator[StreamedLM]:
+    def _opened(self, job: Job, what: str, reserved: int) -> Iterator[StreamedLM]:
         used = psutil.Process().memory_info().rss + reserved
         with load(
             self.known, ram=Budget(self.ram, used), dtype=self.dtype, keep_resident=self.keep_resident, job=job,
@@ -329,7 +331,9 @@ class _Session:
 
     def _trunk_job(self) -> Job:
         lengths = [n for _, task, recipe in self.plans for n in self._lengths(task, recipe)]
-        return Job(sum(lengths), max(lengths), forward_only=True, keeps_results=False)
+        longest = max(lengths)
+        rider = max(longest, min(self.most, sum(lengths)))
+        return Job(sum(lengths), longest, forward_only=True, keeps_results=False, rider_tokens=rider)
 
     def _step_job(self) -> Job:
         longest = max(max(self._lengths(task, recipe)) for _, task, recipe in self.plans)
@@ -427,7 +431,7 @@ class _Session:
             self.trunks[key] = self.trunks[trial.name] = trunk
             if trunk.is_filled:
                 continue
-            batches = pack(lengths, lm.plan.rider_tokens, lm.plan.padding_tokens)
+            batches = pack(lengths, max(self.most, *lengths), PADDING_TOKENS)
             jobs = [
                 Sized(
                     functools.partial(fill_rider, lm, trial.prompt(), [rows[n] for n in batch], self.first),
@@ -571,19 +575,3 @@ class _Session:
                 "best_loss": trial.best_loss if math.isfinite(trial.best_loss) else None, "failure": trial.failure,
             }  # fmt: skip
             save_prompt(trial.result, folder, str(self.known.folder), about)
-
-
-def _check_folder(out: Path | None) -> None:
-    """Refuse a folder that cannot be written, before hours are spent.
-
-    Raises:
-        InputError: it cannot.
-    """
-    if out is None:
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise InputError(f"{out}: {error.strerror or error}") from error

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slowllm.errors import InputError, PlanError
-from slowllm.forecast import Granularity, Job, Rates, Sizes, StopSize
+from slowllm.forecast import Granularity, Job, Rates, Sizes, StopSize, reads_of
 from slowllm.options import GIB, KIB, MIB, Options, format_binary, format_bytes, parse_bytes, parse_dtype
 from slowllm.plan import (
     MAX_RIDER_TOKENS,
@@ -24,6 +24,8 @@ from slowllm.plan import (
     Budget,
     Plan,
     advise,
+    choose_resident,
+    keep_graph,
     least_bytes,
     make_plan,
     spread,
@@ -460,3 +462,58 @@ def test_options_that_cannot_be_are_refused() -> None:
         Options(dtype="bf16")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"device 'cuda' is not supported yet; use device='cpu'"):
         Options(device="cuda")
+
+
+# Steps of tuning, which go up and down
+
+TALL = Sizes(
+    "blocks", (*[StopSize(GIB, GIB // 4, 1e9)] * 8, *[StopSize(GIB // 2, GIB // 2, 5e8)] * 2), MIB, KIB, 0, KIB,
+    checkpoint_token_bytes=KIB, replay_token_bytes=KIB, num_head_stops=2,
+)  # fmt: skip
+STEP = Job(64, 16, repeated=True, keeps_results=False, turns=True)
+
+
+def test_a_step_reads_blocks_twice_the_head_once_and_the_stop_where_it_begins_once() -> None:
+    assert reads_of(TALL, STEP) == [1, 2, 2, 2, 2, 2, 2, 2, 1, 1]
+    assert reads_of(TALL, replace(STEP, first_stop=6)) == [0, 0, 0, 0, 0, 0, 1, 2, 1, 1]
+    assert reads_of(TALL, replace(STEP, turns=False)) == [1] * 10
+
+
+def test_what_a_step_reads_twice_stays_first() -> None:
+    for room, kept in ((1, {7}), (3, {2, 4, 7}), (7, {1, 2, 3, 4, 5, 6, 7})):
+        chosen = choose_resident(TALL, STEP, room * GIB)
+        assert len(chosen) == room
+        assert chosen <= set(range(1, 8))
+        assert 7 in chosen, "the block at which it turns is wanted again at once"
+        assert room != 7 or chosen == kept
+    assert choose_resident(TALL, STEP, 8 * GIB) == {*range(1, 8), 8, 9}, "then half blocks of the head"
+
+
+def test_blocks_below_the_tuned_ones_take_no_memory() -> None:
+    job = replace(STEP, first_stop=7)
+    plan = plan_of(TALL, 3 * GIB, job)
+    assert plan.ring_bytes == 0
+    assert plan.unused == frozenset(range(7))
+    assert plan.resident_bytes == 2 * GIB
+    assert plan.forecast.read_bytes == 0
+    with pytest.raises(PlanError):
+        plan_of(TALL, GIB, STEP)
+
+
+def test_the_graph_is_kept_only_where_all_weights_stay_and_there_is_room() -> None:
+    job = replace(STEP, first_stop=7)
+    plan = plan_of(TALL, 3 * GIB, job)
+    assert keep_graph(plan, [TALL], job, 3 * GIB).keeps_graph
+    assert not keep_graph(plan, [TALL], job, plan.peak_bytes).keeps_graph
+    assert not keep_graph(plan_of(TALL, 4 * GIB, STEP), [TALL], STEP, 100 * GIB).keeps_graph, (
+        "some are streamed"
+    )
+    kept = keep_graph(plan, [TALL], job, 3 * GIB)
+    assert kept.peak_bytes == plan.peak_bytes + plan.sweep_tokens * KIB
+
+
+def test_given_micro_batches_are_not_changed() -> None:
+    for tokens in (16, 100, 700):
+        assert (
+            plan_of(TALL, 5 * GIB, replace(STEP, num_tokens=5000, rider_tokens=tokens)).rider_tokens == tokens
+        )

@@ -242,6 +242,23 @@ def test_a_step_reads_the_blocks_twice_and_the_head_and_the_turns_once(tiny: Tin
     assert sum(steps) >= first + 4 * (middle + last + head + middle)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_that_is_kept_gives_the_numbers_of_a_replay(kind: str, tiny: Tiny) -> None:
+    directions: list[set[str]] = []
+
+    def watch(lm: Any, *_: Any) -> None:
+        seen: set[str] = set()
+        directions.append(seen)
+        lm.on_passage = lambda passage: seen.add(passage.direction)
+
+    recipe = Recipe(kind=kind, **QUICK)  # type: ignore[arg-type]
+    (kept,) = run(tiny("mixtral"), [recipe], keep_resident=True, on_open=watch)
+    (replayed,) = run(tiny("mixtral"), [recipe], on_open=watch)
+    assert directions == [{"up"}, {"up", "down"}]
+    assert curve(kept) == curve(replayed)
+    assert kept.prompt.digest() == replayed.prompt.digest()
+
+
 @pytest.mark.parametrize("kind", ["deep", "prefix"])
 @pytest.mark.parametrize("where", ["memory", "file"])
 @pytest.mark.parametrize("name", ["bloom", "llama-3-scaled-rope"])
@@ -466,6 +483,130 @@ def test_a_killed_run_goes_on_with_the_same_curve(more: tuple[str, ...], tmp_pat
     for path in (tmp_path / "whole").rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes()
     assert "resumed" not in done.stdout.decode()
+
+
+# The verb
+
+
+def verb(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "slowllm", *arguments], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_prompt_is_tuned_on_lines_of_text_and_used_by_every_verb(tmp_path: Path) -> None:
+    lines = corpus()
+    (tmp_path / "text.txt").write_text("\n".join(lines[:12]))
+    out = tmp_path / "out"
+    done = verb(
+        "tune",
+        str(tmp_path / "text.txt"),
+        "--out",
+        str(out),
+        "--steps",
+        "3",
+        "--lr",
+        "0.1",
+        "--dtype",
+        "fp32",
+        "--tokens",
+        "4",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "of RAM" in done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert {"loss", "grad_norm", "num_tokens", "seconds", "read_bytes", "learning_rate"} <= set(rows[0])
+    (tmp_path / "line.txt").write_text(lines[20])
+    (tmp_path / "items.jsonl").write_text(json.dumps({"context": "The value", "choices": [" is", " of"]}))
+    (tmp_path / "boolq.jsonl").write_text(
+        json.dumps({"question": "is it", "passage": "It is.", "answer": True})
+    )
+    every = [
+        ["forward", str(tmp_path / "line.txt")],
+        ["score", str(tmp_path / "items.jsonl")],
+        ["yesno", str(tmp_path / "line.txt")],
+        ["generate", "The value is", "--max-new-tokens", "6"],
+        [
+            "eval",
+            "boolq",
+            "--data",
+            str(tmp_path / "boolq.jsonl"),
+            "--out",
+            str(tmp_path / "predictions.jsonl"),
+        ],
+    ]
+    for arguments in every:
+        found = []
+        for more in ([], ["--prompt", str(out)]):
+            ran = verb(*arguments, "--dtype", "fp32", *more)
+            assert ran.returncode == 0, ran.stderr
+            kept = tmp_path / "predictions.jsonl"
+            found.append(ran.stdout + (kept.read_text() if arguments[0] == "eval" else ""))
+        assert found[0] != found[1], f"{arguments[0]} does not see the prompt"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.jsonl"], "missing.jsonl: No such file"),
+        (["a.txt", "b/a.txt"], "two files have the same name: a, a"),
+        (["a.txt", "--validation", "x", "--validation", "y"], "1 files of examples have 2 for validation"),
+        (["a.txt", "--kind", "lora"], "kind 'lora' is unknown"),
+        (["a.txt", "--ram", "lots"], "'lots' is not a size"),
+        (["a.txt", "--model", "nowhere/at/all"], "no such folder"),
+        (["a.txt", "--top", "2"], "top goes with a deep prompt or a prefix"),
+        (["bad.jsonl"], "bad.jsonl: line 2 cannot be read"),
+        (["list.jsonl"], "list.jsonl: line 1 is JSON, but no object"),
+        (["empty.txt"], "empty.txt: has no examples"),
+        (["a.txt", "--out", "a.txt"], "a.txt: File exists"),
+    ],
+)
+def test_what_cannot_be_tuned_is_one_sentence(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").mkdir()
+    for name, text in {
+        "a.txt": "The value.", "b/a.txt": "x", "bad.jsonl": '{"text": "x"}\n{', "list.jsonl": "[1]", "empty.txt": "\n\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    out = [] if "--out" in arguments else ["--out", "out"]
+    done = verb("tune", *arguments, *out)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_interrupted_run_keeps_its_prompt(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(tmp_path, tmp_path / "out", None, "--kind", "prefix"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for _ in range(3):
+        assert process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() != 0
+    kept, about = slowllm.prompt_files.load_prompt(tmp_path / "out")
+    assert kept.kind == "prefix"
+    assert about["steps"] >= 1
+
+
+def test_tensorboard_reads_the_log(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "text.txt").write_text("\n".join(corpus()[:4]))
+    done = verb(
+        "tune", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out"), "--steps", "2", "--dtype", "fp32"
+    )
+    assert done.returncode == 0, done.stderr
+    log = EventAccumulator(str(tmp_path / "out"))
+    log.Reload()
+    written = [json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [event.value for event in log.Scalars("text/loss")] == pytest.approx(written)
 
 
 # Recipes
