@@ -17,6 +17,7 @@ from slowllm.errors import InputError
 from slowllm.scoring import TextSide, encode_pair, leading_ids, max_line_tokens, prefix_id
 
 Row = str | Mapping[str, Any]
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines")
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,15 @@ def make_task(
         InputError: an example is empty, too long, without an answer or with another label; it is named.
     """
     labels = tuple(labels)
+    if not all(isinstance(label, str) for label in labels):
+        raise InputError("labels must be words")
     if labels and (len(labels) < 2 or len({label.strip() for label in labels}) < len(labels)):
         raise InputError(f"labels must be two different words or more, not {', '.join(map(repr, labels))}")
     limit = max_line_tokens(side) - num_tokens
+    if limit < 1:
+        raise InputError(
+            f"{num_tokens} virtual tokens are more than the {limit + num_tokens} that the model takes"
+        )
     parts = [
         tuple(_encoded(side, f"{name}{what}", part, labels, limit))
         for what, part in (("", train), (", validation", validation))
@@ -168,7 +175,7 @@ def _parts(where: str, row: Row, labels: tuple[str, ...]) -> tuple[str | None, s
     if labels:
         return _text(where, row, "prompt"), *_label(where, row, labels)
     if "label" in row and "answer" not in row:
-        raise InputError(f"{where}: has a label, but no labels are given; name them with --labels")
+        raise InputError(f"{where}: has a label, but no labels are given; name them with --label, or labels=")
     if "text" in row and "prompt" not in row and "answer" not in row:
         return None, _text(where, row, "text"), None
     if "answer" not in row and "prompt" in row:
@@ -180,14 +187,12 @@ def _label(where: str, row: Mapping[str, Any], labels: tuple[str, ...]) -> tuple
     label = row.get("label", row.get("answer"))
     if label is None:
         raise InputError(f"{where}: has no label")
+    # Words before numbers, or the label 0 of " 1" and " 0" would be the first of them. And true is no 1.
     for number, word in enumerate(labels):
-        # As strings: true is no 1.
-        if (
-            str(label) == word
-            or str(label).strip() == word.strip()
-            or (type(label) is int and label == number)
-        ):
+        if not isinstance(label, bool) and str(label).strip() == word.strip():
             return word, number
+    if type(label) is int and 0 <= label < len(labels):
+        return labels[label], label
     raise InputError(f"{where}: label {label!r} is none of {', '.join(map(repr, labels))}")
 
 
@@ -203,7 +208,7 @@ def _text(where: str, row: Mapping[str, Any], key: str) -> str:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """Return the examples of a file: JSON Lines where its name ends in .jsonl or .json, else a text a line.
+    """Return the examples of a file: JSON Lines where its name ends in .jsonl or the like, else a text a line.
 
     Raises:
         InputError: it cannot be read, or a line is not JSON.
@@ -219,7 +224,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
             continue
         try:
             text = raw.decode("utf-8")
-            row = json.loads(text) if path.suffix in (".jsonl", ".json") else {"text": text.strip()}
+            row = json.loads(text) if path.suffix.lower() in JSON_SUFFIXES else {"text": text.strip()}
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: line {number} cannot be read ({error})") from error
         if not isinstance(row, dict):
@@ -228,3 +233,38 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     if not rows:
         raise InputError(f"{path}: has no examples")
     return rows
+
+
+def make_tasks(
+    side: TextSide, data: Any, validation: Any, labels: tuple[str, ...], num_tokens: int
+) -> list[Task]:
+    """Turn files or examples, one or several by name, into tasks; see `make_task`.
+
+    Raises:
+        InputError: there are none, or a name cannot be a folder's.
+    """
+    named = data if isinstance(data, Mapping) else {_name_of(data): data}
+    judged = validation if isinstance(validation, Mapping) else dict.fromkeys(named, validation)
+    if not named:
+        raise InputError("there are no examples")
+    for name in named:
+        if not isinstance(name, str) or not name or name.startswith(".") or "/" in name or os.sep in name:
+            raise InputError(f"a task cannot be called {name!r}; its name becomes a folder's")
+    if other := sorted(set(judged) - set(named)):
+        raise InputError(f"validation is given for {other[0]}, which is none of the tasks {', '.join(named)}")
+    return [
+        make_task(side, name, _rows(rows), _rows(judged.get(name, ())), labels=labels, num_tokens=num_tokens)
+        for name, rows in named.items()
+    ]
+
+
+def _name_of(data: Any) -> str:
+    return Path(data).stem if isinstance(data, str | os.PathLike) else "data"
+
+
+def _rows(data: Any) -> Sequence[Row]:
+    if isinstance(data, str | os.PathLike):
+        return read_rows(data)
+    if not isinstance(data, Sequence):
+        raise InputError(f"examples must be a file or a list, not {type(data).__name__}")
+    return data

@@ -6,10 +6,12 @@ not have, soft_prompt.safetensors instead. Beside them slowllm.json says which m
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,15 @@ def save_prompt(prompt: SoftPrompt, folder: Path, base_model: str, about: Mappin
         raise InputError(f"{folder}: {error.strerror or error}") from error
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder to which no prompt can be written, before hours are spent on one.
+@contextlib.contextmanager
+def check_folder(folder: Path, *, is_shared: bool) -> Iterator[None]:
+    """Keep a folder for prompts to one run, and refuse one that cannot be written, before hours are spent.
 
+    Args:
+        folder: made where it is missing.
+        is_shared: whether each prompt is to have a folder of its own in it.
     Raises:
-        InputError: it cannot be written to, or PEFT is not installed.
+        InputError: it cannot be written to, another run writes to it, it holds another prompt, or PEFT is missing.
     """
     try:
         import peft  # noqa: F401
@@ -67,8 +73,22 @@ def check_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder}: another run writes its prompt there") from error
+        if is_shared and any((folder / name).exists() for name in FILES):
+            raise InputError(
+                f"{folder}: holds a prompt of an earlier run, but of several trials each has a folder of its own; name "
+                "another folder"
+            )
+        yield
+    finally:
+        os.close(lock)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -118,22 +138,42 @@ def load_prompt(folder: str | os.PathLike[str]) -> tuple[SoftPrompt, dict[str, A
     Raises:
         InputError: the folder has none, or it is damaged or of a kind that is not known here.
     """
+    if not str(folder):
+        raise InputError("the name of the soft prompt is empty; --prompt takes its folder")
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; --prompt takes the folder of a soft prompt")
     about = _read_json(path / ABOUT) if (path / ABOUT).is_file() else {}
     try:
         if (path / CONFIG).is_file():
-            return _from_peft(_read_json(path / CONFIG), path), about
+            return _finite(_from_peft(_read_json(path / CONFIG), path)), about
         if (path / DEEP_WEIGHTS).is_file():
             tensors = _tensors(path / DEEP_WEIGHTS)
             embeddings, vectors = tensors["embeddings"].float(), tensors["vectors"].float()
             if embeddings.dim() != 2 or not len(embeddings) or vectors.shape[1:] != embeddings.shape:
                 raise ValueError("its tensors do not go together")
-            return SoftPrompt("deep", embeddings, tuple(vectors)), about
-    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            return _finite(SoftPrompt("deep", embeddings, tuple(vectors))), about
+    except KeyError as error:
+        raise InputError(f"{path}: is no soft prompt that can be read (it has no {error})") from error
+    except (
+        OSError,
+        safetensors.SafetensorError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        ArithmeticError,
+    ) as error:
         raise InputError(f"{path}: is no soft prompt that can be read ({error})") from error
-    raise InputError(f"{path}: has no soft prompt; there is neither {CONFIG} nor {DEEP_WEIGHTS}")
+    inside = sorted(child.name for child in path.iterdir() if any((child / name).is_file() for name in FILES))
+    more = f"; the folders in it have: {', '.join(inside[:4])}" if inside else ""
+    raise InputError(f"{path}: has no soft prompt; there is neither {CONFIG} nor {DEEP_WEIGHTS}{more}")
+
+
+def _finite(prompt: SoftPrompt) -> SoftPrompt:
+    for tensor in (prompt.embeddings, *prompt.vectors, *prompt.pairs):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise ValueError("it has numbers that are NaN or infinite")
+    return prompt
 
 
 def _from_peft(config: Mapping[str, Any], path: Path) -> SoftPrompt:

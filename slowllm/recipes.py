@@ -93,6 +93,8 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise InputError(f"{name} must be a number of at least 0, not {value!r}")
+        if self.seed >= 1 << 32:
+            raise InputError(f"seed must be less than 2**32, not {self.seed}")
         if not 0 < self.learning_rate <= MAX_RATE:
             raise InputError(
                 f"learning_rate must be above 0 and at most {MAX_RATE:g}, not {self.learning_rate:g}"
@@ -337,12 +339,20 @@ def restored_start(start: Mapping[str, Tensor], kind: Kind, num_blocks: int, wid
 
 
 def make_trials(tasks: Sequence[Task], recipes: Sequence[Recipe]) -> Iterator[tuple[str, Task, Recipe]]:
-    """Yield a name, a task and a recipe for every recipe on every task."""
+    """Yield a name, a task and a recipe for every recipe on every task.
+
+    Raises:
+        InputError: two recipes are the same.
+    """
+    if any(recipe in recipes[:n] for n, recipe in enumerate(recipes)):
+        raise InputError("two trials have the same recipe; they would come out alike")
     rates = {recipe.learning_rate for recipe in recipes}
     seeds = {recipe.seed for recipe in recipes}
+    are_told_apart = len({(recipe.learning_rate, recipe.seed) for recipe in recipes}) == len(recipes)
     for task in tasks:
-        for recipe in recipes:
+        for number, recipe in enumerate(recipes, 1):
             parts = [task.name] if len(tasks) > 1 else []
-            parts += [f"lr-{recipe.learning_rate:g}"] if len(rates) > 1 else []
+            parts += [f"lr-{recipe.learning_rate}"] if len(rates) > 1 else []
             parts += [f"seed-{recipe.seed}"] if len(seeds) > 1 else []
+            parts += [] if are_told_apart else [f"recipe-{number}"]
             yield "_".join(parts) or task.name, task, recipe

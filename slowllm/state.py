@@ -105,10 +105,10 @@ class State:
             return
         other = [key for key in {**saved, **job} if saved.get(key) != job.get(key)]
         if other:
-            key = other[0]
+            key, was, now = _difference(other[0], saved.get(other[0]), job.get(other[0]))
             raise StateError(
-                f"{self.folder}: is the state of another job ({key} was {_short(saved.get(key))} and is "
-                f"{_short(job.get(key))}); name another folder, or delete this one"
+                f"{self.folder}: is the state of another job ({key} was {_short(was)} and is {_short(now)}); "
+                "name another folder, or delete this one"
             )
 
     def _read_results(self) -> dict[int, tuple[int, int]]:
@@ -366,6 +366,18 @@ def _lock(folder: Path) -> IO[bytes]:
         file.close()
         raise StateError(f"{folder}: another run is using this state") from error
     return file
+
+
+def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:
+    """Return the innermost key whose values differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        inner = next((k for k in {**was, **now} if was.get(k) != now.get(k)), None)
+        return (key, was, now) if inner is None else _difference(inner, was.get(inner), now.get(inner))
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        for a, b in zip(was, now, strict=True):
+            if a != b:
+                return _difference(key, a, b)
+    return key, was, now
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -129,13 +129,19 @@ def tune(
     parse_dtype(dtype)
     if validation and len(validation) != len(data):
         raise InputError(
-            f"{len(data)} files of examples have {len(validation)} for validation; give one for each"
+            f"give as many files with --validation as of examples: {len(data)}, not {len(validation)}"
         )
     names = [Path(file).stem for file in data]
     if len(set(names)) < len(names):
         raise InputError(f"two files have the same name: {', '.join(sorted(names))}; rename one")
+    if init_text is not None and init == "random":
+        raise InputError("--init random does not go with --init-text")
+    if init == "text" and init_text is None:
+        raise InputError("--init text needs --init-text")
     if init_text is not None:
         init = "text"
+    if not validation and (patience is not None or eval_every is not None):
+        raise InputError("--patience and --eval-every need --validation")
     known = describe(model)
     from slowllm import tuning
     from slowllm.recipes import Recipe
@@ -160,6 +166,7 @@ def tune(
             log(record)
             write(record)
 
+        stack.enter_context(_interrupted(out))
         found = tuning.tune(
             known, dict(zip(names, data, strict=True)), dict(zip(names, validation or [], strict=False)),
             labels=label or (), recipes=recipes, ram=ram, dtype=dtype, keep_resident=resident, out=out, state=state,
@@ -171,6 +178,15 @@ def tune(
     print(f"{'the prompt is' if len(found) == 1 else f'{len(found)} prompts are'} in {out}", file=sys.stderr)
     if any(one.failure for one in found):
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _interrupted(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"slowllm: interrupted; the last good prompt is in {out}, if a step was done", file=sys.stderr)
+        raise
 
 
 class _Shown:
@@ -212,33 +228,39 @@ class _Shown:
 
 @contextlib.contextmanager
 def _log(out: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield a function that writes a record to the log, and to TensorBoard's where that is installed."""
+    """Yield a function that writes a record to the log, and to TensorBoard's where that is installed.
+
+    Nothing is touched before the first record, when all has been looked at and the folder is this run's.
+    """
+    with contextlib.ExitStack() as stack:
+        file: IO[str] | None = None
+        board: Any = None
+
+        def write(record: dict[str, Any]) -> None:
+            nonlocal file, board
+            if file is None:
+                file = stack.enter_context(open(out / "log.jsonl", "w", encoding="utf-8"))
+                board = _board(out)
+                if board is not None:
+                    stack.callback(board.close)
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            for name, value in record.items():
+                if board is not None and name not in ("trial", "step"):
+                    board.add_scalar(f"{record['trial']}/{name}", value, record["step"])
+
+        yield write
+
+
+def _board(out: Path) -> Any:
+    """Return TensorBoard's writer, None where it is not installed."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / "log.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise InputError(f"{out}: {error.strerror or error}") from error
-    board: Any = None
-    with contextlib.suppress(ImportError):
         from torch.utils.tensorboard import SummaryWriter
-
-        for old in out.glob("events.out.tfevents.*"):  # of a run that this one goes on from, or replaces
-            old.unlink()
-        board = SummaryWriter(str(out))
-
-    def write(record: dict[str, Any]) -> None:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        for name, value in record.items():
-            if board is not None and name not in ("trial", "step"):
-                board.add_scalar(f"{record['trial']}/{name}", value, record["step"])
-
-    with file:
-        try:
-            yield write
-        finally:
-            if board is not None:
-                board.close()
+    except ImportError:
+        return None
+    for old in out.glob("events.out.tfevents.*"):  # of a run that this one goes on from, or replaces
+        old.unlink()
+    return SummaryWriter(str(out))
 
 
 def _line_writer(as_json: bool, *, many: bool) -> Callable[[dict[str, Any]], None]:

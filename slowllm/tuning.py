@@ -28,7 +28,7 @@ from torch import Tensor
 
 from slowllm import __version__
 from slowllm.errors import InputError, PlanError, SlowLLMError, StateError, TuningError
-from slowllm.examples import Example, Task, make_task, read_rows
+from slowllm.examples import Example, Task, make_tasks
 from slowllm.examples import Row as Text
 from slowllm.forecast import Job
 from slowllm.lessons import (
@@ -62,6 +62,9 @@ TRUNK_SHARE = 0.125
 # Tokens of a micro-batch: as many as reach the processor's rate, or fewer where memory is short.
 RIDER_TOKENS = (512, 256, 128, 64)
 PADDING_TOKENS = 64
+# What a trial holds of each of its numbers: itself, where it began, the last good one, two of AdamW, and while a step
+# ends the copies of riders, gradients, and what goes to the state.
+TRIAL_COPIES = 12
 # How long the prompts in the folder of results may be behind.
 SAVE_SECONDS = 30.0
 
@@ -133,7 +136,7 @@ def tune(
     if known.soft_prompt is not None:
         raise InputError("the model has a soft prompt already; tune begins with a new one")
     longest_prompt = max(recipe.num_tokens for recipe in chosen)
-    tasks = _tasks(known, data, validation, tuple(labels), longest_prompt)
+    tasks = make_tasks(known, data, validation, tuple(labels), longest_prompt)
     return tune_tasks(
         known, tasks, chosen, ram=ram, dtype=dtype, keep_resident=keep_resident, out=out, state=state,
         on_open=on_open, on_record=on_record,
@@ -169,8 +172,8 @@ def tune_tasks(
     if len({recipe.top for recipe in recipes}) > 1:
         raise InputError("all trials of one run must tune as many blocks from the top")
     plans = list(make_trials(tasks, recipes))
-    if len({name for name, _, _ in plans}) < len(plans):
-        raise InputError("two trials have the same task, learning rate and seed; they would come out alike")
+    if out is not None and state is not None and Path(out).resolve() == Path(state).resolve():
+        raise InputError(f"{out}: cannot be both the folder of the prompt and that of the state; name two")
     session = _Session(
         known, plans, ram, dtype, keep_resident,
         None if out is None else Path(out).expanduser(), None if state is None else Path(state).expanduser(),
@@ -188,30 +191,9 @@ def _recipes(recipes: Recipe | Sequence[Recipe] | None, settings: Mapping[str, A
             raise InputError(f"no such setting: {', '.join(wrong)}; there are {', '.join(known)}")
         return [Recipe(**settings)]
     found = [recipes] if isinstance(recipes, Recipe) else list(recipes)
-    if not found:
-        raise InputError("there are no recipes")
+    if not found or not all(isinstance(recipe, Recipe) for recipe in found):
+        raise InputError("recipes must be one slowllm.Recipe or more")
     return found
-
-
-def _tasks(
-    side: Description, data: Any, validation: Any, labels: tuple[str, ...], num_tokens: int
-) -> list[Task]:
-    named = data if isinstance(data, Mapping) else {_name_of(data): data}
-    judged = validation if isinstance(validation, Mapping) else dict.fromkeys(named, validation)
-    if other := sorted(set(judged) - set(named)):
-        raise InputError(f"validation is given for {other[0]}, which is none of the tasks {', '.join(named)}")
-    return [
-        make_task(side, name, _rows(rows), _rows(judged.get(name, ())), labels=labels, num_tokens=num_tokens)
-        for name, rows in named.items()
-    ]
-
-
-def _name_of(data: Any) -> str:
-    return Path(data).stem if isinstance(data, str | os.PathLike) else "data"
-
-
-def _rows(data: Any) -> Sequence[Text]:
-    return read_rows(data) if isinstance(data, str | os.PathLike) else data
 
 
 class _Session:
@@ -251,9 +233,9 @@ class _Session:
 
     def run(self) -> list[Tuned]:
         """Do all of it."""
-        if self.out is not None:
-            check_folder(self.out)
         with contextlib.ExitStack() as stack:
+            if self.out is not None:
+                stack.enter_context(check_folder(self.out, is_shared=len(self.plans) > 1))
             if self.first:
                 trials, kept = self._pass_trunk(stack)
                 lm = stack.enter_context(self._opened_for("steps", self._step_job))
@@ -316,7 +298,7 @@ class _Session:
 
     @contextlib.contextmanager
     def _opened(self, job: Job, what: str, reserved: int) -> Iterator[StreamedLM]:
-        used = psutil.Process().memory_info().rss + reserved
+        used = psutil.Process().memory_info().rss + reserved + self._trial_bytes()
         with load(
             self.known, ram=Budget(self.ram, used), dtype=self.dtype, keep_resident=self.keep_resident, job=job,
             rates=self.rates, granularity="blocks",
@@ -325,6 +307,13 @@ class _Session:
             if self.on_open is not None:
                 self.on_open(lm, job, what, used + lm.plan.peak_bytes)
             yield lm
+
+    def _trial_bytes(self) -> int:
+        """Return what all trials hold beside the model: their numbers, the optimizer's, copies and gradients."""
+        config = self.known.config.get_text_config()
+        num_rows = {"shallow": 1, "deep": 1 + self.num_blocks - self.first, "prefix": 2 * self.num_blocks}
+        numbers = sum(r.num_tokens * int(config.hidden_size) * num_rows[r.kind] for _, _, r in self.plans)
+        return numbers * 4 * TRIAL_COPIES
 
     def _lengths(self, task: Task, recipe: Recipe) -> list[int]:
         return [recipe.num_tokens + len(row.ids) for row in all_rows(task)]
@@ -395,7 +384,12 @@ class _Session:
             trials[-1].restore(own, about["trials"][number])
         if found is not None and kept is not None:
             for number in range(found[1]["num_records"]):
-                self._tell(kept.result(number))
+                record = kept.result(number)
+                if record is None:
+                    raise StateError(
+                        f"{kept.folder}: the records of its steps are damaged; delete the folder"
+                    )
+                self._tell(record)
             self.num_records = found[1]["num_records"]
             self._bind(found[1]["rider_tokens"])
         return trials

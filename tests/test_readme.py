@@ -27,7 +27,7 @@ def test_python_examples_run(number: int) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     assert len(EXAMPLES[0].strip().splitlines()) <= 8
 
 

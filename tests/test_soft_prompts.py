@@ -285,6 +285,19 @@ def test_folders_without_a_prompt_are_refused(files: dict[str, str], message: st
         load_prompt(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
         load_prompt(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="the name of the soft prompt is empty"):
+        load_prompt("")
+
+
+def test_a_prompt_with_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
+    prompt = SoftPrompt("shallow", torch.tensor([[1.0, float("nan")]]))
+    with pytest.raises(InputError, match="it has numbers that are NaN or infinite"):
+        load_prompt(write(tmp_path / "a", prompt))
+    good = write(tmp_path / "b", SoftPrompt("prefix", pairs=(torch.ones(2, 2, 3, 4),)))
+    config = json.loads((good / "adapter_config.json").read_text())
+    (good / "adapter_config.json").write_text(json.dumps({**config, "num_attention_heads": 0}))
+    with pytest.raises(InputError, match="is no soft prompt that can be read"):
+        load_prompt(good)
 
 
 def test_a_prompt_takes_room_from_the_text() -> None:

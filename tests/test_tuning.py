@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import slowllm
 from slowllm.blocks import find_blocks
 from slowllm.errors import InputError, PlanError, StateError, TuningError
-from slowllm.examples import Example, Task
+from slowllm.examples import Example, Task, make_task
 from slowllm.lessons import Row, learn_rider, starts_of
 from slowllm.model import Description
 from slowllm.recipes import Recipe, Trial
@@ -390,6 +390,9 @@ def test_a_budget_too_small_for_a_step_is_refused(tiny: Tiny) -> None:
         ({"warmup_steps": 100}, "leave none of the 100 steps"),
         ({"schedule": "wild"}, "schedule 'wild' is unknown"),
         ({"num_layers": 3}, "no such setting: num_layers"),
+        ({"seed": 1 << 63}, "seed must be less than"),
+        ({"labels": [0, 1]}, "labels must be words"),
+        ({"recipes": [None]}, "recipes must be one slowllm.Recipe"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -425,9 +428,70 @@ def test_examples_that_cannot_be_learned_are_refused(
         tune(TINY_BLOOM, rows, labels=labels)
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "there are no examples"),
+        (None, "examples must be a file or a list, not NoneType"),
+        ({"../x": ["text"]}, "a task cannot be called '../x'"),
+        ({"": ["text"]}, "a task cannot be called ''"),
+    ],
+)
+def test_data_that_is_none_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tune(TINY_BLOOM, data)
+
+
+def test_a_label_that_is_a_number_is_first_of_all_a_word() -> None:
+    rows = [{"prompt": "a b", "label": 0}, {"prompt": "b a", "label": 1}]
+    task = make_task(Description(TINY_BLOOM), "t", rows, labels=[" 1", " 0"])
+    assert [task.labels[example.label or 0] for example in task.train] == [" 0", " 1"]
+    task = make_task(Description(TINY_BLOOM), "t", rows, labels=[" no", " yes"])
+    assert [example.label for example in task.train] == [0, 1]
+
+
+def test_the_memory_of_many_trials_is_counted() -> None:
+    recipes = [Recipe(kind="prefix", num_tokens=500, num_steps=1, seed=seed) for seed in range(80)]
+    with pytest.raises(PlanError, match="the smallest that would do is"):
+        tune(TINY_BLOOM, ["The value is returned."], recipes=recipes, ram="2GiB")
+
+
+def test_a_folder_with_a_prompt_is_not_given_to_several_trials(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny("bloom"), [Recipe(**QUICK)], out=tmp_path)  # type: ignore[arg-type]
+    two = [Recipe(seed=seed, **QUICK) for seed in (0, 1)]  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="holds a prompt of an earlier run"):
+        run(tiny("bloom"), two, out=tmp_path)
+    run(tiny("bloom"), two, out=tmp_path / "two")
+    with pytest.raises(InputError, match="the folders in it have: seed-0, seed-1"):
+        slowllm.prompt_files.load_prompt(tmp_path / "two")
+    with (
+        slowllm.prompt_files.check_folder(tmp_path, is_shared=False),
+        pytest.raises(InputError, match="another run writes its prompt there"),
+    ):
+        run(tiny("bloom"), [Recipe(**QUICK)], out=tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_refused_command_leaves_the_log_of_the_last_run(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The value is returned.")
+    out = tmp_path / "out"
+    assert verb("tune", str(tmp_path / "text.txt"), "--out", str(out), "--steps", "1").returncode == 0
+    before = (out / "log.jsonl").read_bytes()
+    assert verb("tune", str(tmp_path / "missing.txt"), "--out", str(out)).returncode == 2
+    assert (out / "log.jsonl").read_bytes() == before
+    assert verb("tune", str(tmp_path / "missing.txt"), "--out", str(tmp_path / "new")).returncode == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_state_whose_records_are_damaged_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny("bloom"), [Recipe(**QUICK)], state=tmp_path)  # type: ignore[arg-type]
+    (tmp_path / "results.jsonl").write_bytes(b"")
+    with pytest.raises(StateError, match="the records of its steps are damaged; delete the folder"):
+        run(tiny("bloom"), [Recipe(**QUICK)], state=tmp_path)  # type: ignore[arg-type]
+
+
 def test_a_state_of_another_run_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     run(tiny("bloom"), [Recipe(**QUICK)], state=tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(StateError, match="is the state of another job"):
+    with pytest.raises(StateError, match=r"another job \(learning_rate was 0.03 and is 0.5\)"):
         run(tiny("bloom"), [Recipe(learning_rate=0.5, **QUICK)], state=tmp_path)  # type: ignore[arg-type]
     with pytest.raises(StateError, match="is the state of another job"):
         run(tiny("llama-2"), [Recipe(**QUICK)], state=tmp_path)  # type: ignore[arg-type]
@@ -552,7 +616,14 @@ def test_a_prompt_is_tuned_on_lines_of_text_and_used_by_every_verb(tmp_path: Pat
     [
         (["missing.jsonl"], "missing.jsonl: No such file"),
         (["a.txt", "b/a.txt"], "two files have the same name: a, a"),
-        (["a.txt", "--validation", "x", "--validation", "y"], "1 files of examples have 2 for validation"),
+        (
+            ["a.txt", "--validation", "x", "--validation", "y"],
+            "give as many files with --validation as of examples: 1, not 2",
+        ),
+        (["a.txt", "--patience", "1"], "--patience and --eval-every need --validation"),
+        (["a.txt", "--init", "text"], "--init text needs --init-text"),
+        (["a.txt", "--tokens", "999999"], "999999 virtual tokens are more than the 2048"),
+        (["a.txt", "--out", "same", "--state", "same"], "cannot be both the folder of the prompt"),
         (["a.txt", "--kind", "lora"], "kind 'lora' is unknown"),
         (["a.txt", "--ram", "lots"], "'lots' is not a size"),
         (["a.txt", "--model", "nowhere/at/all"], "no such folder"),
