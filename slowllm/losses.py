@@ -56,10 +56,10 @@ def token_losses(
     return losses
 
 
-def choice_losses(
-    model: PreTrainedModel, rows: Tensor, positions: Tensor, choices: Tensor, right: Tensor, **inputs: Any
+def choice_logits(
+    model: PreTrainedModel, rows: Tensor, positions: Tensor, choices: Tensor, inputs: Mapping[str, Any]
 ) -> Tensor:
-    """Return the cross entropy of the right one of some tokens, against only each other.
+    """Return the logits of some tokens after positions, to compare them with each other; differentiable.
 
     Only their rows of the head are read, where the model allows it.
 
@@ -68,18 +68,10 @@ def choice_losses(
         rows: (N,) int64, of the batch.
         positions: (N,) int64.
         choices: (C,) int64, tokens.
-        right: (N,) int64, index of the right choice.
         inputs: of the model's forward.
     Returns:
-        (N,) float32, in nats.
+        (N, C) float32.
     """
-    return F.cross_entropy(choice_logits(model, rows, positions, choices, inputs), right, reduction="none")
-
-
-def choice_logits(
-    model: PreTrainedModel, rows: Tensor, positions: Tensor, choices: Tensor, inputs: Mapping[str, Any]
-) -> Tensor:
-    """Return the logits (N, C) of some tokens after positions, differentiable; see `choice_losses`."""
     head = model.get_output_embeddings()
     assert isinstance(head, StreamedHead), "choice_logits needs a streamed model"
     inputs = {"use_cache": False, **inputs}

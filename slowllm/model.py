@@ -78,21 +78,14 @@ class Description:
         self.name = self.folder.resolve().name if is_path else str(path_or_hub_id)
         self.config: Any = read_config(self.folder)
         self.soft_prompt: SoftPrompt | None = None
-        self._made_for: str | None = None
+        self._made_for, self._prompt_name = None, "the soft prompt"
         if isinstance(prompt, SoftPrompt):
             self.soft_prompt = prompt
         elif prompt is not None:
             self.soft_prompt, about = load_prompt(prompt)
-            self._made_for = about.get("fingerprint")
+            self._made_for, self._prompt_name = about.get("fingerprint"), str(prompt)
         if self.soft_prompt is not None:
-            check_fits(
-                self.soft_prompt, self.config, str(prompt) if self._named(prompt) else "the soft prompt"
-            )
-        self._prompt_name = str(prompt)
-
-    @staticmethod
-    def _named(prompt: Any) -> bool:
-        return isinstance(prompt, str | os.PathLike)
+            check_fits(self.soft_prompt, self.config, self._prompt_name)
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import slowllm
-from slowllm.losses import choice_losses, token_losses
+from slowllm.losses import choice_logits, token_losses
 from tests.families import FAMILIES, VOCAB
 
 Tiny = Callable[..., Path]
@@ -100,6 +100,8 @@ def test_choices_are_compared_without_a_visit_to_the_head(name: str, tiny: Tiny)
         stops: list[int] = []
         lm.on_passage = lambda passage: stops.append(passage.stop)
         ours = embedded(lm.model)
-        choice_losses(lm.model, ROWS, POSITIONS, choices, right, inputs_embeds=ours).sum().backward()
+        F.cross_entropy(
+            choice_logits(lm.model, ROWS, POSITIONS, choices, {"inputs_embeds": ours}), right, reduction="sum"
+        ).backward()
         assert max(stops) == len(lm.layout.blocks) - 1
     assert (ours.grad - theirs.grad).norm() <= RELATIVE * theirs.grad.norm()
