@@ -59,6 +59,8 @@ def test_many_tiles_and_chunks_give_the_gradient_of_one(
 ) -> None:
     monkeypatch.setattr("slowllm.losses.TILE_COLUMNS", 17)
     monkeypatch.setattr("slowllm.head.MIN_CHUNK_BYTES", 64 * 64 * 4)
+    with slowllm.load(tiny(name), dtype="fp32") as lm:
+        assert len(lm.layout.chunks) > 1
     test_losses_and_gradients_equal_those_of_whole_logits(name, tiny)
 
 
