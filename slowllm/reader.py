@@ -254,6 +254,9 @@ class Reader:
                 # What half a resident stop has is kept until it comes.
                 if slot.stop not in self._wanted and (slot.error or not (slot.ready or slot.resident)):
                     self._forget(slot)
+            # What failed ahead of need may be there by now: it is read once more for whoever comes for it.
+            if (ahead := self._slots.get(stop)) is not None and ahead.error is not None:
+                self._forget(ahead)
             self._changed.notify_all()
             while True:
                 if self._closing:

@@ -649,6 +649,29 @@ def test_a_failed_stop_is_not_read_again_before_it_is_visited_again(
             assert failed == reads
 
 
+def test_what_failed_ahead_of_need_is_read_again_for_whoever_comes_for_it(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def fail(true: Any, number: int, views: Any, offset: int) -> int:
+        if path_of(number).endswith("part-1.safetensors") and not failed.is_set():
+            failed.set()
+            raise OSError(errno.EIO, "Input/output error")
+        return int(true(number, views, offset))
+
+    preadv_as(monkeypatch, fail)
+    stops = in_three_files(files)
+    with closing(Reader(stops, ring_bytes=3 * smallest_of(stops), num_threads=1)) as reader:
+        with reader.visit(0, (1, 2)):
+            assert failed.wait(10)
+        # The one thread has put the failure down before it reads on, so this visit finds it.
+        with reader.visit(2, (0, 1)) as weights:
+            check(weights, stops[2])
+        with reader.visit(1) as weights:
+            check(weights, stops[1])
+
+
 def test_a_read_that_nobody_waits_for_any_more_writes_over_no_other_stop(
     files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
