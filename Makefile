@@ -34,7 +34,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev,tune,eval]'
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev,tune,eval,store]'
 	touch $@
 
 clean:

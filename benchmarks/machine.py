@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from slowllm.checkpoint import Checkpoint
 from slowllm.measure import DiskRate, disk_rate
+from slowllm.store.manifest import open_checkpoint
 
 PROBE_BYTES = 2 << 30
 
@@ -39,7 +39,7 @@ def read_all(folder: Path) -> None:
 
 def measure_disk(folder: Path) -> DiskRate:
     """Measure direct reads of about 2 GB of a checkpoint, by the reader that the engine uses."""
-    with Checkpoint.open(folder) as checkpoint:
+    with open_checkpoint(folder) as checkpoint:
         return disk_rate(checkpoint, PROBE_BYTES)
 
 

@@ -13,7 +13,6 @@ import mmap
 import os
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from slowllm.errors import CheckpointError
+from slowllm.spans import DTYPE_BITS, Placement, Span, Stamp
 
 # As the safetensors library has them.
 MAX_HEADER_BYTES = 100_000_000
@@ -31,112 +31,6 @@ NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 # What `git clone` leaves in place of a large file where git-LFS is not installed.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-# Bits, not bytes: the format has sub-byte dtypes, which are valid in a header even if we cannot compute with them.
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
-
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
-
-
-# What tells a file from another that has taken its name, or from itself after a change: device, inode, size, and
-# time of the last change.
-Stamp = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Span:
-    """The bytes of one tensor.
-
-    Attributes:
-        name: the tensor's name in the file.
-        path: the shard that holds it.
-        dtype: safetensors' name of the dtype, such as ``BF16``.
-        shape: as in the header.
-        offset: of the first byte, from the start of the file.
-        num_bytes: length.
-        stamp: of the shard when its header was read; None where no header was.
-    """
-
-    name: str
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
-    stamp: Stamp | None = field(default=None, repr=False)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The torch dtype of the stored elements.
-
-        Raises:
-            CheckpointError: torch on the CPU has no such dtype.
-        """
-        if self.dtype not in TORCH_DTYPES:
-            raise CheckpointError(
-                f"{self.path.name}: {self.name} is stored as {self.dtype}, which cannot be computed with; "
-                "use a checkpoint in bfloat16, float16 or float32"
-            )
-        return TORCH_DTYPES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Bytes that lie together in a file and together in a parameter.
-
-    Attributes:
-        span: the tensor on disk.
-        source: first byte, from the start of the span.
-        target: first byte, from the start of the parameter's storage.
-        num_bytes: length.
-    """
-
-    span: Span
-    source: int
-    target: int
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the bytes of one parameter or buffer come from, covering it exactly once.
-
-    Attributes:
-        name: of the parameter, as `named_parameters` has it.
-        shape: of the parameter.
-        dtype: as stored.
-        runs: in order of `target`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    runs: tuple[Run, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the parameter as stored."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def take_rows(placement: Placement, name: str, start: int, stop: int) -> Placement:
-    """Return the rows `start` to `stop` of a parameter as a tensor of their own."""
-    row_bytes = placement.num_bytes // placement.shape[0]
-    low, high = start * row_bytes, stop * row_bytes
-    runs = []
-    for run in placement.runs:
-        begin, end = max(run.target, low), min(run.target + run.num_bytes, high)
-        if begin < end:
-            runs.append(Run(run.span, run.source + begin - run.target, begin - low, end - begin))
-    return Placement(name, (stop - start, *placement.shape[1:]), placement.dtype, tuple(runs))
 
 
 def read_header(path: Path) -> dict[str, Span]:
@@ -349,9 +243,12 @@ class Checkpoint:
     Owns the memory maps that `mapped` hands out; closing it ends them once the last view is gone.
     """
 
-    def __init__(self, folder: Path, spans: Mapping[str, Span]) -> None:
+    def __init__(
+        self, folder: Path, spans: Mapping[str, Span], source_hash: str | None = None, is_exact: bool = True
+    ) -> None:
         self.folder = folder
         self.spans = dict(spans)
+        self._source_hash, self._is_exact = source_hash, is_exact
         self._maps: dict[Path, mmap.mmap] = {}
 
     @classmethod
@@ -385,9 +282,20 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(span.num_bytes for span in self.spans.values())
 
-    def fingerprint(self, config: str) -> str:
-        """Return a hash of the config, every span, and samples of every shard; reads a few hundred KB of each."""
-        found = hashlib.sha256(config.encode())
+    def fingerprint(self, config: str, *, of_source: bool = False) -> str:
+        """Return a hash of the config and of the weights.
+
+        Args:
+            config: as text.
+            of_source: of the weights that a store was made from, even where it has lost bits of them.
+        """
+        known = self._source_hash if of_source or self._is_exact else None
+        weights = known or self.weights_hash()
+        return hashlib.sha256(f"{config}\n{weights}".encode()).hexdigest()
+
+    def weights_hash(self) -> str:
+        """Return a hash of every span and of samples of every shard; reads a few hundred KB of each."""
+        found = hashlib.sha256()
         for name, span in sorted(self.spans.items()):
             found.update(repr((name, span.dtype, span.shape, span.offset, span.path.name)).encode())
         for path in sorted({span.path for span in self.spans.values()}):
@@ -400,7 +308,7 @@ class Checkpoint:
     def mapped(self, placement: Placement) -> Tensor | None:
         """Return a parameter that lies on a memory map of its shard: no bytes are read until touched.
 
-        The tensor must not be written to. None where the parameter's bytes do not lie together, or at an offset
+        The tensor must not be written to; a coded one is as stored. None where the parameter's bytes do not lie together, or at an offset
         that torch cannot view as its dtype.
 
         Raises:
@@ -410,14 +318,14 @@ class Checkpoint:
             return torch.empty(placement.shape, dtype=placement.dtype)
         if len(placement.runs) > 1:
             return None
-        span, dtype = placement.runs[0].span, placement.dtype
+        span, dtype = placement.runs[0].span, placement.stored_dtype
         offset = span.offset + placement.runs[0].source
         if offset % dtype.itemsize:
             return None
         whole = self._map(span)
         self.check_length(placement)
-        count = math.prod(placement.shape)
-        return torch.frombuffer(whole, dtype=dtype, count=count, offset=offset).view(placement.shape)
+        shape = placement.stored_shape
+        return torch.frombuffer(whole, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
     def check_length(self, placement: Placement) -> None:
         """See that the mapped shards of a parameter still reach to its end.

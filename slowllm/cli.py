@@ -16,6 +16,7 @@ from slowllm.generate_verbs import generate
 from slowllm.heap import keep_together
 from slowllm.options import parse_bytes, parse_dtype
 from slowllm.score_verbs import score, yesno
+from slowllm.store_verbs import convert, verify
 from slowllm.tune_verbs import tune
 from slowllm.verbs import (
     DTypeOption,
@@ -215,6 +216,8 @@ app.command()(chat)
 app.command()(score)
 app.command()(yesno)
 app.command()(tune)
+app.command()(convert)
+app.command()(verify)
 app.add_typer(eval_app, name="eval")
 
 

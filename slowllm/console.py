@@ -253,6 +253,29 @@ def steps(lm: StreamedLM, what: str) -> Iterator[None]:
             lm.on_passage = None
 
 
+@contextlib.contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that is told the bytes done and the bytes in all; they show on a terminal only."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[size]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(what, total=None, size="")
+
+    def tell(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total, size=f"{format_bytes(done)} of {format_bytes(total)}")
+
+    with bar:
+        yield tell
+
+
 def duration(seconds: float) -> str:
     """Return a time as people say it: ``3.2 s``, ``14 min``, ``5.1 h``."""
     for unit, length in (("s", 1), ("min", 60)):

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from slowllm.checkpoint import Span, open_shard, refuse_short
+from slowllm.checkpoint import open_shard, refuse_short
+from slowllm.spans import Span
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,10 @@ class CheckpointError(SlowLLMError):
     """The files of a checkpoint are missing, damaged, or of a kind that cannot be streamed."""
 
 
+class StoreError(CheckpointError):
+    """A store is not finished, damaged, newer than this version, or cannot be written."""
+
+
 class ArchitectureError(SlowLLMError):
     """The model's architecture does not fit the carousel; the message says which and why."""
 

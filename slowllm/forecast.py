@@ -29,11 +29,13 @@ class StopSize:
         num_bytes: in a buffer.
         largest_bytes: of its largest tensor there.
         flops: of one token.
+        decoded_bytes: further bytes through the processor for every micro-batch, where its tensors are decoded.
     """
 
     num_bytes: int
     largest_bytes: int
     flops: float = 0.0
+    decoded_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ def tokens_of(job: Job) -> int:
 def compute_seconds(stop: StopSize, rates: Rates, rider: int, sweep: int) -> float:
     """Return how long a stop computes a sweep's tokens, in micro-batches of `rider` tokens."""
     # Each rider takes the weights through the processor once.
-    return -(-sweep // rider) * stop.num_bytes / rates.memory + sweep * stop.flops / rates.compute
+    passing_bytes = stop.num_bytes + stop.decoded_bytes
+    return -(-sweep // rider) * passing_bytes / rates.memory + sweep * stop.flops / rates.compute
 
 
 def forecast_of(

@@ -26,9 +26,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from slowllm.blocks import check_finite
 from slowllm.carousel import Carousel
-from slowllm.checkpoint import Placement, take_rows
 from slowllm.errors import ArchitectureError, InputError
 from slowllm.riders import reach
+from slowllm.spans import Placement, take_rows
 from slowllm.state import journal
 from slowllm.stops import Weights
 from slowllm.swap import SwappedWeight

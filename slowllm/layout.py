@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slowllm.blocks import find_blocks
-from slowllm.checkpoint import Placement
 from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.forecast import Granularity, Sizes, StopSize
 from slowllm.head import TILE_COLUMNS, cut_head
 from slowllm.reader import ring_bytes_of
+from slowllm.spans import Placement
+from slowllm.store.codecs import codec_of
 from slowllm.swap import swap_bytes
 
 log = logging.getLogger(__name__)
@@ -258,10 +259,12 @@ def _size_of(stop: Sequence[Placement], config: Any) -> StopSize:
         if len(p.shape) >= 2:
             # A tensor of three dimensions holds every expert, of which a token takes a few.
             flops += 2 * math.prod(p.shape) * (used if len(p.shape) == 3 else 1.0)
+    decoded = sum(p.decoded_bytes * codec_of(p.coding).passes for p in stop if p.coding is not None)
     return StopSize(
         num_bytes=sum(map(ring_bytes_of, stop)),
         largest_bytes=max(map(ring_bytes_of, stop), default=0),
         flops=flops,
+        decoded_bytes=int(decoded),
     )
 
 

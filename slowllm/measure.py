@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import nn
 
-from slowllm.checkpoint import Checkpoint, Placement, Run
+from slowllm.checkpoint import Checkpoint
 from slowllm.forecast import Granularity, Job, Rates
 from slowllm.heap import give_back
 from slowllm.model import Description, StreamedLM, load
@@ -26,6 +26,8 @@ from slowllm.options import DTypeName, parse_bytes, parse_dtype
 from slowllm.plan import Plan, advise, least_bytes, make_plan, with_smaller_weights
 from slowllm.reader import Reader, ring_bytes_of
 from slowllm.skeleton import choose_dtype
+from slowllm.spans import Placement, Run
+from slowllm.store.manifest import open_checkpoint
 
 PIECE_BYTES, RING_PIECES = 64 << 20, 4
 # A checkpoint below this is read in a moment, and any rate will do.
@@ -89,7 +91,7 @@ def quick_rates(folder: Path, dtype: DTypeName) -> Rates:
         folder: of the checkpoint, whose own bytes are read.
         dtype: compute dtype.
     """
-    with Checkpoint.open(folder) as checkpoint:
+    with open_checkpoint(folder) as checkpoint:
         if sum(span.num_bytes for span in checkpoint.spans.values()) < WORTH_MEASURING_BYTES:
             return Rates()
         disk = disk_rate(checkpoint, 8 * PIECE_BYTES).bytes_per_second

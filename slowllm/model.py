@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from slowllm.blocks import stream_block, stream_leaves
 from slowllm.carousel import Carousel
-from slowllm.checkpoint import Checkpoint, Placement
+from slowllm.checkpoint import Checkpoint
 from slowllm.errors import ArchitectureError, CheckpointError, InputError
 from slowllm.forecast import Granularity, Job, Rates, Sizes
 from slowllm.head import Lookup, find_finish, stream_embedding, stream_head
@@ -43,7 +43,9 @@ from slowllm.prompt_files import load_prompt
 from slowllm.reader import MappedStops, Reader
 from slowllm.skeleton import build_skeleton, choose_dtype, first_line, make_streamed, read_config
 from slowllm.soft_prompts import SoftPrompt, check_fits, let_vectors_in
+from slowllm.spans import Placement
 from slowllm.stops import Passage, Stops
+from slowllm.store.manifest import open_checkpoint
 from slowllm.swap import CastStops, swap_bytes
 
 log = logging.getLogger(__name__)
@@ -180,7 +182,7 @@ class StreamedLM:
         # or when the interpreter ends, before daemon threads are stopped in the middle of a product.
         model.__dict__["_slowllm"] = self
         self._finalizer = weakref.finalize(
-            self, _release, self._carousel, source, checkpoint, budget, plan.peak_bytes
+            self, _release, self._carousel, source, stops, checkpoint, budget, plan.peak_bytes
         )
 
     @classmethod
@@ -236,7 +238,7 @@ class StreamedLM:
         known = (
             path_or_hub_id if isinstance(path_or_hub_id, Description) else Description(path_or_hub_id, prompt)
         )
-        checkpoint = Checkpoint.open(known.folder)
+        checkpoint = open_checkpoint(known.folder)
         budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)
         try:
             model = build_skeleton(known.config, known.folder, choose_dtype(options.dtype, checkpoint))
@@ -249,7 +251,7 @@ class StreamedLM:
         lm.name = known.name
         if known.soft_prompt is not None:
             try:
-                known.check_prompt(lm.fingerprint())
+                known.check_prompt(lm.fingerprint(of_source=True))
             except BaseException:
                 lm.close()
                 raise
@@ -283,13 +285,20 @@ class StreamedLM:
             peak_rss_bytes(),
         )
 
-    def fingerprint(self) -> str:
-        """Return a hash of the checkpoint: its config, every span, and samples of every shard."""
+    def fingerprint(self, *, of_source: bool = False) -> str:
+        """Return a hash of the checkpoint: its config, every span, and samples of every shard.
+
+        Args:
+            of_source: of the checkpoint that a store was made from. An exact store has its source's in any case.
+        """
         config = {
             **self.config.to_dict(),
             "dtype": None,
-        }  # the compute dtype, which is no part of the checkpoint
-        return self._checkpoint.fingerprint(json.dumps(config, sort_keys=True, default=str))
+            "_name_or_path": None,
+        }  # the compute dtype and the folder, which are no part of the checkpoint
+        return self._checkpoint.fingerprint(
+            json.dumps(config, sort_keys=True, default=str), of_source=of_source
+        )
 
     def ride(self, jobs: Iterable[Callable[[], T]], max_riders: int | None = None) -> list[T]:
         """Run each job as a rider of shared sweeps and return the results in order.
@@ -325,10 +334,17 @@ def _tell(handle: weakref.ref[StreamedLM], passage: Passage) -> None:
 
 
 def _release(
-    carousel: Carousel, source: Reader | MappedStops, checkpoint: Checkpoint, budget: Budget, num_bytes: int
+    carousel: Carousel,
+    source: Reader | MappedStops,
+    stops: Stops,
+    checkpoint: Checkpoint,
+    budget: Budget,
+    num_bytes: int,
 ) -> None:
     source.close()  # first: the carousel may be waiting for a read that never returns
     carousel.close()
+    if isinstance(stops, CastStops):
+        stops.close()
     checkpoint.close()
     budget.give_back(num_bytes)
 
@@ -387,7 +403,9 @@ def _assemble(
         used = [() if number in plan.unused else stop for number, stop in enumerate(layout.stops)]
         source = MappedStops(checkpoint, used)
     buffer_bytes = swap_bytes(layout.stops, layout.dtypes)
-    stops: Stops = CastStops(source, layout.dtypes, buffer_bytes) if any(buffer_bytes) else source
+    stops: Stops = source
+    if any(buffer_bytes):
+        stops = CastStops(source, layout.stops, layout.dtypes, buffer_bytes)
     lm = kind(model, checkpoint, source, stops, plan, choices, budget, layout)
     for index, block in enumerate(layout.blocks):
         name = f"{layout.blocks_name}.{index}"

@@ -29,8 +29,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from slowllm.checkpoint import Placement, Run, Span
 from slowllm.errors import ArchitectureError, CheckpointError
+from slowllm.spans import Placement, Run, Span
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def place(model: PreTrainedModel, spans: Mapping[str, Span]) -> dict[str, Placem
     for target, span in plain.items():
         _check_shape(span, target, tuple(wanted[target].shape))
         runs = (Run(span, 0, 0, span.num_bytes),) if span.num_bytes else ()
-        placements[target] = Placement(target, span.shape, span.torch_dtype, runs)
+        placements[target] = Placement(target, span.shape, span.torch_dtype, runs, span.coding)
     for (target, _), sources in fused.items():
         for placement in _place_fused(model, target, by_pattern[sources[0][0]], sources, wanted):
             if placement.name in placements:

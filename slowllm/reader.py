@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slowllm.checkpoint import Checkpoint, Placement, Run, Span
+from slowllm.checkpoint import Checkpoint
 from slowllm.direct import PAGE, Files
 from slowllm.errors import PlanError, RideError
+from slowllm.spans import Placement, Run, Span
 from slowllm.stops import Weights
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def _lead(placement: Placement) -> int:
     first = placement.runs[0]
     lead = (first.span.offset + first.source) % PAGE
     # torch cannot view bf16 at an odd address; such a tensor goes through a bounce buffer instead.
-    return lead if lead % placement.dtype.itemsize == 0 else 0
+    return lead if lead % placement.stored_dtype.itemsize == 0 else 0
 
 
 def ring_bytes_of(placement: Placement) -> int:
@@ -368,7 +369,7 @@ class Reader:
             self._started_over.discard(slot.stop)
         lead = _lead(placement)
         flat = torch.from_numpy(region)[lead : lead + placement.num_bytes]
-        slot.weights[placement.name] = flat.view(placement.dtype).view(placement.shape)
+        slot.weights[placement.name] = flat.view(placement.stored_dtype).view(placement.stored_shape)
         slot.regions.append(region)
         slot.requests.extend(self._requests(slot, placement, region, lead))
         if slot.ready:

@@ -304,6 +304,7 @@ class _Session:
             rates=self.rates, granularity="blocks",
         ) as lm:  # fmt: skip
             self.fingerprint = lm.fingerprint()
+            self.source_fingerprint = lm.fingerprint(of_source=True)
             if self.on_open is not None:
                 self.on_open(lm, job, what, used + lm.plan.peak_bytes)
             yield lm
@@ -563,7 +564,7 @@ class _Session:
             assert self.out is not None, "looked at above"
             folder = self.out if len(trials) == 1 else self.out / trial.name
             about = {
-                "model": self.known.name, "fingerprint": self.fingerprint, "recipe": asdict(trial.recipe),
+                "model": self.known.name, "fingerprint": self.source_fingerprint, "recipe": asdict(trial.recipe),
                 "task": trial.task.name, "labels": list(trial.task.labels), "steps": trial.step,
                 "best_step": trial.best_step if trial.task.validation else trial.step,
                 "best_loss": trial.best_loss if math.isfinite(trial.best_loss) else None, "failure": trial.failure,

@@ -28,10 +28,11 @@ from transformers.core_model_loading import (
 from transformers.core_model_loading import WeightConverter as Converter
 
 from slowllm import naming
-from slowllm.checkpoint import Checkpoint, Placement, Run, Span, read_header
+from slowllm.checkpoint import Checkpoint, read_header
 from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.naming import MAX_RUNS, _covering, _place_fused, _probe_scale, place
 from slowllm.skeleton import build_skeleton, read_config
+from slowllm.spans import Placement, Run, Span
 from tests.families import FAMILIES, resident, save_tiny
 
 Tensors = dict[str, Tensor]

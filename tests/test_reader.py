@@ -28,10 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slowllm import reader as reader_module
-from slowllm.checkpoint import Checkpoint, Placement, Run, Span, read_header
+from slowllm.checkpoint import Checkpoint, read_header
 from slowllm.direct import PAGE
 from slowllm.errors import CheckpointError, PlanError, RideError
 from slowllm.reader import MappedStops, Reader, ring_bytes_of, smallest_ring
+from slowllm.spans import Placement, Run, Span
 
 Stop = tuple[Placement, ...]
 DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}

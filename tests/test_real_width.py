@@ -14,7 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import slowllm
 from slowllm import head
-from slowllm.checkpoint import Placement, Run, Span
+from slowllm.spans import Placement, Run, Span
 from tests.families import resident
 
 WIDTH, VOCAB = 4096, 25_088

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from slowllm.checkpoint import Placement
 from slowllm.errors import UnsupportedError
+from slowllm.spans import Placement
 from slowllm.swap import CastStops, SwappedWeight, swap_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,7 +41,7 @@ def placements_of(stop: Mapping[str, Tensor]) -> list[Placement]:
 
 def cast_stops(stops: Sequence[Mapping[str, Tensor]], dtypes: Mapping[str, torch.dtype]) -> CastStops:
     sizes = swap_bytes([placements_of(stop) for stop in stops], dtypes)
-    cast = CastStops(InMemory(stops), dtypes, sizes)
+    cast = CastStops(InMemory(stops), [placements_of(stop) for stop in stops], dtypes, sizes)
     # What was left there by somebody else shows as NaN.
     cast._small.fill_(0xFF)
     cast._large.fill_(0xFF)
@@ -124,7 +124,7 @@ def test_the_kept_buffers_are_used_again_from_stop_to_stop() -> None:
 
 def test_the_guess_is_passed_on() -> None:
     inner = InMemory([{}, {}, {}])
-    cast = CastStops(inner, {}, (0, 0))
+    cast = CastStops(inner, [], {}, (0, 0))
     assert cast.num_stops == 3
     with cast.visit(1, (2, 0)):
         pass

@@ -1,0 +1,1 @@
+"""Converted weights: how they lie on disk, how they are made, and how they are decoded again."""

@@ -1,0 +1,430 @@
+"""How a matrix of a block may be stored: coded without loss, in 8 bits, or in 4.
+
+Knows matrices and their parts; knows nothing of files or models. A codec says which parts a matrix becomes, encodes
+it piece by piece, and decodes any range of rows to bfloat16; one that can multiply without decoding does so. A
+matrix is seen as rows: of three dimensions (experts) the first two are one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slowllm.errors import StoreError
+from slowllm.spans import TORCH_DTYPES, Coding
+from slowllm.store import kernels
+from slowllm.store.kernels import CHUNK, STEP
+
+log = logging.getLogger(__name__)
+
+# Where a codec decodes before it multiplies, it does so in tiles that stay in the processor's cache.
+TILE_BYTES = 8 << 20
+# Activations this large are multiplied in 16 bit (Dettmers et al., LLM.int8(), 2022, section 3.2).
+OUTLIER = 6.0
+# From so many rows on, integer products are faster than bf16 products of the same numbers.
+MIN_INTEGER_ROWS = 48
+
+
+class Team:
+    """Threads that share a loop over rows with whoever calls. Owned by who makes it; close it.
+
+    Args:
+        num_threads: in all, the caller among them.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = max(1, num_threads)
+        # numba's and numpy's loops let each other run; torch's own threads stay torch's.
+        self._pool = ThreadPoolExecutor(max(1, self.num_threads - 1), thread_name_prefix="slowllm-decode")
+
+    def share(self, work: Callable[[int, int], object], first: int, last: int) -> None:
+        """Call `work` for parts of the range that cover it once, on all threads."""
+        parts = min(self.num_threads, max(1, last - first))
+        cuts = [first + (last - first) * number // parts for number in range(parts + 1)]
+        others = [self._pool.submit(work, cuts[n], cuts[n + 1]) for n in range(1, parts)]
+        work(cuts[0], cuts[1])
+        for other in others:
+            other.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The stored arrays of one matrix, in memory.
+
+    Attributes:
+        arrays: by the name of the part.
+        num_rows: of the matrix.
+        width: of a row.
+    """
+
+    arrays: Mapping[str, Tensor]
+    num_rows: int
+    width: int
+
+    @classmethod
+    def of(cls, stored: Tensor, coding: Coding, shape: tuple[int, ...]) -> Parts:
+        """See the parts in the bytes that hold them; nothing is copied.
+
+        Args:
+            stored: (num_bytes,) uint8.
+            coding: that says where each part lies.
+            shape: of the matrix.
+        """
+        arrays = {}
+        for part in coding.parts:
+            dtype = TORCH_DTYPES[part.dtype]
+            num_bytes = math.prod(part.shape) * dtype.itemsize
+            arrays[part.name] = (
+                stored[part.offset : part.offset + num_bytes].view(dtype).view(part.shape)
+                if num_bytes
+                else torch.empty(part.shape, dtype=dtype)
+            )
+        return cls(arrays, math.prod(shape[:-1]), shape[-1])
+
+
+class Codec(Protocol):
+    """One way to store a matrix."""
+
+    name: ClassVar[str]
+    is_exact: ClassVar[bool]
+    # How often the bytes of the decoded matrix go through memory in a product of a few rows, those of the stored one
+    # aside. For plans: decoding is as fast as memory where it is compiled.
+    passes: ClassVar[float]
+
+    def unit(self, width: int) -> int:
+        """Return the number of weights that pieces given to `encode` must be a multiple of, but for the last."""
+
+    def layout(self, num_rows: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return the dtype (safetensors' name) and shape of each part whose size is known before; in order."""
+
+    def encode(self, piece: Tensor, width: int) -> dict[str, Tensor]:
+        """Encode a flat piece of a matrix; the arrays of successive pieces are joined along their first axis."""
+
+    def finish(self, loose: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+        """Return the further parts, in order, from the arrays of all pieces that `layout` does not name."""
+
+    def has_parts(self, parts: Mapping[str, tuple[str, tuple[int, ...]]], num_rows: int, width: int) -> bool:
+        """Whether these are the parts, with dtypes and shapes, of such a matrix: decoding trusts it."""
+
+    def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
+        """Write the rows `first` to `last` to `out` (last - first, K), bfloat16 and contiguous."""
+
+    def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
+        """Return `x` (M, K), bfloat16, times the rows `first` to `last`, transposed; None where it is to decode."""
+
+
+class Lossless:
+    """bfloat16 in 12 bits and a little more, bit for bit.
+
+    A weight's sign and mantissa take a byte. Its exponent takes four bits, counted from a base that is chosen for
+    every chunk so that the 16 exponents from there cover the most weights; the others are kept whole, with their
+    places ("escapes"). Exponents of trained weights carry about 2.6 bits of information (as DFloat11 measured too,
+    Zhang et al., 2025); four bits waste some of it and decode at memory's speed.
+    """
+
+    name: ClassVar[str] = "lossless"
+    is_exact: ClassVar[bool] = True
+    passes: ClassVar[float] = 2.0
+
+    def unit(self, width: int) -> int:
+        """See `Codec.unit`."""
+        return CHUNK
+
+    def layout(self, num_rows: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """See `Codec.layout`."""
+        padded = -(-num_rows * width // STEP) * STEP
+        return {"signs": ("U8", (padded,)), "exponents": ("U8", (padded // 2,))}
+
+    def encode(self, piece: Tensor, width: int) -> dict[str, Tensor]:
+        """See `Codec.encode`; of bfloat16, whose bits are kept, whatever they mean."""
+        bits = piece.view(torch.int16).numpy().view(np.uint16)
+        bits = np.concatenate([bits, np.zeros(-len(bits) % STEP, np.uint16)])
+        found: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("signs", "exponents", "bases", "counts", "places", "values")
+        }
+        for begin in range(0, len(bits), CHUNK):
+            for name, array in _encode_chunk(bits[begin : begin + CHUNK]).items():
+                found[name].append(array)
+        return {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in found.items()}
+
+    def finish(self, loose: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+        """See `Codec.finish`."""
+        joined = {name: torch.cat(pieces) for name, pieces in loose.items()}
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), joined.pop("counts").cumsum(0)])
+        return {"starts": starts, **{name: joined[name] for name in ("bases", "places", "values")}}
+
+    def has_parts(self, parts: Mapping[str, tuple[str, tuple[int, ...]]], num_rows: int, width: int) -> bool:
+        """See `Codec.has_parts`."""
+        chunks = -(-num_rows * width // CHUNK)
+        num_escapes = parts.get("places", ("", ()))[1]
+        wanted = {
+            **self.layout(num_rows, width),
+            "starts": ("I64", (chunks + 1,)), "bases": ("U8", (chunks,)),
+            "places": ("I16", num_escapes), "values": ("I16", num_escapes),
+        }  # fmt: skip
+        return len(num_escapes) == 1 and dict(parts) == wanted
+
+    def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
+        """See `Codec.decode`."""
+        arrays = {name: part.numpy() for name, part in parts.arrays.items()}
+        begin, end = first * parts.width, last * parts.width
+        flat = out.view(-1).view(torch.int16).numpy().view(np.uint16)
+        given = (
+            arrays["signs"].view(np.uint64), arrays["exponents"].view(np.uint64), arrays["bases"],
+            arrays["starts"], arrays["places"].view(np.uint16), arrays["values"].view(np.uint16),
+        )  # fmt: skip
+
+        def join(chunk: int, stop: int) -> None:
+            """Decode chunks that lie wholly in the range straight to their place, others by way of a buffer."""
+            inner, outer = max(chunk, -(-begin // CHUNK)), min(stop, end // CHUNK)
+            if inner < outer:
+                kernels.join_chunks(*given, flat[inner * CHUNK - begin :], inner, inner, outer)
+            for edge in (*range(chunk, min(inner, stop)), *range(max(outer, inner, chunk), stop)):
+                whole = np.empty(CHUNK, np.uint16)
+                kernels.join_chunks(*given, whole, edge, edge, edge + 1)
+                low, high = max(begin, edge * CHUNK), min(end, (edge + 1) * CHUNK)
+                flat[low - begin : high - begin] = whole[low - edge * CHUNK : high - edge * CHUNK]
+
+        team.share(join, begin // CHUNK, -(-end // CHUNK))
+
+    def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
+        """Return None: the product of tiles might round otherwise than that of the whole."""
+        return None
+
+
+def _encode_chunk(bits: np.ndarray) -> dict[str, np.ndarray]:
+    exponents = (bits >> 7) & 0xFF
+    counts = np.bincount(exponents, minlength=256)
+    base = int(np.convolve(counts, np.ones(16, np.int64), "valid").argmax())
+    escapes = np.flatnonzero((exponents < base) | (exponents > base + 15))
+    codes = exponents - np.uint16(base)
+    codes[escapes] = 0
+    signs = ((bits >> 8) & 0x80) | (bits & 0x7F)
+    s, c = signs.reshape(4, -1), codes.reshape(4, -1)
+    return {
+        "signs": np.concatenate([s[0] | s[1] << 8, s[2] | s[3] << 8]).view(np.uint8),
+        "exponents": (c[0] | c[1] << 4 | c[2] << 8 | c[3] << 12).view(np.uint8),
+        "bases": np.array([base], np.uint8),
+        "counts": np.array([len(escapes)], np.int64),
+        "places": escapes.astype(np.uint16).view(np.int16),
+        "values": bits[escapes].view(np.int16),
+    }
+
+
+class Int8:
+    """LLM.int8() (Dettmers et al., 2022): a scale for each row of the matrix and for each row of activations.
+
+    Products are of 8-bit integers, summed in 32 bits. An activation of 6 or more is an outlier: it stays in 16 bit and
+    is multiplied with the decoded column, so that it does not coarsen its row. Which are outliers is said row by
+    row, so that no row's result depends on what else is in the batch.
+    """
+
+    name: ClassVar[str] = "int8"
+    is_exact: ClassVar[bool] = False
+    passes: ClassVar[float] = 0.8
+
+    def unit(self, width: int) -> int:
+        """See `Codec.unit`."""
+        return width
+
+    def layout(self, num_rows: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """See `Codec.layout`."""
+        return {"codes": ("I8", (num_rows, width)), "scales": ("F32", (num_rows,))}
+
+    def encode(self, piece: Tensor, width: int) -> dict[str, Tensor]:
+        """See `Codec.encode`."""
+        codes, scales = quantise_rows(piece.view(-1, width))
+        return {"codes": codes, "scales": scales}
+
+    def finish(self, loose: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+        """See `Codec.finish`; there are none."""
+        return {}
+
+    def has_parts(self, parts: Mapping[str, tuple[str, tuple[int, ...]]], num_rows: int, width: int) -> bool:
+        """See `Codec.has_parts`."""
+        return dict(parts) == self.layout(num_rows, width)
+
+    def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
+        """See `Codec.decode`."""
+        codes, scales = (parts.arrays[name][first:last].numpy() for name in ("codes", "scales"))
+        bits = _bits(out)
+        team.share(lambda low, high: kernels.int8_rows(codes, scales, bits, low, high), 0, last - first)
+
+    def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
+        """See `Codec.multiply`."""
+        codes, scales = (parts.arrays[name][first:last] for name in ("codes", "scales"))
+        if x.is_cuda:
+            codes, scales = codes.to(x.device), scales.to(x.device)
+        is_outlier = x.abs() >= OUTLIER
+        columns = is_outlier.any(0).nonzero()[:, 0]
+        if len(columns) > parts.width // 8:  # so many that decoding costs less
+            return None
+        inner = x.masked_fill(is_outlier, 0.0) if len(columns) else x
+        small, factors = quantise_rows(inner)
+        y = _integer_product(small, codes, x.dtype).mul_(factors[:, None]).mul_(scales)
+        if len(columns):
+            outer = torch.where(is_outlier[:, columns], x[:, columns], 0.0)
+            y += outer.float() @ (codes[:, columns].float() * scales[:, None]).T
+        return y.to(x.dtype)
+
+
+def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 codes (R, K) of a matrix, and the float32 scale (R,) of each row: its largest number over 127."""
+    values = rows.float()
+    scales = values.abs().amax(1) / 127
+    codes = (values / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_().clamp_(-127, 127)
+    return codes.to(torch.int8), scales
+
+
+def _integer_product(x: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the float32 product (M, R) of int8 matrices (M, K) and (R, K); few rows are multiplied in `dtype`."""
+    if x.is_cuda:
+        # cuBLAS wants at least 17 rows.
+        padded = F.pad(x, (0, 0, 0, max(0, 17 - len(x))))
+        return torch._int_mm(padded, codes.T)[: len(x)].float()
+    if len(x) >= MIN_INTEGER_ROWS and _has_integer_products():
+        return torch._int_mm(x, codes.T).float()
+    # bf16 holds the same numbers exactly; only the sums are rounded to it, as the result will be.
+    tile = max(1, TILE_BYTES // (dtype.itemsize * codes.shape[1]))
+    few = x.to(dtype)
+    buffer = torch.empty(min(tile, len(codes)), codes.shape[1], dtype=dtype)
+    found = torch.empty(len(x), len(codes), dtype=torch.float32)
+    for begin in range(0, len(codes), tile):
+        part = codes[begin : begin + tile]
+        found[:, begin : begin + tile] = F.linear(few, buffer[: len(part)].copy_(part))
+    return found
+
+
+def _has_integer_products() -> bool:
+    """Whether this processor multiplies int8 faster than bf16."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
+class Int4:
+    """Four bits a weight, with a scale and a lowest value in bfloat16 for every 64 weights of a row.
+
+    The range of a group is shrunk a little where that lowers its squared error.
+    """
+
+    name: ClassVar[str] = "int4"
+    is_exact: ClassVar[bool] = False
+    passes: ClassVar[float] = 0.8
+    group: ClassVar[int] = 64
+    shrinks: ClassVar[tuple[float, ...]] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+
+    def unit(self, width: int) -> int:
+        """See `Codec.unit`."""
+        return width
+
+    def layout(self, num_rows: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """See `Codec.layout`."""
+        groups = -(-width // self.group)
+        return {
+            "codes": ("U8", (num_rows, groups * self.group // 2)),
+            "scales": ("BF16", (num_rows, groups)),
+            "lows": ("BF16", (num_rows, groups)),
+        }
+
+    def encode(self, piece: Tensor, width: int) -> dict[str, Tensor]:
+        """See `Codec.encode`."""
+        groups = -(-width // self.group)
+        values = piece.view(-1, width).float()
+        # A last group that is not full is filled with its own last weight, which does not widen its range.
+        missing = groups * self.group - width
+        values = torch.cat([values, values[:, -1:].expand(-1, missing)], 1).view(-1, groups, self.group)
+        low, high = values.aminmax(dim=-1)
+        middle, half = (low + high) / 2, (high - low) / 2
+        best = torch.full_like(low, math.inf)
+        scales, lows = torch.zeros_like(low), torch.zeros_like(low)
+        for shrink in self.shrinks:
+            step = (2 * shrink * half / 15).bfloat16().float()
+            start = (middle - shrink * half).bfloat16().float()
+            error = (self._codes(values, step, start) * step[..., None] + start[..., None] - values).square_()
+            total = error.sum(-1)
+            is_better = total < best
+            best = torch.where(is_better, total, best)
+            scales, lows = torch.where(is_better, step, scales), torch.where(is_better, start, lows)
+        codes = self._codes(values, scales, lows).to(torch.uint8)
+        half_group = self.group // 2
+        packed = codes[..., :half_group] | codes[..., half_group:] << 4
+        return {"codes": packed.flatten(1), "scales": scales.bfloat16(), "lows": lows.bfloat16()}
+
+    @staticmethod
+    def _codes(values: Tensor, scales: Tensor, lows: Tensor) -> Tensor:
+        tiny = torch.finfo(torch.float32).tiny
+        return ((values - lows[..., None]) / scales.clamp(min=tiny)[..., None]).round_().clamp_(0, 15)
+
+    def finish(self, loose: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+        """See `Codec.finish`; there are none."""
+        return {}
+
+    def has_parts(self, parts: Mapping[str, tuple[str, tuple[int, ...]]], num_rows: int, width: int) -> bool:
+        """See `Codec.has_parts`."""
+        return dict(parts) == self.layout(num_rows, width)
+
+    def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
+        """See `Codec.decode`."""
+        codes = parts.arrays["codes"][first:last].numpy()
+        scales, lows = (parts.arrays[name][first:last].float().numpy() for name in ("scales", "lows"))
+        bits = _bits(out)
+        team.share(lambda low, high: kernels.int4_rows(codes, scales, lows, bits, low, high), 0, last - first)
+
+    def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
+        """See `Codec.multiply`: few rows with tiles that are decoded in the cache."""
+        if x.is_cuda or x.dtype != torch.bfloat16 or len(x) >= MIN_INTEGER_ROWS:
+            return None
+        tile = max(1, TILE_BYTES // (2 * parts.width))
+        buffer = torch.empty(min(tile, last - first), parts.width, dtype=torch.bfloat16)
+        found = x.new_empty(len(x), last - first)
+        for begin in range(first, last, tile):
+            end = min(begin + tile, last)
+            self.decode(parts, buffer[: end - begin], begin, end, team)
+            found[:, begin - first : end - first] = F.linear(x, buffer[: end - begin])
+        return found
+
+
+def _bits(out: Tensor) -> np.ndarray:
+    bits: np.ndarray = out.view(torch.int16).numpy().view(np.uint16)
+    return bits
+
+
+CODECS: Mapping[str, Codec] = {codec.name: codec for codec in (Lossless(), Int8(), Int4())}
+
+
+def codec_of(coding: Coding) -> Codec:
+    """Return the codec of a stored matrix, which `check_coding` has seen."""
+    return CODECS[coding.codec]
+
+
+def check_coding(name: str, coding: Coding, shape: tuple[int, ...]) -> None:
+    """See that a coded matrix has the parts that its codec will look for.
+
+    Raises:
+        StoreError: it has others.
+    """
+    if coding.codec not in CODECS:
+        raise StoreError(f"{name}: its codec {coding.codec!r} is unknown; a newer slowllm may know it")
+    parts = {part.name: (part.dtype, part.shape) for part in coding.parts}
+    # Loops over 64-bit words begin at the parts.
+    aligned = all(part.offset % 8 == 0 for part in coding.parts)
+    if (
+        len(shape) < 2
+        or not aligned
+        or not CODECS[coding.codec].has_parts(parts, math.prod(shape[:-1]), shape[-1])
+    ):
+        raise StoreError(
+            f"{name}: its parts do not make a matrix of shape {list(shape)}; convert the model again"
+        )
