@@ -291,3 +291,13 @@ def test_every_family_goes_on_from_any_block_with_the_same_bits(
             assert passed == lm.num_stops - body * (block + 1) // num_blocks or granularity == "leaves"
             assert passed < lm.num_stops
     assert journal.get() is None
+
+
+def test_the_state_of_another_verb_is_told_as_such(tmp_path: Path) -> None:
+    with State(tmp_path / "state", {"kind": "tune"}):
+        pass
+    assert read_job(tmp_path / "state", "tune") == {"kind": "tune"}
+    with pytest.raises(
+        StateError, match=r"is the state of another job \(slowllm tune, not forward\); name another"
+    ):
+        read_job(tmp_path / "state", "forward")

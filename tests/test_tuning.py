@@ -395,7 +395,13 @@ def test_a_budget_too_small_for_a_step_is_refused(tiny: Tiny) -> None:
         ({"schedule": "wild"}, "schedule 'wild' is unknown"),
         ({"num_layers": 3}, "no such setting: num_layers"),
         ({"seed": 1 << 63}, "seed must be less than"),
-        ({"labels": [0, 1]}, "labels must be words"),
+        ({"labels": [0, 1]}, "a label must be a text, not 0"),
+        ({"labels": "yes"}, "labels must be a list of words, not the word .yes."),
+        ({"labels": [" yes", ""]}, "a label is empty"),
+        ({"labels": [" yes", " \ud800"]}, "a label cannot be encoded as UTF-8"),
+        ({"init": "text", "init_text": 5}, "init_text must be a text, not 5"),
+        ({"init": "text", "init_text": "\ud800"}, "init_text cannot be encoded"),
+        ({"num_epochs": 1, "warmup_steps": 9}, "leave none of the"),
         ({"recipes": [None]}, "recipes must be one slowllm.Recipe"),
     ],
 )
@@ -473,6 +479,57 @@ def test_a_folder_with_a_prompt_is_not_given_to_several_trials(tiny: Tiny, tmp_p
         pytest.raises(InputError, match="another run writes its prompt there"),
     ):
         run(tiny("bloom"), [Recipe(**QUICK)], out=tmp_path)  # type: ignore[arg-type]
+
+
+def test_the_folder_of_several_trials_is_not_given_to_one(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny("bloom"), [Recipe(seed=seed, **QUICK) for seed in (0, 1)], out=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="holds the prompts of several trials of an earlier run"):
+        run(tiny("bloom"), [Recipe(**QUICK)], out=tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_run_that_learned_nothing_leaves_an_earlier_prompt_alone(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no more")
+
+    run(tiny("bloom"), [Recipe(**QUICK)], out=tmp_path)  # type: ignore[arg-type]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(slowllm.tuning._Session, "_close_step", fail)
+    with pytest.raises(OSError, match="no more"):
+        run(tiny("bloom"), [Recipe(seed=7, **QUICK)], out=tmp_path)  # type: ignore[arg-type]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_from_its_first_step_on_the_folder_is_the_runs_own(tiny: Tiny, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def look(record: dict[str, Any]) -> None:
+        if record["step"] > 1:
+            about = json.loads((tmp_path / "slowllm.json").read_text())
+            seen.append((about["recipe"]["seed"], about["steps"]))
+
+    for seed in (3, 4):
+        seen.clear()
+        recipe = Recipe(num_tokens=LENGTH, num_steps=4, seed=seed)
+        run(tiny("bloom"), [recipe], [Task("t", examples(6))], out=tmp_path, on_record=look)
+        assert {first for first, _ in seen} == {seed}
+        assert seen[0][1] == 1
+
+
+def test_the_step_that_is_named_is_that_of_the_numbers_kept(tiny: Tiny) -> None:
+    with slowllm.load(tiny("bloom"), dtype="fp32") as lm:
+        recipe = Recipe(num_tokens=LENGTH, num_steps=5)
+        trial = Trial("t", Task("t", examples(6)), recipe, starts_of(lm, [recipe], 0)[0])
+    prompts = [trial.prompt().digest()]
+    for loss in (3.0, 2.0, 9.0, 9.0, 2.5):
+        assert trial.result.digest() == prompts[trial.good_step]
+        trial.learn(loss, {name: torch.ones_like(value) for name, value in trial.values.items()}, VOCAB)
+        prompts.append(trial.prompt().digest())
+        if trial.step in (3, 4):
+            assert trial.good_step == 1, "the losses of 9 do not speak for the updates before them"
+    assert (trial.good_step, trial.ended) == (5, True)
+    assert trial.result.digest() == prompts[5]
 
 
 def test_a_refused_command_leaves_the_log_of_the_last_run(tmp_path: Path) -> None:
@@ -614,6 +671,13 @@ def test_a_prompt_is_tuned_on_lines_of_text_and_used_by_every_verb(tmp_path: Pat
         ),
         (["a.txt", "--patience", "1"], "--patience and --eval-every need --validation"),
         (["a.txt", "--init", "text"], "--init text needs --init-text"),
+        (["a.txt", "--init-text", " "], "--init-text is empty"),
+        (["a.txt", "--out", ""], "--out is empty; name a folder"),
+        (["a.txt", "--label", "", "--label", " no"], "a label is empty: ''"),
+        (
+            ["json.txt"],
+            "json.txt: line 1 is JSON, but only files named .jsonl are read as such; rename the file",
+        ),
         (["a.txt", "--tokens", "999999"], "999999 virtual tokens are more than the 2048"),
         (["a.txt", "--out", "same", "--state", "same"], "cannot be both the folder of the prompt"),
         (["a.txt", "--kind", "lora"], "kind 'lora' is unknown"),
@@ -632,6 +696,7 @@ def test_what_cannot_be_tuned_is_one_sentence(
     (tmp_path / "b").mkdir()
     for name, text in {
         "a.txt": "The value.", "b/a.txt": "x", "bad.jsonl": '{"text": "x"}\n{', "list.jsonl": "[1]", "empty.txt": "\n\n",
+        "json.txt": '{"prompt": "a", "answer": " b"}\n',
     }.items():  # fmt: skip
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
