@@ -623,5 +623,5 @@ def test_a_fingerprint_tells_weights_and_not_where_they_lie(
 
 
 def test_a_model_is_no_name_of_itself(tiny_bloom: StreamedLM) -> None:
-    with pytest.raises(InputError, match="a model is given by its folder or hub id, not as StreamedLM"):
+    with pytest.raises(InputError, match="a model is given by its folder or hub id, not as LM"):
         slowllm.load(tiny_bloom)  # type: ignore[arg-type]
