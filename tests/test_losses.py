@@ -88,7 +88,8 @@ def test_the_head_comes_by_once_for_loss_and_gradient(tiny: Tiny) -> None:
         ours = embedded(lm.model)
         token_losses(lm.model, ROWS, POSITIONS, TOKENS, inputs_embeds=ours).sum().backward()
         assert lm.num_stops == 4, "three blocks and the head"
-        assert [stop for stop, _ in stops] == [0, 1, 2, 3, 2, 1, 0]
+    # The last passage is told after its visitor has gone on, so only of a closed model is it known that all are.
+    assert [stop for stop, _ in stops] == [0, 1, 2, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("name", ["bloom", "gemma-2-soft-cap"])
