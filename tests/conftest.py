@@ -23,6 +23,7 @@ import transformers
 
 import slowllm
 from tests.families import save_tiny
+from tests.processes import Processes
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -43,6 +44,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[name, dtype]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """What starts processes whose imports are paid for."""
+    with Processes() as started:
+        yield started
 
 
 @pytest.fixture
