@@ -268,7 +268,7 @@ def test_forty_riders_stay_within_the_plan(processes: Processes) -> None:
 
 
 def test_a_cgroup_of_the_budget_is_enough(tmp_path: Path) -> None:
-    cgroup = machine.memory_cgroup("slowllm-test", 700 << 20)
+    cgroup = machine.memory_cgroup(f"slowllm-test-{os.getpid()}", 700 << 20)
     if cgroup is None:
         pytest.skip("no memory cgroup can be made here")
     texts = tmp_path / "in.txt"
