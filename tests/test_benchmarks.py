@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,22 +24,19 @@ from benchmarks import (
     sides,
     tuning_step,
 )
-from tests.conftest import ROOT
+from tests.processes import Processes
 
 
-def run(module: str, *arguments: str) -> dict[str, Any]:
+def run(processes: Processes, module: str, *arguments: str) -> dict[str, Any]:
     """Run a benchmark and return the JSON document in its last line."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = processes.run("-m", f"benchmarks.{module}", *arguments)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_forward_pass_reports_limit_measurement_and_ratio(tmp_path: Path) -> None:
+def test_forward_pass_reports_limit_measurement_and_ratio(tmp_path: Path, processes: Processes) -> None:
     report = run(
-        "forward_pass", "--geometry", "tiny", "--blocks", "3", "--checkpoint", str(tmp_path / "c"), "--ram", "2GiB",
+        processes, "forward_pass", "--geometry", "tiny", "--blocks", "3", "--checkpoint", str(tmp_path / "c"), "--ram", "2GiB",
         "--repeat", "1", "--stream-all",
     )  # fmt: skip
     assert report["verified"] is True
@@ -305,8 +300,8 @@ def test_answers_that_differ_are_not_reported(
         measured("--questions", "4", "--header-tokens", "5", module=scoring)
 
 
-def test_a_checkpoint_is_written_as_the_hub_has_it(tmp_path: Path) -> None:
-    report = run("make_checkpoint", "--geometry", "tiny", "--blocks", "3", str(tmp_path / "tiny"))
+def test_a_checkpoint_is_written_as_the_hub_has_it(tmp_path: Path, processes: Processes) -> None:
+    report = run(processes, "make_checkpoint", "--geometry", "tiny", "--blocks", "3", str(tmp_path / "tiny"))
     assert report["bytes"] == sum(
         tensor.numel() * 2
         for tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "tiny").state_dict().values()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from slowllm.riders import Reach
 from slowllm.tuning import tune, tune_tasks
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.families import VOCAB
+from tests.processes import Processes
 
 Tiny = Callable[..., Path]
 KINDS = ["shallow", "deep", "prefix"]
@@ -569,7 +568,7 @@ def command(folder: Path, out: Path, state: Path | None, *more: str) -> list[str
         test.write_text("".join(json.dumps(row) + "\n" for row in ordered(lines[12:16])))
     kept = [] if state is None else ["--state", str(state)]
     return [
-        sys.executable, "-m", "slowllm", "tune", str(train), "--validation", str(test), "--label", " yes", "--label", " no",
+        "-m", "slowllm", "tune", str(train), "--validation", str(test), "--label", " yes", "--label", " no",
         "--steps", "6", "--batch-size", "4", "--eval-every", "3", "--dtype", "fp32", "--out", str(out), "--json", *kept, *more,
     ]  # fmt: skip
 
@@ -580,22 +579,20 @@ def log_of(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("more", [("--kind", "shallow", "--trials", "2"), ("--kind", "prefix", "--top", "3")])
-def test_a_killed_run_goes_on_with_the_same_curve(more: tuple[str, ...], tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    whole = verb(*command(tmp_path, tmp_path / "whole", None, *more)[3:])
+def test_a_killed_run_goes_on_with_the_same_curve(
+    more: tuple[str, ...], tmp_path: Path, processes: Processes
+) -> None:
+    whole = verb(*command(tmp_path, tmp_path / "whole", None, *more)[2:])
     assert whole.exit_code == 0, whole.output
     for kill_after in (2, 5) if "--top" in more else (4,):  # lines of the log
-        process = subprocess.Popen(
-            command(tmp_path, tmp_path / "out", tmp_path / "state", *more),
-            env=environment,
-            stdout=subprocess.PIPE,
+        process = processes.start(
+            *command(tmp_path, tmp_path / "out", tmp_path / "state", *more), stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         for _ in range(kill_after):
             assert process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = verb(*command(tmp_path, tmp_path / "out", tmp_path / "state", *more)[3:])
+        process.end(signal.SIGKILL)
+    done = verb(*command(tmp_path, tmp_path / "out", tmp_path / "state", *more)[2:])
     assert done.exit_code == 0, done.output
     assert log_of(tmp_path / "out") == log_of(tmp_path / "whole")
     for path in (tmp_path / "whole").rglob("*.safetensors"):
@@ -706,16 +703,16 @@ def test_what_cannot_be_tuned_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_an_interrupted_run_keeps_its_prompt(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command(tmp_path, tmp_path / "out", None, "--kind", "prefix"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+def test_an_interrupted_run_keeps_its_prompt(tmp_path: Path, processes: Processes) -> None:
+    process = processes.start(
+        # More steps than can be done before it hears of it.
+        *command(tmp_path, tmp_path / "out", None, "--kind", "prefix", "--steps", "200"),
+        stdout=subprocess.PIPE,
+    )
     assert process.stdout is not None
     for _ in range(3):
         assert process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    assert process.wait() != 0
+    assert process.end(signal.SIGINT).returncode == 130
     kept, about = slowllm.prompt_files.load_prompt(tmp_path / "out")
     assert kept.kind == "prefix"
     assert about["steps"] >= 1
