@@ -112,6 +112,30 @@ def test_a_warm_pass_is_a_rate_of_memory(measured: Callable[..., dict[str, Any]]
     assert report["peer_gb_per_s"] == report["weight_bytes"] / report["peer_wall_s"] / 1e9
 
 
+@pytest.mark.parametrize("store", ["lossless", "int8"])
+def test_the_blocks_of_a_store_are_compared_with_the_plain_ones(
+    store: str, measured: Callable[..., dict[str, Any]]
+) -> None:
+    report = measured("--store", store, "--stream-all")
+    stored = report["stored"]
+    assert stored["block_bytes_of_plain"] < (
+        0.9 if store == "lossless" else 0.7
+    )  # so small, parts are padded
+    assert (stored["logits_distance"] == 0) == (store == "lossless")
+    assert stored["logits_distance"] < 0.05
+    assert stored["blocks_of_plain"] == stored["blocks_s"] / stored["plain_blocks_s"]
+    assert stored["read_bytes"] < report["read_bytes"]
+
+
+def test_a_tuning_step_on_a_store_is_compared_with_the_plain_one(
+    measured: Callable[..., dict[str, Any]],
+) -> None:
+    report = measured("--store", "int8", "--sentences", "3", "--steps", "2", module=tuning_step)
+    assert report["stored"]["loss_change"] == pytest.approx(0, abs=0.01)
+    assert report["stored"]["grad_norm_change"] == pytest.approx(0, abs=0.1)
+    assert report["stored"]["later"]["seconds"] > 0
+
+
 def test_mixed_sentences_are_compared_with_both_ways_of_the_peer(
     measured: Callable[..., dict[str, Any]],
 ) -> None:
