@@ -45,6 +45,7 @@ from slowllm.skeleton import build_skeleton, choose_dtype, first_line, make_stre
 from slowllm.soft_prompts import SoftPrompt, check_fits, let_vectors_in
 from slowllm.spans import Placement
 from slowllm.stops import Passage, Stops
+from slowllm.store.codecs import warm_up
 from slowllm.store.manifest import open_checkpoint
 from slowllm.swap import CastStops, swap_bytes
 
@@ -239,6 +240,7 @@ class StreamedLM:
             path_or_hub_id if isinstance(path_or_hub_id, Description) else Description(path_or_hub_id, prompt)
         )
         checkpoint = open_checkpoint(known.folder)
+        warm_up(span.coding.codec for span in checkpoint.spans.values() if span.coding is not None)
         budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)
         try:
             model = build_skeleton(known.config, known.folder, choose_dtype(options.dtype, checkpoint))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -445,6 +445,21 @@ CODECS: Mapping[str, Codec] = {codec.name: codec for codec in (Lossless(), Int8(
 def codec_of(coding: Coding) -> Codec:
     """Return the codec of a stored matrix, which `check_coding` has seen."""
     return CODECS[coding.codec]
+
+
+def warm_up(names: Iterable[str]) -> None:
+    """Load the loops of some codecs, or have them compiled, before memory is counted and time is taken."""
+    team = Team(1)
+    try:
+        for name in sorted(set(names)):
+            codec, matrix = CODECS[name], torch.ones(2, CHUNK // 2, dtype=torch.bfloat16)
+            found = codec.encode(matrix.view(-1), CHUNK // 2)
+            named = {key: found[key] for key in codec.layout(2, CHUNK // 2)}
+            loose = {key: [array] for key, array in found.items() if key not in named}
+            parts = Parts({**named, **codec.finish(loose)}, 2, CHUNK // 2)
+            codec.decode(parts, matrix, 0, 2, team)
+    finally:
+        team.close()
 
 
 def check_coding(name: str, coding: Coding, shape: tuple[int, ...]) -> None:
