@@ -43,8 +43,8 @@ def cast_stops(stops: Sequence[Mapping[str, Tensor]], dtypes: Mapping[str, torch
     sizes = swap_bytes([placements_of(stop) for stop in stops], dtypes)
     cast = CastStops(InMemory(stops), [placements_of(stop) for stop in stops], dtypes, sizes)
     # What was left there by somebody else shows as NaN.
-    cast._small.fill_(0xFF)
-    cast._large.fill_(0xFF)
+    cast._small[torch.device("cpu")].fill_(0xFF)
+    cast._large[torch.device("cpu")].fill_(0xFF)
     return cast
 
 
