@@ -234,7 +234,7 @@ def token_forecast(lm: StreamedLM, rates: Rates) -> Forecast:
     """Return how long a sweep of one token takes, the first and a later one."""
     sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)
     job = Job(num_tokens=1, longest=1, forward_only=True)
-    return forecast_of(sizes, lm.plan.resident, lm.plan.ring_bytes, 1, 1, job, rates)
+    return forecast_of(sizes, lm.resident, lm.plan.ring_bytes, 1, 1, job, rates)
 
 
 def converse(

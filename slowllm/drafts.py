@@ -377,14 +377,17 @@ class _Side:
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def logits(self, rows: Tensor, num_last: int) -> Tensor:
-        """Return the logits (B, num_last, V) of the last tokens of rows (B, T) that go on from what is kept."""
+        """Return the logits (B, num_last, V) of the last tokens of rows (B, T) that go on from what is kept.
+
+        On the processor, where the tree is, whatever the model is computed on.
+        """
         # A token that only the other model's padded vocabulary has is none here; it can only cost acceptance.
         rows = rows.clamp(max=self._vocabulary - 1)
         extra = {"logits_to_keep": num_last} if self._keeps else {}
         output = self._model(
             input_ids=rows, past_key_values=Cache(layers=list(self._layers)), use_cache=True, **extra
         )
-        logits: Tensor = output.logits[:, -num_last:].float()
+        logits: Tensor = output.logits[:, -num_last:].float().cpu()
         return logits
 
     def select(self, rows: Tensor) -> None:
