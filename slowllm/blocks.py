@@ -181,7 +181,7 @@ class StreamedBlock(_Streamed):
             check_finite(self._prefix.rstrip("."), _hidden_of(output))
             return output
 
-        return _kept_in_journal(self._stop, lambda: self._visit("up", work), self._home)
+        return _kept_in_journal(self._stop, lambda: self._visit("up", work))
 
 
 class StreamedLeaf(_Streamed):
@@ -252,7 +252,7 @@ def stream_leaves(
             return output
 
         def work(*args: Any, **kwargs: Any) -> Any:
-            return _kept_in_journal(self._number, lambda: pass_leaves(*args, **kwargs), self._home)
+            return _kept_in_journal(self._number, lambda: pass_leaves(*args, **kwargs))
 
         return _at_home(self._home, self._number, work, args, kwargs)
 
@@ -328,7 +328,7 @@ def _moved(value: Any, device: torch.device, layer: int | None = None) -> Any:
     return tree_map(move, value, is_leaf=_is_leaf)
 
 
-def _kept_in_journal(block: int, work: Callable[[], Any], home: Home | None = None) -> Any:
+def _kept_in_journal(block: int, work: Callable[[], Any]) -> Any:
     """Do the work of a block, unless the rider's journal says that it was done before the process was killed."""
     kept = journal.get()
     if kept is None:
@@ -337,7 +337,7 @@ def _kept_in_journal(block: int, work: Callable[[], Any], home: Home | None = No
     if output is None:
         output = work()
         kept.pass_block(block, output)
-    return output if home is None else _moved(output, home.device)
+    return output
 
 
 def _hidden_of(output: Any) -> Tensor:

@@ -121,8 +121,9 @@ class CudaLane:
     """
 
     def __init__(self, device: torch.device) -> None:
+        torch.cuda.init()  # the generators are made by it
         self.device = device
-        self._stream = torch.cuda.Stream(device)  # starts CUDA, and with it makes the generators
+        self._stream = torch.cuda.Stream(device)
         self.generator = torch.cuda.default_generators[device.index]
 
     def free_bytes(self) -> int:
@@ -227,9 +228,10 @@ class PinnedMemory:
 
     Args:
         buffers: of uint8, each beginning on a page.
+        device: one that copies from them; all others may as well.
     """
 
-    def __init__(self, buffers: Sequence[np.ndarray]) -> None:
+    def __init__(self, buffers: Sequence[np.ndarray], device: torch.device) -> None:
         self._buffers: list[np.ndarray] = []
         for buffer in buffers:
             if not buffer.size:
@@ -241,7 +243,7 @@ class PinnedMemory:
                     "%s of memory could not be pinned (CUDA error %d); copies to the GPU will be slower",
                     format_bytes(buffer.nbytes), int(error),
                 )  # fmt: skip
-                _forget_error()
+                _forget_error(device)
                 continue
             self._buffers.append(buffer)
 
@@ -251,7 +253,7 @@ class PinnedMemory:
             torch.cuda.cudart().cudaHostUnregister(self._buffers.pop().ctypes.data)
 
 
-def _forget_error() -> None:
+def _forget_error(device: torch.device) -> None:
     """Take note of CUDA's last error, which torch would else report of the next kernel that it starts."""
     with contextlib.suppress(RuntimeError):
-        torch.ones(1, device="cuda").add_(1)
+        torch.ones(1, device=device).add_(1)

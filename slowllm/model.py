@@ -370,10 +370,10 @@ def _release(
     carousel.close()
     if isinstance(stops, CastStops):
         stops.close()
-    if placed is not None:
-        placed.close()
     checkpoint.close()
     budget.give_back(num_bytes)
+    if placed is not None:  # last: a device that has failed says so again
+        placed.close()
 
 
 load = StreamedLM.open

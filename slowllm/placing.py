@@ -108,7 +108,7 @@ def place_stops(
         PlanError: a device has less memory than was planned for.
     """
     is_cuda = any(lane.device.type == "cuda" for lane in lanes)
-    pinned = PinnedMemory(reader.buffers) if is_cuda else None
+    pinned = PinnedMemory(reader.buffers, lanes[0].device) if is_cuda else None
     try:
         stops = DeviceStops(
             reader, layout.stops, homes=plan.homes, lanes=lanes, kept=plan.kept, num_slots=plan.num_slots,

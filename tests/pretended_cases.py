@@ -18,18 +18,17 @@ import transformers
 
 import slowllm
 from slowllm import corpus, drafts, generation, layout, losses, measure, model
+from slowllm.device_plan import DEVICE_SLACK_BYTES
 from slowllm.errors import NonFiniteError
 from slowllm.model import Description
 from slowllm.skeleton import computed_by
 from slowllm.state import Journal, State
 from slowllm.store.convert import convert
 from tests import pretended
-from tests.families import resident, save_tiny
+from tests.families import FAMILIES, resident, save_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_BLOOM = ROOT / "weights" / "tiny-bloom"
-FAMILIES = ("bloom", "llama-3-scaled-rope", "gpt2", "opt", "mixtral", "gemma-2-soft-cap", "gemma-3-sliding",
-            "falcon-multi-query", "gpt-neox", "mpt-alibi", "xglm-scaled-embedding", "cohere-scaled-logits")  # fmt: skip
 CASES: dict[str, Callable[[], None]] = {}
 IDS = torch.tensor([[5, 7, 11, 13, 17, 3], [2, 9, 4, 8, 6, 1]])
 # Other kernels than a resident model's, such as attention written out, round otherwise.
@@ -103,7 +102,7 @@ def a_left_over_tensor_is_found() -> None:
 
 @case
 def two_devices_take_turns() -> None:
-    for name in ("bloom", "llama-3-scaled-rope", "gemma-2-soft-cap"):
+    for name in ("bloom", "llama-3-scaled-rope", "gemma-2-soft-cap", "gpt-neo-local-attention"):
         forward_of(name, "cuda:0,cuda:1")
     with loaded(folder("llama-3-scaled-rope"), "cuda:0,cuda:1") as lm:
         assert [home.device.index for home in lm.placed.homes] == [0, 1, 0]
@@ -120,6 +119,27 @@ def stops_stay_on_the_device() -> None:
         read = lm.report.read_bytes
         lm.model(input_ids=IDS)
         assert lm.report.read_bytes == read
+
+
+@case
+def a_budget_divides_the_stops() -> None:
+    path = Path(tempfile.mkdtemp())
+    save_tiny("llama-2", path, shard="1GB", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    job = slowllm.Job(num_tokens=256, longest=64, repeated=True, forward_only=True, keeps_results=False)
+    options = {"keep_resident": True, "poison": False, "job": job, "ram": "2GiB"}
+    with loaded(path, vram=DEVICE_SLACK_BYTES + (300 << 20), **options) as lm, torch.no_grad():
+        assert 0 < len(lm.placed.plan.kept) < lm.num_stops
+        assert lm.placed.plan.num_slots == (2,)
+        assert lm.plan.resident
+        wanted = resident(path)(input_ids=IDS).logits
+        for _ in range(2):
+            close(lm.model(input_ids=IDS).logits, wanted)
+        before = lm.report.read_bytes
+        close(lm.model(input_ids=IDS).logits, wanted)
+        stays = sum(p.num_bytes for stop in lm.resident for p in lm.layout.stops[stop])
+        # The reader may be a stop ahead at either end.
+        most = max(sum(p.num_bytes for p in stop) for stop in lm.layout.stops)
+        assert lm.report.read_bytes - before <= lm.weight_bytes - stays + most
 
 
 def generated(lm: slowllm.LM) -> None:

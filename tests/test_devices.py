@@ -391,6 +391,9 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
             open_lanes(("cuda:4",))
 
 
+GPU = torch.device("cuda:0")
+
+
 class Driver:
     """Stands for CUDA's runtime; registers what it is told to."""
 
@@ -413,7 +416,7 @@ def test_memory_is_pinned_until_it_is_given_back(monkeypatch: pytest.MonkeyPatch
     driver = Driver(0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     buffers = [np.zeros(8192, np.uint8), np.empty(0, np.uint8)]
-    with contextlib.closing(PinnedMemory(buffers)) as pinned:
+    with contextlib.closing(PinnedMemory(buffers, GPU)) as pinned:
         assert driver.registered == [(buffers[0].ctypes.data, 8192)]
         pinned.close()
     assert driver.unregistered == [buffers[0].ctypes.data]
@@ -426,8 +429,8 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(
 
     driver = Driver(2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    monkeypatch.setattr("slowllm.lanes._forget_error", lambda: None)
-    PinnedMemory([np.zeros(8192, np.uint8)]).close()
+    monkeypatch.setattr("slowllm.lanes._forget_error", lambda device: None)
+    PinnedMemory([np.zeros(8192, np.uint8)], GPU).close()
     assert not driver.unregistered
     assert "could not be pinned (CUDA error 2); copies to the GPU will be slower" in caplog.text
 
