@@ -107,8 +107,9 @@ class DeviceStops:
             RideError: the stops were closed.
             BaseException: what kept the stop from coming.
         """
+        assert self._has_place(stop), "the plan was that nobody comes to this stop"
         with self._changed:
-            self._wanted = list(dict.fromkeys((stop, *upcoming)))
+            self._wanted = [s for s in dict.fromkeys((stop, *upcoming)) if self._has_place(s)]
             # What failed ahead of need is tried once more for whoever comes for it.
             self._errors.pop(stop, None)
             self._changed.notify_all()
@@ -126,7 +127,7 @@ class DeviceStops:
                 with self._changed:
                     if is_poisoned:
                         slot.stop, slot.is_there = None, False
-                    self._wanted = list(dict.fromkeys(upcoming))
+                    self._wanted = [s for s in dict.fromkeys(upcoming) if self._has_place(s)]
                     self._changed.notify_all()
 
     def close(self) -> None:
@@ -145,6 +146,10 @@ class DeviceStops:
         for slot in [*self._kept.values(), *(slot for slots in self._slots for slot in slots)]:
             slot.lane.wait(slot.computed)
             slot.weights, slot.memory = {}, slot.memory[:0].clone()
+
+    def _has_place(self, stop: int) -> bool:
+        # None where the job was planned without it; the carousel may still expect it.
+        return stop in self._kept or bool(self._slots[self._homes[stop]])
 
     # What follows runs with the lock held, down to `_run`.
 

@@ -31,6 +31,7 @@ from transformers.generation.logits_process import (
 )
 
 from slowllm import generation
+from slowllm.device_plan import device_rates
 from slowllm.errors import InputError, PlanError
 from slowllm.forecast import Job, Rates
 from slowllm.generation import Continuation, Ends, OnTokens, Prompt, Settings, ride_prompts, special_tokens
@@ -88,6 +89,7 @@ class Acceptance:
 
 def costs_of(lm: StreamedLM, rates: Rates) -> Costs:
     """Return what a later sweep of this model costs."""
+    rates = rates if lm.placed is None else device_rates(rates)
     sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)
     return Costs(
         read=lm.plan.forecast.read_bytes / rates.disk,
@@ -231,7 +233,7 @@ def load_draft(
         draft: the small one.
         prompts: of which it keeps keys and values.
         budget: of the process.
-        dtype: compute dtype.
+        dtype: compute dtype, on the processor, whatever the large model is computed on.
     Raises:
         InputError: it does not speak the same tokens, or does not fit.
     """

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from slowllm.checkpoint import Checkpoint
-from slowllm.device_plan import least_host_bytes
+from slowllm.device_plan import device_rates, least_host_bytes
 from slowllm.forecast import Granularity, Job, Rates, forecast_of
 from slowllm.heap import give_back
 from slowllm.model import Description, StreamedLM, load
@@ -233,7 +233,7 @@ def survey(
         keep_resident=keep_resident,
         granularity=granularity,
     ) as lm:
-        rates = block_rates(lm, rates)
+        rates = block_rates(lm, rates if lm.placed is None else device_rates(rates))
         choices = lm.choices
         if lm.placed is not None:
             return _survey_on(lm, lm.placed, ram_bytes, process_bytes, job, rates)

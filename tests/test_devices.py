@@ -447,3 +447,71 @@ def test_a_card_that_is_full_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(PlanError, match=r"cuda:0: 1\.07 GB more cannot be had there \(3\.15 MB are free\)"):
         lane.allocate(GIB)
+
+
+def test_a_stop_that_the_plan_left_out_is_not_copied_ahead() -> None:
+    host = Host(3)
+    with contextlib.closing(device_stops(host, kept=frozenset([0]), num_slots=[0])) as stops:
+        with stops.visit(0, [1, 2]):
+            pass
+        with (
+            pytest.raises(AssertionError, match="the plan was that nobody comes to this stop"),
+            stops.visit(1),
+        ):
+            pass
+    assert host.visited == [0]
+
+
+def test_a_cuda_lane_copies_on_its_own_stream_and_marks_the_right_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By stand-ins for torch's objects, which have their methods and arguments: the order of calls, and no more."""
+    from unittest.mock import MagicMock, create_autospec
+
+    from slowllm.lanes import CudaLane
+
+    calls: list[Any] = []
+    plain = torch.cuda.Event
+    streams = {name: create_autospec(torch.cuda.Stream, instance=True) for name in ("own", "current")}
+
+    def event(*, blocking: bool) -> Any:
+        assert blocking, "whoever waits sleeps"
+        made = create_autospec(plain, instance=True)
+        made.record.side_effect = lambda stream: calls.append(("record", stream))
+        return made
+
+    @contextlib.contextmanager
+    def using(stream: Any) -> Iterator[None]:
+        calls.append(("enter", stream))
+        yield
+        calls.append(("leave", stream))
+
+    generator = torch.Generator()
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, generator))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams["own"])
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["current"])
+    monkeypatch.setattr(torch.cuda, "stream", using)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1)
+    lane = CudaLane(torch.device("cuda:1"))
+    assert (lane.free_bytes(), lane.total_bytes(), lane.generator) == (7, 9, generator)
+
+    target = MagicMock()
+    target.copy_.side_effect = lambda source, non_blocking: calls.append(("copy", non_blocking))
+    lane.copy(target, torch.zeros(1))
+    copied, computed = lane.copied(), lane.computed()
+    assert calls == [
+        ("enter", streams["own"]), ("copy", True), ("leave", streams["own"]),
+        ("record", streams["own"]), ("record", streams["current"]),
+    ]  # fmt: skip
+    lane.copy_after(computed)
+    streams["own"].wait_event.assert_called_once_with(computed)
+    lane.compute_after(copied)
+    streams["current"].wait_event.assert_called_once_with(copied)
+    lane.wait(copied)
+    copied.synchronize.assert_called_once_with()
+    for wait in (lane.copy_after, lane.compute_after, lane.wait):
+        wait(None)
