@@ -4,6 +4,7 @@
     python -m benchmarks.forward_pass --case mixed --ram 5GiB --peer accelerate
     python -m benchmarks.forward_pass --case many --sentences 5000 --sentence-tokens 20 --ram 5GiB --repeat 1
     python -m benchmarks.forward_pass --warm --tokens 13 --ram 16GiB --peer accelerate
+    python -m benchmarks.forward_pass --store lossless --tokens 13 --ram 5GiB
 
 Each run is a process of its own under the same memory cap (a cgroup where the machine allows one), on the same
 bytes, the page cache of its files dropped before; with --warm there is no cap, and the files are read before. What
@@ -11,6 +12,11 @@ is timed is the pass, not imports and not opening the checkpoint. Before anythin
 must equal, bit for bit, those of transformers' own model in memory. The disk's and the processor's rates, and the
 time of the same micro-batches on blocks in memory, are measured in turn with the runs. The last line of stdout is
 one JSON document.
+
+With --store, a store is made beside the checkpoint where it is missing, and passes over both are run in turn. What is
+compared are the blocks: their bytes, and the time until the head's turn. The head stays in 16 bit, and weighs more in
+a model of a few blocks than in a whole one. A lossless store must give the same bits; of others the logits' distance
+from the resident model's is reported, after one block.
 """
 
 from __future__ import annotations
@@ -33,23 +39,36 @@ from benchmarks.make_checkpoint import num_model_blocks
 from benchmarks.sentences import Task, lengths_of
 from slowllm.blocks import find_blocks
 from slowllm.options import format_bytes
+from slowllm.store.manifest import STORES
 
 Runs = dict[str, list[dict[str, Any]]]
 
 
-def verify(task: Task, run: Callable[[str, Task], dict[str, Any]]) -> dict[str, int]:
-    """Compare our logits of one block with those of the resident model; return how micro-batches are packed.
+def verify(
+    task: Task, run: Callable[[str, Task], dict[str, Any]], store: Path | None, is_exact: bool
+) -> tuple[dict[str, int], float]:
+    """Compare our logits of one block with those of the resident model, and those of a store.
 
+    Returns:
+        how micro-batches are packed, and the distance of the store's logits, relative to the norm.
     Raises:
-        SystemExit: a bit differs; the message has the largest difference.
+        SystemExit: a bit differs that must not; the message has the largest difference.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ours, resident = Path(folder) / "ours", Path(folder) / "resident"
+        ours, resident, stored = (Path(folder) / name for name in ("ours", "resident", "stored"))
         found = run("verify", dataclasses.replace(task, logits=str(ours)))
         packed = {name: int(found[name]) for name in ("rider_tokens", "padding_tokens")}
         run("resident", dataclasses.replace(task, logits=str(resident), **packed))
-        compare(torch.load(ours), torch.load(resident))
-    return packed
+        wanted = torch.load(resident)
+        compare(torch.load(ours), wanted)
+        if store is None:
+            return packed, 0.0
+        own = dataclasses.replace(task, checkpoint=str(store), logits=str(stored), **packed)
+        run("verify", own)
+        if is_exact:
+            compare(torch.load(stored), wanted)
+        one, other = (torch.cat(parts).double() for parts in (torch.load(stored), wanted))
+        return packed, float((one - other).norm() / other.norm())
 
 
 def compare(ours: list[torch.Tensor], resident: list[torch.Tensor]) -> None:
@@ -72,6 +91,9 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
         "many": ["many"],
     }[task.case]
     folder, runs = Path(task.checkpoint), Runs()
+    store = None if arguments.store == "plain" else sides.store_of(folder, arguments.store)
+    if store is not None:
+        names.insert(1, "store")
     block_weights, head_weights, width = matrix_sizes(folder)
     disk, gemm = [], []
     with sides.capped(None if arguments.warm else arguments.ram) as cgroup:
@@ -79,11 +101,11 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
         def run(name: str, task: Task) -> dict[str, Any]:
             # The resident block and head may be larger than the cap, which is the streamed sides' alone.
             own = None if name == "resident" else cgroup
-            return sides.run(
-                "passes", name, dataclasses.asdict(task), folder=folder, cgroup=own, warm=arguments.warm
-            )
+            side, lies_in = ("ours", store) if name == "store" and store else (name, Path(task.checkpoint))
+            given = dataclasses.asdict(dataclasses.replace(task, checkpoint=str(lies_in)))
+            return sides.run("passes", side, given, folder=lies_in, cgroup=own, warm=arguments.warm)
 
-        packed = verify(task, run)
+        packed, distance = verify(task, run, store, arguments.store in ("bf16", "lossless"))
         print("verified: one block gives the resident model's bits", file=sys.stderr)
         task = dataclasses.replace(task, **packed)
         for _ in range(arguments.repeat):
@@ -128,9 +150,29 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
     else:
         report.update(of_passes(arguments, report, ours, runs["resident"]))
     report["efficiency"] = report["limit_s"] / report["wall_s"]
+    if store is not None:
+        report["stored"] = of_store(ours, runs["store"], arguments.blocks, distance, report["disk_gb_per_s"])
     if arguments.peer:
         report.update(of_peer(task, report, runs))
     return report
+
+
+def of_store(
+    plain: list[dict[str, Any]], stored: list[dict[str, Any]], num_blocks: int, distance: float, disk: float
+) -> dict[str, Any]:
+    """Return what the blocks of a store take, and of the plain checkpoint's how much."""
+    block_bytes, plain_bytes = stored[0]["block_bytes"], plain[0]["block_bytes"]
+    wall_s, plain_s = (num_blocks * median(runs, "block_s") for runs in (stored, plain))
+    return {
+        "block_bytes": block_bytes, "block_bytes_of_plain": block_bytes / plain_bytes,
+        "blocks_s": wall_s, "plain_blocks_s": plain_s, "blocks_of_plain": wall_s / plain_s,
+        "blocks_disk_s": block_bytes / disk / 1e9, "head_s": median(stored, "rest_s"),
+        "plain_head_s": median(plain, "rest_s"), "logits_distance": distance,
+        **{key: median(stored, key) for key in ("wall_s", "wait_s", "compute_s", "read_bytes", "peak_rss_bytes")},
+        "walls_s": [run["wall_s"] for run in stored],
+        "same_tokens": statistics.mean(a == b for a, b in zip(stored[0]["top"], plain[0]["top"], strict=True)),
+        "predicted_s": median(stored, "predicted_s"), "granularity": stored[0]["granularity"],
+    }  # fmt: skip
 
 
 def median(runs: list[dict[str, Any]], key: str) -> float:
@@ -237,6 +279,15 @@ def summary(report: dict[str, Any]) -> str:
     ]
     if "full_model_s" in report:
         lines.append(f"all blocks {report['full_model_s']:.0f} s, extrapolated")
+    if "stored" in report:
+        stored = report["stored"]
+        lines += [
+            f"{report['store']:<10} blocks {stored['blocks_s']:.2f} s, {stored['blocks_of_plain']:.2f} of bf16's "
+            f"{stored['plain_blocks_s']:.2f} s, with {stored['block_bytes_of_plain']:.3f} of the bytes (the disk needs "
+            f"{stored['blocks_disk_s']:.2f} s); head {stored['head_s']:.2f} s",
+            f"           waiting {stored['wait_s']:.2f} s, computing {stored['compute_s']:.2f} s, peak RSS "
+            f"{format_bytes(stored['peak_rss_bytes'])}; logits after one block {stored['logits_distance']:.2g} away",
+        ]
     if "peer" in report:
         lines.append(f"{report['peer']} {report['peer_wall_s']:.2f} s: {report['speedup']:.2f} times as long")
     if "peer_padded_s" in report:
@@ -255,15 +306,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=1, help="case uniform: of equal length")
     parser.add_argument("--sentences", type=int, default=5000, help="case many: to score")
     parser.add_argument("--sentence-tokens", type=int, default=20, help="case many: of each")
-    parser.add_argument("--store", choices=["plain"], default="plain", help="how the weights lie on disk")
+    parser.add_argument(
+        "--store", choices=["plain", *STORES], default="plain", help="how the weights lie on disk"
+    )
     parser.add_argument("--sweeps", type=int, default=1, help="in one process; the first is compared")
     parser.add_argument("--warm", action="store_true", help="all files in the page cache, and no cap")
     parser.add_argument("--stream-all", action="store_true", help="keep no block in memory")
     arguments = parser.parse_args(argv)
     if arguments.tokens % arguments.sequences:
         parser.error(f"--tokens {arguments.tokens} are not {arguments.sequences} sequences of equal length")
-    if arguments.case == "many" and (arguments.peer or arguments.sweeps > 1):
-        parser.error("--case many has no peer, and as many sweeps as it takes")
+    if arguments.case == "many" and (arguments.peer or arguments.sweeps > 1 or arguments.store != "plain"):
+        parser.error("--case many has no peer and no store, and as many sweeps as it takes")
     if arguments.case == "many" and arguments.sentence_tokens < 2:
         parser.error("--sentence-tokens must be at least 2: the first token is not scored")
     return arguments

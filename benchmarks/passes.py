@@ -125,8 +125,10 @@ def run_many(task: Task) -> dict[str, Any]:
 
 def held(lm: Any) -> dict[str, Any]:
     """Return how the model is held."""
+    body = lm.layout.stops[: num_body_stops(lm)]
     return {
         "weight_bytes": lm.weight_bytes,
+        "block_bytes": sum(placement.num_bytes for stop in body for placement in stop),
         "resident_bytes": lm.plan.resident_bytes,
         "granularity": lm.plan.granularity,
         "plan_peak_bytes": lm.plan.peak_bytes,

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from transformers import AutoConfig
 
 from benchmarks import machine
 from benchmarks.make_checkpoint import GEOMETRIES, make_checkpoint
-from slowllm.options import parse_bytes
+from slowllm.options import format_bytes, parse_bytes
+from slowllm.store.convert import convert
 
 SIDE = "--side"
 
@@ -114,3 +116,21 @@ def checkpoint(folder: Path | None, geometry: str, blocks: int) -> Path:
     if config.num_hidden_layers != blocks or config.hidden_size != GEOMETRIES[geometry][2]["hidden_size"]:
         sys.exit(f"{folder} is not {blocks} blocks of {geometry}; name another --checkpoint")
     return folder
+
+
+def store_of(folder: Path, store: str) -> Path:
+    """Return the folder of a store of a checkpoint, beside it, made where it is missing.
+
+    Raises:
+        SlowLLMError: it cannot be made, or was made of another checkpoint.
+    """
+    out = folder.with_name(f"{folder.name}-{store}")
+    started = time.perf_counter()
+    done = convert(folder, out, store=store)
+    seconds = time.perf_counter() - started
+    rate = format_bytes(done.source_bytes / seconds)
+    print(
+        f"{store} store of {format_bytes(done.num_bytes)}: {seconds:.0f} s, {rate}/s of the source",
+        file=sys.stderr,
+    )
+    return out

@@ -11,6 +11,9 @@ hand: forward and backward, all weights frozen. The limit is the larger of the b
 With --top, a deep prompt is tuned on the uppermost blocks: the first epoch, which fills the frozen trunk, against later
 ones. It has no peer and no limit; its first loss must be that of the same prompt without a trunk.
 
+With --store, the same steps are taken on a store of the checkpoint as well, made where it is missing. A lossless one
+must have the same loss and gradient; of others the difference is reported.
+
 Each run is a process of its own under the same memory cap, page cache dropped, in turn. Before anything is timed, the
 gradient of one block must be the resident model's. The last line of stdout is one JSON document.
 """
@@ -39,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import machine, sides
 from benchmarks.forward_pass import matrix_sizes
 from slowllm.options import format_bytes
+from slowllm.store.manifest import STORES
 
 # So many of the sentences are verified.
 NUM_VERIFIED = 32
@@ -335,19 +339,24 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
     block_weights, head_weights, width = matrix_sizes(folder)
     num_tokens = task.sentences * task.row_tokens
     has_peer = arguments.peer == "accelerate"
+    store = None if arguments.store == "plain" else sides.store_of(folder, arguments.store)
     disk, gemm = [], []
     with sides.capped(arguments.ram) as cgroup:
 
         def run(name: str, task: Task) -> dict[str, Any]:
             # The resident block and head may be larger than the cap, which is the streamed sides' alone.
             own = None if name == "resident" else cgroup
-            return sides.run("tuning_step", name, dataclasses.asdict(task), folder=folder, cgroup=own)
+            side, lies_in = ("ours", store) if name == "store" and store else (name, folder)
+            given = dataclasses.asdict(dataclasses.replace(task, checkpoint=str(lies_in)))
+            return sides.run("tuning_step", side, given, folder=lies_in, cgroup=own)
 
         difference = verify(task, run)
         print(f"verified: the gradient of one block differs by {difference:.2g}", file=sys.stderr)
         if task.top:
             whole = run("ours", dataclasses.replace(task, top=arguments.blocks, steps=1))
         names = ["ours"] if task.top else ["ours", "resident", *(["accelerate"] if has_peer else [])]
+        if store is not None:
+            names.insert(1, "store")
         for _ in range(arguments.repeat):
             disk.append(machine.measure_disk(folder).bytes_per_second)
             gemm.append(machine.gemm_flops_per_second(min(num_tokens, 1024), width))
@@ -372,6 +381,10 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
     del report["gradient"]
     for name in ("first", "later"):
         report[name]["read_of_forward"] = report[name]["read_bytes"] / report["weight_bytes"]
+    if store is not None:
+        report |= {"store": arguments.store, "stored": of_store(ours, runs["store"])}
+        if arguments.store in ("bf16", "lossless"):
+            check("a step on the store", runs["store"][0]["steps"][0], ours[0]["steps"][0])
     if task.top:
         check("the first step above the trunk", ours[0]["steps"][0], {"loss": whole["steps"][0]["loss"]})
         report |= {
@@ -404,6 +417,17 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
             "speedup_later": peer_s / report["later"]["seconds"],
         }  # fmt: skip
     return report
+
+
+def of_store(plain: list[dict[str, Any]], stored: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what steps on a store take, and how far its first loss and gradient are from the checkpoint's."""
+    own, other = stored[0]["steps"][0], plain[0]["steps"][0]
+    return {
+        "first": step_of([run["steps"][:1] for run in stored]),
+        "later": step_of([run["steps"][1:] for run in stored]),
+        "peak_rss_bytes": median(stored, "peak_rss_bytes"),
+        **{f"{key}_change": own[key] / other[key] - 1 for key in ("loss", "grad_norm")},
+    }
 
 
 def median(runs: list[dict[str, Any]], key: str) -> float:
@@ -442,6 +466,14 @@ def summary(report: dict[str, Any]) -> str:
             f"first epoch {report['first_epoch_s']:.2f} s, later {report['later_epoch_s']:.2f} s: "
             f"{report['first_of_later']:.2f} times; without a trunk {report['without_trunk_s']:.2f} s"
         )
+    if "stored" in report:
+        stored = report["stored"]
+        first, later = stored["first"], stored["later"]
+        lines.append(
+            f"{report['store']}: first step {first['seconds']:.2f} s, later {later['seconds']:.2f} s, "
+            f"{format_bytes(later['read_bytes'])} read; peak RSS {format_bytes(stored['peak_rss_bytes'])}; loss "
+            f"{stored['loss_change']:+.2%}, gradient's norm {stored['grad_norm_change']:+.2%}"
+        )
     if "peer" in report:
         lines.append(
             f"accelerate {report['peer_wall_s']:.2f} s, {format_bytes(int(report['peer_read_bytes']))} read: "
@@ -460,6 +492,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--top", type=int, default=0, help="tune a deep prompt on so many blocks from the top"
     )
+    parser.add_argument("--store", choices=["plain", *STORES], default="plain", help="also on such a store")
     parser.add_argument("--stream-all", action="store_true", help="keep no block in memory")
     parser.add_argument(
         "--peer-batch", type=int, help="sentences of each of the peer's passes; by default all"

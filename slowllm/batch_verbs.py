@@ -65,7 +65,7 @@ def batch(
     if state is not None:
         from slowllm.state import read_job
 
-        begun = read_job(state)
+        begun = read_job(state, "batch")
     from slowllm import batch as requests
     from slowllm import console, measure
     from slowllm.batch_requests import Request, read_requests

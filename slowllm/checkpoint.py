@@ -442,7 +442,7 @@ def _refuse_other_formats(folder: Path) -> None:
     if list(folder.glob("pytorch_model*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
         raise CheckpointError(
             f"{folder}: has only pickled weights (pytorch_model*.bin), which are never loaded here because a "
-            "pickle can run code. Save it with transformers' save_pretrained(), which writes safetensors, "
+            "pickle can run code. Make a store of it with `slowllm convert`, which reads only tensors from it, "
             "or fetch the safetensors revision."
         )
     if list(folder.glob("*.gguf")):

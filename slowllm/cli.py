@@ -113,7 +113,7 @@ def forward(
     if state is not None:
         from slowllm.state import read_job
 
-        begun = read_job(state)
+        begun = read_job(state, "forward")
     from slowllm import console, corpus, measure, scoring
     from slowllm.model import load
 

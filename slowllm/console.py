@@ -87,6 +87,10 @@ def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None
             where = str(out)
             with contextlib.suppress(OSError):  # the line that did not fit; the ones before it are whole
                 os.truncate(partial, num_good_bytes)
+        else:
+            # Python would try once more to write what is in its buffer, and end with 120.
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), sys.stdout.fileno())
         raise InputError(
             f"{where}: {error.strerror or error}"
             + (f"; the lines written so far are in {partial.name}" if num_good_bytes and partial else "")

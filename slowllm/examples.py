@@ -96,9 +96,11 @@ def make_task(
     Raises:
         InputError: an example is empty, too long, without an answer or with another label; it is named.
     """
+    if isinstance(labels, str):
+        raise InputError(f"labels must be a list of words, not the word {labels!r}")
     labels = tuple(labels)
-    if not all(isinstance(label, str) for label in labels):
-        raise InputError("labels must be words")
+    for label in labels:
+        check_text("a label", label)
     if labels and (len(labels) < 2 or len({label.strip() for label in labels}) < len(labels)):
         raise InputError(f"labels must be two different words or more, not {', '.join(map(repr, labels))}")
     limit = max_line_tokens(side) - num_tokens
@@ -200,11 +202,28 @@ def _text(where: str, row: Mapping[str, Any], key: str) -> str:
     text = row.get(key)
     if not isinstance(text, str):
         raise InputError(f"{where}: has no {key}" if text is None else f"{where}: its {key} is no text")
+    _refuse_surrogates(f"{where}: its {key}", text)
+    return text
+
+
+def check_text(what: str, text: object) -> None:
+    """See that a setting is a text that a tokenizer can take, and not empty.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{what} must be a text, not {text!r}")
+    if not text.strip():
+        raise InputError(f"{what} is empty: {text!r}")
+    _refuse_surrogates(what, text)
+
+
+def _refuse_surrogates(what: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: its {key} cannot be encoded as UTF-8 ({error.reason})") from error
-    return text
+        raise InputError(f"{what} cannot be encoded as UTF-8 ({error.reason})") from error
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
@@ -227,6 +246,10 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
             row = json.loads(text) if path.suffix.lower() in JSON_SUFFIXES else {"text": text.strip()}
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: line {number} cannot be read ({error})") from error
+        if not rows and path.suffix.lower() not in JSON_SUFFIXES and _is_example(text):
+            raise InputError(
+                f"{path}: line {number} is JSON, but only files named .jsonl are read as such; rename the file"
+            )
         if not isinstance(row, dict):
             raise InputError(f"{path}: line {number} is JSON, but no object with prompt and answer")
         rows.append({**row, "line": number})
@@ -235,8 +258,17 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     return rows
 
 
+def _is_example(line: str) -> bool:
+    """Whether a line of text is an example in JSON."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and bool(found.keys() & {"prompt", "answer", "label", "text"})
+
+
 def make_tasks(
-    side: TextSide, data: Any, validation: Any, labels: tuple[str, ...], num_tokens: int
+    side: TextSide, data: Any, validation: Any, labels: Sequence[str], num_tokens: int
 ) -> list[Task]:
     """Turn files or examples, one or several by name, into tasks; see `make_task`.
 

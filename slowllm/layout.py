@@ -136,19 +136,31 @@ def granularities(model: PreTrainedModel, placements: Mapping[str, Placement]) -
     return ("blocks", "leaves") if any(leaves) else ("blocks",)
 
 
+def in_order_of_use(model: PreTrainedModel, placements: Mapping[str, Placement]) -> list[str]:
+    """Return the names of the blocks' matrices, each block's in the order in which a forward pass comes to them."""
+    blocks_name, blocks = find_blocks(model)
+    modules = [f"{blocks_name}.{number}" for number in range(len(blocks))]
+    leaves = _leaves(model, modules, placements, least_bytes=0)
+    return [name for leaf in _in_order_of_use(model, modules, leaves) for name in _names_in(model, leaf)]
+
+
 def _names_in(model: PreTrainedModel, module: str) -> Iterator[str]:
     for name, _ in model.get_submodule(module).named_parameters():
         yield f"{module}.{name}"
 
 
 def _leaves(
-    model: PreTrainedModel, blocks: Sequence[str], placements: Mapping[str, Placement]
+    model: PreTrainedModel,
+    blocks: Sequence[str],
+    placements: Mapping[str, Placement],
+    least_bytes: int | None = None,
 ) -> list[list[str]]:
     """Find, in each block, the outermost modules that own a matrix and are worth a stop of their own."""
+    least = MIN_LEAF_BYTES if least_bytes is None else least_bytes
 
     def walk(name: str, module: nn.Module) -> Iterator[str]:
         if any(parameter.dim() >= 2 for parameter in module._parameters.values() if parameter is not None):
-            if sum(placements[inner].num_bytes for inner in _names_in(model, name)) >= MIN_LEAF_BYTES:
+            if sum(placements[inner].num_bytes for inner in _names_in(model, name)) >= least:
                 yield name
             return
         for child, inner in module.named_children():

@@ -486,7 +486,10 @@ def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
 
     Raises:
         CheckpointError: neither is there.
+        InputError: this is no name.
     """
+    if not isinstance(path_or_hub_id, str | os.PathLike):
+        raise InputError(f"a model is given by its folder or hub id, not as {type(path_or_hub_id).__name__}")
     text = str(path_or_hub_id)
     if not text:
         raise CheckpointError("the name of the model is empty")

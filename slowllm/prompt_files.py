@@ -81,6 +81,12 @@ def check_folder(folder: Path, *, is_shared: bool) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"{folder}: another run writes its prompt there") from error
+        if not is_shared and any(
+            (inner / name).exists() for inner in folder.iterdir() if inner.is_dir() for name in FILES
+        ):
+            raise InputError(
+                f"{folder}: holds the prompts of several trials of an earlier run; name another folder"
+            )
         if is_shared and any((folder / name).exists() for name in FILES):
             raise InputError(
                 f"{folder}: holds a prompt of an earlier run, but of several trials each has a folder of its own; name "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from slowllm.errors import InputError, TuningError
-from slowllm.examples import Task
+from slowllm.examples import Task, check_text
 from slowllm.soft_prompts import Kind, SoftPrompt
 
 Init = Literal["text", "vocab", "random"]
@@ -99,6 +99,8 @@ class Recipe:
             raise InputError(
                 f"learning_rate must be above 0 and at most {MAX_RATE:g}, not {self.learning_rate:g}"
             )
+        if self.init_text is not None:
+            check_text("init_text", self.init_text)
         if (self.init == "text") != bool(self.init_text):
             raise InputError("init_text goes with init='text', and only with it")
         if self.top is not None and self.kind == "shallow":
@@ -113,6 +115,12 @@ class Recipe:
         """Examples of an update."""
         return self.batch_size * self.accumulate
 
+    def num_updates(self, task: Task) -> int:
+        """Return how many updates there are to be on a task."""
+        if self.num_epochs is None:
+            return self.num_steps
+        return self.num_epochs * -(-len(task.train) // self.step_examples)
+
 
 @dataclass
 class Trial:
@@ -125,7 +133,7 @@ class Trial:
         start: where it began; what is not tuned stays so.
         step: updates so far.
         best_loss: lowest of its validations.
-        best_step: updates before that.
+        good_step: updates that the prompt to be kept has.
         num_worse: validations since.
         num_bad: steps in a row whose loss was beyond all measure.
         failure: why it stopped, if something was wrong.
@@ -139,7 +147,7 @@ class Trial:
     step: int = 0
     first_loss: float | None = None
     best_loss: float = math.inf
-    best_step: int = 0
+    good_step: int = 0
     num_worse: int = 0
     num_bad: int = 0
     failure: str | None = None
@@ -166,9 +174,7 @@ class Trial:
     @property
     def num_steps(self) -> int:
         """How many updates there are to be."""
-        if self.recipe.num_epochs is None:
-            return self.recipe.num_steps
-        return self.recipe.num_epochs * -(-len(self.task.train) // self.recipe.step_examples)
+        return self.recipe.num_updates(self.task)
 
     @property
     def first_block(self) -> int:
@@ -218,8 +224,8 @@ class Trial:
     def judge(self, loss: float) -> None:
         """Take note of a validation of the prompt as it is now."""
         if loss < self.best_loss:
-            self.best_loss, self.best_step, self.num_worse = loss, self.step, 0
-            self._good = self._copies()
+            self.best_loss, self.num_worse = loss, 0
+            self._keep()
         else:
             self.num_worse += 1
         if self.recipe.patience is not None and self.num_worse >= self.recipe.patience:
@@ -254,14 +260,17 @@ class Trial:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         if not self.task.validation and loss <= GOOD * self.first_loss:
-            self._good = self._copies()
+            self._keep()
         self._optimizer.step()
         self.step += 1
         if self.step == self.num_steps and not self.task.validation:
             if not self.num_bad and all(bool(value.isfinite().all()) for value in self.values.values()):
-                self._good = self._copies()
+                self._keep()
             self.ended = True
         return norm, rate
+
+    def _keep(self) -> None:
+        self._good, self.good_step = self._copies(), self.step
 
     def _copies(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.values.items()}
@@ -276,7 +285,7 @@ class Trial:
         tensors |= {f"start.{n}": t for n, t in _frozen(self.start).items()}
         about = {
             name: getattr(self, name)
-            for name in ("step", "first_loss", "best_step", "num_worse", "num_bad", "failure", "ended")
+            for name in ("step", "first_loss", "good_step", "num_worse", "num_bad", "failure", "ended")
         }
         return tensors, {**about, "best_loss": None if self.best_loss == math.inf else self.best_loss}
 
@@ -289,7 +298,7 @@ class Trial:
             found = {key[len(start) :]: t for key, t in tensors.items() if key.startswith(start)}
             if found:
                 self._optimizer.state[value] = found
-        for name in ("step", "first_loss", "best_step", "num_worse", "num_bad", "failure", "ended"):
+        for name in ("step", "first_loss", "good_step", "num_worse", "num_bad", "failure", "ended"):
             setattr(self, name, about[name])
         self.best_loss = math.inf if about["best_loss"] is None else about["best_loss"]
 
@@ -342,7 +351,7 @@ def make_trials(tasks: Sequence[Task], recipes: Sequence[Recipe]) -> Iterator[tu
     """Yield a name, a task and a recipe for every recipe on every task.
 
     Raises:
-        InputError: two recipes are the same.
+        InputError: two recipes are the same, or one has no steps left after its warm-up.
     """
     if any(recipe in recipes[:n] for n, recipe in enumerate(recipes)):
         raise InputError("two trials have the same recipe; they would come out alike")
@@ -351,6 +360,8 @@ def make_trials(tasks: Sequence[Task], recipes: Sequence[Recipe]) -> Iterator[tu
     are_told_apart = len({(recipe.learning_rate, recipe.seed) for recipe in recipes}) == len(recipes)
     for task in tasks:
         for number, recipe in enumerate(recipes, 1):
+            if recipe.warmup_steps >= (num_steps := recipe.num_updates(task)):
+                raise InputError(f"warmup_steps {recipe.warmup_steps} leave none of the {num_steps} steps")
             parts = [task.name] if len(tasks) > 1 else []
             parts += [f"lr-{recipe.learning_rate}"] if len(rates) > 1 else []
             parts += [f"seed-{recipe.seed}"] if len(seeds) > 1 else []

@@ -332,11 +332,14 @@ def _checksum(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Ten
     return f"{found:08x}"
 
 
-def read_job(folder: Path) -> dict[str, Any] | None:
+def read_job(folder: Path, kind: str | None = None) -> dict[str, Any] | None:
     """Return what a state folder says of its job, None where it is new.
 
+    Args:
+        folder: of the state.
+        kind: of the job that is to go on.
     Raises:
-        StateError: the folder holds something else.
+        StateError: the folder holds something else, or the state of a job of another kind.
     """
     try:
         if folder.exists() and not folder.is_dir():
@@ -357,6 +360,10 @@ def read_job(folder: Path) -> dict[str, Any] | None:
         raise StateError(f"{folder}: its job.json cannot be read ({error}); delete the folder") from error
     if not isinstance(found, dict) or not found:
         raise StateError(f"{folder}: its job.json is damaged; delete the folder")
+    if kind is not None and found.get("kind") != kind:
+        raise StateError(
+            f"{folder}: is the state of another job (slowllm {found.get('kind')}, not {kind}); name another folder"
+        )
     return found
 
 

@@ -10,6 +10,7 @@ handed over in the same way: it is decoded where it is read, or multiplied as it
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from torch.utils._pytree import tree_map
 from slowllm.errors import UnsupportedError
 from slowllm.spans import Placement
 from slowllm.stops import Stops, Weights
-from slowllm.store import on_device
+from slowllm.store import kernels, on_device
 from slowllm.store.codecs import TILE_BYTES, Codec, Parts, Team, codec_of
+
+log = logging.getLogger(__name__)
 
 # These pick elements and change none, so that only what they pick is cast: rows of an embedding.
 _PICKS = {
@@ -274,6 +277,11 @@ class CastStops:
         self._dtypes = dtypes
         self._coded = {p.name: p for stop in placements for p in stop if p.coding is not None}
         self._team = Team(torch.get_num_threads())
+        if self._coded and not kernels.IS_COMPILED and torch.device("cpu") in devices:
+            log.warning(
+                "numba is not installed, so weights are decoded by numpy, several times slower; "
+                "install it with: pip install 'slowllm[store]'"
+            )
         self._small, self._large = (
             {device: torch.empty(size, dtype=torch.uint8, device=device) for device in devices}
             for size in buffer_bytes

@@ -38,11 +38,14 @@ def tune(
         list[str],
         typer.Argument(
             help='Examples, each file a task of its own: JSON Lines of {"prompt", "answer"}, {"prompt", "label"} or '
-            '{"text"}, or a text a line.',
+            '{"text"}, in a file named .jsonl; else a text a line.',
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the prompt, in PEFT's format, and its log.")],
+    out: Annotated[
+        str,
+        typer.Option("--out", help="Folder for the prompt, in PEFT's format, and its log.", metavar="DIR"),
+    ],
     validation: Annotated[
         list[str] | None,
         typer.Option(
@@ -143,6 +146,10 @@ def tune(
         raise InputError("--init random does not go with --init-text")
     if init == "text" and init_text is None:
         raise InputError("--init text needs --init-text")
+    if init_text is not None and not init_text.strip():
+        raise InputError("--init-text is empty")
+    if not out.strip():
+        raise InputError("--out is empty; name a folder")
     if init_text is not None:
         init = "text"
     if not validation and (patience is not None or eval_every is not None):
@@ -161,27 +168,35 @@ def tune(
         for rate in lr or [0.03]
         for number in range(trials)
     ]  # fmt: skip
-    out = out.expanduser()
+    folder = Path(out).expanduser()
     with contextlib.ExitStack() as stack:
         shown = _Shown(stack, recipes)
-        log = stack.enter_context(_log(out))
+        log = stack.enter_context(_log(folder))
         write = _line_writer(as_json, many=len(recipes) * len(data) > 1)
 
         def on_record(record: dict[str, Any]) -> None:
             log(record)
             write(record)
 
-        stack.enter_context(_interrupted(out))
+        stack.enter_context(_interrupted(folder))
         found = tuning.tune(
             known, dict(zip(names, data, strict=True)), dict(zip(names, validation or [], strict=False)),
             labels=label or (), recipes=recipes, ram=memory.ram, device=memory.device, vram=memory.vram, dtype=dtype,
-            keep_resident=resident, out=out, state=state, on_open=shown.open, on_record=on_record,
+            keep_resident=resident, out=folder, state=state, on_open=shown.open, on_record=on_record,
         )  # fmt: skip
     for one in found:
-        if one.failure:
-            print(f"slowllm: {one.failure}", file=sys.stderr)
-    print(f"{'the prompt is' if len(found) == 1 else f'{len(found)} prompts are'} in {out}", file=sys.stderr)
-    if any(one.failure for one in found):
+        losses = [record["loss"] for record in one.records if "loss" in record]
+        if not one.failure and not validation and len(losses) > 1 and losses[-1] >= losses[0]:
+            print(
+                f"{one.name}: its last loss, {losses[-1]:.4g}, is no better than its first, {losses[0]:.4g}; "
+                "lower --lr, or give it more --steps",
+                file=sys.stderr,
+            )
+    print(
+        f"{'the prompt is' if len(found) == 1 else f'{len(found)} prompts are'} in {folder}", file=sys.stderr
+    )
+    if num_failed := sum(one.failure is not None for one in found):
+        print(f"slowllm: {num_failed} of {len(found)} trials failed", file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -141,7 +141,7 @@ def tune(
     if known.soft_prompt is not None:
         raise InputError("the model has a soft prompt already; tune begins with a new one")
     longest_prompt = max(recipe.num_tokens for recipe in chosen)
-    tasks = make_tasks(known, data, validation, tuple(labels), longest_prompt)
+    tasks = make_tasks(known, data, validation, labels, longest_prompt)
     return tune_tasks(
         known, tasks, chosen, ram=ram, device=device, vram=vram, dtype=dtype, keep_resident=keep_resident, out=out, state=state,
         on_open=on_open, on_record=on_record,
@@ -227,7 +227,7 @@ class _Session:
         top = plans[0][2].top
         self.first = 0 if top is None else num_blocks - top
         self.num_blocks = num_blocks
-        begun = None if state is None else read_job(state)
+        begun = None if state is None else read_job(state, "tune")
         self.most, self.is_bound = RIDER_TOKENS[0], False
         if begun is not None:
             if dtype == "auto":
@@ -236,7 +236,9 @@ class _Session:
         self.rates = quick_rates(known.folder, parse_dtype(self.dtype))
         self.records: dict[str, list[Record]] = {name: [] for name, _, _ in plans}
         self.num_records = 0
-        self.saved_at = time.monotonic()
+        self.saved_at = (
+            -math.inf
+        )  # after the first step the folder holds this run's prompt, and no earlier one's
         self.trunks: dict[str, Trunk] = {}
         self.trunk_bytes = 0
 
@@ -258,7 +260,8 @@ class _Session:
                 self._save(trials)
         failures = [trial.failure for trial in trials if trial.failure]
         if len(failures) == len(trials):
-            where = "" if self.out is None else f"; the last good prompt is in {self.out}"
+            is_saved = self.out is not None and any(trial.step for trial in trials)
+            where = f"; the last good prompt is in {self.out}" if is_saved else ""
             raise TuningError(f"{failures[0]}{where}")
         return [Tuned(t.name, t.result, t.recipe, tuple(self.records[t.name]), t.failure) for t in trials]
 
@@ -547,7 +550,8 @@ class _Session:
                 )  # fmt: skip
         except TuningError as error:
             trial.failure, trial.ended = str(error), True
-            log.warning("%s", error)
+            if len(self.plans) > 1:  # of one trial it is the error that ends the run
+                log.warning("%s", error)
         return records
 
     def _tell(self, record: Record) -> None:
@@ -567,15 +571,15 @@ class _Session:
         )
 
     def _save(self, trials: Sequence[Trial]) -> None:
-        """Write the prompts to the folder of results."""
+        """Write the prompts to the folder of results; none of a trial that has learned nothing yet."""
         self.saved_at = time.monotonic()
-        for trial in trials if self.out is not None else ():
+        for trial in [t for t in trials if t.step] if self.out is not None else ():
             assert self.out is not None, "looked at above"
             folder = self.out if len(trials) == 1 else self.out / trial.name
             about = {
                 "model": self.known.name, "fingerprint": self.source_fingerprint, "recipe": asdict(trial.recipe),
                 "task": trial.task.name, "labels": list(trial.task.labels), "steps": trial.step,
-                "best_step": trial.best_step if trial.task.validation else trial.step,
+                "best_step": trial.good_step,
                 "best_loss": trial.best_loss if math.isfinite(trial.best_loss) else None, "failure": trial.failure,
             }  # fmt: skip
             save_prompt(trial.result, folder, str(self.known.folder), about)

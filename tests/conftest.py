@@ -12,6 +12,12 @@ with open("/proc/cpuinfo", encoding="utf-8") as _cpuinfo:
     if "GenuineIntel" not in _cpuinfo.read():
         os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
+# Processes that share a machine's cores, as those of `pytest -n 2` do, get their part of them, and so do those that
+# they start: as many threads in each as the machine has cores spend their time waiting for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    _num_threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_threads)))
+
 import pytest
 import torch
 
@@ -23,6 +29,7 @@ import transformers
 
 import slowllm
 from tests.families import save_tiny
+from tests.processes import Processes
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -43,6 +50,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[name, dtype]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """What starts processes whose imports are paid for."""
+    with Processes() as started:
+        yield started
 
 
 @pytest.fixture

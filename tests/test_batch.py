@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,8 @@ import slowllm
 from slowllm import batch, cli
 from slowllm.batch_requests import Refusal, Request, read_requests
 from slowllm.errors import NonFiniteError, StateError
-from tests.conftest import ROOT, TINY_BLOOM
+from tests.conftest import TINY_BLOOM
+from tests.processes import Processes
 
 NUM_KILLS = 3
 # fp32, and logits of about 10: two orders of a sum differ by a few units of the last place.
@@ -371,15 +371,12 @@ def test_a_file_without_any_good_request_opens_no_model(
 # Killed
 
 
-def lives(*jobs: tuple[Path, str, int]) -> list[dict[str, Any]]:
-    """Run the command in each folder, to a file of that name, killed so many times; one process pays the imports."""
+def lives(processes: Processes, *jobs: tuple[Path, str, int]) -> list[dict[str, Any]]:
+    """Run the command in each folder, to a file of that name, killed so many times."""
     for folder, _, _ in jobs:
         folder.mkdir(exist_ok=True)
         write(folder / "in.jsonl", *REQUESTS)
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.test_batch", *(str(part) for job in jobs for part in job)],
-        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    ended = processes.run("-m", "tests.test_batch", *(part for job in jobs for part in job))
     assert ended.returncode == 0, ended.stderr
     return [json.loads(text) for text in ended.stdout.splitlines()[-len(jobs) :]]
 
@@ -392,10 +389,12 @@ REQUESTS = [
 ] + ["nonsense"]  # fmt: skip
 
 
-def test_killed_at_many_moments_it_gives_the_same_bytes_and_ends_nothing_twice(tmp_path: Path) -> None:
+def test_killed_at_many_moments_it_gives_the_same_bytes_and_ends_nothing_twice(
+    tmp_path: Path, processes: Processes
+) -> None:
     one, other = tmp_path / "whole", tmp_path / "killed"
     whole, killed, again = lives(
-        (one, "out.jsonl", 0), (other, "out.jsonl", NUM_KILLS), (other, "again.jsonl", 0)
+        processes, (one, "out.jsonl", 0), (other, "out.jsonl", NUM_KILLS), (other, "again.jsonl", 0)
     )
     assert killed["codes"] == [-signal.SIGKILL] * NUM_KILLS + [1]
     out = (one / "out.jsonl").read_bytes()

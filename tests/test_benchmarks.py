@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,22 +24,19 @@ from benchmarks import (
     sides,
     tuning_step,
 )
-from tests.conftest import ROOT
+from tests.processes import Processes
 
 
-def run(module: str, *arguments: str) -> dict[str, Any]:
+def run(processes: Processes, module: str, *arguments: str) -> dict[str, Any]:
     """Run a benchmark and return the JSON document in its last line."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = processes.run("-m", f"benchmarks.{module}", *arguments)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_forward_pass_reports_limit_measurement_and_ratio(tmp_path: Path) -> None:
+def test_forward_pass_reports_limit_measurement_and_ratio(tmp_path: Path, processes: Processes) -> None:
     report = run(
-        "forward_pass", "--geometry", "tiny", "--blocks", "3", "--checkpoint", str(tmp_path / "c"), "--ram", "2GiB",
+        processes, "forward_pass", "--geometry", "tiny", "--blocks", "3", "--checkpoint", str(tmp_path / "c"), "--ram", "2GiB",
         "--repeat", "1", "--stream-all",
     )  # fmt: skip
     assert report["verified"] is True
@@ -115,6 +110,30 @@ def test_a_warm_pass_is_a_rate_of_memory(measured: Callable[..., dict[str, Any]]
     assert report["disk_limit_s"] == 0, "a mapped model in the page cache needs no disk"
     assert report["gb_per_s"] == report["weight_bytes"] / report["wall_s"] / 1e9
     assert report["peer_gb_per_s"] == report["weight_bytes"] / report["peer_wall_s"] / 1e9
+
+
+@pytest.mark.parametrize("store", ["lossless", "int8"])
+def test_the_blocks_of_a_store_are_compared_with_the_plain_ones(
+    store: str, measured: Callable[..., dict[str, Any]]
+) -> None:
+    report = measured("--store", store, "--stream-all")
+    stored = report["stored"]
+    assert stored["block_bytes_of_plain"] < (
+        0.9 if store == "lossless" else 0.7
+    )  # so small, parts are padded
+    assert (stored["logits_distance"] == 0) == (store == "lossless")
+    assert stored["logits_distance"] < 0.05
+    assert stored["blocks_of_plain"] == stored["blocks_s"] / stored["plain_blocks_s"]
+    assert stored["read_bytes"] < report["read_bytes"]
+
+
+def test_a_tuning_step_on_a_store_is_compared_with_the_plain_one(
+    measured: Callable[..., dict[str, Any]],
+) -> None:
+    report = measured("--store", "int8", "--sentences", "3", "--steps", "2", module=tuning_step)
+    assert report["stored"]["loss_change"] == pytest.approx(0, abs=0.01)
+    assert report["stored"]["grad_norm_change"] == pytest.approx(0, abs=0.1)
+    assert report["stored"]["later"]["seconds"] > 0
 
 
 def test_mixed_sentences_are_compared_with_both_ways_of_the_peer(
@@ -305,8 +324,8 @@ def test_answers_that_differ_are_not_reported(
         measured("--questions", "4", "--header-tokens", "5", module=scoring)
 
 
-def test_a_checkpoint_is_written_as_the_hub_has_it(tmp_path: Path) -> None:
-    report = run("make_checkpoint", "--geometry", "tiny", "--blocks", "3", str(tmp_path / "tiny"))
+def test_a_checkpoint_is_written_as_the_hub_has_it(tmp_path: Path, processes: Processes) -> None:
+    report = run(processes, "make_checkpoint", "--geometry", "tiny", "--blocks", "3", str(tmp_path / "tiny"))
     assert report["bytes"] == sum(
         tensor.numel() * 2
         for tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "tiny").state_dict().values()

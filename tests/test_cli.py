@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import resource
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from slowllm import cli
 from tests.conftest import ROOT, TINY_BLOOM
+from tests.processes import Processes
 
-COMMAND = [sys.executable, "-m", "slowllm", "forward"]
+FORWARD = ["-m", "slowllm", "forward"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
@@ -95,7 +99,7 @@ def test_a_terminal_gets_a_table(sentences: Path) -> None:
     # `script` gives the process a terminal of its own.
     if shutil.which("script") is None:
         pytest.skip("needs the program `script` to make a terminal")
-    line = " ".join([*COMMAND, str(sentences)])
+    line = " ".join([sys.executable, *FORWARD, str(sentences)])
     done = subprocess.run(
         ["script", "-qec", line, "/dev/null"],
         env={**ENVIRONMENT, "COLUMNS": "120", "TERM": "xterm"},
@@ -106,14 +110,10 @@ def test_a_terminal_gets_a_table(sentences: Path) -> None:
     assert '{"line"' not in done.stdout
 
 
-def test_standard_input_is_read(sentences: Path) -> None:
-    done = subprocess.run(
-        [*COMMAND, "-", "--json"],
-        input=sentences.read_bytes(),
-        env=ENVIRONMENT,
-        capture_output=True,
-        check=True,
-    )
+def test_standard_input_is_read(sentences: Path, processes: Processes) -> None:
+    with open(sentences) as file:
+        done = processes.run(*FORWARD, "-", "--json", stdin=file.fileno())
+    assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 2
 
 
@@ -210,15 +210,20 @@ def test_an_empty_model_name_is_refused(sentences: Path, monkeypatch: Any, capsy
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_the_table_shows_numbers_on_a_narrow_terminal(columns: int) -> None:
-    if shutil.which("script") is None:
-        pytest.skip("needs the program `script` to make a terminal")
-    line = f"stty cols {columns}; {' '.join(COMMAND)} {ROOT / 'sentences.txt'}"
-    done = subprocess.run(
-        ["script", "-qec", line, "/dev/null"],
-        env={**ENVIRONMENT, "TERM": "xterm"}, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    rows = [row for row in done.stdout.splitlines() if "On the right is" in row]
+def test_the_table_shows_numbers_on_a_narrow_terminal(columns: int, processes: Processes) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (30, columns))
+    started = processes.start(
+        *FORWARD, "sentences.txt", stdin=theirs, stdout=theirs, stderr=theirs, env={"TERM": "xterm"}
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # which is how a terminal ends
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert started.wait().returncode == 0
+    rows = [row for row in shown.decode().splitlines() if "On the right is" in row]
     assert len(rows) == 1
     assert rows[0].split()[:2] == ["2", "14"]
     assert len(rows[0].split()) > 6
@@ -255,15 +260,11 @@ def test_a_short_shard_is_named(sentences: Path, tmp_path: Path, monkeypatch: An
     assert "The download is incomplete; fetch this shard again." in sentence
 
 
-def test_a_full_disk_leaves_whole_lines_and_no_result(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_whole_lines_and_no_result(tmp_path: Path, processes: Processes) -> None:
     # A limit on the size of files stands for a disk with 3,000 bytes left: the write fails in the same place.
     file, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
     file.write_text("A value is returned.\n" * 200)
-    done = subprocess.run(
-        [*COMMAND, str(file), "--out", str(out)],
-        env=ENVIRONMENT, capture_output=True, text=True, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
-    )  # fmt: skip
+    done = processes.run(*FORWARD, file, "--out", out, file_bytes=3000)
     assert done.returncode == 2
     assert f"slowllm: {out}: File too large; the lines written so far are in out.jsonl.part" in done.stderr
     assert not out.exists()
@@ -272,47 +273,41 @@ def test_a_full_disk_leaves_whole_lines_and_no_result(tmp_path: Path) -> None:
     assert all(json.loads(line)["num_tokens"] for line in lines)
 
 
-def test_a_full_standard_output_is_one_sentence(sentences: Path) -> None:
+def test_a_full_standard_output_is_one_sentence(sentences: Path, processes: Processes) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [*COMMAND, str(sentences), "--json"],
-            env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
+        done = processes.run(*FORWARD, sentences, "--json", stdout=full.fileno())
     assert done.returncode == 2
-    assert "slowllm: standard output: No space left on device" in done.stderr
+    assert done.stderr.endswith("slowllm: standard output: No space left on device\n")
     assert "Traceback" not in done.stderr
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, processes: Processes) -> None:
     file = tmp_path / "in.txt"
     file.write_text("A value is returned.\n" * 3000)
-    line = f"{' '.join(COMMAND)} {file} --json | head -n 1"
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", line], env=ENVIRONMENT, capture_output=True, check=False
-    )
+    started = processes.start(*FORWARD, file, "--json", stdout=subprocess.PIPE)
+    assert started.stdout is not None
+    first = started.stdout.readline()
+    started.stdout.close()
+    done = started.wait()
     assert done.returncode == 1  # as click has it
-    assert json.loads(done.stdout)["line"] == 1
-    assert b"Traceback" not in done.stderr
+    assert json.loads(first)["line"] == 1
+    assert "Traceback" not in done.stderr
 
 
-def test_an_interrupt_ends_cleanly_with_whole_lines(tmp_path: Path) -> None:
+def test_an_interrupt_ends_cleanly_with_whole_lines(tmp_path: Path, processes: Processes) -> None:
     file, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
     file.write_text("\n".join(f"Number {n} of the values is returned to the caller." for n in range(6_000)))
-    process = subprocess.Popen(
-        [*COMMAND, str(file), "--out", str(out), "--dtype", "fp32"],
-        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    started = processes.start(*FORWARD, file, "--out", out, "--dtype", "fp32")
     partial = tmp_path / "out.jsonl.part"
     # Wait for the first results: without them there is nothing to interrupt.
-    while process.poll() is None and not (partial.exists() and partial.stat().st_size):
-        pass
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert f"slowllm: interrupted; the lines done so far are in {partial}" in errors
+    while started.is_running() and not (partial.exists() and partial.stat().st_size):
+        time.sleep(0.001)
+    done = started.end(signal.SIGINT)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert f"slowllm: interrupted; the lines done so far are in {partial}" in done.stderr
     assert not out.exists()
     rows = [json.loads(line) for line in partial.read_text().splitlines()]
     assert [row["line"] for row in rows] == list(range(1, len(rows) + 1))

@@ -602,3 +602,26 @@ def test_the_families_asked_for_are_among_those_tested() -> None:
     }
     assert asked <= {model_type for model_type, _ in FAMILIES.values()}
     assert len({model_type for model_type, _ in FAMILIES.values()}) >= 14
+
+
+def test_a_fingerprint_tells_weights_and_not_where_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(TINY_BLOOM, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for folder in (TINY_BLOOM, tmp_path / "copy", "copy", Path("copy") / ".." / "copy"):
+        with slowllm.load(folder) as lm:
+            found.append(lm.fingerprint())
+    assert len(set(found)) == 1
+    shard = tmp_path / "copy" / "model-00002-of-00005.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2 + 7] ^= 1  # in one of the samples
+    shard.write_bytes(data)
+    with slowllm.load("copy") as lm:
+        assert lm.fingerprint() != found[0]
+
+
+def test_a_model_is_no_name_of_itself(tiny_bloom: StreamedLM) -> None:
+    with pytest.raises(InputError, match="a model is given by its folder or hub id, not as LM"):
+        slowllm.load(tiny_bloom)  # type: ignore[arg-type]

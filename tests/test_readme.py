@@ -12,16 +12,15 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.families import FAMILIES
+from tests.processes import Processes
 
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_python_examples_run(number: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", EXAMPLES[number]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def test_python_examples_run(number: int, processes: Processes) -> None:
+    done = processes.run("-c", EXAMPLES[number])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

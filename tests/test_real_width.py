@@ -5,6 +5,8 @@ One block of BLOOM-7B's shape and a head in several chunks, against the resident
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,21 @@ import torch.nn.functional as F
 from transformers import BloomConfig, BloomForCausalLM
 
 import slowllm
-from slowllm import head
+from slowllm import head, heap
 from slowllm.spans import Placement, Run, Span
 from tests.families import resident
 
 WIDTH, VOCAB = 4096, 25_088
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_core() -> Iterator[None]:
+    """As many threads as there are cores, however many processes share the tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+    heap.give_back()  # gigabytes, which glibc keeps once a model was loaded, and others run beside this process
 
 
 @pytest.fixture(scope="module")

@@ -24,18 +24,15 @@ from slowllm.errors import CheckpointError, PlanError
 from slowllm.options import parse_bytes
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.families import save_tiny
+from tests.processes import Processes
 
 LAST = "model-00005-of-00005.safetensors"  # of the embedded model: blocks 7 to 9, and parts of block 6
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
-def run(script: str, *arguments: object) -> list[str]:
+def run(processes: Processes, script: str, *arguments: object) -> list[str]:
     """Run a script in a process of its own, which must end well; return the lines that it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-        stdin=subprocess.DEVNULL, timeout=120,
-    )  # fmt: skip
+    done = processes.run("-c", textwrap.dedent(script), *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -55,7 +52,7 @@ def logits(lm: slowllm.StreamedLM) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("end", ["lm.close(); thread.join(); print('closed')", "print('left open')"])
-def test_a_process_ends_well_though_a_read_never_returns(end: str) -> None:
+def test_a_process_ends_well_though_a_read_never_returns(end: str, processes: Processes) -> None:
     script = f"""
         import os, sys, threading
         import torch
@@ -83,7 +80,7 @@ def test_a_process_ends_well_though_a_read_never_returns(end: str) -> None:
         arrived.wait()
         {end}
     """
-    lines = run(script, TINY_BLOOM)
+    lines = run(processes, script, TINY_BLOOM)
     if "closed" in end:
         assert lines == ["the model was closed ['raised by rider 0 of 2; 1 more failed']", "closed"]
     else:  # whether the caller is still heard depends on who is faster
@@ -175,7 +172,7 @@ def test_a_git_lfs_pointer_is_told_with_what_to_do(folder: Path) -> None:
 # Forks
 
 
-def test_a_forked_child_is_refused_and_ends_by_itself() -> None:
+def test_a_forked_child_is_refused_and_ends_by_itself(processes: Processes) -> None:
     # Every lock is held by another thread at the fork, which is not there in the child to give it back.
     script = """
         import os, signal, sys, threading
@@ -214,7 +211,7 @@ def test_a_forked_child_is_refused_and_ends_by_itself() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(list(stream)), bool((call() == before).all()))
     """
     refusal = "this process was forked after the model was loaded, and a fork has none of the model's threads; load it here"
-    assert run(script, TINY_BLOOM) == [refusal] * 3 + ["7 2 True"]
+    assert run(processes, script, TINY_BLOOM) == [refusal] * 3 + ["7 2 True"]
 
 
 # Memory
@@ -234,7 +231,7 @@ def test_the_budget_that_a_refusal_names_loads_and_runs_and_a_smaller_one_does_n
         slowllm.load(TINY_BLOOM, ram=slowllm.Budget(smallest - (1 << 20), used), keep_resident=keep_resident)
 
 
-def test_forty_riders_stay_within_the_plan() -> None:
+def test_forty_riders_stay_within_the_plan(processes: Processes) -> None:
     script = """
         import json, sys
         import psutil, torch
@@ -263,7 +260,7 @@ def test_forty_riders_stay_within_the_plan() -> None:
     """
     with tempfile.TemporaryDirectory() as folder:  # 500 MB, not to be kept with what pytest keeps
         save_tiny("bloom", Path(folder), shard="100MB", hidden_size=512, n_layer=40, n_head=8)
-        (line,) = run(script, TINY_BLOOM, folder)
+        (line,) = run(processes, script, TINY_BLOOM, folder)
     used, planned, weights, reported = json.loads(line)
     assert used <= planned <= 512 << 20
     assert used + weights > planned, "weights that stay would not be noticed"
@@ -271,7 +268,7 @@ def test_forty_riders_stay_within_the_plan() -> None:
 
 
 def test_a_cgroup_of_the_budget_is_enough(tmp_path: Path) -> None:
-    cgroup = machine.memory_cgroup("slowllm-test", 700 << 20)
+    cgroup = machine.memory_cgroup(f"slowllm-test-{os.getpid()}", 700 << 20)
     if cgroup is None:
         pytest.skip("no memory cgroup can be made here")
     texts = tmp_path / "in.txt"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ import slowllm
 from slowllm import corpus
 from slowllm.errors import StateError
 from slowllm.state import Journal, State, journal, read_job
-from tests.conftest import ROOT, TINY_BLOOM
+from tests.conftest import TINY_BLOOM
 from tests.families import FAMILIES, VOCAB
+from tests.processes import Processes
 
 NUM_KILLS = 20
 TEXTS = [
@@ -28,20 +27,21 @@ TEXTS = [
 JOB = {"kind": "test", "model": "a"}
 
 
-def lives(folder: Path, num_kills: int, seed: int, texts: list[str] = TEXTS) -> dict[str, Any]:
+def lives(
+    processes: Processes, folder: Path, num_kills: int, seed: int, texts: list[str] = TEXTS
+) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     (folder / "in.txt").write_text("\n".join(texts))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.killed", str(TINY_BLOOM), str(folder / "in.txt"), str(folder), str(num_kills), str(seed)],
-        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = processes.run("-m", "tests.killed", TINY_BLOOM, folder / "in.txt", folder, num_kills, seed)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_killed_at_twenty_moments_it_gives_the_same_bytes_and_passes_no_stop_twice(tmp_path: Path) -> None:
-    whole = lives(tmp_path / "whole", 0, 0)
-    killed = lives(tmp_path / "killed", NUM_KILLS, 1)
+def test_killed_at_twenty_moments_it_gives_the_same_bytes_and_passes_no_stop_twice(
+    tmp_path: Path, processes: Processes
+) -> None:
+    whole = lives(processes, tmp_path / "whole", 0, 0)
+    killed = lives(processes, tmp_path / "killed", NUM_KILLS, 1)
     assert killed["codes"] == [-signal.SIGKILL] * NUM_KILLS + [0]
     assert (tmp_path / "killed" / "out.jsonl").read_bytes() == (tmp_path / "whole" / "out.jsonl").read_bytes()
     # A stop is told when everybody has passed it, and saved by then: what a kill costs is the stop under way.
@@ -51,33 +51,31 @@ def test_killed_at_twenty_moments_it_gives_the_same_bytes_and_passes_no_stop_twi
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, processes: Processes) -> Path:
     """The state of a job that was killed once and then ended."""
     folder = tmp_path_factory.mktemp("finished")
-    lives(folder, 1, 2, TEXTS[:20])
+    lives(processes, folder, 1, 2, TEXTS[:20])
     return folder
 
 
-def test_a_finished_job_reads_nothing_and_gives_the_same_bytes(finished: Path) -> None:
+def test_a_finished_job_reads_nothing_and_gives_the_same_bytes(finished: Path, processes: Processes) -> None:
     before = (finished / "out.jsonl").read_bytes()
     (finished / "out.jsonl").unlink()
-    again = lives(finished, 0, 0, TEXTS[:20])
+    again = lives(processes, finished, 0, 0, TEXTS[:20])
     assert again == {"lives": [[]], "codes": [0]}
     assert (finished / "out.jsonl").read_bytes() == before
     assert not list((finished / "state" / "riders").iterdir())
 
 
-def test_other_lines_are_another_job(finished: Path) -> None:
-    command = [
-        sys.executable, "-m", "slowllm", "forward", "-", "--dtype", "fp32", "--ram", "2GiB", "--state", str(finished / "state"),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, input=b"Something else.\n", capture_output=True, check=False, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def test_other_lines_are_another_job(finished: Path, tmp_path: Path, processes: Processes) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Something else.\n")
+    done = processes.run(
+        "-m", "slowllm", "forward", other, "--dtype", "fp32", "--ram", "2GiB", "--state", finished / "state"
+    )
     assert done.returncode == 2
-    assert b"is the state of another job (lines was" in done.stderr
-    assert done.stderr.count(b"\n") == 1
+    assert "is the state of another job (lines was" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # The folder
@@ -128,17 +126,11 @@ def test_the_state_of_another_job_is_refused(tmp_path: Path, other: dict[str, An
     State(tmp_path, JOB).close()
 
 
-def test_two_processes_cannot_share_a_state(state: State, tmp_path: Path) -> None:
+def test_two_processes_cannot_share_a_state(state: State, tmp_path: Path, processes: Processes) -> None:
     code = (
         "import sys; from pathlib import Path; from slowllm.state import State; State(Path(sys.argv[1]), {})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "s")],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    done = processes.run("-c", code, tmp_path / "s")
     assert "StateError" in done.stderr
     assert "another run is using this state" in done.stderr
 
@@ -291,3 +283,13 @@ def test_every_family_goes_on_from_any_block_with_the_same_bits(
             assert passed == lm.num_stops - body * (block + 1) // num_blocks or granularity == "leaves"
             assert passed < lm.num_stops
     assert journal.get() is None
+
+
+def test_the_state_of_another_verb_is_told_as_such(tmp_path: Path) -> None:
+    with State(tmp_path / "state", {"kind": "tune"}):
+        pass
+    assert read_job(tmp_path / "state", "tune") == {"kind": "tune"}
+    with pytest.raises(
+        StateError, match=r"is the state of another job \(slowllm tune, not forward\); name another"
+    ):
+        read_job(tmp_path / "state", "forward")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from slowllm.riders import Reach
 from slowllm.tuning import tune, tune_tasks
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.families import VOCAB
+from tests.processes import Processes
 
 Tiny = Callable[..., Path]
 KINDS = ["shallow", "deep", "prefix"]
@@ -395,7 +394,13 @@ def test_a_budget_too_small_for_a_step_is_refused(tiny: Tiny) -> None:
         ({"schedule": "wild"}, "schedule 'wild' is unknown"),
         ({"num_layers": 3}, "no such setting: num_layers"),
         ({"seed": 1 << 63}, "seed must be less than"),
-        ({"labels": [0, 1]}, "labels must be words"),
+        ({"labels": [0, 1]}, "a label must be a text, not 0"),
+        ({"labels": "yes"}, "labels must be a list of words, not the word .yes."),
+        ({"labels": [" yes", ""]}, "a label is empty"),
+        ({"labels": [" yes", " \ud800"]}, "a label cannot be encoded as UTF-8"),
+        ({"init": "text", "init_text": 5}, "init_text must be a text, not 5"),
+        ({"init": "text", "init_text": "\ud800"}, "init_text cannot be encoded"),
+        ({"num_epochs": 1, "warmup_steps": 9}, "leave none of the"),
         ({"recipes": [None]}, "recipes must be one slowllm.Recipe"),
     ],
 )
@@ -475,6 +480,57 @@ def test_a_folder_with_a_prompt_is_not_given_to_several_trials(tiny: Tiny, tmp_p
         run(tiny("bloom"), [Recipe(**QUICK)], out=tmp_path)  # type: ignore[arg-type]
 
 
+def test_the_folder_of_several_trials_is_not_given_to_one(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny("bloom"), [Recipe(seed=seed, **QUICK) for seed in (0, 1)], out=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="holds the prompts of several trials of an earlier run"):
+        run(tiny("bloom"), [Recipe(**QUICK)], out=tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_run_that_learned_nothing_leaves_an_earlier_prompt_alone(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no more")
+
+    run(tiny("bloom"), [Recipe(**QUICK)], out=tmp_path)  # type: ignore[arg-type]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(slowllm.tuning._Session, "_close_step", fail)
+    with pytest.raises(OSError, match="no more"):
+        run(tiny("bloom"), [Recipe(seed=7, **QUICK)], out=tmp_path)  # type: ignore[arg-type]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_from_its_first_step_on_the_folder_is_the_runs_own(tiny: Tiny, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def look(record: dict[str, Any]) -> None:
+        if record["step"] > 1:
+            about = json.loads((tmp_path / "slowllm.json").read_text())
+            seen.append((about["recipe"]["seed"], about["steps"]))
+
+    for seed in (3, 4):
+        seen.clear()
+        recipe = Recipe(num_tokens=LENGTH, num_steps=4, seed=seed)
+        run(tiny("bloom"), [recipe], [Task("t", examples(6))], out=tmp_path, on_record=look)
+        assert {first for first, _ in seen} == {seed}
+        assert seen[0][1] == 1
+
+
+def test_the_step_that_is_named_is_that_of_the_numbers_kept(tiny: Tiny) -> None:
+    with slowllm.load(tiny("bloom"), dtype="fp32") as lm:
+        recipe = Recipe(num_tokens=LENGTH, num_steps=5)
+        trial = Trial("t", Task("t", examples(6)), recipe, starts_of(lm, [recipe], 0)[0])
+    prompts = [trial.prompt().digest()]
+    for loss in (3.0, 2.0, 9.0, 9.0, 2.5):
+        assert trial.result.digest() == prompts[trial.good_step]
+        trial.learn(loss, {name: torch.ones_like(value) for name, value in trial.values.items()}, VOCAB)
+        prompts.append(trial.prompt().digest())
+        if trial.step in (3, 4):
+            assert trial.good_step == 1, "the losses of 9 do not speak for the updates before them"
+    assert (trial.good_step, trial.ended) == (5, True)
+    assert trial.result.digest() == prompts[5]
+
+
 def test_a_refused_command_leaves_the_log_of_the_last_run(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("The value is returned.")
     out = tmp_path / "out"
@@ -512,7 +568,7 @@ def command(folder: Path, out: Path, state: Path | None, *more: str) -> list[str
         test.write_text("".join(json.dumps(row) + "\n" for row in ordered(lines[12:16])))
     kept = [] if state is None else ["--state", str(state)]
     return [
-        sys.executable, "-m", "slowllm", "tune", str(train), "--validation", str(test), "--label", " yes", "--label", " no",
+        "-m", "slowllm", "tune", str(train), "--validation", str(test), "--label", " yes", "--label", " no",
         "--steps", "6", "--batch-size", "4", "--eval-every", "3", "--dtype", "fp32", "--out", str(out), "--json", *kept, *more,
     ]  # fmt: skip
 
@@ -523,22 +579,20 @@ def log_of(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("more", [("--kind", "shallow", "--trials", "2"), ("--kind", "prefix", "--top", "3")])
-def test_a_killed_run_goes_on_with_the_same_curve(more: tuple[str, ...], tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    whole = verb(*command(tmp_path, tmp_path / "whole", None, *more)[3:])
+def test_a_killed_run_goes_on_with_the_same_curve(
+    more: tuple[str, ...], tmp_path: Path, processes: Processes
+) -> None:
+    whole = verb(*command(tmp_path, tmp_path / "whole", None, *more)[2:])
     assert whole.exit_code == 0, whole.output
     for kill_after in (2, 5) if "--top" in more else (4,):  # lines of the log
-        process = subprocess.Popen(
-            command(tmp_path, tmp_path / "out", tmp_path / "state", *more),
-            env=environment,
-            stdout=subprocess.PIPE,
+        process = processes.start(
+            *command(tmp_path, tmp_path / "out", tmp_path / "state", *more), stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         for _ in range(kill_after):
             assert process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = verb(*command(tmp_path, tmp_path / "out", tmp_path / "state", *more)[3:])
+        process.end(signal.SIGKILL)
+    done = verb(*command(tmp_path, tmp_path / "out", tmp_path / "state", *more)[2:])
     assert done.exit_code == 0, done.output
     assert log_of(tmp_path / "out") == log_of(tmp_path / "whole")
     for path in (tmp_path / "whole").rglob("*.safetensors"):
@@ -614,6 +668,13 @@ def test_a_prompt_is_tuned_on_lines_of_text_and_used_by_every_verb(tmp_path: Pat
         ),
         (["a.txt", "--patience", "1"], "--patience and --eval-every need --validation"),
         (["a.txt", "--init", "text"], "--init text needs --init-text"),
+        (["a.txt", "--init-text", " "], "--init-text is empty"),
+        (["a.txt", "--out", ""], "--out is empty; name a folder"),
+        (["a.txt", "--label", "", "--label", " no"], "a label is empty: ''"),
+        (
+            ["json.txt"],
+            "json.txt: line 1 is JSON, but only files named .jsonl are read as such; rename the file",
+        ),
         (["a.txt", "--tokens", "999999"], "999999 virtual tokens are more than the 2048"),
         (["a.txt", "--out", "same", "--state", "same"], "cannot be both the folder of the prompt"),
         (["a.txt", "--kind", "lora"], "kind 'lora' is unknown"),
@@ -632,6 +693,7 @@ def test_what_cannot_be_tuned_is_one_sentence(
     (tmp_path / "b").mkdir()
     for name, text in {
         "a.txt": "The value.", "b/a.txt": "x", "bad.jsonl": '{"text": "x"}\n{', "list.jsonl": "[1]", "empty.txt": "\n\n",
+        "json.txt": '{"prompt": "a", "answer": " b"}\n',
     }.items():  # fmt: skip
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -641,16 +703,16 @@ def test_what_cannot_be_tuned_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_an_interrupted_run_keeps_its_prompt(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command(tmp_path, tmp_path / "out", None, "--kind", "prefix"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+def test_an_interrupted_run_keeps_its_prompt(tmp_path: Path, processes: Processes) -> None:
+    process = processes.start(
+        # More steps than can be done before it hears of it.
+        *command(tmp_path, tmp_path / "out", None, "--kind", "prefix", "--steps", "200"),
+        stdout=subprocess.PIPE,
+    )
     assert process.stdout is not None
     for _ in range(3):
         assert process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    assert process.wait() != 0
+    assert process.end(signal.SIGINT).returncode == 130
     kept, about = slowllm.prompt_files.load_prompt(tmp_path / "out")
     assert kept.kind == "prefix"
     assert about["steps"] >= 1

@@ -190,8 +190,11 @@ class Lossless:
         def join(chunk: int, stop: int) -> None:
             """Decode chunks that lie wholly in the range straight to their place, others by way of a buffer."""
             inner, outer = max(chunk, -(-begin // CHUNK)), min(stop, end // CHUNK)
+            if (out.data_ptr() - 2 * begin) % 8:  # no place for 64-bit words
+                inner = outer = stop
             if inner < outer:
-                kernels.join_chunks(*given, flat[inner * CHUNK - begin :], inner, inner, outer)
+                whole = flat[inner * CHUNK - begin : outer * CHUNK - begin]
+                kernels.join_chunks(*given, whole, inner, inner, outer)
             for edge in (*range(chunk, min(inner, stop)), *range(max(outer, inner, chunk), stop)):
                 whole = np.empty(CHUNK, np.uint16)
                 kernels.join_chunks(*given, whole, edge, edge, edge + 1)
@@ -341,6 +344,8 @@ class Int4:
         # A last group that is not full is filled with its own last weight, which does not widen its range.
         missing = groups * self.group - width
         values = torch.cat([values, values[:, -1:].expand(-1, missing)], 1).view(-1, groups, self.group)
+        if kernels.IS_COMPILED:
+            return self._encode_compiled(values)
         low, high = values.aminmax(dim=-1)
         middle, half = (low + high) / 2, (high - low) / 2
         best = torch.full_like(low, math.inf)
@@ -357,6 +362,16 @@ class Int4:
         half_group = self.group // 2
         packed = codes[..., :half_group] | codes[..., half_group:] << 4
         return {"codes": packed.flatten(1), "scales": scales.bfloat16(), "lows": lows.bfloat16()}
+
+    def _encode_compiled(self, values: Tensor) -> dict[str, Tensor]:
+        num_rows, groups, _ = values.shape
+        packed = torch.zeros(num_rows, groups * self.group // 2, dtype=torch.uint8)
+        scales, lows = torch.zeros(num_rows, groups), torch.zeros(num_rows, groups)
+        kernels.int4_encode(
+            values.view(num_rows, -1).numpy(), np.array(self.shrinks, np.float32), packed.numpy(), scales.numpy(),
+            lows.numpy(), 0, num_rows,
+        )  # fmt: skip
+        return {"codes": packed, "scales": scales.bfloat16(), "lows": lows.bfloat16()}
 
     @staticmethod
     def _codes(values: Tensor, scales: Tensor, lows: Tensor) -> Tensor:

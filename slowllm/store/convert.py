@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from slowllm.checkpoint import Checkpoint
 from slowllm.errors import InputError, StoreError
 from slowllm.hub import INDEX, SMALL_FILES
-from slowllm.layout import Layout, granularities, lay_out
+from slowllm.layout import Layout, in_order_of_use, lay_out
 from slowllm.naming import place
 from slowllm.options import format_bytes
 from slowllm.skeleton import build_skeleton, read_config
@@ -183,7 +183,7 @@ def plan_files(
 ) -> list[FileTask]:
     """Return the files of a store: what stands outside the blocks, each block in order of use, and the head."""
     blocks = lay_out(model, placements)
-    order = _order_of_use(model, placements, blocks)
+    order = {name: number for number, name in enumerate(in_order_of_use(model, placements))}
     coded = _coded_names(model, placements, blocks)
     codec = None if store == "bf16" else store
     in_blocks = {p.name for stop in blocks.stops[: len(blocks.blocks)] for p in stop}
@@ -214,18 +214,6 @@ def plan_files(
     if has_head:
         files.append(file("head.safetensors", [head_name]))
     return files
-
-
-def _order_of_use(
-    model: PreTrainedModel, placements: Mapping[str, Placement], blocks: Layout
-) -> dict[str, int]:
-    layout = blocks
-    if "leaves" in granularities(model, placements):
-        layout = lay_out(model, placements, "leaves")
-    return {
-        name: number
-        for number, name in enumerate(p.name for stop in layout.stops for p in stop)
-    }  # fmt: skip
 
 
 def _coded_names(

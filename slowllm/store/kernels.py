@@ -27,14 +27,17 @@ _CODES = np.uint64(0x000F000F000F000F)
 _LANES = np.uint64(0x0001000100010001)
 _4, _7, _8 = np.uint64(4), np.uint64(7), np.uint64(8)
 _HALF, _ONE, _16 = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
+_TINY = np.float32(np.finfo(np.float32).tiny)
 
 
-def _compiled(loop: F, plain: Callable[..., Any] | None = None) -> F:
+def _compiled(loop: F, plain: Callable[..., Any] | None = None, *, reorders_sums: bool = False) -> F:
     if not IS_COMPILED:
         return cast(F, loop if plain is None else plain)
     import numba
 
-    return cast(F, numba.njit(nogil=True, cache=True)(loop))
+    # Sums and extremes are only vectorised where their order may change.
+    fast = {"reassoc", "nnan", "nsz"} if reorders_sums else False
+    return cast(F, numba.njit(nogil=True, cache=True, fastmath=fast)(loop))
 
 
 def _join(signs: np.ndarray, exponents: np.ndarray, base: int, out: np.ndarray) -> None:
@@ -107,8 +110,10 @@ def _join_chunks(
             bases[chunk],
             whole[4 * at : 4 * (at + end - begin)],
         )
-        # A damaged store must not write elsewhere: numba looks at no bounds.
-        for escape in range(max(0, starts[chunk]), min(starts[chunk + 1], len(places))):
+        # A damaged store must not write elsewhere: numba looks at no bounds, and lets sums overflow.
+        low = min(max(0, starts[chunk]), len(places))
+        high = min(max(0, starts[chunk + 1]), len(places))
+        for escape in range(low, high):
             if places[escape] < STEP * (end - begin):
                 out[STEP * at + places[escape]] = values[escape]
 
@@ -267,4 +272,77 @@ Args:
     x: (M, K) int8.
     codes: (R, K) int8.
     out: (M, R) int32.
+"""
+
+
+def _extremes(values: np.ndarray) -> tuple[float, float]:
+    low = high = values[0]
+    for i in range(len(values)):
+        low, high = min(low, values[i]), max(high, values[i])
+    return low, high
+
+
+_extremes_of = _compiled(_extremes, reorders_sums=True)
+
+
+def _error(values: np.ndarray, scale: np.float32, low: np.float32) -> np.float32:
+    inverse, total = np.float32(1) / max(scale, _TINY), np.float32(0)
+    for i in range(len(values)):
+        code = min(max(np.rint((values[i] - low) * inverse), np.float32(0)), np.float32(15))
+        difference = code * scale + low - values[i]
+        total += difference * difference
+    return total
+
+
+_error_of = _compiled(_error, reorders_sums=True)
+
+
+def _pack(values: np.ndarray, scale: np.float32, low: np.float32, packed: np.ndarray) -> None:
+    inverse, half = np.float32(1) / max(scale, _TINY), len(packed)
+    for i in range(half):
+        left = min(max(np.rint((values[i] - low) * inverse), np.float32(0)), np.float32(15))
+        right = min(max(np.rint((values[half + i] - low) * inverse), np.float32(0)), np.float32(15))
+        packed[i] = np.uint8(left) | (np.uint8(right) << np.uint8(4))
+
+
+_pack_group = _compiled(_pack)
+
+
+def _int4_encode(
+    values: np.ndarray,
+    shrinks: np.ndarray,
+    packed: np.ndarray,
+    scales: np.ndarray,
+    lows: np.ndarray,
+    first: int,
+    last: int,
+) -> None:
+    half = packed.shape[1] // scales.shape[1]
+    pair = np.empty(2, np.float32)
+    bits, rounded = pair.view(np.uint32), np.empty(2, np.uint16)
+    for row in range(first, last):
+        for group in range(scales.shape[1]):
+            own = values[row, 2 * half * group : 2 * half * (group + 1)]
+            low, high = _extremes_of(own)
+            middle, reach = (low + high) * np.float32(0.5), (high - low) * np.float32(0.5)
+            best = np.float32(np.inf)
+            for shrink in shrinks:
+                pair[0], pair[1] = np.float32(2 / 15) * shrink * reach, middle - shrink * reach
+                _round_row(bits, rounded)
+                bits[0], bits[1] = np.uint32(rounded[0]) << _16, np.uint32(rounded[1]) << _16
+                error = _error_of(own, pair[0], pair[1])
+                if error < best:
+                    best, scales[row, group], lows[row, group] = error, pair[0], pair[1]
+            here = packed[row, half * group : half * (group + 1)]
+            _pack_group(own, scales[row, group], lows[row, group], here)
+
+
+int4_encode = _compiled(_int4_encode)
+"""Encode the rows `first` to `last` in 4 bits; only where `IS_COMPILED`.
+
+Args:
+    values: (R, G x group) float32.
+    shrinks: (S,) float32, shares of a group's range that are tried; the one with the least squared error is taken.
+    packed: (R, G x group / 2) uint8, to be written; see `int4_rows`.
+    scales, lows: (R, G) float32, to be written; numbers that bf16 has.
 """
