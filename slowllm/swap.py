@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from slowllm.errors import UnsupportedError
 from slowllm.spans import Placement
 from slowllm.stops import Stops, Weights
-from slowllm.store import kernels, on_device
+from slowllm.store import on_device, units
 from slowllm.store.codecs import TILE_BYTES, Codec, Parts, Team, codec_of
 
 log = logging.getLogger(__name__)
@@ -277,7 +277,7 @@ class CastStops:
         self._dtypes = dtypes
         self._coded = {p.name: p for stop in placements for p in stop if p.coding is not None}
         self._team = Team(torch.get_num_threads())
-        if self._coded and not kernels.IS_COMPILED and torch.device("cpu") in devices:
+        if self._coded and not units.IS_COMPILED and torch.device("cpu") in devices:
             log.warning(
                 "numba is not installed, so weights are decoded by numpy, several times slower; "
                 "install it with: pip install 'slowllm[store]'"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slowllm.errors import StoreError
 from slowllm.spans import TORCH_DTYPES, Coding, Part
-from slowllm.store import codecs, kernels
+from slowllm.store import codecs, kernels, units
 from slowllm.store.codecs import CODECS, Parts, Team, check_coding, quantise_rows
 
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -135,7 +135,7 @@ def arrays_of(name: str, matrix: Tensor) -> Mapping[str, np.ndarray]:
     return {key: value.numpy() for key, value in Parts.of(data, coding, tuple(matrix.shape)).arrays.items()}
 
 
-@pytest.mark.skipif(not kernels.IS_COMPILED, reason="numba is not installed, so there is one way only")
+@pytest.mark.skipif(not units.IS_COMPILED, reason="numba is not installed, so there is one way only")
 def test_without_numba_the_bits_are_the_same() -> None:
     matrix = torch.randn(70, 1000, generator=torch.Generator().manual_seed(3)).bfloat16()
     matrix[3, 5:400] = 0.0
@@ -144,7 +144,7 @@ def test_without_numba_the_bits_are_the_same() -> None:
         found["signs"].view(np.uint64), found["exponents"].view(np.uint64), found["bases"], found["starts"],
         found["places"].view(np.uint16), found["values"].view(np.uint16),
     ]  # fmt: skip
-    one, other = (np.zeros(2 * kernels.CHUNK, np.uint16) for _ in range(2))
+    one, other = (np.zeros(2 * units.CHUNK, np.uint16) for _ in range(2))
     kernels.join_chunks(*given, one, 0, 0, 2)
     kernels._join_chunks_plain(*given, other, 0, 0, 2)
     assert (one == other).all()
@@ -161,11 +161,11 @@ def test_without_numba_the_bits_are_the_same() -> None:
     assert (one == other).all()
 
 
-@pytest.mark.skipif(not kernels.IS_COMPILED, reason="numba is not installed, so there is one way only")
+@pytest.mark.skipif(not units.IS_COMPILED, reason="numba is not installed, so there is one way only")
 def test_without_numba_int4_is_encoded_as_well(monkeypatch: pytest.MonkeyPatch, team: Team) -> None:
     matrix = torch.randn(70, 1000, generator=torch.Generator().manual_seed(3)).bfloat16()
     one = (decoded("int4", matrix, team).float() - matrix.float()).norm()
-    monkeypatch.setattr(kernels, "IS_COMPILED", False)
+    monkeypatch.setattr(units, "IS_COMPILED", False)
     other = (decoded("int4", matrix, team).float() - matrix.float()).norm()
     assert one == pytest.approx(float(other), rel=1e-3)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slowllm.store import on_device
 from slowllm.store.codecs import CODECS, Parts, Team
-from slowllm.store.kernels import CHUNK
+from slowllm.store.units import CHUNK
 
 
 def coded(codec: str, matrix: Tensor) -> Parts:

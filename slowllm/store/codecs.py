@@ -7,6 +7,7 @@ matrix is seen as rows: of three dimensions (experts) the first two are one.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -21,13 +22,14 @@ from torch import Tensor
 
 from slowllm.errors import StoreError
 from slowllm.spans import TORCH_DTYPES, Coding
-from slowllm.store import kernels, on_device
-from slowllm.store.kernels import CHUNK, STEP
+from slowllm.store import on_device, units
+from slowllm.store.units import CHUNK, STEP
 
 log = logging.getLogger(__name__)
 
 # Where a codec decodes before it multiplies, it does so in tiles that stay in the processor's cache.
 TILE_BYTES = 8 << 20
+TILE_COLUMNS = 4096
 # Activations this large are multiplied in 16 bit (Dettmers et al., LLM.int8(), 2022, section 3.2).
 OUTLIER = 6.0
 # From so many rows on, integer products are faster than bf16 products of the same numbers.
@@ -179,6 +181,8 @@ class Lossless:
 
     def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
         """See `Codec.decode`."""
+        from slowllm.store import kernels
+
         arrays = {name: part.numpy() for name, part in parts.arrays.items()}
         begin, end = first * parts.width, last * parts.width
         flat = out.view(-1).view(torch.int16).numpy().view(np.uint16)
@@ -262,6 +266,8 @@ class Int8:
 
     def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
         """See `Codec.decode`."""
+        from slowllm.store import kernels
+
         codes, scales = (parts.arrays[name][first:last].numpy() for name in ("codes", "scales"))
         bits = _bits(out)
         team.share(lambda low, high: kernels.int8_rows(codes, scales, bits, low, high), 0, last - first)
@@ -275,11 +281,16 @@ class Int8:
             return None
         inner = x.masked_fill(is_outlier, 0.0) if len(columns) else x
         small, factors = quantise_rows(inner)
-        y = _integer_product(small, codes, x.dtype).mul_(factors[:, None]).mul_(scales)
-        if len(columns):
-            outer = torch.where(is_outlier[:, columns], x[:, columns], 0.0)
-            y += outer.float() @ (codes[:, columns].float() * scales[:, None]).T
-        return y.to(x.dtype)
+        outer = torch.where(is_outlier[:, columns], x[:, columns], 0.0).float()
+        found = x.new_empty(len(x), last - first)
+        # In tiles, so that the sums of 32 bits stay near the processor until they are scaled.
+        for begin in range(0, last - first, TILE_COLUMNS):
+            tile = slice(begin, min(begin + TILE_COLUMNS, last - first))
+            y = _integer_product(small, codes[tile], x.dtype, team).mul_(factors[:, None]).mul_(scales[tile])
+            if len(columns):
+                y += outer @ (codes[tile, columns].float() * scales[tile, None]).T
+            found[:, tile] = y
+        return found
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,20 +301,28 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scales
 
 
-def _integer_product(x: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
+def _integer_product(x: Tensor, codes: Tensor, dtype: torch.dtype, team: Team) -> Tensor:
     """Return the float32 product (M, R) of int8 matrices (M, K) and (R, K); few rows are multiplied in `dtype`."""
     if x.device.type != "cpu":
         return on_device.int8_product(x, codes)
     if len(x) >= MIN_INTEGER_ROWS and _has_integer_products():
         return torch._int_mm(x, codes.T).float()
+    from slowllm.store import kernels
+
     # bf16 holds the same numbers exactly; only the sums are rounded to it, as the result will be.
     tile = max(1, TILE_BYTES // (dtype.itemsize * codes.shape[1]))
     few = x.to(dtype)
     buffer = torch.empty(min(tile, len(codes)), codes.shape[1], dtype=dtype)
     found = torch.empty(len(x), len(codes), dtype=torch.float32)
+    ones = np.ones(len(buffer), np.float32)
     for begin in range(0, len(codes), tile):
         part = codes[begin : begin + tile]
-        found[:, begin : begin + tile] = F.linear(few, buffer[: len(part)].copy_(part))
+        if dtype == torch.bfloat16:  # torch's own cast is ten times slower on some processors
+            own, bits = part.numpy(), _bits(buffer)
+            team.share(functools.partial(kernels.int8_rows, own, ones, bits), 0, len(part))
+        else:
+            buffer[: len(part)] = part
+        found[:, begin : begin + tile] = F.linear(few, buffer[: len(part)])
     return found
 
 
@@ -344,7 +363,7 @@ class Int4:
         # A last group that is not full is filled with its own last weight, which does not widen its range.
         missing = groups * self.group - width
         values = torch.cat([values, values[:, -1:].expand(-1, missing)], 1).view(-1, groups, self.group)
-        if kernels.IS_COMPILED:
+        if units.IS_COMPILED:
             return self._encode_compiled(values)
         low, high = values.aminmax(dim=-1)
         middle, half = (low + high) / 2, (high - low) / 2
@@ -364,6 +383,8 @@ class Int4:
         return {"codes": packed.flatten(1), "scales": scales.bfloat16(), "lows": lows.bfloat16()}
 
     def _encode_compiled(self, values: Tensor) -> dict[str, Tensor]:
+        from slowllm.store import kernels
+
         num_rows, groups, _ = values.shape
         packed = torch.zeros(num_rows, groups * self.group // 2, dtype=torch.uint8)
         scales, lows = torch.zeros(num_rows, groups), torch.zeros(num_rows, groups)
@@ -388,6 +409,8 @@ class Int4:
 
     def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
         """See `Codec.decode`."""
+        from slowllm.store import kernels
+
         codes = parts.arrays["codes"][first:last].numpy()
         scales, lows = (parts.arrays[name][first:last].float().numpy() for name in ("scales", "lows"))
         bits = _bits(out)

@@ -7,19 +7,14 @@ it finds, and keeps the result for the next start. Both ways give the same bits.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
-F = TypeVar("F", bound=Callable[..., Any])
-IS_COMPILED = importlib.util.find_spec("numba") is not None
+from slowllm.store.units import CHUNK, IS_COMPILED, STEP
 
-# Weights that are coded together: their exponents count from one base, and 128 KB of output stay in a core's cache.
-CHUNK = 1 << 16
-# A machine word holds four bf16 numbers, and one word of exponents serves four words of output.
-STEP = 16
+F = TypeVar("F", bound=Callable[..., Any])
 
 _SIGNS = np.uint64(0x0080008000800080)
 _MANTISSAS = np.uint64(0x007F007F007F007F)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slowllm.store.kernels import CHUNK
+from slowllm.store.units import CHUNK
 
 # Weights that are decoded at once, so that what is made on the way (about 10 bytes each) stays small beside the matrix.
 TILE_WEIGHTS = 1 << 24
