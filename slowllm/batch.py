@@ -31,6 +31,7 @@ from slowllm.generation import (
 )
 from slowllm.model import StreamedLM
 from slowllm.scoring import TextSide
+from slowllm.skeleton import computed_by
 from slowllm.state import State
 
 
@@ -211,7 +212,7 @@ def describe(
             "transformers": importlib.metadata.version("transformers"),
         },
         "model": lm.fingerprint(),
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        **computed_by(lm.model),
         "requests": digest_of([[entry.number, entry.digest] for entry in entries]),
         "packing": [lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens],
         "threads": torch.get_num_threads(),

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from slowllm.errors import InputError
-from slowllm.options import parse_bytes, parse_dtype
+from slowllm.options import parse_dtype
 from slowllm.verbs import (
+    DeviceOption,
     DTypeOption,
     ModelOption,
     OutOption,
@@ -19,9 +20,11 @@ from slowllm.verbs import (
     ResidentOption,
     StateOption,
     Verbose,
+    VramOption,
     checked_output,
     describe,
     log_to_stderr,
+    memory_of,
     read_lines,
 )
 
@@ -30,6 +33,8 @@ def batch(
     file: Annotated[str, typer.Argument(help="JSON lines in OpenAI's batch format; - reads standard input.")],
     model: ModelOption = None,
     ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
     dtype: DTypeOption = "auto",
     out: OutOption = None,
     resident: ResidentOption = True,
@@ -52,7 +57,7 @@ def batch(
     """
     log_to_stderr(verbose)
     lines = read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
-    parse_bytes(ram)
+    memory = memory_of(ram, device, vram)
     parse_dtype(dtype)
     if out is not None:
         out = checked_output(out, file)
@@ -78,7 +83,16 @@ def batch(
         rates = measure.quick_rates(known.folder, parse_dtype(dtype))
         job = requests.plan_of(known, entries, rates, begun)
         with (
-            load(known, ram=ram, dtype=dtype, keep_resident=resident, job=job, rates=rates) as lm,
+            load(
+                known,
+                ram=memory.ram,
+                device=memory.device,
+                vram=memory.vram,
+                dtype=dtype,
+                keep_resident=resident,
+                job=job,
+                rates=rates,
+            ) as lm,
             contextlib.ExitStack() as stack,
         ):
             if others := requests.other_models(lm, entries):
@@ -111,6 +125,8 @@ def batch(
 def chat(
     model: ModelOption = None,
     ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
     dtype: DTypeOption = "auto",
     system: Annotated[
         str | None, typer.Option("--system", help="What the model is told before the conversation.")
@@ -141,7 +157,7 @@ def chat(
     transcript.
     """
     log_to_stderr(verbose)
-    parse_bytes(ram)
+    memory = memory_of(ram, device, vram)
     parse_dtype(dtype)
     from slowllm import measure, scoring
     from slowllm.chat import Conversation, converse, job_of
@@ -165,5 +181,14 @@ def chat(
         raise InputError(f"--system alone takes all {context} tokens of the conversation")
     rates = measure.quick_rates(known.folder, parse_dtype(dtype))
     job = job_of(context, settings)
-    with load(known, ram=ram, dtype=dtype, keep_resident=resident, job=job, rates=rates) as lm:
+    with load(
+        known,
+        ram=memory.ram,
+        device=memory.device,
+        vram=memory.vram,
+        dtype=dtype,
+        keep_resident=resident,
+        job=job,
+        rates=rates,
+    ) as lm:
         converse(lm, conversation, settings, context=context, rates=rates)

@@ -11,6 +11,7 @@ Where memory is too small for whole blocks, a block runs its own code on its rid
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -22,12 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from slowllm.carousel import Carousel
 from slowllm.errors import ArchitectureError, NonFiniteError, UnsupportedError
+from slowllm.riders import Autocast, autocast_here
 from slowllm.state import journal
 from slowllm.stops import Direction, Weights
 
@@ -56,7 +58,7 @@ def check_finite(name: str, values: Tensor, *, infinity_is_legal: bool = False) 
         if not bool(bad.all()):
             return
     elif mask is not None and bad.dim() == 2 and len(mask) == len(bad) and mask.shape[1] >= bad.shape[1]:
-        bad &= mask[:, -bad.shape[1] :].bool()
+        bad &= mask[:, -bad.shape[1] :].bool().to(bad.device)
     if bool(bad.any()):
         kind = "NaN" if bool(values.isnan().any()) else "infinity"
         position = bad.nonzero()[0].tolist()
@@ -136,13 +138,30 @@ class _Streamed(nn.Module):
         return functional_call(self._plain, bound, args, kwargs)
 
 
+@dataclass(frozen=True)
+class Home:
+    """The device at which a block is computed, where the model is not all on the processor.
+
+    Attributes:
+        device: to which what the block is given is moved, its own layer of a cache included.
+        after: where its output goes; None where it stays for the next block.
+    """
+
+    device: torch.device
+    after: torch.device | None = None
+
+
 class StreamedBlock(_Streamed):
     """What stands in the model in a block's place; made by `stream_block`."""
 
     _replays = True
+    _home: Home | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Pass through the block when its stop comes; see the block's own class for arguments and result."""
+        return _at_home(self._home, self._stop, self._pass, args, kwargs)
+
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._compute(args, kwargs)
         kept = journal.get()
@@ -191,6 +210,7 @@ class LeafwiseBlock(nn.Module):
 
     _name: str
     _number: int
+    _home: Home | None = None
 
     def train(self, mode: bool = True) -> LeafwiseBlock:
         """Set the flag, but leave the submodules in eval mode, as `StreamedBlock` does."""
@@ -199,7 +219,12 @@ class LeafwiseBlock(nn.Module):
 
 
 def stream_leaves(
-    block: nn.Module, carousel: Carousel, stops: Mapping[str, int], name: str, number: int
+    block: nn.Module,
+    carousel: Carousel,
+    stops: Mapping[str, int],
+    name: str,
+    number: int,
+    home: Home | None = None,
 ) -> None:
     """Turn the leaves of a block into stops, in place.
 
@@ -209,6 +234,7 @@ def stream_leaves(
         stops: the number of each leaf's stop, by its full name.
         name: of the block in the model.
         number: of the block.
+        home: where it is computed; None where all is on the processor.
     """
     block.requires_grad_(False).eval()
     for leaf_name, stop in stops.items():
@@ -220,21 +246,30 @@ def stream_leaves(
     kind = type(block)
 
     def forward(self: LeafwiseBlock, *args: Any, **kwargs: Any) -> Any:
-        def work() -> Any:
+        def pass_leaves(*args: Any, **kwargs: Any) -> Any:
             output = kind.forward(self, *args, **kwargs)
             check_finite(self._name, _hidden_of(output))
             return output
 
-        return _kept_in_journal(self._number, work)
+        def work(*args: Any, **kwargs: Any) -> Any:
+            return _kept_in_journal(self._number, lambda: pass_leaves(*args, **kwargs))
+
+        return _at_home(self._home, self._number, work, args, kwargs)
 
     names = {"forward": functools.wraps(kind.forward)(forward), "__module__": __name__}
     block.__class__ = type(f"Streamed{kind.__name__}", (LeafwiseBlock, kind), names)
     streamed = cast(LeafwiseBlock, block)
-    streamed._name, streamed._number = name, number
+    streamed._name, streamed._number, streamed._home = name, number, home
 
 
 def stream_block(
-    block: nn.Module, carousel: Carousel, stop: int, name: str, *, replays: bool = True
+    block: nn.Module,
+    carousel: Carousel,
+    stop: int,
+    name: str,
+    *,
+    replays: bool = True,
+    home: Home | None = None,
 ) -> StreamedBlock:
     """Return the streamed form of a block.
 
@@ -245,10 +280,11 @@ def stream_block(
         name: of the block in the model; weights come under their full names.
         replays: whether a backward pass computes the block again, at its stop; else autograd keeps what the block has
             computed and its weights, which must then stay where they are.
+        home: where it is computed; None where all is on the processor.
     """
     block.requires_grad_(False).eval()
     streamed = cast(StreamedBlock, _shell(StreamedBlock, block, carousel, stop, name))
-    streamed._replays = replays
+    streamed._replays, streamed._home = replays, home
     return streamed
 
 
@@ -264,6 +300,32 @@ def _shell(mixin: type[_Streamed], plain: nn.Module, carousel: Carousel, stop: i
     shell._carousel, shell._stop, shell._prefix = carousel, stop, f"{name}."
     shell._names = tuple(parameter for parameter, _ in plain.named_parameters())
     return shell
+
+
+def _at_home(
+    home: Home | None, layer: int, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Do the work of a block on what it is given, moved to where it is computed."""
+    if home is None:
+        return work(*args, **kwargs)
+    args, kwargs = _moved((args, kwargs), home.device, layer)
+    output = work(*args, **kwargs)
+    return output if home.after is None else _moved(output, home.after)
+
+
+def _moved(value: Any, device: torch.device, layer: int | None = None) -> Any:
+    """Return tensors moved to a device; in caches those of one layer are moved in place."""
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device)
+        if isinstance(leaf, Cache) and layer is not None:
+            for slot in _slots(0, leaf):
+                if slot.layer == layer:
+                    slot.put([leaf], slot.get([leaf]).to(device))
+        return leaf
+
+    return tree_map(move, value, is_leaf=_is_leaf)
 
 
 def _kept_in_journal(block: int, work: Callable[[], Any]) -> Any:
@@ -351,7 +413,7 @@ class _Call:
     inputs: list[_Slot]
     tensors: list[_Slot]
     outputs: list[_Slot]
-    autocast: tuple[bool, torch.dtype]
+    autocasts: list[Autocast]
 
     @classmethod
     def record(cls, block: StreamedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
@@ -362,8 +424,7 @@ class _Call:
             if isinstance(leaf, Cache):
                 tensors += _slots(i, leaf)
         inputs = [slot for slot in tensors if slot.get(leaves).requires_grad]
-        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        return cls(block, leaves, spec, live, inputs, tensors, [], autocast)
+        return cls(block, leaves, spec, live, inputs, tensors, [], autocast_here())
 
     def apply(self) -> Any:
         """Run the block, and give its results a place in the graph."""
@@ -425,8 +486,9 @@ class _Call:
             )
             return list(found)
 
-        enabled, dtype = self.autocast
-        with torch.autocast("cpu", enabled=enabled, dtype=dtype):
+        with contextlib.ExitStack() as stack:
+            for autocast in self.autocasts:
+                stack.enter_context(autocast.again())
             result: list[Tensor | None] = self.block._visit("down", work)
         return result
 

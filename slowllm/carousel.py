@@ -9,8 +9,8 @@ not bring forty teams of OpenMP threads.
 Threads that are not riders may visit stops too (a plain call of the model): they are guests. A guest is served
 like a rider, but holds no baton, so nobody waits for it between its visits.
 
-Torch's global generator changes hands with the baton, so while anybody rides, it belongs to the riders. Other
-global state (Python's `random`, numpy's generator, torch's flags) is everybody's.
+Torch's global generator (on devices, those of the devices in use too) changes hands with the baton, so while anybody
+rides, it belongs to the riders. Other global state (Python's `random`, numpy's generator, torch's flags) is everybody's.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from slowllm.dice import Dice, fork
 from slowllm.errors import RideError
 from slowllm.riders import Course, Job, Party, Reach, Rider, Visit
 from slowllm.stops import Direction, Passage, Stops, Totals, Weights
@@ -53,10 +54,17 @@ class Carousel:
     Args:
         stops: where weights come from.
         on_passage: called after each stop, on the carousel's thread; must not raise and not visit.
+        dice: that riders draw from.
     """
 
-    def __init__(self, stops: Stops, on_passage: Callable[[Passage], None] | None = None) -> None:
+    def __init__(
+        self,
+        stops: Stops,
+        on_passage: Callable[[Passage], None] | None = None,
+        dice: Dice | None = None,
+    ) -> None:
         self.totals = Totals()
+        self._dice = dice or Dice()
         self._stops, self._on_passage = stops, on_passage
         self._changed = threading.Condition()
         self._waiting: list[Visit] = []
@@ -179,8 +187,11 @@ class Carousel:
             with self._changed:
                 self._refuse_if_over(None)
                 # During another ride the generator is that of some rider, who would draw the same numbers.
-                source = _fork(self._parties[0].seeds) if self._parties else torch.default_generator
-                party.random_state, party.seeds = source.get_state(), _fork(source)
+                if self._parties:
+                    source, party.random_state = self._dice.forked(self._parties[0].seeds)
+                else:
+                    source, party.random_state = torch.default_generator, self._dice.get()
+                party.seeds = fork(source)
                 self._parties.append(party)
                 self._changed.notify_all()
             while (rider := self._next_ended(party)) is not None:
@@ -350,7 +361,7 @@ class Carousel:
         party = next((party for party in self._parties if not party.drawn and not party.exhausted), None)
         if party is None:
             return False
-        torch.set_rng_state(party.random_state)
+        self._dice.set(party.random_state)
         # Without the lock: it is the caller's code, and may take its time.
         self._changed.release()
         try:
@@ -359,7 +370,7 @@ class Carousel:
             party.stop_boarding(None if isinstance(error, StopIteration) else error)
         finally:
             self._changed.acquire()
-        party.random_state = torch.get_rng_state()
+        party.random_state = self._dice.get()
         if not party.exhausted:  # nor cancelled meanwhile
             party.drawn.append(job)
         return True
@@ -370,7 +381,7 @@ class Carousel:
         if party is None:
             return False
         has_callers = party.num_boarded == 0 and not party.is_stream
-        random_state = party.random_state if has_callers else _fork(party.seeds).get_state()
+        random_state = party.random_state if has_callers else self._dice.forked(party.seeds)[1]
         self._last_order += 1
         rider = Rider(party, self._last_order, party.drawn.pop(), random_state)
         party.num_boarded += 1
@@ -403,21 +414,21 @@ class Carousel:
         for party in [p for p in self._parties if p.exhausted and not p.drawn and not p.aboard]:
             self._parties.remove(party)
             if not self._parties:
-                torch.set_rng_state(party.random_state)
+                self._dice.set(party.random_state)
                 if party.num_boarded > 1 or party.is_stream:
-                    _fork(torch.default_generator)  # past the number of the seeds, or they would come again
+                    fork(torch.default_generator)  # past the number of the seeds, or they would come again
             self._changed.notify_all()
 
     def _hand_baton(self, rider: Rider | None) -> None:
         if rider is not None:  # a guest has no part in it
             # Sampling draws from the one global generator, so its state is the rider's own meanwhile.
-            torch.set_rng_state(rider.random_state)
+            self._dice.set(rider.random_state)
             self._baton = rider
             self._runs_since = time.monotonic()
 
     def _put_baton_down(self, rider: Rider | None) -> None:
         if rider is not None:
-            rider.random_state = torch.get_rng_state()
+            rider.random_state = self._dice.get()
             self._baton = None
             self._tell_dismissed()
 
@@ -469,13 +480,6 @@ class Carousel:
 
 def _once(stops: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(stops))
-
-
-def _fork(generator: torch.Generator) -> torch.Generator:
-    """Make a generator that is seeded by one draw from another."""
-    # The device is named because the caller may have made another one the default.
-    seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu", generator=generator)
-    return torch.Generator("cpu").manual_seed(int(seed))
 
 
 def _twin(error: BaseException) -> BaseException:

@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 from rich.cells import cell_len
 
 from slowllm.console import duration
+from slowllm.device_plan import device_rates
 from slowllm.errors import InputError, NonFiniteError
 from slowllm.forecast import Forecast, Job, Rates, forecast_of
 from slowllm.generation import Prompt, Settings, generate, text_of
@@ -234,7 +235,8 @@ def token_forecast(lm: StreamedLM, rates: Rates) -> Forecast:
     """Return how long a sweep of one token takes, the first and a later one."""
     sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)
     job = Job(num_tokens=1, longest=1, forward_only=True)
-    return forecast_of(sizes, lm.plan.resident, lm.plan.ring_bytes, 1, 1, job, rates)
+    rates = rates if lm.placed is None else device_rates(rates)
+    return forecast_of(sizes, lm.resident, lm.plan.ring_bytes, 1, 1, job, rates)
 
 
 def converse(

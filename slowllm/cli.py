@@ -14,11 +14,12 @@ from slowllm.errors import InputError, SlowLLMError
 from slowllm.eval_verbs import eval_app
 from slowllm.generate_verbs import generate
 from slowllm.heap import keep_together
-from slowllm.options import parse_bytes, parse_dtype
+from slowllm.options import parse_dtype
 from slowllm.score_verbs import score, yesno
 from slowllm.store_verbs import convert, verify
 from slowllm.tune_verbs import tune
 from slowllm.verbs import (
+    DeviceOption,
     DTypeOption,
     ModelOption,
     OutOption,
@@ -27,9 +28,11 @@ from slowllm.verbs import (
     ResidentOption,
     StateOption,
     Verbose,
+    VramOption,
     checked_output,
     describe,
     log_to_stderr,
+    memory_of,
     read_lines,
 )
 
@@ -61,6 +64,8 @@ def forward(
     file: Annotated[str, typer.Argument(help="Text file, one line scored each; - reads standard input.")],
     model: ModelOption = None,
     ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
     dtype: DTypeOption = "auto",
     prompt: PromptOption = None,
     out: OutOption = None,
@@ -100,7 +105,7 @@ def forward(
     """
     log_to_stderr(verbose)
     texts = read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
-    parse_bytes(ram)
+    memory = memory_of(ram, device, vram)
     parse_dtype(dtype)
     if out is not None:
         out = checked_output(out, file)
@@ -124,7 +129,16 @@ def forward(
     rates = measure.quick_rates(known.folder, parse_dtype(dtype))
     job = corpus.job_of(lines, before, rates, begun, known.num_virtual_tokens)
     with (
-        load(known, ram=ram, dtype=dtype, keep_resident=resident, job=job, rates=rates) as lm,
+        load(
+            known,
+            ram=memory.ram,
+            device=memory.device,
+            vram=memory.vram,
+            dtype=dtype,
+            keep_resident=resident,
+            job=job,
+            rates=rates,
+        ) as lm,
         corpus.opened_state(state, lm, lines, before, save_every) as kept,
     ):
         started = time.perf_counter()
@@ -143,6 +157,8 @@ def forward(
 def plan(
     model: Annotated[str, typer.Argument(help="Folder or cached hub id of a checkpoint.")],
     ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the whole job.", min=1, max=10**12)] = 1024,
     longest: Annotated[
         int | None,
@@ -164,7 +180,7 @@ def plan(
     job that does not fit the budget is refused with the smallest that would do.
     """
     log_to_stderr(verbose)
-    parse_bytes(ram)
+    memory = memory_of(ram, device, vram)
     parse_dtype(dtype)
     longest = min(tokens, 512) if longest is None else longest
     if longest > tokens:
@@ -181,7 +197,9 @@ def plan(
         raise InputError(
             f"--longest {longest} is more than the {scoring.max_line_tokens(known)} that this model takes"
         )
-    found = measure.survey(known, ram=ram, dtype=dtype, job=job)
+    found = measure.survey(
+        known, ram=memory.ram, device=memory.device, vram=memory.vram, dtype=dtype, job=job
+    )
     console.print_survey(found, as_json=as_json)
 
 

@@ -188,7 +188,7 @@ def progress(lm: StreamedLM, job: Job, state: State | None = None) -> Iterator[N
     num_sweeps = forecast.num_sweeps
     held = "all of it fits in memory"
     if plan.ring_bytes:
-        held = f"{len(plan.resident)} of {lm.num_stops} stops stay in memory"
+        held = f"{len(lm.resident)} of {lm.num_stops} stops stay in memory"
     is_new = state is None or not state.num_resumed
     about = f", about {duration(forecast.seconds)}" if plan.ring_bytes and is_new else ""
     # A continuation may end before its last token.
@@ -345,6 +345,9 @@ def print_survey(survey: Survey, *, as_json: bool) -> None:
             "more_ram": [{"ram_bytes": ram, "seconds": seconds} for ram, seconds in survey.larger],
             "half_the_bytes_seconds": survey.halved_seconds,
         }
+        if survey.devices:
+            names = ("device", "vram_bytes", "num_stops")
+            document["devices"] = [dict(zip(names, device, strict=True)) for device in survey.devices]
         print(json.dumps(document))
         return
     peak = survey.process_bytes + plan.peak_bytes
@@ -358,6 +361,8 @@ def print_survey(survey: Survey, *, as_json: bool) -> None:
         ),
         ("memory", f"{format_binary(peak)} at the peak, of {format_binary(survey.ram_bytes)}"),
     ]
+    for name, num_bytes, num_stops in survey.devices:
+        rows.append((name, f"{format_binary(num_bytes)} at the peak; {num_stops} stops stay there"))
     if plan.ring_bytes:
         what = "whole blocks" if plan.granularity == "blocks" else "parts of blocks (forward only)"
         rows += [

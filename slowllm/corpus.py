@@ -28,6 +28,7 @@ from slowllm.model import StreamedLM
 from slowllm.packing import Query, pack
 from slowllm.plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.scoring import TextSide, answer, safe_exp
+from slowllm.skeleton import computed_by
 from slowllm.state import State
 
 
@@ -233,7 +234,7 @@ def opened_state(
         },
         "model": lm.fingerprint(),
         "prompt": None if lm.soft_prompt is None else lm.soft_prompt.digest(),
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        **computed_by(lm.model),
         "lines": lines.digest(),
         "prefix": prefix,
         "packing": [lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens],

@@ -31,6 +31,7 @@ from transformers.generation.logits_process import (
 )
 
 from slowllm import generation
+from slowllm.device_plan import device_rates
 from slowllm.errors import InputError, PlanError
 from slowllm.forecast import Job, Rates
 from slowllm.generation import Continuation, Ends, OnTokens, Prompt, Settings, ride_prompts, special_tokens
@@ -88,6 +89,7 @@ class Acceptance:
 
 def costs_of(lm: StreamedLM, rates: Rates) -> Costs:
     """Return what a later sweep of this model costs."""
+    rates = rates if lm.placed is None else device_rates(rates)
     sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)
     return Costs(
         read=lm.plan.forecast.read_bytes / rates.disk,
@@ -231,7 +233,7 @@ def load_draft(
         draft: the small one.
         prompts: of which it keeps keys and values.
         budget: of the process.
-        dtype: compute dtype.
+        dtype: compute dtype, on the processor, whatever the large model is computed on.
     Raises:
         InputError: it does not speak the same tokens, or does not fit.
     """
@@ -377,14 +379,17 @@ class _Side:
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def logits(self, rows: Tensor, num_last: int) -> Tensor:
-        """Return the logits (B, num_last, V) of the last tokens of rows (B, T) that go on from what is kept."""
+        """Return the logits (B, num_last, V) of the last tokens of rows (B, T) that go on from what is kept.
+
+        On the processor, where the tree is, whatever the model is computed on.
+        """
         # A token that only the other model's padded vocabulary has is none here; it can only cost acceptance.
         rows = rows.clamp(max=self._vocabulary - 1)
         extra = {"logits_to_keep": num_last} if self._keeps else {}
         output = self._model(
             input_ids=rows, past_key_values=Cache(layers=list(self._layers)), use_cache=True, **extra
         )
-        logits: Tensor = output.logits[:, -num_last:].float()
+        logits: Tensor = output.logits[:, -num_last:].float().cpu()
         return logits
 
     def select(self, rows: Tensor) -> None:

@@ -16,13 +16,17 @@ import typer
 from slowllm.errors import InputError
 from slowllm.score_verbs import NormalizeOption, checked_model, opened, print_table
 from slowllm.verbs import (
+    DeviceOption,
     DTypeOption,
+    Memory,
     ModelOption,
     PromptOption,
     RamOption,
     Verbose,
+    VramOption,
     checked_output,
     log_to_stderr,
+    memory_of,
 )
 
 if TYPE_CHECKING:
@@ -80,6 +84,8 @@ def boolq(
     limit: LimitOption = None,
     model: ModelOption = None,
     ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
     dtype: DTypeOption = "auto",
     prompt: PromptOption = None,
     normalize: NormalizeOption = "none",
@@ -95,7 +101,8 @@ def boolq(
     """
     log_to_stderr(verbose)
     out = _predictions_file(out, data)
-    known = checked_model(model, ram, dtype, normalize, prompt=prompt)
+    memory = memory_of(ram, device, vram)
+    known = checked_model(model, dtype, normalize, prompt=prompt)
     from slowllm import tasks
 
     if template_file is None:
@@ -106,7 +113,7 @@ def boolq(
     chosen = tasks.select_templates(available, templates)
     questions = tasks.make_questions(chosen, tasks.boolq_examples(data, rows))
     about = {"task": "boolq", "data": data, "templates_from": source}
-    _evaluate(known, questions, about, ram, dtype, normalize, truncate, out, as_json)
+    _evaluate(known, questions, about, memory, dtype, normalize, truncate, out, as_json)
 
 
 @eval_app.command()
@@ -119,6 +126,8 @@ def task(
     limit: LimitOption = None,
     model: ModelOption = None,
     ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
     dtype: DTypeOption = "auto",
     prompt: PromptOption = None,
     normalize: NormalizeOption = "none",
@@ -130,14 +139,15 @@ def task(
     """Measure a model's accuracy on any dataset, by templates whose target is one of their answer choices."""
     log_to_stderr(verbose)
     out = _predictions_file(out, data)
-    known = checked_model(model, ram, dtype, normalize, prompt=prompt)
+    memory = memory_of(ram, device, vram)
+    known = checked_model(model, dtype, normalize, prompt=prompt)
     from slowllm import tasks
 
     chosen = tasks.select_templates(tasks.read_templates(template_file), templates)
     rows = tasks.read_examples(data, subset=subset, split=split, limit=limit)
     questions = tasks.make_questions(chosen, rows)
     about = {"data": data, "templates_from": str(template_file)}
-    _evaluate(known, questions, about, ram, dtype, normalize, truncate, out, as_json)
+    _evaluate(known, questions, about, memory, dtype, normalize, truncate, out, as_json)
 
 
 @eval_app.command(
@@ -163,7 +173,7 @@ def _evaluate(
     known: Description,
     questions: Sequence[Question],
     about: Mapping[str, Any],
-    ram: str,
+    memory: Memory,
     dtype: str,
     normalize: Any,
     truncate: bool,
@@ -178,7 +188,7 @@ def _evaluate(
     tally, told = tasks.Tally(), time.monotonic()
     with contextlib.ExitStack() as stack:
         write = None if out is None else stack.enter_context(console.json_writer(out))
-        lm = stack.enter_context(opened(known, queries, ram, dtype))
+        lm = stack.enter_context(opened(known, queries, memory, dtype))
         found = choices.choose(lm, items, relative=relative)
         for number, (question, one) in enumerate(zip(questions, found, strict=True)):
             tally.add(question, one.best)

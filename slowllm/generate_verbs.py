@@ -14,16 +14,20 @@ import typer
 from slowllm.errors import InputError
 from slowllm.options import parse_bytes, parse_dtype
 from slowllm.verbs import (
+    DeviceOption,
     DTypeOption,
+    Memory,
     ModelOption,
     OutOption,
     PromptOption,
     RamOption,
     ResidentOption,
     Verbose,
+    VramOption,
     checked_output,
     describe,
     log_to_stderr,
+    memory_of,
     read_lines,
 )
 
@@ -46,6 +50,8 @@ def generate(
     ] = None,
     model: ModelOption = None,
     ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
     dtype: DTypeOption = "auto",
     prompt: PromptOption = None,
     max_new_tokens: Annotated[
@@ -106,7 +112,7 @@ def generate(
         raise InputError("give the prompts as arguments, or with --prompts FILE")
     # Before the model is opened: an unreadable file should not cost a wait.
     texts = list(enumerate(prompts or [], 1)) if file is None else read_lines(file)
-    parse_bytes(ram)
+    memory = memory_of(ram, device, vram)
     parse_dtype(dtype)
     if out is not None:
         out = checked_output(out, "-" if file is None else file)
@@ -132,7 +138,7 @@ def generate(
         generation.check(known, encoded[-1], f"prompt {number}")
     rates = measure.quick_rates(known.folder, parse_dtype(dtype))
     with contextlib.ExitStack() as stack:
-        work = _Work(known, encoded, settings, rates, draft, ram, dtype, resident, stack)
+        work = _Work(known, encoded, settings, rates, draft, memory, dtype, resident, stack)
         started = time.perf_counter()
         if (
             len(encoded) == 1
@@ -157,7 +163,7 @@ class _Work:
         settings: Settings,
         rates: Rates,
         draft: str | None,
-        ram: str,
+        memory: Memory,
         dtype: str,
         resident: bool,
         stack: contextlib.ExitStack,
@@ -172,7 +178,7 @@ class _Work:
         self.counts: Acceptance | None = None
         self.job: Job = generation.job_of(known, prompts, rates)
         self._draft: Any = None
-        budget = Budget(parse_bytes(ram), psutil.Process().memory_info().rss)
+        budget = Budget(parse_bytes(memory.ram), psutil.Process().memory_info().rss)
         if draft is not None:
             drafts.check_settings(settings)
             drafts.refuse_soft_prompt(known)
@@ -185,7 +191,16 @@ class _Work:
                 # First, because the model takes all the memory that is left.
                 self._draft = stack.enter_context(drafts.load_draft(known, small, prompts, budget, dtype))
         self.lm: StreamedLM = stack.enter_context(
-            load(known, ram=budget, dtype=dtype, keep_resident=resident, job=self.job, rates=rates)
+            load(
+                known,
+                ram=budget,
+                device=memory.device,
+                vram=memory.vram,
+                dtype=dtype,
+                keep_resident=resident,
+                job=self.job,
+                rates=rates,
+            )
         )
 
     def run(self, on_tokens: Any = None) -> Iterator[tuple[Continuation, ...]]:

@@ -308,7 +308,7 @@ class Ends:
 
     def at(self, ids: Tensor) -> Tensor:
         """Return (B,) bool: whether sequences (B, T) end with their last token."""
-        ended = torch.isin(ids[:, -1], self.eos)
+        ended = torch.isin(ids[:, -1], self.eos.to(ids.device))
         if self._strings is not None:
             ended |= self._strings(ids, None)
         return ended
@@ -346,7 +346,7 @@ class _Watch(StoppingCriteria):
             self._on_pass(self.lengths.get(0, input_ids.shape[1]) - self._seen)
         self._seen = input_ids.shape[1]
         self._tell(input_ids, going, self._returned)
-        return torch.tensor([row in self.lengths for row in range(len(input_ids))])
+        return torch.tensor([row in self.lengths for row in range(len(input_ids))], device=input_ids.device)
 
     def _tell(self, input_ids: Tensor, rows: Iterable[int], per_prompt: int) -> None:
         if self._on_tokens is None:
@@ -438,7 +438,8 @@ def _inputs(lm: StreamedLM, view: Any, prompts: Sequence[Prompt], pad: int) -> d
     elif soft is not None:
         num_rows = len(prompts) * prompts[0].settings.num_rows
         inputs["past_key_values"] = soft.growing_cache(lm.config, num_rows, lm.model.dtype)
-    return inputs
+    # Where transformers draws tokens and keeps them: beside the logits.
+    return {k: v.to(lm.model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def _picked(output: Any, sources: Tensor) -> Iterator[Tensor]:

@@ -62,7 +62,8 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         ram: memory budget of the whole process.
         dtype: ``auto``, ``bf16`` or ``fp32``.
         prompt: folder of a soft prompt that stands before every text.
-        device: only ``cpu`` so far.
+        device: where blocks are computed, as for `load`.
+        vram: memory budget on each GPU.
         max_length: tokens that the model takes, where its config says another number.
         max_gen_toks: new tokens where a task names no limit.
         add_bos_token: whether texts begin with BOS; by default as the tokenizer has it.
@@ -85,6 +86,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         dtype: str = "auto",
         prompt: str | None = None,
         device: str | None = None,
+        vram: str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
@@ -115,7 +117,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
             self._known = self._lm = pretrained
         else:
             self._known = Description(pretrained, prompt)
-        self._ram, self._dtype, self._device = ram, dtype, device or "cpu"
+        self._ram, self._dtype, self._device, self._vram = ram, dtype, device or "cpu", vram
         self.tokenizer: Any = self._known.tokenizer
         self._max_length, self._max_gen_toks = max_length, max_gen_toks
         self.add_bos_token, self.custom_prefix_token_id = add_bos_token, prefix_token_id
@@ -266,6 +268,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
                 ram=self._ram,
                 dtype=self._dtype,
                 device=self._device,
+                vram=self._vram,
                 job=job,
                 rates=self._rates,
             )

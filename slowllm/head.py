@@ -73,11 +73,30 @@ def cut_head(placement: Placement, max_bytes: int) -> list[Placement]:
     ]
 
 
-def stream_embedding(embedding: nn.Module, weight: Tensor, compute_dtype: torch.dtype) -> None:
+class HostEmbedding(nn.Embedding):
+    """Mixin for an input embedding whose rows are looked up in the host's memory, for a model that is on a device."""
+
+    _device: torch.device
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of ids, which may be anywhere, on the model's device."""
+        return super().forward(input.cpu()).to(self._device)
+
+
+def stream_embedding(
+    embedding: nn.Module, weight: Tensor, compute_dtype: torch.dtype, device: torch.device | None = None
+) -> None:
     """Put a mapped weight (V, H) into a model's input embedding, which stays a module of its own class.
 
     A weight stored in another dtype than `compute_dtype` is looked up as stored, and only its rows are cast.
 
+    Args:
+        embedding: of the model.
+        weight: in the host's memory.
+        compute_dtype: of the model.
+        device: where its rows are wanted; None for the processor.
     Raises:
         ArchitectureError: it is no `nn.Embedding`.
     """
@@ -86,6 +105,10 @@ def stream_embedding(embedding: nn.Module, weight: Tensor, compute_dtype: torch.
     if weight.dtype != compute_dtype:
         weight = SwappedWeight(weight, compute_dtype, torch.empty(0, dtype=torch.uint8))
     embedding._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    if device is not None:
+        kind = type(embedding)
+        embedding.__class__ = type(kind.__name__, (HostEmbedding, kind), {"__module__": __name__})
+        cast(HostEmbedding, embedding)._device = device
 
 
 class StreamedHead(nn.Linear):
@@ -141,9 +164,10 @@ class StreamedHead(nn.Linear):
             tokens: (N,) int64.
         """
         assert self._finish is not None, "log_probs_at() takes the long way for such a model"
+        which, tokens = which.to(hidden.device), tokens.to(hidden.device)
         highest = hidden.new_full((len(hidden),), -math.inf, dtype=torch.float32)
         total = torch.zeros_like(highest)
-        likeliest = torch.zeros(len(hidden), dtype=torch.int64)
+        likeliest = torch.zeros_like(highest, dtype=torch.int64)
         found = highest.new_full((len(tokens),), math.nan)
         sums = (highest, total, likeliest, found)
         kept = journal.get()
@@ -184,7 +208,7 @@ class StreamedHead(nn.Linear):
         assert self._finish is not None, "log_probs_at() takes the long way for such a model"
         assert self._lookup is not None, "log_probs_at() takes the long way for such a model"
         wanted, places = tokens.unique(return_inverse=True)
-        weight = self._lookup(wanted).to(hidden.dtype)
+        weight = self._lookup(wanted).to(hidden.device, hidden.dtype)
         logits = self._tile(hidden, weight, None if self.bias is None else self.bias[wanted])
         return logits[which, places]
 
@@ -202,7 +226,7 @@ class _HeadFunction(torch.autograd.Function):
     def forward(ctx: Any, head: StreamedHead, hidden: Tensor) -> Tensor:
         ctx.head = head
         ctx.dtype = hidden.dtype
-        ctx.autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        ctx.is_autocast = torch.is_autocast_enabled(hidden.device.type)
         return head._logits(hidden, comes_back=True)
 
     @staticmethod
@@ -217,7 +241,7 @@ class _HeadFunction(torch.autograd.Function):
             def work(weights: Weights, start: int = start, stop: int = stop) -> Tensor:
                 weight = head._weight(weights)
                 part = grad[..., start:stop].flatten(0, -2)  # flat, as in `_logits`
-                if ctx.autocast[0]:
+                if ctx.is_autocast:
                     return part @ weight.to(part.dtype)
                 return part.to(weight.dtype) @ weight
 
@@ -342,11 +366,12 @@ def log_probs(model: PreTrainedModel, targets: Tensor, **inputs: Any) -> Tensor:
         targets: (B, T) int64, the token expected after each position; -100 marks positions that are not scored.
         inputs: of the model's forward, `input_ids` (B, T) among them.
     Returns:
-        (B, T) float32, zero where not scored.
+        (B, T) float32 on the processor, zero where not scored.
     Raises:
         InputError: a target is no token of the vocabulary.
         NonFiniteError: NaN came out of a block or the head.
     """
+    targets = targets.cpu()
     wanted = targets != -100
     places = wanted.nonzero()
     found = log_probs_at(model, places[:, 0], places[:, 1], targets[wanted], **inputs).log_probs
@@ -375,6 +400,8 @@ def log_probs_at(
             log-probabilities may all be off by the same number. Then only their rows of the head are read, where
             the model allows it, and `is_likeliest` is all false.
         inputs: of the model's forward, `input_ids` (B, T) among them.
+    Returns:
+        what was found, on the processor.
     Raises:
         InputError: a token is not in the vocabulary.
         NonFiniteError: NaN came out of a block or the head.
@@ -389,7 +416,8 @@ def log_probs_at(
     with torch.no_grad():
         if head._finish is None:
             scores = model(**inputs).logits[rows, positions].float().log_softmax(-1)
-            return Found(scores.gather(-1, tokens[:, None])[:, 0], scores.argmax(-1) == tokens)
+            wanted = tokens.to(scores.device)
+            return _on_host(scores.gather(-1, wanted[:, None])[:, 0], scores.argmax(-1) == wanted)
         wanted, which = torch.stack([rows, positions], -1).unique(dim=0, return_inverse=True)
         few = (relative and head._lookup is not None) or not len(tokens)
         # Nobody comes to the head's stops, so they need not be read ahead.
@@ -402,5 +430,10 @@ def log_probs_at(
         if not len(tokens):
             return Found(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
         if few:
-            return Found(head.compare(hidden, which, tokens), torch.zeros(len(tokens), dtype=torch.bool))
-        return head.gather(hidden, which, tokens)
+            return _on_host(head.compare(hidden, which, tokens), torch.zeros(len(tokens), dtype=torch.bool))
+        found = head.gather(hidden, which, tokens)
+        return _on_host(found.log_probs, found.is_likeliest)
+
+
+def _on_host(log_probs: Tensor, is_likeliest: Tensor) -> Found:
+    return Found(log_probs.cpu(), is_likeliest.cpu())

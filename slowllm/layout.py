@@ -221,6 +221,12 @@ def _prefixes(name: str) -> Iterator[str]:
         yield ".".join(parts[:length])
 
 
+def block_numbers(layout: Layout) -> list[int]:
+    """Return the block that each stop belongs to, -1 for a chunk of the head."""
+    names = [module[len(layout.blocks_name) + 1 :].partition(".")[0] for module in layout.modules]
+    return [int(name) for name in names] + [-1] * len(layout.chunks)
+
+
 def sizes_of(model: PreTrainedModel, layout: Layout) -> Sizes:
     """Return what the plan needs to know of a model.
 

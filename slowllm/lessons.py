@@ -215,7 +215,7 @@ def starts_of(lm: StreamedLM, recipes: Sequence[Recipe], first: int) -> list[Sof
             starts.append(above(_spread_alike(SoftPrompt("prefix", pairs=next(pairs)), recipe), first))
             continue
         with torch.no_grad():
-            rows = lm.model.get_input_embeddings()(found).float()
+            rows = lm.model.get_input_embeddings()(found).float().cpu()
         vectors: tuple[Tensor, ...] = ()
         if recipe.kind == "deep":
             vectors = tuple(torch.zeros(recipe.num_tokens, width) for _ in range(num_blocks))
@@ -254,7 +254,7 @@ def _pairs_rider(lm: StreamedLM, ids: Tensor) -> tuple[Tensor, ...]:
                 "this model does not keep keys and values of one shape for every token, so it takes no prefix; use a "
                 "shallow or deep prompt"
             )
-        pairs.append(torch.stack([keys[0], values[0]]).float())
+        pairs.append(torch.stack([keys[0], values[0]]).float().cpu())
     return tuple(pairs)
 
 

@@ -38,22 +38,22 @@ def token_losses(
         tokens: (N,) int64, of the vocabulary.
         inputs: of the model's forward.
     Returns:
-        (N,) float32, in nats.
+        (N,) float32, in nats, where `tokens` are.
     """
     head = model.get_output_embeddings()
     assert isinstance(head, StreamedHead), "token_losses needs a streamed model"
     inputs = {"use_cache": False, **inputs}
     if head._finish is None:  # whole logits, which visit the head on the way down as well
         logits: Tensor = model(**inputs).logits[rows, positions]
-        return F.cross_entropy(logits.float(), tokens, reduction="none")
+        return F.cross_entropy(logits.float(), tokens.to(logits.device), reduction="none").to(tokens.device)
     # On the way down nobody comes to the head.
     hint = reach.set(replace(reach.get(), turn=head._stops[0]))
     try:
         hidden = last_hidden(model, inputs)[rows, positions]
-        losses: Tensor = _Losses.apply(head, hidden, tokens)  # type: ignore[no-untyped-call]
+        losses: Tensor = _Losses.apply(head, hidden, tokens.to(hidden.device))  # type: ignore[no-untyped-call]
     finally:
         reach.reset(hint)
-    return losses
+    return losses.to(tokens.device)
 
 
 def choice_logits(
@@ -70,22 +70,22 @@ def choice_logits(
         choices: (C,) int64, tokens.
         inputs: of the model's forward.
     Returns:
-        (N, C) float32.
+        (N, C) float32, where `choices` are.
     """
     head = model.get_output_embeddings()
     assert isinstance(head, StreamedHead), "choice_logits needs a streamed model"
     inputs = {"use_cache": False, **inputs}
     if head._finish is None or head._lookup is None:
         logits: Tensor = model(**inputs).logits[rows, positions]
-        return logits.float()[:, choices]
+        return logits.float()[:, choices].to(choices.device)
     hint = reach.set(replace(reach.get(), end=head._stops[0], turn=head._stops[0]))
     try:
         hidden = last_hidden(model, inputs)[rows, positions]
     finally:
         reach.reset(hint)
-    weight = head._lookup(choices).to(hidden.dtype)
+    weight = head._lookup(choices).to(hidden.device, hidden.dtype)
     bias = None if head.bias is None else head.bias[choices]
-    return head._finish(F.linear(hidden, weight, bias)[None])[0].float()
+    return head._finish(F.linear(hidden, weight, bias)[None])[0].float().to(choices.device)
 
 
 class _Losses(torch.autograd.Function):
@@ -129,8 +129,9 @@ class _Sums:
         self._highest = hidden.new_full((len(tokens),), -math.inf, dtype=torch.float32)
         self._total, self._found = torch.zeros_like(self._highest), torch.zeros_like(self._highest)
         size = hidden.shape if with_gradient else (0, 0)
-        self._expected = torch.zeros(size)  # the rows' mean by their probabilities, times the total
-        self._own = torch.zeros(size)  # the row of the token
+        # The rows' mean by their probabilities, times the total; and the row of the token.
+        self._expected = torch.zeros(size, device=hidden.device)
+        self._own = torch.zeros_like(self._expected)
 
     def pass_chunk(self, weight: Tensor, bias: Tensor | None, first: int) -> None:
         """Take in the rows of a chunk (V', H), which begins with token `first`."""

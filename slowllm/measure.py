@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from slowllm.checkpoint import Checkpoint
-from slowllm.forecast import Granularity, Job, Rates
+from slowllm.device_plan import device_rates, least_host_bytes
+from slowllm.forecast import Granularity, Job, Rates, forecast_of
 from slowllm.heap import give_back
 from slowllm.model import Description, StreamedLM, load
 from slowllm.options import DTypeName, parse_bytes, parse_dtype
+from slowllm.placing import Placed
 from slowllm.plan import Plan, advise, least_bytes, make_plan, with_smaller_weights
 from slowllm.reader import Reader, ring_bytes_of
 from slowllm.skeleton import choose_dtype
@@ -184,6 +186,7 @@ class Survey:
         smallest_bytes: the smallest budget that would do.
         larger: budgets that would be faster, with the seconds that the job would then take.
         halved_seconds: what the job would take if weights had half the bytes.
+        devices: of each GPU its name, the bytes that are taken there, and the stops that stay there.
     """
 
     name: str
@@ -198,10 +201,20 @@ class Survey:
     smallest_bytes: int
     larger: tuple[tuple[int, float], ...]
     halved_seconds: float
+    devices: tuple[tuple[str, int, int], ...] = ()
 
 
-def survey(known: Description, *, ram: str | int, dtype: str, job: Job, keep_resident: bool = True) -> Survey:
-    """Measure the disk under a checkpoint and the processor on its first block, and plan a job.
+def survey(
+    known: Description,
+    *,
+    ram: str | int,
+    device: str = "cpu",
+    vram: str | int | None = None,
+    dtype: str,
+    job: Job,
+    keep_resident: bool = True,
+) -> Survey:
+    """Measure the disk under a checkpoint and the processor, or a GPU, on its first block, and plan a job.
 
     Raises:
         PlanError: the job cannot run in the budget; the message names the smallest that would do.
@@ -212,14 +225,18 @@ def survey(known: Description, *, ram: str | int, dtype: str, job: Job, keep_res
     with load(
         known,
         ram=ram,
+        device=device,
+        vram=vram,
         dtype=dtype,
         job=job,
         rates=rates,
         keep_resident=keep_resident,
         granularity=granularity,
     ) as lm:
-        rates = block_rates(lm, rates)
+        rates = block_rates(lm, rates if lm.placed is None else device_rates(rates))
         choices = lm.choices
+        if lm.placed is not None:
+            return _survey_on(lm, lm.placed, ram_bytes, process_bytes, job, rates)
         free_bytes = ram_bytes - process_bytes
         plan = make_plan(
             choices, free_bytes=free_bytes, total_bytes=ram_bytes, job=job, rates=rates,
@@ -244,3 +261,29 @@ def survey(known: Description, *, ram: str | int, dtype: str, job: Job, keep_res
             larger=tuple(larger),
             halved_seconds=halved.forecast.seconds,
         )
+
+
+def _survey_on(
+    lm: StreamedLM, placed: Placed, ram_bytes: int, process_bytes: int, job: Job, rates: Rates
+) -> Survey:
+    """Foretell a job by the plan that the model was opened with; larger budgets are not looked for."""
+    sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)
+    half = with_smaller_weights(sizes, 0.5)
+    forecast, halved = (
+        forecast_of(
+            s, lm.resident, lm.plan.ring_bytes, lm.plan.rider_tokens, lm.plan.sweep_tokens, job, rates
+        )
+        for s in (sizes, half)
+    )
+    homes, plan = placed.plan.homes, placed.plan
+    return Survey(
+        name=lm.name, weight_bytes=lm.weight_bytes, num_stops=lm.num_stops,
+        dtype=str(lm.model.dtype).removeprefix("torch."), ram_bytes=ram_bytes, process_bytes=process_bytes, job=job,
+        rates=rates, plan=replace(lm.plan, forecast=forecast),
+        smallest_bytes=process_bytes + least_host_bytes(sizes, plan.sweep_tokens), larger=(),
+        halved_seconds=halved.seconds,
+        devices=tuple(
+            (str(device), used, sum(homes[stop] == number for stop in plan.kept))
+            for number, (device, used) in enumerate(zip(placed.devices, plan.used_bytes, strict=True))
+        ),
+    )  # fmt: skip

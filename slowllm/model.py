@@ -25,25 +25,28 @@ import huggingface_hub
 import psutil
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from slowllm.blocks import stream_block, stream_leaves
 from slowllm.carousel import Carousel
 from slowllm.checkpoint import Checkpoint
-from slowllm.errors import ArchitectureError, CheckpointError, InputError
+from slowllm.device_plan import DevicePlan
+from slowllm.dice import Dice
+from slowllm.errors import CheckpointError, InputError
+from slowllm.filling import fill, head_rows
 from slowllm.forecast import Granularity, Job, Rates, Sizes
-from slowllm.head import Lookup, find_finish, stream_embedding, stream_head
+from slowllm.head import find_finish, stream_head
 from slowllm.heap import keep_together
+from slowllm.lanes import Lane, open_lanes
 from slowllm.layout import Layout, granularities, lay_out, sizes_of
 from slowllm.naming import place
-from slowllm.options import Options, format_bytes, parse_bytes, parse_dtype
+from slowllm.options import Options, format_bytes, parse_bytes, parse_devices, parse_dtype
+from slowllm.placing import Placed, make_plans, move_kept, place_stops
 from slowllm.plan import Budget, Plan, keep_graph, make_plan, widen
 from slowllm.prompt_files import load_prompt
 from slowllm.reader import MappedStops, Reader
 from slowllm.skeleton import build_skeleton, choose_dtype, first_line, make_streamed, read_config
 from slowllm.soft_prompts import SoftPrompt, check_fits, let_vectors_in
-from slowllm.spans import Placement
 from slowllm.stops import Passage, Stops
 from slowllm.store.codecs import warm_up
 from slowllm.store.manifest import open_checkpoint
@@ -153,6 +156,7 @@ class StreamedLM:
         choices: what the plan was chosen from.
         soft_prompt: that stands before every text that is scored or continued, if one does.
         layout: which tensors make which stop.
+        placed: the devices, where blocks are not computed on the processor.
         num_stops: of the carousel: blocks or their leaves, then chunks of the head.
         weight_bytes: that one sweep passes through, as stored.
         on_passage: set it to be told of every stop served, on the carousel's thread.
@@ -168,22 +172,24 @@ class StreamedLM:
         choices: Sequence[Sizes],
         budget: Budget,
         layout: Layout,
+        placed: Placed | None = None,
     ) -> None:
         self.model: Any = model
         self.folder = checkpoint.folder
         self.name = checkpoint.folder.name
         self.plan, self.choices = plan, tuple(choices)
-        self.layout, self.num_stops = layout, stops.num_stops
+        self.layout, self.placed, self.num_stops = layout, placed, stops.num_stops
         self.weight_bytes = layout.weight_bytes
         self.soft_prompt: SoftPrompt | None = None
         self.on_passage: Callable[[Passage], None] | None = None
         self._source, self._checkpoint = source, checkpoint
-        self._carousel = Carousel(stops, functools.partial(_tell, weakref.ref(self)))
+        dice = Dice([] if placed is None else [lane.generator for lane in placed.lanes])
+        self._carousel = Carousel(stops, functools.partial(_tell, weakref.ref(self)), dice)
         # Who keeps only the model keeps its handle too. A handle that is forgotten is closed when it is collected,
         # or when the interpreter ends, before daemon threads are stopped in the middle of a product.
         model.__dict__["_slowllm"] = self
         self._finalizer = weakref.finalize(
-            self, _release, self._carousel, source, stops, checkpoint, budget, plan.peak_bytes
+            self, _release, self._carousel, source, stops, placed, checkpoint, budget, plan.peak_bytes
         )
 
     @classmethod
@@ -194,6 +200,7 @@ class StreamedLM:
         ram: str | int | Budget = "16GiB",
         dtype: str = "auto",
         device: str = "cpu",
+        vram: str | int | None = None,
         keep_resident: bool = True,
         job: Job | None = None,
         rates: Rates | None = None,
@@ -208,7 +215,9 @@ class StreamedLM:
                 `Description`.
             ram: budget for the whole process, such as ``16GiB``; or a `Budget` that several models share.
             dtype: compute dtype: ``auto``, ``bfloat16`` or ``float32`` (also ``bf16``, ``fp32``).
-            device: only ``cpu`` so far.
+            device: where blocks are computed: ``cpu``, ``cuda``, ``cuda:1``, or several, which take turns, as in
+                ``cuda:0,cuda:1``.
+            vram: budget on each GPU; by default what is free there, less a reserve.
             keep_resident: whether stops that fit the budget stay in memory.
             job: what the model is opened for; by default a session of any calls, gradients among them.
             rates: of this machine, for the plan; assumed where nobody measured.
@@ -225,8 +234,17 @@ class StreamedLM:
         """
         ram_bytes = ram.total_bytes if isinstance(ram, Budget) else parse_bytes(ram)
         options = Options(
-            ram_bytes=ram_bytes, dtype=parse_dtype(dtype), device=device, keep_resident=keep_resident
+            ram_bytes=ram_bytes,
+            dtype=parse_dtype(dtype),
+            device=device,
+            vram_bytes=None if vram is None else parse_bytes(vram),
+            keep_resident=keep_resident,
         )
+        # Before the process is measured: CUDA makes it larger, for good.
+        before = psutil.Process().memory_info().rss
+        lanes = open_lanes(parse_devices(options.device))
+        if lanes and isinstance(ram, Budget):
+            ram.take(max(0, psutil.Process().memory_info().rss - before))
         memory = psutil.virtual_memory().total
         if ram_bytes > memory:
             log.warning(
@@ -243,9 +261,10 @@ class StreamedLM:
         warm_up(span.coding.codec for span in checkpoint.spans.values() if span.coding is not None)
         budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)
         try:
-            model = build_skeleton(known.config, known.folder, choose_dtype(options.dtype, checkpoint))
+            chosen = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(lanes))
+            model = build_skeleton(known.config, known.folder, chosen)
             lm = _assemble(
-                model, checkpoint, options, budget, job, rates, granularity, poison, budget is ram, cls
+                model, checkpoint, options, lanes, budget, job, rates, granularity, poison, budget is ram, cls
             )
         except BaseException:
             checkpoint.close()
@@ -274,6 +293,11 @@ class StreamedLM:
     def num_virtual_tokens(self) -> int:
         """Tokens of the soft prompt before every text."""
         return 0 if self.soft_prompt is None else self.soft_prompt.num_tokens
+
+    @property
+    def resident(self) -> frozenset[int]:
+        """Stops that are read once: they stay in memory, or on a device."""
+        return self.plan.resident | (frozenset() if self.placed is None else self.placed.plan.kept)
 
     @property
     def report(self) -> Report:
@@ -339,6 +363,7 @@ def _release(
     carousel: Carousel,
     source: Reader | MappedStops,
     stops: Stops,
+    placed: Placed | None,
     checkpoint: Checkpoint,
     budget: Budget,
     num_bytes: int,
@@ -349,6 +374,8 @@ def _release(
         stops.close()
     checkpoint.close()
     budget.give_back(num_bytes)
+    if placed is not None:  # last: a device that has failed says so again
+        placed.close()
 
 
 load = StreamedLM.open
@@ -358,6 +385,7 @@ def _assemble(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     options: Options,
+    lanes: Sequence[Lane],
     budget: Budget,
     job: Job | None,
     rates: Rates | None,
@@ -371,24 +399,29 @@ def _assemble(
     layouts = {name: lay_out(model, placements, name) for name in wanted}
     choices = [sizes_of(model, layout) for layout in layouts.values()]
     finish = find_finish(model)
-    plan = make_plan(
-        choices,
-        free_bytes=budget.free_bytes,
-        total_bytes=budget.total_bytes,
-        job=job,
-        rates=rates,
-        keep_resident=options.keep_resident,
-    )
-    layout = layouts[plan.granularity]
-    # Weights that are cast into one buffer cannot be kept for a way down.
-    if job is not None and not any(swap_bytes(layout.stops, layout.dtypes)):
-        plan = keep_graph(plan, choices, job, budget.free_bytes)
-    # Validation rides along with a step where there is room.
-    if (job is None and not is_shared) or (job is not None and job.turns):
-        plan = widen(plan, choices, budget.free_bytes)
+    devices: DevicePlan | None = None
+    if lanes:
+        plan, devices = make_plans(list(layouts.values()), choices, lanes, options, budget, job, rates)
+        layout = layouts[plan.granularity]
+    else:
+        plan = make_plan(
+            choices,
+            free_bytes=budget.free_bytes,
+            total_bytes=budget.total_bytes,
+            job=job,
+            rates=rates,
+            keep_resident=options.keep_resident,
+        )
+        layout = layouts[plan.granularity]
+        # Weights that are cast into one buffer cannot be kept for a way down.
+        if job is not None and not any(swap_bytes(layout.stops, layout.dtypes)):
+            plan = keep_graph(plan, choices, job, budget.free_bytes)
+        # Validation rides along with a step where there is room.
+        if (job is None and not is_shared) or (job is not None and job.turns):
+            plan = widen(plan, choices, budget.free_bytes)
     keep_together()
     compute_dtype = next(parameter.dtype for parameter in model.parameters())
-    _fill(model, layout, checkpoint, compute_dtype)
+    fill(model, layout, checkpoint, compute_dtype, lanes[0].device if lanes else None)
 
     budget.take(plan.peak_bytes)
     source: Reader | MappedStops
@@ -406,101 +439,48 @@ def _assemble(
         source = MappedStops(checkpoint, used)
     buffer_bytes = swap_bytes(layout.stops, layout.dtypes)
     stops: Stops = source
+    placed: Placed | None = None
+    if devices is not None:
+        assert isinstance(source, Reader), "with a device there is always a ring"
+        try:
+            placed = place_stops(layout, source, lanes, devices, poison=poison)
+        except BaseException:
+            source.close()
+            budget.give_back(plan.peak_bytes)
+            raise
+        stops = placed.stops
+        move_kept(model, layout, placed)
     if any(buffer_bytes):
-        stops = CastStops(source, layout.stops, layout.dtypes, buffer_bytes)
-    lm = kind(model, checkpoint, source, stops, plan, choices, budget, layout)
+        where = (torch.device("cpu"),) if placed is None else placed.devices
+        stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, where)
+    lm = kind(model, checkpoint, source, stops, plan, choices, budget, layout, placed)
     for index, block in enumerate(layout.blocks):
         name = f"{layout.blocks_name}.{index}"
+        home = None if placed is None else placed.homes[index]
         if layout.granularity == "blocks":
             layout.blocks[index] = stream_block(
-                block, lm._carousel, index, name, replays=not plan.keeps_graph
+                block, lm._carousel, index, name, replays=not plan.keeps_graph, home=home
             )
         else:
             leaves = {m: stop for stop, m in enumerate(layout.modules) if m.startswith(f"{name}.")}
-            stream_leaves(block, lm._carousel, leaves, name, index)
+            stream_leaves(block, lm._carousel, leaves, name, index, home)
     stream_head(
         layout.head,
         lm._carousel,
         layout.chunks,
         len(layout.modules),
         finish,
-        _head_rows(checkpoint, layout.chunks),
+        head_rows(checkpoint, layout.chunks),
     )
     let_vectors_in(layout.blocks)
-    make_streamed(model, checkpoint.folder, compute_dtype)
+    device = torch.device("cpu") if placed is None else placed.devices[0]
+    make_streamed(model, checkpoint.folder, compute_dtype, device)
     log.info(
         "%s: %d blocks in %d stops and %d chunks of head, %s; %d of %d stops stay in memory; compute dtype %s",
         type(model).__name__, len(layout.blocks), len(layout.modules), len(layout.chunks),
         format_bytes(layout.weight_bytes), len(plan.resident), len(layout.stops), compute_dtype,
     )  # fmt: skip
     return lm
-
-
-def _head_rows(checkpoint: Checkpoint, chunks: Sequence[Placement]) -> Lookup | None:
-    """Return a function that reads single rows of the head from its memory map; None where there is no such map."""
-    mapped = [checkpoint.mapped(chunk) for chunk in chunks]
-    rows = max(chunk.shape[0] for chunk in chunks)  # the last chunk may have fewer
-
-    def look_up(ids: Tensor) -> Tensor:
-        found = []
-        for token in ids.tolist():
-            checkpoint.check_length(chunks[token // rows])
-            part = mapped[token // rows]
-            assert part is not None, "checked below"
-            found.append(part[token % rows])
-        return torch.stack(found)
-
-    return look_up if all(part is not None for part in mapped) else None
-
-
-def _fill(model: PreTrainedModel, layout: Layout, checkpoint: Checkpoint, compute_dtype: torch.dtype) -> None:
-    """Read the tensors that always stay, map the embedding, and put them into the model.
-
-    Raises:
-        ArchitectureError: a parameter is left that no stop brings and no tensor filled.
-    """
-    dtypes = dict(layout.dtypes)
-    mapped = checkpoint.mapped(layout.embedding_placement)
-    wanted = list(layout.kept)
-    if mapped is None:  # in pieces, or at an odd address: it has to be read
-        wanted.append(layout.embedding_placement)
-        dtypes[layout.embedding_placement.name] = layout.embedding_placement.dtype
-    filled: set[int] = set()
-    with (
-        contextlib.closing(Reader([wanted], ring_bytes=4096, resident=frozenset([0]))) as reader,
-        reader.visit(0) as weights,
-    ):
-        copies = {name: tensor.to(dtypes[name], copy=True) for name, tensor in weights.items()}
-    if mapped is None:
-        mapped = copies.pop(layout.embedding_placement.name)
-    head_is_tied = layout.head.weight is layout.embedding.weight
-    old = layout.embedding._parameters["weight"]
-    stream_embedding(layout.embedding, mapped, compute_dtype)
-    _replace(model, old, layout.embedding._parameters["weight"], filled)
-    assert head_is_tied == (layout.head.weight is layout.embedding.weight), "tied weights stay tied"
-    for name, tensor in copies.items():
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        if attribute in module._buffers:
-            module._buffers[attribute] = tensor
-        else:
-            _replace(model, module._parameters[attribute], nn.Parameter(tensor, requires_grad=False), filled)
-    for name, parameter in model.named_parameters():
-        if name not in layout.streamed_names and id(parameter) not in filled:
-            raise ArchitectureError(
-                f"{type(model).__name__}: {name} is tied in a way that is not streamed; no weight was read for it"
-            )
-
-
-def _replace(
-    model: PreTrainedModel, old: nn.Parameter | None, new: nn.Parameter | None, filled: set[int]
-) -> None:
-    """Put one parameter in another's place, wherever it is tied to."""
-    filled.add(id(new))
-    for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is old:
-                module._parameters[attribute] = new
 
 
 def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:

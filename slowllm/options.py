@@ -77,7 +77,8 @@ class Options:
     Attributes:
         ram_bytes: the budget for the whole process.
         dtype: compute dtype; ``auto`` takes the checkpoint's bfloat16 where this CPU multiplies it fast.
-        device: where blocks compute; only ``cpu`` so far.
+        device: where blocks compute: ``cpu``, or one or more of ``cuda:0``, ``cuda:1``, ..., parted by commas.
+        vram_bytes: the budget on each of them; None for what is free there, less a reserve.
         num_read_threads: reads in flight.
         request_bytes: size of one read.
         keep_resident: whether blocks that fit the budget stay in memory after the first sweep.
@@ -86,16 +87,38 @@ class Options:
     ram_bytes: int = 16 * GIB
     dtype: DTypeName = "auto"
     device: str = "cpu"
+    vram_bytes: int | None = None
     num_read_threads: int = 8
     # 256 KiB to 1 MiB at 8 to 16 in flight read fastest on the reference NVMe; see benchmarks/LOG.md.
     request_bytes: int = MIB
     keep_resident: bool = True
 
     def __post_init__(self) -> None:
-        if self.device != "cpu":
-            raise InputError(f"device {self.device!r} is not supported yet; use device='cpu'")
+        if parse_devices(self.device) == ("cpu",) and self.vram_bytes is not None:
+            raise InputError("a vram budget is for a GPU; name one with device='cuda', or leave out vram")
         if self.dtype not in DTYPE_ALIASES.values():
             raise InputError(f"dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPE_ALIASES)}")
+
+
+def parse_devices(device: str) -> tuple[str, ...]:
+    """Return the names of the devices meant by ``cpu``, ``cuda``, ``cuda:1`` or ``cuda:0,cuda:1``.
+
+    Whether they are there is not looked at.
+
+    Raises:
+        InputError: the name cannot be read, or a device is named twice.
+    """
+    names = tuple("cuda:0" if name.strip() == "cuda" else name.strip() for name in str(device).split(","))
+    if names == ("cpu",):
+        return names
+    if not all(re.fullmatch(r"cuda:[0-9]{1,3}", name) for name in names):
+        raise InputError(
+            f"device {device!r} is unknown; use cpu, cuda, cuda:1, or several as in cuda:0,cuda:1"
+        )
+    names = tuple(f"cuda:{int(name[5:])}" for name in names)
+    if len(set(names)) < len(names):
+        raise InputError(f"device {device!r} names a device twice")
+    return names
 
 
 def parse_dtype(name: str) -> DTypeName:

@@ -273,7 +273,7 @@ def _candidates(
     sizes: Sizes, job: Job, rates: Rates, free_bytes: int, keep_resident: bool
 ) -> Iterator[_Candidate]:
     fixed = sizes.kept_bytes + SLACK_BYTES
-    for rider, sweep in _token_choices(job):
+    for rider, sweep in token_choices(job):
         used = fixed + working_bytes(sizes, job, rider, sweep)
         everything = _used_bytes(sizes, job)
         if keep_resident and used + everything <= free_bytes:
@@ -297,8 +297,8 @@ def _candidates(
             yield _Candidate(sizes, resident, ring, rider, sweep, used + ring + kept)
 
 
-def _token_choices(job: Job) -> Iterator[tuple[int, int]]:
-    """Yield tokens of a micro-batch and of a sweep."""
+def token_choices(job: Job) -> Iterator[tuple[int, int]]:
+    """Yield what a plan may choose from: tokens of a micro-batch and of a sweep."""
     if job.packing is not None:
         yield job.packing[:2]
         return

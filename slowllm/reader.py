@@ -232,6 +232,11 @@ class Reader:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def buffers(self) -> list[np.ndarray]:
+        """The memory that stops are handed out in, each piece of whole pages."""
+        return [self._ring.buffer.bytes, self._kept.bytes]
+
     @contextlib.contextmanager
     def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
         """Hold a stop in memory, and read those that come next meanwhile.

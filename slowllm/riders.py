@@ -5,6 +5,7 @@ Knows no weights and starts no thread; the carousel does.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import math
 import threading
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from slowllm.dice import RandomState
 from slowllm.stops import Direction, Weights
 
 Work = Callable[[Weights], Any]
@@ -66,18 +67,44 @@ class Sized:
         return self.job()
 
 
+@dataclass(frozen=True)
+class Autocast:
+    """How autocast is set for one kind of device."""
+
+    kind: str
+    enabled: bool
+    dtype: torch.dtype
+
+    def again(self, cache_enabled: bool | None = None) -> torch.autocast:
+        """Return a context in which it is so."""
+        return torch.autocast(self.kind, self.dtype, self.enabled, cache_enabled)
+
+
+def autocast_here() -> list[Autocast]:
+    """Return how autocast is set for this thread, for the processor and for GPUs where they are in use."""
+    kinds = ["cpu"]
+    if torch.cuda.is_initialized():
+        kinds.append("cuda")
+    return [Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+
+
 def as_here() -> Callable[..., Any]:
-    """Return a function that runs work, in whatever thread, with what torch and Python keep for this one."""
+    """Return a function that runs work, in whatever thread, with what torch and Python keep for this one.
+
+    A backward pass inside that work runs in the same thread as well. Autograd has one thread for each GPU, which all
+    callers share: a block that is computed again within a backward pass would wait there for itself.
+    """
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-    cache, context = torch.is_autocast_cache_enabled(), contextvars.copy_context()
+    autocasts, cache = autocast_here(), torch.is_autocast_cache_enabled()
+    context = contextvars.copy_context()
 
     def run(work: Callable[..., Any], *args: Any) -> Any:
-        with (
-            torch.inference_mode(inference),
-            torch.set_grad_enabled(grad),
-            torch.autocast("cpu", enabled=autocast, dtype=dtype, cache_enabled=cache),
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(inference))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for autocast in autocasts:
+                stack.enter_context(autocast.again(cache))
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             # A copy: all riders of a party start from one context, and none may see what another sets.
             return context.copy().run(work, *args)
 
@@ -104,7 +131,7 @@ class Visit:
 class Rider:
     """One job of a party, the thread it runs in, and what came of it."""
 
-    def __init__(self, party: Party, order: int, job: Job, random_state: Tensor) -> None:
+    def __init__(self, party: Party, order: int, job: Job, random_state: RandomState) -> None:
         self.party, self.index, self.order = party, party.num_boarded, order
         self.job, self.random_state = job, random_state
         self.num_tokens = job.num_tokens if isinstance(job, Sized) else 0
@@ -122,7 +149,7 @@ class Party:
         self.jobs, self.max_riders, self.is_stream = jobs, max_riders, is_stream
         self.max_tokens = max_tokens
         self.run = as_here()
-        self.random_state: Tensor
+        self.random_state: RandomState
         self.seeds: torch.Generator
         # Drawn one ahead of need: whether more will come is then known.
         self.drawn: list[Job] = []

@@ -16,17 +16,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slowllm.errors import InputError
-from slowllm.options import parse_bytes, parse_dtype
+from slowllm.options import parse_dtype
 from slowllm.verbs import (
+    DeviceOption,
     DTypeOption,
+    Memory,
     ModelOption,
     OutOption,
     PromptOption,
     RamOption,
     Verbose,
+    VramOption,
     checked_output,
     describe,
     log_to_stderr,
+    memory_of,
     read_lines,
 )
 
@@ -49,10 +53,9 @@ NormalizeOption = Annotated[
 
 
 def checked_model(
-    model: str | None, ram: str, dtype: str, normalize: str = "none", prompt: str | None = None
+    model: str | None, dtype: str, normalize: str = "none", prompt: str | None = None
 ) -> Description:
     """Look at the options, and open what says what a model is; its weights are left alone."""
-    parse_bytes(ram)
     parse_dtype(dtype)
     if normalize not in NORMALIZE:
         raise InputError(f"--normalize {normalize!r} is unknown; use one of {', '.join(NORMALIZE)}")
@@ -61,14 +64,16 @@ def checked_model(
 
 
 @contextlib.contextmanager
-def opened(known: Description, queries: Sequence[Query], ram: str, dtype: str) -> Iterator[StreamedLM]:
+def opened(known: Description, queries: Sequence[Query], memory: Memory, dtype: str) -> Iterator[StreamedLM]:
     """Load a model for queries, show its way, and say at the end what it cost."""
     from slowllm import console, measure, scoring
     from slowllm.api import load
 
     rates = measure.quick_rates(known.folder, parse_dtype(dtype))
     job = scoring.job_of_queries(queries, known, rates)
-    with load(known, ram=ram, dtype=dtype, job=job, rates=rates) as lm:
+    with load(
+        known, ram=memory.ram, device=memory.device, vram=memory.vram, dtype=dtype, job=job, rates=rates
+    ) as lm:
         started = time.perf_counter()
         with console.progress(lm, job):
             yield lm
@@ -99,6 +104,8 @@ def score(
     ],
     model: ModelOption = None,
     ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
     dtype: DTypeOption = "auto",
     prompt: PromptOption = None,
     out: OutOption = None,
@@ -121,7 +128,8 @@ def score(
     lines = _numbered(file)
     if out is not None:
         out = checked_output(out, file)
-    known = checked_model(model, ram, dtype, normalize, prompt=prompt)
+    memory = memory_of(ram, device, vram)
+    known = checked_model(model, dtype, normalize, prompt=prompt)
     from slowllm import console, scoring
 
     # All lines are looked at before the first byte of weights is read.
@@ -130,7 +138,7 @@ def score(
     with console.json_writer(out) as write, contextlib.ExitStack() as stack:
         answers: Iterator[Answer] = iter(())
         if queries:
-            answers = scoring.answer(stack.enter_context(opened(known, queries, ram, dtype)), queries)
+            answers = scoring.answer(stack.enter_context(opened(known, queries, memory, dtype)), queries)
         for row in rows:
             if row.error is not None:
                 write({"line": row.number, "error": row.error})
@@ -254,6 +262,8 @@ def yesno(
     file: Annotated[str, typer.Argument(help="Text file, one question a line; - reads standard input.")],
     model: ModelOption = None,
     ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
     dtype: DTypeOption = "auto",
     prompt: PromptOption = None,
     out: OutOption = None,
@@ -278,7 +288,8 @@ def yesno(
     pattern = template.replace("\\n", "\n")
     if not yes.strip() or not no.strip() or yes.strip() == no.strip():
         raise InputError(f"--yes {yes!r} and --no {no!r} must be two different words, neither of them empty")
-    known = checked_model(model, ram, dtype, prompt=prompt)
+    memory = memory_of(ram, device, vram)
+    known = checked_model(model, dtype, prompt=prompt)
     from slowllm import choices, console
 
     blank = "" if pattern[-1].isspace() else " "
@@ -295,7 +306,7 @@ def yesno(
     cells = []
     with contextlib.ExitStack() as stack:
         write = None if as_table else stack.enter_context(console.json_writer(out))
-        lm = stack.enter_context(opened(known, queries, ram, dtype))
+        lm = stack.enter_context(opened(known, queries, memory, dtype))
         for (number, text), found in zip(lines, choices.choose(lm, items, relative=relative), strict=True):
             answer = (yes, no)[found.best].strip()
             if write is None:

@@ -95,7 +95,8 @@ class _Layer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
         if self._beginning is not None:
-            keys, values = self._beginning.take(self._block)
+            # A soft prompt's are on the processor, wherever the block is.
+            keys, values = (side.to(key_states.device) for side in self._beginning.take(self._block))
             key_states = torch.cat([keys, key_states], -2)
             value_states = torch.cat([values, value_states], -2)
         if self._trunk is not None:

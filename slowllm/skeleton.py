@@ -112,7 +112,7 @@ def build_skeleton(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -
     return cast(PreTrainedModel, model)
 
 
-def choose_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
+def choose_dtype(name: str, checkpoint: Checkpoint, *, is_on_gpu: bool = False) -> torch.dtype:
     """Return the compute dtype, and log why where it was chosen here."""
     if name != "auto":
         return cast(torch.dtype, getattr(torch, name))
@@ -120,6 +120,9 @@ def choose_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
     if largest.dtype != "BF16":
         log.info("compute dtype float32 (the checkpoint is %s)", largest.dtype)
         return torch.float32
+    if is_on_gpu:
+        log.info("compute dtype bfloat16 (that of the checkpoint)")
+        return torch.bfloat16
     bf16, fp32 = _gemm_seconds((torch.bfloat16, torch.float32))
     name = "bfloat16" if bf16 < fp32 else "float32"
     log.info(
@@ -150,6 +153,7 @@ class StreamedModel(PreTrainedModel):
 
     _folder: Path
     _compute_dtype: torch.dtype
+    _device: torch.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,12 +162,12 @@ class StreamedModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong."""
-        return torch.device("cpu")
+        """Where inputs belong, and where a sweep begins and ends; those from elsewhere are moved there."""
+        return self._device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # to(), cuda(), half() and the like end here. What changes nothing passes: Trainer calls to("cpu").
-        probe = torch.empty(0, dtype=self._compute_dtype)
+        probe = torch.empty(0, dtype=self._compute_dtype, device=self._device)
         moved = fn(probe)
         if moved.dtype != probe.dtype or moved.device != probe.device:
             raise UnsupportedError(
@@ -200,12 +204,21 @@ class StreamedModel(PreTrainedModel):
         raise UnsupportedError("a streamed model owns threads and files and cannot be copied; load it again")
 
 
-def make_streamed(model: PreTrainedModel, folder: Path, compute_dtype: torch.dtype) -> None:
+def make_streamed(
+    model: PreTrainedModel, folder: Path, compute_dtype: torch.dtype, device: torch.device
+) -> None:
     """Give a model whose parts are streamed the class of a streamed model, under its own class's name."""
     kind = type(model)
+    is_elsewhere = device.type != "cpu"
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
 
     @functools.wraps(kind.forward)  # generate() and Trainer look at the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_elsewhere:
+            args = tuple(map(moved, args))
+            kwargs = {name: moved(value) for name, value in kwargs.items()}
         mask = kwargs.get("attention_mask")
         if mask is None and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 2:
             mask = args[1]
@@ -220,8 +233,15 @@ def make_streamed(model: PreTrainedModel, folder: Path, compute_dtype: torch.dty
     names = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     model.__class__ = type(kind.__name__, (StreamedModel, kind), names)
     streamed = cast(StreamedModel, model)
-    streamed._folder, streamed._compute_dtype = folder, compute_dtype
+    streamed._folder, streamed._compute_dtype, streamed._device = folder, compute_dtype, device
     model.requires_grad_(False).eval()
+
+
+def computed_by(model: Any) -> dict[str, str]:
+    """Return what a streamed model's numbers depend on beside its weights, for the description of a state."""
+    found = {"dtype": str(model.dtype).removeprefix("torch.")}
+    # Left out for the processor, as in states that are older than devices.
+    return found if model.device.type == "cpu" else {**found, "device": model.device.type}
 
 
 def first_line(error: BaseException) -> str:

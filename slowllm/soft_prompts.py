@@ -62,10 +62,11 @@ class SoftPrompt:
         return () if self.embeddings is None else tuple(range(-1, -len(self.embeddings) - 1, -1))
 
     def embed(self, model: Any, ids: Tensor) -> Tensor:
-        """Return the embeddings (B, T, H) of ids (B, T), virtual ones among them."""
+        """Return the embeddings (B, T, H) of ids (B, T), virtual ones among them, on the model's device."""
         assert self.embeddings is not None, "a prefix has no embeddings"
         text: Tensor = model.get_input_embeddings()(ids.clamp(min=0))
-        virtual = F.embedding((-1 - ids).clamp(min=0), self.embeddings.to(text.dtype))
+        ids = ids.to(text.device)
+        virtual = F.embedding((-1 - ids).clamp(min=0), self.embeddings.to(text.device, text.dtype))
         return torch.where(ids[..., None] < 0, virtual, text)
 
     @contextlib.contextmanager
@@ -182,7 +183,8 @@ class _Adder:
             return None
         vector = vector[adding.start : adding.start + adding.width]
         length = len(vector)
-        changed = torch.cat([hidden[:, :length] + vector.to(hidden.dtype), hidden[:, length:]], 1)
+        vector = vector.to(hidden.device, hidden.dtype)
+        changed = torch.cat([hidden[:, :length] + vector, hidden[:, length:]], 1)
         return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
 

@@ -270,9 +270,11 @@ class Journal:
     def _save(self) -> None:
         leaves, spec = tree_flatten(self._output)
         tensors = {
-            f"output.{i}": leaf.contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
+            f"output.{i}": leaf.cpu().contiguous()
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor)
         }
-        tensors |= {f"sums.{i}": tensor.clone() for i, tensor in enumerate(self._sums)}
+        tensors |= {f"sums.{i}": tensor.cpu().clone() for i, tensor in enumerate(self._sums)}
         assert all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves), (
             "a block returns tensors or None"
         )

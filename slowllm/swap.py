@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from slowllm.errors import UnsupportedError
 from slowllm.spans import Placement
 from slowllm.stops import Stops, Weights
-from slowllm.store import units
+from slowllm.store import on_device, units
 from slowllm.store.codecs import TILE_BYTES, Codec, Parts, Team, codec_of
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,10 @@ class CodedMatrix:
 
     def decode(self, out: Tensor, first: int, last: int) -> None:
         """Write the rows `first` to `last` to `out` (last - first, K), contiguous and of any floating dtype."""
+        if out.device.type != "cpu":
+            parts = self.parts
+            on_device.decode(self.codec.name, parts.arrays, parts.num_rows, parts.width, out, first, last)
+            return
         if out.dtype == torch.bfloat16:
             self.codec.decode(self.parts, out, first, last, self.team)
             return
@@ -157,7 +161,9 @@ class SwappedWeight(Tensor):
         num_bytes = num_elements * self.dtype.itemsize
         room = self.buffer[offset : offset + num_bytes]
         return (
-            room.view(self.dtype) if len(room) == num_bytes else torch.empty(num_elements, dtype=self.dtype)
+            room.view(self.dtype)
+            if len(room) == num_bytes
+            else torch.empty(num_elements, dtype=self.dtype, device=self.device)
         )
 
     def _rows(self, is_transposed: bool) -> tuple[int, int] | None:
@@ -255,6 +261,7 @@ class CastStops:
         placements: of every tensor of a stop.
         dtypes: compute dtype of every tensor, by name.
         buffer_bytes: from `swap_bytes`.
+        devices: where stops hand their weights out; each has buffers of its own.
     """
 
     def __init__(
@@ -263,18 +270,22 @@ class CastStops:
         placements: Sequence[Sequence[Placement]],
         dtypes: Mapping[str, torch.dtype],
         buffer_bytes: tuple[int, int],
+        devices: Sequence[torch.device] = (torch.device("cpu"),),
     ) -> None:
         self.num_stops = stops.num_stops
         self._stops = stops
         self._dtypes = dtypes
         self._coded = {p.name: p for stop in placements for p in stop if p.coding is not None}
         self._team = Team(torch.get_num_threads())
-        if self._coded and not units.IS_COMPILED:
+        if self._coded and not units.IS_COMPILED and torch.device("cpu") in devices:
             log.warning(
                 "numba is not installed, so weights are decoded by numpy, several times slower; "
                 "install it with: pip install 'slowllm[store]'"
             )
-        self._small, self._large = (torch.empty(size, dtype=torch.uint8) for size in buffer_bytes)
+        self._small, self._large = (
+            {device: torch.empty(size, dtype=torch.uint8, device=device) for device in devices}
+            for size in buffer_bytes
+        )
 
     @contextlib.contextmanager
     def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
@@ -290,11 +301,13 @@ class CastStops:
                     weights[name] = tensor
                 elif _is_small(tensor.shape):
                     num_bytes = tensor.numel() * dtype.itemsize
-                    kept = self._small[offset : offset + num_bytes].view(dtype).view(tensor.shape)
+                    kept = (
+                        self._small[tensor.device][offset : offset + num_bytes].view(dtype).view(tensor.shape)
+                    )
                     weights[name] = kept.copy_(tensor)
                     offset += -(-num_bytes // 64) * 64
                 else:
-                    weights[name] = SwappedWeight(tensor, dtype, self._large)
+                    weights[name] = SwappedWeight(tensor, dtype, self._large[tensor.device])
             yield weights
 
     def _coded_weight(self, placement: Placement, stored: Tensor, dtype: torch.dtype) -> SwappedWeight:
@@ -302,7 +315,7 @@ class CastStops:
         parts = Parts.of(stored, placement.coding, placement.shape)
         coded = CodedMatrix(codec_of(placement.coding), parts, self._team)
         shape = torch.empty(placement.shape, dtype=placement.dtype, device="meta")
-        return SwappedWeight(shape, dtype, self._large, coded)
+        return SwappedWeight(shape, dtype, self._large[stored.device], coded)
 
     def close(self) -> None:
         """End the threads that decode."""

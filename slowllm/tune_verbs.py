@@ -12,16 +12,19 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from slowllm.errors import InputError
-from slowllm.options import format_binary, format_bytes, parse_bytes, parse_dtype
+from slowllm.options import format_binary, format_bytes, parse_dtype
 from slowllm.verbs import (
+    DeviceOption,
     DTypeOption,
     ModelOption,
     RamOption,
     ResidentOption,
     StateOption,
     Verbose,
+    VramOption,
     describe,
     log_to_stderr,
+    memory_of,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +55,8 @@ def tune(
     ] = None,
     model: ModelOption = None,
     ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
     dtype: DTypeOption = "auto",
     label: Annotated[
         list[str] | None,
@@ -128,7 +133,7 @@ def tune(
     Use the prompt with --prompt OUT of forward, score, yesno, eval and generate, or in PEFT.
     """
     log_to_stderr(verbose)
-    parse_bytes(ram)
+    memory = memory_of(ram, device, vram)
     parse_dtype(dtype)
     if validation and len(validation) != len(data):
         raise InputError(
@@ -176,8 +181,8 @@ def tune(
         stack.enter_context(_interrupted(folder))
         found = tuning.tune(
             known, dict(zip(names, data, strict=True)), dict(zip(names, validation or [], strict=False)),
-            labels=label or (), recipes=recipes, ram=ram, dtype=dtype, keep_resident=resident, out=folder, state=state,
-            on_open=shown.open, on_record=on_record,
+            labels=label or (), recipes=recipes, ram=memory.ram, device=memory.device, vram=memory.vram, dtype=dtype,
+            keep_resident=resident, out=folder, state=state, on_open=shown.open, on_record=on_record,
         )  # fmt: skip
     for one in found:
         losses = [record["loss"] for record in one.records if "loss" in record]
@@ -218,7 +223,7 @@ class _Shown:
         held = "all that is used fits in memory"
         if plan.ring_bytes:
             num_used = lm.num_stops - len(plan.unused)
-            held = f"{len(plan.resident - plan.unused)} of {num_used} stops stay in memory"
+            held = f"{len(lm.resident - plan.unused)} of {num_used} stops stay in memory"
         if job.turns:
             times = max(1, forecast.num_sweeps)
             about = ""

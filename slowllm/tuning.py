@@ -50,6 +50,7 @@ from slowllm.plan import Budget
 from slowllm.prompt_files import check_folder, save_prompt
 from slowllm.recipes import Recipe, Trial, make_trials, restored_start
 from slowllm.riders import Reach, Sized
+from slowllm.skeleton import computed_by
 from slowllm.soft_prompts import SoftPrompt
 from slowllm.state import State, read_job
 from slowllm.trunk import Trunk
@@ -100,6 +101,8 @@ def tune(
     labels: Sequence[str] = (),
     recipes: Recipe | Sequence[Recipe] | None = None,
     ram: str | int = "16GiB",
+    device: str = "cpu",
+    vram: str | int | None = None,
     dtype: str = "auto",
     keep_resident: bool = True,
     out: str | os.PathLike[str] | None = None,
@@ -118,6 +121,8 @@ def tune(
         labels: words of which one follows each example, where they do.
         recipes: one for each trial; by default one, of `settings`.
         ram: budget for the whole process, such as ``16GiB``.
+        device: where blocks are computed; see `load`. Prompts and their optimizer stay on the processor.
+        vram: budget on each GPU; see `load`.
         dtype: compute dtype; see `load`. Prompts are always float32.
         keep_resident: whether stops that fit the budget stay in memory.
         out: folder for the prompts, and a folder in it for each trial where there are several.
@@ -138,7 +143,7 @@ def tune(
     longest_prompt = max(recipe.num_tokens for recipe in chosen)
     tasks = make_tasks(known, data, validation, labels, longest_prompt)
     return tune_tasks(
-        known, tasks, chosen, ram=ram, dtype=dtype, keep_resident=keep_resident, out=out, state=state,
+        known, tasks, chosen, ram=ram, device=device, vram=vram, dtype=dtype, keep_resident=keep_resident, out=out, state=state,
         on_open=on_open, on_record=on_record,
     )  # fmt: skip
 
@@ -149,6 +154,8 @@ def tune_tasks(
     recipes: Sequence[Recipe],
     *,
     ram: str | int = "16GiB",
+    device: str = "cpu",
+    vram: str | int | None = None,
     dtype: str = "auto",
     keep_resident: bool = True,
     out: str | os.PathLike[str] | None = None,
@@ -175,7 +182,7 @@ def tune_tasks(
     if out is not None and state is not None and Path(out).resolve() == Path(state).resolve():
         raise InputError(f"{out}: cannot be both the folder of the prompt and that of the state; name two")
     session = _Session(
-        known, plans, ram, dtype, keep_resident,
+        known, plans, ram, (device, vram), dtype, keep_resident,
         None if out is None else Path(out).expanduser(), None if state is None else Path(state).expanduser(),
         num_blocks, on_open, on_record,
     )  # fmt: skip
@@ -204,6 +211,7 @@ class _Session:
         known: Description,
         plans: Sequence[tuple[str, Task, Recipe]],
         ram: str | int,
+        device: tuple[str, str | int | None],
         dtype: str,
         keep_resident: bool,
         out: Path | None,
@@ -213,6 +221,7 @@ class _Session:
         on_record: Callable[[Record], Any] | None,
     ) -> None:
         self.known, self.plans, self.ram, self.dtype = known, list(plans), parse_bytes(ram), dtype
+        self.device, self.vram = device
         self.keep_resident, self.out, self.folder = keep_resident, out, state
         self.on_open, self.on_record = on_open, on_record
         top = plans[0][2].top
@@ -303,7 +312,7 @@ class _Session:
     def _opened(self, job: Job, what: str, reserved: int) -> Iterator[StreamedLM]:
         used = psutil.Process().memory_info().rss + reserved + self._trial_bytes()
         with load(
-            self.known, ram=Budget(self.ram, used), dtype=self.dtype, keep_resident=self.keep_resident, job=job,
+            self.known, ram=Budget(self.ram, used), device=self.device, vram=self.vram, dtype=self.dtype, keep_resident=self.keep_resident, job=job,
             rates=self.rates, granularity="blocks",
         ) as lm:  # fmt: skip
             self.fingerprint = lm.fingerprint()
@@ -361,7 +370,7 @@ class _Session:
                 "transformers": transformers.__version__,
             },
             "model": self.fingerprint,
-            "dtype": str(lm.model.dtype).removeprefix("torch."),
+            **computed_by(lm.model),
             "trials": [[name, task.digest(), asdict(recipe)] for name, task, recipe in self.plans],
             # That of steps above a trunk is only known when they begin, and kept with them.
             "rider_tokens": None if self.first else self.most,

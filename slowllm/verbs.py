@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slowllm.errors import InputError
+from slowllm.options import parse_bytes, parse_devices
 
 if TYPE_CHECKING:
     from slowllm.model import Description
@@ -22,6 +24,21 @@ ModelOption = Annotated[
     ),
 ]
 RamOption = Annotated[str, typer.Option("--ram", help="Memory budget of the whole process.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where blocks are computed: cpu, cuda, cuda:1, or several that take turns, as in cuda:0,cuda:1.",
+    ),
+]
+VramOption = Annotated[
+    str | None,
+    typer.Option(
+        "--vram",
+        help="Memory budget on each GPU.",
+        show_default="what is free there, less a reserve",
+    ),
+]
 DTypeOption = Annotated[str, typer.Option("--dtype", help="Compute dtype: auto, bf16, fp32 or fp16.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write JSON lines to this file.")]
 ResidentOption = Annotated[
@@ -42,6 +59,25 @@ StateOption = Annotated[
         "--state", help="Keep what is done in this folder: the same command goes on after a crash or kill."
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where a model is computed, and the memory that it may take; from `memory_of`."""
+
+    ram: str
+    device: str = "cpu"
+    vram: str | None = None
+
+
+def memory_of(ram: str, device: str, vram: str | None) -> Memory:
+    """Return the options together, once it is known that each can be read and that they go together."""
+    parse_bytes(ram)
+    if vram is not None:
+        parse_bytes(vram)
+    if parse_devices(device) == ("cpu",) and vram is not None:
+        raise InputError("--vram is for a GPU; name one with --device cuda, or leave it out")
+    return Memory(ram, device, vram)
 
 
 def checked_output(out: Path, file: str) -> Path:

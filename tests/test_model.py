@@ -569,7 +569,7 @@ def test_a_budget_too_small_names_the_smallest_that_does() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"device": "cuda"}, "device 'cuda' is not supported"),
+        ({"device": "mps"}, "device 'mps' is unknown; use cpu, cuda, cuda:1"),
         ({"dtype": "int3"}, "dtype 'int3' is unknown"),
         ({"ram": "lots"}, "'lots' is not a size"),
     ],

@@ -460,8 +460,12 @@ def test_options_that_cannot_be_are_refused() -> None:
         parse_dtype("int8")
     with pytest.raises(InputError, match=r"dtype 'bf16' is unknown"):
         Options(dtype="bf16")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"device 'cuda' is not supported yet; use device='cpu'"):
-        Options(device="cuda")
+    with pytest.raises(InputError, match=r"device 'gpu' is unknown; use cpu, cuda, cuda:1, or several"):
+        Options(device="gpu")
+    with pytest.raises(InputError, match=r"device 'cuda,cuda:0' names a device twice"):
+        Options(device="cuda,cuda:0")
+    with pytest.raises(InputError, match=r"a vram budget is for a GPU; name one with device='cuda'"):
+        Options(vram_bytes=1)
 
 
 # Steps of tuning, which go up and down

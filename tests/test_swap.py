@@ -43,8 +43,8 @@ def cast_stops(stops: Sequence[Mapping[str, Tensor]], dtypes: Mapping[str, torch
     sizes = swap_bytes([placements_of(stop) for stop in stops], dtypes)
     cast = CastStops(InMemory(stops), [placements_of(stop) for stop in stops], dtypes, sizes)
     # What was left there by somebody else shows as NaN.
-    cast._small.fill_(0xFF)
-    cast._large.fill_(0xFF)
+    cast._small[torch.device("cpu")].fill_(0xFF)
+    cast._large[torch.device("cpu")].fill_(0xFF)
     return cast
 
 
@@ -90,9 +90,8 @@ def test_every_weight_equals_its_cast_and_the_buffers_suffice(stops: Any, visits
                     continue
                 inner = weight.cast() if isinstance(weight, SwappedWeight) else weight
                 assert torch.equal(inner, source.to(dtypes[name]))
-                assert not inner.numel() or is_inside(
-                    inner, cast._large if isinstance(weight, SwappedWeight) else cast._small
-                )
+                buffers = cast._large if isinstance(weight, SwappedWeight) else cast._small
+                assert not inner.numel() or is_inside(inner, buffers[torch.device("cpu")])
 
 
 def test_the_buffers_are_no_larger_than_a_stop_needs() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slowllm.errors import StoreError
 from slowllm.spans import TORCH_DTYPES, Coding
-from slowllm.store import units
+from slowllm.store import on_device, units
 from slowllm.store.units import CHUNK, STEP
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Parts:
             arrays[part.name] = (
                 stored[part.offset : part.offset + num_bytes].view(dtype).view(part.shape)
                 if num_bytes
-                else torch.empty(part.shape, dtype=dtype)
+                else torch.empty(part.shape, dtype=dtype, device=stored.device)
             )
         return cls(arrays, math.prod(shape[:-1]), shape[-1])
 
@@ -275,8 +275,6 @@ class Int8:
     def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
         """See `Codec.multiply`."""
         codes, scales = (parts.arrays[name][first:last] for name in ("codes", "scales"))
-        if x.is_cuda:
-            codes, scales = codes.to(x.device), scales.to(x.device)
         is_outlier = x.abs() >= OUTLIER
         columns = is_outlier.any(0).nonzero()[:, 0]
         if len(columns) > parts.width // 8:  # so many that decoding costs less
@@ -305,10 +303,8 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _integer_product(x: Tensor, codes: Tensor, dtype: torch.dtype, team: Team) -> Tensor:
     """Return the float32 product (M, R) of int8 matrices (M, K) and (R, K); few rows are multiplied in `dtype`."""
-    if x.is_cuda:
-        # cuBLAS wants at least 17 rows.
-        padded = F.pad(x, (0, 0, 0, max(0, 17 - len(x))))
-        return torch._int_mm(padded, codes.T)[: len(x)].float()
+    if x.device.type != "cpu":
+        return on_device.int8_product(x, codes)
     if len(x) >= MIN_INTEGER_ROWS and _has_integer_products():
         return torch._int_mm(x, codes.T).float()
     from slowllm.store import kernels
@@ -422,7 +418,7 @@ class Int4:
 
     def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
         """See `Codec.multiply`: few rows with tiles that are decoded in the cache."""
-        if x.is_cuda or x.dtype != torch.bfloat16 or len(x) >= MIN_INTEGER_ROWS:
+        if x.device.type != "cpu" or x.dtype != torch.bfloat16 or len(x) >= MIN_INTEGER_ROWS:
             return None
         tile = max(1, TILE_BYTES // (2 * parts.width))
         buffer = torch.empty(min(tile, last - first), parts.width, dtype=torch.bfloat16)
