@@ -14,13 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from slowllm.buffers import PAGE
 from slowllm.checkpoint import open_shard, refuse_short
 from slowllm.spans import Span
 
 log = logging.getLogger(__name__)
-
-# Offset, length and address of a direct read must be multiples of the logical block size, at most a page.
-PAGE = 4096
 
 
 class Files:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import mmap
 import os
 import threading
 import time
@@ -23,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slowllm.buffers import PAGE, Buffer
 from slowllm.checkpoint import Checkpoint
-from slowllm.direct import PAGE, Files
-from slowllm.errors import PlanError, RideError
+from slowllm.direct import Files
+from slowllm.errors import RideError
 from slowllm.spans import Placement, Run, Span
 from slowllm.stops import Weights
 
@@ -121,39 +121,11 @@ class _Slot:
         return not (self.unplaced or self.requests or self.num_in_flight)
 
 
-# What Python's mmap does not name: fault every page in now, with one call (Linux 5.14).
-MADV_POPULATE_WRITE = 23
-
-
-class _Buffer:
-    """Anonymous memory, aligned to a page, in huge pages where the kernel has them, and all there at once.
-
-    Raises:
-        PlanError: this machine has not that much.
-    """
-
-    def __init__(self, num_bytes: int) -> None:
-        try:
-            memory = mmap.mmap(-1, max(_up(num_bytes), PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise PlanError(f"this machine has no {num_bytes:,} bytes left ({error.strerror})") from error
-        with contextlib.suppress(OSError, AttributeError):  # not every kernel has huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        # One call costs half of what the faults of the first reads would (0.1 and 0.2 core-seconds a GB).
-        with contextlib.suppress(OSError):
-            memory.madvise(MADV_POPULATE_WRITE)
-        self.bytes = np.frombuffer(memory, dtype=np.uint8)
-
-    def release(self) -> None:
-        """Give the memory back, once nobody has a view of it."""
-        self.bytes = np.empty(0, dtype=np.uint8)
-
-
 class _Ring:
     """Allocate extents of one buffer in a circle, first in, first out."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.buffer = _Buffer(num_bytes)
+        self.buffer = Buffer(num_bytes)
         self.num_bytes = num_bytes
         self.extents: deque[tuple[int, int, _Slot]] = deque()
 
@@ -214,7 +186,7 @@ class Reader:
         self._ring = _Ring(ring_bytes)
         kept_bytes = [self._stop_bytes[index] for index in sorted(resident)]
         self._homes = dict(zip(sorted(resident), itertools.accumulate(kept_bytes, initial=0), strict=False))
-        self._kept = _Buffer(sum(kept_bytes))
+        self._kept = Buffer(sum(kept_bytes))
         self._slots: dict[int, _Slot] = {}
         self._wanted: list[int] = []
         self._upcoming: list[int] = []
@@ -496,7 +468,7 @@ class Reader:
     def _work(self) -> None:
         try:
             # A request that begins inside a page and ends inside another touches a page more at either end.
-            bounce = _Buffer(self._request_bytes + 2 * PAGE).bytes
+            bounce = Buffer(self._request_bytes + 2 * PAGE).bytes
             while (request := self._wait_for_request()) is not None:
                 error: BaseException | None = None
                 try:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from slowllm.buffers import Buffer
 from slowllm.errors import UnsupportedError
 from slowllm.spans import Placement
 from slowllm.stops import Stops, Weights
@@ -253,6 +254,13 @@ def _product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tenso
     return found.view(*x.shape[:-1], -1)
 
 
+def _room_on(device: torch.device, num_bytes: int) -> Tensor:
+    """Return uint8 memory; on the CPU all there at once, or the first matrices would wait for it page by page."""
+    if device.type != "cpu":
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    return torch.from_numpy(Buffer(num_bytes).bytes[:num_bytes])
+
+
 class CastStops:
     """Stops whose weights are in the compute dtype. Owns the threads that decode; close it.
 
@@ -283,8 +291,7 @@ class CastStops:
                 "install it with: pip install 'slowllm[store]'"
             )
         self._small, self._large = (
-            {device: torch.empty(size, dtype=torch.uint8, device=device) for device in devices}
-            for size in buffer_bytes
+            {device: _room_on(device, size) for device in devices} for size in buffer_bytes
         )
 
     @contextlib.contextmanager

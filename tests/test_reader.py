@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slowllm import reader as reader_module
+from slowllm.buffers import PAGE
 from slowllm.checkpoint import Checkpoint, read_header
-from slowllm.direct import PAGE
 from slowllm.errors import CheckpointError, PlanError, RideError
 from slowllm.reader import MappedStops, Reader, ring_bytes_of, smallest_ring
 from slowllm.spans import Placement, Run, Span
@@ -742,14 +742,14 @@ def test_memory_that_the_machine_has_not_is_refused_at_once(files: list[Path]) -
 def test_no_memory_for_a_bounce_buffer_is_told_to_the_visitor(
     files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = reader_module._Buffer
+    true = reader_module.Buffer
 
     def small(num_bytes: int) -> Any:
         if threading.current_thread() is not threading.main_thread():
             raise PlanError("no memory")
         return true(num_bytes)
 
-    monkeypatch.setattr(reader_module, "_Buffer", small)
+    monkeypatch.setattr(reader_module, "Buffer", small)
     with closing(Reader(in_three_files(files), ring_bytes=PAGE, resident=frozenset([0, 1, 2]))) as reader:
         for _ in range(2):
             with pytest.raises(PlanError, match="no memory"), reader.visit(0):

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "slowllm"
 # From the ground up: a room may import from those before it, never from those after it.
 ROOMS = [
-    "errors", "options", "heap", "dice", "lanes", "stops", "spans", "checkpoint", "naming", "state", "direct", "reader", "forecast", "plan", "device_plan", "store.units", "store.kernels", "store.on_device", "store.codecs", "store.manifest", "store.pickles", "store.encode", "store.verify", "swap", "devices", "riders", "carousel", "blocks", "head", "losses",
+    "errors", "options", "heap", "buffers", "dice", "lanes", "stops", "spans", "checkpoint", "naming", "state", "direct", "reader", "forecast", "plan", "device_plan", "store.units", "store.kernels", "store.on_device", "store.codecs", "store.manifest", "store.pickles", "store.encode", "store.verify", "swap", "devices", "riders", "carousel", "blocks", "head", "losses",
     "sharing", "soft_prompts", "prompt_files", "layout", "skeleton", "filling", "placing", "model", "measure", "packing", "scoring", "corpus", "examples", "recipes", "trunk", "lessons", "tuning",
     "choices", "prompts", "generation", "trees", "drafts", "api", "batch_requests", "batch", "tasks", "console", "harness", "chat", "hub", "download", "store.convert", "verbs", "store_verbs", "score_verbs", "eval_verbs",
     "generate_verbs", "batch_verbs", "tune_verbs", "cli", "__main__",

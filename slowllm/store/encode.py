@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from slowllm.direct import PAGE
+from slowllm.buffers import PAGE
 from slowllm.errors import StoreError
 from slowllm.reader import Reader, smallest_ring
 from slowllm.spans import TORCH_DTYPES, Placement, take_rows
