@@ -7,10 +7,11 @@ matrix is seen as rows: of three dimensions (experts) the first two are one.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -27,8 +28,8 @@ from slowllm.store.units import CHUNK, STEP
 
 log = logging.getLogger(__name__)
 
-# Where a codec decodes before it multiplies, it does so in tiles that stay in the processor's cache.
-TILE_BYTES = 8 << 20
+# Where a codec decodes before it multiplies, each thread does so in tiles that stay in the processor's cache.
+TILE_BYTES = 4 << 20
 TILE_COLUMNS = 4096
 # Activations this large are multiplied in 16 bit (Dettmers et al., LLM.int8(), 2022, section 3.2).
 OUTLIER = 6.0
@@ -37,29 +38,39 @@ MIN_INTEGER_ROWS = 48
 
 
 class Team:
-    """Threads that share a loop over rows with whoever calls. Owned by who makes it; close it.
+    """Threads that share a loop over rows, each with a processor to itself. Owned by who makes it; close it.
 
     Args:
-        num_threads: in all, the caller among them.
+        num_threads: of the team.
     """
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = max(1, num_threads)
-        # numba's and numpy's loops let each other run; torch's own threads stay torch's.
-        self._pool = ThreadPoolExecutor(max(1, self.num_threads - 1), thread_name_prefix="slowllm-decode")
+        self._pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="slowllm-decode")
+        # A product of one of these threads must not wait for torch's threads, which wait for more work on the same
+        # processors. The number is the thread's own, but for threads that are still to come: hence the second call.
+        before = torch.get_num_threads()
+        together = threading.Barrier(self.num_threads)
+        for ready in [self._pool.submit(_work_alone, together) for _ in range(self.num_threads)]:
+            ready.result()
+        torch.set_num_threads(before)
 
     def share(self, work: Callable[[int, int], object], first: int, last: int) -> None:
         """Call `work` for parts of the range that cover it once, on all threads."""
         parts = min(self.num_threads, max(1, last - first))
         cuts = [first + (last - first) * number // parts for number in range(parts + 1)]
-        others = [self._pool.submit(work, cuts[n], cuts[n + 1]) for n in range(1, parts)]
-        work(cuts[0], cuts[1])
-        for other in others:
-            other.result()
+        for one in [self._pool.submit(work, *pair) for pair in itertools.pairwise(cuts)]:
+            one.result()
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False)
+
+
+def _work_alone(together: threading.Barrier) -> None:
+    torch.get_num_threads()  # a thread's first product would set the number again
+    torch.set_num_threads(1)
+    together.wait()
 
 
 @dataclass(frozen=True)
@@ -283,14 +294,53 @@ class Int8:
         small, factors = quantise_rows(inner)
         outer = torch.where(is_outlier[:, columns], x[:, columns], 0.0).float()
         found = x.new_empty(len(x), last - first)
-        # In tiles, so that the sums of 32 bits stay near the processor until they are scaled.
-        for begin in range(0, last - first, TILE_COLUMNS):
-            tile = slice(begin, min(begin + TILE_COLUMNS, last - first))
-            y = _integer_product(small, codes[tile], x.dtype, team).mul_(factors[:, None]).mul_(scales[tile])
+
+        def finish(tile: slice, sums: Tensor) -> None:
+            y = sums.mul_(factors[:, None]).mul_(scales[tile])
             if len(columns):
                 y += outer @ (codes[tile, columns].float() * scales[tile, None]).T
             found[:, tile] = y
+
+        if x.device.type != "cpu":
+            finish(slice(0, last - first), on_device.int8_product(small, codes))
+        elif len(x) >= MIN_INTEGER_ROWS and _has_integer_products():
+            # In tiles, so that the sums of 32 bits stay near the processor until they are scaled.
+            for begin in range(0, last - first, TILE_COLUMNS):
+                tile = slice(begin, min(begin + TILE_COLUMNS, last - first))
+                finish(tile, torch._int_mm(small, codes[tile].T).float())
+        else:
+            _multiply_tiles(small.to(x.dtype), codes, finish, team)
         return found
+
+
+def _multiply_tiles(x: Tensor, codes: Tensor, finish: Callable[[slice, Tensor], None], team: Team) -> None:
+    """Multiply a few rows of integers with a matrix (R, K) of them, in the dtype of `x`, which holds both exactly.
+
+    Only the sums are rounded to it, as the result will be.
+    """
+    from slowllm.store import kernels
+
+    ones = np.ones(len(codes), np.float32)
+
+    def work(low: int, high: int) -> None:
+        for tile, buffer in _tiles(low, high, codes.shape[1], x.dtype):
+            if x.dtype == torch.bfloat16:  # torch's own cast is ten times slower on some processors
+                own = codes[tile].numpy()
+                kernels.int8_rows(own, ones[tile], _bits(buffer), 0, len(own))
+            else:
+                buffer.copy_(codes[tile])
+            finish(tile, F.linear(x, buffer).float())
+
+    team.share(work, 0, len(codes))
+
+
+def _tiles(low: int, high: int, width: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield ranges of rows, each with room for it that stays in the cache."""
+    rows = max(1, TILE_BYTES // (dtype.itemsize * width))
+    room = torch.empty(min(rows, high - low), width, dtype=dtype)
+    for begin in range(low, high, rows):
+        end = min(begin + rows, high)
+        yield slice(begin, end), room[: end - begin]
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,31 +349,6 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     scales = values.abs().amax(1) / 127
     codes = (values / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_().clamp_(-127, 127)
     return codes.to(torch.int8), scales
-
-
-def _integer_product(x: Tensor, codes: Tensor, dtype: torch.dtype, team: Team) -> Tensor:
-    """Return the float32 product (M, R) of int8 matrices (M, K) and (R, K); few rows are multiplied in `dtype`."""
-    if x.device.type != "cpu":
-        return on_device.int8_product(x, codes)
-    if len(x) >= MIN_INTEGER_ROWS and _has_integer_products():
-        return torch._int_mm(x, codes.T).float()
-    from slowllm.store import kernels
-
-    # bf16 holds the same numbers exactly; only the sums are rounded to it, as the result will be.
-    tile = max(1, TILE_BYTES // (dtype.itemsize * codes.shape[1]))
-    few = x.to(dtype)
-    buffer = torch.empty(min(tile, len(codes)), codes.shape[1], dtype=dtype)
-    found = torch.empty(len(x), len(codes), dtype=torch.float32)
-    ones = np.ones(len(buffer), np.float32)
-    for begin in range(0, len(codes), tile):
-        part = codes[begin : begin + tile]
-        if dtype == torch.bfloat16:  # torch's own cast is ten times slower on some processors
-            own, bits = part.numpy(), _bits(buffer)
-            team.share(functools.partial(kernels.int8_rows, own, ones, bits), 0, len(part))
-        else:
-            buffer[: len(part)] = part
-        found[:, begin : begin + tile] = F.linear(few, buffer[: len(part)])
-    return found
 
 
 def _has_integer_products() -> bool:
@@ -409,25 +434,32 @@ class Int4:
 
     def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
         """See `Codec.decode`."""
-        from slowllm.store import kernels
 
-        codes = parts.arrays["codes"][first:last].numpy()
-        scales, lows = (parts.arrays[name][first:last].float().numpy() for name in ("scales", "lows"))
-        bits = _bits(out)
-        team.share(lambda low, high: kernels.int4_rows(codes, scales, lows, bits, low, high), 0, last - first)
+        def work(low: int, high: int) -> None:
+            self._decode_rows(parts, out[low - first : high - first], low, high)
+
+        team.share(work, first, last)
 
     def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
         """See `Codec.multiply`: few rows with tiles that are decoded in the cache."""
         if x.device.type != "cpu" or x.dtype != torch.bfloat16 or len(x) >= MIN_INTEGER_ROWS:
             return None
-        tile = max(1, TILE_BYTES // (2 * parts.width))
-        buffer = torch.empty(min(tile, last - first), parts.width, dtype=torch.bfloat16)
         found = x.new_empty(len(x), last - first)
-        for begin in range(first, last, tile):
-            end = min(begin + tile, last)
-            self.decode(parts, buffer[: end - begin], begin, end, team)
-            found[:, begin - first : end - first] = F.linear(x, buffer[: end - begin])
+
+        def work(low: int, high: int) -> None:
+            for tile, buffer in _tiles(low, high, parts.width, x.dtype):
+                self._decode_rows(parts, buffer, tile.start, tile.stop)
+                found[:, tile.start - first : tile.stop - first] = F.linear(x, buffer)
+
+        team.share(work, first, last)
         return found
+
+    def _decode_rows(self, parts: Parts, out: Tensor, first: int, last: int) -> None:
+        from slowllm.store import kernels
+
+        codes = parts.arrays["codes"][first:last].numpy()
+        scales, lows = (parts.arrays[name][first:last].float().numpy() for name in ("scales", "lows"))
+        kernels.int4_rows(codes, scales, lows, _bits(out), 0, last - first)
 
 
 def _bits(out: Tensor) -> np.ndarray:
