@@ -153,6 +153,12 @@ def test_without_numba_the_bits_are_the_same() -> None:
     kernels.int8_rows(found["codes"], found["scales"], one, 0, 70)
     kernels._int8_rows_plain(found["codes"], found["scales"], other, 0, 70)
     assert (one == other).all()
+    kernels.int8_codes(found["codes"], one)
+    kernels._int8_codes_plain(found["codes"], other)
+    assert (one == other).all()
+    assert (
+        torch.from_numpy(one.view(np.int16)).view(torch.bfloat16) == torch.from_numpy(found["codes"])
+    ).all()
     data, coding = stored("int4", matrix)
     parts = Parts.of(data, coding, (70, 1000)).arrays
     given = [parts["codes"].numpy(), parts["scales"].float().numpy(), parts["lows"].float().numpy()]

@@ -320,13 +320,10 @@ def _multiply_tiles(x: Tensor, codes: Tensor, finish: Callable[[slice, Tensor], 
     """
     from slowllm.store import kernels
 
-    ones = np.ones(len(codes), np.float32)
-
     def work(low: int, high: int) -> None:
         for tile, buffer in _tiles(low, high, codes.shape[1], x.dtype):
             if x.dtype == torch.bfloat16:  # torch's own cast is ten times slower on some processors
-                own = codes[tile].numpy()
-                kernels.int8_rows(own, ones[tile], _bits(buffer), 0, len(own))
+                kernels.int8_codes(codes[tile].numpy(), _bits(buffer))
             else:
                 buffer.copy_(codes[tile])
             finish(tile, F.linear(x, buffer).float())

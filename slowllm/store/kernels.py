@@ -244,29 +244,41 @@ Args:
 """
 
 
-def _dot(a: np.ndarray, b: np.ndarray) -> np.int32:
-    total = np.int32(0)
-    for k in range(len(a)):
-        total += np.int32(np.int32(a[k]) * np.int32(b[k]))
-    return total
+def _to_float(codes: np.ndarray, row: np.ndarray) -> None:
+    for i in range(len(row)):
+        row[i] = np.float32(codes[i])
 
 
-_dot_rows = _compiled(_dot)
+_to_float_row = _compiled(_to_float)
 
 
-def _int8_dots(x: np.ndarray, codes: np.ndarray, out: np.ndarray, first: int, last: int) -> None:
-    for row in range(first, last):
-        for number in range(len(x)):
-            out[number, row] = _dot_rows(x[number], codes[row])
+def _cut(values: np.ndarray, out: np.ndarray) -> None:
+    for i in range(len(out)):
+        out[i] = np.uint16(values[i] >> _16)
 
 
-int8_dots = _compiled(_int8_dots)
-"""Multiply a few rows of 8-bit numbers with the rows `first` to `last` of a matrix; only where `IS_COMPILED`.
+_cut_row = _compiled(_cut)
+
+
+def _int8_codes(codes: np.ndarray, out: np.ndarray) -> None:
+    row = np.empty(out.shape[1], np.float32)
+    bits = row.view(np.uint32)
+    for number in range(len(codes)):
+        _to_float_row(codes[number], row)
+        _cut_row(bits, out[number])
+
+
+def _int8_codes_plain(codes: np.ndarray, out: np.ndarray) -> None:
+    for number in range(len(codes)):
+        out[number] = codes[number].astype(np.float32).view(np.uint32) >> _16
+
+
+int8_codes = _compiled(_int8_codes, _int8_codes_plain)
+"""Write integers of 8 bits as bf16, which has them all: nothing is rounded, so half of the number is cut off.
 
 Args:
-    x: (M, K) int8.
     codes: (R, K) int8.
-    out: (M, R) int32.
+    out: (R, K) uint16, bits of bf16 numbers.
 """
 
 
