@@ -47,6 +47,9 @@ class Lane(Protocol):
     def total_bytes(self) -> int:
         """Return the size of the device's memory."""
 
+    def multiplies_integers(self) -> bool:
+        """Return whether the device has products of 8-bit integers."""
+
     def allocate(self, num_bytes: int) -> Tensor:
         """Return (num_bytes,) uint8 on the device.
 
@@ -89,6 +92,10 @@ class HostLane:
         """See `Lane`."""
         return self._num_bytes
 
+    def multiplies_integers(self) -> bool:
+        """See `Lane`."""
+        return True
+
     def allocate(self, num_bytes: int) -> Tensor:
         """See `Lane`."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
@@ -125,6 +132,10 @@ class CudaLane:
         self.device = device
         self._stream = torch.cuda.Stream(device)
         self.generator = torch.cuda.default_generators[device.index]
+
+    def multiplies_integers(self) -> bool:
+        """See `Lane`; cuBLAS has them from compute capability 7.5 on."""
+        return bool(torch.cuda.get_device_capability(self.device) >= (7, 5))
 
     def free_bytes(self) -> int:
         """See `Lane`; what torch holds of it unused counts as free."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from slowllm.blocks import Home
 from slowllm.device_plan import DeviceBudget, DevicePlan, device_rates, plan_devices, plan_host
 from slowllm.devices import DeviceStops
+from slowllm.errors import InputError
 from slowllm.forecast import Job, Rates, Sizes
 from slowllm.lanes import Lane, PinnedMemory, allowed_bytes
 from slowllm.layout import Layout, block_numbers
@@ -49,6 +50,7 @@ def make_plans(
         InputError: more is allowed than a device has.
         PlanError: one of the budgets is too small.
     """
+    check_codecs(layouts[0], lanes)
     rates = device_rates(rates)
     budgets = [DeviceBudget(str(lane.device), allowed_bytes(lane, options.vram_bytes)) for lane in lanes]
     devices = plan_devices(
@@ -67,6 +69,21 @@ def make_plans(
         len(plan.resident),
     )  # fmt: skip
     return plan, devices
+
+
+def check_codecs(layout: Layout, lanes: Sequence[Lane]) -> None:
+    """See that every device can multiply what is stored.
+
+    Raises:
+        InputError: one cannot.
+    """
+    codecs = {p.coding.codec for stop in layout.stops for p in stop if p.coding is not None}
+    for lane in lanes if "int8" in codecs else ():
+        if not lane.multiplies_integers():
+            raise InputError(
+                f"{lane.device} has no products of 8-bit integers, which an int8 store needs; use --device cpu, or a "
+                "lossless or int4 store"
+            )
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,15 @@ def convert(
                 )
             tell(progress.done_bytes, progress.source_bytes)
 
-        done = make(
-            find_folder(model), out, store=store, workers=workers, rank=rank, world_size=world_size,
-            on_progress=on_progress,
-        )  # fmt: skip
+        folder = find_folder(model)
+        try:
+            done = make(
+                folder, out, store=store, workers=workers, rank=rank, world_size=world_size,
+                name=None if folder.name == Path(model).name else model, on_progress=on_progress,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print("slowllm: interrupted; the same command goes on where it stopped", file=sys.stderr)
+            raise
     seconds = time.perf_counter() - started
     if done.manifest is None:
         print(

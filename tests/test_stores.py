@@ -23,6 +23,7 @@ import slowllm
 from slowllm import cli, layout
 from slowllm.checkpoint import read_header
 from slowllm.errors import CheckpointError, InputError, StoreError
+from slowllm.lanes import HostLane
 from slowllm.options import MIB
 from slowllm.store import convert as making
 from slowllm.store import manifest, units
@@ -605,3 +606,19 @@ def test_decoding_without_numba_is_said(
     caplog.clear()
     with slowllm.load(embedded("bf16")):
         assert not caplog.text
+
+
+def test_an_int8_store_on_a_device_without_integer_products_is_one_sentence(
+    embedded: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OldCard(HostLane):
+        def multiplies_integers(self) -> bool:
+            return False
+
+    monkeypatch.setattr("slowllm.model.open_lanes", lambda devices: [OldCard()])
+    with pytest.raises(
+        InputError, match=r"^cpu has no products of 8-bit integers, which an int8 store needs; use"
+    ):
+        slowllm.load(embedded("int8"))
+    with slowllm.load(embedded("int4")) as lm:
+        assert math.isfinite(lm.score(["The value is"])[0].log_likelihood)

@@ -100,6 +100,7 @@ def convert(
     workers: int | None = None,
     rank: int = 0,
     world_size: int = 1,
+    name: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Converted:
     """Write a store of the checkpoint in the folder `source` to the folder `out`.
@@ -111,6 +112,7 @@ def convert(
         workers: processes that encode; by default one for each core.
         rank: which share of the files is done here; the run that ends last writes the manifest.
         world_size: number of shares.
+        name: of the checkpoint, for messages; by default the folder's.
         on_progress: told at the start and after every file.
     Raises:
         CheckpointError: the source cannot be read, or is a store itself.
@@ -135,7 +137,7 @@ def convert(
         job = {
             "format": FORMAT,
             "store": store,
-            "source_name": source.name,
+            "source_name": name or source.name,
             "source_hash": checkpoint.weights_hash(),
         }
         tasks = plan_files(model, placements, out, store, job)
