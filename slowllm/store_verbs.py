@@ -81,6 +81,8 @@ def convert(
             f"share {rank} of {world_size} is done in {console.duration(seconds)}; the store is finished when all are",
             file=sys.stderr,
         )
+    elif done.was_there:
+        print(f"the {store} store of {done.manifest.source_name} is finished already", file=sys.stderr)
     else:
         print(
             f"{store} store of {done.manifest.source_name}: {format_bytes(done.num_bytes)} from "

@@ -203,7 +203,8 @@ def test_a_token_is_multiplied_with_two_of_eight_experts(tmp_path: Path) -> None
         (["--tokens", "13", "--sequences", "2"], "13 are not 2 sequences"),
         (["--case", "many", "--peer", "accelerate"], "many has no peer"),
         (["--case", "many", "--sentence-tokens", "1"], "must be at least 2"),
-        (["--store", "int8"], "invalid choice"),
+        (["--store", "int3"], "invalid choice"),
+        (["--case", "many", "--store", "int8"], "many has no peer and no store"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

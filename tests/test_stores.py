@@ -174,7 +174,7 @@ def test_every_verb_takes_a_store(
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["weight_bytes"] < 6_000_000
         assert run(["yesno", "-", "--model", folder], monkeypatch, "Is it?\n") == 0
         assert run(["verify", folder, "--json"], monkeypatch) == 0
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_files"] == 11
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_files"] == 11 + 3
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, text: str = "") -> int:
@@ -358,6 +358,9 @@ def test_bad_pickles_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     first = "pytorch_model-00001-of-00002.bin"
     refused(lambda p: torch.save({"a": Evil()}, p / first), rf"^{first}: its tensors cannot be read \(")
     assert not Path("/tmp/slowllm-was-run").exists()
+    refused(lambda p: torch.save({}, p / first), rf"^{first}: holds no tensors$")
+    sparse = {"a": torch.eye(3).to_sparse()}
+    refused(lambda p: torch.save(sparse, p / first), rf"^{first}: (a is sparse|its tensors cannot be read)")
     refused(lambda p: torch.save([1], p / first), rf"^{first}: is not a table of tensors by name$")
     transposed = {"a": torch.ones(3, 4).t()}
     refused(
@@ -378,8 +381,8 @@ def test_a_damaged_byte_is_found_in_every_file(embedded: Callable[[str], Path], 
     shutil.copytree(embedded("int8"), store)
     told: list[tuple[int, int]] = []
     good = verify(store, lambda done, total: told.append((done, total)))
-    assert good.num_files == 11
-    assert good.num_bytes == sum(p.stat().st_size for p in store.glob("*.safetensors"))
+    assert good.num_files == 11 + 3  # and the config and the tokenizer
+    assert good.num_bytes == sum(p.stat().st_size for p in store.iterdir() if p.name != MANIFEST)
     assert max(told) == (good.num_bytes, good.num_bytes)
     for path in sorted(store.glob("*.safetensors")):
         data = path.read_bytes()
@@ -394,7 +397,9 @@ def test_a_damaged_byte_is_found_in_every_file(embedded: Callable[[str], Path], 
         with pytest.raises(CheckpointError, match=rf"^{path.name}: .* ends at byte"):
             slowllm.load(store)
         path.write_bytes(data)
-    verify(store)
+    (store / "config.json").write_bytes((store / "config.json").read_bytes() + b" ")
+    with pytest.raises(StoreError, match=r"^config\.json: its [\d,]+ bytes have the hash"):
+        verify(store)
 
 
 def test_a_snapshot_of_the_hub_is_verified_by_its_names(tmp_path: Path) -> None:
@@ -438,6 +443,7 @@ def test_stores_that_cannot_be_used_are_refused(embedded: Callable[[str], Path],
         lambda t: t.update(format=2),
         r"was written by slowllm .* in format 2, but this version reads format 1",
     )
+    refused(lambda t: t.update(files={}), "its manifest is damaged .*it names no files")
     refused(lambda t: t.pop("files"), r"its manifest is damaged \(KeyError")
     refused(lambda t: t["files"][block].pop("sha256"), "its manifest is damaged")
     refused(lambda t: (store / block).unlink(), rf"^{block}: is missing from the store")
@@ -488,11 +494,50 @@ def test_targets_that_hold_something_else_are_refused(tiny: Tiny, tmp_path: Path
     with pytest.raises(InputError, match="lies in the source, or around it"):
         made(source, source / "store", "int8")
     made(source, tmp_path / "store", "int8")
-    made(source, tmp_path / "store", "int8")  # nothing to do
+    assert made(source, tmp_path / "store", "int8").was_there
     with pytest.raises(StoreError, match=r"is a finished int8 store of .*; name another folder"):
         made(source, tmp_path / "store", "int4")
     with pytest.raises(StoreError, match="is a store already; convert the checkpoint that it was made from"):
         made(tmp_path / "store", tmp_path / "again", "int4")
+
+
+def test_a_finished_store_that_lost_a_file_is_not_called_finished(tiny: Tiny, tmp_path: Path) -> None:
+    source, out = tiny("bloom", torch.bfloat16), tmp_path / "out"
+    assert not made(source, out, "int8").was_there
+    (out / "block-00001.safetensors").unlink()
+    with pytest.raises(
+        StoreError, match=r"is missing from the store .*; delete the store and convert the model again"
+    ):
+        made(source, out, "int8")
+
+
+def test_only_bf16_matrices_are_coded_without_loss(tiny: Tiny, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_tiny("llama-2", source, torch.bfloat16, shard="1GB")
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    # Of so few exponents that fp16's bits, taken for bf16's, would not escape.
+    tensors[name] = torch.where(tensors[name] > 0, 0.03, -0.03).half()
+    safetensors.torch.save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    done = made(source, tmp_path / "store", "lossless").manifest
+    assert done is not None
+    stored = done.files["block-00001.safetensors"].tensors
+    assert (stored[name].codec, stored[name].dtype) == (None, "F16")
+    assert torch.equal(passed(tmp_path / "store", dtype="fp32")[0], passed(source, dtype="fp32")[0])
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("store", ["int8", "int4"])
+def test_numbers_that_a_codec_cannot_hold_are_refused(store: str, number: float, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_tiny("llama-2", source, torch.bfloat16, shard="1GB")
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = number
+    safetensors.torch.save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        StoreError, match=rf"up_proj\.weight: has NaN or infinities, which {store} cannot hold"
+    ):
+        made(source, tmp_path / "store", store)
 
 
 @pytest.mark.parametrize("what", ["store", "model"])

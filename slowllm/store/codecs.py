@@ -247,7 +247,7 @@ class Int8:
 
     Products are of 8-bit integers, summed in 32 bits. An activation of 6 or more is an outlier: it stays in 16 bit and
     is multiplied with the decoded column, so that it does not coarsen its row. Which are outliers is said row by
-    row, so that no row's result depends on what else is in the batch.
+    row, so that an outlier coarsens no other row.
     """
 
     name: ClassVar[str] = "int8"
@@ -504,5 +504,5 @@ def check_coding(name: str, coding: Coding, shape: tuple[int, ...]) -> None:
         or not CODECS[coding.codec].has_parts(parts, math.prod(shape[:-1]), shape[-1])
     ):
         raise StoreError(
-            f"{name}: its parts do not make a matrix of shape {list(shape)}; convert the model again"
+            f"{name}: its parts do not make a matrix of shape {list(shape)}; delete the store and convert the model again"
         )

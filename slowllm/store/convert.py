@@ -6,11 +6,15 @@ first moment which job it belongs to, and becomes a store when its manifest is w
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import hashlib
 import json
 import logging
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -80,11 +84,13 @@ class Converted:
         folder: of the store.
         manifest: of the store; None while other processes still have shares to do.
         source_bytes: of the source's tensors.
+        was_there: whether it was finished before.
     """
 
     folder: Path
     manifest: Manifest | None
     source_bytes: int
+    was_there: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -125,7 +131,10 @@ def convert(
         raise InputError(f"rank {rank} is not one of a world of {world_size}; ranks are counted from 0")
     if workers is not None and workers < 1:
         raise InputError(f"{workers} workers do nothing; use at least 1")
-    source, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
+    try:
+        source, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # no such home, links in a circle
+        raise InputError(f"{out}: {getattr(error, 'strerror', None) or error}") from error
     if out == source or source in out.parents or out in source.parents:
         raise InputError(f"{out}: lies in the source, or around it; name another folder")
     with _open_source(source) as checkpoint:
@@ -143,13 +152,14 @@ def convert(
         tasks = plan_files(model, placements, out, store, job)
         _begin(out, job)
         source_bytes = sum(task.source_bytes for task in tasks)
-        if not (out / MANIFEST).is_file():
+        was_there = (out / MANIFEST).is_file()
+        if not was_there:
             _copy_small_files(source, out)
             own = tasks[rank::world_size]
             _check_space(out, own)
             _write_all(own, workers or os.cpu_count() or 1, on_progress)
         exact = _is_exact(store, placements)
-    return Converted(out, _end(out, tasks, job, exact), source_bytes)
+    return Converted(out, _end(out, tasks, job, exact), source_bytes, was_there)
 
 
 def _open_source(folder: Path) -> Checkpoint:
@@ -186,7 +196,7 @@ def plan_files(
     """Return the files of a store: what stands outside the blocks, each block in order of use, and the head."""
     blocks = lay_out(model, placements)
     order = {name: number for number, name in enumerate(in_order_of_use(model, placements))}
-    coded = _coded_names(model, placements, blocks)
+    coded = _coded_names(model, placements, blocks, _FLOATS if store != "lossless" else (torch.bfloat16,))
     codec = None if store == "bf16" else store
     in_blocks = {p.name for stop in blocks.stops[: len(blocks.blocks)] for p in stop}
 
@@ -219,7 +229,10 @@ def plan_files(
 
 
 def _coded_names(
-    model: PreTrainedModel, placements: Mapping[str, Placement], layout: Layout
+    model: PreTrainedModel,
+    placements: Mapping[str, Placement],
+    layout: Layout,
+    dtypes: Sequence[torch.dtype],
 ) -> frozenset[str]:
     """Return the parameters that a codec may take: the linear maps of blocks, and fused experts; no routers."""
     config = model.config.get_text_config()
@@ -237,7 +250,7 @@ def _coded_names(
                 is_router = is_linear and parameter.shape[0] in counts
                 if (is_linear and not is_router) or parameter.dim() == 3:
                     placement = placements[full]
-                    if placement.dtype in _FLOATS and parameter.numel() >= MIN_WEIGHTS:
+                    if placement.dtype in dtypes and parameter.numel() >= MIN_WEIGHTS:
                         found.add(full)
     return frozenset(found)
 
@@ -256,6 +269,9 @@ def _begin(out: Path, job: Mapping[str, Any]) -> None:
                 raise StoreError(
                     f"{out}: is a finished {done.store} store of {done.source_name}; name another folder"
                 )
+            open_checkpoint(
+                out
+            ).close()  # a file that is missing or another's is not mended by saying that all is done
             return
         if not (out / UNFINISHED).is_file():
             if any(not entry.name.startswith(UNFINISHED) for entry in out.iterdir()):
@@ -273,6 +289,8 @@ def _begin(out: Path, job: Mapping[str, Any]) -> None:
         raise StoreError(f"{out}: {error.strerror or error}") from error
     except ValueError as error:
         raise StoreError(f"{out}: its {UNFINISHED} is damaged; empty the folder and begin again") from error
+    if not isinstance(begun, dict):
+        raise StoreError(f"{out}: its {UNFINISHED} is damaged; empty the folder and begin again")
     for key, what in (("format", "format"), ("store", "store"), ("source_hash", "model")):
         if begun.get(key) != job[key]:
             raise StoreError(
@@ -297,10 +315,19 @@ def _copy_small_files(source: Path, out: Path) -> None:
                 raise StoreError(f"{target}: {error.strerror or error}") from error
 
 
+def _hashes_of_small_files(out: Path) -> dict[str, str]:
+    names = [p.relative_to(out).as_posix() for p in sorted(out.rglob("*")) if p.is_file()]
+    small = [n for n in names if any(fnmatchcase(n, p) and n.count("/") == p.count("/") for p in SMALL_FILES)]
+    return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in small}
+
+
 def _check_space(out: Path, tasks: Sequence[FileTask]) -> None:
     needed = sum(task.estimated_bytes for task in tasks if finished(task.path) is None)
     # What a killed run left in part is written anew in its place.
-    there = sum(path.stat().st_size for path in out.glob("*.part"))
+    there = 0
+    for path in out.glob("*.part"):
+        with contextlib.suppress(FileNotFoundError):  # another rank has just finished it
+            there += path.stat().st_size
     free = shutil.disk_usage(out).free + there
     if needed * 1.01 > free:
         raise StoreError(
@@ -345,12 +372,20 @@ def _write_all(
         tell()
 
 
+def _begin_worker(num_threads: int, parent: int) -> None:
+    torch.set_num_threads(num_threads)
+    with contextlib.suppress(OSError, AttributeError):  # Linux has it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody is left to write for
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def _in_processes(tasks: Sequence[FileTask], workers: int) -> Iterator[tuple[FileTask, Future[StoredFile]]]:
     # Not forked: this process has threads by now.
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(
-        workers, context, initializer=torch.set_num_threads, initargs=(threads,)
+        workers, context, initializer=_begin_worker, initargs=(threads, os.getpid())
     ) as pool:
         pending = {pool.submit(write_file, task): task for task in tasks}
         try:
@@ -376,14 +411,19 @@ def _end(out: Path, tasks: Sequence[FileTask], job: Mapping[str, Any], is_exact:
         return None
     manifest = Manifest(
         str(job["store"]), __version__, str(job["source_name"]), str(job["source_hash"]), is_exact,
-        {name: file for name, file in files.items() if file is not None},
+        {name: file for name, file in files.items() if file is not None}, _hashes_of_small_files(out),
     )  # fmt: skip
     partial = out / f"{MANIFEST}.{os.getpid()}.part"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, out / MANIFEST)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(manifest.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, out / MANIFEST)
+    except OSError as error:
+        raise StoreError(
+            f"{out / MANIFEST}: {error.strerror or error}; run the same command again"
+        ) from error
     for path in (out / UNFINISHED, *(record_path(task.path) for task in tasks)):
         path.unlink(missing_ok=True)
     return manifest

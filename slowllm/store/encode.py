@@ -142,6 +142,8 @@ def _alone(partial: Path) -> Iterator[IO[bytes]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StoreError(f"{partial}: another run is writing it") from error
+        if not partial.exists() or not os.path.samestat(partial.stat(), os.fstat(file.fileno())):
+            raise StoreError(f"{partial}: another run has just written it; run the same command again")
         file.truncate(0)
         yield file
 
@@ -241,6 +243,10 @@ class _Writer:
         loose: dict[str, list[Tensor]] = {}
         num_loose = 0
         for piece in pieces:
+            if not (codec.is_exact or bool(piece.isfinite().all())):
+                raise StoreError(
+                    f"{placement.name}: has NaN or infinities, which {codec.name} cannot hold; the source is damaged"
+                )
             found = codec.encode(piece, width)
             if codec.is_exact:
                 _check_exact(placement.name, codec, piece, found)

@@ -77,6 +77,7 @@ class Manifest:
         source_hash: of that checkpoint's weights, as `Checkpoint.weights_hash` has it.
         is_exact: whether every tensor decodes to the bits of the source.
         files: by name.
+        small_files: the hash of each config and tokenizer file, by name.
     """
 
     store: str
@@ -85,6 +86,7 @@ class Manifest:
     source_hash: str
     is_exact: bool
     files: Mapping[str, StoredFile]
+    small_files: Mapping[str, str]
 
     def to_json(self) -> str:
         """Return the text of the manifest's file."""
@@ -120,20 +122,26 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         table = read_json(folder / MANIFEST)
     except CheckpointError as error:
-        raise StoreError(f"{folder}: its manifest is damaged ({error}); convert the model again") from error
+        raise StoreError(
+            f"{folder}: its manifest is damaged ({error}); delete the store and convert the model again"
+        ) from error
     if table.get("format") != FORMAT:
         raise StoreError(
             f"{folder}: was written by slowllm {table.get('slowllm', '?')} in format {table.get('format')!r}, "
-            f"but this version reads format {FORMAT}; update slowllm, or convert the model again"
+            f"but this version reads format {FORMAT}; update slowllm, or delete the store and convert the model again"
         )
     try:
         files = {name: file_from_json(entry) for name, entry in table["files"].items()}
+        if not files:
+            raise ValueError("it names no files")
         return Manifest(
             str(table["store"]), str(table["slowllm"]), str(table["source_name"]), str(table["source_hash"]),
-            table["is_exact"] is True, files,
+            table["is_exact"] is True, files, {str(k): str(v) for k, v in table["small_files"].items()},
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise StoreError(f"{folder}: its manifest is damaged ({error!r}); convert the model again") from error
+        raise StoreError(
+            f"{folder}: its manifest is damaged ({error!r}); delete the store and convert the model again"
+        ) from error
 
 
 def file_from_json(entry: Mapping[str, Any]) -> StoredFile:
@@ -166,8 +174,10 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     spans: dict[str, Span] = {}
     for name, file in manifest.files.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise StoreError(f"{name}: is missing from the store {folder}; convert the model again")
+        if Path(name).name != name or not os.path.isfile(path):
+            raise StoreError(
+                f"{name}: is missing from the store {folder}; delete the store and convert the model again"
+            )
         found = read_header(path)
         if header_sha256(path) != file.header_sha256:
             raise StoreError(

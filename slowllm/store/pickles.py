@@ -42,9 +42,11 @@ def open_pickled(folder: Path) -> Checkpoint:
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{INDEX}: has no weight_map of tensor names to file names")
         names = sorted(set(weight_map.values()))
+        if not names:
+            raise CheckpointError(f"{INDEX}: names no files")
     spans: dict[str, Span] = {}
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if Path(name).name != name or not os.path.isfile(folder / name):
             raise CheckpointError(f"{name}: named by {INDEX} but missing; fetch this file")
         for tensor, span in _read_spans(folder / name).items():
             if tensor in spans:
@@ -68,9 +70,13 @@ def _read_spans(path: Path) -> dict[str, Span]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
     ):
         raise CheckpointError(f"{path.name}: is not a table of tensors by name")
+    if not found:
+        raise CheckpointError(f"{path.name}: holds no tensors")
     stamp = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
     spans = {}
     for name, tensor in found.items():
+        if tensor.layout != torch.strided:
+            raise CheckpointError(f"{path.name}: {name} is sparse, which cannot be streamed")
         begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         if begin is None:
             raise CheckpointError(

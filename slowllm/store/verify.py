@@ -75,10 +75,17 @@ def verify(folder: Path, on_bytes: Callable[[int, int], None] | None = None) -> 
 
 
 def _of_store(folder: Path) -> Iterator[_Known]:
-    for name, file in read_manifest(folder).files.items():
-        if Path(name).name != name or not (folder / name).is_file():
-            raise StoreError(f"{name}: is missing from the store {folder}; convert the model again")
-        yield _Known(folder / name, file.num_bytes, file.sha256)
+    manifest = read_manifest(folder)
+    known = {name: (file.num_bytes, file.sha256) for name, file in manifest.files.items()}
+    for name, (num_bytes, digest) in {
+        **known,
+        **{n: (None, h) for n, h in manifest.small_files.items()},
+    }.items():
+        if ".." in name or name.startswith("/") or not os.path.isfile(folder / name):
+            raise StoreError(
+                f"{name}: is missing from the store {folder}; delete the store and convert the model again"
+            )
+        yield _Known(folder / name, num_bytes, digest)
 
 
 def _of_cache(folder: Path) -> Iterator[_Known]:
@@ -109,5 +116,5 @@ def _check(known: _Known, add: Callable[[int], None], kind: type[CheckpointError
     if found.hexdigest() != known.expected:
         raise kind(
             f"{known.path.name}: its {size:,} bytes have the hash {found.hexdigest()[:16]}... where "
-            f"{known.expected[:16]}... was expected; the file is damaged, fetch or convert it again"
+            f"{known.expected[:16]}... was expected; the file is damaged: fetch it again, or delete the store and convert the model again"
         )
