@@ -151,6 +151,9 @@ class PretendLane:
     def free_bytes(self) -> int:
         return self._num_bytes
 
+    def multiplies_integers(self) -> bool:
+        return True
+
     def total_bytes(self) -> int:
         return self._num_bytes
 
