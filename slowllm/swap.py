@@ -284,7 +284,7 @@ class CastStops:
         self._stops = stops
         self._dtypes = dtypes
         self._coded = {p.name: p for stop in placements for p in stop if p.coding is not None}
-        self._team = Team(torch.get_num_threads())
+        self._team = Team(torch.get_num_threads()) if self._coded else None
         if self._coded and not units.IS_COMPILED and torch.device("cpu") in devices:
             log.warning(
                 "numba is not installed, so weights are decoded by numpy, several times slower; "
@@ -319,6 +319,7 @@ class CastStops:
 
     def _coded_weight(self, placement: Placement, stored: Tensor, dtype: torch.dtype) -> SwappedWeight:
         assert placement.coding is not None, "only coded tensors come here"
+        assert self._team is not None, "made where anything is coded"
         parts = Parts.of(stored, placement.coding, placement.shape)
         coded = CodedMatrix(codec_of(placement.coding), parts, self._team)
         shape = torch.empty(placement.shape, dtype=placement.dtype, device="meta")
@@ -326,4 +327,5 @@ class CastStops:
 
     def close(self) -> None:
         """End the threads that decode."""
-        self._team.close()
+        if self._team is not None:
+            self._team.close()

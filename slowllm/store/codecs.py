@@ -64,7 +64,7 @@ class Team:
 
     def close(self) -> None:
         """End the threads."""
-        self._pool.shutdown(wait=False)
+        self._pool.shutdown(wait=True)
 
 
 def _work_alone(together: threading.Barrier) -> None:
