@@ -113,35 +113,8 @@ def _join_chunks(
                 out[STEP * at + places[escape]] = values[escape]
 
 
-def _join_chunks_plain(
-    signs: np.ndarray,
-    exponents: np.ndarray,
-    bases: np.ndarray,
-    starts: np.ndarray,
-    places: np.ndarray,
-    values: np.ndarray,
-    out: np.ndarray,
-    origin: int,
-    first: int,
-    last: int,
-) -> None:
-    words = CHUNK // STEP
-    whole = out.view(np.uint64)
-    for chunk in range(first, last):
-        begin, end = chunk * words, min((chunk + 1) * words, len(exponents))
-        at = begin - origin * words
-        _join_plain(
-            signs[2 * begin : 2 * end],
-            exponents[begin:end],
-            int(bases[chunk]),
-            whole[4 * at : 4 * (at + end - begin)],
-        )
-        escapes = slice(max(0, int(starts[chunk])), max(0, int(starts[chunk + 1])))
-        inside = places[escapes] < STEP * (end - begin)
-        out[STEP * at :][places[escapes][inside]] = values[escapes][inside]
-
-
-join_chunks = _compiled(_join_chunks, _join_chunks_plain)
+# Few numbers escape, so numpy's way needs no loop of its own here: what it joins are words.
+join_chunks = _compiled(_join_chunks)
 """Decode the chunks `first` to `last` of losslessly coded bf16 numbers.
 
 Args:
