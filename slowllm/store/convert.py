@@ -269,12 +269,13 @@ def _begin(out: Path, job: Mapping[str, Any]) -> None:
                 raise StoreError(
                     f"{out}: is a finished {done.store} store of {done.source_name}; name another folder"
                 )
-            open_checkpoint(
-                out
-            ).close()  # a file that is missing or another's is not mended by saying that all is done
+            # A file that is missing, or another's, is not mended by saying that all is done.
+            open_checkpoint(out).close()
             return
         if not (out / UNFINISHED).is_file():
-            if any(not entry.name.startswith(UNFINISHED) for entry in out.iterdir()):
+            has_strangers = any(not entry.name.startswith(UNFINISHED) for entry in out.iterdir())
+            # Asked again: another rank may have begun between the two looks.
+            if has_strangers and not (out / UNFINISHED).is_file():
                 raise StoreError(f"{out}: is not empty; name a new folder, or empty this one")
             # Several ranks may begin at once; they write the same.
             partial = out / f"{UNFINISHED}.{os.getpid()}.part"
