@@ -37,9 +37,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks import machine, sides
 from benchmarks.make_checkpoint import num_model_blocks
 from benchmarks.sentences import Task, lengths_of
-from slowllm.blocks import find_blocks
+from slowllm.modeling.streamed_block import find_blocks
 from slowllm.options import format_bytes
-from slowllm.store.manifest import STORES
+from slowllm.storage.manifest import STORES
 
 Runs = dict[str, list[dict[str, Any]]]
 

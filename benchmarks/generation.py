@@ -55,15 +55,17 @@ def prompts_of(task: Task, vocab_size: int) -> list[Tensor]:
 
 def run_ours(task: Task) -> dict[str, Any]:
     """Continue all prompts through slowllm."""
-    from slowllm import generation, load, measure
-    from slowllm.model import Description
+    from slowllm import load
+    from slowllm.inference import generation
+    from slowllm.runtime import survey
+    from slowllm.runtime.streamed_lm import Description
 
     known = Description(task.checkpoint)
     settings = generation.Settings(max_new_tokens=task.new_tokens, min_new_tokens=task.new_tokens)
     prompts = [
         generation.Prompt(tuple(ids.tolist()), settings) for ids in prompts_of(task, known.config.vocab_size)
     ]
-    rates = measure.quick_rates(known.folder, "bfloat16")
+    rates = survey.quick_rates(known.folder, "bfloat16")
     job = generation.job_of(known, prompts, rates)
     with load(known, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:
         started = time.perf_counter()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from slowllm.measure import DiskRate, disk_rate
-from slowllm.store.manifest import open_checkpoint
+from slowllm.runtime.survey import DiskRate, disk_rate
+from slowllm.storage.manifest import open_checkpoint
 
 PROBE_BYTES = 2 << 30
 

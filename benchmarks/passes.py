@@ -24,8 +24,8 @@ from torch import Tensor
 
 from benchmarks import sides
 from benchmarks.sentences import Task, last_logits, lengths_of, micro_batches, sentences, tops
-from slowllm.packing import pack
-from slowllm.plan import MAX_RIDER_TOKENS, padding_worth
+from slowllm.inference.prefix_sharing import pack
+from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
 
 # One by one, the peer reads the whole checkpoint for every sentence; so many are timed.
 NUM_ONE_BY_ONE = 2
@@ -36,9 +36,9 @@ NUM_RESIDENT_ROUNDS = 3
 
 def load_ours(task: Task, *, keep_resident: bool | None = None) -> Any:
     """Open the checkpoint with slowllm. Everything that ours is told stands here."""
-    from slowllm.forecast import Job
-    from slowllm.measure import quick_rates
-    from slowllm.model import load
+    from slowllm.planning.forecast import Job
+    from slowllm.runtime.streamed_lm import load
+    from slowllm.runtime.survey import quick_rates
 
     keep = task.keep_resident if keep_resident is None else keep_resident
     lengths, rates = lengths_of(task), quick_rates(Path(task.checkpoint), "bfloat16")
@@ -93,7 +93,7 @@ def run_ours(task: Task) -> dict[str, Any]:
 
 def run_many(task: Task) -> dict[str, Any]:
     """Score every sentence with slowllm, as the command `score` does."""
-    from slowllm.corpus import Line, score_lines
+    from slowllm.inference.lines import Line, score_lines
 
     with load_ours(task) as lm, torch.no_grad():
         config = lm.model.config.get_text_config()
@@ -149,7 +149,7 @@ def num_body_stops(lm: Any) -> int:
 
 def run_verify(task: Task) -> dict[str, Any]:
     """Save what slowllm computes with the first block alone, every stop streamed; say how it packs."""
-    from slowllm.blocks import find_blocks
+    from slowllm.modeling.streamed_block import find_blocks
 
     with load_ours(task) as lm:
         plan = lm.plan
@@ -190,7 +190,7 @@ def run_resident(task: Task) -> dict[str, Any]:
 
 def _resident_round(model: Any, batches: list[list[Tensor]]) -> tuple[float, float]:
     """Return the seconds inside the block, and outside of it: embedding, norm and head."""
-    from slowllm.blocks import find_blocks
+    from slowllm.modeling.streamed_block import find_blocks
 
     (block,) = find_blocks(model)[1]
     marks: list[float] = []

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine, sides
-from slowllm.packing import Query
+from slowllm.inference.prefix_sharing import Query
 
 # Passes of the peer that are measured.
 NUM_PEER_PASSES = 2
@@ -69,13 +69,14 @@ def queries_of(task: Task, vocab_size: int) -> list[Query]:
 
 def run_ours(task: Task, *, share: bool = True) -> dict[str, Any]:
     """Answer all questions through slowllm."""
-    from slowllm import load, measure
-    from slowllm.model import Description
-    from slowllm.scoring import answer, job_of_queries
+    from slowllm import load
+    from slowllm.inference.scoring import answer, job_of_queries
+    from slowllm.runtime import survey
+    from slowllm.runtime.streamed_lm import Description
 
     known = Description(task.checkpoint)
     queries = queries_of(task, known.config.vocab_size)
-    rates = measure.quick_rates(known.folder, "bfloat16")
+    rates = survey.quick_rates(known.folder, "bfloat16")
     job = job_of_queries(queries, known, rates, share=share)
     relative = task.choice_tokens == 1
     with load(known, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:

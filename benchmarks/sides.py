@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from benchmarks import machine
 from benchmarks.make_checkpoint import GEOMETRIES, make_checkpoint
 from slowllm.options import format_bytes, parse_bytes
-from slowllm.store.convert import convert
+from slowllm.prepare.convert import convert
 
 SIDE = "--side"
 

@@ -5,7 +5,7 @@ python scripts/eval_boolq.py --data dev.jsonl --model MODEL --template-file temp
 
 import sys
 
-from slowllm.cli import run
+from slowllm.entrypoints.cli.app import run
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["eval", "boolq"]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from slowllm.version import __version__ as __version__
+
 __all__ = [
     "LM",
     "Budget",
@@ -27,33 +28,33 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from slowllm.api import LM, Likelihood, load
+    from slowllm.entrypoints.api import LM, Likelihood, load
     from slowllm.errors import SlowLLMError
-    from slowllm.forecast import Job, Rates
-    from slowllm.generation import Continuation
-    from slowllm.head import log_probs
-    from slowllm.model import Report, StreamedLM
-    from slowllm.plan import Budget
-    from slowllm.recipes import Recipe
-    from slowllm.soft_prompts import SoftPrompt
-    from slowllm.tuning import Tuned, tune
+    from slowllm.inference.generation import Continuation
+    from slowllm.modeling.head import log_probs
+    from slowllm.modeling.soft_prompts import SoftPrompt
+    from slowllm.planning.forecast import Job, Rates
+    from slowllm.planning.host_plan import Budget
+    from slowllm.runtime.streamed_lm import Report, StreamedLM
+    from slowllm.tuning.session import Tuned, tune
+    from slowllm.tuning.trial import Recipe
 
 _HOMES = {
-    "Budget": "plan",
-    "Job": "forecast",
-    "Rates": "forecast",
-    "Recipe": "recipes",
-    "Report": "model",
-    "SoftPrompt": "soft_prompts",
-    "Tuned": "tuning",
-    "tune": "tuning",
+    "Budget": "planning.host_plan",
+    "Job": "planning.forecast",
+    "Rates": "planning.forecast",
+    "Recipe": "tuning.trial",
+    "Report": "runtime.streamed_lm",
+    "SoftPrompt": "modeling.soft_prompts",
+    "Tuned": "tuning.session",
+    "tune": "tuning.session",
     "SlowLLMError": "errors",
-    "LM": "api",
-    "Likelihood": "api",
-    "Continuation": "generation",
-    "StreamedLM": "model",
-    "load": "api",
-    "log_probs": "head",
+    "LM": "entrypoints.api",
+    "Likelihood": "entrypoints.api",
+    "Continuation": "inference.generation",
+    "StreamedLM": "runtime.streamed_lm",
+    "load": "entrypoints.api",
+    "log_probs": "modeling.head",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m slowllm`."""
 
-from slowllm.cli import run
+from slowllm.entrypoints.cli.app import run
 
 run()

@@ -22,8 +22,8 @@ from typing import Any
 import numba  # noqa: F401 (paid once)
 from torch import Tensor
 
-from slowllm.store import encode
-from slowllm.store.convert import convert
+from slowllm.prepare import encode
+from slowllm.prepare.convert import convert
 from tests.conftest import TINY_BLOOM
 
 

@@ -17,22 +17,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slowllm import cli, corpus, model, plan  # noqa: F401 (paid once)
+from slowllm.entrypoints.cli import app
+from slowllm.planning import host_plan
+from slowllm.runtime import streamed_lm
 
 
 def live(arguments: list[str], told: int) -> None:
     """Run the command line; write a byte for every stop."""
-    tell = model._tell
+    tell = streamed_lm._tell
 
     def tell_parent(handle: Any, passage: Any) -> None:
         tell(handle, passage)
         os.write(told, bytes([passage.stop]))
 
-    model._tell = tell_parent
+    streamed_lm._tell = tell_parent
     # Several riders a sweep and several sweeps, of few tokens.
-    plan.MAX_RIDER_TOKENS, plan.MAX_SWEEP_TOKENS = 64, 192
+    host_plan.MAX_RIDER_TOKENS, host_plan.MAX_SWEEP_TOKENS = 64, 192
     sys.argv = ["slowllm", *arguments]
-    cli.run()
+    app.run()
 
 
 def main() -> None:

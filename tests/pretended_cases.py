@@ -17,13 +17,16 @@ import torch
 import transformers
 
 import slowllm
-from slowllm import corpus, drafts, generation, layout, losses, measure, model
-from slowllm.device_plan import DEVICE_SLACK_BYTES
 from slowllm.errors import NonFiniteError
-from slowllm.model import Description
-from slowllm.skeleton import computed_by
-from slowllm.state import Journal, State
-from slowllm.store.convert import convert
+from slowllm.inference import generation, speculative
+from slowllm.inference.lines import Line, score_lines
+from slowllm.modeling import layout, losses
+from slowllm.modeling.skeleton import computed_by
+from slowllm.planning.device_plan import DEVICE_SLACK_BYTES
+from slowllm.prepare.convert import convert
+from slowllm.runtime import streamed_lm, survey
+from slowllm.runtime.state import Journal, State
+from slowllm.runtime.streamed_lm import Description
 from tests import pretended
 from tests.families import FAMILIES, resident, save_tiny
 
@@ -50,12 +53,14 @@ def folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
 @contextmanager
 def pretending() -> Iterator[None]:
     """Let the names of CUDA's devices stand for the pretended ones."""
-    opened = model.open_lanes
-    model.open_lanes = lambda names: [pretended.PretendLane(int(name[5:])) for name in names if name != "cpu"]
+    opened = streamed_lm.open_lanes
+    streamed_lm.open_lanes = lambda names: [
+        pretended.PretendLane(int(name[5:])) for name in names if name != "cpu"
+    ]
     try:
         yield
     finally:
-        model.open_lanes = opened
+        streamed_lm.open_lanes = opened
 
 
 @contextmanager
@@ -289,11 +294,11 @@ def states_go_to_the_host_and_back() -> None:
     class Killed(Exception):
         pass
 
-    lines = [corpus.Line(n, "", tuple(range(5 + n, 14 + 2 * n))) for n in range(3)]
+    lines = [Line(n, "", tuple(range(5 + n, 14 + 2 * n))) for n in range(3)]
     save = Journal._save
     for device in ("cuda", "cuda:0,cuda:1"):
         with loaded(folder("bloom"), device) as lm:
-            whole = [score.log_probs for score in corpus.score_lines(lm, lines, prefix=None)]
+            whole = [score.log_probs for score in score_lines(lm, lines, prefix=None)]
             for stop in ("block", "chunk"):
 
                 def save_and_die(book: Journal, stop: str = stop) -> None:
@@ -305,7 +310,7 @@ def states_go_to_the_host_and_back() -> None:
                 Journal._save = save_and_die
                 try:
                     with State(kept, {"job": 1}, 0.0) as state:
-                        list(corpus.score_lines(lm, lines, prefix=None, state=state))
+                        list(score_lines(lm, lines, prefix=None, state=state))
                     raise AssertionError("was not killed")
                 except Killed:
                     pass
@@ -313,9 +318,7 @@ def states_go_to_the_host_and_back() -> None:
                     Journal._save = save
                 before = lm.report.num_passages
                 with State(kept, {"job": 1}, 0.0) as state:
-                    found = [
-                        score.log_probs for score in corpus.score_lines(lm, lines, prefix=None, state=state)
-                    ]
+                    found = [score.log_probs for score in score_lines(lm, lines, prefix=None, state=state)]
                 assert found == whole
                 assert lm.report.num_passages - before < lm.num_stops
     assert computed_by(lm.model)["device"] == "pretend"
@@ -367,8 +370,8 @@ def drafts_of_both_kinds() -> None:
     with loaded(TINY_BLOOM) as lm, slowllm.load(TINY_BLOOM, dtype="fp32") as small:
         prompts = [generation.encode(lm, text, generation.Settings(8)) for text in texts]
         plain = list(generation.generate(lm, prompts))
-        assert list(drafts.generate(lm, prompts, small)) == plain
-        assert list(drafts.generate(lm, prompts, "lookup")) == plain
+        assert list(speculative.generate(lm, prompts, small)) == plain
+        assert list(speculative.generate(lm, prompts, "lookup")) == plain
 
 
 @case
@@ -436,7 +439,7 @@ def an_infinite_number_is_named() -> None:
 def a_survey_names_the_devices() -> None:
     with pretending():
         job = slowllm.Job(num_tokens=64, longest=32, forward_only=True)
-        found = measure.survey(Description(TINY_BLOOM), ram="4GiB", device="cuda", dtype="fp32", job=job)
+        found = survey.survey(Description(TINY_BLOOM), ram="4GiB", device="cuda", dtype="fp32", job=job)
     assert [name for name, _, _ in found.devices] == ["pretend:0"]
     assert found.devices[0][2] == found.num_stops
     assert found.smallest_bytes < found.ram_bytes

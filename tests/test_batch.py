@@ -18,8 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import slowllm
-from slowllm import batch, cli
-from slowllm.batch_requests import Refusal, Request, read_requests
+from slowllm.entrypoints import openai_batch
+from slowllm.entrypoints.cli import app
+from slowllm.entrypoints.openai_requests import Refusal, Request, read_requests
 from slowllm.errors import NonFiniteError, StateError
 from tests.conftest import TINY_BLOOM
 from tests.processes import Processes
@@ -56,7 +57,7 @@ def read(lm: slowllm.StreamedLM, *lines: Any) -> list[Request | Refusal]:
 
 def done(lm: slowllm.StreamedLM, *lines: Any) -> list[dict[str, Any]]:
     entries = read(lm, *lines)
-    return list(batch.answer(lm, entries, batch.describe(lm, entries)))
+    return list(openai_batch.answer(lm, entries, openai_batch.describe(lm, entries)))
 
 
 def body_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -272,7 +273,7 @@ def test_a_bad_line_is_refused_with_its_reason(lm: Any, given: Any, code: str, m
     assert isinstance(found, Refusal)
     assert found.code == code
     assert message in found.message
-    row = batch.refused(found)
+    row = openai_batch.refused(found)
     json.dumps(row, ensure_ascii=False).encode()
     assert row["error"] == {"code": code, "message": found.message}
     assert row["custom_id"] == found.custom_id
@@ -291,7 +292,7 @@ def test_fields_that_ask_for_nothing_are_taken(lm: Any) -> None:
     [plainly, decorated] = read(lm, line("a", **GOOD, n=2), line("b", **GOOD, seed=1, **harmless))
     assert isinstance(decorated, Request)
     assert plainly.prompts[0].ids == decorated.prompts[0].ids
-    assert batch.other_models(lm, [plainly, decorated]) == ["any"]
+    assert openai_batch.other_models(lm, [plainly, decorated]) == ["any"]
 
 
 def test_requests_that_share_a_custom_id_are_all_refused(lm: Any) -> None:
@@ -302,14 +303,14 @@ def test_requests_that_share_a_custom_id_are_all_refused(lm: Any) -> None:
 
 
 def test_a_rider_that_fails_costs_the_others_nothing(lm: Any, monkeypatch: Any) -> None:
-    go_on = batch.continue_prompts
+    go_on = openai_batch.continue_prompts
 
     def fail(lm: Any, view: Any, numbers: Any, prompts: Any, **more: Any) -> Any:
         if 1 in numbers:
             raise NonFiniteError("block 3: NaN")
         return go_on(lm, view, numbers, prompts, **more)
 
-    monkeypatch.setattr(batch, "continue_prompts", fail)
+    monkeypatch.setattr(openai_batch, "continue_prompts", fail)
     request = functools.partial(line, max_tokens=2)  # drawn, so each has a rider of its own
     rows = done(lm, *(request(f"r{n}", prompt=prompt) for n, prompt in enumerate(PROMPTS)))
     assert [row["response"]["status_code"] for row in rows] == [200, 500, 200]
@@ -322,7 +323,7 @@ def test_a_rider_that_fails_costs_the_others_nothing(lm: Any, monkeypatch: Any) 
 def run(arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["slowllm", "batch", *map(str, arguments)])
     try:
-        cli.run()
+        app.run()
     except SystemExit as leaving:
         return int(leaving.code or 0)
     return 0
@@ -360,7 +361,7 @@ def test_a_file_without_any_good_request_opens_no_model(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the weights were opened")
 
-    monkeypatch.setattr("slowllm.model.load", refuse)
+    monkeypatch.setattr("slowllm.runtime.streamed_lm.load", refuse)
     assert run([write(tmp_path / "in.jsonl", "nonsense", line("a"))], monkeypatch) == 1
     captured = capsys.readouterr()
     assert [json.loads(text)["custom_id"] for text in captured.out.splitlines()] == [None, "a"]
@@ -418,7 +419,7 @@ def test_the_state_of_other_requests_is_refused(tmp_path: Path, monkeypatch: Any
 @pytest.mark.parametrize("begun", [{}, {"packing": [1, 1, 1], "dtype": "float32"}, {"packing": [0, 1, 1]}])
 def test_the_state_of_another_verb_is_refused(lm: Any, begun: dict[str, Any]) -> None:
     with pytest.raises(StateError, match="another job's or version's, or damaged"):
-        batch.plan_of(lm, read(lm, line("a", **GOOD)), slowllm.Rates(), begun)
+        openai_batch.plan_of(lm, read(lm, line("a", **GOOD)), slowllm.Rates(), begun)
 
 
 def main(folder: Path, name: str, num_kills: int) -> None:
@@ -449,10 +450,11 @@ def main(folder: Path, name: str, num_kills: int) -> None:
 
 def live(folder: Path, name: str, told: int) -> None:
     """Run the command; tell of every stop, and of every micro-batch begun and kept."""
-    from slowllm import model, plan
-    from slowllm.state import State
+    from slowllm.planning import host_plan
+    from slowllm.runtime import streamed_lm
+    from slowllm.runtime.state import State
 
-    tell, go_on, finish = model._tell, batch.continue_prompts, State.finish
+    tell, go_on, finish = streamed_lm._tell, openai_batch.continue_prompts, State.finish
 
     def tell_parent(handle: Any, passage: Any) -> None:
         tell(handle, passage)
@@ -466,10 +468,10 @@ def live(folder: Path, name: str, told: int) -> None:
         finish(*arguments)
         os.write(told, b"e")
 
-    model._tell, batch.continue_prompts, State.finish = tell_parent, begin, end
+    streamed_lm._tell, openai_batch.continue_prompts, State.finish = tell_parent, begin, end
     # Several riders, and more of them than find a seat at once.
-    plan.MAX_RIDER_TOKENS, plan.MAX_SWEEP_TOKENS = 32, 16
-    batch.time = SimpleNamespace(
+    host_plan.MAX_RIDER_TOKENS, host_plan.MAX_SWEEP_TOKENS = 32, 16
+    openai_batch.time = SimpleNamespace(
         time=lambda: 1_700_000_000
     )  # or the whole run would have begun at another time
     sys.argv = [
@@ -478,7 +480,7 @@ def live(folder: Path, name: str, told: int) -> None:
     ]  # fmt: skip
     code = 70
     try:
-        cli.run()
+        app.run()
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 0

@@ -25,11 +25,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slowllm import carousel as module
-from slowllm import riders as rooms
-from slowllm.carousel import Carousel
 from slowllm.errors import RideError
-from slowllm.stops import Direction, Passage, Weights
+from slowllm.streaming import carousel as module
+from slowllm.streaming import riders as rooms
+from slowllm.streaming.carousel import Carousel
+from slowllm.streaming.stops import Direction, Passage, Weights
 from tests.conftest import ROOT
 
 Job = Callable[[], Any]

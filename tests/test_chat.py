@@ -20,10 +20,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slowllm
-from slowllm import chat, cli
-from slowllm.chat import Conversation, Incoming, Screen
+from slowllm.entrypoints.cli import app, chat
+from slowllm.entrypoints.cli.chat import Conversation, Incoming, Screen
 from slowllm.errors import InputError, NonFiniteError
-from slowllm.generation import Settings
+from slowllm.inference.generation import Settings
 from tests.conftest import ROOT, TINY_BLOOM
 
 # The bare words of the conversation, so that a model that was never taught to chat goes on with them.
@@ -233,7 +233,7 @@ def test_a_model_without_template_is_said_once_and_stops_at_the_next_question(
 def test_a_system_message_that_leaves_no_room_is_refused(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["slowllm", "chat", "--context", "20", "--system", "word " * 30])
     with pytest.raises(SystemExit, match="2"):
-        cli.run()
+        app.run()
     assert "--system alone takes all 20 tokens" in capsys.readouterr().err
 
 

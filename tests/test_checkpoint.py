@@ -23,9 +23,9 @@ from safetensors.numpy import save as save_numpy
 from safetensors.torch import save as save_torch
 from safetensors.torch import save_file
 
-from slowllm.checkpoint import Checkpoint, read_header, read_json
 from slowllm.errors import CheckpointError
-from slowllm.spans import DTYPE_BITS, Placement, Run, Span, take_rows
+from slowllm.storage.checkpoint import Checkpoint, read_header, read_json
+from slowllm.storage.spans import DTYPE_BITS, Placement, Run, Span, take_rows
 
 fuzz = settings(
     deadline=None,

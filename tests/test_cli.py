@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from slowllm import cli
+from slowllm.entrypoints.cli import app
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.processes import Processes
 
@@ -37,7 +37,7 @@ def run(arguments: list[Any], monkeypatch: pytest.MonkeyPatch) -> int:
     """Run the command line in this process; return its exit code."""
     monkeypatch.setattr(sys, "argv", ["slowllm", *map(str, arguments)])
     try:
-        cli.run()
+        app.run()
     except SystemExit as leaving:
         return int(leaving.code or 0)
     return 0

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slowllm.errors import StoreError
-from slowllm.spans import TORCH_DTYPES, Coding, Part
-from slowllm.store import codecs, kernels, units
-from slowllm.store.codecs import CODECS, Parts, Team, check_coding, quantise_rows
+from slowllm.storage.codecs import cpu_kernels, layout_constants, registry
+from slowllm.storage.codecs.registry import CODECS, Parts, Team, check_coding, quantise_rows
+from slowllm.storage.spans import TORCH_DTYPES, Coding, Part
 
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Every number that bf16 has: zeros, subnormals, infinities, and NaN with every payload.
@@ -35,7 +35,7 @@ def stored(name: str, matrix: Tensor, units: int = 1) -> tuple[Tensor, Coding]:
     num_rows, flat = matrix.numel() // width, matrix.reshape(-1)
     layout = codec.layout(num_rows, width)
     found: dict[str, list[Tensor]] = {}
-    for piece in flat.split(units * codec.unit(width)):
+    for piece in flat.split(layout_constants * codec.unit(width)):
         for key, array in codec.encode(piece, width).items():
             found.setdefault(key, []).append(array)
     arrays = {key: torch.cat(found.pop(key)) for key in layout} | codec.finish(found)
@@ -135,7 +135,9 @@ def arrays_of(name: str, matrix: Tensor) -> Mapping[str, np.ndarray]:
     return {key: value.numpy() for key, value in Parts.of(data, coding, tuple(matrix.shape)).arrays.items()}
 
 
-@pytest.mark.skipif(not units.IS_COMPILED, reason="numba is not installed, so there is one way only")
+@pytest.mark.skipif(
+    not layout_constants.IS_COMPILED, reason="numba is not installed, so there is one way only"
+)
 def test_without_numba_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(70, 1000, generator=torch.Generator().manual_seed(3)).bfloat16()
     matrix[3, 5:400] = 0.0
@@ -144,18 +146,18 @@ def test_without_numba_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) ->
         found["signs"].view(np.uint64), found["exponents"].view(np.uint64), found["bases"], found["starts"],
         found["places"].view(np.uint16), found["values"].view(np.uint16),
     ]  # fmt: skip
-    one, other = (np.zeros(2 * units.CHUNK, np.uint16) for _ in range(2))
-    kernels.join_chunks(*given, one, 0, 0, 2)
-    monkeypatch.setattr(kernels, "_join_words", kernels._join_plain)
-    kernels._join_chunks(*given, other, 0, 0, 2)
+    one, other = (np.zeros(2 * layout_constants.CHUNK, np.uint16) for _ in range(2))
+    cpu_kernels.join_chunks(*given, one, 0, 0, 2)
+    monkeypatch.setattr(cpu_kernels, "_join_words", cpu_kernels._join_plain)
+    cpu_kernels._join_chunks(*given, other, 0, 0, 2)
     assert (one == other).all()
     one, other = (np.zeros((70, 1000), np.uint16) for _ in range(2))
     found = arrays_of("int8", matrix)
-    kernels.int8_rows(found["codes"], found["scales"], one, 0, 70)
-    kernels._int8_rows_plain(found["codes"], found["scales"], other, 0, 70)
+    cpu_kernels.int8_rows(found["codes"], found["scales"], one, 0, 70)
+    cpu_kernels._int8_rows_plain(found["codes"], found["scales"], other, 0, 70)
     assert (one == other).all()
-    kernels.int8_codes(found["codes"], one)
-    kernels._int8_codes_plain(found["codes"], other)
+    cpu_kernels.int8_codes(found["codes"], one)
+    cpu_kernels._int8_codes_plain(found["codes"], other)
     assert (one == other).all()
     assert (
         torch.from_numpy(one.view(np.int16)).view(torch.bfloat16) == torch.from_numpy(found["codes"])
@@ -163,16 +165,18 @@ def test_without_numba_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) ->
     data, coding = stored("int4", matrix)
     parts = Parts.of(data, coding, (70, 1000)).arrays
     given = [parts["codes"].numpy(), parts["scales"].float().numpy(), parts["lows"].float().numpy()]
-    kernels.int4_rows(*given, one, 0, 70)
-    kernels._int4_rows_plain(*given, other, 0, 70)
+    cpu_kernels.int4_rows(*given, one, 0, 70)
+    cpu_kernels._int4_rows_plain(*given, other, 0, 70)
     assert (one == other).all()
 
 
-@pytest.mark.skipif(not units.IS_COMPILED, reason="numba is not installed, so there is one way only")
+@pytest.mark.skipif(
+    not layout_constants.IS_COMPILED, reason="numba is not installed, so there is one way only"
+)
 def test_without_numba_int4_is_encoded_as_well(monkeypatch: pytest.MonkeyPatch, team: Team) -> None:
     matrix = torch.randn(70, 1000, generator=torch.Generator().manual_seed(3)).bfloat16()
     one = (decoded("int4", matrix, team).float() - matrix.float()).norm()
-    monkeypatch.setattr(units, "IS_COMPILED", False)
+    monkeypatch.setattr(layout_constants, "IS_COMPILED", False)
     other = (decoded("int4", matrix, team).float() - matrix.float()).norm()
     assert one == pytest.approx(float(other), rel=1e-3)
 
@@ -223,7 +227,7 @@ def test_where_most_activations_are_outliers_the_matrix_is_decoded(team: Team) -
 def test_few_rows_times_int4_are_those_of_the_decoded_matrix(
     num_rows: int, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codecs, "TILE_BYTES", 10_000)  # several tiles
+    monkeypatch.setattr(registry, "TILE_BYTES", 10_000)  # several tiles
     dice = torch.Generator().manual_seed(6)
     data, coding = stored("int4", torch.randn(90, 200, generator=dice).bfloat16())
     parts = Parts.of(data, coding, (90, 200))

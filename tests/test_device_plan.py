@@ -9,8 +9,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from slowllm import device_plan
-from slowllm.device_plan import (
+from slowllm.errors import PlanError
+from slowllm.options import GIB, MIB
+from slowllm.planning import device_plan
+from slowllm.planning.device_plan import (
     DEVICE_SLACK_BYTES,
     DeviceBudget,
     DevicePlan,
@@ -19,10 +21,8 @@ from slowllm.device_plan import (
     plan_devices,
     plan_host,
 )
-from slowllm.errors import PlanError
-from slowllm.forecast import Job, Rates, Sizes, StopSize
-from slowllm.options import GIB, MIB
-from slowllm.plan import Plan, working_bytes
+from slowllm.planning.forecast import Job, Rates, Sizes, StopSize
+from slowllm.planning.host_plan import Plan, working_bytes
 
 RATES = device_rates(Rates())
 JOB = Job(num_tokens=4096, longest=128, forward_only=True, keeps_results=False, repeated=True)

@@ -9,9 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 import slowllm
-from slowllm import api, measure, model, tuning
-from slowllm.cli import app
+from slowllm.entrypoints import api
+from slowllm.entrypoints.cli.app import app
 from slowllm.errors import InputError
+from slowllm.runtime import streamed_lm, survey
+from slowllm.tuning import session
 from tests.conftest import TINY_BLOOM
 
 TEXT = "A cat sat."
@@ -57,7 +59,7 @@ def test_the_options_reach_load(verb: str, files: dict[str, str], monkeypatch: p
         seen.append((options.get("device"), options.get("vram")))
         raise InputError("seen")
 
-    for module in (api, model, measure, tuning):
+    for module in (api, streamed_lm, survey, session):
         monkeypatch.setattr(module, "load", load)
     result = invoke(verb, files, "--device", "cuda:1", "--vram", "3GiB", "--dtype", "fp32")
     assert str(result.exception) == "seen", (result.output, result.exception)

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slowllm.devices import DeviceStops, device_bytes_of
 from slowllm.errors import InputError, PlanError, RideError
-from slowllm.lanes import HostLane, PinnedMemory, allowed_bytes, open_lanes
 from slowllm.options import GIB, MIB, parse_devices
-from slowllm.spans import Placement
-from slowllm.stops import Weights
+from slowllm.storage.spans import Placement
+from slowllm.streaming.device_stops import DeviceStops, device_bytes_of
+from slowllm.streaming.devices import HostLane, PinnedMemory, allowed_bytes, open_lanes
+from slowllm.streaming.stops import Weights
 
 SHAPES = (
     ("a.weight", (3, 5), torch.float32),
@@ -429,14 +429,14 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(
 
     driver = Driver(2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    monkeypatch.setattr("slowllm.lanes._forget_error", lambda device: None)
+    monkeypatch.setattr("slowllm.streaming.devices._forget_error", lambda device: None)
     PinnedMemory([np.zeros(8192, np.uint8)], GPU).close()
     assert not driver.unregistered
     assert "could not be pinned (CUDA error 2); copies to the GPU will be slower" in caplog.text
 
 
 def test_a_card_that_is_full_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from slowllm.lanes import CudaLane
+    from slowllm.streaming.devices import CudaLane
 
     def empty(*args: Any, **kwargs: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -468,7 +468,7 @@ def test_a_cuda_lane_copies_on_its_own_stream_and_marks_the_right_one(
     """By stand-ins for torch's objects, which have their methods and arguments: the order of calls, and no more."""
     from unittest.mock import MagicMock, create_autospec
 
-    from slowllm.lanes import CudaLane
+    from slowllm.streaming.devices import CudaLane
 
     calls: list[Any] = []
     plain = torch.cuda.Event

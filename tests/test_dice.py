@@ -6,8 +6,8 @@ import contextlib
 
 import torch
 
-from slowllm.carousel import Carousel
-from slowllm.dice import Dice, fork
+from slowllm.streaming.carousel import Carousel
+from slowllm.streaming.rng_state import Dice, fork
 from tests.test_carousel import MemoryStops
 
 

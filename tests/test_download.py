@@ -18,8 +18,8 @@ import pytest
 from safetensors.torch import save
 from torch import ones
 
-from slowllm import hub
 from slowllm.errors import CheckpointError
+from slowllm.prepare import hub
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.fake_hub import COMMIT, FakeHub, Repo, etag
 from tests.test_cli import refused

@@ -20,15 +20,15 @@ from transformers.cache_utils import DynamicLayer
 from typer.testing import CliRunner
 
 import slowllm
-from slowllm import drafts, generation
-from slowllm.cli import app
-from slowllm.drafts import Acceptance, FanLayer
+from slowllm.entrypoints.cli.app import app
 from slowllm.errors import InputError
-from slowllm.forecast import Rates
-from slowllm.generation import Prompt, Settings, generate
-from slowllm.model import Description
-from slowllm.plan import Budget
-from slowllm.trees import Costs, Heard, Node, choose_tree, free_tokens, paths_of, pays
+from slowllm.inference import generation, speculative
+from slowllm.inference.draft_trees import Costs, Heard, Node, choose_tree, free_tokens, paths_of, pays
+from slowllm.inference.generation import Prompt, Settings, generate
+from slowllm.inference.speculative import Acceptance, FanLayer
+from slowllm.planning.forecast import Rates
+from slowllm.planning.host_plan import Budget
+from slowllm.runtime.streamed_lm import Description
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.test_generation import speaking
 
@@ -55,7 +55,7 @@ def test_a_sweep_gives_four_tokens_of_text_never_seen(
     plain = list(generate(tiny_bloom, prompts))
     before, counts, found = tiny_bloom.report.num_passages, Acceptance(), []
     for prompt in prompts:  # one at a time: sweeps that prompts share would count for all of them
-        found += drafts.generate(tiny_bloom, [prompt], small, counts=counts)
+        found += speculative.generate(tiny_bloom, [prompt], small, counts=counts)
     assert found == plain
     num_sweeps = (tiny_bloom.report.num_passages - before) / tiny_bloom.num_stops
     num_tokens = sum(len(one.ids) + (one.finish_reason == "stop") for (one,) in plain)
@@ -71,7 +71,7 @@ def test_prompts_share_the_sweeps(tiny_bloom: slowllm.StreamedLM, small: slowllm
     prompts = begun(tiny_bloom, Settings(24), every=43)
     plain, counts = list(generate(tiny_bloom, prompts)), Acceptance()
     before = tiny_bloom.report.num_passages
-    assert list(drafts.generate(tiny_bloom, prompts, small, counts=counts)) == plain
+    assert list(speculative.generate(tiny_bloom, prompts, small, counts=counts)) == plain
     num_sweeps = (tiny_bloom.report.num_passages - before) / tiny_bloom.num_stops
     assert num_sweeps < counts.num_passes / 2
     assert num_sweeps < 24 / 2
@@ -89,7 +89,7 @@ def test_settings_go_with_drafts(tiny_bloom: slowllm.StreamedLM, small: slowllm.
     told: dict[int, list[tuple[int, ...]]] = {}
     plain = list(generate(tiny_bloom, prompts))
     found = list(
-        drafts.generate(
+        speculative.generate(
             tiny_bloom, prompts, small, on_tokens=lambda n, _, ids: told.setdefault(n, []).append(ids)
         )
     )
@@ -116,10 +116,10 @@ def test_other_families_take_drafts(family: str, tiny: Callable[..., Path], tmp_
         plain = list(generate(lm, prompts))
         counts = Acceptance()
         with slowllm.load(folder, dtype="fp32") as same:
-            assert list(drafts.generate(lm, prompts, same, counts=counts)) == plain
+            assert list(speculative.generate(lm, prompts, same, counts=counts)) == plain
         # Itself; but all tokens are about as likely here, so that a path of several is hardly worth its place.
         assert counts.tokens_per_pass > 1.8
-        assert list(drafts.generate(lm, prompts, "lookup")) == plain
+        assert list(speculative.generate(lm, prompts, "lookup")) == plain
 
 
 def test_look_up_drafts_from_the_prompt(tiny_bloom: slowllm.StreamedLM) -> None:
@@ -127,7 +127,7 @@ def test_look_up_drafts_from_the_prompt(tiny_bloom: slowllm.StreamedLM) -> None:
     settings = Settings(12, stop=("of the value of the value",), min_new_tokens=12, top_log_probs=0)
     prompts = [generation.encode(tiny_bloom, text, one) for one in (settings, replace(settings, stop=()))]
     plain, counts = list(generate(tiny_bloom, prompts)), Acceptance()
-    found = list(drafts.generate(tiny_bloom, prompts, "lookup", counts=counts))
+    found = list(speculative.generate(tiny_bloom, prompts, "lookup", counts=counts))
     for (a,), (b,) in zip(plain, found, strict=True):
         assert (a.ids, a.text, a.finish_reason) == (b.ids, b.text, b.finish_reason)
         assert torch.allclose(torch.tensor(a.log_probs), torch.tensor(b.log_probs), atol=2e-4)
@@ -182,8 +182,8 @@ def test_the_choice_is_made_by_what_was_measured_and_said_once(
     rates = Rates(disk=tiny_bloom.weight_bytes * (1e3 if slow else 1 / 3600), measured=True)
     prompts = begun(tiny_bloom, Settings(6), every=60)
     plain, counts = list(generate(tiny_bloom, prompts)), Acceptance()
-    with caplog.at_level(logging.INFO, logger="slowllm.drafts"):
-        assert list(drafts.generate(tiny_bloom, prompts, small, rates=rates, counts=counts)) == plain
+    with caplog.at_level(logging.INFO, logger="slowllm.inference.speculative"):
+        assert list(speculative.generate(tiny_bloom, prompts, small, rates=rates, counts=counts)) == plain
     said = [record.message for record in caplog.records if record.message.startswith("drafting is")]
     assert len(said) == 1
     assert said[0].startswith(
@@ -283,7 +283,7 @@ def test_a_draft_of_another_vocabulary_is_refused(
     file.write_text(json.dumps(table))
     message = "the draft model has another vocabulary: 4096 tokens, of which 4094 are the same as of the model's 4096"
     with slowllm.load(folder, dtype="fp32") as other, pytest.raises(InputError, match=message):
-        drafts.generate(tiny_bloom, [Prompt((5,))], other)
+        speculative.generate(tiny_bloom, [Prompt((5,))], other)
     with pytest.raises(InputError, match="another vocabulary"):
         CliRunner().invoke(app, ["generate", "x", "--draft", str(folder)], catch_exceptions=False)
 
@@ -300,7 +300,7 @@ def test_caches_that_cannot_take_back_are_refused(
             InputError, match=rf"its cache \(.*{cache}\) cannot take back tokens, so it works without"
         ),
     ):
-        drafts.generate(lm, [Prompt((5,))], "lookup")
+        speculative.generate(lm, [Prompt((5,))], "lookup")
 
 
 @pytest.mark.parametrize(
@@ -309,12 +309,12 @@ def test_caches_that_cannot_take_back_are_refused(
 )
 def test_drafts_are_for_greedy_decoding(settings: Settings, tiny_bloom: slowllm.StreamedLM) -> None:
     with pytest.raises(InputError, match="a draft only goes with greedy decoding"):
-        drafts.generate(tiny_bloom, [Prompt((5,), settings)], "lookup")
+        speculative.generate(tiny_bloom, [Prompt((5,), settings)], "lookup")
 
 
 def test_a_draft_is_a_model_or_the_prompt(tiny_bloom: slowllm.StreamedLM) -> None:
     with pytest.raises(InputError, match="a draft is a loaded model or 'lookup', not 'look'"):
-        drafts.generate(tiny_bloom, [Prompt((5,))], "look")  # type: ignore[arg-type]
+        speculative.generate(tiny_bloom, [Prompt((5,))], "look")  # type: ignore[arg-type]
 
 
 def test_a_draft_that_does_not_stay_in_memory_is_refused(tiny_bloom: slowllm.StreamedLM) -> None:
@@ -322,22 +322,22 @@ def test_a_draft_that_does_not_stay_in_memory_is_refused(tiny_bloom: slowllm.Str
         slowllm.load(DRAFT, dtype="fp32", keep_resident=False) as streamed,
         pytest.raises(InputError, match="tiny-bloom-draft: a draft model must stay in memory altogether"),
     ):
-        drafts.generate(tiny_bloom, [Prompt((5,))], streamed)
+        speculative.generate(tiny_bloom, [Prompt((5,))], streamed)
     full = Budget(1 << 30, (1 << 30) - 1000)
     with pytest.raises(InputError, match="draft model tiny-bloom-draft: a budget of 1GiB is too small"):
-        drafts.load_draft(tiny_bloom, Description(DRAFT), [Prompt((5,))], full, "fp32")
+        speculative.load_draft(tiny_bloom, Description(DRAFT), [Prompt((5,))], full, "fp32")
 
 
 def test_a_draft_takes_its_part_of_the_budget(tiny_bloom: slowllm.StreamedLM) -> None:
     budget = Budget(4 << 30, 0)
-    with drafts.load_draft(tiny_bloom, Description(DRAFT), [Prompt((5,))], budget, "fp32") as lm:
+    with speculative.load_draft(tiny_bloom, Description(DRAFT), [Prompt((5,))], budget, "fp32") as lm:
         assert budget.used_bytes == lm.plan.peak_bytes >= lm.weight_bytes
     assert budget.used_bytes == 0
 
 
 def test_a_job_with_drafts_has_room_for_trees(tiny_bloom: slowllm.StreamedLM) -> None:
     prompts = [Prompt((5,) * 6, Settings(4))] * 3
-    plain, job = (module.job_of(tiny_bloom, prompts) for module in (generation, drafts))
+    plain, job = (module.job_of(tiny_bloom, prompts) for module in (generation, speculative))
     assert job.num_tokens >= plain.num_tokens + 3 * 100
     assert job.num_passes == plain.num_passes
 
@@ -368,4 +368,4 @@ def test_a_draft_of_too_few_positions_is_refused(
     with pytest.raises(
         InputError, match="a draft of 8 positions cannot follow a prompt and its continuation of 9"
     ):
-        list(drafts.generate(tiny_bloom, prompts, small))
+        list(speculative.generate(tiny_bloom, prompts, small))

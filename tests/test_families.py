@@ -16,7 +16,7 @@ from torch import Tensor
 
 import slowllm
 from slowllm.errors import ArchitectureError
-from slowllm.model import StreamedLM
+from slowllm.runtime.streamed_lm import StreamedLM
 from tests.families import FAMILIES, VOCAB, resident, save_tiny
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import slowllm
-from slowllm import generation
-from slowllm.cli import app
+from slowllm.entrypoints.cli.app import app
 from slowllm.errors import InputError
-from slowllm.generation import Prompt, Settings, generate
-from slowllm.packing import pack
+from slowllm.inference import generation
+from slowllm.inference.generation import Prompt, Settings, generate
+from slowllm.inference.prefix_sharing import pack
 from tests.conftest import TINY_BLOOM
 from tests.families import resident
 
@@ -154,7 +154,7 @@ def test_without_the_wish_there_are_no_log_probs(tiny_bloom: slowllm.StreamedLM)
 
 
 def load_for(prompts: list[Prompt], **options: Any) -> slowllm.StreamedLM:
-    from slowllm.model import Description
+    from slowllm.runtime.streamed_lm import Description
 
     job = generation.job_of(Description(TINY_BLOOM), prompts)
     return slowllm.load(TINY_BLOOM, dtype="fp32", keep_resident=False, job=job, **options)
@@ -327,14 +327,14 @@ def test_settings_that_make_no_sense_are_refused(values: dict[str, Any], message
 
 
 def test_no_prompts_are_no_job() -> None:
-    from slowllm.model import Description
+    from slowllm.runtime.streamed_lm import Description
 
     with pytest.raises(InputError, match="there are no prompts to continue"):
         generation.job_of(Description(TINY_BLOOM), [])
 
 
 def test_a_job_counts_what_is_held_and_how_often_it_passes() -> None:
-    from slowllm.model import Description
+    from slowllm.runtime.streamed_lm import Description
 
     known = Description(TINY_BLOOM)
     prompts = [Prompt((5,) * 8, Settings(4)), Prompt((5,) * 6, Settings(4, num_beams=3))]

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import slowllm
-from slowllm.device_plan import DEVICE_SLACK_BYTES
 from slowllm.errors import InputError, PlanError
-from slowllm.lanes import CudaLane
 from slowllm.options import GIB
-from slowllm.store import on_device
-from slowllm.store.codecs import CODECS, Team
-from slowllm.store.convert import convert
+from slowllm.planning.device_plan import DEVICE_SLACK_BYTES
+from slowllm.prepare.convert import convert
+from slowllm.storage.codecs import torch_kernels
+from slowllm.storage.codecs.registry import CODECS, Team
+from slowllm.streaming.devices import CudaLane
 from tests.conftest import TINY_BLOOM
 from tests.families import resident, save_tiny
 from tests.test_on_device import coded, matrix_of
@@ -130,7 +130,7 @@ def test_the_gpu_decodes_the_bits_of_the_processors_loops(codec: str) -> None:
     team.close()
     there = {name: part.cuda() for name, part in parts.arrays.items()}
     out = torch.empty(200, 1000, dtype=torch.bfloat16, device="cuda")
-    on_device.decode(codec, there, 300, 1000, out, 70, 270)
+    torch_kernels.decode(codec, there, 300, 1000, out, 70, 270)
     assert torch.equal(out.cpu().view(torch.int16), wanted.view(torch.int16))
 
 
@@ -139,7 +139,7 @@ def test_integer_products_of_any_size_are_exact(sizes: tuple[int, int, int]) -> 
     rows, width, outputs = sizes
     x = torch.randint(-127, 128, (rows, width), dtype=torch.int8)
     codes = torch.randint(-127, 128, (outputs, width), dtype=torch.int8)
-    found = on_device.int8_product(x.cuda(), codes.cuda())
+    found = torch_kernels.int8_product(x.cuda(), codes.cuda())
     assert torch.equal(found.cpu(), (x.long() @ codes.long().T).float())
 
 

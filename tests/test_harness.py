@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 import slowllm
-from slowllm import harness
+from slowllm.entrypoints import lm_eval_model
 from slowllm.errors import InputError
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.families import VOCAB, save_tiny
@@ -195,13 +195,15 @@ def test_thinking_is_cut_off(llama: Path, tasks: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture
-def model(llama: Path) -> Iterator[harness.SlowLM]:
-    model = harness.SlowLM(str(llama), dtype="fp32", ram="4GiB")
+def model(llama: Path) -> Iterator[lm_eval_model.SlowLM]:
+    model = lm_eval_model.SlowLM(str(llama), dtype="fp32", ram="4GiB")
     yield model
     model.close()
 
 
-def test_samples_are_seeded_and_differ(model: harness.SlowLM, rows: Callable[..., dict[str, Any]]) -> None:
+def test_samples_are_seeded_and_differ(
+    model: lm_eval_model.SlowLM, rows: Callable[..., dict[str, Any]]
+) -> None:
     task = {
         **rows(QUESTIONS[:2], "drawn"), "output_type": "generate_until", "doc_to_text": "{{question}}",
         "doc_to_target": "x", "metric_list": [{"metric": "exact_match"}], "repeats": 3,
@@ -218,7 +220,7 @@ def test_questions_with_a_header_share_two_sweeps(rows: Callable[..., dict[str, 
         **rows(questions, "many"), "output_type": "multiple_choice", "doc_to_text": HEADER * 3 + "{{question}}?",
         "doc_to_choice": ["no", "yes"], "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
-    model = harness.SlowLM(str(TINY_BLOOM), dtype="fp32", ram="4GiB")
+    model = lm_eval_model.SlowLM(str(TINY_BLOOM), dtype="fp32", ram="4GiB")
     found = evaluate(model, [task])
     assert len(found["samples"]["many"]) == 200
     assert model.lm is not None
@@ -229,7 +231,7 @@ def test_questions_with_a_header_share_two_sweeps(rows: Callable[..., dict[str, 
 
 def test_a_loaded_model_is_used_as_it_is(tasks: list[dict[str, Any]]) -> None:
     with slowllm.load(TINY_BLOOM, dtype="fp32") as lm:
-        model = harness.SlowLM(lm)
+        model = lm_eval_model.SlowLM(lm)
         evaluate(model, [tasks[0], tasks[3]])
         assert model.lm is lm
         assert lm.report.num_passages > 0
@@ -237,7 +239,7 @@ def test_a_loaded_model_is_used_as_it_is(tasks: list[dict[str, Any]]) -> None:
         assert lm.ride([lambda: 1]) == [1]  # still open
 
 
-def test_a_model_is_opened_anew_only_for_more(model: harness.SlowLM) -> None:
+def test_a_model_is_opened_anew_only_for_more(model: lm_eval_model.SlowLM) -> None:
     def ask(text: str) -> Any:
         return model.loglikelihood([instance("loglikelihood", (text, " the"))])
 
@@ -260,7 +262,7 @@ def test_results_are_cached_as_they_come(llama: Path, tasks: list[dict[str, Any]
     first = evaluate(
         "slowllm", tasks, model_args={"pretrained": str(llama), "dtype": "fp32"}, use_cache=cache
     )
-    model = harness.SlowLM(str(llama))
+    model = lm_eval_model.SlowLM(str(llama))
     second = evaluate(model, tasks, use_cache=cache)
     assert model.lm is None  # never opened
     assert_same(second, first)
@@ -279,7 +281,7 @@ def test_results_are_cached_as_they_come(llama: Path, tasks: list[dict[str, Any]
 )
 def test_arguments_that_cannot_be_used_are_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(slowllm.SlowLLMError, match=match):
-        harness.SlowLM(**{"pretrained": str(TINY_BLOOM), **options})
+        lm_eval_model.SlowLM(**{"pretrained": str(TINY_BLOOM), **options})
 
 
 @pytest.mark.parametrize(
@@ -294,26 +296,26 @@ def test_arguments_that_cannot_be_used_are_refused(options: dict[str, Any], matc
     ],
 )
 def test_generation_that_cannot_be_done_is_refused(
-    model: harness.SlowLM, options: dict[str, Any], match: str
+    model: lm_eval_model.SlowLM, options: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(InputError, match=match):
         model.generate_until([instance("generate_until", ("The value", options))])
     assert model.lm is None
 
 
-def test_likelihoods_that_cannot_be_had_are_refused(model: harness.SlowLM, llama: Path) -> None:
+def test_likelihoods_that_cannot_be_had_are_refused(model: lm_eval_model.SlowLM, llama: Path) -> None:
     for continuation, count in ((" value" * 100, "tokens of what is to be scored"), ("", "makes 0 tokens")):
         with pytest.raises(InputError, match=count):
             model.loglikelihood([instance("loglikelihood", ("The", continuation))])
-    before = harness.SlowLM(str(llama), prefix_token_id=999)
+    before = lm_eval_model.SlowLM(str(llama), prefix_token_id=999)
     with pytest.raises(InputError, match="token 999 is beyond the model's vocabulary of 307"):
         before.loglikelihood([instance("loglikelihood", ("", "The"))])
-    thinking = harness.SlowLM(str(llama), enable_thinking=True, think_end_token="</think>")
+    thinking = lm_eval_model.SlowLM(str(llama), enable_thinking=True, think_end_token="</think>")
     with pytest.raises(InputError, match="this one compares likelihoods"):
         thinking.loglikelihood([])
 
 
-def test_nothing_asked_is_nothing_opened(model: harness.SlowLM) -> None:
+def test_nothing_asked_is_nothing_opened(model: lm_eval_model.SlowLM) -> None:
     assert model.loglikelihood([]) == []
     assert model.loglikelihood_rolling([]) == []
     assert model.generate_until([]) == []
@@ -326,7 +328,7 @@ def test_a_damaged_generation_config_is_named(llama: Path, tmp_path: Path) -> No
     (tmp_path / "generation_config.json").unlink(missing_ok=True)
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(InputError, match=r"generation_config.json: cannot be read"):
-        harness.SlowLM(str(tmp_path))
+        lm_eval_model.SlowLM(str(tmp_path))
 
 
 def test_defaults_of_the_checkpoint_hold_for_what_a_task_leaves_open(
@@ -358,7 +360,7 @@ def test_the_command_line_is_lm_evals(
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**tasks[0], "task": "mine"}))
     out, before = tmp_path / "out", list(sys.argv)
     model_args = f"pretrained={TINY_BLOOM},ram=4GiB,dtype=fp32"
-    harness.main(
+    lm_eval_model.main(
         ["--tasks", str(tmp_path / "mine.yaml"), "--model_args", model_args, "--output_path", str(out)]
     )
     assert sys.argv == before
@@ -368,15 +370,15 @@ def test_the_command_line_is_lm_evals(
     assert "acc,none" in found["results"]["mine"]
     assert found["config"]["model"] == "slowllm"
     with pytest.raises(InputError, match=r"lm-eval: Tasks not found: nothing"):
-        harness.main(["run", "--tasks", "nothing"])
+        lm_eval_model.main(["run", "--tasks", "nothing"])
     with pytest.raises(SystemExit):
-        harness.main(["--help"])
+        lm_eval_model.main(["--help"])
     assert "lm-eval run" in capsys.readouterr().out
 
 
 def test_it_runs_as_a_module(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "slowllm.harness", "run", "--config", str(tmp_path / "none.yaml")],
+        [sys.executable, "-m", "slowllm.entrypoints.lm_eval_model", "run", "--config", str(tmp_path / "none.yaml")],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2

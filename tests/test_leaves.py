@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import slowllm
-from slowllm import layout
 from slowllm.errors import ArchitectureError, InputError, PlanError, UnsupportedError
-from slowllm.forecast import Job
-from slowllm.plan import least_bytes
+from slowllm.modeling import layout
+from slowllm.planning.forecast import Job
+from slowllm.planning.host_plan import least_bytes
 from tests.families import FAMILIES, VOCAB, resident
 
 

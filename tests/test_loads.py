@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slowllm.carousel import Carousel
-from slowllm.forecast import Sizes, StopSize
-from slowllm.plan import MAX_SWEEP_TOKENS, Plan, make_plan, widen
-from slowllm.riders import Reach, Sized, reach
+from slowllm.planning.forecast import Sizes, StopSize
+from slowllm.planning.host_plan import MAX_SWEEP_TOKENS, Plan, make_plan, widen
+from slowllm.streaming.carousel import Carousel
+from slowllm.streaming.riders import Reach, Sized, reach
 from tests.test_carousel import MemoryStops, sweep
 
 NUM_STOPS = 4

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import slowllm
-from slowllm.losses import choice_logits, token_losses
+from slowllm.modeling.losses import choice_logits, token_losses
 from tests.families import FAMILIES, VOCAB
 
 Tiny = Callable[..., Path]
@@ -57,8 +57,8 @@ def test_losses_and_gradients_equal_those_of_whole_logits(name: str, tiny: Tiny)
 def test_many_tiles_and_chunks_give_the_gradient_of_one(
     name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slowllm.losses.TILE_COLUMNS", 17)
-    monkeypatch.setattr("slowllm.head.MIN_CHUNK_BYTES", 64 * 64 * 4)
+    monkeypatch.setattr("slowllm.modeling.losses.TILE_COLUMNS", 17)
+    monkeypatch.setattr("slowllm.modeling.head.MIN_CHUNK_BYTES", 64 * 64 * 4)
     with slowllm.load(tiny(name), dtype="fp32") as lm:
         assert len(lm.layout.chunks) > 1
     test_losses_and_gradients_equal_those_of_whole_logits(name, tiny)

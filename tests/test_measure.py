@@ -13,23 +13,24 @@ import pytest
 import torch
 
 import slowllm
-from slowllm import console, measure
-from slowllm.checkpoint import Checkpoint
-from slowllm.forecast import Job, Rates
+from slowllm.entrypoints.cli import output
+from slowllm.planning.forecast import Job, Rates
+from slowllm.runtime import survey
+from slowllm.storage.checkpoint import Checkpoint
 from tests.conftest import TINY_BLOOM
 from tests.test_cli import refused, run
 
 
 def test_the_disk_is_measured_on_the_models_own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(survey, "PIECE_BYTES", 1 << 20)
     with Checkpoint.open(TINY_BLOOM) as checkpoint:
-        rate = measure.disk_rate(checkpoint, 4 << 20)
+        rate = survey.disk_rate(checkpoint, 4 << 20)
     assert 1e6 < rate.bytes_per_second < 1e12
     assert 0 < rate.core_seconds_per_gb < 1e3
 
 
 def test_no_more_of_the_disk_is_read_than_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr(survey, "PIECE_BYTES", 1 << 16)
     read: list[int] = []
     true = os.preadv
 
@@ -40,16 +41,16 @@ def test_no_more_of_the_disk_is_read_than_is_measured(monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "preadv", count)
     with Checkpoint.open(TINY_BLOOM) as checkpoint:
         assert max(span.num_bytes for span in checkpoint.spans.values()) > 12 << 16
-        measure.disk_rate(checkpoint, 4 << 16)
+        survey.disk_rate(checkpoint, 4 << 16)
     # Four pieces more, read before the clock starts, and what lies beside a piece in its pages.
     assert 8 << 16 <= sum(read) <= (8 << 16) + 8 * 2 * 4096
 
 
 def test_a_small_checkpoint_is_not_measured_and_a_large_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure.quick_rates(TINY_BLOOM, "auto") == Rates()
-    monkeypatch.setattr(measure, "WORTH_MEASURING_BYTES", 1)
-    monkeypatch.setattr(measure, "WIDTH", 512)
-    rates = measure.quick_rates(TINY_BLOOM, "float32")
+    assert survey.quick_rates(TINY_BLOOM, "auto") == Rates()
+    monkeypatch.setattr(survey, "WORTH_MEASURING_BYTES", 1)
+    monkeypatch.setattr(survey, "WIDTH", 512)
+    rates = survey.quick_rates(TINY_BLOOM, "float32")
     assert rates.measured
     assert all(1e6 < rate < 1e15 for rate in (rates.disk, rates.memory, rates.compute))
 
@@ -58,11 +59,11 @@ def test_a_small_checkpoint_is_not_measured_and_a_large_one_is(monkeypatch: pyte
 def test_the_first_block_is_measured_and_no_other_is_passed(
     granularity: Any, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slowllm.layout.MIN_LEAF_BYTES", 0)
+    monkeypatch.setattr("slowllm.modeling.layout.MIN_LEAF_BYTES", 0)
     with slowllm.load(tiny("llama-2"), keep_resident=False, granularity=granularity) as lm:
         passed: list[int] = []
         lm.on_passage = lambda passage: passed.append(passage.stop)
-        rates = measure.block_rates(lm, Rates())
+        rates = survey.block_rates(lm, Rates())
         assert rates.measured
         assert all(math.isfinite(rate) and rate > 0 for rate in (rates.memory, rates.compute))
         first = [n for n, name in enumerate(lm.layout.modules) if f"{name}.".startswith("model.layers.0.")]
@@ -100,7 +101,7 @@ def test_a_plan_that_cannot_be_kept_is_refused(monkeypatch: Any, capsys: Any) ->
 
 def test_a_plan_for_gradients_never_cuts_blocks() -> None:
     job = Job(num_tokens=100, longest=10)
-    found = measure.survey(measure.Description(TINY_BLOOM), ram="3GiB", dtype="fp32", job=job)
+    found = survey.survey(survey.Description(TINY_BLOOM), ram="3GiB", dtype="fp32", job=job)
     assert found.plan.granularity == "blocks"
     assert found.dtype == "float32"
 
@@ -110,4 +111,4 @@ def test_a_plan_for_gradients_never_cuts_blocks() -> None:
     [(0.0, "0 s"), (3.21, "3.2 s"), (99, "99 s"), (100, "1.7 min"), (840, "14 min"), (18_360, "5.1 h")],
 )
 def test_times_are_said_as_people_say_them(seconds: float, words: str) -> None:
-    assert console.duration(seconds) == words
+    assert output.duration(seconds) == words

@@ -27,12 +27,12 @@ from transformers.core_model_loading import (
 )
 from transformers.core_model_loading import WeightConverter as Converter
 
-from slowllm import naming
-from slowllm.checkpoint import Checkpoint, read_header
 from slowllm.errors import ArchitectureError, CheckpointError
-from slowllm.naming import MAX_RUNS, _covering, _place_fused, _probe_scale, place
-from slowllm.skeleton import build_skeleton, read_config
-from slowllm.spans import Placement, Run, Span
+from slowllm.modeling import parameter_map
+from slowllm.modeling.parameter_map import MAX_RUNS, _covering, _place_fused, _probe_scale, place
+from slowllm.modeling.skeleton import build_skeleton, read_config
+from slowllm.storage.checkpoint import Checkpoint, read_header
+from slowllm.storage.spans import Placement, Run, Span
 from tests.families import FAMILIES, resident, save_tiny
 
 Tensors = dict[str, Tensor]
@@ -203,7 +203,7 @@ def test_a_name_that_is_right_already_is_kept_though_a_renaming_would_change_it(
 ) -> None:
     rewrite(tmp_path, [saved(tmp_path, "llama-2")])
     renaming = WeightRenaming("mlp.up_proj", "mlp.nowhere")
-    monkeypatch.setattr(naming, "get_model_conversion_mapping", lambda model: [renaming])
+    monkeypatch.setattr(parameter_map, "get_model_conversion_mapping", lambda model: [renaming])
     found = placements_of(tmp_path)
     assert found["model.layers.1.mlp.up_proj.weight"].runs[0].span.name == "model.layers.1.mlp.up_proj.weight"
 
@@ -374,7 +374,7 @@ def test_tensors_that_belong_to_nothing_are_told_and_left(
 ) -> None:
     tensors = saved(tmp_path, "llama-2")
     rewrite(tmp_path, [{**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}])
-    with caplog.at_level("WARNING", logger="slowllm.naming"):
+    with caplog.at_level("WARNING", logger="slowllm.modeling.parameter_map"):
         check(tmp_path)
     assert (
         "1 tensors belong to no parameter and are not read: model.layers.0.self_attn.rotary_emb"
@@ -387,7 +387,7 @@ def test_what_the_models_class_ignores_is_left_in_silence(
 ) -> None:
     tensors = saved(tmp_path, "gpt2")
     rewrite(tmp_path, [{**tensors, "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}])
-    with caplog.at_level("WARNING", logger="slowllm.naming"):
+    with caplog.at_level("WARNING", logger="slowllm.modeling.parameter_map"):
         check(tmp_path)
     assert not caplog.text
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slowllm.store import on_device
-from slowllm.store.codecs import CODECS, Parts, Team
-from slowllm.store.units import CHUNK
+from slowllm.storage.codecs import torch_kernels
+from slowllm.storage.codecs.layout_constants import CHUNK
+from slowllm.storage.codecs.registry import CODECS, Parts, Team
 
 
 def coded(codec: str, matrix: Tensor) -> Parts:
@@ -69,14 +69,14 @@ def compare(codec: str, parts: Parts, first: int, last: int, tile: int) -> None:
     team = Team(1)
     CODECS[codec].decode(parts, wanted, first, last, team)
     team.close()
-    before, on_device.TILE_WEIGHTS = on_device.TILE_WEIGHTS, tile
+    before, torch_kernels.TILE_WEIGHTS = torch_kernels.TILE_WEIGHTS, tile
     try:
         for dtype in (torch.bfloat16, torch.float32):
             out = torch.full_like(wanted, float("nan"), dtype=dtype)
-            on_device.decode(codec, parts.arrays, parts.num_rows, parts.width, out, first, last)
+            torch_kernels.decode(codec, parts.arrays, parts.num_rows, parts.width, out, first, last)
             assert torch.equal(out.bfloat16().view(torch.int16), wanted.view(torch.int16))
     finally:
-        on_device.TILE_WEIGHTS = before
+        torch_kernels.TILE_WEIGHTS = before
 
 
 def test_a_damaged_store_writes_nowhere_else() -> None:
@@ -84,7 +84,7 @@ def test_a_damaged_store_writes_nowhere_else() -> None:
     assert len(parts.arrays["places"])
     for starts in (torch.tensor([5, -9]), torch.tensor([10**6, 10**7]), torch.tensor([0, 3])):
         broken = {**parts.arrays, "starts": starts, "places": torch.full_like(parts.arrays["places"], -1)}
-        on_device.decode("lossless", broken, 10, 100, torch.empty(10, 100, dtype=torch.bfloat16), 0, 10)
+        torch_kernels.decode("lossless", broken, 10, 100, torch.empty(10, 100, dtype=torch.bfloat16), 0, 10)
 
 
 @settings(max_examples=40, deadline=None)
@@ -96,7 +96,7 @@ def test_integer_products_of_any_size_are_exact(rows: int, width: int, outputs: 
     x = torch.randint(-127, 128, (rows, width), generator=generator, dtype=torch.int8)
     codes = torch.randint(-127, 128, (outputs, width), generator=generator, dtype=torch.int8)
     wanted = (x.long() @ codes.long().T).float()
-    assert torch.equal(on_device.int8_product(x, codes), wanted)
+    assert torch.equal(torch_kernels.int8_product(x, codes), wanted)
 
 
 def test_integer_products_are_padded_to_what_a_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_integer_products_are_padded_to_what_a_device_takes(monkeypatch: pytest.
 
     monkeypatch.setattr(torch, "_int_mm", product)
     for rows, width, outputs in ((1, 5, 3), (17, 8, 16), (16, 64, 7), (30, 9, 8)):
-        on_device.int8_product(
+        torch_kernels.int8_product(
             torch.ones(rows, width, dtype=torch.int8), torch.ones(outputs, width, dtype=torch.int8)
         )
     assert all(m > 16 and k % 8 == 0 and n % 8 == 0 for m, k, n in seen)

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slowllm.packing import (
+from slowllm.inference.prefix_sharing import (
     PARENT_WEIGHT,
     Load,
     Query,

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slowllm.errors import InputError, PlanError
-from slowllm.forecast import Granularity, Job, Rates, Sizes, StopSize, reads_of
 from slowllm.options import GIB, KIB, MIB, Options, format_binary, format_bytes, parse_bytes, parse_dtype
-from slowllm.plan import (
+from slowllm.planning.forecast import Granularity, Job, Rates, Sizes, StopSize, reads_of
+from slowllm.planning.host_plan import (
     MAX_RIDER_TOKENS,
     MAX_SWEEP_TOKENS,
     SLACK_BYTES,

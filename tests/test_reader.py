@@ -27,12 +27,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slowllm import reader as reader_module
-from slowllm.buffers import PAGE
-from slowllm.checkpoint import Checkpoint, read_header
 from slowllm.errors import CheckpointError, PlanError, RideError
-from slowllm.reader import MappedStops, Reader, ring_bytes_of, smallest_ring
-from slowllm.spans import Placement, Run, Span
+from slowllm.storage.checkpoint import Checkpoint, read_header
+from slowllm.storage.spans import Placement, Run, Span
+from slowllm.streaming import reader as reader_module
+from slowllm.streaming.buffers import PAGE
+from slowllm.streaming.reader import MappedStops, Reader, ring_bytes_of, smallest_ring
 
 Stop = tuple[Placement, ...]
 DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -723,7 +723,7 @@ def test_what_is_left_of_a_short_direct_read_comes_from_the_page_cache(
         return count
 
     preadv_as(monkeypatch, cut)
-    caplog.set_level("INFO", logger="slowllm.direct")
+    caplog.set_level("INFO", logger="slowllm.streaming.direct_io")
     stops = in_three_files(files)
     with closing(Reader(stops, ring_bytes=smallest_of(stops), request_bytes=PAGE)) as reader:
         for stop in range(3):
@@ -825,7 +825,7 @@ def test_where_direct_reads_are_refused_the_page_cache_serves(
     before = open_files()
     preadv_as(monkeypatch, refuse)
     stops = some_stops(5, files)
-    caplog.set_level("INFO", logger="slowllm.direct")
+    caplog.set_level("INFO", logger="slowllm.streaming.direct_io")
     with closing(Reader(stops, ring_bytes=smallest_of(stops), num_threads=num_threads)) as reader:
         for stop in (*range(len(stops)), *range(len(stops))):
             with reader.visit(stop) as weights:

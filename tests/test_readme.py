@@ -38,7 +38,8 @@ def test_families_are_counted_right() -> None:
 
 
 def test_the_table_shows_what_forward_prints() -> None:
-    from slowllm import corpus, load
+    from slowllm import load
+    from slowllm.inference import lines
 
     rows = re.findall(r"^ {4} +(\d+) +(\d+) +(-[\d.]+) +[\d.]+ +[\d.]+  (.*)$", README, re.MULTILINE)
     assert len(rows) == 2
@@ -46,8 +47,8 @@ def test_the_table_shows_what_forward_prints() -> None:
     with load(ROOT / "weights" / "tiny-bloom", dtype="fp32") as lm:
         for number, num_tokens, log_likelihood, text in rows:
             assert sentences[int(number) - 1] == text
-            (line,) = corpus.encode(lm, [(int(number), text)], max_tokens=100, truncate=False)
-            (score,) = corpus.score_lines(lm, [line], prefix=1)
+            (line,) = lines.encode(lm, [(int(number), text)], max_tokens=100, truncate=False)
+            (score,) = lines.score_lines(lm, [line], prefix=1)
             assert len(line.ids) == int(num_tokens)
             # The README was printed in bf16.
             assert score.log_likelihood == pytest.approx(float(log_likelihood), rel=0.01)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from transformers import BloomConfig, BloomForCausalLM
 
 import slowllm
-from slowllm import head, heap
-from slowllm.spans import Placement, Run, Span
+from slowllm import malloc
+from slowllm.modeling import head
+from slowllm.storage.spans import Placement, Run, Span
 from tests.families import resident
 
 WIDTH, VOCAB = 4096, 25_088
@@ -29,7 +30,7 @@ def every_core() -> Iterator[None]:
     torch.set_num_threads(os.cpu_count() or 1)
     yield
     torch.set_num_threads(before)
-    heap.give_back()  # gigabytes, which glibc keeps once a model was loaded, and others run beside this process
+    malloc.give_back()  # gigabytes, which glibc keeps once a model was loaded, and others run beside this process
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import slowllm
-from slowllm import choices, eval_verbs, tasks
+from slowllm.entrypoints.cli import evaluate
+from slowllm.inference import choices, eval_tasks
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.families import resident
 from tests.test_cli import refused, run
@@ -263,7 +264,7 @@ def test_boolq_is_evaluated_in_one_sweep(tmp_path: Path, monkeypatch: Any, capsy
     data, out = save(tmp_path / "dev.jsonl", BOOLQ), tmp_path / "predictions.jsonl"
     file = tmp_path / "templates.yaml"
     file.write_text(TEMPLATES)
-    monkeypatch.setattr(eval_verbs, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(evaluate, "REPORT_SECONDS", 0.0)
     options = ["--template-file", file, "--out", out, "--dtype", "fp32"]
     assert run(["eval", "boolq", "--data", data, *options], monkeypatch) == 0
     captured = capsys.readouterr()
@@ -286,7 +287,7 @@ def test_boolq_is_evaluated_in_one_sweep(tmp_path: Path, monkeypatch: Any, capsy
     for row in document["templates"]:
         assert row["num_correct"] == right[row["template"]]
         assert row["accuracy"] == pytest.approx(right[row["template"]] / 3)
-        assert (row["low"], row["high"]) == pytest.approx(tasks.wilson(row["accuracy"], 3))
+        assert (row["low"], row["high"]) == pytest.approx(eval_tasks.wilson(row["accuracy"], 3))
     assert document["all"]["num_questions"] == 6
     assert document["all"]["num_correct"] == sum(right.values())
     assert document["templates_from"] == str(file)
@@ -390,10 +391,10 @@ def test_predictions_made_before_an_error_are_kept(tmp_path: Path, monkeypatch: 
 
 
 def test_lm_evals_options_pass_through(monkeypatch: Any, capsys: Any) -> None:
-    from slowllm import harness
+    from slowllm.entrypoints import lm_eval_model
 
     passed: list[str] = []
-    monkeypatch.setattr(harness, "main", passed.extend)
+    monkeypatch.setattr(lm_eval_model, "main", passed.extend)
     options = [
         "run",
         "--tasks",

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slowllm
-from slowllm import corpus, packing, scoring
 from slowllm.errors import InputError
-from slowllm.model import StreamedLM
+from slowllm.inference import prefix_sharing, scoring
+from slowllm.inference.lines import Line, Score, encode, score_lines
+from slowllm.runtime.streamed_lm import StreamedLM
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.families import resident
 
@@ -43,9 +44,9 @@ def alone(lm: StreamedLM) -> dict[str, float]:
     return found
 
 
-def score(lm: StreamedLM, texts: list[str], prefix: int | None = 1) -> list[corpus.Score]:
-    lines = corpus.encode(lm, enumerate(texts, 1), max_tokens=500, truncate=False)
-    return list(corpus.score_lines(lm, lines, prefix=prefix))
+def score(lm: StreamedLM, texts: list[str], prefix: int | None = 1) -> list[Score]:
+    lines = encode(lm, enumerate(texts, 1), max_tokens=500, truncate=False)
+    return list(score_lines(lm, lines, prefix=prefix))
 
 
 def test_scores_equal_the_resident_models(lm: StreamedLM, alone: dict[str, float]) -> None:
@@ -81,7 +82,7 @@ def test_scores_do_not_depend_on_packing(
 def test_packing_takes_every_line_once_and_fills_no_rider_beyond_its_room(
     lengths: list[int], rider_tokens: int
 ) -> None:
-    batches = packing.pack(lengths, rider_tokens)
+    batches = prefix_sharing.pack(lengths, rider_tokens)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= rider_tokens
@@ -145,12 +146,12 @@ def test_lines_stream_through_without_being_drawn_all_at_once(lm: StreamedLM) ->
         nonlocal drawn
         for number in range(4000):
             drawn += 1
-            yield corpus.Line(number, "x", (10 + number, *range(10, 29)))
+            yield Line(number, "x", (10 + number, *range(10, 29)))
 
     whole = lm.plan
     lm.plan = dataclasses.replace(whole, rider_tokens=256, sweep_tokens=512)
     try:
-        scores = corpus.score_lines(lm, lines(), prefix=1)
+        scores = score_lines(lm, lines(), prefix=1)
         first = [next(scores) for _ in range(3)]
         scores.close()
     finally:
@@ -212,8 +213,8 @@ def test_a_tokenizer_without_bos_and_eos_is_refused() -> None:
 def test_a_line_over_the_limit_is_refused_or_cut(lm: StreamedLM) -> None:
     texts = [(1, "short"), (7, "this line is a good deal longer than the others")]
     with pytest.raises(InputError, match=r"line 7 has \d+ tokens but the limit is 4; use --truncate"):
-        list(corpus.encode(lm, texts, max_tokens=4, truncate=False))
-    lines = list(corpus.encode(lm, texts, max_tokens=4, truncate=True))
+        list(encode(lm, texts, max_tokens=4, truncate=False))
+    lines = list(encode(lm, texts, max_tokens=4, truncate=True))
     assert [line.truncated for line in lines] == [False, True]
     assert len(lines[1].ids) == 4
 
@@ -223,7 +224,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(lm: StreamedLM) -> None:
     config.vocab_size = 50
     try:
         with pytest.raises(InputError, match="beyond the model's vocabulary of 50"):
-            list(corpus.encode(lm, [(1, "the compiler")], max_tokens=9, truncate=False))
+            list(encode(lm, [(1, "the compiler")], max_tokens=9, truncate=False))
     finally:
         config.vocab_size = whole
 
@@ -243,7 +244,7 @@ def test_safe_exp_overflows_to_infinity() -> None:
 def test_padding_is_limited_where_it_costs_more_than_a_micro_batch(
     lengths: list[int], rider_tokens: int, padding_tokens: int
 ) -> None:
-    batches = packing.pack(lengths, rider_tokens, padding_tokens)
+    batches = prefix_sharing.pack(lengths, rider_tokens, padding_tokens)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         widest = lengths[batch[0]]

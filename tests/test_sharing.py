@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import slowllm
-from slowllm import scoring
 from slowllm.errors import NonFiniteError, RideError
-from slowllm.model import StreamedLM
-from slowllm.packing import Query
-from slowllm.sharing import Beginning, Trunk, can_share
+from slowllm.inference import scoring
+from slowllm.inference.prefix_sharing import Query
+from slowllm.modeling.shared_cache import Beginning, Trunk, can_share
+from slowllm.runtime.streamed_lm import StreamedLM
 from tests.families import FAMILIES, resident
 
 # Families whose cache is more than keys and values of every token.

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import slowllm
-from slowllm import generation
 from slowllm.errors import InputError
-from slowllm.model import Description
-from slowllm.packing import Query
-from slowllm.prompt_files import FILES, load_prompt, save_prompt
-from slowllm.prompts import Prompt, Settings
-from slowllm.scoring import answer, job_of_queries
-from slowllm.soft_prompts import SoftPrompt
+from slowllm.inference import generation
+from slowllm.inference.generation_types import Prompt, Settings
+from slowllm.inference.prefix_sharing import Query
+from slowllm.inference.scoring import answer, job_of_queries
+from slowllm.modeling.soft_prompt_files import FILES, load_prompt, save_prompt
+from slowllm.modeling.soft_prompts import SoftPrompt
+from slowllm.runtime.streamed_lm import Description
 from tests.conftest import TINY_BLOOM
 from tests.families import VOCAB
 
@@ -71,7 +71,7 @@ def resident(folder: Path) -> Any:
 
 
 def blocks_of(model: Any) -> Any:
-    from slowllm.blocks import find_blocks
+    from slowllm.modeling.streamed_block import find_blocks
 
     return find_blocks(model)[1]
 
@@ -301,7 +301,7 @@ def test_a_prompt_with_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_prompt_takes_room_from_the_text() -> None:
-    from slowllm.scoring import max_line_tokens
+    from slowllm.inference.scoring import max_line_tokens
 
     plain = Description(TINY_BLOOM)
     prompt = SoftPrompt("shallow", torch.zeros(7, plain.config.hidden_size))

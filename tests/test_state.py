@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import slowllm
-from slowllm import corpus
 from slowllm.errors import StateError
-from slowllm.state import Journal, State, journal, read_job
+from slowllm.inference.lines import Line, Lines, job_of, score_lines
+from slowllm.runtime.state import Journal, State, journal, read_job
 from tests.conftest import TINY_BLOOM
 from tests.families import FAMILIES, VOCAB
 from tests.processes import Processes
@@ -230,9 +230,9 @@ def test_results_that_are_a_folder_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("begun", [{}, {"packing": [True, True, 1]}, {"packing": [1, 1, 1], "dtype": None}])
 def test_a_packing_that_is_damaged_is_refused(begun: dict[str, Any]) -> None:
-    lines = corpus.Lines([corpus.Line(1, "", (5, 6))])
+    lines = Lines([Line(1, "", (5, 6))])
     with pytest.raises(StateError, match="another version's, or damaged"):
-        corpus.job_of(lines, None, slowllm.Rates(), begun)
+        job_of(lines, None, slowllm.Rates(), begun)
 
 
 def test_a_rider_is_saved_no_more_often_than_asked(tmp_path: Path) -> None:
@@ -250,17 +250,16 @@ class Killed(Exception):
 def test_every_family_goes_on_from_any_block_with_the_same_bits(
     name: str, granularity: Any, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slowllm.layout.MIN_LEAF_BYTES", 0)
+    monkeypatch.setattr("slowllm.modeling.layout.MIN_LEAF_BYTES", 0)
     generator = torch.Generator().manual_seed(3)
     lines = [
-        corpus.Line(n, "", tuple(torch.randint(5, VOCAB, (9 + n,), generator=generator).tolist()))
-        for n in range(3)
+        Line(n, "", tuple(torch.randint(5, VOCAB, (9 + n,), generator=generator).tolist())) for n in range(3)
     ]
     save = Journal._save
     with slowllm.load(
         tiny(name), dtype="fp32", keep_resident=False, granularity=granularity, poison=True
     ) as lm:
-        whole = [score.log_probs for score in corpus.score_lines(lm, lines, prefix=None)]
+        whole = [score.log_probs for score in score_lines(lm, lines, prefix=None)]
         num_blocks = lm.config.get_text_config().num_hidden_layers
         for block in range(num_blocks):
 
@@ -273,10 +272,10 @@ def test_every_family_goes_on_from_any_block_with_the_same_bits(
             with monkeypatch.context() as patch, State(folder, JOB, 0.0) as state:
                 patch.setattr(Journal, "_save", save_and_die)
                 with pytest.raises(Killed):
-                    list(corpus.score_lines(lm, lines, prefix=None, state=state))
+                    list(score_lines(lm, lines, prefix=None, state=state))
             before = lm.report.num_passages
             with State(folder, JOB, 0.0) as state:
-                found = [score.log_probs for score in corpus.score_lines(lm, lines, prefix=None, state=state)]
+                found = [score.log_probs for score in score_lines(lm, lines, prefix=None, state=state)]
             assert found == whole
             passed = lm.report.num_passages - before
             body = len(lm.layout.modules)

@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 import slowllm
-from slowllm import cli, layout
-from slowllm.checkpoint import read_header
+from slowllm.entrypoints.cli import app
 from slowllm.errors import CheckpointError, InputError, StoreError
-from slowllm.lanes import HostLane
+from slowllm.modeling import layout
 from slowllm.options import MIB
-from slowllm.store import convert as making
-from slowllm.store import manifest, units
-from slowllm.store.convert import Converted, convert
-from slowllm.store.manifest import MANIFEST, UNFINISHED
-from slowllm.store.verify import verify
+from slowllm.prepare import convert as making
+from slowllm.prepare.convert import Converted, convert
+from slowllm.prepare.verify import verify
+from slowllm.storage import manifest
+from slowllm.storage.checkpoint import read_header
+from slowllm.storage.codecs import layout_constants
+from slowllm.storage.manifest import MANIFEST, UNFINISHED
+from slowllm.streaming.devices import HostLane
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.families import FAMILIES, VOCAB, resident, save_tiny
 
@@ -183,7 +185,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, text: str = "") -
     monkeypatch.setattr(sys, "argv", ["slowllm", *map(str, arguments)])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     try:
-        cli.run()
+        app.run()
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -645,7 +647,7 @@ def test_tensors_that_code_badly_are_stored_as_they_are(tiny: Tiny, tmp_path: Pa
 def test_decoding_without_numba_is_said(
     embedded: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(units, "IS_COMPILED", False)
+    monkeypatch.setattr(layout_constants, "IS_COMPILED", False)
     with slowllm.load(embedded("lossless")):
         assert "numba is not installed" in caplog.text
     caplog.clear()
@@ -660,7 +662,7 @@ def test_an_int8_store_on_a_device_without_integer_products_is_one_sentence(
         def multiplies_integers(self) -> bool:
             return False
 
-    monkeypatch.setattr("slowllm.model.open_lanes", lambda devices: [OldCard()])
+    monkeypatch.setattr("slowllm.runtime.streamed_lm.open_lanes", lambda devices: [OldCard()])
     with pytest.raises(
         InputError, match=r"^cpu has no products of 8-bit integers, which an int8 store needs; use"
     ):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from slowllm.errors import UnsupportedError
-from slowllm.spans import Placement
-from slowllm.swap import CastStops, SwappedWeight, swap_bytes
+from slowllm.storage.spans import Placement
+from slowllm.streaming.cast_stops import CastStops, SwappedWeight, swap_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slowllm import tasks
 from slowllm.errors import InputError
-from slowllm.tasks import Question, Renderer, Template
+from slowllm.inference import eval_tasks
+from slowllm.inference.eval_tasks import Question, Renderer, Template
 
 ROWS = [
     {"question": "is water wet", "passage": "Water | wets ||| things.", "answer": True},
@@ -45,10 +45,10 @@ def save_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def test_own_templates_ask_every_question_of_boolq() -> None:
-    templates, source = tasks.boolq_templates()
+    templates, source = eval_tasks.boolq_templates()
     assert source == "slowllm's own"
-    examples = tasks.boolq_examples("x", enumerate(ROWS, 1))
-    questions = tasks.make_questions(tasks.select_templates(templates, "all"), examples)
+    examples = eval_tasks.boolq_examples("x", enumerate(ROWS, 1))
+    questions = eval_tasks.make_questions(eval_tasks.select_templates(templates, "all"), examples)
     assert len(questions) == len(templates) * len(ROWS)
     for question in questions:
         row = ROWS[question.example - 1]
@@ -79,7 +79,7 @@ def test_what_promptsource_offers_templates_is_there() -> None:
         "{{ [3, 1, 3, 1, 2] | most_frequent }} {% for a, b in zip('ab', 'cd') %}{{ a }}{{ b }}{% endfor %} ||| No"
     )
     assert found.prompt == "[3, 1] acbd"
-    assert tasks.most_frequent([]) == []
+    assert eval_tasks.most_frequent([]) == []
 
 
 def test_draws_are_the_same_each_time_and_differ_between_examples() -> None:
@@ -96,12 +96,12 @@ def test_draws_are_the_same_each_time_and_differ_between_examples() -> None:
 
 def test_a_template_that_renders_to_nothing_does_not_apply() -> None:
     one = template("{% if label %}{{ question }} ||| Yes{% endif %}")
-    questions = tasks.make_questions(
+    questions = eval_tasks.make_questions(
         [one], [(1, {"question": "a", "label": 0}), (2, {"question": "b", "label": 1})]
     )
     assert [question.example for question in questions] == [2]
     with pytest.raises(InputError, match="no example to which a template applies"):
-        tasks.make_questions([one], [(1, {"question": "a", "label": 0})])
+        eval_tasks.make_questions([one], [(1, {"question": "a", "label": 0})])
 
 
 @pytest.mark.parametrize(
@@ -132,16 +132,16 @@ def test_names_that_are_taken_are_refused() -> None:
 
 def test_templates_without_choices_are_refused_or_left_out(caplog: Any) -> None:
     closed, opened = template(), Template("open", "{{ question }} ||| {{ passage }}", None)
-    assert tasks.select_templates([closed, opened], "all") == [closed]
+    assert eval_tasks.select_templates([closed, opened], "all") == [closed]
     assert "'open' is left out" in caplog.text
     with pytest.raises(InputError, match="template 'open' has no fixed choices"):
-        tasks.select_templates([closed, opened], "open")
+        eval_tasks.select_templates([closed, opened], "open")
     with pytest.raises(InputError, match="none of the templates has fixed choices"):
-        tasks.select_templates([opened], "all")
+        eval_tasks.select_templates([opened], "all")
     with pytest.raises(InputError, match="template 'open' has no fixed choices"):
         Renderer(opened)
     with pytest.raises(InputError, match="no template is called 'x'; there are 't', 'open'"):
-        tasks.select_templates([closed, opened], "x")
+        eval_tasks.select_templates([closed, opened], "x")
 
 
 BAD_FILES = {
@@ -164,7 +164,7 @@ def test_a_bad_templates_file_is_refused(case: str, tmp_path: Path) -> None:
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=match):
-        tasks.read_templates(file)
+        eval_tasks.read_templates(file)
 
 
 def test_installed_promptsource_is_used(tmp_path: Path, monkeypatch: Any) -> None:
@@ -180,23 +180,23 @@ def test_installed_promptsource_is_used(tmp_path: Path, monkeypatch: Any) -> Non
     (tmp_path / "promptsource" / "templates.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        assert tasks.boolq_templates() == ([Template("one", "a ||| b", "b ||| c")], "promptsource's")
+        assert eval_tasks.boolq_templates() == ([Template("one", "a ||| b", "b ||| c")], "promptsource's")
         monkeypatch.setattr(sys.modules["promptsource.templates"].One, "jinja", None)
         with pytest.raises(InputError, match="promptsource: template 'one' needs texts"):
-            tasks.boolq_templates()
+            eval_tasks.boolq_templates()
         monkeypatch.setattr(
             sys.modules["promptsource.templates"],
             "DatasetTemplates",
             lambda *names: SimpleNamespace(templates={}),
         )
         with pytest.raises(InputError, match="has no templates for super_glue/boolq"):
-            tasks.boolq_templates()
+            eval_tasks.boolq_templates()
         del sys.modules["promptsource.templates"]
         (tmp_path / "promptsource" / "templates.py").write_text("import pkg_resources_of_old")
         with pytest.raises(
             InputError, match=r"promptsource is installed, but pkg_resources_of_old is not installed"
         ):
-            tasks.boolq_templates()
+            eval_tasks.boolq_templates()
     finally:
         for name in ("promptsource", "promptsource.templates"):
             sys.modules.pop(name, None)
@@ -205,9 +205,9 @@ def test_installed_promptsource_is_used(tmp_path: Path, monkeypatch: Any) -> Non
 @pytest.mark.parametrize(
     ("package", "call"),
     [
-        ("yaml", tasks.boolq_templates),
+        ("yaml", eval_tasks.boolq_templates),
         ("jinja2", lambda: Renderer(template())),
-        ("datasets", lambda: next(tasks.read_examples("x.jsonl"))),
+        ("datasets", lambda: next(eval_tasks.read_examples("x.jsonl"))),
     ],
 )
 def test_a_package_that_is_not_there_is_named(package: str, call: Any, monkeypatch: Any) -> None:
@@ -233,17 +233,17 @@ def test_files_are_read_by_datasets(suffix: str, tmp_path: Path) -> None:
         file.write_text(json.dumps(ROWS))
     else:
         save_jsonl(file, ROWS)
-    assert list(tasks.read_examples(str(file))) == list(enumerate(ROWS, 1))
-    assert list(tasks.read_examples(str(file), limit=2)) == list(enumerate(ROWS[:2], 1))
+    assert list(eval_tasks.read_examples(str(file))) == list(enumerate(ROWS, 1))
+    assert list(eval_tasks.read_examples(str(file), limit=2)) == list(enumerate(ROWS[:2], 1))
 
 
 def test_a_folder_has_splits(tmp_path: Path) -> None:
     save_jsonl(tmp_path / "train.jsonl", ROWS[:1])
     save_jsonl(tmp_path / "validation.jsonl", ROWS)
-    assert len(list(tasks.read_examples(str(tmp_path)))) == 3
-    assert len(list(tasks.read_examples(str(tmp_path), split="train"))) == 1
+    assert len(list(eval_tasks.read_examples(str(tmp_path)))) == 3
+    assert len(list(eval_tasks.read_examples(str(tmp_path), split="train"))) == 1
     with pytest.raises(InputError, match=r"cannot be read .*test"):
-        list(tasks.read_examples(str(tmp_path), split="test"))
+        list(eval_tasks.read_examples(str(tmp_path), split="test"))
 
 
 def test_the_cache_of_datasets_is_read_without_the_hub(tmp_path: Path, monkeypatch: Any) -> None:
@@ -260,11 +260,11 @@ def test_the_cache_of_datasets_is_read_without_the_hub(tmp_path: Path, monkeypat
     # A dataset of the hub has its files in its config, and no part of its folder's name is made of them.
     (folder,) = tmp_path.glob("boolq/default-*")
     folder.rename(tmp_path / "boolq" / "default")
-    assert list(tasks.read_examples("boolq", limit=2)) == list(enumerate(ROWS[:2], 1))
+    assert list(eval_tasks.read_examples("boolq", limit=2)) == list(enumerate(ROWS[:2], 1))
     with pytest.raises(InputError, match="has no split 'test'; there are validation"):
-        next(tasks.read_examples("boolq", split="test"))
+        next(eval_tasks.read_examples("boolq", split="test"))
     with pytest.raises(InputError, match=r"not in the cache of datasets.*load_dataset\('boolq', 'other'\)"):
-        next(tasks.read_examples("boolq", subset="other"))
+        next(eval_tasks.read_examples("boolq", subset="other"))
     assert not asked
 
 
@@ -285,22 +285,22 @@ def test_a_file_that_cannot_be_read_is_refused(
     if name is not None:
         file.write_text(content)
     with pytest.raises(InputError, match=match):
-        tasks.make_questions([template()], tasks.read_examples(str(file)))
+        eval_tasks.make_questions([template()], eval_tasks.read_examples(str(file)))
 
 
 def test_a_hub_id_that_is_not_cached_is_refused() -> None:
     with pytest.raises(InputError, match="nobody/nothing: no such file, and not in the cache of datasets"):
-        list(tasks.read_examples("nobody/nothing"))
+        list(eval_tasks.read_examples("nobody/nothing"))
 
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a file has no splits"):
-        list(tasks.read_examples(str(save_jsonl(tmp_path / "x.jsonl", ROWS)), split="test"))
+        list(eval_tasks.read_examples(str(save_jsonl(tmp_path / "x.jsonl", ROWS)), split="test"))
 
 
 def test_both_columns_of_answers_become_both() -> None:
     rows = [{"question": "q", "passage": "p", "label": 0}, {"question": "q", "passage": "p", "answer": True}]
-    found = [row for _, row in tasks.boolq_examples("x", enumerate(rows, 1))]
+    found = [row for _, row in eval_tasks.boolq_examples("x", enumerate(rows, 1))]
     assert [(row["answer"], row["label"]) for row in found] == [(False, 0), (True, 1)]
 
 
@@ -319,7 +319,7 @@ def test_both_columns_of_answers_become_both() -> None:
 )  # fmt: skip
 def test_examples_that_are_not_boolqs_are_refused(row: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=match):
-        list(tasks.boolq_examples("x", [(1, row)]))
+        list(eval_tasks.boolq_examples("x", [(1, row)]))
 
 
 # Counts
@@ -327,24 +327,24 @@ def test_examples_that_are_not_boolqs_are_refused(row: dict[str, Any], match: st
 
 def test_wilson_is_as_tabulated() -> None:
     # R. G. Newcombe, Statistics in Medicine 17 (1998), table I.
-    assert tasks.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert tasks.wilson(15 / 148, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert tasks.wilson(0 / 20, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert tasks.wilson(1 / 29, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
-    assert tasks.wilson(0.0, 0) == (0.0, 1.0)
+    assert eval_tasks.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert eval_tasks.wilson(15 / 148, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert eval_tasks.wilson(0 / 20, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert eval_tasks.wilson(1 / 29, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    assert eval_tasks.wilson(0.0, 0) == (0.0, 1.0)
 
 
 @given(right=st.integers(0, 1000), wrong=st.integers(0, 1000))
 def test_an_interval_holds_its_share(right: int, wrong: int) -> None:
     count = right + wrong
     share = right / count if count else 0.0
-    low, high = tasks.wilson(share, count)
+    low, high = eval_tasks.wilson(share, count)
     assert 0 <= low <= share + 1e-12
     assert share - 1e-12 <= high <= 1
 
 
 def test_a_tally_counts_templates_and_all() -> None:
-    tally = tasks.Tally()
+    tally = eval_tasks.Tally()
     for example in (1, 2):
         for name in ("a", "b"):
             tally.add(Question(name, example, "", ("x", "y"), 0), 0 if name == "a" or example == 1 else 1)
@@ -352,5 +352,5 @@ def test_a_tally_counts_templates_and_all() -> None:
     assert (a["template"], a["num_correct"], a["accuracy"]) == ("a", 2, 1.0)
     assert (b["template"], b["num_correct"], b["accuracy"]) == ("b", 1, 0.5)
     assert (both["template"], both["num_questions"], both["accuracy"]) == (None, 4, 0.75)
-    assert (both["low"], both["high"]) == tasks.wilson(0.75, 2)  # two examples, not four
+    assert (both["low"], both["high"]) == eval_tasks.wilson(0.75, 2)  # two examples, not four
     assert tally.accuracy == 0.75

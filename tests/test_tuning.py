@@ -24,15 +24,16 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
 
 import slowllm
-from slowllm.blocks import find_blocks
-from slowllm.cli import app
+from slowllm.entrypoints.cli.app import app
 from slowllm.errors import InputError, PlanError, SlowLLMError, StateError, TuningError
-from slowllm.examples import Example, Task, make_task
-from slowllm.lessons import Row, learn_rider, starts_of
-from slowllm.model import Description
-from slowllm.recipes import Recipe, Trial
-from slowllm.riders import Reach
-from slowllm.tuning import tune, tune_tasks
+from slowllm.modeling import soft_prompt_files
+from slowllm.modeling.streamed_block import find_blocks
+from slowllm.runtime.streamed_lm import Description
+from slowllm.streaming.riders import Reach
+from slowllm.tuning.examples import Example, Task, make_task
+from slowllm.tuning.passes import Row, learn_rider, starts_of
+from slowllm.tuning.session import tune, tune_tasks
+from slowllm.tuning.trial import Recipe, Trial
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.families import VOCAB
 from tests.processes import Processes
@@ -338,7 +339,7 @@ def test_a_bad_example_is_named_and_the_last_good_prompt_is_kept(tiny: Tiny, tmp
     with pytest.raises(TuningError, match=r"t: step \d: example with 77: .*NaN") as caught:
         run(folder, [recipe], [Task("t", (*good, bad))], out=tmp_path / "out")
     step = int(str(caught.value).partition("step ")[2].partition(":")[0])
-    kept, _ = slowllm.prompt_files.load_prompt(tmp_path / "out")
+    kept, _ = soft_prompt_files.load_prompt(tmp_path / "out")
     # The prompt before the last update that was made: the last whose loss was a number.
     order = Trial("t", Task("t", (*good, bad)), recipe, kept).recipe
     assert order == recipe
@@ -358,7 +359,7 @@ def test_a_learning_rate_that_diverges_is_one_sentence(tmp_path: Path) -> None:
             num_steps=30,
         )  # fmt: skip
     assert "\n" not in str(caught.value)
-    kept, about = slowllm.prompt_files.load_prompt(tmp_path)
+    kept, about = soft_prompt_files.load_prompt(tmp_path)
     assert max(float(pair.abs().max()) for pair in kept.pairs) < 1e4, "the prompt from before it grew"
     assert about["failure"] is not None
 
@@ -472,9 +473,9 @@ def test_a_folder_with_a_prompt_is_not_given_to_several_trials(tiny: Tiny, tmp_p
         run(tiny("bloom"), two, out=tmp_path)
     run(tiny("bloom"), two, out=tmp_path / "two")
     with pytest.raises(InputError, match="the folders in it have: seed-0, seed-1"):
-        slowllm.prompt_files.load_prompt(tmp_path / "two")
+        soft_prompt_files.load_prompt(tmp_path / "two")
     with (
-        slowllm.prompt_files.check_folder(tmp_path, is_shared=False),
+        soft_prompt_files.check_folder(tmp_path, is_shared=False),
         pytest.raises(InputError, match="another run writes its prompt there"),
     ):
         run(tiny("bloom"), [Recipe(**QUICK)], out=tmp_path)  # type: ignore[arg-type]
@@ -713,7 +714,7 @@ def test_an_interrupted_run_keeps_its_prompt(tmp_path: Path, processes: Processe
     for _ in range(3):
         assert process.stdout.readline()
     assert process.end(signal.SIGINT).returncode == 130
-    kept, about = slowllm.prompt_files.load_prompt(tmp_path / "out")
+    kept, about = soft_prompt_files.load_prompt(tmp_path / "out")
     assert kept.kind == "prefix"
     assert about["steps"] >= 1
 

@@ -1,0 +1,115 @@
+"""The verbs that make and check stores: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slowllm.entrypoints.cli.common import Verbose, log_to_stderr
+from slowllm.errors import InputError
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder or cached hub id of a checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="New or empty folder for the store.")],
+    store: Annotated[str, typer.Option("--store", help="bf16, lossless, int8 or int4.")],
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Processes that encode.", show_default="one for each core")
+    ] = None,
+    rank: Annotated[int, typer.Option("--rank", help="With --world-size: which share to do here.")] = 0,
+    world_size: Annotated[
+        int, typer.Option("--world-size", help="Shares of the work, each for a run of its own.")
+    ] = 1,
+    verbose: Verbose = False,
+) -> None:
+    r"""Write a store: a copy of a checkpoint with fewer bytes to stream.
+
+    \b
+    lossless  about 12 bits a weight, decoded to the bits of a bfloat16 checkpoint: the same answers
+    int8      half the bytes (LLM.int8(): 8-bit products, outliers in 16 bit)
+    int4      about 0.28 of the bytes (64 weights share a scale and an offset)
+    bf16      as it is, one file a block; other dtypes are rounded
+
+    Embeddings, norms, routers and the head stay as they are. All verbs take a store where they take a model. What is
+    written is read back and compared. After an interrupt, a crash or a full disk the same command goes on where it
+    stopped. The checkpoint is not changed; it may also be pytorch_model*.bin files, which are read without running
+    what is in them.
+    """
+    log_to_stderr(verbose)
+    from slowllm.options import format_bytes
+    from slowllm.runtime.streamed_lm import find_folder
+    from slowllm.storage.manifest import STORES
+
+    if store not in STORES:
+        raise InputError(f"--store {store!r} is unknown; use one of {', '.join(STORES)}")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    from slowllm.entrypoints.cli import output
+    from slowllm.prepare.convert import Progress
+    from slowllm.prepare.convert import convert as make
+
+    started = time.perf_counter()
+    with output.byte_progress(f"{store} store") as tell:
+
+        def on_progress(progress: Progress) -> None:
+            if progress.is_start:
+                print(
+                    f"{store} store: {progress.num_files} files from {format_bytes(progress.source_bytes)}, about "
+                    f"{format_bytes(progress.estimated_bytes)} to write",
+                    file=sys.stderr,
+                )
+            tell(progress.done_bytes, progress.source_bytes)
+
+        folder = find_folder(model)
+        try:
+            done = make(
+                folder, out, store=store, workers=workers, rank=rank, world_size=world_size,
+                name=None if folder.name == Path(model).name else model, on_progress=on_progress,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print("slowllm: interrupted; the same command goes on where it stopped", file=sys.stderr)
+            raise
+    seconds = time.perf_counter() - started
+    if done.manifest is None:
+        print(
+            f"share {rank} of {world_size} is done in {output.duration(seconds)}; the store is finished when all are",
+            file=sys.stderr,
+        )
+    elif done.was_there:
+        print(f"the {store} store of {done.manifest.source_name} is finished already", file=sys.stderr)
+    else:
+        print(
+            f"{store} store of {done.manifest.source_name}: {format_bytes(done.num_bytes)} from "
+            f"{format_bytes(done.source_bytes)} in {output.duration(seconds)}, read back and compared",
+            file=sys.stderr,
+        )
+    typer.echo(done.folder)
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="Folder of a store, or cached hub id or snapshot of a model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Read every byte of a store, or of a model in the hub's cache, and compare it with its hash."""
+    from slowllm.entrypoints.cli import output
+    from slowllm.options import format_bytes
+    from slowllm.prepare.verify import verify as check
+    from slowllm.runtime.streamed_lm import find_folder
+
+    folder = find_folder(model)
+    with output.byte_progress("reading") as tell:
+        found = check(folder, tell)
+    if as_json:
+        typer.echo(
+            json.dumps({"folder": str(folder), "num_files": found.num_files, "num_bytes": found.num_bytes})
+        )
+    else:
+        typer.echo(
+            f"{folder}: {found.num_files} files, {format_bytes(found.num_bytes)}, all as they should be"
+        )

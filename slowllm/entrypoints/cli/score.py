@@ -1,0 +1,338 @@
+"""The verbs that compare likelihoods, `score` and `yesno`, and what they share with `eval`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slowllm.entrypoints.cli.common import (
+    DeviceOption,
+    DTypeOption,
+    Memory,
+    ModelOption,
+    OutOption,
+    PromptOption,
+    RamOption,
+    Verbose,
+    VramOption,
+    checked_output,
+    describe,
+    log_to_stderr,
+    memory_of,
+    read_lines,
+)
+from slowllm.errors import InputError
+from slowllm.options import parse_dtype
+
+if TYPE_CHECKING:
+    from slowllm.inference.choices import Encoded
+    from slowllm.inference.prefix_sharing import Query
+    from slowllm.inference.scoring import Answer
+    from slowllm.runtime.streamed_lm import Description, StreamedLM
+
+KEYS = ("context", "choices", "continuation", "text")
+NORMALIZE = ("none", "tokens", "characters", "unconditional")
+NormalizeOption = Annotated[
+    str,
+    typer.Option(
+        help="Compare choices by log-likelihoods as they are (none), by a share of each of their tokens or characters, "
+        "or less the log-likelihood without the context (unconditional).",
+        metavar="|".join(NORMALIZE),
+    ),
+]
+
+
+def checked_model(
+    model: str | None, dtype: str, normalize: str = "none", prompt: str | None = None
+) -> Description:
+    """Look at the options, and open what says what a model is; its weights are left alone."""
+    parse_dtype(dtype)
+    if normalize not in NORMALIZE:
+        raise InputError(f"--normalize {normalize!r} is unknown; use one of {', '.join(NORMALIZE)}")
+
+    return describe(model, prompt)
+
+
+@contextlib.contextmanager
+def opened(known: Description, queries: Sequence[Query], memory: Memory, dtype: str) -> Iterator[StreamedLM]:
+    """Load a model for queries, show its way, and say at the end what it cost."""
+    from slowllm.entrypoints.api import load
+    from slowllm.entrypoints.cli import output
+    from slowllm.inference import scoring
+    from slowllm.runtime import survey
+
+    rates = survey.quick_rates(known.folder, parse_dtype(dtype))
+    job = scoring.job_of_queries(queries, known, rates)
+    with load(
+        known, ram=memory.ram, device=memory.device, vram=memory.vram, dtype=dtype, job=job, rates=rates
+    ) as lm:
+        started = time.perf_counter()
+        with output.progress(lm, job):
+            yield lm
+        num_sweeps = lm.report.num_passages / lm.num_stops
+        print(
+            f"{num_sweeps:.3g} sweep{'' if num_sweeps == 1 else 's'} in {time.perf_counter() - started:.2f} s",
+            file=sys.stderr,
+        )
+
+
+@dataclass
+class _Row:
+    """One line of a file to be scored: what was read, what is asked, or what is wrong with it."""
+
+    number: int
+    content: Mapping[str, Any] = field(default_factory=dict)
+    queries: tuple[Query, ...] = ()
+    encoded: Encoded | None = None
+    error: str | None = None
+
+
+def score(
+    file: Annotated[
+        str,
+        typer.Argument(
+            help='JSON Lines: {"context", "choices"}, {"context", "continuation"} or {"text"}; - reads standard input.'
+        ),
+    ],
+    model: ModelOption = None,
+    ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
+    dtype: DTypeOption = "auto",
+    prompt: PromptOption = None,
+    out: OutOption = None,
+    normalize: NormalizeOption = "none",
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="Also give every scored token and its log-probability.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score every line of a JSON Lines file: choices after a context, a continuation, or a text.
+
+    Prints JSON lines in the file's order: what was read (but for a key `error`, which marks a line that failed), and for choices `probabilities` (of the choices against one
+    another), `scores`, `best` (its index) and `best_choice`; else `log_likelihood` (nats), `perplexity` and
+    `num_tokens`. Choices and continuations follow their context as they are, so give the blank that parts them. An
+    empty context stands for the beginning of a text.
+
+    A line that cannot be scored gets {"line", "error"} in its place, the others are scored, and the exit code is 1.
+    """
+    log_to_stderr(verbose)
+    lines = _numbered(file)
+    if out is not None:
+        out = checked_output(out, file)
+    memory = memory_of(ram, device, vram)
+    known = checked_model(model, dtype, normalize, prompt=prompt)
+    from slowllm.entrypoints.cli import output
+    from slowllm.inference import scoring
+
+    # All lines are looked at before the first byte of weights is read.
+    rows = [_row(known, number, raw, normalize) for number, raw in lines]
+    queries = [query for row in rows for query in row.queries]
+    with output.json_writer(out) as write, contextlib.ExitStack() as stack:
+        answers: Iterator[Answer] = iter(())
+        if queries:
+            answers = scoring.answer(stack.enter_context(opened(known, queries, memory, dtype)), queries)
+        for row in rows:
+            if row.error is not None:
+                write({"line": row.number, "error": row.error})
+                continue
+            found = [next(answers) for _ in row.queries]
+            kept = {key: value for key, value in row.content.items() if key != "error"}
+            write({**kept, "line": row.number, **_result(known, row, found, per_token)})
+    wrong = [row for row in rows if row.error is not None]
+    print(f"scored {len(rows) - len(wrong)} of {len(rows)} lines", file=sys.stderr)
+    for row in wrong[:10]:
+        print(f"slowllm: {file}: line {row.number}: {row.error}", file=sys.stderr)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _numbered(file: str) -> list[tuple[int, bytes]]:
+    """Return the lines of a file that are not blank, with their numbers; what is in them may be wrong."""
+    name = "standard input" if file == "-" else file
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror or error}") from error
+    lines = [
+        (n, raw) for n, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1) if raw.strip()
+    ]
+    if not lines:
+        raise InputError(f"{name}: has no non-empty line")
+    return lines
+
+
+def _row(known: Description, number: int, raw: bytes, normalize: Any) -> _Row:
+    from slowllm.inference.choices import Item, encode_item
+    from slowllm.inference.scoring import encode_pair
+
+    try:
+        content = _object(raw)
+        if "choices" in content:
+            _refuse(content, "text", "continuation")
+            context, choices = content.get("context", ""), content["choices"]
+            if not (isinstance(context, str) and isinstance(choices, list)):
+                raise InputError("context must be a string, and choices a list of strings")
+            if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+                raise InputError("choices must be a list of one string or more, none empty")
+            encoded = encode_item(known, Item(context, tuple(choices)), normalize)
+            return _Row(number, content, encoded.queries, encoded)
+        if "continuation" in content:
+            _refuse(content, "text")
+            pair = (content.get("context", ""), content["continuation"])
+        elif "text" in content:
+            _refuse(content, "context")
+            pair = ("", content["text"])
+        else:
+            raise InputError("needs context and choices, context and continuation, or text")
+        if not all(isinstance(text, str) for text in pair):
+            raise InputError("text, context and continuation must be strings")
+        return _Row(number, content, (encode_pair(known, *pair),))
+    except InputError as error:
+        return _Row(number, error=str(error))
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    def no_number(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        found = json.loads(raw.decode("utf-8"), parse_constant=no_number)
+        # Half of a surrogate pair can be written in JSON, but neither tokenized nor written as UTF-8.
+        json.dumps(found, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"is JSON, but no object with text or choices: {str(found)[:40]}")
+    return found
+
+
+def _refuse(content: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if name in content:
+            raise InputError(
+                f"has {name} beside {' and '.join(other for other in KEYS if other in content and other != name)}"
+            )
+
+
+def _result(known: Description, row: _Row, found: Sequence[Answer], per_token: bool) -> dict[str, Any]:
+    if row.encoded is None:
+        ((query,), (answer,)) = row.queries, found
+        mean = -answer.log_likelihood / len(answer.log_probs)
+        result: dict[str, Any] = {
+            "log_likelihood": answer.log_likelihood,
+            "perplexity": math.exp(mean) if mean < 709 else None,
+            "num_tokens": len(answer.log_probs),
+        }
+        if "continuation" in row.content:
+            result["is_greedy"] = answer.is_greedy
+        if per_token:
+            result["tokens"] = _tokens(known, query, answer)
+        return result
+    from slowllm.inference.choices import judge
+
+    judged = judge(row.encoded, found)
+    result = {
+        "probabilities": list(judged.probabilities),
+        "scores": list(judged.scores),
+        "best": judged.best,
+        "best_choice": row.content["choices"][judged.best],
+    }
+    if per_token:
+        pairs = zip(row.queries, found, strict=True)
+        result["tokens"] = [_tokens(known, *pair) for pair in pairs][: row.encoded.num_choices]
+    return result
+
+
+def _tokens(known: Description, query: Query, answer: Answer) -> list[dict[str, Any]]:
+    return [
+        {"id": token, "token": known.tokenizer.decode([token]), "log_prob": value}
+        for token, value in zip(query.continuation, answer.log_probs, strict=True)
+    ]
+
+
+def yesno(
+    file: Annotated[str, typer.Argument(help="Text file, one question a line; - reads standard input.")],
+    model: ModelOption = None,
+    ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
+    dtype: DTypeOption = "auto",
+    prompt: PromptOption = None,
+    out: OutOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+    yes: Annotated[str, typer.Option("--yes", help="The one answer.")] = "yes",
+    no: Annotated[str, typer.Option("--no", help="The other.")] = "no",
+    template: Annotated[
+        str,
+        typer.Option(
+            help=r"Prompt, with {question} in it; \n is a line break. The answer follows after a blank."
+        ),
+    ] = r"Question: {question}\nAnswer:",
+    verbose: Verbose = False,
+) -> None:
+    """Answer every non-empty line of a file with yes or no, and say how likely yes is against no."""
+    log_to_stderr(verbose)
+    lines = read_lines(file)
+    if out is not None:
+        out = checked_output(out, file)
+    if "{question}" not in template:
+        raise InputError(f"--template {template!r} has no {{question}}")
+    pattern = template.replace("\\n", "\n")
+    if not yes.strip() or not no.strip() or yes.strip() == no.strip():
+        raise InputError(f"--yes {yes!r} and --no {no!r} must be two different words, neither of them empty")
+    memory = memory_of(ram, device, vram)
+    known = checked_model(model, dtype, prompt=prompt)
+    from slowllm.entrypoints.cli import output
+    from slowllm.inference import choices
+
+    blank = "" if pattern[-1].isspace() else " "
+    items = []
+    for number, text in lines:
+        item = choices.Item(pattern.replace("{question}", text), (blank + yes.strip(), blank + no.strip()))
+        try:
+            items.append(choices.encode_item(known, item))
+        except InputError as error:
+            raise InputError(f"{file}: line {number}: {error}") from error
+    queries = [query for item in items for query in item.queries]
+    relative = all(item.is_relative for item in items)
+    as_table = out is None and not as_json and sys.stdout.isatty()
+    cells = []
+    with contextlib.ExitStack() as stack:
+        write = None if as_table else stack.enter_context(output.json_writer(out))
+        lm = stack.enter_context(opened(known, queries, memory, dtype))
+        for (number, text), found in zip(lines, choices.choose(lm, items, relative=relative), strict=True):
+            answer = (yes, no)[found.best].strip()
+            if write is None:
+                cells.append((str(number), f"{found.probabilities[0]:.4f}", answer, text))
+            else:
+                write({"line": number, "question": text, "p_yes": found.probabilities[0], "answer": answer})
+    if as_table:
+        print_table(("line", "P(yes)", "answer", "question"), cells)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; its last column, a text, takes what is left of the terminal."""
+    clean = [
+        [
+            "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in cell)
+            for cell in row
+        ]
+        for row in (header, *rows)
+    ]
+    widths = [max(len(row[column]) for row in clean) for column in range(len(header))]
+    left = max(12, shutil.get_terminal_size().columns - sum(widths[:-1]) - 2 * len(widths[:-1]))
+    for row in clean:
+        numbers = [cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+        text = row[-1] if len(row[-1]) <= left else row[-1][: left - 1] + "\N{HORIZONTAL ELLIPSIS}"
+        print("  ".join([*numbers, text]))

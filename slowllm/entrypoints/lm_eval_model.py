@@ -1,0 +1,413 @@
+"""lm-eval's language model: all requests of a call go through in as few sweeps as the plan allows.
+
+Importing this registers the model ``slowllm`` with lm-eval, and ``python -m slowllm.harness`` (or ``slowllm eval lm``)
+is lm-eval's own command line with it. Tokens, prefixes, truncation from the left and stop strings are as lm-eval's
+``hf`` model has them, so that both give the same figures.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slowllm.entrypoints.cli import output
+from slowllm.errors import InputError
+from slowllm.inference import generation, scoring
+from slowllm.inference.generation import Prompt, Settings
+from slowllm.inference.prefix_sharing import Query
+from slowllm.modeling.skeleton import first_line
+from slowllm.options import parse_dtype
+from slowllm.planning.forecast import Job, Rates
+from slowllm.runtime import survey
+from slowllm.runtime.streamed_lm import Description, StreamedLM, load
+
+try:
+    from lm_eval import utils  # type: ignore[import-untyped]
+    from lm_eval.api.model import TemplateLM  # type: ignore[import-untyped]
+    from lm_eval.api.registry import register_model  # type: ignore[import-untyped]
+    from lm_eval.models.utils import (  # type: ignore[import-untyped]
+        handle_stop_sequences,
+        has_bos_prefix,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+        resolve_max_length,
+    )
+except ModuleNotFoundError as error:
+    raise InputError(f"lm-eval is not installed ({error}); pip install 'slowllm[eval]'") from error
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance  # type: ignore[import-untyped]
+
+log = logging.getLogger(__name__)
+
+# Of transformers' options of generation, those that `Settings` has too; the model's own defaults fill the rest.
+_SETTINGS = (
+    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "min_new_tokens",
+)  # fmt: skip
+
+
+@register_model("slowllm")
+class SlowLM(TemplateLM):  # type: ignore[misc]
+    """A streamed model as lm-eval knows models.
+
+    The weights are opened at the first call, planned for what it asks, and anew for a later call that needs more.
+
+    Args:
+        pretrained: folder, or hub id from the local cache; or a loaded model, which is used as it is.
+        ram: memory budget of the whole process.
+        dtype: ``auto``, ``bf16`` or ``fp32``.
+        prompt: folder of a soft prompt that stands before every text.
+        device: where blocks are computed, as for `load`.
+        vram: memory budget on each GPU.
+        max_length: tokens that the model takes, where its config says another number.
+        max_gen_toks: new tokens where a task names no limit.
+        add_bos_token: whether texts begin with BOS; by default as the tokenizer has it.
+        prefix_token_id: token before an empty context; by default BOS, or EOS where there is none.
+        truncation: passed to the tokenizer when prompts of generation are encoded.
+        enable_thinking: passed to the chat template.
+        think_end_token: only what follows it counts as the answer: its text, or its id.
+        chat_template_args: more for the chat template.
+        batch_size: accepted and not used; micro-batches are packed by the plan.
+        max_batch_size: the same.
+        trust_remote_code: only False.
+    Raises:
+        InputError: an argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path | StreamedLM,
+        ram: str = "16GiB",
+        dtype: str = "auto",
+        prompt: str | None = None,
+        device: str | None = None,
+        vram: str | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        truncation: bool = False,
+        enable_thinking: bool | None = None,
+        think_end_token: str | int | None = None,
+        chat_template_args: dict[str, Any] | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        trust_remote_code: bool = False,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise InputError(f"slowllm's model has no argument {', '.join(sorted(unknown))}")
+        if trust_remote_code:
+            raise InputError("remote code is never run; leave trust_remote_code out")
+        if enable_thinking and think_end_token is None:
+            raise InputError("enable_thinking needs think_end_token, after which the answer begins")
+        parse_dtype(dtype)
+        self._lm: StreamedLM | None = None
+        self._job: Job | None = None
+        self._known: Description | StreamedLM
+        if isinstance(pretrained, StreamedLM):
+            if prompt is not None:
+                raise InputError("a loaded model has its own soft prompt; give it to load()")
+            self._known = self._lm = pretrained
+        else:
+            self._known = Description(pretrained, prompt)
+        self._ram, self._dtype, self._device, self._vram = ram, dtype, device or "cpu", vram
+        self.tokenizer: Any = self._known.tokenizer
+        self._max_length, self._max_gen_toks = max_length, max_gen_toks
+        self.add_bos_token, self.custom_prefix_token_id = add_bos_token, prefix_token_id
+        self.truncation, self.enable_thinking = truncation, enable_thinking
+        is_id = isinstance(think_end_token, str) and think_end_token.isdigit()
+        self.think_end_token = int(think_end_token) if think_end_token and is_id else think_end_token
+        self._own = _own_settings(self._known.folder)
+        self.chat_template_args = dict(chat_template_args or {})
+        if enable_thinking is not None:
+            self.chat_template_args["enable_thinking"] = enable_thinking
+
+    @property
+    def config(self) -> Any:
+        """Transformers' config."""
+        return self._known.config
+
+    @property
+    def lm(self) -> StreamedLM | None:
+        """The model that is open, if one is."""
+        return self._lm
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The tokenizer's EOS, if it has one."""
+        return None if self.tokenizer.eos_token_id is None else int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before an empty context, and before a text whose every token is scored."""
+        if self.custom_prefix_token_id is not None:
+            return self.custom_prefix_token_id
+        return scoring.prefix_id(self.tokenizer)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model takes, beside a soft prompt."""
+        whole = self._max_length or resolve_max_length(self.config, self.tokenizer)
+        return int(whole) - self._known.num_virtual_tokens
+
+    @property
+    def max_gen_toks(self) -> int:
+        """New tokens where a task names no limit."""
+        return self._max_gen_toks
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's name, by which lm-eval knows cached requests again."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def close(self) -> None:
+        """Close the model, unless it was given open. Idempotent."""
+        if self._lm is not None and self._lm is not self._known:
+            self._lm.close()
+            self._lm = self._job = None
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what lm-eval writes beside its results."""
+        info: dict[str, Any] = {"model_name": self._known.name}
+        if self._lm is not None:
+            info |= {
+                "model_num_parameters": self._lm.model.num_parameters(),
+                "model_dtype": str(self._lm.model.dtype),
+                "model_fingerprint": self._lm.fingerprint(),
+            }
+        return info
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Return a text's token ids, with the tokenizer's special tokens unless it begins with them or it is told."""
+        if add_special_tokens is None:
+            is_begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+            add_special_tokens = False if is_begun else self.add_bos_token
+        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer.encode(string, **chosen))
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, whether every token was the likeliest) of each request's continuation."""
+        if self.enable_thinking:
+            raise InputError("enable_thinking is for tasks that generate; this one compares likelihoods")
+        return list(super().loglikelihood(requests, disable_tqdm=disable_tqdm))
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any
+    ) -> list[tuple[float, bool]]:
+        queries = []
+        for (context, continuation), before, after in requests:
+            queries.append(self._query(before, after, f"{context[-40:]!r} followed by {continuation!r}"))
+        found = []
+        for request, (value, is_greedy) in zip(requests, self._answers(queries), strict=True):
+            found.append((value, is_greedy))
+            self.cache_hook.add_partial("loglikelihood", request[0], found[-1])
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of each whole text, in windows of the model's length."""
+        queries: list[Query] = []
+        counts = []
+        for request in requests:
+            (text,) = request.args
+            windows = utils.get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
+            )
+            before = len(queries)
+            for window in windows:
+                context, continuation = utils.make_disjoint_window(window)
+                queries.append(self._query(context, continuation, repr(text[:40])))
+            counts.append(len(queries) - before)
+        answers = self._answers(queries)
+        found = []
+        for request, count in zip(requests, counts, strict=True):
+            found.append(sum(next(answers)[0] for _ in range(count)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
+        return found
+
+    def _query(self, context: list[int], continuation: list[int], what: str) -> Query:
+        if not continuation or len(continuation) > self.max_length:
+            raise InputError(
+                f"{what}: the tokenizer makes {len(continuation)} tokens of what is to be scored, "
+                f"where the model takes 1 to {self.max_length}"
+            )
+        vocabulary = self.config.get_text_config().vocab_size
+        if (highest := max(*context, *continuation)) >= vocabulary:
+            raise InputError(f"{what}: token {highest} is beyond the model's vocabulary of {vocabulary}")
+        # The model never sees the last token, so there is room for one more.
+        left = max(1, self.max_length + 1 - len(continuation))
+        return Query(tuple(context[-left:]), tuple(continuation))
+
+    def _answers(self, queries: Sequence[Query]) -> Iterator[tuple[float, bool]]:
+        if not queries:
+            return
+        job = scoring.job_of_queries(queries, self._known, self._rates)
+        lm = self._opened(job)
+        with output.progress(lm, job):
+            for answer in scoring.answer(lm, queries):
+                yield answer.log_likelihood, answer.is_greedy
+
+    @functools.cached_property
+    def _rates(self) -> Rates:
+        return survey.quick_rates(self._known.folder, parse_dtype(self._dtype))
+
+    def _opened(self, job: Job) -> StreamedLM:
+        """Return the model, opened for this job, or for an earlier one that covers it."""
+        if isinstance(self._known, StreamedLM):
+            return self._known
+        if self._lm is None or not _covers(self._job, job):
+            self.close()
+            self._lm = load(
+                self._known,
+                ram=self._ram,
+                dtype=self._dtype,
+                device=self._device,
+                vram=self._vram,
+                job=job,
+                rates=self._rates,
+            )
+            self._job = job
+        return self._lm
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the continuation of each request's context, up to its stop strings."""
+        stops, prompts = [], []
+        for request in requests:
+            context, options = request.args
+            settings, until = self._settings(options)
+            prompts.append(Prompt(self._prompt_ids(context, settings.max_new_tokens), settings))
+            stops.append(until)
+        if not prompts:
+            return []
+        job = generation.job_of(self._known, prompts, self._rates)
+        lm = self._opened(job)
+        found = []
+        with output.progress(lm, job):
+            for request, until, (continuation, *_) in zip(
+                requests, stops, generation.generate(lm, prompts), strict=True
+            ):
+                found.append(self._text(continuation.ids, until))
+                self.cache_hook.add_partial("generate_until", request.args, found[-1])
+        return found
+
+    def _settings(self, options: dict[str, Any]) -> tuple[Settings, list[str]]:
+        given: dict[str, Any] = dict(normalize_gen_kwargs(options, self.max_gen_toks))
+        eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
+        until = handle_stop_sequences(given.pop("until"), eos)
+        num_new = given.pop("max_gen_toks")
+        if unknown := sorted(given.keys() - set(_SETTINGS)):
+            raise InputError(
+                f"generation option {', '.join(unknown)} is not supported; there are until, max_gen_toks, "
+                f"{', '.join(_SETTINGS)}"
+            )
+        given = {**self._own, **given}
+        if not given.get("do_sample"):
+            for name in ("temperature", "top_k", "top_p"):
+                given.pop(name, None)
+        else:
+            # Of torch's generator, which lm-eval seeds: repeated requests get other tokens, repeated runs the same.
+            given["seed"] = int(torch.randint(1 << 62, ()))
+        return Settings(max_new_tokens=num_new, stop=tuple(stop for stop in until if stop), **given), until
+
+    def _prompt_ids(self, context: str, num_new: int) -> tuple[int, ...]:
+        room = self.max_length - num_new
+        if room < 1:
+            raise InputError(
+                f"max_gen_toks {num_new} leaves no room for a prompt: the model takes {self.max_length} tokens"
+            )
+        is_begun = has_bos_prefix(context, getattr(self.tokenizer, "bos_token", None))
+        special = False if is_begun else self.add_bos_token
+        chosen = {} if special is None else {"add_special_tokens": special}
+        ids = self.tokenizer(context, truncation=self.truncation, **chosen)["input_ids"]
+        return tuple(ids[-room:]) or (self.prefix_token_id,)
+
+    def _text(self, ids: Sequence[int], until: list[str]) -> str:
+        end = self.think_end_token
+        if isinstance(end, int) and end in ids:
+            ids = ids[len(ids) - list(reversed(ids)).index(end) :]
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        if isinstance(end, int):
+            return str(postprocess_generated_text(text.lstrip(), until, None))
+        return str(postprocess_generated_text(text, until, end))
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as one text, by the tokenizer's chat template."""
+
+        def apply(history: list[dict[str, str]]) -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    history,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                    **self.chat_template_args,
+                )
+            )
+
+        others = [message for message in chat_history if message["role"] != "system"]
+        try:
+            return apply(chat_history)
+        except Exception:  # a template is a program, and raises what it likes
+            if len(others) == len(chat_history):
+                raise
+            log.warning("the chat template refuses the conversation; it is tried without the system's role")
+            return apply(others)
+
+
+def _covers(planned: Job | None, job: Job) -> bool:
+    return (
+        planned is not None
+        and planned.keeps_results == job.keeps_results
+        and planned.num_passes >= job.num_passes
+        and planned.longest >= job.longest
+        and (planned.num_tokens or 0) >= (job.num_tokens or 0)
+    )
+
+
+def _own_settings(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint's generation_config.json says of sampling and the like."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({first_line(error)})") from error
+    return {name: found[name] for name in _SETTINGS if found.get(name) is not None}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run lm-eval's command line, with this model where none is named by --model or a --config.
+
+    Args:
+        arguments: of lm-eval, such as ``--tasks boolq --model_args pretrained=DIR,ram=16GiB``.
+    Raises:
+        InputError: lm-eval refuses what it is asked for, such as a task that it does not have.
+    """
+    from lm_eval.__main__ import cli_evaluate  # type: ignore[import-untyped]
+
+    arguments = list(arguments)
+    names = {argument.partition("=")[0] for argument in arguments}
+    runs = bool(names & {"--tasks", "-t"}) and arguments[0] not in ("ls", "validate")
+    if runs and not names & {"--model", "-M", "--config", "-C"}:
+        arguments += ["--model", "slowllm"]
+        if "--device" not in names:
+            arguments += ["--device", "cpu"]  # lm-eval would name a GPU by itself
+    before, sys.argv = sys.argv, ["lm-eval", *arguments]  # where lm-eval looks for them
+    try:
+        cli_evaluate()
+    except (ValueError, FileNotFoundError) as error:
+        log.debug("lm-eval's own words:", exc_info=True)
+        raise InputError(f"lm-eval: {error}") from error
+    finally:
+        sys.argv = before

@@ -1,0 +1,272 @@
+"""Lines of text, each scored as a whole: what `slowllm forward` does.
+
+The first token of a line is scored after the tokenizer's BOS token, or EOS where it has none, as lm-eval does;
+without a prefix it is left unscored. Lines are packed with lines of like length, so that little is padded; a
+line's score does not depend on its neighbours beyond rounding.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import hashlib
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from slowllm.errors import InputError, StateError
+from slowllm.inference.prefix_sharing import Query, pack
+from slowllm.inference.scoring import TextSide, answer, safe_exp
+from slowllm.modeling.skeleton import computed_by
+from slowllm.planning.forecast import Job, Rates
+from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
+from slowllm.runtime.state import State
+from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.version import __version__
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of text as token ids.
+
+    Attributes:
+        number: in its file, from 1.
+        text: as read.
+        ids: without prefix.
+        truncated: whether ids were cut off.
+    """
+
+    number: int
+    text: str
+    ids: tuple[int, ...]
+    truncated: bool = False
+
+
+@dataclass
+class Totals:
+    """Sums over scores.
+
+    Attributes:
+        num_lines: scored.
+        num_scored: tokens with a log-probability.
+        log_likelihood: of all, in nats.
+    """
+
+    num_lines: int = 0
+    num_scored: int = 0
+    log_likelihood: float = 0.0
+
+    def add(self, score: Score) -> None:
+        """Count one line."""
+        self.num_lines += 1
+        self.num_scored += len(score.log_probs)
+        self.log_likelihood += score.log_likelihood
+
+
+@dataclass(frozen=True)
+class Score:
+    """The likelihood of one line.
+
+    Attributes:
+        line: that was scored.
+        log_probs: natural logarithms, one for each scored token; the first token is missing where no prefix
+            was used.
+    """
+
+    line: Line
+    log_probs: tuple[float, ...]
+
+    @property
+    def log_likelihood(self) -> float:
+        """Sum over the scored tokens, in nats."""
+        return math.fsum(self.log_probs)
+
+    @property
+    def mean_nll(self) -> float:
+        """Negative log-likelihood of a token; NaN where none is scored."""
+        return -self.log_likelihood / len(self.log_probs) if self.log_probs else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean_nll)."""
+        return safe_exp(self.mean_nll)
+
+
+def encode(
+    lm: TextSide, texts: Iterable[tuple[int, str]], *, max_tokens: int, truncate: bool
+) -> Iterator[Line]:
+    """Turn numbered texts into lines of token ids, without special tokens.
+
+    Raises:
+        InputError: a line has more than `max_tokens` tokens and `truncate` is false.
+    """
+    vocabulary = lm.config.get_text_config().vocab_size
+    for number, text in texts:
+        ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids:
+            raise InputError(f"line {number}: the tokenizer makes no tokens of it")
+        if max(ids) >= vocabulary:
+            raise InputError(
+                f"line {number}: token {max(ids)} is beyond the model's vocabulary of {vocabulary}"
+            )
+        if len(ids) > max_tokens and not truncate:
+            raise InputError(
+                f"line {number} has {len(ids)} tokens but the limit is {max_tokens}; "
+                "use --truncate to cut such lines, or --max-tokens to raise the limit"
+            )
+        yield Line(number, text, tuple(ids[:max_tokens]), len(ids) > max_tokens)
+
+
+class Lines(Iterable[Line]):
+    """Any number of lines, with little memory for each.
+
+    Args:
+        lines: taken one by one.
+    Attributes:
+        num_tokens: of all, prefixes not counted.
+        longest: the line with the most.
+        num_truncated: how many were cut.
+    """
+
+    def __init__(self, lines: Iterable[Line]) -> None:
+        self._texts: list[tuple[int, str, bool]] = []
+        # Four bytes a token, where a tuple of them takes ten times as many.
+        self._ids, self._ends = array.array("i"), array.array("q", [0])
+        self.longest: Line | None = None
+        for line in lines:
+            self._texts.append((line.number, line.text, line.truncated))
+            self._ids.extend(line.ids)
+            self._ends.append(len(self._ids))
+            if self.longest is None or len(line.ids) > len(self.longest.ids):
+                self.longest = line
+        self.num_tokens = len(self._ids)
+        self.num_truncated = sum(truncated for _, _, truncated in self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __iter__(self) -> Iterator[Line]:
+        for index, (number, text, truncated) in enumerate(self._texts):
+            ids = self._ids[self._ends[index] : self._ends[index + 1]]
+            yield Line(number, text, tuple(ids), truncated)
+
+    def padded_tokens(self, extra: int, padding_tokens: int | None = None) -> int:
+        """Return the tokens of all lines in micro-batches, padding and `extra` tokens a line included."""
+        lengths = [end - start + extra for start, end in itertools.pairwise(self._ends)]
+        return sum(
+            len(batch) * lengths[batch[0]] for batch in pack(lengths, MAX_RIDER_TOKENS, padding_tokens)
+        )
+
+    def digest(self) -> str:
+        """Return a hash of numbers and tokens, to know the lines again."""
+        found = hashlib.sha256(self._ids.tobytes() + self._ends.tobytes())
+        found.update(array.array("q", [number for number, _, _ in self._texts]).tobytes())
+        return found.hexdigest()
+
+
+def job_of(
+    lines: Lines,
+    prefix: int | None,
+    rates: Rates,
+    begun: Mapping[str, Any] | None = None,
+    num_virtual_tokens: int = 0,
+) -> Job:
+    """Return what the plan must know of a job.
+
+    Args:
+        lines: all of them.
+        prefix: token id before each line, if any.
+        rates: of the machine, which say how much padding is worth a micro-batch.
+        begun: from `state.read_job`: micro-batches are then packed as when the job was begun.
+        num_virtual_tokens: of a soft prompt before each line.
+    Raises:
+        StateError: the state is another version's.
+        InputError: there are no lines.
+    """
+    if lines.longest is None:
+        raise InputError("there are no lines to score")
+    extra = num_virtual_tokens + (0 if prefix is None else 1)
+    packing = None
+    if begun is not None:
+        found = begun.get("packing")
+        if not (
+            isinstance(found, list)
+            and len(found) == 3
+            and all(type(n) is int and 0 < n < 1 << 24 for n in found)
+            and begun.get("dtype") in ("float32", "bfloat16", "float16")
+        ):
+            raise StateError("the state is another version's, or damaged; delete its folder")
+        packing = (found[0], found[1], found[2])
+    return Job(
+        num_tokens=lines.padded_tokens(extra, packing[2] if packing else padding_worth(rates)),
+        longest=len(lines.longest.ids) + extra,
+        forward_only=True,
+        keeps_results=False,
+        packing=packing,
+    )
+
+
+@contextlib.contextmanager
+def opened_state(
+    folder: Path | None, lm: StreamedLM, lines: Lines, prefix: int | None, save_seconds: float
+) -> Iterator[State | None]:
+    """Open the state of a scoring job: everything that its results depend on must be as it was.
+
+    Raises:
+        StateError: see `State`.
+    """
+    if folder is None:
+        yield None
+        return
+    job = {
+        "kind": "forward",
+        "versions": {
+            "slowllm": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "model": lm.fingerprint(),
+        "prompt": None if lm.soft_prompt is None else lm.soft_prompt.digest(),
+        **computed_by(lm.model),
+        "lines": lines.digest(),
+        "prefix": prefix,
+        "packing": [lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens],
+        "threads": torch.get_num_threads(),
+    }
+    with State(folder, job, save_seconds) as state:
+        yield state
+
+
+def score_lines(
+    lm: StreamedLM, lines: Iterable[Line], *, prefix: int | None, state: State | None = None
+) -> Iterator[Score]:
+    """Yield the scores of any number of lines, in order, in as few sweeps as the plan allows.
+
+    Lines are drawn as riders leave, so their number is no limit, and the next sweep begins while the last one's
+    results are handed over.
+
+    Args:
+        lm: a loaded model.
+        lines: from `encode`; drawn on the carousel's thread, so it must not call the model.
+        prefix: token id before each line, from `prefix_id`; None leaves each line's first token unscored.
+        state: where to keep what is done, and to find what an earlier process has done of the same job.
+    Raises:
+        StateError: the state cannot be written.
+    """
+    drawn: deque[Line] = deque()
+
+    def queries() -> Iterator[Query]:
+        for line in lines:
+            drawn.append(line)
+            ids = line.ids if prefix is None else (prefix, *line.ids)
+            yield Query(ids[:1], ids[1:])
+
+    for found in answer(lm, queries(), share=False, state=state):
+        yield Score(drawn.popleft(), found.log_probs)

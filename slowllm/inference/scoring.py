@@ -1,0 +1,417 @@
+"""How likely tokens are after other tokens: any number of queries, in as few sweeps as the budget allows.
+
+Queries become rows of token ids (`packing`), rows share micro-batches, and each micro-batch is a rider. Where the
+plan says that it pays, rows that begin alike go on from one rider's keys and values (`sharing`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from slowllm.errors import InputError
+from slowllm.inference.prefix_sharing import (
+    Load,
+    Query,
+    Segment,
+    batches_of,
+    choose_depths,
+    common,
+    cut,
+    loads,
+    merge,
+    padded_tokens,
+)
+from slowllm.modeling.head import log_probs_at
+from slowllm.modeling.shared_cache import Beginning, SharedCache, Trunk, can_share
+from slowllm.modeling.soft_prompts import PrefixBeginning, SoftPrompt
+from slowllm.planning.forecast import Job, Rates
+from slowllm.planning.host_plan import MAX_RIDER_TOKENS, Plan, padding_worth, scratch_bytes
+from slowllm.runtime.state import Journal, State, journal
+from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.streaming.riders import Sized
+
+# Rows are packed within a window of this many sweeps' tokens, so that any number can stream through.
+WINDOW_SWEEPS = 4
+# And of so many queries: what they have in common is not counted, but each has to be held.
+WINDOW_QUERIES = 10_000
+# Threads of riders, beyond those that the plan's sweep needs anyway: small micro-batches take many.
+MAX_RIDERS = 64
+
+
+class TextSide(Protocol):
+    """What is asked of a model before its weights: a `StreamedLM`, or a `Description`."""
+
+    @property
+    def config(self) -> Any:
+        """Transformers' config."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Transformers' tokenizer."""
+
+    @property
+    def soft_prompt(self) -> SoftPrompt | None:
+        """What stands before every text, if anything does."""
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Its tokens."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How likely a continuation is.
+
+    Attributes:
+        log_probs: natural logarithms, one for each token of the continuation.
+        is_greedy: whether each token was the likeliest of its place; false where that was not asked for.
+    """
+
+    log_probs: tuple[float, ...]
+    is_greedy: bool
+
+    @property
+    def log_likelihood(self) -> float:
+        """Sum over the tokens, in nats."""
+        return math.fsum(self.log_probs)
+
+
+def safe_exp(value: float) -> float:
+    """Return exp(value), infinity where that is too large for a float."""
+    return math.exp(value) if not value > 709.0 else math.inf
+
+
+def prefix_id(tokenizer: Any, vocab_size: int | None = None) -> int:
+    """Return the token that stands before a line: BOS, or EOS where there is no BOS.
+
+    Raises:
+        InputError: the tokenizer has neither, or one that is beyond the model's vocabulary.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            if vocab_size is not None and token >= vocab_size:
+                raise InputError(
+                    f"the tokenizer's BOS or EOS is {token}, beyond the model's {vocab_size} tokens"
+                )
+            return int(token)
+    raise InputError("this tokenizer has neither BOS nor EOS to score the first token after; use --no-prefix")
+
+
+def max_line_tokens(lm: TextSide) -> int:
+    """Return how many tokens a line may have, prefix included, by the model's own limit and beside a soft prompt.
+
+    Raises:
+        InputError: the config's limit is no length.
+    """
+    config = lm.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    # ALiBi has no limit of its own; BLOOM was trained on 2,048.
+    limit = limit or 2048
+    if not isinstance(limit, int) or limit < 2:
+        raise InputError(f"config.json: {limit!r} is no length that the model could take")
+    return limit - lm.num_virtual_tokens
+
+
+def leading_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Return what the tokenizer by itself puts before a text: BOS, or nothing."""
+    ids = tokenizer("", verbose=False)["input_ids"]
+    return tuple(token for token in ids[:1] if token == tokenizer.bos_token_id)
+
+
+def encode_pair(
+    side: TextSide,
+    context: str,
+    continuation: str,
+    *,
+    leading: tuple[int, ...] | None = None,
+    truncate: bool = False,
+) -> Query:
+    """Turn a context and its continuation into a query.
+
+    As lm-eval does: blanks at the end of the context go to the continuation, because tokens begin with them; both
+    are tokenized as one string, and parted after as many tokens as the context alone has.
+
+    Args:
+        side: whose tokenizer and vocabulary.
+        context: may be empty; the continuation then follows BOS, or EOS where there is no BOS.
+        continuation: whose tokens are scored.
+        leading: token ids before the context; what the tokenizer puts there by itself, by default.
+        truncate: whether to cut a context that is too long, from its beginning.
+    Raises:
+        InputError: the continuation has no tokens, one is beyond the vocabulary, or they are too many.
+    """
+    vocabulary = side.config.get_text_config().vocab_size
+    blanks = len(context) - len(context.rstrip())
+    whole = context + continuation
+    context = context[: len(context) - blanks]
+    tokenize = functools.partial(side.tokenizer, add_special_tokens=False, verbose=False)
+    before = tuple(tokenize(context)["input_ids"]) if context else ()
+    after = tuple(tokenize(whole)["input_ids"])[len(before) :]
+    if not after:
+        raise InputError(f"{_short(continuation)}: the tokenizer makes no tokens of it")
+    if context:
+        before = (leading_ids(side.tokenizer) if leading is None else leading) + before
+    else:
+        before = (prefix_id(side.tokenizer, vocabulary),)
+    if max(*before, *after) >= vocabulary:
+        raise InputError(f"token {max(*before, *after)} is beyond the model's vocabulary of {vocabulary}")
+    too_many = len(before) + len(after) - 1 - max_line_tokens(side)
+    if too_many > 0:
+        if not truncate or too_many >= len(before):
+            raise InputError(
+                f"{len(before) + len(after) - 1} tokens are more than the {max_line_tokens(side)} that this model takes"
+            )
+        before = before[too_many:]
+    return Query(before, after)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def job_of_queries(queries: Sequence[Query], side: TextSide, rates: Rates, *, share: bool = True) -> Job:
+    """Return what the plan must know of queries.
+
+    Args:
+        queries: all of them.
+        side: the model, or its description.
+        rates: of the machine.
+        share: as for `answer`.
+    Raises:
+        InputError: there is nothing to score.
+    """
+    rows = merge(_behind_prompt(side, queries))
+    if not rows:
+        raise InputError("there is nothing to score")
+    padding = padding_worth(rates)
+    depths = choose_depths(rows, MAX_RIDER_TOKENS, padding) if share and can_share(side.config) else ()
+    segments = cut(rows, depths)
+    longest = max(len(row.ids) for row in rows) + _prefix_tokens(side)
+    num_tokens = padded_tokens(segments, batches_of(segments, MAX_RIDER_TOKENS, padding))
+    return Job(num_tokens=max(longest, num_tokens), longest=longest, forward_only=True, keeps_results=False)
+
+
+def _prefix_tokens(side: TextSide) -> int:
+    """Return how many positions of a soft prompt come before a row's ids, and not among them."""
+    prompt = side.soft_prompt
+    return 0 if prompt is None else prompt.num_tokens - len(prompt.virtual_ids)
+
+
+def _behind_prompt(side: TextSide, queries: Sequence[Query]) -> Sequence[Query]:
+    """Put the virtual tokens of a soft prompt before each query."""
+    leading = () if side.soft_prompt is None else side.soft_prompt.virtual_ids
+    return [Query(leading + query.context, query.continuation) for query in queries] if leading else queries
+
+
+def answer(
+    lm: StreamedLM,
+    queries: Iterable[Query],
+    *,
+    relative: bool = False,
+    share: bool = True,
+    state: State | None = None,
+) -> Iterator[Answer]:
+    """Yield the answers to any number of queries, in order, in as few sweeps as the plan allows.
+
+    Args:
+        lm: a loaded model.
+        queries: drawn on the carousel's thread as riders leave, so it must not call the model.
+        relative: whether it is enough to know tokens asked for after one context against one another; see
+            `head.log_probs_at`. Then `is_greedy` is false.
+        share: whether rows may go on from others' keys and values; not together with `state`.
+        state: where to keep what is done, and to find what an earlier process has done of the same job.
+    Raises:
+        InputError: a query is longer than what the model was loaded for.
+        StateError: the state cannot be written.
+    """
+    # Between the leaves of a block every rider would hold what it took of another's keys and values.
+    share = share and state is None and lm.plan.granularity == "blocks" and can_share(lm.config)
+    seats = max(lm.plan.sweep_tokens // lm.plan.rider_tokens, MAX_RIDERS)
+    aboard: deque[list[tuple[list[_Asked], Segment]]] = deque()
+    waiting: deque[_Asked] = deque()
+
+    def jobs() -> Iterator[Sized]:
+        number = 0
+        for window in _windows(queries, lm.plan):
+            asked = [_Asked(len(query.continuation)) for query in window]
+            waiting.extend(asked)
+            plan = lm.plan
+            rows = merge(_behind_prompt(lm, window))
+            for row in rows:
+                _refuse_too_long(lm, len(row.ids) + _prefix_tokens(lm))
+            parts = loads(
+                rows,
+                plan.rider_tokens,
+                plan.sweep_tokens,
+                plan.padding_tokens,
+                share=share,
+                max_batches=seats,
+            )
+            for load in parts:
+                for batch, (beginning, trunk) in zip(
+                    load.batches, _ties(load, _prefix_tokens(lm)), strict=True
+                ):
+                    segments = [load.segments[member] for member in batch]
+                    aboard.append([(asked, segment) for segment in segments])
+                    num_tokens = len(batch) * max(len(segment.ids) for segment in segments)
+                    done = None if state is None else state.result(number)
+                    if done is not None:
+                        yield Sized(functools.partial(list, done))
+                    else:
+                        kept = None if state is None else state.journal(number)
+                        job = functools.partial(_pass, lm, segments, beginning, trunk, relative, kept)
+                        yield Sized(job, num_tokens, load.is_shared and batch is load.batches[0])
+                    number += 1
+
+    for number, found in enumerate(lm.stream(jobs(), seats, lm.plan.sweep_tokens)):
+        if state is not None:
+            state.finish(number, found)
+        for (asked, segment), (values, likeliest) in zip(aboard.popleft(), found, strict=True):
+            for wish, value, is_likeliest in zip(segment.wishes, values, likeliest, strict=True):
+                asked[wish.query].note(wish.place, value, is_likeliest)
+        while waiting and waiting[0].is_complete:
+            yield waiting.popleft().answer()
+    while waiting:  # what asked for nothing, after the last that asked for something
+        yield waiting.popleft().answer()
+
+
+def _refuse_too_long(lm: StreamedLM, num_tokens: int) -> None:
+    sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)
+    planned = scratch_bytes(sizes, max(lm.plan.rider_tokens, lm.plan.longest), lm.plan.longest)
+    if scratch_bytes(sizes, num_tokens, num_tokens) > planned:
+        raise InputError(
+            f"{num_tokens} tokens are more than the memory was planned for, sequences of {lm.plan.longest}; load the "
+            f"model with job=slowllm.Job(num_tokens={num_tokens}, longest={num_tokens}, repeated=True)"
+        )
+
+
+class _Asked:
+    """A query that waits for its values."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.values = [math.nan] * num_tokens
+        self.num_left, self.is_greedy = num_tokens, True
+
+    def note(self, place: int, value: float, is_likeliest: bool) -> None:
+        self.values[place] = value
+        self.num_left -= 1
+        self.is_greedy &= is_likeliest
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.num_left
+
+    def answer(self) -> Answer:
+        assert self.is_complete, "every wish is in exactly one segment"
+        return Answer(tuple(self.values), self.is_greedy)
+
+
+def _windows(queries: Iterable[Query], plan: Plan) -> Iterator[list[Query]]:
+    """Yield queries of a few sweeps at a time; what one has in common with the last is not counted."""
+    window: list[Query] = []
+    num_tokens = 0
+    last: tuple[int, ...] = ()
+    source = iter(queries)
+    while True:
+        try:
+            query = next(source)
+        except StopIteration:
+            break
+        except BaseException:  # what came before it can still be answered
+            if window:
+                yield window
+            raise
+        ids = query.ids
+        own = len(ids) - common(last, ids)
+        is_full = num_tokens + own > plan.sweep_tokens * WINDOW_SWEEPS or len(window) == WINDOW_QUERIES
+        if window and is_full:
+            yield window
+            window, num_tokens, own = [], 0, len(ids)
+        window.append(query)
+        num_tokens += own
+        last = ids
+    if window:
+        yield window
+
+
+def _ties(load: Load, before: int) -> list[tuple[Beginning | None, Trunk | None]]:
+    """Return for each micro-batch of a load where its rows begin, and where those that go on from it find them.
+
+    Args:
+        load: of segments.
+        before: positions before the first token of a row.
+    """
+    places = {
+        member: (number, row) for number, batch in enumerate(load.batches) for row, member in enumerate(batch)
+    }
+    takers: dict[int, set[int]] = {}
+    for number, batch in enumerate(load.batches):
+        for member in batch:
+            parent = load.segments[member].parent
+            if parent is not None:
+                takers.setdefault(places[parent][0], set()).add(number)
+    trunks = {number: Trunk(len(found)) for number, found in takers.items()}
+    ties = []
+    for number, batch in enumerate(load.batches):
+        segments = [load.segments[member] for member in batch]
+        rows = [
+            (trunks[places[segment.parent][0]], places[segment.parent][1])
+            for segment in segments
+            if segment.parent is not None
+        ]
+        beginning = Beginning(before + segments[0].start, rows) if rows else None
+        ties.append((beginning, trunks.get(number)))
+    return ties
+
+
+def _pass(
+    lm: StreamedLM,
+    segments: Sequence[Segment],
+    beginning: Beginning | None,
+    trunk: Trunk | None,
+    relative: bool,
+    kept: Journal | None,
+) -> list[tuple[list[float], list[bool]]]:
+    """Pass one micro-batch through the model; runs as a rider. Returns what its wishes came to."""
+    journal.set(kept)  # in the rider's own context
+    start, before = segments[0].start, _prefix_tokens(lm)
+    width = max(len(segment.ids) for segment in segments)
+    ids = torch.zeros(len(segments), width, dtype=torch.int64)
+    mask = torch.zeros(len(segments), before + start + width, dtype=torch.int64)
+    for number, segment in enumerate(segments):
+        # Padded on the right: a causal model never looks there, and positions count from the first token.
+        ids[number, : len(segment.ids)] = torch.tensor(segment.ids)
+        mask[number, : before + start + len(segment.ids)] = 1
+    wishes = [(row, wish.position - start, wish.token) for row, s in enumerate(segments) for wish in s.wishes]
+    rows, positions, tokens = torch.tensor(wishes, dtype=torch.int64).view(-1, 3).unbind(1)
+    prompt = lm.soft_prompt
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if prompt is not None and prompt.virtual_ids:
+        inputs = {"inputs_embeds": prompt.embed(lm.model, ids), "attention_mask": mask}
+    first: Beginning | PrefixBeginning | None = beginning
+    if before and not start and prompt is not None:
+        if can_share(lm.config):
+            first = PrefixBeginning(prompt, len(segments), lm.model.dtype)
+        else:
+            cache = prompt.growing_cache(lm.config, len(segments), lm.model.dtype)
+            inputs |= {"past_key_values": cache, "use_cache": True}
+    if first is not None or trunk is not None:
+        num_blocks = len(lm.layout.blocks)
+        inputs |= {"past_key_values": SharedCache(num_blocks, first, trunk), "use_cache": True}
+    with contextlib.nullcontext() if prompt is None else prompt.adding(start, width):
+        found = log_probs_at(lm.model, rows, positions, tokens, relative=relative, **inputs)
+    lengths = [len(segment.wishes) for segment in segments]
+    return [
+        (values.tolist(), likeliest.tolist())
+        for values, likeliest in zip(
+            found.log_probs.split(lengths), found.is_likeliest.split(lengths), strict=True
+        )
+    ]

@@ -1,0 +1,1 @@
+"""How does transformers' own model compute with weights that come and go?"""

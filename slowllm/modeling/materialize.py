@@ -1,0 +1,96 @@
+"""Put what always stays in memory into a model's skeleton: small tensors, and the maps of the embedding and the head.
+
+Knows transformers' models by their parts, and checkpoints; knows nothing of stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slowllm.errors import ArchitectureError
+from slowllm.modeling.head import Lookup, stream_embedding
+from slowllm.modeling.layout import Layout
+from slowllm.storage.checkpoint import Checkpoint
+from slowllm.storage.spans import Placement
+from slowllm.streaming.reader import Reader
+
+
+def head_rows(checkpoint: Checkpoint, chunks: Sequence[Placement]) -> Lookup | None:
+    """Return a function that reads single rows of the head from its memory map; None where there is no such map."""
+    mapped = [checkpoint.mapped(chunk) for chunk in chunks]
+    rows = max(chunk.shape[0] for chunk in chunks)  # the last chunk may have fewer
+
+    def look_up(ids: Tensor) -> Tensor:
+        found = []
+        for token in ids.tolist():
+            checkpoint.check_length(chunks[token // rows])
+            part = mapped[token // rows]
+            assert part is not None, "checked below"
+            found.append(part[token % rows])
+        return torch.stack(found)
+
+    return look_up if all(part is not None for part in mapped) else None
+
+
+def fill(
+    model: PreTrainedModel,
+    layout: Layout,
+    checkpoint: Checkpoint,
+    compute_dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> None:
+    """Read the tensors that always stay, map the embedding, and put them into the model.
+
+    Args:
+        model, layout, checkpoint, compute_dtype: what is filled, and from where.
+        device: where rows of the embedding are wanted; None for the processor.
+    Raises:
+        ArchitectureError: a parameter is left that no stop brings and no tensor filled.
+    """
+    dtypes = dict(layout.dtypes)
+    mapped = checkpoint.mapped(layout.embedding_placement)
+    wanted = list(layout.kept)
+    if mapped is None:  # in pieces, or at an odd address: it has to be read
+        wanted.append(layout.embedding_placement)
+        dtypes[layout.embedding_placement.name] = layout.embedding_placement.dtype
+    filled: set[int] = set()
+    with (
+        contextlib.closing(Reader([wanted], ring_bytes=4096, resident=frozenset([0]))) as reader,
+        reader.visit(0) as weights,
+    ):
+        copies = {name: tensor.to(dtypes[name], copy=True) for name, tensor in weights.items()}
+    if mapped is None:
+        mapped = copies.pop(layout.embedding_placement.name)
+    head_is_tied = layout.head.weight is layout.embedding.weight
+    old = layout.embedding._parameters["weight"]
+    stream_embedding(layout.embedding, mapped, compute_dtype, device)
+    _replace(model, old, layout.embedding._parameters["weight"], filled)
+    assert head_is_tied == (layout.head.weight is layout.embedding.weight), "tied weights stay tied"
+    for name, tensor in copies.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        if attribute in module._buffers:
+            module._buffers[attribute] = tensor
+        else:
+            _replace(model, module._parameters[attribute], nn.Parameter(tensor, requires_grad=False), filled)
+    for name, parameter in model.named_parameters():
+        if name not in layout.streamed_names and id(parameter) not in filled:
+            raise ArchitectureError(
+                f"{type(model).__name__}: {name} is tied in a way that is not streamed; no weight was read for it"
+            )
+
+
+def _replace(
+    model: PreTrainedModel, old: nn.Parameter | None, new: nn.Parameter | None, filled: set[int]
+) -> None:
+    """Put one parameter in another's place, wherever it is tied to."""
+    filled.add(id(new))
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[attribute] = new

@@ -1,0 +1,354 @@
+"""Checkpoint name -> parameter and slice, by transformers' own conversion mapping.
+
+Checkpoint names are not parameter names: transformers renames keys, adds or strips the base model's prefix, and
+fuses tensors (Mixtral's experts are single tensors on disk). Its mapping is run here once, on tiny probe tensors
+whose every element says where it came from; the result tells where each span lands, so that the reader can fill
+a parameter straight from the file. Knows transformers; reads no weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from slowllm.errors import ArchitectureError, CheckpointError
+from slowllm.storage.spans import Placement, Run, Span
+
+log = logging.getLogger(__name__)
+
+# A probe stands for tensors thousands of times its size; beyond this the shapes have no common divisor worth using.
+MAX_PROBE_ELEMENTS = 1 << 24
+# Slices along an inner dimension are one run a row; more runs than this would be a read of a few bytes each.
+MAX_RUNS = 1 << 18
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A rectangle of elements: first index and extent along each dimension."""
+
+    start: tuple[int, ...]
+    extent: tuple[int, ...]
+
+
+def place(model: PreTrainedModel, spans: Mapping[str, Span]) -> dict[str, Placement]:
+    """Find, for every parameter and persistent buffer of `model`, the bytes that fill it.
+
+    Args:
+        model: with parameters on the meta device; only names and shapes are looked at.
+        spans: of the checkpoint, by name on disk.
+    Returns:
+        by parameter name. A tied parameter stands once, under the name that the checkpoint has.
+    Raises:
+        CheckpointError: a parameter is missing, covered twice, or of another shape or dtype; or the
+            checkpoint has blocks that the config does not.
+        ArchitectureError: a parameter cannot be filled by copying runs of bytes.
+    """
+    wanted = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+
+    plain: dict[str, Span] = {}
+    fused: dict[tuple[str, int], list[tuple[str, Span]]] = defaultdict(list)
+    unexpected: list[str] = []
+    for name in sorted(spans, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        if (
+            target not in wanted and name in wanted
+        ):  # a name that is right already and was renamed all the same
+            target, pattern = name, None
+        if target not in wanted:
+            unexpected.append(name)
+        elif pattern is not None:
+            fused[target, id(by_pattern[pattern])].append((pattern, spans[name]))
+        elif target in plain:
+            raise CheckpointError(f"{plain[target].name} and {name} are both {target}; one must go")
+        else:
+            plain[target] = spans[name]
+    _refuse_unexpected_blocks(model, unexpected)
+
+    placements: dict[str, Placement] = {}
+    for target, span in plain.items():
+        _check_shape(span, target, tuple(wanted[target].shape))
+        runs = (Run(span, 0, 0, span.num_bytes),) if span.num_bytes else ()
+        placements[target] = Placement(target, span.shape, span.torch_dtype, runs, span.coding)
+    for (target, _), sources in fused.items():
+        for placement in _place_fused(model, target, by_pattern[sources[0][0]], sources, wanted):
+            if placement.name in placements:
+                raise CheckpointError(
+                    f"{placement.name} is filled twice; a tensor stands in the checkpoint twice"
+                )
+            placements[placement.name] = placement
+
+    _refuse_missing(model, wanted, placements, spans)
+    return placements
+
+
+def _check_shape(span: Span, name: str, shape: tuple[int, ...]) -> None:
+    if span.shape != shape:
+        raise CheckpointError(
+            f"{span.path.name}: {span.name} has shape {list(span.shape)} but {name} needs {list(shape)}; "
+            "config.json and the weights do not belong together"
+        )
+
+
+def _refuse_unexpected_blocks(model: PreTrainedModel, unexpected: list[str]) -> None:
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    left = [name for name in unexpected if not any(pattern.search(name) for pattern in ignored)]
+    # Buffers that older transformers saved are harmless; a further block means that config.json is another model's.
+    num_blocks = model.config.get_text_config().num_hidden_layers
+    for name in left:
+        match = re.search(r"(?:^|\.)(?:h|layers|blocks)\.(\d+)\.", name)
+        if match and int(match[1]) >= num_blocks:
+            raise CheckpointError(
+                f"{name} belongs to a block beyond the {num_blocks} that config.json names; "
+                "config.json and the weights do not belong together"
+            )
+    if left:
+        log.warning("%d tensors belong to no parameter and are not read: %s", len(left), ", ".join(left[:5]))
+
+
+def _refuse_missing(
+    model: PreTrainedModel,
+    wanted: Mapping[str, Tensor],
+    placements: Mapping[str, Placement],
+    spans: Mapping[str, Span],
+) -> None:
+    tied = {**model.all_tied_weights_keys, **{v: k for k, v in model.all_tied_weights_keys.items()}}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = [
+        name
+        for name in wanted
+        if name not in placements
+        and tied.get(name) not in placements
+        and not any(pattern.search(name) for pattern in ignored)
+    ]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        where = sorted({span.path.name for span in spans.values()})
+        raise CheckpointError(
+            f"{missing[0]}{more}: missing from the checkpoint ({where[0]}{' and others' if where[1:] else ''}); "
+            "fetch it again, or use a config.json that belongs to it"
+        )
+
+
+def _place_fused(
+    model: PreTrainedModel,
+    target: str,
+    converter: WeightConverter,
+    sources: list[tuple[str, Span]],
+    wanted: Mapping[str, Tensor],
+) -> Iterator[Placement]:
+    """Run one conversion on probes and read off where each source lands."""
+    dtypes = {span.torch_dtype for _, span in sources}
+    if len(dtypes) > 1:
+        raise CheckpointError(
+            f"{target}: its parts are stored in different dtypes, {sorted(map(str, dtypes))}"
+        )
+    dtype = dtypes.pop()
+    lengths = [length for _, span in sources for length in span.shape]
+    if len(converter.target_patterns) > 1:
+        # One tensor is cut into several: the cut must not fall between the elements of a probe.
+        lengths += wanted[target].shape
+    scale = _probe_scale(lengths)
+    if sum(math.prod(span.shape) // scale ** len(span.shape) for _, span in sources) > MAX_PROBE_ELEMENTS:
+        raise ArchitectureError(
+            f"{target}: its parts have shapes that cannot be traced through the conversion"
+        )
+
+    probe_run = deepcopy(converter)
+    first = 0
+    firsts = []
+    for pattern, span in sources:
+        small = tuple(length // scale for length in span.shape)
+        probe = torch.arange(first, first + math.prod(small)).view(small)
+        firsts.append(first)
+        first += math.prod(small)
+        probe_run.add_tensor(target, span.name, pattern, cast(Any, probe))
+    try:
+        results = probe_run.convert(target, model=model, config=model.config)
+    except Exception as error:  # whatever a conversion of transformers may raise on parts that are missing
+        raise CheckpointError(f"{target}: its {len(sources)} parts do not fit together ({error})") from error
+
+    for name, value in results.items():
+        result = (value[0] if isinstance(value, list) else value).numpy()
+        if name not in wanted:
+            raise ArchitectureError(
+                f"{name}: transformers' conversion makes it, but the model has no such parameter"
+            )
+        shape = tuple(wanted[name].shape)
+        runs = []
+        for start, (_, span) in zip(firsts, sources, strict=True):
+            small = tuple(length // scale for length in span.shape)
+            found = _locate(result, start, small)
+            if found is not None:
+                runs += _runs(name, span, small, *found, tuple(result.shape), shape, dtype.itemsize)
+        yield Placement(name, shape, dtype, _covering(name, runs, math.prod(shape) * dtype.itemsize, sources))
+
+
+def _probe_scale(lengths: list[int]) -> int:
+    """Return the largest common divisor that leaves every side of a probe at least 2 long.
+
+    A side of one element would hide a transposition.
+    """
+    common = math.gcd(*lengths) if lengths else 1
+    smallest = min((length for length in lengths if length > 1), default=1)
+    return max(
+        (d for d in range(1, common + 1) if common % d == 0 and (d == 1 or smallest // d >= 2)), default=1
+    )
+
+
+def _locate(
+    result: np.ndarray, first: int, small: tuple[int, ...]
+) -> tuple[_Box, _Box, tuple[int, ...]] | None:
+    """Find the elements of one probe in a converted tensor: the box taken, the box filled, the axis of each.
+
+    Returns None where nothing of the probe is there, and an axes tuple that is empty where it is no rectangle
+    of unbroken rows. In NumPy: a large mixture has ten thousands of parts, and torch takes a millisecond for each.
+    """
+    size = math.prod(small)
+    index = np.argwhere((result >= first) & (result < first + size))
+    if not len(index):
+        return None
+    target, rows = _box_around(index)
+    values = result[rows] - first
+    if values.size != len(index):
+        return target, target, ()
+    source, rows = _box_around(
+        np.stack(np.unravel_index(values.ravel(), small), 1) if small else np.zeros((1, 0), dtype=int)
+    )
+    # The same elements in the same row-major order: no transposition, only new or dropped axes of length one.
+    if not np.array_equal(np.arange(size).reshape(small)[rows].ravel(), values.ravel()):
+        return source, target, ()
+    filled = [axis for axis, extent in enumerate(target.extent) if extent > 1]
+    taken = [axis for axis, extent in enumerate(source.extent) if extent > 1]
+    if [target.extent[a] for a in filled] != [source.extent[a] for a in taken]:
+        return source, target, ()
+    return source, target, tuple(filled)
+
+
+def _box_around(index: np.ndarray) -> tuple[_Box, tuple[slice, ...]]:
+    """Return the smallest box that holds all elements, as it is and as slices."""
+    low, high = index.min(0).tolist(), (index.max(0) + 1).tolist()
+    box = _Box(tuple(low), tuple(b - a for a, b in zip(low, high, strict=True)))
+    return box, tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+
+
+def _runs(
+    name: str,
+    span: Span,
+    small: tuple[int, ...],
+    source: _Box,
+    target: _Box,
+    axes: tuple[int, ...],
+    probe_shape: tuple[int, ...],
+    shape: tuple[int, ...],
+    itemsize: int,
+) -> list[Run]:
+    """Scale a found box up to the real shapes and cut it into runs of bytes."""
+    if not axes and math.prod(source.extent) > 1:
+        raise ArchitectureError(
+            f"{name}: transformers reorders {span.name} on loading, which cannot be read in place; "
+            "save the model with transformers' save_pretrained(save_original_format=False) first"
+        )
+    if len(probe_shape) != len(shape) or any(
+        real % probe for real, probe in zip(shape, probe_shape, strict=True)
+    ):
+        _refuse_parts(name, shape, span)
+
+    def real(box: _Box, whole: tuple[int, ...], probe: tuple[int, ...]) -> _Box:
+        factors = [a // b for a, b in zip(whole, probe, strict=True)]
+        return _Box(
+            tuple(a * f for a, f in zip(box.start, factors, strict=True)),
+            tuple(a * f for a, f in zip(box.extent, factors, strict=True)),
+        )
+
+    source, target = real(source, span.shape, small), real(target, shape, probe_shape)
+    if [n for n in source.extent if n > 1] != [n for n in target.extent if n > 1]:
+        _refuse_parts(name, shape, span)
+    source_rows, source_length = _rows(source, span.shape)
+    target_rows, target_length = _rows(target, shape)
+    length = math.gcd(source_length, target_length)
+    starts = zip(
+        _split(source_rows, source_length, length), _split(target_rows, target_length, length), strict=True
+    )
+    return [Run(span, a * itemsize, b * itemsize, length * itemsize) for a, b in starts]
+
+
+def _refuse_parts(name: str, shape: tuple[int, ...], span: Span) -> NoReturn:
+    raise CheckpointError(
+        f"{name} needs shape {list(shape)}, which parts such as {span.name} {list(span.shape)} do not make; "
+        "one is missing from the checkpoint, or config.json and the weights do not belong together"
+    )
+
+
+def _rows(box: _Box, shape: tuple[int, ...]) -> tuple[list[int], int]:
+    """Return the first element of each unbroken row of a box, and the rows' length."""
+    length, axis = 1, len(shape)
+    while axis > 0:
+        axis -= 1
+        length *= box.extent[axis]
+        if box.extent[axis] != shape[axis]:
+            break
+    strides = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
+    count = math.prod(box.extent[:axis])
+    if count > MAX_RUNS:
+        raise ArchitectureError(f"a tensor of shape {list(shape)} would have to be read in {count:,} pieces")
+    offset = sum(start * stride for start, stride in zip(box.start, strides, strict=True))
+    starts = [offset]
+    for a in range(axis):
+        starts = [start + i * strides[a] for start in starts for i in range(box.extent[a])]
+    return starts, length
+
+
+def _split(starts: list[int], length: int, piece: int) -> Iterator[int]:
+    for start in starts:
+        yield from range(start, start + length, piece)
+
+
+def _covering(name: str, runs: list[Run], num_bytes: int, sources: list[tuple[str, Any]]) -> tuple[Run, ...]:
+    """Check that runs cover a parameter exactly once, and join neighbours.
+
+    Raises:
+        CheckpointError: a part is missing or stands twice.
+        ArchitectureError: the runs are too many.
+    """
+    runs.sort(key=lambda run: run.target)
+    joined: list[Run] = []
+    position = 0
+    for run in runs:
+        if run.target != position:
+            break
+        position += run.num_bytes
+        last = joined[-1] if joined else None
+        if last and last.span == run.span and last.source + last.num_bytes == run.source:
+            joined[-1] = Run(last.span, last.source, last.target, last.num_bytes + run.num_bytes)
+        else:
+            joined.append(run)
+    if len(joined) > MAX_RUNS:
+        raise ArchitectureError(f"{name}: would have to be read in {len(joined):,} pieces")
+    if position != num_bytes:
+        raise CheckpointError(
+            f"{name}: the {len(sources)} parts found fill {position:,} of its {num_bytes:,} bytes; "
+            "a tensor is missing from the checkpoint"
+        )
+    return tuple(joined)

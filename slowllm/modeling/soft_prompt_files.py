@@ -1,0 +1,215 @@
+"""Soft prompts in folders: in PEFT's own format where PEFT has the kind, so that either can be used with the other.
+
+A folder has adapter_config.json and adapter_model.safetensors, as PEFT writes them; for a deep prompt, which PEFT does
+not have, soft_prompt.safetensors instead. Beside them slowllm.json says which model it was made for and how.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from slowllm.errors import InputError
+from slowllm.modeling.soft_prompts import SoftPrompt
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DEEP_WEIGHTS, ABOUT = "soft_prompt.safetensors", "slowllm.json"
+FILES = (CONFIG, WEIGHTS, DEEP_WEIGHTS, ABOUT)
+_KEY = "prompt_embeddings"  # PEFT's
+
+
+def save_prompt(prompt: SoftPrompt, folder: Path, base_model: str, about: Mapping[str, Any]) -> None:
+    """Write a prompt, each file at once; those of another kind that lie there are removed.
+
+    Args:
+        prompt: to be written, in fp32.
+        folder: made where it is missing.
+        base_model: name or folder of the model, for PEFT.
+        about: what JSON has of it, `fingerprint` of the model among it.
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    tensors, config = _as_files(prompt)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / (WEIGHTS if config else DEEP_WEIGHTS), save(tensors))
+        if config:
+            config["base_model_name_or_path"] = base_model
+            _write(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+        for name in {DEEP_WEIGHTS} if config else {CONFIG, WEIGHTS}:
+            (folder / name).unlink(missing_ok=True)
+        about = {"kind": prompt.kind, "num_tokens": prompt.num_tokens, **about}
+        _write(folder / ABOUT, json.dumps(about, indent=1).encode())
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def check_folder(folder: Path, *, is_shared: bool) -> Iterator[None]:
+    """Keep a folder for prompts to one run, and refuse one that cannot be written, before hours are spent.
+
+    Args:
+        folder: made where it is missing.
+        is_shared: whether each prompt is to have a folder of its own in it.
+    Raises:
+        InputError: it cannot be written to, another run writes to it, it holds another prompt, or PEFT is missing.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise InputError("prompts are written in PEFT's format: pip install 'slowllm[tune]'") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder}: another run writes its prompt there") from error
+        if not is_shared and any(
+            (inner / name).exists() for inner in folder.iterdir() if inner.is_dir() for name in FILES
+        ):
+            raise InputError(
+                f"{folder}: holds the prompts of several trials of an earlier run; name another folder"
+            )
+        if is_shared and any((folder / name).exists() for name in FILES):
+            raise InputError(
+                f"{folder}: holds a prompt of an earlier run, but of several trials each has a folder of its own; name "
+                "another folder"
+            )
+        yield
+    finally:
+        os.close(lock)
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _as_files(prompt: SoftPrompt) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a prompt by name, and PEFT's config, empty where PEFT does not have the kind."""
+    import peft
+
+    if prompt.kind == "deep":
+        assert prompt.embeddings is not None, "a deep prompt has embeddings"
+        width = torch.zeros_like(prompt.embeddings)
+        vectors = torch.stack([width if vector is None else vector.detach() for vector in prompt.vectors])
+        return {"embeddings": prompt.embeddings.detach().contiguous(), "vectors": vectors}, {}
+    common: dict[str, Any] = {
+        "task_type": "CAUSAL_LM", "inference_mode": True, "num_virtual_tokens": prompt.num_tokens,
+        "num_transformer_submodules": 1,
+    }  # fmt: skip
+    if prompt.kind == "shallow":
+        assert prompt.embeddings is not None, "a shallow prompt has embeddings"
+        weights = prompt.embeddings.detach()
+        shallow = peft.PromptTuningConfig(**common, token_dim=weights.shape[1])
+        return {_KEY: weights.contiguous()}, _as_json(shallow)
+    _, heads, length, head_dim = prompt.pairs[0].shape
+    # (N, 2, heads, P, head_dim) to (P, N, 2, heads, head_dim): PEFT keeps all blocks of a virtual token in one row.
+    stacked = torch.stack([pair.detach() for pair in prompt.pairs]).permute(3, 0, 1, 2, 4)
+    prefix = peft.PrefixTuningConfig(
+        **common, num_layers=len(prompt.pairs), num_attention_heads=heads, token_dim=heads * head_dim
+    )
+    return {_KEY: stacked.reshape(length, -1).contiguous()}, _as_json(prefix)
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=sorted))
+    return found
+
+
+def load_prompt(folder: str | os.PathLike[str]) -> tuple[SoftPrompt, dict[str, Any]]:
+    """Read a prompt, ours or PEFT's, and what is said about it.
+
+    Raises:
+        InputError: the folder has none, or it is damaged or of a kind that is not known here.
+    """
+    if not str(folder):
+        raise InputError("the name of the soft prompt is empty; --prompt takes its folder")
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; --prompt takes the folder of a soft prompt")
+    about = _read_json(path / ABOUT) if (path / ABOUT).is_file() else {}
+    try:
+        if (path / CONFIG).is_file():
+            return _finite(_from_peft(_read_json(path / CONFIG), path)), about
+        if (path / DEEP_WEIGHTS).is_file():
+            tensors = _tensors(path / DEEP_WEIGHTS)
+            embeddings, vectors = tensors["embeddings"].float(), tensors["vectors"].float()
+            if embeddings.dim() != 2 or not len(embeddings) or vectors.shape[1:] != embeddings.shape:
+                raise ValueError("its tensors do not go together")
+            return _finite(SoftPrompt("deep", embeddings, tuple(vectors))), about
+    except KeyError as error:
+        raise InputError(f"{path}: is no soft prompt that can be read (it has no {error})") from error
+    except (
+        OSError,
+        safetensors.SafetensorError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        ArithmeticError,
+    ) as error:
+        raise InputError(f"{path}: is no soft prompt that can be read ({error})") from error
+    inside = sorted(child.name for child in path.iterdir() if any((child / name).is_file() for name in FILES))
+    more = f"; the folders in it have: {', '.join(inside[:4])}" if inside else ""
+    raise InputError(f"{path}: has no soft prompt; there is neither {CONFIG} nor {DEEP_WEIGHTS}{more}")
+
+
+def _finite(prompt: SoftPrompt) -> SoftPrompt:
+    for tensor in (prompt.embeddings, *prompt.vectors, *prompt.pairs):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise ValueError("it has numbers that are NaN or infinite")
+    return prompt
+
+
+def _from_peft(config: Mapping[str, Any], path: Path) -> SoftPrompt:
+    kind = config.get("peft_type")
+    if kind not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+        raise ValueError(
+            f"it is an adapter of PEFT's type {kind}; prompt tuning, p-tuning and prefix tuning work here"
+        )
+    if not (path / WEIGHTS).is_file():
+        raise ValueError(f"there is no {WEIGHTS}")
+    weights = _tensors(path / WEIGHTS)[_KEY].float()
+    if weights.dim() != 2 or not len(weights):
+        raise ValueError(f"{_KEY} has shape {tuple(weights.shape)}")
+    if kind != "PREFIX_TUNING":
+        return SoftPrompt("shallow", weights)
+    blocks, heads = int(config["num_layers"]), int(config["num_attention_heads"])
+    stacked = weights.view(len(weights), blocks, 2, heads, int(config["token_dim"]) // heads)
+    return SoftPrompt("prefix", pairs=tuple(stacked.permute(1, 2, 3, 0, 4).contiguous()))
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: is no JSON object")
+    return found

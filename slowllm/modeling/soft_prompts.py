@@ -1,0 +1,220 @@
+"""Soft prompts: what they are, and how a call of a streamed model gets one.
+
+Three kinds. *shallow*: virtual tokens before the text (Lester et al., 2021; PEFT's prompt tuning, Petals' ptune).
+*deep*: these, and vectors that are added to the hidden states of their positions before every block (Petals'
+deep_ptune). *prefix*: keys and values before the text in every block (Li and Liang, 2021; PEFT's prefix tuning).
+
+Knows tensors and transformers' calls; knows no files and no training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from slowllm.errors import InputError
+from slowllm.modeling.shared_cache import Pair, can_share
+
+Kind = Literal["shallow", "deep", "prefix"]
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """A soft prompt of P virtual tokens for a model of N blocks.
+
+    Attributes:
+        kind: which of the others are there.
+        embeddings: (P, H) of a shallow or deep prompt.
+        vectors: (P, H) for each block of a deep prompt, None where nothing is added.
+        pairs: for each block of a prefix (2, heads, P, head_dim), keys and values.
+    """
+
+    kind: Kind
+    embeddings: Tensor | None = None
+    vectors: tuple[Tensor | None, ...] = ()
+    pairs: tuple[Tensor, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """The positions that it takes before a text."""
+        return self.pairs[0].shape[2] if self.embeddings is None else len(self.embeddings)
+
+    def digest(self) -> str:
+        """Return a hash of its numbers, to know it again."""
+        found = hashlib.sha256(self.kind.encode())
+        for tensor in (self.embeddings, *self.vectors, *self.pairs):
+            if tensor is not None:
+                found.update(tensor.detach().contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    @property
+    def virtual_ids(self) -> tuple[int, ...]:
+        """What stands for its tokens among the ids of a text: -1 to -P; a prefix has none there."""
+        return () if self.embeddings is None else tuple(range(-1, -len(self.embeddings) - 1, -1))
+
+    def embed(self, model: Any, ids: Tensor) -> Tensor:
+        """Return the embeddings (B, T, H) of ids (B, T), virtual ones among them, on the model's device."""
+        assert self.embeddings is not None, "a prefix has no embeddings"
+        text: Tensor = model.get_input_embeddings()(ids.clamp(min=0))
+        ids = ids.to(text.device)
+        virtual = F.embedding((-1 - ids).clamp(min=0), self.embeddings.to(text.device, text.dtype))
+        return torch.where(ids[..., None] < 0, virtual, text)
+
+    @contextlib.contextmanager
+    def applied(self, model: Any, ids: Tensor, mask: Tensor) -> Iterator[dict[str, Any]]:
+        """Yield the inputs of a call of the model, which must be made inside the context.
+
+        Args:
+            model: a streamed model.
+            ids: (B, T), each row beginning with the `virtual_ids`, padded on the right.
+            mask: (B, T), 1 where there is a token.
+        """
+        inputs: dict[str, Any] = {"attention_mask": mask}
+        if self.embeddings is None:
+            ones = mask.new_ones(len(ids), self.num_tokens)
+            inputs = {"attention_mask": torch.cat([ones, mask], 1), "input_ids": ids, "use_cache": True}
+            inputs["past_key_values"] = self.passing_cache(model.config, len(ids), model.dtype)
+        else:
+            inputs["inputs_embeds"] = self.embed(model, ids)
+        with self.adding(0, ids.shape[1]):
+            yield inputs
+
+    @contextlib.contextmanager
+    def adding(self, start: int, width: int) -> Iterator[None]:
+        """Have a deep prompt's vectors added in calls of `width` positions, the first of which is `start`."""
+        is_in = self.kind == "deep" and start < self.num_tokens
+        token = _adding.set(_Adding(self.vectors, start, width) if is_in else None)
+        try:
+            yield
+        finally:
+            _adding.reset(token)
+
+    def pair(self, block: int, batch: int, dtype: torch.dtype) -> Pair:
+        """Return the keys and values (batch, heads, P, head_dim) of a block."""
+        keys, values = self.pairs[block].to(dtype)
+        return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+
+    def passing_cache(self, config: Any, batch: int, dtype: torch.dtype) -> Cache:
+        """Return a cache that begins with the prefix, for one pass; it keeps nothing more where the model allows it."""
+        if not can_share(config):
+            return self.growing_cache(config, batch, dtype)
+        return Cache(
+            layers=[_PrefixLayer(*self.pair(block, batch, dtype)) for block in range(len(self.pairs))]
+        )
+
+    def growing_cache(self, config: Any, batch: int, dtype: torch.dtype) -> DynamicCache:
+        """Return a cache that begins with the prefix and grows as texts pass."""
+        cache = DynamicCache(config=config.get_text_config())
+        for block in range(len(self.pairs)):
+            cache.update(*self.pair(block, batch, dtype), block)
+        return cache
+
+
+class PrefixBeginning:
+    """A prefix in the place of a `sharing.Beginning`: where the rows of a rider begin."""
+
+    def __init__(self, prompt: SoftPrompt, batch: int, dtype: torch.dtype) -> None:
+        self.length = prompt.num_tokens
+        self._prompt, self._batch, self._dtype = prompt, batch, dtype
+
+    def take(self, block: int) -> Pair:
+        """Return keys and values of a block."""
+        return self._prompt.pair(block, self._batch, self._dtype)
+
+
+class _PrefixLayer(DynamicLayer):
+    """Keys and values of a prefix, put before those of each call. Keeps no others: a text passes each block once.
+
+    The tensors are attributes, so that a streamed block finds them among what it may be asked a gradient of.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values, self.is_initialized = keys, values, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        assert self.keys is not None, "set on construction"
+        assert self.values is not None, "set on construction"
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+    def get_seq_length(self) -> int:
+        assert self.keys is not None, "set on construction"
+        return int(self.keys.shape[-2])
+
+
+@dataclass(frozen=True)
+class _Adding:
+    vectors: Sequence[Tensor | None]
+    start: int
+    width: int
+
+
+_adding: ContextVar[_Adding | None] = ContextVar("adding", default=None)
+
+
+def let_vectors_in(blocks: nn.ModuleList) -> None:
+    """Make the blocks of a streamed model add the vectors of a deep prompt where one is `adding`."""
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(_Adder(number), with_kwargs=True)
+
+
+class _Adder:
+    """The hook of a block."""
+
+    def __init__(self, block: int) -> None:
+        self._block = block
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        adding = _adding.get()
+        if adding is None or (vector := adding.vectors[self._block]) is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] != adding.width:  # a later token of a continuation
+            return None
+        vector = vector[adding.start : adding.start + adding.width]
+        length = len(vector)
+        vector = vector.to(hidden.device, hidden.dtype)
+        changed = torch.cat([hidden[:, :length] + vector, hidden[:, length:]], 1)
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+
+def check_fits(prompt: SoftPrompt, config: Any, name: str) -> None:
+    """Refuse a prompt that was made for a model of other sizes.
+
+    Args:
+        prompt: any.
+        config: of the model.
+        name: of the prompt, for the error.
+    Raises:
+        InputError: its width or its number of blocks is another.
+    """
+    text = config.get_text_config()
+    if prompt.embeddings is not None:
+        width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+        if prompt.embeddings.shape[1] != width:
+            raise InputError(
+                f"{name}: was made for a model of width {prompt.embeddings.shape[1]}, but this one has {width}"
+            )
+    found = len(prompt.vectors) or len(prompt.pairs)
+    if found and found != text.num_hidden_layers:
+        raise InputError(
+            f"{name}: was made for a model of {found} blocks, but this one has {text.num_hidden_layers}"
+        )
+    if prompt.pairs:
+        heads, head_dim = prompt.pairs[0].shape[1], prompt.pairs[0].shape[3]
+        own = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if head_dim != own or text.num_attention_heads % heads:
+            raise InputError(
+                f"{name}: was made for a model with {heads} heads of {head_dim} numbers, but this one has "
+                f"{text.num_attention_heads} of {own}"
+            )

@@ -1,0 +1,274 @@
+"""Pure arithmetic for devices with a memory of their own: what stays there, what stays in RAM, and what streams.
+
+Knows sizes in bytes, rates and budgets; knows nothing of files, models or CUDA. There are two budgets. First each
+device is planned: as many stops as fit stay on it for good, at even distances, and the others pass through two slots.
+What is left is planned for RAM as ever (`plan`), where riders then take no room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from slowllm.errors import PlanError
+from slowllm.options import GIB, MIB, format_binary
+from slowllm.planning.forecast import Job, Rates, Sizes, forecast_of, reads_of
+from slowllm.planning.host_plan import (
+    MAX_SWEEP_TOKENS,
+    SLACK_BYTES,
+    Plan,
+    least_rider_tokens,
+    make_plan,
+    padding_worth,
+    spread,
+    token_choices,
+    working_bytes,
+)
+
+# Stops pass through so many places: one is computed with while the next is filled.
+NUM_SLOTS = 2
+# Estimates, which nobody has measured: what CUDA's context, cuBLAS and torch's allocator take on a card beyond what is
+# counted here, and what CUDA takes of the host once its libraries are in use.
+DEVICE_SLACK_BYTES, HOST_SLACK_BYTES = 768 * MIB, GIB // 2
+# Of a waiting rider's token, what stays on the host: its ids and masks.
+HOST_TOKEN_BYTES = 64
+# Of a card's memory and products; assumed until somebody measures.
+ASSUMED_MEMORY, ASSUMED_COMPUTE = 3e11, 2e13
+
+
+@dataclass(frozen=True)
+class DeviceBudget:
+    """A device, and the bytes that may be taken of its memory."""
+
+    name: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What is where on the devices.
+
+    Attributes:
+        homes: the number of the device at which each stop is computed.
+        kept: stops that stay on their device once they were copied.
+        num_slots: on each device, through which its other stops pass.
+        slot_bytes: of one slot on each device.
+        rider_tokens: of one micro-batch.
+        sweep_tokens: of all riders of a sweep.
+        used_bytes: of each device's budget.
+        granularity: what a stop is.
+    """
+
+    homes: tuple[int, ...]
+    kept: frozenset[int]
+    num_slots: tuple[int, ...]
+    slot_bytes: tuple[int, ...]
+    rider_tokens: int
+    sweep_tokens: int
+    used_bytes: tuple[int, ...]
+    granularity: str
+
+
+def homes_of(blocks: Sequence[int], num_devices: int) -> tuple[int, ...]:
+    """Return the number of each stop's device: blocks take turns; the head is where sweeps begin and end.
+
+    Args:
+        blocks: the block of each stop, -1 for a chunk of the head.
+        num_devices: at least one.
+    """
+    return tuple(0 if block < 0 else block % num_devices for block in blocks)
+
+
+def device_rates(rates: Rates | None) -> Rates:
+    """Return a machine's rates with those of a card in the place of the processor's."""
+    return replace(rates or Rates(), memory=ASSUMED_MEMORY, compute=ASSUMED_COMPUTE)
+
+
+def plan_devices(
+    choices: Sequence[Sizes],
+    blocks: Sequence[Sequence[int]],
+    budgets: Sequence[DeviceBudget],
+    *,
+    job: Job | None = None,
+    rates: Rates,
+    keep_resident: bool = True,
+) -> DevicePlan:
+    """Divide the devices' memory so that the job takes the least time.
+
+    Args:
+        choices: the model cut into whole blocks, and into leaves where it can be; the first that fits is taken.
+        blocks: for each choice, the block of each stop; see `homes_of`.
+        budgets: of the devices.
+        job: what it is for.
+        rates: from `device_rates`.
+        keep_resident: whether stops may stay.
+    Raises:
+        PlanError: the job cannot run on a device; the message names the smallest budget that would do.
+    """
+    planned, usable = job or Job(repeated=True), []
+    for sizes, own in zip(choices, blocks, strict=True):
+        homes = homes_of(own, len(budgets))
+        usable.append((sizes, homes))
+        found = list(_candidates(sizes, homes, budgets, planned, rates, keep_resident))
+        if found:
+            plan = min(found, key=lambda pair: (pair[0], sum(pair[1].used_bytes)))[1]
+            return plan if job is not None else _widened(plan, sizes, budgets)
+    raise PlanError(_refusal(usable, budgets, planned))
+
+
+def _candidates(
+    sizes: Sizes,
+    homes: Sequence[int],
+    budgets: Sequence[DeviceBudget],
+    job: Job,
+    rates: Rates,
+    keep_resident: bool,
+) -> Iterator[tuple[float, DevicePlan]]:
+    """Yield plans that fit, each with the seconds that the job would take."""
+    for rider, sweep in token_choices(job):
+        fixed = DEVICE_SLACK_BYTES + sizes.kept_bytes + working_bytes(sizes, job, rider, sweep)
+        parts = [
+            _divide(_bytes_at(sizes, homes, number, job), budget.num_bytes - fixed, keep_resident)
+            for number, budget in enumerate(budgets)
+        ]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            continue
+        kept = frozenset().union(*(part.kept for part in found))
+        room = sum(part.num_slots * part.slot_bytes for part in found)
+        forecast = forecast_of(sizes, kept, room, rider, sweep, job, rates)
+        yield forecast.seconds, DevicePlan(
+            tuple(homes), kept, tuple(part.num_slots for part in found), tuple(part.slot_bytes for part in found),
+            rider, sweep, tuple(fixed + part.used_bytes for part in found), sizes.granularity,
+        )  # fmt: skip
+
+
+def _bytes_at(sizes: Sizes, homes: Sequence[int], device: int, job: Job) -> list[int]:
+    """Return the bytes of the stops that are computed on a device, 0 for all others."""
+    reads = reads_of(sizes, job)
+    return [
+        stop.num_bytes if homes[number] == device and reads[number] else 0
+        for number, stop in enumerate(sizes.stops)
+    ]
+
+
+@dataclass(frozen=True)
+class Part:
+    """How one device is divided: what stays, the slots, and the bytes of both."""
+
+    kept: frozenset[int]
+    num_slots: int
+    slot_bytes: int
+    used_bytes: int
+
+
+def _divide(stop_bytes: Sequence[int], room_bytes: int, keep_resident: bool = True) -> Part | None:
+    """Divide the room for weights on a device; None where no stop fits in."""
+    total = sum(stop_bytes)
+    if total <= room_bytes and (keep_resident or not total):
+        return Part(frozenset(stop for stop, size in enumerate(stop_bytes) if size), 0, 0, total)
+    largest = max(stop_bytes)
+    # With one slot nothing is copied while the device computes, but it works.
+    for num_slots in (NUM_SLOTS, 1):
+        left = room_bytes - num_slots * largest
+        if left < 0:
+            continue
+        chosen = spread(stop_bytes, left) if keep_resident else frozenset()
+        kept = frozenset(stop for stop in chosen if stop_bytes[stop])
+        return Part(kept, num_slots, largest, num_slots * largest + sum(stop_bytes[stop] for stop in kept))
+    return None
+
+
+def _widened(plan: DevicePlan, sizes: Sizes, budgets: Sequence[DeviceBudget]) -> DevicePlan:
+    """Let a session's sweeps carry more tokens than were assumed, where there is room left for them."""
+    held = sizes.rider_token_bytes + sizes.result_token_bytes + sizes.checkpoint_token_bytes
+    left = min(budget.num_bytes - used for budget, used in zip(budgets, plan.used_bytes, strict=True))
+    more = max(0, min(left // held, MAX_SWEEP_TOKENS - plan.sweep_tokens))
+    used = tuple(used + more * held for used in plan.used_bytes)
+    return replace(plan, sweep_tokens=plan.sweep_tokens + more, used_bytes=used)
+
+
+def _refusal(usable: Sequence[tuple[Sizes, Sequence[int]]], budgets: Sequence[DeviceBudget], job: Job) -> str:
+    tokens = least_rider_tokens(job)
+    sweep = tokens if job.packing is None else job.packing[1]
+
+    def needs(sizes: Sizes, homes: Sequence[int]) -> list[tuple[int, int, int]]:
+        working = working_bytes(sizes, job, tokens, sweep)
+        return [
+            (DEVICE_SLACK_BYTES + sizes.kept_bytes, max(_bytes_at(sizes, homes, number, job)), working)
+            for number in range(len(budgets))
+        ]
+
+    def lacks(parts: Sequence[tuple[int, int, int]]) -> list[int]:
+        return [sum(part) - budget.num_bytes for part, budget in zip(parts, budgets, strict=True)]
+
+    best = min((needs(*pair) for pair in usable), key=lambda parts: max(lacks(parts)))
+    missing = lacks(best)
+    worst = missing.index(max(missing))
+    fixed, weights, working = best[worst]
+    smallest = -(-(fixed + weights + working) // MIB) * MIB
+    return (
+        f"{format_binary(max(budgets[worst].num_bytes, 0))} on {budgets[worst].name} are too few for this model: the "
+        f"smallest that would do is {format_binary(smallest)} ({format_binary(fixed)} always there, "
+        f"{format_binary(weights)} for the weights passing through and {format_binary(working)} for {tokens} tokens)"
+    )
+
+
+def least_host_bytes(sizes: Sizes, sweep_tokens: int) -> int:
+    """Return the smallest part of a budget of RAM through which stops reach the devices."""
+    return HOST_SLACK_BYTES + SLACK_BYTES + sizes.smallest_ring_bytes + sweep_tokens * HOST_TOKEN_BYTES
+
+
+def plan_host(
+    sizes: Sizes,
+    devices: DevicePlan,
+    *,
+    free_bytes: int,
+    total_bytes: int,
+    job: Job | None = None,
+    rates: Rates,
+    keep_resident: bool = True,
+) -> Plan:
+    """Divide the RAM among the stops that do not stay on a device.
+
+    What stays there is read once, and passes through the ring as well, so there is always one.
+
+    Args:
+        sizes: of the granularity that the devices' plan has.
+        devices: that plan.
+        free_bytes, total_bytes, job, keep_resident: as for `plan.make_plan`.
+        rates: from `device_rates`.
+    Raises:
+        PlanError: the stops do not fit through the budget.
+    """
+    job = job or Job(repeated=True)
+    padding = padding_worth(rates) if job.packing is None else job.packing[2]
+    packed = replace(job, packing=(devices.rider_tokens, devices.sweep_tokens, padding))
+    ring = sizes.smallest_ring_bytes
+    stops = tuple(
+        replace(stop, num_bytes=0, largest_bytes=0) if number in devices.kept else stop
+        for number, stop in enumerate(sizes.stops)
+    )
+
+    def planned(extra_bytes: int) -> Plan:
+        host = replace(
+            sizes, stops=stops, kept_bytes=HOST_SLACK_BYTES + extra_bytes, block_token_bytes=0,
+            attention_token_bytes=0, rider_token_bytes=HOST_TOKEN_BYTES, result_token_bytes=0,
+            checkpoint_token_bytes=0, replay_token_bytes=0, replay_attention_bytes=0,
+        )  # fmt: skip
+        return make_plan(
+            [host], free_bytes=free_bytes, total_bytes=total_bytes, job=packed, rates=rates,
+            keep_resident=keep_resident,
+        )  # fmt: skip
+
+    plan = planned(0)
+    if plan.ring_bytes < ring:
+        plan = replace(planned(ring), ring_bytes=ring)
+    resident = plan.resident - devices.kept - plan.unused
+    forecast = forecast_of(
+        sizes, resident | devices.kept, plan.ring_bytes, plan.rider_tokens, plan.sweep_tokens, job, rates
+    )
+    return replace(
+        plan, resident=resident, resident_bytes=sum(sizes.stops[stop].num_bytes for stop in resident),
+        forecast=forecast, longest=job.longest,
+    )  # fmt: skip

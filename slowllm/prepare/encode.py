@@ -1,0 +1,377 @@
+"""Write one file of a store: read its tensors piece by piece, encode them, and read back what was written.
+
+Knows where bytes are and codecs; knows nothing of models, so that a process that does only this starts quickly. No more
+than a few pieces are in memory at a time. A file has its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from slowllm.errors import StoreError
+from slowllm.storage.codecs.registry import CODECS, Codec, Parts, Team
+from slowllm.storage.manifest import PADDING, StoredFile, StoredTensor, file_from_json, header_sha256
+from slowllm.storage.spans import TORCH_DTYPES, Placement, take_rows
+from slowllm.streaming.buffers import PAGE
+from slowllm.streaming.reader import Reader, smallest_ring
+
+# Read, encoded and written at a time; a worker holds about eight times as much.
+PIECE_BYTES = 16 << 20
+# Escapes of a losslessly coded tensor are kept in memory until its end. With more bytes of them, as a share of the
+# tensor's, coding saves nothing, and the tensor is written as it is.
+MAX_LOOSE_SHARE = 1 / 8
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """A tensor to be written.
+
+    Attributes:
+        placement: where it comes from.
+        codec: name of the codec; None to write it as it is.
+        dtype: as it is to be written where there is no codec.
+    """
+
+    placement: Placement
+    codec: str | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class FileTask:
+    """A file to be written.
+
+    Attributes:
+        path: of the file.
+        tensors: in it, in the order in which they are used.
+        metadata: for its header.
+    """
+
+    path: Path
+    tensors: tuple[TensorTask, ...]
+    metadata: tuple[tuple[str, str], ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes that it is made from."""
+        return sum(task.placement.num_bytes for task in self.tensors)
+
+    @property
+    def estimated_bytes(self) -> int:
+        """About the bytes that it will have."""
+        return sum(_estimate(task) for task in self.tensors)
+
+
+def _estimate(task: TensorTask) -> int:
+    placement = task.placement
+    if task.codec is None:
+        return math.prod(placement.shape) * task.dtype.itemsize
+    layout = CODECS[task.codec].layout(math.prod(placement.shape[:-1]), placement.shape[-1])
+    return sum(math.prod(shape) * TORCH_DTYPES[dtype].itemsize for dtype, shape in layout.values())
+
+
+def record_path(path: Path) -> Path:
+    """Return where it is noted that a file is finished."""
+    return path.with_name(path.name + ".json")
+
+
+def finished(path: Path) -> StoredFile | None:
+    """Return what was noted of a file, if it is finished."""
+    try:
+        found = file_from_json(json.loads(record_path(path).read_text(encoding="utf-8")))
+        return found if path.stat().st_size == found.num_bytes else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def write_file(task: FileTask) -> StoredFile:
+    """Write a file, unless it is finished already, and note that it is.
+
+    Raises:
+        StoreError: another run writes it, the disk is full, or what was read back is not what was written.
+        CheckpointError: the source is damaged.
+    """
+    done = finished(task.path)
+    if done is not None:
+        return done
+    partial = task.path.with_name(task.path.name + ".part")
+    try:
+        with _alone(partial) as file:
+            written = _Writer(file, task).write()
+            file.flush()
+            os.fsync(file.fileno())
+            done = _read_back(file, task.path.name, written)
+            os.replace(partial, task.path)
+        done = dataclasses.replace(done, header_sha256=header_sha256(task.path))
+        record = record_path(task.path)
+        text = json.dumps(dataclasses.asdict(done))
+        record.with_name(record.name + ".part").write_text(text, encoding="utf-8")
+        os.replace(record.with_name(record.name + ".part"), record)
+        return done
+    except StoreError:
+        raise
+    except OSError as error:
+        if error.filename is not None and str(task.path.parent) not in str(error.filename):
+            raise
+        raise StoreError(
+            f"{task.path}: {error.strerror or error}; what is finished is kept, and the same command goes on from there"
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone(partial: Path) -> Iterator[IO[bytes]]:
+    # Not in append mode, in which pwrite() appends whatever offset it is given.
+    with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreError(f"{partial}: another run is writing it") from error
+        if not partial.exists() or not os.path.samestat(partial.stat(), os.fstat(file.fileno())):
+            raise StoreError(f"{partial}: another run has just written it; run the same command again")
+        file.truncate(0)
+        yield file
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Bytes of the file, and the checksum of what was meant to be there."""
+
+    begin: int
+    num_bytes: int
+    crc32: int
+
+
+class _Array:
+    """A part of the file that is filled from its beginning to its end."""
+
+    def __init__(self, number: int, begin: int) -> None:
+        self._number, self._begin, self._at = number, begin, begin
+        self._crc32 = 0
+
+    def append(self, tensor: Tensor) -> None:
+        data = _bytes_of(tensor.contiguous())
+        self._crc32 = zlib.crc32(data, self._crc32)
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._number, data[done:], self._at + done)
+        self._at += len(data)
+
+    @property
+    def written(self) -> _Written:
+        return _Written(self._begin, self._at - self._begin, self._crc32)
+
+
+class _Writer:
+    """Lay out one file and fill it. The header comes first and is written last, so room is kept for it."""
+
+    def __init__(self, file: IO[bytes], task: FileTask) -> None:
+        self._number, self._task = file.fileno(), task
+        # The longest that it can become: a line for every part and every padding, offsets of up to 15 digits.
+        names = sum(
+            len(json.dumps(t.placement.name)) + 24 * len(t.placement.shape) for t in task.tensors
+        ) + sum(map(len, map(str, task.metadata)))
+        self._data = -(-(4096 + 8 * (names + 256 * len(task.tensors))) // PAGE) * PAGE
+        self._at = self._data
+        self._header: dict[str, Any] = {"__metadata__": dict(task.metadata)}
+        self._written: list[_Written] = []
+        self.tensors: dict[str, StoredTensor] = {}
+
+    def write(self) -> tuple[dict[str, StoredTensor], list[_Written]]:
+        pieces: list[list[Placement]] = []
+        plans = []
+        for tensor in self._task.tensors:
+            cut = list(_cut(tensor))
+            plans.append((tensor, len(pieces), len(cut)))
+            pieces += [[piece] for piece in cut]
+        if pieces:
+            ring = smallest_ring(pieces) + 2 * PIECE_BYTES
+            with contextlib.closing(Reader(pieces, ring_bytes=ring, num_threads=4)) as reader:
+                for tensor, first, count in plans:
+                    self._tensor(tensor, functools.partial(_read, reader, first, count))
+        os.ftruncate(self._number, self._at)
+        self._finish()
+        return self.tensors, self._written
+
+    def _tensor(self, task: TensorTask, read: Callable[[], Iterator[Tensor]]) -> None:
+        placement, source = task.placement, hashlib.sha256()
+
+        def hashed() -> Iterator[Tensor]:
+            for piece in read():
+                source.update(_bytes_of(piece))
+                yield piece
+
+        self._align()
+        parts: tuple[str, ...] | None = None
+        if task.codec is not None:
+            parts = self._coded(placement, CODECS[task.codec], hashed())
+        if parts is not None:
+            stored = StoredTensor(placement.shape, "BF16", task.codec, parts, source.hexdigest())
+        else:
+            source = hashlib.sha256()
+            array = _Array(self._number, self._at)
+            for piece in hashed():
+                array.append(piece.to(task.dtype))
+            self._add(placement.name, _NAMES[task.dtype], placement.shape, array.written)
+            stored = StoredTensor(placement.shape, _NAMES[task.dtype], None, (), source.hexdigest())
+        self.tensors[placement.name] = stored
+
+    def _coded(self, placement: Placement, codec: Codec, pieces: Iterator[Tensor]) -> tuple[str, ...] | None:
+        """Write a tensor coded, and return the names of its parts; None, and nothing counts, where that is no use."""
+        num_rows, width = math.prod(placement.shape[:-1]), placement.shape[-1]
+        layout = codec.layout(num_rows, width)
+        arrays: dict[str, _Array] = {}
+        at = self._at
+        for name, (dtype, shape) in layout.items():
+            arrays[name] = _Array(self._number, at)
+            at += _up(math.prod(shape) * TORCH_DTYPES[dtype].itemsize, 64)
+        loose: dict[str, list[Tensor]] = {}
+        num_loose = 0
+        for piece in pieces:
+            if not (codec.is_exact or bool(piece.isfinite().all())):
+                raise StoreError(
+                    f"{placement.name}: has NaN or infinities, which {codec.name} cannot hold; the source is damaged"
+                )
+            found = codec.encode(piece, width)
+            if codec.is_exact:
+                _check_exact(placement.name, codec, piece, found)
+            for name, tensor in found.items():
+                if name in layout:
+                    arrays[name].append(tensor)
+                else:
+                    loose.setdefault(name, []).append(tensor)
+                    num_loose += tensor.numel() * tensor.dtype.itemsize
+            if num_loose > max(PAGE, MAX_LOOSE_SHARE * placement.decoded_bytes):
+                return None
+        names = []
+        for name, (dtype, shape) in layout.items():
+            self._align(64)
+            self._add(f"{placement.name}.{codec.name}.{name}", dtype, shape, arrays[name].written)
+            names.append(name)
+        for name, tensor in codec.finish(loose).items():
+            self._align(64)
+            array = _Array(self._number, self._at)
+            array.append(tensor)
+            full = f"{placement.name}.{codec.name}.{name}"
+            self._add(full, _NAMES[tensor.dtype], tuple(tensor.shape), array.written)
+            names.append(name)
+        return tuple(names)
+
+    def _add(self, name: str, dtype: str, shape: Sequence[int], written: _Written) -> None:
+        assert written.begin == self._at, "arrays are written where they were laid out"
+        self._at += written.num_bytes
+        offsets = [written.begin - self._data, self._at - self._data]
+        self._header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        self._written.append(written)
+
+    def _align(self, boundary: int = PAGE) -> None:
+        missing = _up(self._at, boundary) - self._at
+        if missing:
+            array = _Array(self._number, self._at)
+            array.append(torch.zeros(missing, dtype=torch.uint8))
+            self._add(f"{PADDING}{len(self._header)}", "U8", [missing], array.written)
+
+    def _finish(self) -> None:
+        text = json.dumps(self._header, separators=(",", ":")).encode()
+        room = self._data - 8
+        assert len(text) <= room, "the room for the header was reckoned too small"
+        header = room.to_bytes(8, "little") + text.ljust(room)
+        array = _Array(self._number, 0)
+        array.append(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+        self._written.append(array.written)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+
+
+def _up(number: int, boundary: int) -> int:
+    return -(-number // boundary) * boundary
+
+
+def _cut(task: TensorTask) -> Iterator[Placement]:
+    """Cut a tensor into flat pieces of about `PIECE_BYTES`, each a multiple of what its codec takes."""
+    placement = task.placement
+    count = math.prod(placement.shape)
+    flat = Placement(placement.name, (count,), placement.dtype, placement.runs)
+    unit = 1 if task.codec is None else CODECS[task.codec].unit(placement.shape[-1])
+    piece = max(1, PIECE_BYTES // placement.dtype.itemsize // unit) * unit
+    for start in range(0, count, piece):
+        yield take_rows(flat, placement.name, start, min(start + piece, count))
+
+
+def _read(reader: Reader, first: int, count: int) -> Iterator[Tensor]:
+    for number in range(first, first + count):
+        ahead = range(number + 1, min(number + 3, reader.num_stops))
+        with reader.visit(number, ahead) as weights:
+            (tensor,) = weights.values()
+            yield tensor
+
+
+def _check_exact(name: str, codec: Codec, piece: Tensor, found: Mapping[str, Tensor]) -> None:
+    """See that a piece decodes to itself, before anybody relies on it.
+
+    Raises:
+        StoreError: it does not, by a fault of the machine or of ours.
+    """
+    layout = codec.layout(1, len(piece))
+    loose = {key: [tensor] for key, tensor in found.items() if key not in layout}
+    arrays = {**{key: found[key] for key in layout}, **codec.finish(loose)}
+    out = torch.empty(1, len(piece), dtype=torch.bfloat16)
+    with contextlib.closing(Team(1)) as team:
+        codec.decode(Parts(arrays, 1, len(piece)), out, 0, 1, team)
+    if not torch.equal(out[0].view(torch.int16), piece.view(torch.int16)):
+        raise StoreError(
+            f"{name}: does not decode to what it was made from; this machine's memory may be faulty"
+        )
+
+
+def _read_back(
+    file: IO[bytes], name: str, written: tuple[dict[str, StoredTensor], list[_Written]]
+) -> StoredFile:
+    """Hash the file as it lies on the disk, and compare every part with what was meant to be written."""
+    number = file.fileno()
+    tensors, arrays = written
+    whole = hashlib.sha256()
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+    for array in sorted(arrays, key=lambda array: array.begin):
+        crc32 = 0  # against what a disk does by mistake; twice as fast as a hash against what somebody does on purpose
+        for data in read_pieces(number, array.begin, array.num_bytes):
+            crc32 = zlib.crc32(data, crc32)
+            whole.update(data)
+        if crc32 != array.crc32:
+            raise StoreError(
+                f"{name}: the disk gives back other bytes than were written, from byte {array.begin:,} on"
+            )
+    num_bytes = os.fstat(number).st_size
+    assert num_bytes == sum(array.num_bytes for array in arrays), "every byte belongs to one array"
+    return StoredFile(num_bytes, whole.hexdigest(), "", tensors)
+
+
+def read_pieces(number: int, begin: int, num_bytes: int) -> Iterator[bytes]:
+    """Yield bytes of an open file, a piece at a time, and let the page cache drop them."""
+    at, end = begin, begin + num_bytes
+    while at < end:
+        data = os.pread(number, min(PIECE_BYTES, end - at), at)
+        if not data:
+            return
+        yield data
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(number, at, len(data), os.POSIX_FADV_DONTNEED)
+        at += len(data)

@@ -1,0 +1,1 @@
+"""How is a model opened for a job on this machine, measured and resumed?"""

@@ -1,0 +1,169 @@
+"""Put a streamed model on devices: the plans of both memories, the stops between them, and what always stays there.
+
+Knows transformers' models by their parts, plans and lanes. Without a device, none of this is used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from slowllm.errors import InputError
+from slowllm.modeling.layout import Layout, block_numbers
+from slowllm.modeling.streamed_block import Home
+from slowllm.options import Options, format_bytes
+from slowllm.planning.device_plan import DeviceBudget, DevicePlan, device_rates, plan_devices, plan_host
+from slowllm.planning.forecast import Job, Rates, Sizes
+from slowllm.planning.host_plan import Budget, Plan
+from slowllm.streaming.device_stops import DeviceStops
+from slowllm.streaming.devices import Lane, PinnedMemory, allowed_bytes
+from slowllm.streaming.reader import Reader
+
+log = logging.getLogger(__name__)
+
+
+def make_plans(
+    layouts: Sequence[Layout],
+    choices: Sequence[Sizes],
+    lanes: Sequence[Lane],
+    options: Options,
+    budget: Budget,
+    job: Job | None,
+    rates: Rates | None,
+) -> tuple[Plan, DevicePlan]:
+    """Plan what is on the devices, and then what is in RAM.
+
+    Args:
+        layouts: the model cut into blocks, and into leaves where it can be.
+        choices: sizes of each.
+        lanes: of the devices.
+        options: with the budget on each device.
+        budget: of RAM.
+        job: what the model is for.
+        rates: of the machine.
+    Raises:
+        InputError: more is allowed than a device has.
+        PlanError: one of the budgets is too small.
+    """
+    check_codecs(layouts[0], lanes)
+    rates = device_rates(rates)
+    budgets = [DeviceBudget(str(lane.device), allowed_bytes(lane, options.vram_bytes)) for lane in lanes]
+    devices = plan_devices(
+        choices, [block_numbers(layout) for layout in layouts], budgets, job=job, rates=rates,
+        keep_resident=options.keep_resident,
+    )  # fmt: skip
+    plan = plan_host(
+        next(sizes for sizes in choices if sizes.granularity == devices.granularity), devices,
+        free_bytes=budget.free_bytes, total_bytes=budget.total_bytes, job=job, rates=rates,
+        keep_resident=options.keep_resident,
+    )  # fmt: skip
+    log.info(
+        "%s: %d of %d stops stay there, %s of %s are used; %d stops stay in RAM",
+        ", ".join(item.name for item in budgets), len(devices.kept), len(devices.homes),
+        " + ".join(map(format_bytes, devices.used_bytes)), " + ".join(format_bytes(b.num_bytes) for b in budgets),
+        len(plan.resident),
+    )  # fmt: skip
+    return plan, devices
+
+
+def check_codecs(layout: Layout, lanes: Sequence[Lane]) -> None:
+    """See that every device can multiply what is stored.
+
+    Raises:
+        InputError: one cannot.
+    """
+    codecs = {p.coding.codec for stop in layout.stops for p in stop if p.coding is not None}
+    for lane in lanes if "int8" in codecs else ():
+        if not lane.multiplies_integers():
+            raise InputError(
+                f"{lane.device} has no products of 8-bit integers, which an int8 store needs; use --device cpu, or a "
+                "lossless or int4 store"
+            )
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model's devices, and what is between them and the reader.
+
+    Attributes:
+        plan: what is where.
+        stops: whose weights are on the devices.
+        lanes: of the devices.
+        pinned: the reader's memory, where a device copies from it by itself.
+        homes: where each block is computed.
+    """
+
+    plan: DevicePlan
+    stops: DeviceStops
+    lanes: tuple[Lane, ...]
+    pinned: PinnedMemory | None
+    homes: tuple[Home, ...]
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Of the lanes; the first is where sweeps begin and end."""
+        return tuple(lane.device for lane in self.lanes)
+
+    def close(self) -> None:
+        """End the copying, then give the reader's memory back; after the reader was closed."""
+        self.stops.close()
+        if self.pinned is not None:
+            self.pinned.close()
+
+
+def place_stops(
+    layout: Layout, reader: Reader, lanes: Sequence[Lane], plan: DevicePlan, *, poison: bool = False
+) -> Placed:
+    """Put devices behind a reader.
+
+    Raises:
+        PlanError: a device has less memory than was planned for.
+    """
+    is_cuda = any(lane.device.type == "cuda" for lane in lanes)
+    pinned = PinnedMemory(reader.buffers, lanes[0].device) if is_cuda else None
+    try:
+        stops = DeviceStops(
+            reader, layout.stops, homes=plan.homes, lanes=lanes, kept=plan.kept, num_slots=plan.num_slots,
+            poison=poison,
+        )  # fmt: skip
+    except BaseException:
+        if pinned is not None:
+            pinned.close()
+        raise
+    places = dict(zip(block_numbers(layout), plan.homes, strict=True))
+    last = len(layout.blocks) - 1
+    homes = tuple(
+        # The norm and the head behind the last block are on the first device.
+        Home(lanes[places.get(block, 0)].device, lanes[0].device if block == last else None)
+        for block in range(len(layout.blocks))
+    )
+    return Placed(plan, stops, tuple(lanes), pinned, homes)
+
+
+def move_kept(model: PreTrainedModel, layout: Layout, placed: Placed) -> None:
+    """Move what always stays to where it is needed: buffers, and parameters that no stop brings.
+
+    The input embedding stays on the host, where its rows are looked up.
+    """
+    blocks: dict[nn.Module, int] = {}
+    for number, block in enumerate(layout.blocks):
+        blocks.update(dict.fromkeys(block.modules(), number))
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if module is layout.embedding:
+            continue
+        device = placed.homes[blocks[module]].device if module in blocks else placed.devices[0]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.is_meta or parameter is layout.embedding.weight:
+                continue
+            if id(parameter) not in moved:
+                moved[id(parameter)] = nn.Parameter(parameter.data.to(device), requires_grad=False)
+            module._parameters[name] = moved[id(parameter)]

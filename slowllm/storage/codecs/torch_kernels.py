@@ -1,0 +1,128 @@
+"""Decode on a device: what `kernels` does on the processor, by torch's own operations, with the same bits.
+
+Knows tensors, on whatever device they are; knows nothing of files or models. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slowllm.storage.codecs.layout_constants import CHUNK
+
+# Weights that are decoded at once, so that what is made on the way (about 10 bytes each) stays small beside the matrix.
+TILE_WEIGHTS = 1 << 24
+
+
+def decode(
+    codec: str, parts: Mapping[str, Tensor], num_rows: int, width: int, out: Tensor, first: int, last: int
+) -> None:
+    """Write the rows `first` to `last` of a coded matrix to `out`.
+
+    Args:
+        codec: its name.
+        parts: the stored arrays, on the device.
+        num_rows, width: of the whole matrix.
+        out: (last - first, width), contiguous, there as well, of any floating dtype.
+    """
+    if codec == "lossless":
+        _lossless(parts, num_rows * width, out.view(-1), first * width, last * width)
+        return
+    rows = max(1, TILE_WEIGHTS // width)
+    for begin in range(first, last, rows):
+        end = min(begin + rows, last)
+        own = {name: part[begin:end] for name, part in parts.items()}
+        out[begin - first : end - first] = _int8(own) if codec == "int8" else _int4(own, width)
+
+
+def _int8(parts: Mapping[str, Tensor]) -> Tensor:
+    return (parts["codes"].float() * parts["scales"][:, None]).bfloat16()
+
+
+def _int4(parts: Mapping[str, Tensor], width: int) -> Tensor:
+    scales, lows = parts["scales"].float()[..., None], parts["lows"].float()[..., None]
+    packed = parts["codes"].view(*parts["scales"].shape, -1)
+    codes = torch.cat([packed & 15, packed >> 4], -1).float()
+    # Rounded after each of the two, as the processor's loop does: one operation for both would round once.
+    return codes.mul_(scales).add_(lows).flatten(1)[:, :width].bfloat16()
+
+
+def _lossless(parts: Mapping[str, Tensor], num_weights: int, out: Tensor, begin: int, end: int) -> None:
+    """Write the numbers `begin` to `end` of a flat matrix to `out`."""
+    padded = len(parts["signs"])
+    tile = max(1, TILE_WEIGHTS // CHUNK) * CHUNK
+    for low in range(begin // CHUNK * CHUNK, end, tile):
+        high = min(low + tile, padded)
+        bits = _joined(parts, low, high)
+        _put_escapes(parts, bits, low)
+        inner, outer = max(begin, low), min(end, high)
+        out[inner - begin : outer - begin] = bits[inner - low : outer - low].view(torch.bfloat16)
+
+
+def _joined(parts: Mapping[str, Tensor], low: int, high: int) -> Tensor:
+    """Return the bits (high - low + 1,) int16 of numbers from the start of a chunk, and one more that is nobody's."""
+    signs, exponents = parts["signs"][low:high], parts["exponents"][low // 2 : high // 2]
+    bits = torch.empty(high - low + 1, dtype=torch.int16, device=signs.device)
+    whole = (high - low) // CHUNK
+    first = low // CHUNK
+    if whole:
+        size = whole * CHUNK
+        bases = parts["bases"][first : first + whole]
+        bits[:size] = _join(signs[:size].view(whole, -1), exponents[: size // 2].view(whole, -1), bases)
+    if rest := high - low - whole * CHUNK:  # the last chunk of a matrix may be short
+        base = parts["bases"][first + whole : first + whole + 1]
+        bits[whole * CHUNK : -1] = _join(signs[-rest:][None], exponents[-(rest // 2) :][None], base)
+    return bits
+
+
+def _join(signs: Tensor, exponents: Tensor, bases: Tensor) -> Tensor:
+    """Put numbers together, chunk by chunk.
+
+    Of each chunk the output has four quarters. Byte by byte, `exponents` has the codes of two of them and then of the
+    other two, and `signs` the sign and mantissa of one and of the next: first of two quarters, then of two.
+
+    Args:
+        signs: (C, N) uint8.
+        exponents: (C, N / 2) uint8.
+        bases: (C,) uint8.
+    Returns:
+        (C x N,) int16.
+    """
+    chunks = len(signs)
+    ends = signs.view(chunks, 2, -1, 2).transpose(2, 3).reshape(chunks, 4, -1).to(torch.int16)
+    pairs = exponents.view(chunks, -1, 2).transpose(1, 2)
+    codes = torch.stack([pairs & 15, pairs >> 4], 2).reshape(chunks, 4, -1).to(torch.int16)
+    codes += bases.to(torch.int16)[:, None, None]
+    return ((ends & 0x80) << 8 | codes << 7 | ends & 0x7F).view(-1)
+
+
+def _put_escapes(parts: Mapping[str, Tensor], bits: Tensor, low: int) -> None:
+    """Put the numbers in whose exponents have no code.
+
+    All escapes of the matrix are looked at, because which of them are here is only known on the device. Those that
+    are not go to the last place, which is nobody's.
+    """
+    places = parts["places"]
+    if not len(places):
+        return
+    numbers = torch.arange(len(places), device=places.device)
+    chunks = torch.bucketize(numbers, parts["starts"], right=True) - 1
+    at = chunks * CHUNK + (places.to(torch.int64) & 0xFFFF) - low
+    nobodys = len(bits) - 1
+    at = torch.where((at >= 0) & (at < nobodys), at, nobodys)
+    bits[at] = parts["values"]
+
+
+def int8_product(x: Tensor, codes: Tensor) -> Tensor:
+    """Return the float32 product (M, R) of int8 matrices (M, K) and (R, K).
+
+    The device's integer product wants more than 16 rows, and widths that are multiples of 8; what lacks is zeros.
+    """
+    rows, outputs = len(x), len(codes)
+    more = -x.shape[1] % 8
+    x = F.pad(x, (0, more, 0, max(0, 17 - rows)))
+    codes = F.pad(codes, (0, more, 0, -outputs % 8)) if more or outputs % 8 else codes
+    return torch._int_mm(x, codes.T)[:rows, :outputs].float()

@@ -1,0 +1,226 @@
+"""The folder of a store: what its manifest says, and how it is opened as a checkpoint.
+
+Knows the files of a store and their headers; decodes nothing. A store is a Hugging Face folder whose weights lie one
+file a stop, under the names of the model's own parameters, each matrix as its codec has it. The manifest is written
+last, so a store without one is not finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from slowllm.errors import CheckpointError, StoreError
+from slowllm.storage.checkpoint import Checkpoint, read_header, read_json
+from slowllm.storage.codecs.registry import check_coding
+from slowllm.storage.spans import Coding, Part, Span
+
+MANIFEST, UNFINISHED = "slowllm_store.json", "slowllm_store.unfinished.json"
+# Raised when an older slowllm would misread what a newer one writes.
+FORMAT = 1
+# Bytes before a tensor that begins on a page.
+PADDING = "__padding__."
+
+StoreName = Literal["bf16", "lossless", "int8", "int4"]
+STORES: tuple[StoreName, ...] = get_args(StoreName)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a store.
+
+    Attributes:
+        shape: of the parameter.
+        dtype: safetensors' name of the dtype as stored, or of what it is decoded to.
+        codec: its name; None where the tensor is stored as it is.
+        parts: names of the arrays that a codec made of it, in order; each is in the file as ``tensor.codec.part``.
+        source_sha256: of the bytes that it was made from.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    codec: str | None
+    parts: tuple[str, ...]
+    source_sha256: str
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a store.
+
+    Attributes:
+        num_bytes: its size.
+        sha256: of all its bytes.
+        header_sha256: of its header, which is looked at whenever the store is opened.
+        tensors: in it, by name.
+    """
+
+    num_bytes: int
+    sha256: str
+    header_sha256: str
+    tensors: Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store says of itself.
+
+    Attributes:
+        store: which kind.
+        slowllm: the version that wrote it.
+        source_name: of the checkpoint it was made from.
+        source_hash: of that checkpoint's weights, as `Checkpoint.weights_hash` has it.
+        is_exact: whether every tensor decodes to the bits of the source.
+        files: by name.
+        small_files: the hash of each config and tokenizer file, by name.
+    """
+
+    store: str
+    slowllm: str
+    source_name: str
+    source_hash: str
+    is_exact: bool
+    files: Mapping[str, StoredFile]
+    small_files: Mapping[str, str]
+
+    def to_json(self) -> str:
+        """Return the text of the manifest's file."""
+        table = {"format": FORMAT, **_plain(self)}
+        return json.dumps(table, indent=1) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a store, finished or not."""
+    return (folder / MANIFEST).is_file() or (folder / UNFINISHED).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a store.
+
+    Raises:
+        StoreError: it is missing, of a newer version, or damaged.
+    """
+    if not (folder / MANIFEST).is_file():
+        if (folder / UNFINISHED).is_file():
+            raise StoreError(
+                f"{folder}: this store is not finished; run the same `slowllm convert` again, it goes on where it stopped"
+            )
+        raise StoreError(f"{folder}: has no {MANIFEST}, so it is no store")
+    try:
+        table = read_json(folder / MANIFEST)
+    except CheckpointError as error:
+        raise StoreError(
+            f"{folder}: its manifest is damaged ({error}); delete the store and convert the model again"
+        ) from error
+    if table.get("format") != FORMAT:
+        raise StoreError(
+            f"{folder}: was written by slowllm {table.get('slowllm', '?')} in format {table.get('format')!r}, "
+            f"but this version reads format {FORMAT}; update slowllm, or delete the store and convert the model again"
+        )
+    try:
+        files = {name: file_from_json(entry) for name, entry in table["files"].items()}
+        if not files:
+            raise ValueError("it names no files")
+        return Manifest(
+            str(table["store"]), str(table["slowllm"]), str(table["source_name"]), str(table["source_hash"]),
+            table["is_exact"] is True, files, {str(k): str(v) for k, v in table["small_files"].items()},
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise StoreError(
+            f"{folder}: its manifest is damaged ({error!r}); delete the store and convert the model again"
+        ) from error
+
+
+def file_from_json(entry: Mapping[str, Any]) -> StoredFile:
+    """Return what the manifest, or a part of it, says of a file.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError: it does not say so.
+    """
+    tensors = {
+        name: StoredTensor(
+            tuple(map(int, tensor["shape"])), str(tensor["dtype"]), tensor["codec"], tuple(tensor["parts"]),
+            str(tensor["source_sha256"]),
+        )
+        for name, tensor in entry["tensors"].items()
+    }  # fmt: skip
+    return StoredFile(int(entry["num_bytes"]), str(entry["sha256"]), str(entry["header_sha256"]), tensors)
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Open a Hugging Face folder or a store; the spans of a store's coded tensors say how they are coded.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of a kind that is not read.
+        StoreError: a store is not finished, newer, or has a file that is not its own.
+    """
+    folder = Path(folder)
+    if not is_store(folder):
+        return Checkpoint.open(folder)
+    manifest = read_manifest(folder)
+    spans: dict[str, Span] = {}
+    for name, file in manifest.files.items():
+        path = folder / name
+        if Path(name).name != name or not os.path.isfile(path):
+            raise StoreError(
+                f"{name}: is missing from the store {folder}; delete the store and convert the model again"
+            )
+        found = read_header(path)
+        if header_sha256(path) != file.header_sha256:
+            raise StoreError(
+                f"{name}: is not the file that the manifest of {folder} tells of; it belongs to another store"
+            )
+        for tensor, entry in file.tensors.items():
+            spans[tensor] = _span_of(path, tensor, entry, found)
+    # What changes no bit is the same model: a soft prompt or a state of its source goes on with it.
+    return Checkpoint(folder, spans, manifest.source_hash, manifest.is_exact)
+
+
+def _span_of(path: Path, name: str, entry: StoredTensor, found: Mapping[str, Span]) -> Span:
+    """Join the parts of a tensor, which lie in the file one after the other."""
+    wanted = [name] if entry.codec is None else [f"{name}.{entry.codec}.{part}" for part in entry.parts]
+    missing = [part for part in wanted if part not in found]
+    if missing or not wanted:
+        raise StoreError(f"{path.name}: has no tensor {(missing or [name])[0]}, though the manifest names it")
+    spans = [found[part] for part in wanted]
+    first, last = spans[0], spans[-1]
+    if entry.codec is None:
+        return first
+    parts = tuple(
+        Part(part, span.dtype, span.shape, span.offset - first.offset)
+        for part, span in zip(entry.parts, spans, strict=True)
+    )
+    coding = Coding(entry.codec, parts)
+    check_coding(f"{path.name}: {name}", coding, entry.shape)
+    if entry.dtype != "BF16":
+        raise StoreError(f"{path.name}: {name} is said to decode to {entry.dtype}, but codecs give BF16")
+    return Span(
+        name=name,
+        path=path,
+        dtype=entry.dtype,
+        shape=entry.shape,
+        offset=first.offset,
+        num_bytes=last.offset + last.num_bytes - first.offset,
+        stamp=first.stamp,
+        coding=coding,
+    )
+
+
+def header_sha256(path: Path) -> str:
+    """Return the hash of a safetensors file's header, its length included."""
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        return hashlib.sha256(prefix + file.read(int.from_bytes(prefix, "little"))).hexdigest()

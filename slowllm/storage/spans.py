@@ -1,0 +1,169 @@
+"""What is known of tensors before they are read: where their bytes lie, and how they are coded.
+
+Plain facts that the rooms above hand to one another; opens no file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from slowllm.errors import CheckpointError
+
+# Bits, not bytes: the format has sub-byte dtypes, which are valid in a header even if we cannot compute with them.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+# What tells a file from another that has taken its name, or from itself after a change: device, inode, size, and
+# time of the last change.
+Stamp = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the arrays that a coded tensor is stored as.
+
+    Attributes:
+        name: what it is, such as ``scale``.
+        dtype: safetensors' name of the dtype.
+        shape: of the array.
+        offset: of its first byte, from the first byte of the coded tensor.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How a tensor is stored that must be decoded before it can be computed with.
+
+    Attributes:
+        codec: its name, see `slowllm.storage.codecs`.
+        parts: the arrays that it is made of.
+    """
+
+    codec: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The bytes of one tensor.
+
+    Attributes:
+        name: the tensor's name in the file.
+        path: the shard that holds it.
+        dtype: safetensors' name of the dtype, such as ``BF16``.
+        shape: as in the header.
+        offset: of the first byte, from the start of the file.
+        num_bytes: length.
+        stamp: of the shard when its header was read; None where no header was.
+        coding: of a tensor that is stored in parts, whose dtype and shape are then those it is decoded to.
+    """
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+    stamp: Stamp | None = field(default=None, repr=False)
+    coding: Coding | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch dtype of the stored elements.
+
+        Raises:
+            CheckpointError: torch on the CPU has no such dtype.
+        """
+        if self.dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"{self.path.name}: {self.name} is stored as {self.dtype}, which cannot be computed with; "
+                "use a checkpoint in bfloat16, float16 or float32"
+            )
+        return TORCH_DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Bytes that lie together in a file and together in a parameter.
+
+    Attributes:
+        span: the tensor on disk.
+        source: first byte, from the start of the span.
+        target: first byte, from the start of the parameter's storage.
+        num_bytes: length.
+    """
+
+    span: Span
+    source: int
+    target: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the bytes of one parameter or buffer come from, covering it exactly once.
+
+    Attributes:
+        name: of the parameter, as `named_parameters` has it.
+        shape: of the parameter.
+        dtype: as stored, or as it is decoded to.
+        runs: in order of `target`.
+        coding: where what is stored must be decoded.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    runs: tuple[Run, ...]
+    coding: Coding | None = None
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of the parameter once it is decoded."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parameter as stored."""
+        return self.decoded_bytes if self.coding is None else sum(run.num_bytes for run in self.runs)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the tensor that holds the stored bytes: its own, or uint8 where they are to be decoded."""
+        return self.dtype if self.coding is None else torch.uint8
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor that holds the stored bytes."""
+        return self.shape if self.coding is None else (self.num_bytes,)
+
+
+def take_rows(placement: Placement, name: str, start: int, stop: int) -> Placement:
+    """Return the rows `start` to `stop` of a parameter as a tensor of their own."""
+    row_bytes = placement.num_bytes // placement.shape[0]
+    low, high = start * row_bytes, stop * row_bytes
+    runs = []
+    for run in placement.runs:
+        begin, end = max(run.target, low), min(run.target + run.num_bytes, high)
+        if begin < end:
+            runs.append(Run(run.span, run.source + begin - run.target, begin - low, end - begin))
+    return Placement(name, (stop - start, *placement.shape[1:]), placement.dtype, tuple(runs))

@@ -1,1 +1,0 @@
-"""Converted weights: how they lie on disk, how they are made, and how they are decoded again."""

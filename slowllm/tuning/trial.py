@@ -1,0 +1,369 @@
+"""How a soft prompt is tuned: the recipe, and a trial of it, which owns the numbers that are learned.
+
+A trial's batches, rates and updates follow from its recipe and the number of the step alone, so that it can go on after
+a kill, and so that it is the same beside others as alone. Knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+import torch._dynamo  # the optimizer's first step would import it, for 1.5 s, between two sweeps
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from slowllm.errors import InputError, TuningError
+from slowllm.modeling.soft_prompts import Kind, SoftPrompt
+from slowllm.tuning.examples import Task, check_text
+
+Init = Literal["text", "vocab", "random"]
+Schedule = Literal["constant", "linear", "cosine"]
+# A loss worse than guessing, and so many times that of the beginning, for so many steps in a row will not come down.
+DIVERGED, DIVERGED_STEPS = 2.0, 5
+# A loss that is no more than so many times that of the beginning speaks for its prompt.
+GOOD = 1.5
+MAX_RATE = 1e6
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a soft prompt is tuned.
+
+    Attributes:
+        kind: ``shallow``, ``deep`` or ``prefix``; see `soft_prompts`.
+        num_tokens: virtual tokens.
+        init: where it starts: the embeddings (of a prefix, the keys and values) of a ``text``, of tokens drawn from the
+            vocabulary (``vocab``), or ``random`` numbers with their mean and spread. Vectors of a deep prompt start at 0.
+        init_text: for ``text``; repeated or cut to `num_tokens`.
+        top: how many blocks, the uppermost, are tuned; the others keep what they started with. None for all.
+        num_steps: updates.
+        num_epochs: passes over the examples; where it is given, it says how many updates there are.
+        batch_size: examples of a batch.
+        accumulate: batches of an update.
+        learning_rate: of AdamW (Loshchilov and Hutter, 2019), at its highest.
+        weight_decay: of AdamW.
+        schedule: of the learning rate, after the warm-up.
+        warmup_steps: over which it rises from 0.
+        max_grad_norm: to which a gradient is clipped; 0 for never.
+        seed: of the start and of the order of examples.
+        eval_every: steps between validations; None for once an epoch.
+        patience: validations without a better one after which it stops; None for never.
+    Raises:
+        InputError: a value is out of its range, or two do not go together.
+    """
+
+    kind: Kind = "shallow"
+    num_tokens: int = 8
+    init: Init = "vocab"
+    init_text: str | None = None
+    top: int | None = None
+    num_steps: int = 100
+    num_epochs: int | None = None
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 0.03
+    weight_decay: float = 0.0
+    schedule: Schedule = "linear"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    eval_every: int | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, words in (("kind", Kind), ("init", Init), ("schedule", Schedule)):
+            if getattr(self, name) not in get_args(words):
+                raise InputError(
+                    f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(get_args(words))}"
+                )
+        for name, least in (
+            ("num_tokens", 1), ("top", 1), ("num_steps", 1), ("num_epochs", 1), ("batch_size", 1), ("accumulate", 1),
+            ("warmup_steps", 0), ("seed", 0), ("eval_every", 1), ("patience", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name in ("top", "num_epochs", "eval_every", "patience"):
+                continue
+            if type(value) is not int or value < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise InputError(f"{name} must be a number of at least 0, not {value!r}")
+        if self.seed >= 1 << 32:
+            raise InputError(f"seed must be less than 2**32, not {self.seed}")
+        if not 0 < self.learning_rate <= MAX_RATE:
+            raise InputError(
+                f"learning_rate must be above 0 and at most {MAX_RATE:g}, not {self.learning_rate:g}"
+            )
+        if self.init_text is not None:
+            check_text("init_text", self.init_text)
+        if (self.init == "text") != bool(self.init_text):
+            raise InputError("init_text goes with init='text', and only with it")
+        if self.top is not None and self.kind == "shallow":
+            raise InputError(
+                "top goes with a deep prompt or a prefix: a shallow one is all below the first block"
+            )
+        if self.num_epochs is None and self.warmup_steps >= self.num_steps:
+            raise InputError(f"warmup_steps {self.warmup_steps} leave none of the {self.num_steps} steps")
+
+    @property
+    def step_examples(self) -> int:
+        """Examples of an update."""
+        return self.batch_size * self.accumulate
+
+    def num_updates(self, task: Task) -> int:
+        """Return how many updates there are to be on a task."""
+        if self.num_epochs is None:
+            return self.num_steps
+        return self.num_epochs * -(-len(task.train) // self.step_examples)
+
+
+@dataclass
+class Trial:
+    """One prompt that is tuned. Owns its numbers and those of its optimizer.
+
+    Attributes:
+        name: for messages and folders.
+        task: what it learns.
+        recipe: how.
+        start: where it began; what is not tuned stays so.
+        step: updates so far.
+        best_loss: lowest of its validations.
+        good_step: updates that the prompt to be kept has.
+        num_worse: validations since.
+        num_bad: steps in a row whose loss was beyond all measure.
+        failure: why it stopped, if something was wrong.
+        ended: whether there is nothing more to do.
+    """
+
+    name: str
+    task: Task
+    recipe: Recipe
+    start: SoftPrompt
+    step: int = 0
+    first_loss: float | None = None
+    best_loss: float = math.inf
+    good_step: int = 0
+    num_worse: int = 0
+    num_bad: int = 0
+    failure: str | None = None
+    ended: bool = False
+    values: dict[str, nn.Parameter] = field(init=False)
+    _good: dict[str, Tensor] = field(init=False)
+    _optimizer: torch.optim.Optimizer = field(init=False)
+    _scale: Callable[[int], float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.values = {
+            name: nn.Parameter(tensor) for name, tensor in _tuned(self.start, self.first_block).items()
+        }
+        self._good = self._copies()
+        recipe = self.recipe
+        # One tensor after the other: fused kernels may round otherwise.
+        self._optimizer = torch.optim.AdamW(
+            self.values.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, foreach=False
+        )
+        scheduler = get_scheduler(recipe.schedule, self._optimizer, recipe.warmup_steps, self.num_steps)
+        lambdas = getattr(scheduler, "lr_lambdas", None)
+        self._scale = lambdas[0] if lambdas else lambda step: 1.0
+
+    @property
+    def num_steps(self) -> int:
+        """How many updates there are to be."""
+        return self.recipe.num_updates(self.task)
+
+    @property
+    def first_block(self) -> int:
+        """The lowest block that holds numbers which are tuned."""
+        num_blocks = len(self.start.vectors) or len(self.start.pairs)
+        return 0 if self.recipe.top is None else max(0, num_blocks - self.recipe.top)
+
+    @property
+    def epoch(self) -> float:
+        """How often every example has been learned."""
+        return self.step / -(-len(self.task.train) // self.recipe.step_examples)
+
+    @property
+    def validates(self) -> bool:
+        """Whether the prompt as it is now is due to be judged."""
+        if not self.task.validation:
+            return False
+        every = self.recipe.eval_every or -(-len(self.task.train) // self.recipe.step_examples)
+        return self.step % every == 0 or self.step == self.num_steps
+
+    def batch(self) -> list[int]:
+        """Return the numbers of the examples of the next update: each epoch in an order of its own."""
+        if self.step >= self.num_steps:
+            return []
+        total, count = len(self.task.train), self.recipe.step_examples
+        per_epoch = -(-total // count)
+        epoch, place = divmod(self.step, per_epoch)
+        dice = torch.Generator("cpu").manual_seed(self.recipe.seed * 1_000_003 + epoch)
+        order = torch.randperm(total, generator=dice).tolist()
+        return order[place * count : (place + 1) * count]
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return copies that want a gradient, for one rider."""
+        return {name: value.detach().clone().requires_grad_(True) for name, value in self.values.items()}
+
+    def prompt(self, values: Mapping[str, Tensor] | None = None) -> SoftPrompt:
+        """Return the prompt of these numbers, by default as they are now."""
+        return _prompt_of(
+            self.start, self.first_block, values or {n: v.detach() for n, v in self.values.items()}
+        )
+
+    @property
+    def result(self) -> SoftPrompt:
+        """The prompt to be kept: the best by validation, else the last that was known to be good."""
+        return self.prompt(self._good)
+
+    def judge(self, loss: float) -> None:
+        """Take note of a validation of the prompt as it is now."""
+        if loss < self.best_loss:
+            self.best_loss, self.num_worse = loss, 0
+            self._keep()
+        else:
+            self.num_worse += 1
+        if self.recipe.patience is not None and self.num_worse >= self.recipe.patience:
+            self.ended = True
+
+    def learn(self, loss: float, gradients: Mapping[str, Tensor], vocabulary: int) -> tuple[float, float]:
+        """Update the numbers; return the norm of the gradient before clipping, and the learning rate.
+
+        Raises:
+            TuningError: the loss or the gradient is no number, or the loss has grown beyond all measure; the numbers
+                stay as they are.
+        """
+        where = f"{self.name}: step {self.step + 1}"
+        guess = math.log(len(self.task.labels) if self.task.compares else vocabulary)
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.num_bad = self.num_bad + 1 if loss > max(guess, DIVERGED * self.first_loss) else 0
+        if self.num_bad == DIVERGED_STEPS:
+            raise TuningError(
+                f"{where}: the loss has grown from {self.first_loss:.3g} to {loss:.3g}, where guessing gives {guess:.3g}; "
+                f"lower the learning rate of {self.recipe.learning_rate:g}"
+            )
+        for name, value in self.values.items():
+            value.grad = gradients[name]
+        limit = self.recipe.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.values.values(), limit))
+        if not math.isfinite(norm):
+            raise TuningError(
+                f"{where}: the gradient is {norm}; lower the learning rate of {self.recipe.learning_rate:g}, or compute in "
+                "float32"
+            )
+        rate = self.recipe.learning_rate * self._scale(self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        if not self.task.validation and loss <= GOOD * self.first_loss:
+            self._keep()
+        self._optimizer.step()
+        self.step += 1
+        if self.step == self.num_steps and not self.task.validation:
+            if not self.num_bad and all(bool(value.isfinite().all()) for value in self.values.values()):
+                self._keep()
+            self.ended = True
+        return norm, rate
+
+    def _keep(self) -> None:
+        self._good, self.good_step = self._copies(), self.step
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.values.items()}
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return all that is needed to go on: tensors by name, and what JSON has."""
+        tensors = {f"value.{n}": t for n, t in self._copies().items()}
+        tensors |= {f"good.{n}": t for n, t in self._good.items()}
+        for name, value in self.values.items():
+            for key, tensor in self._optimizer.state[value].items():
+                tensors[f"optimizer.{name}.{key}"] = tensor.detach().clone()
+        tensors |= {f"start.{n}": t for n, t in _frozen(self.start).items()}
+        about = {
+            name: getattr(self, name)
+            for name in ("step", "first_loss", "good_step", "num_worse", "num_bad", "failure", "ended")
+        }
+        return tensors, {**about, "best_loss": None if self.best_loss == math.inf else self.best_loss}
+
+    def restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Go on from what `saved` returned."""
+        for name, value in self.values.items():
+            value.data.copy_(tensors[f"value.{name}"])
+            self._good[name] = tensors[f"good.{name}"]
+            start = f"optimizer.{name}."
+            found = {key[len(start) :]: t for key, t in tensors.items() if key.startswith(start)}
+            if found:
+                self._optimizer.state[value] = found
+        for name in ("step", "first_loss", "good_step", "num_worse", "num_bad", "failure", "ended"):
+            setattr(self, name, about[name])
+        self.best_loss = math.inf if about["best_loss"] is None else about["best_loss"]
+
+
+def _tuned(start: SoftPrompt, first: int) -> dict[str, Tensor]:
+    """Return the numbers of a prompt that are tuned, by name."""
+    if start.kind == "prefix":
+        return {"pairs": torch.stack(start.pairs[first:])}
+    assert start.embeddings is not None, "a shallow or deep prompt"
+    # Below the first block, embeddings are tuned only where nothing is frozen.
+    values = {} if first else {"embeddings": start.embeddings.clone()}
+    if start.kind == "deep":
+        none = torch.zeros(len(start.embeddings), _width(start))
+        values["vectors"] = torch.stack([none if v is None else v for v in start.vectors[first:]])
+    return values
+
+
+def _width(start: SoftPrompt) -> int:
+    return next(v.shape[1] for v in start.vectors if v is not None)
+
+
+def _prompt_of(start: SoftPrompt, first: int, values: Mapping[str, Tensor]) -> SoftPrompt:
+    if start.kind == "prefix":
+        return SoftPrompt("prefix", pairs=(*start.pairs[:first], *values["pairs"].unbind()))
+    embeddings = values.get("embeddings", start.embeddings)
+    if start.kind == "shallow":
+        return SoftPrompt("shallow", embeddings)
+    return SoftPrompt("deep", embeddings, (*start.vectors[:first], *values["vectors"].unbind()))
+
+
+def _frozen(start: SoftPrompt) -> dict[str, Tensor]:
+    found = {} if start.embeddings is None else {"embeddings": start.embeddings}
+    return found | {f"pairs.{n}": pair.contiguous() for n, pair in enumerate(start.pairs)}
+
+
+def restored_start(start: Mapping[str, Tensor], kind: Kind, num_blocks: int, width: int) -> SoftPrompt:
+    """Return where a trial began, from the tensors that `Trial.saved` gave names with ``start.``."""
+    embeddings = start.get("start.embeddings")
+    if kind == "prefix":
+        return SoftPrompt("prefix", pairs=tuple(start[f"start.pairs.{n}"] for n in range(num_blocks)))
+    assert embeddings is not None, "saved with it"
+    if kind == "shallow":
+        return SoftPrompt("shallow", embeddings)
+    return SoftPrompt(
+        "deep", embeddings, tuple(torch.zeros(len(embeddings), width) for _ in range(num_blocks))
+    )
+
+
+def make_trials(tasks: Sequence[Task], recipes: Sequence[Recipe]) -> Iterator[tuple[str, Task, Recipe]]:
+    """Yield a name, a task and a recipe for every recipe on every task.
+
+    Raises:
+        InputError: two recipes are the same, or one has no steps left after its warm-up.
+    """
+    if any(recipe in recipes[:n] for n, recipe in enumerate(recipes)):
+        raise InputError("two trials have the same recipe; they would come out alike")
+    rates = {recipe.learning_rate for recipe in recipes}
+    seeds = {recipe.seed for recipe in recipes}
+    are_told_apart = len({(recipe.learning_rate, recipe.seed) for recipe in recipes}) == len(recipes)
+    for task in tasks:
+        for number, recipe in enumerate(recipes, 1):
+            if recipe.warmup_steps >= (num_steps := recipe.num_updates(task)):
+                raise InputError(f"warmup_steps {recipe.warmup_steps} leave none of the {num_steps} steps")
+            parts = [task.name] if len(tasks) > 1 else []
+            parts += [f"lr-{recipe.learning_rate}"] if len(rates) > 1 else []
+            parts += [f"seed-{recipe.seed}"] if len(seeds) > 1 else []
+            parts += [] if are_told_apart else [f"recipe-{number}"]
+            yield "_".join(parts) or task.name, task, recipe
