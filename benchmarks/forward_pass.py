@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks import machine, sides
 from benchmarks.make_checkpoint import num_model_blocks
 from benchmarks.sentences import Task, lengths_of
-from slowllm.modeling.streamed_block import find_blocks
+from slowllm.modeling.layout import find_blocks
 from slowllm.options import format_bytes
 from slowllm.storage.manifest import STORES
 

@@ -57,15 +57,15 @@ def run_ours(task: Task) -> dict[str, Any]:
     """Continue all prompts through slowllm."""
     from slowllm import load
     from slowllm.inference import generation
-    from slowllm.runtime import survey
-    from slowllm.runtime.streamed_lm import Description
+    from slowllm.runtime.description import ModelInfo
+    from slowllm.runtime.rates import quick_rates
 
-    known = Description(task.checkpoint)
+    known = ModelInfo(task.checkpoint)
     settings = generation.Settings(max_new_tokens=task.new_tokens, min_new_tokens=task.new_tokens)
     prompts = [
         generation.Prompt(tuple(ids.tolist()), settings) for ids in prompts_of(task, known.config.vocab_size)
     ]
-    rates = survey.quick_rates(known.folder, "bfloat16")
+    rates = quick_rates(known.folder, "bfloat16")
     job = generation.job_of(known, prompts, rates)
     with load(known, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:
         started = time.perf_counter()

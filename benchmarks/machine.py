@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from slowllm.runtime.survey import DiskRate, disk_rate
+from slowllm.runtime.rates import DiskRate, disk_rate
 from slowllm.storage.manifest import open_checkpoint
 
 PROBE_BYTES = 2 << 30

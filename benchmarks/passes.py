@@ -24,8 +24,8 @@ from torch import Tensor
 
 from benchmarks import sides
 from benchmarks.sentences import Task, last_logits, lengths_of, micro_batches, sentences, tops
-from slowllm.inference.prefix_sharing import pack
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
+from slowllm.planning.packing import pack
 
 # One by one, the peer reads the whole checkpoint for every sentence; so many are timed.
 NUM_ONE_BY_ONE = 2
@@ -36,16 +36,19 @@ NUM_RESIDENT_ROUNDS = 3
 
 def load_ours(task: Task, *, keep_resident: bool | None = None) -> Any:
     """Open the checkpoint with slowllm. Everything that ours is told stands here."""
-    from slowllm.planning.forecast import Job
-    from slowllm.runtime.streamed_lm import load
-    from slowllm.runtime.survey import quick_rates
+    from slowllm.planning.job import Job
+    from slowllm.runtime.load import open_model
+    from slowllm.runtime.rates import quick_rates
+    from slowllm.runtime.streamed_lm import StreamedLM
 
     keep = task.keep_resident if keep_resident is None else keep_resident
     lengths, rates = lengths_of(task), quick_rates(Path(task.checkpoint), "bfloat16")
     batches = pack(lengths, MAX_RIDER_TOKENS, task.padding_tokens or padding_worth(rates))
     padded = sum(len(batch) * lengths[batch[0]] for batch in batches)
     job = Job(padded, max(lengths), repeated=task.sweeps > 1, forward_only=True, keeps_results=False)
-    return load(task.checkpoint, ram=task.ram, dtype="bf16", keep_resident=keep, job=job, rates=rates)
+    return open_model(
+        StreamedLM, task.checkpoint, ram=task.ram, dtype="bf16", keep_resident=keep, job=job, rates=rates
+    )
 
 
 def run_ours(task: Task) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def num_body_stops(lm: Any) -> int:
 
 def run_verify(task: Task) -> dict[str, Any]:
     """Save what slowllm computes with the first block alone, every stop streamed; say how it packs."""
-    from slowllm.modeling.streamed_block import find_blocks
+    from slowllm.modeling.layout import find_blocks
 
     with load_ours(task) as lm:
         plan = lm.plan
@@ -190,7 +193,7 @@ def run_resident(task: Task) -> dict[str, Any]:
 
 def _resident_round(model: Any, batches: list[list[Tensor]]) -> tuple[float, float]:
     """Return the seconds inside the block, and outside of it: embedding, norm and head."""
-    from slowllm.modeling.streamed_block import find_blocks
+    from slowllm.modeling.layout import find_blocks
 
     (block,) = find_blocks(model)[1]
     marks: list[float] = []

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine, sides
-from slowllm.inference.prefix_sharing import Query
+from slowllm.inference.text import Query
 
 # Passes of the peer that are measured.
 NUM_PEER_PASSES = 2
@@ -71,12 +71,12 @@ def run_ours(task: Task, *, share: bool = True) -> dict[str, Any]:
     """Answer all questions through slowllm."""
     from slowllm import load
     from slowllm.inference.scoring import answer, job_of_queries
-    from slowllm.runtime import survey
-    from slowllm.runtime.streamed_lm import Description
+    from slowllm.runtime.description import ModelInfo
+    from slowllm.runtime.rates import quick_rates
 
-    known = Description(task.checkpoint)
+    known = ModelInfo(task.checkpoint)
     queries = queries_of(task, known.config.vocab_size)
-    rates = survey.quick_rates(known.folder, "bfloat16")
+    rates = quick_rates(known.folder, "bfloat16")
     job = job_of_queries(queries, known, rates, share=share)
     relative = task.choice_tokens == 1
     with load(known, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:

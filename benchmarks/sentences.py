@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slowllm.inference.prefix_sharing import pack
+from slowllm.planning.packing import pack
 
 # Case "mixed": text as it comes, many short sentences and a few long ones.
 MIXED_SENTENCES, MIXED_TOKENS, MIXED_SHORTEST, MIXED_LONGEST = 64, 1024, 4, 60

@@ -125,13 +125,13 @@ def loss_of(model: Any, prompt: Tensor, rows: Tensor, total: int) -> Tensor:
 
 def tune(task: Task, on_open: Callable[..., Any], on_record: Callable[[dict[str, Any]], Any]) -> None:
     """Tune with slowllm. Everything that ours is told stands here."""
-    from slowllm.runtime.streamed_lm import Description
+    from slowllm.runtime.description import ModelInfo
     from slowllm.tuning.examples import Example
     from slowllm.tuning.examples import Task as Learned
-    from slowllm.tuning.session import tune_tasks
-    from slowllm.tuning.trial import Recipe
+    from slowllm.tuning.recipe import Recipe
+    from slowllm.tuning.tune import tune_tasks
 
-    known = Description(task.checkpoint)
+    known = ModelInfo(task.checkpoint)
     rows = sentences_of(task, known.config.get_text_config().vocab_size).tolist()
     examples = [Example(f"sentence {n}", tuple(row[:1]), tuple(row[1:])) for n, row in enumerate(rows, 1)]
     recipe = Recipe(
@@ -185,8 +185,8 @@ def run_ours(task: Task) -> dict[str, Any]:
 
 def run_verify(task: Task) -> dict[str, Any]:
     """Save the gradient that slowllm finds with the first block alone, and report the step that `tune` makes of it."""
+    from slowllm.modeling.layout import find_blocks
     from slowllm.modeling.losses import token_losses
-    from slowllm.modeling.streamed_block import find_blocks
 
     found: dict[str, Any] = {}
 
@@ -219,7 +219,7 @@ def run_verify(task: Task) -> dict[str, Any]:
 
 def micro_batches(task: Task, rows: Tensor) -> list[Tensor]:
     """Divide sentences into micro-batches as ours does."""
-    from slowllm.inference.prefix_sharing import pack
+    from slowllm.planning.packing import pack
 
     batches = pack([task.row_tokens] * len(rows), task.rider_tokens, task.padding_tokens)
     return [rows[torch.tensor(batch)] for batch in batches]
@@ -228,7 +228,7 @@ def micro_batches(task: Task, rows: Tensor) -> list[Tensor]:
 def run_resident(task: Task) -> dict[str, Any]:
     """Take the step's micro-batches up and down with one block in memory; time it, and embedding, norm and head."""
     from benchmarks.passes import one_block
-    from slowllm.modeling.streamed_block import find_blocks
+    from slowllm.modeling.layout import find_blocks
 
     model = one_block(Path(task.checkpoint)).requires_grad_(False)
     (block,) = find_blocks(model)[1]

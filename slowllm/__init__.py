@@ -31,30 +31,31 @@ if TYPE_CHECKING:
     from slowllm.entrypoints.api import LM, Likelihood, load
     from slowllm.errors import SlowLLMError
     from slowllm.inference.generation import Continuation
-    from slowllm.modeling.head import log_probs
+    from slowllm.modeling.log_probs import log_probs
     from slowllm.modeling.soft_prompts import SoftPrompt
-    from slowllm.planning.forecast import Job, Rates
-    from slowllm.planning.host_plan import Budget
+    from slowllm.planning.budget import Budget
+    from slowllm.planning.job import Job, Rates
     from slowllm.runtime.streamed_lm import Report, StreamedLM
-    from slowllm.tuning.session import Tuned, tune
-    from slowllm.tuning.trial import Recipe
+    from slowllm.tuning.recipe import Recipe
+    from slowllm.tuning.session import Tuned
+    from slowllm.tuning.tune import tune
 
 _HOMES = {
-    "Budget": "planning.host_plan",
-    "Job": "planning.forecast",
-    "Rates": "planning.forecast",
-    "Recipe": "tuning.trial",
-    "Report": "runtime.streamed_lm",
-    "SoftPrompt": "modeling.soft_prompts",
-    "Tuned": "tuning.session",
-    "tune": "tuning.session",
-    "SlowLLMError": "errors",
+    "Budget": "planning.budget",
+    "Continuation": "inference.generation",
+    "Job": "planning.job",
     "LM": "entrypoints.api",
     "Likelihood": "entrypoints.api",
-    "Continuation": "inference.generation",
+    "Rates": "planning.job",
+    "Recipe": "tuning.recipe",
+    "Report": "runtime.streamed_lm",
+    "SlowLLMError": "errors",
+    "SoftPrompt": "modeling.soft_prompts",
     "StreamedLM": "runtime.streamed_lm",
+    "Tuned": "tuning.session",
     "load": "entrypoints.api",
-    "log_probs": "modeling.head",
+    "log_probs": "modeling.log_probs",
+    "tune": "tuning.tune",
 }
 
 

@@ -56,3 +56,8 @@ class TuningError(SlowLLMError):
 
 class DownloadError(SlowLLMError):
     """The hub cannot be reached or refuses, the disk is too small, or a file is not what the hub says it is."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, for a sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -21,12 +21,12 @@ from slowllm.errors import NonFiniteError
 from slowllm.inference import generation, speculative
 from slowllm.inference.lines import Line, score_lines
 from slowllm.modeling import layout, losses
-from slowllm.modeling.skeleton import computed_by
 from slowllm.planning.device_plan import DEVICE_SLACK_BYTES
 from slowllm.prepare.convert import convert
-from slowllm.runtime import streamed_lm, survey
+from slowllm.runtime import load, survey
+from slowllm.runtime.description import ModelInfo
+from slowllm.runtime.run_identity import computed_by
 from slowllm.runtime.state import Journal, State
-from slowllm.runtime.streamed_lm import Description
 from tests import pretended
 from tests.families import FAMILIES, resident, save_tiny
 
@@ -53,14 +53,12 @@ def folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
 @contextmanager
 def pretending() -> Iterator[None]:
     """Let the names of CUDA's devices stand for the pretended ones."""
-    opened = streamed_lm.open_lanes
-    streamed_lm.open_lanes = lambda names: [
-        pretended.PretendLane(int(name[5:])) for name in names if name != "cpu"
-    ]
+    opened = load.open_lanes
+    load.open_lanes = lambda names: [pretended.PretendLane(int(name[5:])) for name in names if name != "cpu"]
     try:
         yield
     finally:
-        streamed_lm.open_lanes = opened
+        load.open_lanes = opened
 
 
 @contextmanager
@@ -439,7 +437,7 @@ def an_infinite_number_is_named() -> None:
 def a_survey_names_the_devices() -> None:
     with pretending():
         job = slowllm.Job(num_tokens=64, longest=32, forward_only=True)
-        found = survey.survey(Description(TINY_BLOOM), ram="4GiB", device="cuda", dtype="fp32", job=job)
+        found = survey.survey(ModelInfo(TINY_BLOOM), ram="4GiB", device="cuda", dtype="fp32", job=job)
     assert [name for name, _, _ in found.devices] == ["pretend:0"]
     assert found.devices[0][2] == found.num_stops
     assert found.smallest_bytes < found.ram_bytes

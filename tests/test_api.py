@@ -11,7 +11,8 @@ import torch
 
 import slowllm
 from slowllm.errors import InputError
-from slowllm.inference import choices, prefix_sharing, scoring
+from slowllm.inference import choices, scoring
+from slowllm.inference.text import Query
 from tests.conftest import TINY_BLOOM
 from tests.families import resident
 
@@ -138,7 +139,7 @@ def test_single_tokens_are_compared_as_the_model_finishes_its_logits(
     folder = tiny(family)
     reference = resident(folder)
     with slowllm.load(folder, dtype="fp32", keep_resident=False) as lm:
-        queries = [prefix_sharing.Query((5, 9, 17), (token,)) for token in (3, 200, 306)]
+        queries = [Query((5, 9, 17), (token,)) for token in (3, 200, 306)]
         found = [a.log_likelihood for a in scoring.answer(lm, queries, relative=True)]
     logits = reference(torch.tensor([[5, 9, 17]])).logits[0, -1, [3, 200, 306]]
     assert torch.allclose(torch.tensor(found).softmax(0), logits.softmax(0), rtol=0, atol=1e-6)
@@ -240,8 +241,8 @@ def test_stop_strings_may_be_a_list(lm: slowllm.LM) -> None:
 
 
 def test_what_came_before_an_error_in_the_source_is_answered(lm: slowllm.LM) -> None:
-    def source() -> Iterator[prefix_sharing.Query]:
-        yield prefix_sharing.Query((1,), (5, 6))
+    def source() -> Iterator[Query]:
+        yield Query((1,), (5, 6))
         raise OSError("the source broke")
 
     found = scoring.answer(lm, source())
@@ -253,7 +254,7 @@ def test_what_came_before_an_error_in_the_source_is_answered(lm: slowllm.LM) -> 
 def test_leaves_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each rider would hold what it took of another's keys and values while it waits inside the block.
     monkeypatch.setattr("slowllm.modeling.layout.MIN_LEAF_BYTES", 1)
-    queries = [prefix_sharing.Query((*range(10, 60), number), (5,)) for number in range(60)]
+    queries = [Query((*range(10, 60), number), (5,)) for number in range(60)]
     with slowllm.load(TINY_BLOOM, dtype="fp32", granularity="leaves") as lm:
         passed: list[int] = []
         lm.model.transformer.word_embeddings.register_forward_hook(lambda *a: passed.append(a[1][0].numel()))

@@ -361,7 +361,7 @@ def test_a_file_without_any_good_request_opens_no_model(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the weights were opened")
 
-    monkeypatch.setattr("slowllm.runtime.streamed_lm.load", refuse)
+    monkeypatch.setattr("slowllm.runtime.load.open_model", refuse)
     assert run([write(tmp_path / "in.jsonl", "nonsense", line("a"))], monkeypatch) == 1
     captured = capsys.readouterr()
     assert [json.loads(text)["custom_id"] for text in captured.out.splitlines()] == [None, "a"]

@@ -223,7 +223,7 @@ def test_another_checkpoint_than_was_asked_for_is_refused(tiny_llama: Path) -> N
 def test_the_disk_is_measured_on_the_checkpoint_itself(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slowllm.runtime.survey.PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr("slowllm.runtime.rates.PIECE_BYTES", 1 << 16)
     monkeypatch.setattr(machine, "PROBE_BYTES", 1 << 19)
     rate = machine.measure_disk(tiny_llama)
     assert rate.bytes_per_second > 0

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slowllm
 from slowllm.entrypoints.cli import app, chat
-from slowllm.entrypoints.cli.chat import Conversation, Incoming, Screen
+from slowllm.entrypoints.cli.screen import Screen
+from slowllm.entrypoints.conversation import Conversation, Incoming
 from slowllm.errors import InputError, NonFiniteError
 from slowllm.inference.generation import Settings
 from tests.conftest import ROOT, TINY_BLOOM

@@ -24,7 +24,8 @@ from safetensors.torch import save as save_torch
 from safetensors.torch import save_file
 
 from slowllm.errors import CheckpointError
-from slowllm.storage.checkpoint import Checkpoint, read_header, read_json
+from slowllm.storage.checkpoint import Checkpoint, read_json
+from slowllm.storage.shard import read_header
 from slowllm.storage.spans import DTYPE_BITS, Placement, Run, Span, take_rows
 
 fuzz = settings(

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slowllm.errors import StoreError
-from slowllm.storage.codecs import cpu_kernels, layout_constants, registry
-from slowllm.storage.codecs.registry import CODECS, Parts, Team, check_coding, quantise_rows
+from slowllm.storage.codecs import base, cpu_kernels, layout_constants
+from slowllm.storage.codecs.base import Parts, Team
+from slowllm.storage.codecs.int8 import quantise_rows
+from slowllm.storage.codecs.registry import CODECS, check_coding
 from slowllm.storage.spans import TORCH_DTYPES, Coding, Part
 
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -227,7 +229,7 @@ def test_where_most_activations_are_outliers_the_matrix_is_decoded(team: Team) -
 def test_few_rows_times_int4_are_those_of_the_decoded_matrix(
     num_rows: int, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "TILE_BYTES", 10_000)  # several tiles
+    monkeypatch.setattr(base, "TILE_BYTES", 10_000)  # several tiles
     dice = torch.Generator().manual_seed(6)
     data, coding = stored("int4", torch.randn(90, 200, generator=dice).bfloat16())
     parts = Parts.of(data, coding, (90, 200))

@@ -21,8 +21,8 @@ from slowllm.planning.device_plan import (
     plan_devices,
     plan_host,
 )
-from slowllm.planning.forecast import Job, Rates, Sizes, StopSize
 from slowllm.planning.host_plan import Plan, working_bytes
+from slowllm.planning.job import Job, Rates, Sizes, StopSize
 
 RATES = device_rates(Rates())
 JOB = Job(num_tokens=4096, longest=128, forward_only=True, keeps_results=False, repeated=True)

@@ -9,10 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 import slowllm
-from slowllm.entrypoints import api
 from slowllm.entrypoints.cli.app import app
 from slowllm.errors import InputError
-from slowllm.runtime import streamed_lm, survey
+from slowllm.runtime import load, survey
 from slowllm.tuning import session
 from tests.conftest import TINY_BLOOM
 
@@ -55,12 +54,12 @@ def invoke(verb: str, files: dict[str, str], *options: str) -> Any:
 def test_the_options_reach_load(verb: str, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, Any]] = []
 
-    def load(*args: Any, **options: Any) -> None:
+    def open_model(*args: Any, **options: Any) -> None:
         seen.append((options.get("device"), options.get("vram")))
         raise InputError("seen")
 
-    for module in (api, streamed_lm, survey, session):
-        monkeypatch.setattr(module, "load", load)
+    for module in (load, survey, session):  # the verbs import it where they call it
+        monkeypatch.setattr(module, "open_model", open_model)
     result = invoke(verb, files, "--device", "cuda:1", "--vram", "3GiB", "--dtype", "fp32")
     assert str(result.exception) == "seen", (result.output, result.exception)
     assert seen == [("cuda:1", "3GiB")]

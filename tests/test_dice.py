@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 from slowllm.streaming.carousel import Carousel
-from slowllm.streaming.rng_state import Dice, fork
+from slowllm.streaming.rng_state import SharedGenerators, fork
 from tests.test_carousel import MemoryStops
 
 
@@ -17,7 +17,7 @@ def draws(generator: torch.Generator, count: int = 3) -> list[float]:
 
 def test_states_are_taken_and_put_back_together() -> None:
     other = torch.Generator().manual_seed(5)
-    dice = Dice([other])
+    dice = SharedGenerators([other])
     torch.manual_seed(4)
     state = dice.get()
     wanted = torch.rand(3).tolist(), draws(other)
@@ -28,7 +28,7 @@ def test_states_are_taken_and_put_back_together() -> None:
 def test_a_fork_seeds_all_by_one_draw() -> None:
     first, second = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     plain = fork(first)
-    generator, state = Dice([torch.Generator(), torch.Generator()]).forked(second)
+    generator, state = SharedGenerators([torch.Generator(), torch.Generator()]).forked(second)
     assert torch.equal(first.get_state(), second.get_state())
     assert torch.equal(plain.get_state(), generator.get_state())
     assert all(torch.equal(part, plain.get_state()) for part in state)
@@ -47,7 +47,7 @@ def test_each_rider_draws_from_a_device_as_if_it_were_alone() -> None:
             found += draws(device, 1)
         return found
 
-    with contextlib.closing(Carousel(MemoryStops(3), dice=Dice([device]))) as carousel:
+    with contextlib.closing(Carousel(MemoryStops(3), dice=SharedGenerators([device]))) as carousel:
         alone = [carousel.ride([lambda n=n: rider(carousel, n)])[0] for n in (1, 2)]
         before = device.get_state()
         own, *together = carousel.ride([lambda n=n: rider(carousel, n) for n in (None, 1, 2)])

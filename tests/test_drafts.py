@@ -23,12 +23,12 @@ import slowllm
 from slowllm.entrypoints.cli.app import app
 from slowllm.errors import InputError
 from slowllm.inference import generation, speculative
-from slowllm.inference.draft_trees import Costs, Heard, Node, choose_tree, free_tokens, paths_of, pays
+from slowllm.inference.draft_trees import Costs, NgramCache, Node, choose_tree, free_tokens, paths_of, pays
 from slowllm.inference.generation import Prompt, Settings, generate
-from slowllm.inference.speculative import Acceptance, FanLayer
-from slowllm.planning.forecast import Rates
-from slowllm.planning.host_plan import Budget
-from slowllm.runtime.streamed_lm import Description
+from slowllm.inference.speculative_loop import Acceptance, FanLayer
+from slowllm.planning.budget import Budget
+from slowllm.planning.job import Rates
+from slowllm.runtime.description import ModelInfo
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.test_generation import speaking
 
@@ -261,7 +261,7 @@ def test_rows_fan_out_from_one_and_one_goes_on() -> None:
 
 
 def test_what_was_said_is_likelier_to_be_said_again() -> None:
-    heard, even = Heard(), torch.full((1, 8), 1 / 8).log()
+    heard, even = NgramCache(), torch.full((1, 8), 1 / 8).log()
     logits = torch.full((1, 8), -20.0)
     logits[0, 5] = 20.0
     heard.listen([(7, 1, 2)], logits)
@@ -325,12 +325,12 @@ def test_a_draft_that_does_not_stay_in_memory_is_refused(tiny_bloom: slowllm.Str
         speculative.generate(tiny_bloom, [Prompt((5,))], streamed)
     full = Budget(1 << 30, (1 << 30) - 1000)
     with pytest.raises(InputError, match="draft model tiny-bloom-draft: a budget of 1GiB is too small"):
-        speculative.load_draft(tiny_bloom, Description(DRAFT), [Prompt((5,))], full, "fp32")
+        speculative.load_draft(tiny_bloom, ModelInfo(DRAFT), [Prompt((5,))], full, "fp32")
 
 
 def test_a_draft_takes_its_part_of_the_budget(tiny_bloom: slowllm.StreamedLM) -> None:
     budget = Budget(4 << 30, 0)
-    with speculative.load_draft(tiny_bloom, Description(DRAFT), [Prompt((5,))], budget, "fp32") as lm:
+    with speculative.load_draft(tiny_bloom, ModelInfo(DRAFT), [Prompt((5,))], budget, "fp32") as lm:
         assert budget.used_bytes == lm.plan.peak_bytes >= lm.weight_bytes
     assert budget.used_bytes == 0
 

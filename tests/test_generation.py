@@ -21,7 +21,7 @@ from slowllm.entrypoints.cli.app import app
 from slowllm.errors import InputError
 from slowllm.inference import generation
 from slowllm.inference.generation import Prompt, Settings, generate
-from slowllm.inference.prefix_sharing import pack
+from slowllm.planning.packing import pack
 from tests.conftest import TINY_BLOOM
 from tests.families import resident
 
@@ -154,9 +154,9 @@ def test_without_the_wish_there_are_no_log_probs(tiny_bloom: slowllm.StreamedLM)
 
 
 def load_for(prompts: list[Prompt], **options: Any) -> slowllm.StreamedLM:
-    from slowllm.runtime.streamed_lm import Description
+    from slowllm.runtime.description import ModelInfo
 
-    job = generation.job_of(Description(TINY_BLOOM), prompts)
+    job = generation.job_of(ModelInfo(TINY_BLOOM), prompts)
     return slowllm.load(TINY_BLOOM, dtype="fp32", keep_resident=False, job=job, **options)
 
 
@@ -327,16 +327,16 @@ def test_settings_that_make_no_sense_are_refused(values: dict[str, Any], message
 
 
 def test_no_prompts_are_no_job() -> None:
-    from slowllm.runtime.streamed_lm import Description
+    from slowllm.runtime.description import ModelInfo
 
     with pytest.raises(InputError, match="there are no prompts to continue"):
-        generation.job_of(Description(TINY_BLOOM), [])
+        generation.job_of(ModelInfo(TINY_BLOOM), [])
 
 
 def test_a_job_counts_what_is_held_and_how_often_it_passes() -> None:
-    from slowllm.runtime.streamed_lm import Description
+    from slowllm.runtime.description import ModelInfo
 
-    known = Description(TINY_BLOOM)
+    known = ModelInfo(TINY_BLOOM)
     prompts = [Prompt((5,) * 8, Settings(4)), Prompt((5,) * 6, Settings(4, num_beams=3))]
     job = generation.job_of(known, prompts)
     assert job.num_tokens == 12 + 3 * 10

@@ -15,7 +15,8 @@ from slowllm.options import GIB
 from slowllm.planning.device_plan import DEVICE_SLACK_BYTES
 from slowllm.prepare.convert import convert
 from slowllm.storage.codecs import torch_kernels
-from slowllm.storage.codecs.registry import CODECS, Team
+from slowllm.storage.codecs.base import Team
+from slowllm.storage.codecs.registry import CODECS
 from slowllm.streaming.devices import CudaLane
 from tests.conftest import TINY_BLOOM
 from tests.families import resident, save_tiny

@@ -11,8 +11,8 @@ import torch
 import slowllm
 from slowllm.errors import ArchitectureError, InputError, PlanError, UnsupportedError
 from slowllm.modeling import layout
-from slowllm.planning.forecast import Job
 from slowllm.planning.host_plan import least_bytes
+from slowllm.planning.job import Job
 from tests.families import FAMILIES, VOCAB, resident
 
 

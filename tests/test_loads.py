@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slowllm.planning.forecast import Sizes, StopSize
 from slowllm.planning.host_plan import MAX_SWEEP_TOKENS, Plan, make_plan, widen
+from slowllm.planning.job import Sizes, StopSize
 from slowllm.streaming.carousel import Carousel
-from slowllm.streaming.riders import Reach, Sized, reach
+from slowllm.streaming.hints import Reach, reach
+from slowllm.streaming.riders import Sized
 from tests.test_carousel import MemoryStops, sweep
 
 NUM_STOPS = 4

@@ -13,24 +13,25 @@ import pytest
 import torch
 
 import slowllm
-from slowllm.entrypoints.cli import output
-from slowllm.planning.forecast import Job, Rates
+from slowllm.entrypoints.progress import duration
+from slowllm.planning.job import Job, Rates
 from slowllm.runtime import survey
+from slowllm.runtime.rates import disk_rate, quick_rates
 from slowllm.storage.checkpoint import Checkpoint
 from tests.conftest import TINY_BLOOM
 from tests.test_cli import refused, run
 
 
 def test_the_disk_is_measured_on_the_models_own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr("slowllm.runtime.rates.PIECE_BYTES", 1 << 20)
     with Checkpoint.open(TINY_BLOOM) as checkpoint:
-        rate = survey.disk_rate(checkpoint, 4 << 20)
+        rate = disk_rate(checkpoint, 4 << 20)
     assert 1e6 < rate.bytes_per_second < 1e12
     assert 0 < rate.core_seconds_per_gb < 1e3
 
 
 def test_no_more_of_the_disk_is_read_than_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr("slowllm.runtime.rates.PIECE_BYTES", 1 << 16)
     read: list[int] = []
     true = os.preadv
 
@@ -41,16 +42,16 @@ def test_no_more_of_the_disk_is_read_than_is_measured(monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "preadv", count)
     with Checkpoint.open(TINY_BLOOM) as checkpoint:
         assert max(span.num_bytes for span in checkpoint.spans.values()) > 12 << 16
-        survey.disk_rate(checkpoint, 4 << 16)
+        disk_rate(checkpoint, 4 << 16)
     # Four pieces more, read before the clock starts, and what lies beside a piece in its pages.
     assert 8 << 16 <= sum(read) <= (8 << 16) + 8 * 2 * 4096
 
 
 def test_a_small_checkpoint_is_not_measured_and_a_large_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert survey.quick_rates(TINY_BLOOM, "auto") == Rates()
-    monkeypatch.setattr(survey, "WORTH_MEASURING_BYTES", 1)
-    monkeypatch.setattr(survey, "WIDTH", 512)
-    rates = survey.quick_rates(TINY_BLOOM, "float32")
+    assert quick_rates(TINY_BLOOM, "auto") == Rates()
+    monkeypatch.setattr("slowllm.runtime.rates.WORTH_MEASURING_BYTES", 1)
+    monkeypatch.setattr("slowllm.runtime.rates.WIDTH", 512)
+    rates = quick_rates(TINY_BLOOM, "float32")
     assert rates.measured
     assert all(1e6 < rate < 1e15 for rate in (rates.disk, rates.memory, rates.compute))
 
@@ -111,4 +112,4 @@ def test_a_plan_for_gradients_never_cuts_blocks() -> None:
     [(0.0, "0 s"), (3.21, "3.2 s"), (99, "99 s"), (100, "1.7 min"), (840, "14 min"), (18_360, "5.1 h")],
 )
 def test_times_are_said_as_people_say_them(seconds: float, words: str) -> None:
-    assert output.duration(seconds) == words
+    assert duration(seconds) == words

@@ -417,7 +417,7 @@ def test_padded_positions_may_be_nan(tmp_path: Path) -> None:
     mask = (ids != 3).long()
     with slowllm.load(folder, dtype="fp32") as lm:
         block = lm.model.transformer.h[0]
-        from slowllm.modeling.streamed_block import check_finite, text_mask
+        from slowllm.modeling.finite import check_finite, text_mask
 
         values = torch.zeros(2, 5, 4)
         values[0, :2] = float("nan")

@@ -31,7 +31,8 @@ from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.modeling import parameter_map
 from slowllm.modeling.parameter_map import MAX_RUNS, _covering, _place_fused, _probe_scale, place
 from slowllm.modeling.skeleton import build_skeleton, read_config
-from slowllm.storage.checkpoint import Checkpoint, read_header
+from slowllm.storage.checkpoint import Checkpoint
+from slowllm.storage.shard import read_header
 from slowllm.storage.spans import Placement, Run, Span
 from tests.families import FAMILIES, resident, save_tiny
 

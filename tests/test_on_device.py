@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slowllm.storage.codecs import torch_kernels
+from slowllm.storage.codecs.base import Parts, Team
 from slowllm.storage.codecs.layout_constants import CHUNK
-from slowllm.storage.codecs.registry import CODECS, Parts, Team
+from slowllm.storage.codecs.registry import CODECS
 
 
 def coded(codec: str, matrix: Tensor) -> Parts:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from slowllm.inference.prefix_sharing import (
     PARENT_WEIGHT,
     Load,
-    Query,
     Segment,
     batches_of,
     choose_depths,
@@ -20,6 +19,7 @@ from slowllm.inference.prefix_sharing import (
     merge,
     padded_tokens,
 )
+from slowllm.inference.text import Query
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple)
 queries = st.lists(st.builds(Query, tokens, st.lists(st.integers(0, 2), max_size=4).map(tuple)), max_size=30)

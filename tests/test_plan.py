@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from slowllm.errors import InputError, PlanError
 from slowllm.options import GIB, KIB, MIB, Options, format_binary, format_bytes, parse_bytes, parse_dtype
-from slowllm.planning.forecast import Granularity, Job, Rates, Sizes, StopSize, reads_of
+from slowllm.planning.budget import Budget
+from slowllm.planning.forecast import reads_of
 from slowllm.planning.host_plan import (
     MAX_RIDER_TOKENS,
     MAX_SWEEP_TOKENS,
     SLACK_BYTES,
-    Budget,
     Plan,
     advise,
     choose_resident,
@@ -31,6 +31,7 @@ from slowllm.planning.host_plan import (
     spread,
     with_smaller_weights,
 )
+from slowllm.planning.job import Granularity, Job, Rates, Sizes, StopSize
 
 fuzz = settings(deadline=None, derandomize=True, max_examples=200)
 

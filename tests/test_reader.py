@@ -28,11 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slowllm.errors import CheckpointError, PlanError, RideError
-from slowllm.storage.checkpoint import Checkpoint, read_header
+from slowllm.storage.checkpoint import Checkpoint
+from slowllm.storage.shard import read_header
 from slowllm.storage.spans import Placement, Run, Span
 from slowllm.streaming import reader as reader_module
 from slowllm.streaming.buffers import PAGE
-from slowllm.streaming.reader import MappedStops, Reader, ring_bytes_of, smallest_ring
+from slowllm.streaming.mapped_stops import MappedStops
+from slowllm.streaming.reader import Reader, ring_bytes_of, smallest_ring
 
 Stop = tuple[Placement, ...]
 DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}

@@ -16,7 +16,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import slowllm
 from slowllm import malloc
-from slowllm.modeling import head
+from slowllm.modeling.layout import cut_head
 from slowllm.storage.spans import Placement, Run, Span
 from tests.families import resident
 
@@ -69,7 +69,7 @@ def test_a_block_of_real_width_gives_the_resident_models_bits(folder: Path, dtyp
 def test_a_head_in_chunks_gives_the_bits_of_the_whole(dtype: torch.dtype, num_rows: int) -> None:
     span = Span("lm_head.weight", Path("x"), "BF16", (VOCAB, WIDTH), 0, VOCAB * WIDTH * 2)
     whole = Placement("lm_head.weight", span.shape, torch.bfloat16, (Run(span, 0, 0, span.num_bytes),))
-    chunks = head.cut_head(whole, 1)
+    chunks = cut_head(whole, 1)
     assert len(chunks) == 4
     assert sum(chunk.shape[0] for chunk in chunks) == VOCAB
     generator = torch.Generator().manual_seed(0)

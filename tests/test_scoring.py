@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 import slowllm
 from slowllm.errors import InputError
-from slowllm.inference import prefix_sharing, scoring
+from slowllm.inference import scoring
 from slowllm.inference.lines import Line, Score, encode, score_lines
+from slowllm.inference.text import prefix_id
+from slowllm.planning.packing import pack
 from slowllm.runtime.streamed_lm import StreamedLM
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.families import resident
@@ -82,7 +84,7 @@ def test_scores_do_not_depend_on_packing(
 def test_packing_takes_every_line_once_and_fills_no_rider_beyond_its_room(
     lengths: list[int], rider_tokens: int
 ) -> None:
-    batches = prefix_sharing.pack(lengths, rider_tokens)
+    batches = pack(lengths, rider_tokens)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= rider_tokens
@@ -201,13 +203,13 @@ def test_the_embedded_models_are_as_small_and_as_laid_out_as_promised() -> None:
 @pytest.mark.parametrize(("bos", "eos", "wanted"), [(1, 2, 1), (None, 2, 2), (0, 2, 0)])
 def test_the_prefix_is_bos_or_else_eos(bos: int | None, eos: int | None, wanted: int) -> None:
     tokenizer = type("Tokenizer", (), {"bos_token_id": bos, "eos_token_id": eos})
-    assert scoring.prefix_id(tokenizer) == wanted
+    assert prefix_id(tokenizer) == wanted
 
 
 def test_a_tokenizer_without_bos_and_eos_is_refused() -> None:
     tokenizer = type("Tokenizer", (), {"bos_token_id": None, "eos_token_id": None})
     with pytest.raises(InputError, match=r"neither BOS nor EOS .* use --no-prefix"):
-        scoring.prefix_id(tokenizer)
+        prefix_id(tokenizer)
 
 
 def test_a_line_over_the_limit_is_refused_or_cut(lm: StreamedLM) -> None:
@@ -244,7 +246,7 @@ def test_safe_exp_overflows_to_infinity() -> None:
 def test_padding_is_limited_where_it_costs_more_than_a_micro_batch(
     lengths: list[int], rider_tokens: int, padding_tokens: int
 ) -> None:
-    batches = prefix_sharing.pack(lengths, rider_tokens, padding_tokens)
+    batches = pack(lengths, rider_tokens, padding_tokens)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         widest = lengths[batch[0]]

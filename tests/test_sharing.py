@@ -12,8 +12,8 @@ import torch
 import slowllm
 from slowllm.errors import NonFiniteError, RideError
 from slowllm.inference import scoring
-from slowllm.inference.prefix_sharing import Query
-from slowllm.modeling.shared_cache import Beginning, Trunk, can_share
+from slowllm.inference.text import Query
+from slowllm.modeling.shared_cache import Beginning, SharedPrefix, can_share
 from slowllm.runtime.streamed_lm import StreamedLM
 from tests.families import FAMILIES, resident
 
@@ -80,7 +80,7 @@ def test_sharing_saves_tokens(tiny: Callable[..., Path]) -> None:
 
 
 def test_a_trunk_is_dropped_when_all_have_taken_it() -> None:
-    trunk = Trunk(2)
+    trunk = SharedPrefix(2)
     keys = torch.randn(2, 1, 5, 3)
     trunk.put(0, keys, keys + 1)
     beginning = Beginning(4, [(trunk, 1), (trunk, 0), (trunk, 1)])
@@ -116,15 +116,15 @@ def test_a_shared_load_waits_for_an_empty_carousel(tiny: Callable[..., Path]) ->
         eager(lm)
         lm.plan = dataclasses.replace(lm.plan, sweep_tokens=100)
         most = 0
-        put = Trunk.put
+        put = SharedPrefix.put
 
-        def watched(self: Trunk, block: int, *pair: torch.Tensor) -> None:
+        def watched(self: SharedPrefix, block: int, *pair: torch.Tensor) -> None:
             nonlocal most
             put(self, block, *pair)
             most = max(most, len(self._kept))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Trunk, "put", watched)
+            patch.setattr(SharedPrefix, "put", watched)
             before = lm.report.num_passages
             list(scoring.answer(lm, [q for seed in range(4) for q in some_queries(seed)]))
         assert lm.report.num_passages - before > 2 * lm.num_stops

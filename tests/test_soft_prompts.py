@@ -19,11 +19,11 @@ import slowllm
 from slowllm.errors import InputError
 from slowllm.inference import generation
 from slowllm.inference.generation_types import Prompt, Settings
-from slowllm.inference.prefix_sharing import Query
 from slowllm.inference.scoring import answer, job_of_queries
+from slowllm.inference.text import Query
 from slowllm.modeling.soft_prompt_files import FILES, load_prompt, save_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt
-from slowllm.runtime.streamed_lm import Description
+from slowllm.runtime.description import ModelInfo
 from tests.conftest import TINY_BLOOM
 from tests.families import VOCAB
 
@@ -71,7 +71,7 @@ def resident(folder: Path) -> Any:
 
 
 def blocks_of(model: Any) -> Any:
-    from slowllm.modeling.streamed_block import find_blocks
+    from slowllm.modeling.layout import find_blocks
 
     return find_blocks(model)[1]
 
@@ -114,7 +114,7 @@ def test_scores_behind_a_prompt_are_the_resident_models(name: str, kind: str, ti
         Query((context if n % 2 else header + context)[:30], after)
         for n, (context, after) in enumerate(zip(rows(12, 2, 9), rows(12, 1, 4), strict=True))
     ]
-    known = Description(tiny(name), prompt)
+    known = ModelInfo(tiny(name), prompt)
     rates = slowllm.Rates()
     with slowllm.load(
         known,
@@ -258,8 +258,8 @@ def test_prompts_of_other_models_are_refused(tmp_path: Path) -> None:
     ]
     for number, (prompt, message) in enumerate(cases):
         with pytest.raises(InputError, match=message):
-            Description(TINY_BLOOM, write(tmp_path / str(number), prompt))
-    own = Description(TINY_BLOOM).config.hidden_size
+            ModelInfo(TINY_BLOOM, write(tmp_path / str(number), prompt))
+    own = ModelInfo(TINY_BLOOM).config.hidden_size
     other = write(tmp_path / "other", SoftPrompt("shallow", torch.ones(2, own)), {"fingerprint": "0" * 64})
     with pytest.raises(InputError, match="was made for another model, whose weights"):
         slowllm.load(TINY_BLOOM, prompt=other)
@@ -301,8 +301,8 @@ def test_a_prompt_with_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_prompt_takes_room_from_the_text() -> None:
-    from slowllm.inference.scoring import max_line_tokens
+    from slowllm.inference.text import max_line_tokens
 
-    plain = Description(TINY_BLOOM)
+    plain = ModelInfo(TINY_BLOOM)
     prompt = SoftPrompt("shallow", torch.zeros(7, plain.config.hidden_size))
-    assert max_line_tokens(Description(TINY_BLOOM, prompt)) == max_line_tokens(plain) - 7
+    assert max_line_tokens(ModelInfo(TINY_BLOOM, prompt)) == max_line_tokens(plain) - 7

@@ -15,7 +15,8 @@ import torch
 import slowllm
 from slowllm.errors import StateError
 from slowllm.inference.lines import Line, Lines, job_of, score_lines
-from slowllm.runtime.state import Journal, State, journal, read_job
+from slowllm.runtime.state import Journal, State, read_job
+from slowllm.streaming.journal import journal
 from tests.conftest import TINY_BLOOM
 from tests.families import FAMILIES, VOCAB
 from tests.processes import Processes

@@ -28,9 +28,9 @@ from slowllm.prepare import convert as making
 from slowllm.prepare.convert import Converted, convert
 from slowllm.prepare.verify import verify
 from slowllm.storage import manifest
-from slowllm.storage.checkpoint import read_header
 from slowllm.storage.codecs import layout_constants
 from slowllm.storage.manifest import MANIFEST, UNFINISHED
+from slowllm.storage.shard import read_header
 from slowllm.streaming.devices import HostLane
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.families import FAMILIES, VOCAB, resident, save_tiny
@@ -662,7 +662,7 @@ def test_an_int8_store_on_a_device_without_integer_products_is_one_sentence(
         def multiplies_integers(self) -> bool:
             return False
 
-    monkeypatch.setattr("slowllm.runtime.streamed_lm.open_lanes", lambda devices: [OldCard()])
+    monkeypatch.setattr("slowllm.runtime.load.open_lanes", lambda devices: [OldCard()])
     with pytest.raises(
         InputError, match=r"^cpu has no products of 8-bit integers, which an int8 store needs; use"
     ):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from slowllm.errors import UnsupportedError
 from slowllm.storage.spans import Placement
-from slowllm.streaming.cast_stops import CastStops, SwappedWeight, swap_bytes
+from slowllm.streaming.cast_stops import CastStops, swap_bytes
+from slowllm.streaming.lazy_weight import SwappedWeight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

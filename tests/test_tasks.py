@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from slowllm.errors import InputError
 from slowllm.inference import eval_tasks
-from slowllm.inference.eval_tasks import Question, Renderer, Template
+from slowllm.inference.prompt_templates import (
+    Question,
+    Renderer,
+    Template,
+    boolq_templates,
+    make_questions,
+    most_frequent,
+    read_templates,
+    select_templates,
+)
 
 ROWS = [
     {"question": "is water wet", "passage": "Water | wets ||| things.", "answer": True},
@@ -45,10 +54,10 @@ def save_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def test_own_templates_ask_every_question_of_boolq() -> None:
-    templates, source = eval_tasks.boolq_templates()
+    templates, source = boolq_templates()
     assert source == "slowllm's own"
     examples = eval_tasks.boolq_examples("x", enumerate(ROWS, 1))
-    questions = eval_tasks.make_questions(eval_tasks.select_templates(templates, "all"), examples)
+    questions = make_questions(select_templates(templates, "all"), examples)
     assert len(questions) == len(templates) * len(ROWS)
     for question in questions:
         row = ROWS[question.example - 1]
@@ -79,7 +88,7 @@ def test_what_promptsource_offers_templates_is_there() -> None:
         "{{ [3, 1, 3, 1, 2] | most_frequent }} {% for a, b in zip('ab', 'cd') %}{{ a }}{{ b }}{% endfor %} ||| No"
     )
     assert found.prompt == "[3, 1] acbd"
-    assert eval_tasks.most_frequent([]) == []
+    assert most_frequent([]) == []
 
 
 def test_draws_are_the_same_each_time_and_differ_between_examples() -> None:
@@ -96,12 +105,12 @@ def test_draws_are_the_same_each_time_and_differ_between_examples() -> None:
 
 def test_a_template_that_renders_to_nothing_does_not_apply() -> None:
     one = template("{% if label %}{{ question }} ||| Yes{% endif %}")
-    questions = eval_tasks.make_questions(
+    questions = make_questions(
         [one], [(1, {"question": "a", "label": 0}), (2, {"question": "b", "label": 1})]
     )
     assert [question.example for question in questions] == [2]
     with pytest.raises(InputError, match="no example to which a template applies"):
-        eval_tasks.make_questions([one], [(1, {"question": "a", "label": 0})])
+        make_questions([one], [(1, {"question": "a", "label": 0})])
 
 
 @pytest.mark.parametrize(
@@ -132,16 +141,16 @@ def test_names_that_are_taken_are_refused() -> None:
 
 def test_templates_without_choices_are_refused_or_left_out(caplog: Any) -> None:
     closed, opened = template(), Template("open", "{{ question }} ||| {{ passage }}", None)
-    assert eval_tasks.select_templates([closed, opened], "all") == [closed]
+    assert select_templates([closed, opened], "all") == [closed]
     assert "'open' is left out" in caplog.text
     with pytest.raises(InputError, match="template 'open' has no fixed choices"):
-        eval_tasks.select_templates([closed, opened], "open")
+        select_templates([closed, opened], "open")
     with pytest.raises(InputError, match="none of the templates has fixed choices"):
-        eval_tasks.select_templates([opened], "all")
+        select_templates([opened], "all")
     with pytest.raises(InputError, match="template 'open' has no fixed choices"):
         Renderer(opened)
     with pytest.raises(InputError, match="no template is called 'x'; there are 't', 'open'"):
-        eval_tasks.select_templates([closed, opened], "x")
+        select_templates([closed, opened], "x")
 
 
 BAD_FILES = {
@@ -164,7 +173,7 @@ def test_a_bad_templates_file_is_refused(case: str, tmp_path: Path) -> None:
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=match):
-        eval_tasks.read_templates(file)
+        read_templates(file)
 
 
 def test_installed_promptsource_is_used(tmp_path: Path, monkeypatch: Any) -> None:
@@ -180,23 +189,23 @@ def test_installed_promptsource_is_used(tmp_path: Path, monkeypatch: Any) -> Non
     (tmp_path / "promptsource" / "templates.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        assert eval_tasks.boolq_templates() == ([Template("one", "a ||| b", "b ||| c")], "promptsource's")
+        assert boolq_templates() == ([Template("one", "a ||| b", "b ||| c")], "promptsource's")
         monkeypatch.setattr(sys.modules["promptsource.templates"].One, "jinja", None)
         with pytest.raises(InputError, match="promptsource: template 'one' needs texts"):
-            eval_tasks.boolq_templates()
+            boolq_templates()
         monkeypatch.setattr(
             sys.modules["promptsource.templates"],
             "DatasetTemplates",
             lambda *names: SimpleNamespace(templates={}),
         )
         with pytest.raises(InputError, match="has no templates for super_glue/boolq"):
-            eval_tasks.boolq_templates()
+            boolq_templates()
         del sys.modules["promptsource.templates"]
         (tmp_path / "promptsource" / "templates.py").write_text("import pkg_resources_of_old")
         with pytest.raises(
             InputError, match=r"promptsource is installed, but pkg_resources_of_old is not installed"
         ):
-            eval_tasks.boolq_templates()
+            boolq_templates()
     finally:
         for name in ("promptsource", "promptsource.templates"):
             sys.modules.pop(name, None)
@@ -205,7 +214,7 @@ def test_installed_promptsource_is_used(tmp_path: Path, monkeypatch: Any) -> Non
 @pytest.mark.parametrize(
     ("package", "call"),
     [
-        ("yaml", eval_tasks.boolq_templates),
+        ("yaml", boolq_templates),
         ("jinja2", lambda: Renderer(template())),
         ("datasets", lambda: next(eval_tasks.read_examples("x.jsonl"))),
     ],
@@ -285,7 +294,7 @@ def test_a_file_that_cannot_be_read_is_refused(
     if name is not None:
         file.write_text(content)
     with pytest.raises(InputError, match=match):
-        eval_tasks.make_questions([template()], eval_tasks.read_examples(str(file)))
+        make_questions([template()], eval_tasks.read_examples(str(file)))
 
 
 def test_a_hub_id_that_is_not_cached_is_refused() -> None:

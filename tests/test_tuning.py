@@ -27,13 +27,17 @@ import slowllm
 from slowllm.entrypoints.cli.app import app
 from slowllm.errors import InputError, PlanError, SlowLLMError, StateError, TuningError
 from slowllm.modeling import soft_prompt_files
-from slowllm.modeling.streamed_block import find_blocks
-from slowllm.runtime.streamed_lm import Description
-from slowllm.streaming.riders import Reach
+from slowllm.modeling.layout import find_blocks
+from slowllm.runtime.description import ModelInfo
+from slowllm.streaming.hints import Reach
+from slowllm.tuning import session
 from slowllm.tuning.examples import Example, Task, make_task
-from slowllm.tuning.passes import Row, learn_rider, starts_of
-from slowllm.tuning.session import tune, tune_tasks
-from slowllm.tuning.trial import Recipe, Trial
+from slowllm.tuning.initialization import starts_of
+from slowllm.tuning.passes import learn_rider
+from slowllm.tuning.recipe import Recipe
+from slowllm.tuning.rows import NumberedExample
+from slowllm.tuning.trial import Trial
+from slowllm.tuning.tune import tune, tune_tasks
 from tests.conftest import ROOT, TINY_BLOOM
 from tests.families import VOCAB
 from tests.processes import Processes
@@ -110,7 +114,9 @@ def streamed_gradients(
 ) -> dict[str, torch.Tensor]:
     total = sum(len(e.answer) for e in chosen)
     jobs = [
-        lambda part=part: learn_rider(lm, trial, [Row(chosen[n], n) for n in part], total, None, Reach())
+        lambda part=part: learn_rider(
+            lm, trial, [NumberedExample(chosen[n], n) for n in part], total, None, Reach()
+        )
         for part in split
     ]
     found = lm.ride(jobs)
@@ -189,7 +195,7 @@ def run(
     folder: Path, recipes: Sequence[Recipe], tasks: Sequence[Task] = (TASK,), **options: Any
 ) -> list[Any]:
     options = {"dtype": "fp32", "keep_resident": False, **options}
-    return tune_tasks(Description(folder), tasks, recipes, **options)
+    return tune_tasks(ModelInfo(folder), tasks, recipes, **options)
 
 
 def curve(tuned: Any) -> list[tuple[Any, ...]]:
@@ -276,7 +282,7 @@ def test_the_trunk_is_passed_once_and_changes_no_number(
         lm.on_passage = lambda passage: stops[what].append(passage.stop)
 
     recipe = Recipe(kind=kind, top=1, **QUICK)  # type: ignore[arg-type]
-    known = Description(tiny(name))
+    known = ModelInfo(tiny(name))
     state = tmp_path if where == "file" else None
     (tuned,) = tune_tasks(
         known, [TASK], [recipe], dtype="fp32", keep_resident=False, on_open=watch, state=state
@@ -292,7 +298,7 @@ def test_the_trunk_is_passed_once_and_changes_no_number(
         trial = Trial("t", TASK, recipe, start)
         losses = []
         while trial.batch():
-            batch = [Row(TASK.train[n], n) for n in trial.batch()]
+            batch = [NumberedExample(TASK.train[n], n) for n in trial.batch()]
             total = sum(len(row.example.answer) for row in batch)
             (found,) = lm.ride([lambda b=batch, t=total: learn_rider(lm, trial, b, t, None, Reach())])
             losses.append(found.loss)
@@ -454,9 +460,9 @@ def test_data_that_is_none_is_refused(data: Any, message: str) -> None:
 
 def test_a_label_that_is_a_number_is_first_of_all_a_word() -> None:
     rows = [{"prompt": "a b", "label": 0}, {"prompt": "b a", "label": 1}]
-    task = make_task(Description(TINY_BLOOM), "t", rows, labels=[" 1", " 0"])
+    task = make_task(ModelInfo(TINY_BLOOM), "t", rows, labels=[" 1", " 0"])
     assert [task.labels[example.label or 0] for example in task.train] == [" 0", " 1"]
-    task = make_task(Description(TINY_BLOOM), "t", rows, labels=[" no", " yes"])
+    task = make_task(ModelInfo(TINY_BLOOM), "t", rows, labels=[" no", " yes"])
     assert [example.label for example in task.train] == [0, 1]
 
 
@@ -495,7 +501,7 @@ def test_a_run_that_learned_nothing_leaves_an_earlier_prompt_alone(
 
     run(tiny("bloom"), [Recipe(**QUICK)], out=tmp_path)  # type: ignore[arg-type]
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(slowllm.tuning._Session, "_close_step", fail)
+    monkeypatch.setattr(session.Session, "_close_step", fail)
     with pytest.raises(OSError, match="no more"):
         run(tiny("bloom"), [Recipe(seed=7, **QUICK)], out=tmp_path)  # type: ignore[arg-type]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

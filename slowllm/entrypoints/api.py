@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, overload
@@ -11,8 +12,13 @@ from typing import Any, overload
 from slowllm.errors import InputError
 from slowllm.inference.choices import Item, Normalize, choose, encode_item
 from slowllm.inference.generation import Continuation, Prompt, Settings, generate
-from slowllm.inference.prefix_sharing import Query
-from slowllm.inference.scoring import answer, encode_pair, safe_exp
+from slowllm.inference.scoring import answer, safe_exp
+from slowllm.inference.text import Query, encode_pair
+from slowllm.modeling.soft_prompts import SoftPrompt
+from slowllm.planning.budget import Budget
+from slowllm.planning.job import Granularity, Job, Rates
+from slowllm.runtime.description import ModelInfo
+from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
 
 
@@ -172,7 +178,58 @@ class LM(StreamedLM):
         return list(generate(self, [Prompt(tuple(ids), chosen) for ids in encoded]))
 
 
-load = LM.open
+def load(
+    path_or_hub_id: str | os.PathLike[str] | ModelInfo,
+    *,
+    ram: str | int | Budget = "16GiB",
+    dtype: str = "auto",
+    device: str = "cpu",
+    vram: str | int | None = None,
+    keep_resident: bool = True,
+    job: Job | None = None,
+    rates: Rates | None = None,
+    granularity: Granularity | None = None,
+    prompt: str | os.PathLike[str] | SoftPrompt | None = None,
+    poison: bool = False,
+) -> LM:
+    """Open a Hugging Face checkpoint for streaming. Reads headers and small tensors only.
+
+    Args:
+        path_or_hub_id: a folder with config.json and safetensors, or a hub id that is in the local cache; or its
+            `ModelInfo`.
+        ram: budget for the whole process, such as ``16GiB``; or a `Budget` that several models share.
+        dtype: compute dtype: ``auto``, ``bfloat16`` or ``float32`` (also ``bf16``, ``fp32``).
+        device: where blocks are computed: ``cpu``, ``cuda``, ``cuda:1``, or several, which take turns, as in
+            ``cuda:0,cuda:1``.
+        vram: budget on each GPU; by default what is free there, less a reserve.
+        keep_resident: whether stops that fit the budget stay in memory.
+        job: what the model is opened for; by default a session of any calls, gradients among them.
+        rates: of this machine, for the plan; assumed where nobody measured.
+        granularity: stream whole ``blocks``, or their ``leaves``, which takes less memory and cannot run backward;
+            by default blocks, unless they do not fit, or the job is forward only and leaves are faster.
+        prompt: a soft prompt that stands before every text that is scored or continued, or its folder; a
+            `ModelInfo` has its own.
+        poison: overwrite weights with NaN when they are given back, to find code that keeps them.
+    Raises:
+        CheckpointError: a file is missing, damaged or of a kind that is not streamed.
+        ArchitectureError: the model does not fit the carousel.
+        PlanError: the budget is too small; the message names the smallest that would do.
+        InputError: an option cannot be used.
+    """
+    return open_model(
+        LM,
+        path_or_hub_id,
+        ram=ram,
+        dtype=dtype,
+        device=device,
+        vram=vram,
+        keep_resident=keep_resident,
+        job=job,
+        rates=rates,
+        granularity=granularity,
+        prompt=prompt,
+        poison=poison,
+    )
 
 
 @contextlib.contextmanager

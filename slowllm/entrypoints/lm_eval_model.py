@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slowllm.entrypoints.cli import output
-from slowllm.errors import InputError
+from slowllm.entrypoints.progress import progress
+from slowllm.errors import InputError, first_line
 from slowllm.inference import generation, scoring
 from slowllm.inference.generation import Prompt, Settings
-from slowllm.inference.prefix_sharing import Query
-from slowllm.modeling.skeleton import first_line
+from slowllm.inference.text import Query, prefix_id
 from slowllm.options import parse_dtype
-from slowllm.planning.forecast import Job, Rates
-from slowllm.runtime import survey
-from slowllm.runtime.streamed_lm import Description, StreamedLM, load
+from slowllm.planning.job import Job, Rates
+from slowllm.runtime.description import ModelInfo
+from slowllm.runtime.load import open_model
+from slowllm.runtime.rates import quick_rates
+from slowllm.runtime.streamed_lm import StreamedLM
 
 try:
     from lm_eval import utils  # type: ignore[import-untyped]
@@ -112,13 +113,13 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         parse_dtype(dtype)
         self._lm: StreamedLM | None = None
         self._job: Job | None = None
-        self._known: Description | StreamedLM
+        self._known: ModelInfo | StreamedLM
         if isinstance(pretrained, StreamedLM):
             if prompt is not None:
                 raise InputError("a loaded model has its own soft prompt; give it to load()")
             self._known = self._lm = pretrained
         else:
-            self._known = Description(pretrained, prompt)
+            self._known = ModelInfo(pretrained, prompt)
         self._ram, self._dtype, self._device, self._vram = ram, dtype, device or "cpu", vram
         self.tokenizer: Any = self._known.tokenizer
         self._max_length, self._max_gen_toks = max_length, max_gen_toks
@@ -151,7 +152,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         """The token before an empty context, and before a text whose every token is scored."""
         if self.custom_prefix_token_id is not None:
             return self.custom_prefix_token_id
-        return scoring.prefix_id(self.tokenizer)
+        return prefix_id(self.tokenizer)
 
     @property
     def max_length(self) -> int:
@@ -251,13 +252,13 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
             return
         job = scoring.job_of_queries(queries, self._known, self._rates)
         lm = self._opened(job)
-        with output.progress(lm, job):
+        with progress(lm, job):
             for answer in scoring.answer(lm, queries):
                 yield answer.log_likelihood, answer.is_greedy
 
     @functools.cached_property
     def _rates(self) -> Rates:
-        return survey.quick_rates(self._known.folder, parse_dtype(self._dtype))
+        return quick_rates(self._known.folder, parse_dtype(self._dtype))
 
     def _opened(self, job: Job) -> StreamedLM:
         """Return the model, opened for this job, or for an earlier one that covers it."""
@@ -265,7 +266,8 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
             return self._known
         if self._lm is None or not _covers(self._job, job):
             self.close()
-            self._lm = load(
+            self._lm = open_model(
+                StreamedLM,
                 self._known,
                 ram=self._ram,
                 dtype=self._dtype,
@@ -290,7 +292,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         job = generation.job_of(self._known, prompts, self._rates)
         lm = self._opened(job)
         found = []
-        with output.progress(lm, job):
+        with progress(lm, job):
             for request, until, (continuation, *_) in zip(
                 requests, stops, generation.generate(lm, prompts), strict=True
             ):

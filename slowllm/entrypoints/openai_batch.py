@@ -19,24 +19,24 @@ from slowllm.entrypoints.openai_requests import CHAT, Refusal, Request, digest_o
 from slowllm.errors import StateError
 from slowllm.inference.generation import (
     Continuation,
+    ContinueGroup,
     Prompt,
-    Rider,
     continue_prompts,
     job_of,
     own_defaults,
     ride_prompts,
     text_of,
 )
-from slowllm.inference.scoring import TextSide
-from slowllm.modeling.skeleton import computed_by
-from slowllm.planning.forecast import Job, Rates
+from slowllm.inference.text import TextSide
+from slowllm.planning.job import Job, Rates
+from slowllm.runtime.run_identity import computed_by
 from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.version import __version__
 
 
 @dataclass(frozen=True)
-class Stamp:
+class ResponseMeta:
     """What every answer of a run says of where it comes from.
 
     Attributes:
@@ -51,7 +51,7 @@ class Stamp:
 
 
 def answered(
-    lm: TextSide, request: Request, found: Sequence[Sequence[Continuation]], stamp: Stamp
+    lm: TextSide, request: Request, found: Sequence[Sequence[Continuation]], stamp: ResponseMeta
 ) -> dict[str, Any]:
     """Return the output line of a request.
 
@@ -241,7 +241,7 @@ def answer(
         state: where finished micro-batches are kept, and found again.
     """
     of_answers = digest_of([job["versions"], job["model"], job["dtype"]])
-    stamp = Stamp(lm.name, job["created"], f"fp_{of_answers[:10]}")
+    stamp = ResponseMeta(lm.name, job["created"], f"fp_{of_answers[:10]}")
     reasons: dict[int, str] = {}
     alone = functools.partial(continue_prompts, lm, own_defaults(lm), on_tokens=None)
     rider = functools.partial(_ride, alone, state, reasons)
@@ -263,7 +263,7 @@ def _held_tokens(prompts: Sequence[Prompt]) -> int:
 
 
 def _ride(
-    rider: Rider,
+    rider: ContinueGroup,
     state: State | None,
     reasons: dict[int, str],
     numbers: Sequence[int],

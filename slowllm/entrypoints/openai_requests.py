@@ -14,7 +14,7 @@ from typing import Any
 
 from slowllm.errors import InputError
 from slowllm.inference.generation import Prompt, Settings, check
-from slowllm.inference.scoring import TextSide, max_line_tokens
+from slowllm.inference.text import TextSide, max_line_tokens
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 # OpenAI's limit for completions is 16 where a request names none. Theirs for chats is what the model takes, which

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from slowllm.errors import InputError
-from slowllm.inference.prefix_sharing import Query
-from slowllm.inference.scoring import Answer, TextSide, answer, encode_pair, leading_ids
+from slowllm.inference.scoring import Answer, answer
+from slowllm.inference.text import Query, TextSide, encode_pair, leading_ids
 from slowllm.runtime.streamed_lm import StreamedLM
 
 Normalize = Literal["none", "tokens", "characters", "unconditional"]

@@ -16,9 +16,9 @@ from torch import Tensor
 MAX_TREE_TOKENS = 512
 # What the large model said after the same two or three tokens counts for so much beside the draft's opinion, and so
 # many of its likeliest tokens are kept (4.2 tokens a sweep instead of 3.6).
-HEARD_SHARES, NUM_HEARD = {2: 0.4, 3: 0.6}, 4
+NGRAM_WEIGHTS, NUM_HEARD = {2: 0.4, 3: 0.6}, 4
 # Entries of it that a rider keeps: about 20 MB.
-MAX_HEARD = 20_000
+MAX_NGRAMS = 20_000
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def paths_of(nodes: Sequence[Node]) -> list[list[int]]:
     return paths or [[]]
 
 
-class Heard:
+class NgramCache:
     """What the large model said after a few tokens, wherever it was asked; it may say so again.
 
     Every node of a tree that was verified tells something, accepted or not (Token Recycling, Luo et al., 2024).
@@ -96,16 +96,16 @@ class Heard:
         """Keep the likeliest tokens by logits (N, V) after each of N contexts."""
         best = logits.log_softmax(-1).topk(min(NUM_HEARD, logits.shape[-1]))
         for context, *said in zip(contexts, best.indices.tolist(), best.values.exp().tolist(), strict=True):
-            for length in HEARD_SHARES:
+            for length in NGRAM_WEIGHTS:
                 self._said[tuple(context[-length:])] = said[0], said[1]
-        while len(self._said) > MAX_HEARD:  # the oldest first
+        while len(self._said) > MAX_NGRAMS:  # the oldest first
             del self._said[next(iter(self._said))]
 
     def mix(self, contexts: Sequence[Sequence[int]], log_probs: Tensor) -> Tensor:
         """Return the draft's log-probabilities (N, V) with what was said after these contexts mixed in."""
         probs: Tensor | None = None
         for row, context in enumerate(contexts):
-            for length, share in sorted(HEARD_SHARES.items(), reverse=True):
+            for length, share in sorted(NGRAM_WEIGHTS.items(), reverse=True):
                 said = self._said.get(tuple(context[-length:]))
                 if said is not None:
                     probs = log_probs.exp() if probs is None else probs

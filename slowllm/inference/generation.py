@@ -29,10 +29,10 @@ from transformers.generation.stopping_criteria import (
 
 from slowllm.errors import InputError, NonFiniteError, SlowLLMError
 from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings, check, encode
-from slowllm.inference.prefix_sharing import pack
-from slowllm.inference.scoring import TextSide
-from slowllm.planning.forecast import Job, Rates
+from slowllm.inference.text import TextSide
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
+from slowllm.planning.job import Job, Rates
+from slowllm.planning.packing import pack
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.riders import Sized
 
@@ -134,13 +134,13 @@ def generate(
     return ride_prompts(lm, prompts, rider, held=_held_tokens)
 
 
-Rider = Callable[[Sequence[int], Sequence[Prompt]], list[tuple[Continuation, ...]]]
+ContinueGroup = Callable[[Sequence[int], Sequence[Prompt]], list[tuple[Continuation, ...]]]
 
 
 def ride_prompts(
     lm: StreamedLM,
     prompts: Iterable[Prompt],
-    rider: Rider,
+    rider: ContinueGroup,
     *,
     held: Callable[[Sequence[Prompt]], int],
     alone: bool = False,
@@ -195,7 +195,7 @@ def _names(numbers: Sequence[int]) -> str:
     return ("prompt " if len(numbers) == 1 else "prompts ") + ", ".join(str(n + 1) for n in numbers)
 
 
-def _guarded(rider: Rider, numbers: Sequence[int], prompts: Sequence[Prompt]) -> Any:
+def _guarded(rider: ContinueGroup, numbers: Sequence[int], prompts: Sequence[Prompt]) -> Any:
     """Return what a rider finds, or what went wrong in it alone."""
     try:
         return rider(numbers, prompts)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slowllm.errors import InputError
-from slowllm.inference.scoring import TextSide, max_line_tokens
+from slowllm.inference.text import TextSide, max_line_tokens
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ import torch
 import transformers
 
 from slowllm.errors import InputError, StateError
-from slowllm.inference.prefix_sharing import Query, pack
-from slowllm.inference.scoring import TextSide, answer, safe_exp
-from slowllm.modeling.skeleton import computed_by
-from slowllm.planning.forecast import Job, Rates
+from slowllm.inference.scoring import answer, safe_exp
+from slowllm.inference.text import Query, TextSide
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
+from slowllm.planning.job import Job, Rates
+from slowllm.planning.packing import pack
+from slowllm.runtime.run_identity import computed_by
 from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.version import __version__
@@ -50,7 +51,7 @@ class Line:
 
 
 @dataclass
-class Totals:
+class ScoreTotals:
     """Sums over scores.
 
     Attributes:

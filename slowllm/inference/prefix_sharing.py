@@ -13,34 +13,25 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from slowllm.inference.text import Query
+from slowllm.planning.packing import pack_sorted
+
 # Rows are cut at multiples of this: contexts of like length then go on at the same place, without gaps between.
 CUT_TOKENS = 8
+
+
 # Depths at which rows are tried to be cut, how many may be chosen, and how many are tried for each choice after the
 # first: 2,400 queries take 0.7 s so, and 5.6 s with all of them.
 MAX_DEPTHS, MAX_CHOSEN, NUM_TRIED = 24, 8, 6
+
+
 # Rows by which it is decided where to cut; what pays for these pays for the others, and is found sooner.
 SAMPLE_ROWS = 1000
+
+
 # A token of a parent, of which a row holds keys and values, weighs so much of a token that is computed.
 # In BLOOM the keys and values of a token and a copy of each are an eighth of the scratch memory of a block.
 PARENT_WEIGHT = 0.25
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is asked: how likely a continuation is after a context, as token ids.
-
-    Attributes:
-        context: at least one token.
-        continuation: whose tokens' log-probabilities are wanted.
-    """
-
-    context: tuple[int, ...]
-    continuation: tuple[int, ...]
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """What the model has to see: all but the last token, of which nothing follows."""
-        return (self.context + self.continuation)[:-1] if self.continuation else self.context
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,7 @@ class Wish:
 
 
 @dataclass
-class Row:
+class PackedRow:
     """Tokens that pass through the model, and what is wanted of them."""
 
     ids: tuple[int, ...]
@@ -85,40 +76,7 @@ class Segment:
     wishes: list[Wish] = field(default_factory=list)
 
 
-def pack(lengths: Sequence[int], rider_tokens: int, padding_tokens: int | None = None) -> list[list[int]]:
-    """Divide rows into micro-batches of at most `rider_tokens` tokens, padding included.
-
-    Longest first, so that rows of like length share a micro-batch. A row longer than that rides alone.
-
-    Args:
-        lengths: tokens of each row.
-        rider_tokens: capacity of a micro-batch.
-        padding_tokens: most tokens of padding in one, where more would cost more than another; None for any.
-    Returns:
-        the rows' indices, each exactly once.
-    """
-    return _pack(lengths, 0.0, rider_tokens, padding_tokens)
-
-
-def _pack(
-    lengths: Sequence[int], extra: float, rider_tokens: int, padding_tokens: int | None
-) -> list[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    batches: list[list[int]] = []
-    padding = 0
-    for index in order:
-        widest = lengths[batches[-1][0]] if batches else 0
-        padding += widest - lengths[index]
-        has_room = bool(batches) and (len(batches[-1]) + 1) * (widest + extra) <= rider_tokens
-        if has_room and (padding_tokens is None or padding <= padding_tokens):
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            padding = 0
-    return batches
-
-
-def merge(queries: Sequence[Query]) -> list[Row]:
+def merge(queries: Sequence[Query]) -> list[PackedRow]:
     """Return the rows that answer all queries, in lexicographic order.
 
     A query whose tokens begin another row is answered by that row: so one row serves all choices of a single token
@@ -126,13 +84,13 @@ def merge(queries: Sequence[Query]) -> list[Row]:
     """
     asked = [number for number, query in enumerate(queries) if query.continuation]
     order = sorted(asked, key=lambda number: queries[number].ids)
-    rows: list[Row] = []
+    rows: list[PackedRow] = []
     # From the last to the first: what begins another row begins the one that follows it in this order.
     for number in reversed(order):
         query = queries[number]
         ids = query.ids
         if not rows or rows[-1].ids[: len(ids)] != ids:
-            rows.append(Row(ids))
+            rows.append(PackedRow(ids))
         first = len(query.context) - 1
         rows[-1].wishes += [
             Wish(first + place, token, number, place) for place, token in enumerate(query.continuation)
@@ -156,7 +114,7 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-def cut(rows: Sequence[Row], depths: Sequence[int]) -> list[Segment]:
+def cut(rows: Sequence[PackedRow], depths: Sequence[int]) -> list[Segment]:
     """Cut rows at depths where two or more of them are alike so far.
 
     Args:
@@ -220,7 +178,7 @@ def batches_of(segments: Sequence[Segment], rider_tokens: int, padding_tokens: i
         extra = start * PARENT_WEIGHT
         batches += [
             [members[index] for index in batch]
-            for batch in _pack(lengths, extra, rider_tokens, padding_tokens)
+            for batch in pack_sorted(lengths, extra, rider_tokens, padding_tokens)
         ]
     return batches
 
@@ -230,7 +188,7 @@ def padded_tokens(segments: Sequence[Segment], batches: Sequence[Sequence[int]])
     return sum(len(batch) * max(len(segments[n].ids) for n in batch) for batch in batches)
 
 
-def choose_depths(rows: Sequence[Row], rider_tokens: int, padding_tokens: int) -> tuple[int, ...]:
+def choose_depths(rows: Sequence[PackedRow], rider_tokens: int, padding_tokens: int) -> tuple[int, ...]:
     """Choose where to cut rows that begin alike, so that tokens and micro-batches cost the least together.
 
     Depths are added one by one as long as that makes it cheaper; none where sharing does not pay.
@@ -265,7 +223,7 @@ def choose_depths(rows: Sequence[Row], rider_tokens: int, padding_tokens: int) -
     return chosen
 
 
-def _depths(rows: Sequence[Row], alike: Sequence[int]) -> list[int]:
+def _depths(rows: Sequence[PackedRow], alike: Sequence[int]) -> list[int]:
     """Return the depths that save the most tokens: what all have in common, and multiples of `CUT_TOKENS`."""
     saved: dict[int, int] = {}
     for shared in alike:
@@ -294,7 +252,7 @@ class Load:
 
 
 def loads(
-    rows: Sequence[Row],
+    rows: Sequence[PackedRow],
     rider_tokens: int,
     sweep_tokens: int,
     padding_tokens: int,

@@ -12,14 +12,13 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from slowllm.errors import InputError
 from slowllm.inference.prefix_sharing import (
     Load,
-    Query,
     Segment,
     batches_of,
     choose_depths,
@@ -29,41 +28,27 @@ from slowllm.inference.prefix_sharing import (
     merge,
     padded_tokens,
 )
-from slowllm.modeling.head import log_probs_at
-from slowllm.modeling.shared_cache import Beginning, SharedCache, Trunk, can_share
-from slowllm.modeling.soft_prompts import PrefixBeginning, SoftPrompt
-from slowllm.planning.forecast import Job, Rates
+from slowllm.inference.text import Query, TextSide
+from slowllm.modeling.log_probs import log_probs_at
+from slowllm.modeling.shared_cache import Beginning, SharedCache, SharedPrefix, can_share
+from slowllm.modeling.soft_prompts import PrefixBeginning
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, Plan, padding_worth, scratch_bytes
-from slowllm.runtime.state import Journal, State, journal
+from slowllm.planning.job import Job, Rates
+from slowllm.runtime.state import Journal, State
 from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.streaming.journal import journal
 from slowllm.streaming.riders import Sized
 
 # Rows are packed within a window of this many sweeps' tokens, so that any number can stream through.
 WINDOW_SWEEPS = 4
+
+
 # And of so many queries: what they have in common is not counted, but each has to be held.
 WINDOW_QUERIES = 10_000
+
+
 # Threads of riders, beyond those that the plan's sweep needs anyway: small micro-batches take many.
 MAX_RIDERS = 64
-
-
-class TextSide(Protocol):
-    """What is asked of a model before its weights: a `StreamedLM`, or a `Description`."""
-
-    @property
-    def config(self) -> Any:
-        """Transformers' config."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """Transformers' tokenizer."""
-
-    @property
-    def soft_prompt(self) -> SoftPrompt | None:
-        """What stands before every text, if anything does."""
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        """Its tokens."""
 
 
 @dataclass(frozen=True)
@@ -87,94 +72,6 @@ class Answer:
 def safe_exp(value: float) -> float:
     """Return exp(value), infinity where that is too large for a float."""
     return math.exp(value) if not value > 709.0 else math.inf
-
-
-def prefix_id(tokenizer: Any, vocab_size: int | None = None) -> int:
-    """Return the token that stands before a line: BOS, or EOS where there is no BOS.
-
-    Raises:
-        InputError: the tokenizer has neither, or one that is beyond the model's vocabulary.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            if vocab_size is not None and token >= vocab_size:
-                raise InputError(
-                    f"the tokenizer's BOS or EOS is {token}, beyond the model's {vocab_size} tokens"
-                )
-            return int(token)
-    raise InputError("this tokenizer has neither BOS nor EOS to score the first token after; use --no-prefix")
-
-
-def max_line_tokens(lm: TextSide) -> int:
-    """Return how many tokens a line may have, prefix included, by the model's own limit and beside a soft prompt.
-
-    Raises:
-        InputError: the config's limit is no length.
-    """
-    config = lm.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    # ALiBi has no limit of its own; BLOOM was trained on 2,048.
-    limit = limit or 2048
-    if not isinstance(limit, int) or limit < 2:
-        raise InputError(f"config.json: {limit!r} is no length that the model could take")
-    return limit - lm.num_virtual_tokens
-
-
-def leading_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Return what the tokenizer by itself puts before a text: BOS, or nothing."""
-    ids = tokenizer("", verbose=False)["input_ids"]
-    return tuple(token for token in ids[:1] if token == tokenizer.bos_token_id)
-
-
-def encode_pair(
-    side: TextSide,
-    context: str,
-    continuation: str,
-    *,
-    leading: tuple[int, ...] | None = None,
-    truncate: bool = False,
-) -> Query:
-    """Turn a context and its continuation into a query.
-
-    As lm-eval does: blanks at the end of the context go to the continuation, because tokens begin with them; both
-    are tokenized as one string, and parted after as many tokens as the context alone has.
-
-    Args:
-        side: whose tokenizer and vocabulary.
-        context: may be empty; the continuation then follows BOS, or EOS where there is no BOS.
-        continuation: whose tokens are scored.
-        leading: token ids before the context; what the tokenizer puts there by itself, by default.
-        truncate: whether to cut a context that is too long, from its beginning.
-    Raises:
-        InputError: the continuation has no tokens, one is beyond the vocabulary, or they are too many.
-    """
-    vocabulary = side.config.get_text_config().vocab_size
-    blanks = len(context) - len(context.rstrip())
-    whole = context + continuation
-    context = context[: len(context) - blanks]
-    tokenize = functools.partial(side.tokenizer, add_special_tokens=False, verbose=False)
-    before = tuple(tokenize(context)["input_ids"]) if context else ()
-    after = tuple(tokenize(whole)["input_ids"])[len(before) :]
-    if not after:
-        raise InputError(f"{_short(continuation)}: the tokenizer makes no tokens of it")
-    if context:
-        before = (leading_ids(side.tokenizer) if leading is None else leading) + before
-    else:
-        before = (prefix_id(side.tokenizer, vocabulary),)
-    if max(*before, *after) >= vocabulary:
-        raise InputError(f"token {max(*before, *after)} is beyond the model's vocabulary of {vocabulary}")
-    too_many = len(before) + len(after) - 1 - max_line_tokens(side)
-    if too_many > 0:
-        if not truncate or too_many >= len(before):
-            raise InputError(
-                f"{len(before) + len(after) - 1} tokens are more than the {max_line_tokens(side)} that this model takes"
-            )
-        before = before[too_many:]
-    return Query(before, after)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 def job_of_queries(queries: Sequence[Query], side: TextSide, rates: Rates, *, share: bool = True) -> Job:
@@ -342,7 +239,7 @@ def _windows(queries: Iterable[Query], plan: Plan) -> Iterator[list[Query]]:
         yield window
 
 
-def _ties(load: Load, before: int) -> list[tuple[Beginning | None, Trunk | None]]:
+def _ties(load: Load, before: int) -> list[tuple[Beginning | None, SharedPrefix | None]]:
     """Return for each micro-batch of a load where its rows begin, and where those that go on from it find them.
 
     Args:
@@ -358,7 +255,7 @@ def _ties(load: Load, before: int) -> list[tuple[Beginning | None, Trunk | None]
             parent = load.segments[member].parent
             if parent is not None:
                 takers.setdefault(places[parent][0], set()).add(number)
-    trunks = {number: Trunk(len(found)) for number, found in takers.items()}
+    trunks = {number: SharedPrefix(len(found)) for number, found in takers.items()}
     ties = []
     for number, batch in enumerate(load.batches):
         segments = [load.segments[member] for member in batch]
@@ -376,7 +273,7 @@ def _pass(
     lm: StreamedLM,
     segments: Sequence[Segment],
     beginning: Beginning | None,
-    trunk: Trunk | None,
+    trunk: SharedPrefix | None,
     relative: bool,
     kept: Journal | None,
 ) -> list[tuple[list[float], list[bool]]]:

@@ -6,7 +6,6 @@ Knows transformers' models by their parts, and sizes; reads no weight.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slowllm.errors import ArchitectureError, CheckpointError
-from slowllm.modeling.head import TILE_COLUMNS, cut_head
-from slowllm.modeling.streamed_block import find_blocks
-from slowllm.planning.forecast import Granularity, Sizes, StopSize
-from slowllm.storage.codecs.registry import codec_of
-from slowllm.storage.spans import Placement
-from slowllm.streaming.cast_stops import swap_bytes
+from slowllm.planning.job import Granularity
+from slowllm.storage.spans import Placement, take_rows
 from slowllm.streaming.reader import ring_bytes_of
 
 log = logging.getLogger(__name__)
+
 
 # A leaf smaller than this (a router, say) always stays in memory.
 MIN_LEAF_BYTES = 1 << 20
@@ -227,65 +223,6 @@ def block_numbers(layout: Layout) -> list[int]:
     return [int(name) for name in names] + [-1] * len(layout.chunks)
 
 
-def sizes_of(model: PreTrainedModel, layout: Layout) -> Sizes:
-    """Return what the plan needs to know of a model.
-
-    Scratch memory is an estimate: each matrix of a block leaves one output, and about as much again in
-    activations and residuals; attention written out in full (BLOOM) holds its scores in fp32 and in the compute
-    dtype.
-    """
-    config = model.config.get_text_config()
-    itemsize = max((layout.dtypes[p.name].itemsize for stop in layout.stops for p in stop), default=4)
-    hidden = int(config.hidden_size)
-    per_block: dict[str, list[Placement]] = {}
-    for module, stop in zip(layout.modules, layout.stops, strict=False):
-        number = module[len(layout.blocks_name) + 1 :].partition(".")[0]
-        per_block.setdefault(number, []).extend(stop)
-    sides = [[max(p.shape[-2:]) for p in block if len(p.shape) >= 2] for block in per_block.values()]
-    num_heads = int(getattr(config, "num_attention_heads", 1) or 1)
-    num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
-    head_dim = int(getattr(config, "head_dim", None) or hidden // num_heads)
-    cache = len(layout.blocks) * 2 * num_kv_heads * head_dim
-    is_eager = getattr(config, "_attn_implementation", "eager") == "eager"
-    head_tile = TILE_COLUMNS * (itemsize + 3 * 4)
-    kept = sum(
-        p.num_bytes + p.num_bytes // p.dtype.itemsize * layout.dtypes[p.name].itemsize for p in layout.kept
-    )
-    # Between two leaves a rider holds what the block has made so far; between two blocks only its hidden states.
-    inside = 2 * max(map(max, sides)) if layout.granularity == "leaves" else 0
-    return Sizes(
-        granularity=layout.granularity,
-        stops=tuple(_size_of(stop, config) for stop in layout.stops),
-        kept_bytes=kept + sum(swap_bytes(layout.stops, layout.dtypes)),
-        block_token_bytes=max(2 * itemsize * (max(map(sum, sides)) + 4 * hidden), head_tile),
-        attention_token_bytes=num_heads * (2 * 4 + 2 * itemsize) if is_eager else 0,
-        rider_token_bytes=itemsize * (6 * hidden + inside) + 1024,
-        result_token_bytes=itemsize * (cache + layout.head.out_features),
-        checkpoint_token_bytes=itemsize * len(layout.blocks) * hidden,
-        # What autograd keeps of one block, and its gradients (measured: 1.2 MB a token for Llama-70B).
-        replay_token_bytes=4 * itemsize * (max(map(sum, sides)) + 4 * hidden),
-        replay_attention_bytes=num_heads * (2 * 4 + 2 * itemsize) if is_eager else 0,
-        num_head_stops=len(layout.chunks),
-    )
-
-
-def _size_of(stop: Sequence[Placement], config: Any) -> StopSize:
-    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    used = min(1.0, (getattr(config, "num_experts_per_tok", None) or num_experts) / num_experts)
-    flops = 0.0
-    for p in stop:
-        if len(p.shape) >= 2:
-            # A tensor of three dimensions holds every expert, of which a token takes a few.
-            flops += 2 * math.prod(p.shape) * (used if len(p.shape) == 3 else 1.0)
-    decoded = sum(p.decoded_bytes * codec_of(p.coding).passes for p in stop if p.coding is not None)
-    return StopSize(
-        num_bytes=sum(map(ring_bytes_of, stop)),
-        largest_bytes=max(map(ring_bytes_of, stop), default=0),
-        flops=flops,
-        decoded_bytes=int(decoded),
-    )
-
-
 def _compute_dtypes(model: PreTrainedModel, placements: Mapping[str, Placement]) -> dict[str, torch.dtype]:
     """Return the compute dtype of every placed tensor: the model's, or float32 where its class insists."""
     state = model.state_dict()
@@ -314,3 +251,52 @@ def _name_of(model: PreTrainedModel, module: nn.Module, placements: Mapping[str,
         if name in placements:
             return str(name)
     raise CheckpointError(f"{own}: missing from the checkpoint")
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the name and the list of the model's blocks.
+
+    Raises:
+        ArchitectureError: there is no one list of blocks, or blocks share weights.
+    """
+    family = type(model).__name__
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    # Lists inside a block (experts, per-head norms) may happen to be as long.
+    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    if len(outer) != 1:
+        found = ", ".join(name for name, _ in outer) or "none"
+        raise ArchitectureError(
+            f"{family}: its {count} blocks should stand in one ModuleList, but the lists of that length are: {found}"
+        )
+    name, blocks = outer[0]
+    owners: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for parameter in block.parameters():
+            if owners.setdefault(id(parameter), index) != index:
+                raise ArchitectureError(
+                    f"{family}: blocks {owners[id(parameter)]} and {index} share weights, so a block is no stop of its own"
+                )
+    return name, blocks
+
+
+# The head is not cut into chunks smaller than this: a GEMM of few columns is slow, and its rounding differs from
+# that of the whole (measured: chunks of 6,000 columns and more give the bits of the whole at a width of 4096).
+MIN_CHUNK_BYTES = 64 << 20
+
+
+def cut_head(placement: Placement, max_bytes: int) -> list[Placement]:
+    """Cut the head's matrix (V, H) into the fewest equal chunks of rows that are at most `max_bytes`."""
+    num_rows = placement.shape[0]
+    num_chunks = max(1, -(-placement.num_bytes // max(max_bytes, MIN_CHUNK_BYTES)))
+    rows = -(-num_rows // num_chunks // 64) * 64
+    starts = range(0, num_rows, rows)
+    return [
+        take_rows(placement, f"{placement.name}[{start}:]", start, min(start + rows, num_rows))
+        for start in starts
+    ]

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from slowllm.modeling.head import TILE_COLUMNS, Finish, StreamedHead, last_hidden
-from slowllm.streaming.riders import reach
+from slowllm.modeling.head import TILE_COLUMNS, StreamedHead, last_hidden
+from slowllm.modeling.logit_transform import LogitTransform
+from slowllm.streaming.hints import reach
 from slowllm.streaming.stops import Weights
 
 
@@ -178,7 +179,7 @@ class _Sums:
         return self._expected / self._total[:, None] - self._own
 
 
-def _is_plain(finish: Finish) -> bool:
+def _is_plain(finish: LogitTransform) -> bool:
     """Whether a model's logits are its head's product as it is."""
     probe = torch.linspace(-40.0, 40.0, 24).view(1, 3, 8)
     with torch.no_grad():

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slowllm.errors import ArchitectureError
-from slowllm.modeling.head import Lookup, stream_embedding
+from slowllm.modeling.embedding import stream_embedding
+from slowllm.modeling.head import Lookup
 from slowllm.modeling.layout import Layout
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.spans import Placement

@@ -19,7 +19,7 @@ from slowllm.errors import RideError
 Pair = tuple[Tensor, Tensor]
 
 
-class Trunk:
+class SharedPrefix:
     """Keys and values of the rows of one rider, by block, until all have taken them.
 
     Args:
@@ -56,7 +56,7 @@ class Beginning:
         rows: for each row a trunk, and the number of its row there.
     """
 
-    def __init__(self, length: int, rows: Sequence[tuple[Trunk, int]]) -> None:
+    def __init__(self, length: int, rows: Sequence[tuple[SharedPrefix, int]]) -> None:
         self.length, self._rows = length, rows
 
     def take(self, block: int) -> Pair:
@@ -73,7 +73,7 @@ class Beginning:
             )  # type: ignore[return-value]
         return tuple(torch.cat([self._row(taken, *row, side) for row in self._rows]) for side in (0, 1))  # type: ignore[return-value]
 
-    def _row(self, taken: dict[int, Pair], trunk: Trunk, number: int, side: int) -> Tensor:
+    def _row(self, taken: dict[int, Pair], trunk: SharedPrefix, number: int, side: int) -> Tensor:
         return taken[id(trunk)][side][number : number + 1, :, : self.length]
 
 
@@ -89,7 +89,7 @@ class Begins(Protocol):
 class _Layer(DynamicLayer):
     """A block's part of a `SharedCache`. Keeps nothing: a row passes each block once."""
 
-    def __init__(self, block: int, beginning: Begins | None, trunk: Trunk | None) -> None:
+    def __init__(self, block: int, beginning: Begins | None, trunk: SharedPrefix | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._block, self._beginning, self._trunk = block, beginning, trunk
 
@@ -119,7 +119,7 @@ class SharedCache(Cache):
         trunk: None where nobody goes on from it.
     """
 
-    def __init__(self, num_blocks: int, beginning: Begins | None, trunk: Trunk | None) -> None:
+    def __init__(self, num_blocks: int, beginning: Begins | None, trunk: SharedPrefix | None) -> None:
         super().__init__(layers=[_Layer(block, beginning, trunk) for block in range(num_blocks)])
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from slowllm.errors import PlanError
 from slowllm.options import GIB, MIB, format_binary
-from slowllm.planning.forecast import Job, Rates, Sizes, forecast_of, reads_of
+from slowllm.planning.forecast import forecast_of, reads_of
 from slowllm.planning.host_plan import (
     MAX_SWEEP_TOKENS,
     SLACK_BYTES,
@@ -24,6 +24,7 @@ from slowllm.planning.host_plan import (
     token_choices,
     working_bytes,
 )
+from slowllm.planning.job import Job, Rates, Sizes
 
 # Stops pass through so many places: one is computed with while the next is filled.
 NUM_SLOTS = 2
@@ -153,7 +154,7 @@ def _bytes_at(sizes: Sizes, homes: Sequence[int], device: int, job: Job) -> list
 
 
 @dataclass(frozen=True)
-class Part:
+class DeviceShare:
     """How one device is divided: what stays, the slots, and the bytes of both."""
 
     kept: frozenset[int]
@@ -162,11 +163,11 @@ class Part:
     used_bytes: int
 
 
-def _divide(stop_bytes: Sequence[int], room_bytes: int, keep_resident: bool = True) -> Part | None:
+def _divide(stop_bytes: Sequence[int], room_bytes: int, keep_resident: bool = True) -> DeviceShare | None:
     """Divide the room for weights on a device; None where no stop fits in."""
     total = sum(stop_bytes)
     if total <= room_bytes and (keep_resident or not total):
-        return Part(frozenset(stop for stop, size in enumerate(stop_bytes) if size), 0, 0, total)
+        return DeviceShare(frozenset(stop for stop, size in enumerate(stop_bytes) if size), 0, 0, total)
     largest = max(stop_bytes)
     # With one slot nothing is copied while the device computes, but it works.
     for num_slots in (NUM_SLOTS, 1):
@@ -175,7 +176,9 @@ def _divide(stop_bytes: Sequence[int], room_bytes: int, keep_resident: bool = Tr
             continue
         chosen = spread(stop_bytes, left) if keep_resident else frozenset()
         kept = frozenset(stop for stop in chosen if stop_bytes[stop])
-        return Part(kept, num_slots, largest, num_slots * largest + sum(stop_bytes[stop] for stop in kept))
+        return DeviceShare(
+            kept, num_slots, largest, num_slots * largest + sum(stop_bytes[stop] for stop in kept)
+        )
     return None
 
 

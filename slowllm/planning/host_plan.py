@@ -8,34 +8,31 @@ several models of one process have taken from the bytes allowed.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from slowllm.errors import PlanError
 from slowllm.options import MIB, format_binary
-from slowllm.planning.forecast import (
-    ASSUMED_LENGTH,
-    Forecast,
-    Granularity,
-    Job,
-    Rates,
-    Sizes,
-    compute_seconds,
-    forecast_of,
-    reads_of,
-    tokens_of,
-)
+from slowllm.planning.forecast import Forecast, compute_seconds, forecast_of, reads_of
+from slowllm.planning.job import ASSUMED_LENGTH, Granularity, Job, Rates, Sizes, tokens_of
 
 # Fewer rows than this take as long as these: the weights pass through the processor either way.
 MIN_RIDER_TOKENS = 64
+
+
 # Beyond this a larger matrix product is no faster, and the scratch memory of a block grows with it.
 MAX_RIDER_TOKENS = 1024
+
+
 # A few times T*, the batch whose computing hides under the reading (about 1,000 tokens in bf16 on two cores with
 # AMX): far above T* another sweep is free, and a result comes earlier.
 MAX_SWEEP_TOKENS = 8192
+
+
 # What the allocator, thread stacks and the interpreter take beyond what is counted here (measured: up to 250 MB).
 SLACK_BYTES = 288 * MIB
+
+
 # Stops smaller than a block must save this much of the time, or their handing over is not worth it.
 LEAVES_GAIN = 0.95
 
@@ -72,44 +69,6 @@ class Plan:
     longest: int = ASSUMED_LENGTH
     unused: frozenset[int] = frozenset()
     keeps_graph: bool = False
-
-
-class Budget:
-    """Bytes of memory that the models of one process may take together.
-
-    Args:
-        total_bytes: for the whole process, the interpreter included.
-        used_bytes: what the process holds already.
-    """
-
-    def __init__(self, total_bytes: int, used_bytes: int) -> None:
-        self.total_bytes = total_bytes
-        self.used_bytes = used_bytes
-        self._lock = threading.Lock()
-
-    @property
-    def free_bytes(self) -> int:
-        """What is left to take."""
-        return self.total_bytes - self.used_bytes
-
-    def take(self, num_bytes: int) -> None:
-        """Take a part of the budget.
-
-        Raises:
-            PlanError: less is left.
-        """
-        with self._lock:
-            if num_bytes > self.free_bytes:
-                raise PlanError(
-                    f"{format_binary(num_bytes)} are needed but only {format_binary(max(self.free_bytes, 0))} "
-                    f"of the budget of {format_binary(self.total_bytes)} are left"
-                )
-            self.used_bytes += num_bytes
-
-    def give_back(self, num_bytes: int) -> None:
-        """Return what was taken."""
-        with self._lock:
-            self.used_bytes -= num_bytes
 
 
 def make_plan(

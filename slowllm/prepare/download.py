@@ -292,7 +292,7 @@ class _Run:
 def _bar_class(bar: Any, stop: threading.Event) -> type:
     """Return the class of a file's progress, as http_get wants it, that adds to the bar of all files."""
 
-    class Part(contextlib.ExitStack):  # which does nothing on exit
+    class _Part(contextlib.ExitStack):  # which does nothing on exit
         def __init__(self, **_: Any) -> None:
             super().__init__()
 
@@ -301,7 +301,7 @@ def _bar_class(bar: Any, stop: threading.Event) -> type:
                 raise _Stopped
             bar.update(num_bytes)
 
-    return Part
+    return _Part
 
 
 class _Stopped(Exception):

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from slowllm.errors import StoreError
-from slowllm.storage.codecs.registry import CODECS, Codec, Parts, Team
+from slowllm.storage.codecs.base import Codec, Parts, Team
+from slowllm.storage.codecs.registry import CODECS
 from slowllm.storage.manifest import PADDING, StoredFile, StoredTensor, file_from_json, header_sha256
 from slowllm.storage.spans import TORCH_DTYPES, Placement, take_rows
 from slowllm.streaming.buffers import PAGE

@@ -17,11 +17,12 @@ from slowllm.errors import InputError
 from slowllm.modeling.layout import Layout, block_numbers
 from slowllm.modeling.streamed_block import Home
 from slowllm.options import Options, format_bytes
+from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import DeviceBudget, DevicePlan, device_rates, plan_devices, plan_host
-from slowllm.planning.forecast import Job, Rates, Sizes
-from slowllm.planning.host_plan import Budget, Plan
+from slowllm.planning.host_plan import Plan
+from slowllm.planning.job import Job, Rates, Sizes
 from slowllm.streaming.device_stops import DeviceStops
-from slowllm.streaming.devices import Lane, PinnedMemory, allowed_bytes
+from slowllm.streaming.devices import Device, PinnedMemory, allowed_bytes
 from slowllm.streaming.reader import Reader
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 def make_plans(
     layouts: Sequence[Layout],
     choices: Sequence[Sizes],
-    lanes: Sequence[Lane],
+    lanes: Sequence[Device],
     options: Options,
     budget: Budget,
     job: Job | None,
@@ -71,7 +72,7 @@ def make_plans(
     return plan, devices
 
 
-def check_codecs(layout: Layout, lanes: Sequence[Lane]) -> None:
+def check_codecs(layout: Layout, lanes: Sequence[Device]) -> None:
     """See that every device can multiply what is stored.
 
     Raises:
@@ -87,7 +88,7 @@ def check_codecs(layout: Layout, lanes: Sequence[Lane]) -> None:
 
 
 @dataclass(frozen=True)
-class Placed:
+class DevicePlacement:
     """A model's devices, and what is between them and the reader.
 
     Attributes:
@@ -100,7 +101,7 @@ class Placed:
 
     plan: DevicePlan
     stops: DeviceStops
-    lanes: tuple[Lane, ...]
+    lanes: tuple[Device, ...]
     pinned: PinnedMemory | None
     homes: tuple[Home, ...]
 
@@ -117,8 +118,8 @@ class Placed:
 
 
 def place_stops(
-    layout: Layout, reader: Reader, lanes: Sequence[Lane], plan: DevicePlan, *, poison: bool = False
-) -> Placed:
+    layout: Layout, reader: Reader, lanes: Sequence[Device], plan: DevicePlan, *, poison: bool = False
+) -> DevicePlacement:
     """Put devices behind a reader.
 
     Raises:
@@ -142,10 +143,10 @@ def place_stops(
         Home(lanes[places.get(block, 0)].device, lanes[0].device if block == last else None)
         for block in range(len(layout.blocks))
     )
-    return Placed(plan, stops, tuple(lanes), pinned, homes)
+    return DevicePlacement(plan, stops, tuple(lanes), pinned, homes)
 
 
-def move_kept(model: PreTrainedModel, layout: Layout, placed: Placed) -> None:
+def move_kept(model: PreTrainedModel, layout: Layout, placed: DevicePlacement) -> None:
     """Move what always stays to where it is needed: buffers, and parameters that no stop brings.
 
     The input embedding stays on the host, where its rows are looked up.

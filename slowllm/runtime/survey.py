@@ -7,116 +7,23 @@ here is for plans and forecasts, never for results.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
-from slowllm.malloc import give_back
-from slowllm.modeling.skeleton import choose_dtype
-from slowllm.options import DTypeName, parse_bytes, parse_dtype
+from slowllm.options import parse_bytes, parse_dtype
 from slowllm.planning.device_plan import device_rates, least_host_bytes
-from slowllm.planning.forecast import Granularity, Job, Rates, forecast_of
+from slowllm.planning.forecast import forecast_of
 from slowllm.planning.host_plan import Plan, advise, least_bytes, make_plan, with_smaller_weights
-from slowllm.runtime.device_placement import Placed
-from slowllm.runtime.streamed_lm import Description, StreamedLM, load
-from slowllm.storage.checkpoint import Checkpoint
-from slowllm.storage.manifest import open_checkpoint
-from slowllm.storage.spans import Placement, Run
-from slowllm.streaming.reader import Reader, ring_bytes_of
-
-PIECE_BYTES, RING_PIECES = 64 << 20, 4
-# A checkpoint below this is read in a moment, and any rate will do.
-WORTH_MEASURING_BYTES = 4 << 30
-# Activations, norms and attention take some time beside the products: 1.2 times these for BLOOM without AMX, 1.6
-# with it.
-OTHER_WORK = 1.3
-# Width of the matrix that is multiplied: smaller ones reach less of the processor's rate.
-WIDTH = 8192
-
-
-@dataclass(frozen=True)
-class DiskRate:
-    """What reading gives and costs.
-
-    Attributes:
-        bytes_per_second: of direct reads.
-        core_seconds_per_gb: processor time of the process meanwhile, all threads, for 1e9 bytes.
-    """
-
-    bytes_per_second: float
-    core_seconds_per_gb: float
-
-
-def disk_rate(checkpoint: Checkpoint, num_bytes: int) -> DiskRate:
-    """Measure direct reads of about so many bytes of a checkpoint's largest tensors, by the engine's own reader.
-
-    The buffer's first touch is not counted, because the engine touches its buffers once. What the page cache
-    holds of the files makes the rate too high.
-    """
-    pieces = itertools.islice(_pieces(checkpoint), num_bytes // PIECE_BYTES + RING_PIECES)
-    stops = [[Placement("probe", (run.num_bytes,), torch.uint8, (run,))] for run in pieces]
-    ring = RING_PIECES * max(ring_bytes_of(stop[0]) for stop in stops)
-    with contextlib.closing(Reader(stops, ring_bytes=ring)) as reader:
-        first = min(RING_PIECES, len(stops) - 1)
-        for number in range(first):  # nothing is read ahead of these
-            with reader.visit(number):
-                pass
-        before = reader.stats.read_bytes
-        started, core_started = time.perf_counter(), time.process_time()
-        for number in range(first, len(stops)):
-            with reader.visit(number, range(number + 1, len(stops))):
-                pass
-        seconds, core_seconds = time.perf_counter() - started, time.process_time() - core_started
-        read_bytes = reader.stats.read_bytes - before
-    return DiskRate(read_bytes / seconds, core_seconds / read_bytes * 1e9)
-
-
-def _pieces(checkpoint: Checkpoint) -> Iterator[Run]:
-    """Cut the tensors of a checkpoint into pieces, the largest tensor first."""
-    for span in sorted(checkpoint.spans.values(), key=lambda span: -span.num_bytes):
-        piece = min(PIECE_BYTES, span.num_bytes)
-        for start in range(0, span.num_bytes - piece + 1, piece) if piece else ():
-            yield Run(span, start, 0, piece)
-
-
-def quick_rates(folder: Path, dtype: DTypeName) -> Rates:
-    """Return this machine's rates, measured in less than a second; assumed ones for a small checkpoint.
-
-    Args:
-        folder: of the checkpoint, whose own bytes are read.
-        dtype: compute dtype.
-    """
-    with open_checkpoint(folder) as checkpoint:
-        if sum(span.num_bytes for span in checkpoint.spans.values()) < WORTH_MEASURING_BYTES:
-            return Rates()
-        disk = disk_rate(checkpoint, 8 * PIECE_BYTES).bytes_per_second
-        computed = choose_dtype(dtype, checkpoint)
-    few, many = _product_seconds(1, computed), _product_seconds(512, computed)
-    give_back()  # or the plan would count these matrices as the process's own
-    weights = WIDTH * WIDTH
-    return Rates(
-        disk=disk,
-        memory=weights * computed.itemsize / few,
-        compute=2 * 512 * weights / many / OTHER_WORK,
-        measured=True,
-    )
-
-
-def _product_seconds(rows: int, dtype: torch.dtype) -> float:
-    a, b = torch.ones(rows, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        nn.functional.linear(a, b)
-        best = min(best, time.perf_counter() - started)
-    return best
+from slowllm.planning.job import Granularity, Job, Rates
+from slowllm.runtime.description import ModelInfo
+from slowllm.runtime.device_placement import DevicePlacement
+from slowllm.runtime.load import open_model
+from slowllm.runtime.rates import quick_rates
+from slowllm.runtime.streamed_lm import StreamedLM
 
 
 class _Enough(Exception):
@@ -205,7 +112,7 @@ class Survey:
 
 
 def survey(
-    known: Description,
+    known: ModelInfo,
     *,
     ram: str | int,
     device: str = "cpu",
@@ -222,7 +129,8 @@ def survey(
     rates = quick_rates(known.folder, parse_dtype(dtype))
     ram_bytes, process_bytes = parse_bytes(ram), psutil.Process().memory_info().rss
     granularity: Granularity | None = None if job.forward_only else "blocks"
-    with load(
+    with open_model(
+        StreamedLM,
         known,
         ram=ram,
         device=device,
@@ -264,7 +172,7 @@ def survey(
 
 
 def _survey_on(
-    lm: StreamedLM, placed: Placed, ram_bytes: int, process_bytes: int, job: Job, rates: Rates
+    lm: StreamedLM, placed: DevicePlacement, ram_bytes: int, process_bytes: int, job: Job, rates: Rates
 ) -> Survey:
     """Foretell a job by the plan that the model was opened with; larger budgets are not looked for."""
     sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)

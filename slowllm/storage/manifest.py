@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from slowllm.errors import CheckpointError, StoreError
-from slowllm.storage.checkpoint import Checkpoint, read_header, read_json
+from slowllm.storage.checkpoint import Checkpoint, read_json
 from slowllm.storage.codecs.registry import check_coding
+from slowllm.storage.shard import read_header
 from slowllm.storage.spans import Coding, Part, Span
 
 MANIFEST, UNFINISHED = "slowllm_store.json", "slowllm_store.unfinished.json"

@@ -40,3 +40,8 @@ class Buffer:
     def release(self) -> None:
         """Give the memory back, once nobody has a view of it."""
         self.bytes = np.empty(0, dtype=np.uint8)
+
+
+def page_up(num_bytes: int) -> int:
+    """Return the least whole number of pages, in bytes, that holds `num_bytes`."""
+    return -(-num_bytes // PAGE) * PAGE

@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 import torch
 
 from slowllm.errors import RideError
-from slowllm.streaming.riders import Course, Job, Party, Reach, Rider, Visit
-from slowllm.streaming.rng_state import Dice, fork
+from slowllm.streaming.hints import Reach
+from slowllm.streaming.riders import Course, Party, Rider, RiderJob, Visit
+from slowllm.streaming.rng_state import SharedGenerators, fork
 from slowllm.streaming.stops import Direction, Passage, Stops, Totals, Weights
 
 T = TypeVar("T")
@@ -61,10 +62,10 @@ class Carousel:
         self,
         stops: Stops,
         on_passage: Callable[[Passage], None] | None = None,
-        dice: Dice | None = None,
+        dice: SharedGenerators | None = None,
     ) -> None:
         self.totals = Totals()
-        self._dice = dice or Dice()
+        self._dice = dice or SharedGenerators()
         self._stops, self._on_passage = stops, on_passage
         self._changed = threading.Condition()
         self._waiting: list[Visit] = []
@@ -175,7 +176,7 @@ class Carousel:
         return self._ride(iter(jobs), max_riders, is_stream=True, max_tokens=max_tokens)
 
     def _ride(
-        self, jobs: Iterator[Job], max_riders: int, is_stream: bool, max_tokens: float = math.inf
+        self, jobs: Iterator[RiderJob], max_riders: int, is_stream: bool, max_tokens: float = math.inf
     ) -> Generator[Any, None, None]:
         assert max_riders > 0, "a ride needs at least one rider at a time"
         self._refuse_if_forked()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from slowllm.errors import RideError
 from slowllm.storage.spans import Placement
-from slowllm.streaming.devices import Lane, Mark
+from slowllm.streaming.devices import Device, Event
 from slowllm.streaming.stops import Stops, Weights
 
 # Each tensor of a slot begins on such an address, as allocations on a device do.
@@ -33,17 +33,17 @@ def device_bytes_of(placement: Placement) -> int:
 
 
 @dataclass
-class _Slot:
+class _DeviceSlot:
     """A place for one stop on a device, and what is in it."""
 
-    lane: Lane
+    lane: Device
     memory: Tensor
     is_kept: bool
     stop: int | None = None
     is_there: bool = False
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    copied: Mark = None
-    computed: Mark = None
+    copied: Event = None
+    computed: Event = None
 
 
 class DeviceStops:
@@ -69,7 +69,7 @@ class DeviceStops:
         placements: Sequence[Sequence[Placement]],
         *,
         homes: Sequence[int],
-        lanes: Sequence[Lane],
+        lanes: Sequence[Device],
         kept: frozenset[int],
         num_slots: Sequence[int],
         poison: bool = False,
@@ -80,11 +80,11 @@ class DeviceStops:
         # Copied into on another thread, which need not be in inference mode.
         with torch.inference_mode(False):
             self._kept = {
-                stop: _Slot(lanes[homes[stop]], lanes[homes[stop]].allocate(sizes[stop]), is_kept=True)
+                stop: _DeviceSlot(lanes[homes[stop]], lanes[homes[stop]].allocate(sizes[stop]), is_kept=True)
                 for stop in sorted(kept)
             }
             self._slots = [
-                [_Slot(lane, lane.allocate(size), is_kept=False) for _ in range(count)]
+                [_DeviceSlot(lane, lane.allocate(size), is_kept=False) for _ in range(count)]
                 for number, (lane, count) in enumerate(zip(lanes, num_slots, strict=True))
                 for size in [
                     max((s for i, s in enumerate(sizes) if homes[i] == number and i not in kept), default=0)
@@ -153,7 +153,7 @@ class DeviceStops:
 
     # What follows runs with the lock held, down to `_run`.
 
-    def _wait_for(self, stop: int) -> _Slot:
+    def _wait_for(self, stop: int) -> _DeviceSlot:
         while True:
             if self._closing:
                 raise RideError("the model was closed")
@@ -168,12 +168,12 @@ class DeviceStops:
                 raise error
             self._changed.wait()
 
-    def _find(self, stop: int) -> _Slot | None:
+    def _find(self, stop: int) -> _DeviceSlot | None:
         if stop in self._kept:
             return self._kept[stop]
         return next((slot for slot in self._slots[self._homes[stop]] if slot.stop == stop), None)
 
-    def _next(self) -> tuple[int, _Slot, list[int]] | None:
+    def _next(self) -> tuple[int, _DeviceSlot, list[int]] | None:
         """Return the next stop to be copied, its place, and those to be copied after it."""
         missing = [stop for stop in self._wanted if not self._is_there(stop) and stop not in self._errors]
         for place, stop in enumerate(missing):
@@ -186,12 +186,12 @@ class DeviceStops:
         found = self._find(stop)
         return found is not None and found.is_there
 
-    def _place_for(self, stop: int) -> _Slot | None:
+    def _place_for(self, stop: int) -> _DeviceSlot | None:
         """Return where a stop is to be copied: over what is wanted last, if that is later than this one."""
         if stop in self._kept:
             return self._kept[stop]
 
-        def next_use(slot: _Slot) -> int:
+        def next_use(slot: _DeviceSlot) -> int:
             if slot.stop is None or slot.stop not in self._wanted:
                 return len(self._wanted)
             return self._wanted.index(slot.stop)
@@ -222,7 +222,7 @@ class DeviceStops:
                 self._failure = caught
                 self._changed.notify_all()
 
-    def _wait_for_work(self) -> tuple[int, _Slot, list[int]] | None:
+    def _wait_for_work(self) -> tuple[int, _DeviceSlot, list[int]] | None:
         with self._changed:
             while not self._closing:
                 work = self._next()
@@ -233,7 +233,7 @@ class DeviceStops:
                 self._changed.wait()
         return None
 
-    def _copy(self, stop: int, slot: _Slot, following: Sequence[int]) -> None:
+    def _copy(self, stop: int, slot: _DeviceSlot, following: Sequence[int]) -> None:
         lane = slot.lane
         with self._stops.visit(stop, following) as stored:
             lane.copy_after(slot.computed)
@@ -248,7 +248,7 @@ class DeviceStops:
                 lane.wait(lane.copied())
 
 
-def _copy_into(memory: Tensor, stored: Weights, lane: Lane) -> dict[str, Tensor]:
+def _copy_into(memory: Tensor, stored: Weights, lane: Device) -> dict[str, Tensor]:
     """Queue copies of tensors, one behind the other, into memory on a device; return them there."""
     weights: dict[str, Tensor] = {}
     start = 0

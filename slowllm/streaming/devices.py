@@ -27,10 +27,10 @@ RESERVE_BYTES = 256 * MIB
 PORTABLE = 1
 
 # A place in a queue, in whatever form the lane has it; None where there is nothing to wait for.
-Mark = Any
+Event = Any
 
 
-class Lane(Protocol):
+class Device(Protocol):
     """One device, as `DeviceStops` needs it.
 
     Attributes:
@@ -60,19 +60,19 @@ class Lane(Protocol):
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy from the host, behind those before it. `source` must stay until it has ended."""
 
-    def copied(self) -> Mark:
+    def copied(self) -> Event:
         """Return a mark behind all copies so far."""
 
-    def computed(self) -> Mark:
+    def computed(self) -> Event:
         """Return a mark behind what the calling thread has had computed so far."""
 
-    def copy_after(self, mark: Mark) -> None:
+    def copy_after(self, mark: Event) -> None:
         """Let copies that are queued from here on wait for a mark."""
 
-    def compute_after(self, mark: Mark) -> None:
+    def compute_after(self, mark: Event) -> None:
         """Let what the calling thread has computed from here on wait for a mark."""
 
-    def wait(self, mark: Mark) -> None:
+    def wait(self, mark: Event) -> None:
         """Wait for a mark."""
 
 
@@ -85,39 +85,39 @@ class HostLane:
         self._num_bytes = num_bytes
 
     def free_bytes(self) -> int:
-        """See `Lane`."""
+        """See `Device`."""
         return self._num_bytes
 
     def total_bytes(self) -> int:
-        """See `Lane`."""
+        """See `Device`."""
         return self._num_bytes
 
     def multiplies_integers(self) -> bool:
-        """See `Lane`."""
+        """See `Device`."""
         return True
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """See `Lane`."""
+        """See `Device`."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """See `Lane`."""
+        """See `Device`."""
         target.copy_(source)
 
-    def copied(self) -> Mark:
-        """See `Lane`."""
+    def copied(self) -> Event:
+        """See `Device`."""
 
-    def computed(self) -> Mark:
-        """See `Lane`."""
+    def computed(self) -> Event:
+        """See `Device`."""
 
-    def copy_after(self, mark: Mark) -> None:
-        """See `Lane`."""
+    def copy_after(self, mark: Event) -> None:
+        """See `Device`."""
 
-    def compute_after(self, mark: Mark) -> None:
-        """See `Lane`."""
+    def compute_after(self, mark: Event) -> None:
+        """See `Device`."""
 
-    def wait(self, mark: Mark) -> None:
-        """See `Lane`."""
+    def wait(self, mark: Event) -> None:
+        """See `Device`."""
 
 
 class CudaLane:
@@ -134,21 +134,21 @@ class CudaLane:
         self.generator = torch.cuda.default_generators[device.index]
 
     def multiplies_integers(self) -> bool:
-        """See `Lane`; cuBLAS has them from compute capability 7.5 on."""
+        """See `Device`; cuBLAS has them from compute capability 7.5 on."""
         return bool(torch.cuda.get_device_capability(self.device) >= (7, 5))
 
     def free_bytes(self) -> int:
-        """See `Lane`; what torch holds of it unused counts as free."""
+        """See `Device`; what torch holds of it unused counts as free."""
         free, _ = torch.cuda.mem_get_info(self.device)
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return int(free + unused)
 
     def total_bytes(self) -> int:
-        """See `Lane`."""
+        """See `Device`."""
         return int(torch.cuda.mem_get_info(self.device)[1])
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """See `Lane`."""
+        """See `Device`."""
         try:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:
@@ -158,30 +158,30 @@ class CudaLane:
             ) from error
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """See `Lane`."""
+        """See `Device`."""
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
-    def copied(self) -> Mark:
-        """See `Lane`."""
+    def copied(self) -> Event:
+        """See `Device`."""
         return self._mark(self._stream)
 
-    def computed(self) -> Mark:
-        """See `Lane`."""
+    def computed(self) -> Event:
+        """See `Device`."""
         return self._mark(torch.cuda.current_stream(self.device))
 
-    def copy_after(self, mark: Mark) -> None:
-        """See `Lane`."""
+    def copy_after(self, mark: Event) -> None:
+        """See `Device`."""
         if mark is not None:
             self._stream.wait_event(mark)
 
-    def compute_after(self, mark: Mark) -> None:
-        """See `Lane`."""
+    def compute_after(self, mark: Event) -> None:
+        """See `Device`."""
         if mark is not None:
             torch.cuda.current_stream(self.device).wait_event(mark)
 
-    def wait(self, mark: Mark) -> None:
-        """See `Lane`."""
+    def wait(self, mark: Event) -> None:
+        """See `Device`."""
         if mark is not None:
             mark.synchronize()
 
@@ -192,7 +192,7 @@ class CudaLane:
         return event
 
 
-def open_lanes(names: Sequence[str]) -> list[Lane]:
+def open_lanes(names: Sequence[str]) -> list[Device]:
     """Return the lanes of devices, from `options.parse_devices`; none for the processor.
 
     Raises:
@@ -211,7 +211,7 @@ def open_lanes(names: Sequence[str]) -> list[Lane]:
     return [CudaLane(torch.device(name)) for name in names]
 
 
-def allowed_bytes(lane: Lane, vram_bytes: int | None) -> int:
+def allowed_bytes(lane: Device, vram_bytes: int | None) -> int:
     """Return the budget on a device: what was given, or what is free there less a reserve.
 
     Raises:

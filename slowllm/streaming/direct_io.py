@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slowllm.storage.checkpoint import open_shard, refuse_short
+from slowllm.storage.shard import open_shard, refuse_short
 from slowllm.storage.spans import Span
 from slowllm.streaming.buffers import PAGE
 

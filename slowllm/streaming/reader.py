@@ -23,21 +23,20 @@ import torch
 from torch import Tensor
 
 from slowllm.errors import RideError
-from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.spans import Placement, Run, Span
-from slowllm.streaming.buffers import PAGE, Buffer
+from slowllm.streaming.buffers import PAGE, Buffer, page_up
 from slowllm.streaming.direct_io import Files
+from slowllm.streaming.read_requests import in_file_order
 from slowllm.streaming.stops import Weights
 
 log = logging.getLogger(__name__)
 
+
 LARGE_BYTES = 1 << 18
+
+
 # How long closing waits for the reads under way, all together. From a network disk that is gone none returns.
 CLOSE_PATIENCE_SECONDS = 5.0
-
-
-def _up(num_bytes: int) -> int:
-    return -(-num_bytes // PAGE) * PAGE
 
 
 def _lead(placement: Placement) -> int:
@@ -56,7 +55,7 @@ def ring_bytes_of(placement: Placement) -> int:
     Where it is large, as many wherever it begins in a page, so that tensors of one size fit in each other's places.
     """
     is_large = placement.num_bytes >= LARGE_BYTES
-    return _up(placement.num_bytes + (PAGE - 1 if is_large else _lead(placement)))
+    return page_up(placement.num_bytes + (PAGE - 1 if is_large else _lead(placement)))
 
 
 def smallest_ring(stops: Sequence[Sequence[Placement]]) -> int:
@@ -92,7 +91,7 @@ class _Request:
     Of these, `needed` must arrive; the last page of a file may be short.
     """
 
-    slot: _Slot
+    slot: _LoadedStop
     span: Span
     begin: int
     end: int
@@ -103,7 +102,7 @@ class _Request:
 
 
 @dataclass
-class _Slot:
+class _LoadedStop:
     """A stop in memory, or on its way there."""
 
     stop: int
@@ -127,9 +126,9 @@ class _Ring:
     def __init__(self, num_bytes: int) -> None:
         self.buffer = Buffer(num_bytes)
         self.num_bytes = num_bytes
-        self.extents: deque[tuple[int, int, _Slot]] = deque()
+        self.extents: deque[tuple[int, int, _LoadedStop]] = deque()
 
-    def allocate(self, num_bytes: int, slot: _Slot) -> np.ndarray | None:
+    def allocate(self, num_bytes: int, slot: _LoadedStop) -> np.ndarray | None:
         if not num_bytes:  # an extent of no bytes would look like a full circle
             return self.buffer.bytes[:0]
         start = self._fit(num_bytes)
@@ -178,16 +177,16 @@ class Reader:
         assert ring_bytes >= smallest_ring(streamed), "the ring cannot hold the largest stop"
         self.stats = ReadStats()
         self.num_stops = len(stops)
-        self._stops = [_in_file_order(stop) for stop in stops]
+        self._stops = [in_file_order(stop) for stop in stops]
         self._resident = resident
-        self._request_bytes = _up(request_bytes)
+        self._request_bytes = page_up(request_bytes)
         self._poison = poison
         self._stop_bytes = [sum(map(ring_bytes_of, stop)) for stop in stops]
         self._ring = _Ring(ring_bytes)
         kept_bytes = [self._stop_bytes[index] for index in sorted(resident)]
         self._homes = dict(zip(sorted(resident), itertools.accumulate(kept_bytes, initial=0), strict=False))
         self._kept = Buffer(sum(kept_bytes))
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, _LoadedStop] = {}
         self._wanted: list[int] = []
         self._upcoming: list[int] = []
         self._started_over: set[int] = set()
@@ -296,7 +295,7 @@ class Reader:
 
     # What follows runs with the lock held, down to `_work`.
 
-    def _forget(self, slot: _Slot) -> None:
+    def _forget(self, slot: _LoadedStop) -> None:
         """Give a stop up. Its extents leave the ring when they are the oldest and no read is under way."""
         slot.unplaced.clear()
         slot.requests.clear()
@@ -307,7 +306,7 @@ class Reader:
         for stop in self._wanted:
             slot = self._slots.get(stop)
             if slot is None:
-                slot = _Slot(stop, stop in self._resident, deque(self._stops[stop]))
+                slot = _LoadedStop(stop, stop in self._resident, deque(self._stops[stop]))
                 self._slots[stop] = slot
                 if slot.ready:  # a stop without weights of its own
                     self._changed.notify_all()
@@ -322,7 +321,7 @@ class Reader:
                 return slot.requests.popleft()
         return None
 
-    def _place(self, slot: _Slot) -> bool:
+    def _place(self, slot: _LoadedStop) -> bool:
         """Give the slot's next tensor a place in memory; return False where there is none yet."""
         placement = slot.unplaced[0]
         num_bytes = ring_bytes_of(placement)
@@ -361,7 +360,7 @@ class Reader:
             has_trimmed = True
         return has_trimmed
 
-    def _reuse(self, num_bytes: int, newcomer: _Slot) -> np.ndarray | None:
+    def _reuse(self, num_bytes: int, newcomer: _LoadedStop) -> np.ndarray | None:
         """Give the newcomer the place of a tensor that nobody waits for any more, in the middle of the circle.
 
         Only where it fits well: what is left over of the place is lost until the circle comes round.
@@ -378,11 +377,11 @@ class Reader:
             return self._ring.buffer.bytes[start : start + num_bytes]
         return None
 
-    def _is_done_with(self, slot: _Slot) -> bool:
+    def _is_done_with(self, slot: _LoadedStop) -> bool:
         is_known = self._slots.get(slot.stop) is slot
         return not (slot.held or slot.num_in_flight or (is_known and slot.stop in self._wanted))
 
-    def _drop_oldest(self, newcomer: _Slot) -> bool:
+    def _drop_oldest(self, newcomer: _LoadedStop) -> bool:
         oldest = self._ring.extents[0][2]
         if oldest is newcomer:
             # Its places in the middle of the circle may be what it is hemmed in by, so it takes none again.
@@ -402,7 +401,7 @@ class Reader:
             self._ring.extents.popleft()
         return oldest is not newcomer
 
-    def _is_needed(self, slot: _Slot, newcomer: _Slot) -> bool:
+    def _is_needed(self, slot: _LoadedStop, newcomer: _LoadedStop) -> bool:
         """Whether a slot must stay because it is held, or wanted sooner than the newcomer, or soon after it."""
         if slot.held:
             return True
@@ -415,7 +414,7 @@ class Reader:
         # than to let the newcomer, whom nobody waits for yet, begin when the stop that is held has been passed.
         return own > 0 and slot.ready and self._can_stay(slot, newcomer)
 
-    def _can_stay(self, slot: _Slot, newcomer: _Slot) -> bool:
+    def _can_stay(self, slot: _LoadedStop, newcomer: _LoadedStop) -> bool:
         """Whether a slot fits beside the newcomer, and what is to be read before it is wanted fits in the ring."""
         later = self._upcoming
         if slot.stop not in later or newcomer.stop not in later:
@@ -433,7 +432,7 @@ class Reader:
         return stop in self._slots and self._slots[stop].ready
 
     def _requests(
-        self, slot: _Slot, placement: Placement, region: np.ndarray, lead: int
+        self, slot: _LoadedStop, placement: Placement, region: np.ndarray, lead: int
     ) -> Iterator[_Request]:
         for number, run in enumerate(placement.runs):
             begin = run.span.offset + run.source
@@ -444,8 +443,8 @@ class Reader:
                 continue
             # Pages at the edges also hold the bytes of other tensors. They may be written around the first and
             # the last byte of this one, which has whole pages to itself, but not over its neighbouring runs.
-            low = begin // PAGE * PAGE if first else _up(begin)
-            high = _up(end) if last else end // PAGE * PAGE
+            low = begin // PAGE * PAGE if first else page_up(begin)
+            high = page_up(end) if last else end // PAGE * PAGE
             if low >= high:
                 yield from self._cut(slot, run, region, shift, begin, end, bounce=True)
                 continue
@@ -456,7 +455,15 @@ class Reader:
                 yield from self._cut(slot, run, region, shift, high, end, bounce=True)
 
     def _cut(
-        self, slot: _Slot, run: Run, region: np.ndarray, shift: int, begin: int, end: int, *, bounce: bool
+        self,
+        slot: _LoadedStop,
+        run: Run,
+        region: np.ndarray,
+        shift: int,
+        begin: int,
+        end: int,
+        *,
+        bounce: bool,
     ) -> Iterator[_Request]:
         run_begin = run.span.offset + run.source
         for low in range(begin, end, self._request_bytes):
@@ -516,48 +523,6 @@ class Reader:
             self._files.read(request.span, request.begin, target, request.needed)
             return
         skip = request.begin % PAGE
-        view = bounce[: _up(skip + length)]
+        view = bounce[: page_up(skip + length)]
         self._files.read(request.span, request.begin - skip, view, skip + length)
         np.copyto(target, view[skip : skip + length])
-
-
-def _in_file_order(stop: Sequence[Placement]) -> list[Placement]:
-    return sorted(
-        stop, key=lambda p: (str(p.runs[0].span.path), p.runs[0].span.offset) if p.runs else ("", 0)
-    )
-
-
-class MappedStops:
-    """Serve stops from memory maps: for a model that fits the budget, no copies and no reads of our own.
-
-    What no map can hold (fused experts, tensors at odd addresses) is read once, at the first visit.
-
-    A shard that is cut short is refused at the next visit. Cut during one, it ends the process (SIGBUS).
-    """
-
-    def __init__(self, checkpoint: Checkpoint, stops: Sequence[Sequence[Placement]]) -> None:
-        self.num_stops = len(stops)
-        self._checkpoint, self._stops = checkpoint, stops
-        self._mapped: list[dict[str, Tensor]] = []
-        rest: list[list[Placement]] = []
-        for stop in stops:
-            tensors = {p.name: checkpoint.mapped(p) for p in stop}
-            self._mapped.append({name: tensor for name, tensor in tensors.items() if tensor is not None})
-            rest.append([p for p in stop if tensors[p.name] is None])
-        resident = frozenset(range(len(stops)))
-        self._rest = Reader(rest, ring_bytes=PAGE, resident=resident, num_threads=4 if any(rest) else 1)
-        self.stats = self._rest.stats
-
-    @contextlib.contextmanager
-    def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
-        """Hold a stop; see `Reader.visit`."""
-        mapped = self._mapped  # before the rest is asked, which refuses once they are let go
-        with self._rest.visit(stop, upcoming) as rest:
-            for placement in self._stops[stop]:
-                self._checkpoint.check_length(placement)
-            yield {**mapped[stop], **rest}
-
-    def close(self) -> None:
-        """Let go of the maps."""
-        self._rest.close()
-        self._mapped = []

@@ -5,46 +5,28 @@ Knows no weights and starts no thread; the carousel does.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from slowllm.streaming.hints import reach
 from slowllm.streaming.rng_state import RandomState
 from slowllm.streaming.stops import Direction, Weights
+from slowllm.streaming.thread_context import as_here
 
 Work = Callable[[Weights], Any]
-Job = Callable[[], Any]
+
+
+RiderJob = Callable[[], Any]
+
 
 # A stream runs at most this many times `max_riders` ahead of its consumer. One would leave seats empty behind a
 # rider that takes long; without a limit, results would pile up behind it, or behind a consumer that pauses.
 MAX_AHEAD = 4
-
-
-@dataclass(frozen=True)
-class Reach:
-    """Where a thread will go: a hint for the reader, which would else read what nobody waits for.
-
-    Attributes:
-        first: the lowest stop that it comes to, but for a first visit to those below.
-        end: the number of stops from 0 that it comes to on the way up; None for all.
-        turn: the number of stops from 0 that it comes to again on the way down, where it comes down; None for all.
-        again: whether it, or another after it, goes up again when it has come down.
-    """
-
-    first: int = 0
-    end: int | None = None
-    turn: int | None = None
-    again: bool = True
-
-
-reach: ContextVar[Reach] = ContextVar("reach", default=Reach())  # noqa: B039 (frozen)
 
 
 @dataclass(frozen=True)
@@ -67,50 +49,6 @@ class Sized:
         return self.job()
 
 
-@dataclass(frozen=True)
-class Autocast:
-    """How autocast is set for one kind of device."""
-
-    kind: str
-    enabled: bool
-    dtype: torch.dtype
-
-    def again(self, cache_enabled: bool | None = None) -> torch.autocast:
-        """Return a context in which it is so."""
-        return torch.autocast(self.kind, self.dtype, self.enabled, cache_enabled)
-
-
-def autocast_here() -> list[Autocast]:
-    """Return how autocast is set for this thread, for the processor and for GPUs where they are in use."""
-    kinds = ["cpu"]
-    if torch.cuda.is_initialized():
-        kinds.append("cuda")
-    return [Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
-
-
-def as_here() -> Callable[..., Any]:
-    """Return a function that runs work, in whatever thread, with what torch and Python keep for this one.
-
-    A backward pass inside that work runs in the same thread as well. Autograd has one thread for each GPU, which all
-    callers share: a block that is computed again within a backward pass would wait there for itself.
-    """
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocasts, cache = autocast_here(), torch.is_autocast_cache_enabled()
-    context = contextvars.copy_context()
-
-    def run(work: Callable[..., Any], *args: Any) -> Any:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for autocast in autocasts:
-                stack.enter_context(autocast.again(cache))
-            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            # A copy: all riders of a party start from one context, and none may see what another sets.
-            return context.copy().run(work, *args)
-
-    return run
-
-
 class Visit:
     """One thread's wait for a stop, and what came of it."""
 
@@ -131,7 +69,7 @@ class Visit:
 class Rider:
     """One job of a party, the thread it runs in, and what came of it."""
 
-    def __init__(self, party: Party, order: int, job: Job, random_state: RandomState) -> None:
+    def __init__(self, party: Party, order: int, job: RiderJob, random_state: RandomState) -> None:
         self.party, self.index, self.order = party, party.num_boarded, order
         self.job, self.random_state = job, random_state
         self.num_tokens = job.num_tokens if isinstance(job, Sized) else 0
@@ -144,7 +82,7 @@ class Party:
     """The riders of one `ride` or `stream`; those that have ended wait for their turn to be taken."""
 
     def __init__(
-        self, jobs: Iterator[Job], max_riders: int, is_stream: bool, max_tokens: float = math.inf
+        self, jobs: Iterator[RiderJob], max_riders: int, is_stream: bool, max_tokens: float = math.inf
     ) -> None:
         self.jobs, self.max_riders, self.is_stream = jobs, max_riders, is_stream
         self.max_tokens = max_tokens
@@ -152,7 +90,7 @@ class Party:
         self.random_state: RandomState
         self.seeds: torch.Generator
         # Drawn one ahead of need: whether more will come is then known.
-        self.drawn: list[Job] = []
+        self.drawn: list[RiderJob] = []
         self.exhausted = self.cancelled = False
         self.error: BaseException | None = None
         self.num_boarded = self.num_taken = 0

@@ -11,7 +11,7 @@ from torch import Tensor
 RandomState = tuple[Tensor, ...]
 
 
-class Dice:
+class SharedGenerators:
     """The generators from which sampling draws.
 
     Args:

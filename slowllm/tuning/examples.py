@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError
-from slowllm.inference.scoring import TextSide, encode_pair, leading_ids, max_line_tokens, prefix_id
+from slowllm.inference.text import TextSide, encode_pair, leading_ids, max_line_tokens, prefix_id
 
-Row = str | Mapping[str, Any]
+RawExample = str | Mapping[str, Any]
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines")
 
 
@@ -74,8 +74,8 @@ class Task:
 def make_task(
     side: TextSide,
     name: str,
-    train: Iterable[Row],
-    validation: Iterable[Row] = (),
+    train: Iterable[RawExample],
+    validation: Iterable[RawExample] = (),
     *,
     labels: Sequence[str] = (),
     num_tokens: int = 0,
@@ -136,7 +136,7 @@ def _label_ids(
 
 
 def _encoded(
-    side: TextSide, name: str, rows: Iterable[Row], labels: tuple[str, ...], limit: int
+    side: TextSide, name: str, rows: Iterable[RawExample], labels: tuple[str, ...], limit: int
 ) -> Iterator[Example]:
     leading = leading_ids(side.tokenizer)
     vocabulary = side.config.get_text_config().vocab_size
@@ -166,7 +166,7 @@ def _encoded(
         yield example
 
 
-def _parts(where: str, row: Row, labels: tuple[str, ...]) -> tuple[str | None, str, int | None]:
+def _parts(where: str, row: RawExample, labels: tuple[str, ...]) -> tuple[str | None, str, int | None]:
     """Return prompt (None for a text), answer and index of the label of a row."""
     if isinstance(row, str):
         row = {"text": row}
@@ -226,7 +226,7 @@ def _refuse_surrogates(what: str, text: str) -> None:
         raise InputError(f"{what} cannot be encoded as UTF-8 ({error.reason})") from error
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+def read_rows(path: str | os.PathLike[str]) -> list[RawExample]:
     """Return the examples of a file: JSON Lines where its name ends in .jsonl or the like, else a text a line.
 
     Raises:
@@ -237,7 +237,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
-    rows: list[Row] = []
+    rows: list[RawExample] = []
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not raw.strip():
             continue
@@ -294,7 +294,7 @@ def _name_of(data: Any) -> str:
     return Path(data).stem if isinstance(data, str | os.PathLike) else "data"
 
 
-def _rows(data: Any) -> Sequence[Row]:
+def _rows(data: Any) -> Sequence[RawExample]:
     if isinstance(data, str | os.PathLike):
         return read_rows(data)
     if not isinstance(data, Sequence):

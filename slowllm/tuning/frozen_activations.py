@@ -18,7 +18,7 @@ from torch import Tensor
 from slowllm.errors import StateError
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Ends a forward pass behind the trunk."""
 
 
@@ -37,11 +37,11 @@ class Filling:
         """Keep the output of the last block.
 
         Raises:
-            Enough: it was the last.
+            StopForward: it was the last.
         """
         if block == self.num_frozen - 1:
             self.output = output
-            raise Enough
+            raise StopForward
 
     def sums_of(self, chunk: int) -> tuple[Tensor, ...]:
         """Return nothing: the head is not come to."""
@@ -72,7 +72,7 @@ class Frozen:
         """Do nothing."""
 
 
-class Trunk:
+class FrozenActivations:
     """The output of a trunk for rows of tokens.
 
     Args:

@@ -6,56 +6,25 @@ Each function named after a rider runs as one, and returns what it found; the nu
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
-from slowllm.errors import InputError, NonFiniteError, SlowLLMError, TuningError
-from slowllm.modeling.head import last_hidden
+from slowllm.errors import NonFiniteError, SlowLLMError, TuningError
 from slowllm.modeling.losses import choice_logits, token_losses
 from slowllm.modeling.soft_prompts import SoftPrompt
-from slowllm.runtime.state import journal
 from slowllm.runtime.streamed_lm import StreamedLM
-from slowllm.streaming.riders import Reach, reach
+from slowllm.streaming.hints import Reach, reach
+from slowllm.streaming.journal import journal
 from slowllm.tuning.examples import Example, Task
-from slowllm.tuning.frozen_activations import Enough, Filling, Trunk
-from slowllm.tuning.trial import Recipe, Trial
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a trial's task.
-
-    Attributes:
-        example: what is passed.
-        number: under which the trunk knows it.
-    """
-
-    example: Example
-    number: int
-
-
-def all_rows(task: Task) -> list[Example]:
-    """Return all rows that a task's examples make: those learned, then those judged."""
-    return [*task.train, *(row.example for row in validation_rows(task))]
-
-
-def validation_rows(task: Task) -> list[Row]:
-    """Return the rows by which a prompt is judged: each example, or each with every label that is not one token."""
-    rows: list[Example] = []
-    for example in task.validation:
-        if task.labels and not task.compares:
-            rows += [replace(example, answer=ids, label=n) for n, ids in enumerate(task.label_ids)]
-        else:
-            rows.append(example)
-    return [Row(row, len(task.train) + n) for n, row in enumerate(rows)]
+from slowllm.tuning.frozen_activations import Filling, FrozenActivations, StopForward
+from slowllm.tuning.rows import NumberedExample
+from slowllm.tuning.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -87,7 +56,12 @@ def _inputs_of(prompt: SoftPrompt, rows: Sequence[Example]) -> tuple[Tensor, Ten
 
 
 def learn_rider(
-    lm: StreamedLM, trial: Trial, rows: Sequence[Row], total: int, trunk: Trunk | None, hint: Reach
+    lm: StreamedLM,
+    trial: Trial,
+    rows: Sequence[NumberedExample],
+    total: int,
+    trunk: FrozenActivations | None,
+    hint: Reach,
 ) -> Learned | SlowLLMError:
     """Pass a micro-batch up and down; return its part of the loss and of the gradient, or what is wrong with it."""
     reach.set(hint)
@@ -108,9 +82,9 @@ def learn_rider(
 def judge_rider(
     lm: StreamedLM,
     trial: Trial,
-    rows: Sequence[Row],
+    rows: Sequence[NumberedExample],
     numbers: Sequence[int],
-    trunk: Trunk | None,
+    trunk: FrozenActivations | None,
     hint: Reach,
 ) -> tuple[Sequence[int], list[float], list[int]] | SlowLLMError:
     """Pass a micro-batch up; return the numbers of its rows, their losses, and the likeliest label of each."""
@@ -126,7 +100,11 @@ def judge_rider(
 
 
 def _losses(
-    lm: StreamedLM, prompt: SoftPrompt, task: Task, rows: Sequence[Row], trunk: Trunk | None
+    lm: StreamedLM,
+    prompt: SoftPrompt,
+    task: Task,
+    rows: Sequence[NumberedExample],
+    trunk: FrozenActivations | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss (B,) of each row, summed over its answer, and where labels are compared the likeliest (B,)."""
     examples = [row.example for row in rows]
@@ -194,79 +172,6 @@ def fill_rider(lm: StreamedLM, prompt: SoftPrompt, rows: Sequence[Example], num_
     filling = Filling(num_blocks)
     journal.set(filling)
     ids, mask = _inputs_of(prompt, rows)
-    with torch.no_grad(), contextlib.suppress(Enough), prompt.applied(lm.model, ids, mask) as inputs:
+    with torch.no_grad(), contextlib.suppress(StopForward), prompt.applied(lm.model, ids, mask) as inputs:
         lm.model(**{"use_cache": False, **inputs})
     return filling.output
-
-
-def starts_of(lm: StreamedLM, recipes: Sequence[Recipe], first: int) -> list[SoftPrompt]:
-    """Return where each trial begins; keys and values of prefixes take one sweep for all of them."""
-    ids = [_first_ids(lm, recipe) for recipe in recipes]
-    jobs = [
-        functools.partial(_pairs_rider, lm, found)
-        for recipe, found in zip(recipes, ids, strict=True)
-        if recipe.kind == "prefix"
-    ]
-    pairs = iter(lm.ride(jobs) if jobs else [])
-    width, num_blocks = int(lm.config.get_text_config().hidden_size), len(lm.layout.blocks)
-    starts = []
-    for recipe, found in zip(recipes, ids, strict=True):
-        if recipe.kind == "prefix":
-            starts.append(above(_spread_alike(SoftPrompt("prefix", pairs=next(pairs)), recipe), first))
-            continue
-        with torch.no_grad():
-            rows = lm.model.get_input_embeddings()(found).float().cpu()
-        vectors: tuple[Tensor, ...] = ()
-        if recipe.kind == "deep":
-            vectors = tuple(torch.zeros(recipe.num_tokens, width) for _ in range(num_blocks))
-        starts.append(above(_spread_alike(SoftPrompt(recipe.kind, rows, vectors), recipe), first))
-    return starts
-
-
-def above(start: SoftPrompt, first: int) -> SoftPrompt:
-    """Take away the vectors of blocks that are not tuned."""
-    return replace(start, vectors=(*[None] * min(first, len(start.vectors)), *start.vectors[first:]))
-
-
-def _first_ids(lm: StreamedLM, recipe: Recipe) -> Tensor:
-    """Return the tokens (P,) whose embeddings a prompt begins with."""
-    if recipe.init == "text":
-        found = lm.tokenizer(recipe.init_text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not found:
-            raise InputError(f"the tokenizer makes no tokens of init_text {recipe.init_text!r}")
-        repeated = -(-recipe.num_tokens // len(found)) * list(found)
-        return torch.tensor(repeated[: recipe.num_tokens])
-    dice = torch.Generator("cpu").manual_seed(recipe.seed)
-    return torch.randint(int(lm.config.get_text_config().vocab_size), (recipe.num_tokens,), generator=dice)
-
-
-def _pairs_rider(lm: StreamedLM, ids: Tensor) -> tuple[Tensor, ...]:
-    cache = DynamicCache(config=lm.model.config.get_text_config())
-    # The head has no keys and values.
-    reach.set(Reach(end=len(lm.layout.blocks)))
-    with torch.no_grad():
-        last_hidden(lm.model, {"input_ids": ids[None], "past_key_values": cache, "use_cache": True})
-    pairs = []
-    for layer in cache.layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or keys.shape != values.shape or keys.shape[2] != len(ids):
-            raise InputError(
-                "this model does not keep keys and values of one shape for every token, so it takes no prefix; use a "
-                "shallow or deep prompt"
-            )
-        pairs.append(torch.stack([keys[0], values[0]]).float().cpu())
-    return tuple(pairs)
-
-
-def _spread_alike(start: SoftPrompt, recipe: Recipe) -> SoftPrompt:
-    """Replace the numbers of a start by random ones of their mean and spread, where the recipe says so."""
-    if recipe.init != "random":
-        return start
-    dice = torch.Generator("cpu").manual_seed(recipe.seed)
-
-    def drawn(tensor: Tensor) -> Tensor:
-        return tensor.mean() + tensor.std() * torch.randn(tensor.shape, generator=dice)
-
-    embeddings = None if start.embeddings is None else drawn(start.embeddings)
-    pairs = tuple(torch.stack([drawn(side) for side in pair]) for pair in start.pairs)
-    return replace(start, embeddings=embeddings, pairs=pairs)

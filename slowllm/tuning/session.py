@@ -14,9 +14,8 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,49 +26,47 @@ import transformers
 from torch import Tensor
 
 from slowllm.errors import InputError, PlanError, SlowLLMError, StateError, TuningError
-from slowllm.inference.prefix_sharing import pack
-from slowllm.modeling.skeleton import computed_by
 from slowllm.modeling.soft_prompt_files import check_folder, save_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.options import format_bytes, parse_bytes, parse_dtype
-from slowllm.planning.forecast import Job
-from slowllm.planning.host_plan import Budget
+from slowllm.planning.budget import Budget
+from slowllm.planning.job import Job
+from slowllm.planning.packing import pack
+from slowllm.runtime.description import ModelInfo
+from slowllm.runtime.load import open_model
+from slowllm.runtime.rates import quick_rates
+from slowllm.runtime.run_identity import computed_by
 from slowllm.runtime.state import State, read_job
-from slowllm.runtime.streamed_lm import Description, StreamedLM, load
-from slowllm.runtime.survey import quick_rates
-from slowllm.streaming.riders import Reach, Sized
-from slowllm.tuning.examples import Example, Task, make_tasks
-from slowllm.tuning.examples import Row as Text
-from slowllm.tuning.frozen_activations import Trunk
-from slowllm.tuning.passes import (
-    Row,
-    above,
-    all_rows,
-    fill_rider,
-    judge_rider,
-    judgement,
-    learn_rider,
-    starts_of,
-    validation_rows,
-)
-from slowllm.tuning.trial import Recipe, Trial, make_trials, restored_start
+from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.streaming.hints import Reach
+from slowllm.streaming.riders import Sized
+from slowllm.tuning.examples import Example, Task
+from slowllm.tuning.frozen_activations import FrozenActivations
+from slowllm.tuning.initialization import above, starts_of
+from slowllm.tuning.passes import fill_rider, judge_rider, judgement, learn_rider
+from slowllm.tuning.recipe import Recipe
+from slowllm.tuning.rows import NumberedExample, all_rows, validation_rows
+from slowllm.tuning.step_jobs import PADDING_TOKENS, RIDER_TOKENS, TRIAL_COPIES
+from slowllm.tuning.trial import Trial, restored_start
 from slowllm.version import __version__
 
 log = logging.getLogger(__name__)
 
+
 MAX_RIDERS = 256
+
+
 # What a trunk may take of the budget before it goes to a file.
 TRUNK_SHARE = 0.125
-# Tokens of a micro-batch: as many as reach the processor's rate, or fewer where memory is short.
-RIDER_TOKENS = (512, 256, 128, 64)
-PADDING_TOKENS = 64
-# What a trial holds of each of its numbers: itself, where it began, the last good one, two of AdamW, and while a step
-# ends the copies of riders, gradients, and what goes to the state.
-TRIAL_COPIES = 12
+
+
 # How long the prompts in the folder of results may be behind.
 SAVE_SECONDS = 30.0
 
+
 Record = dict[str, Any]
+
+
 # Called with a model, what it was planned for, in words what for, and the most memory that the process will take.
 OnOpen = Callable[[StreamedLM, Job, str, int], Any]
 
@@ -93,122 +90,12 @@ class Tuned:
     failure: str | None = None
 
 
-def tune(
-    model: str | os.PathLike[str] | Description,
-    data: str | os.PathLike[str] | Sequence[Text] | Mapping[str, Any],
-    validation: str | os.PathLike[str] | Sequence[Text] | Mapping[str, Any] = (),
-    *,
-    labels: Sequence[str] = (),
-    recipes: Recipe | Sequence[Recipe] | None = None,
-    ram: str | int = "16GiB",
-    device: str = "cpu",
-    vram: str | int | None = None,
-    dtype: str = "auto",
-    keep_resident: bool = True,
-    out: str | os.PathLike[str] | None = None,
-    state: str | os.PathLike[str] | None = None,
-    on_open: OnOpen | None = None,
-    on_record: Callable[[Record], Any] | None = None,
-    **settings: Any,
-) -> list[Tuned]:
-    """Tune one soft prompt or several, all of them in the same sweeps, and return them.
-
-    Args:
-        model: as for `load`.
-        data: a file (see `examples.read_rows`), or examples (see `examples.make_task`); or several of these by name,
-            each of which is a task of its own.
-        validation: as `data`; the prompt that does best on it is kept.
-        labels: words of which one follows each example, where they do.
-        recipes: one for each trial; by default one, of `settings`.
-        ram: budget for the whole process, such as ``16GiB``.
-        device: where blocks are computed; see `load`. Prompts and their optimizer stay on the processor.
-        vram: budget on each GPU; see `load`.
-        dtype: compute dtype; see `load`. Prompts are always float32.
-        keep_resident: whether stops that fit the budget stay in memory.
-        out: folder for the prompts, and a folder in it for each trial where there are several.
-        state: folder that keeps what is done: the same call goes on after a kill, with the same numbers.
-        on_open: called before each phase; see `OnOpen`.
-        on_record: called with each step and each validation.
-        settings: fields of `Recipe`.
-    Raises:
-        InputError: an example, a setting or a folder cannot be used.
-        PlanError: a step does not fit the budget; the message names the smallest that would do.
-        TuningError: the only trial has diverged; its last good prompt is in `out`.
-        StateError: the state is another run's, or cannot be written.
-    """
-    chosen = _recipes(recipes, settings)
-    known = model if isinstance(model, Description) else Description(model)
-    if known.soft_prompt is not None:
-        raise InputError("the model has a soft prompt already; tune begins with a new one")
-    longest_prompt = max(recipe.num_tokens for recipe in chosen)
-    tasks = make_tasks(known, data, validation, labels, longest_prompt)
-    return tune_tasks(
-        known, tasks, chosen, ram=ram, device=device, vram=vram, dtype=dtype, keep_resident=keep_resident, out=out, state=state,
-        on_open=on_open, on_record=on_record,
-    )  # fmt: skip
-
-
-def tune_tasks(
-    known: Description,
-    tasks: Sequence[Task],
-    recipes: Sequence[Recipe],
-    *,
-    ram: str | int = "16GiB",
-    device: str = "cpu",
-    vram: str | int | None = None,
-    dtype: str = "auto",
-    keep_resident: bool = True,
-    out: str | os.PathLike[str] | None = None,
-    state: str | os.PathLike[str] | None = None,
-    on_open: OnOpen | None = None,
-    on_record: Callable[[Record], Any] | None = None,
-) -> list[Tuned]:
-    """Tune a prompt by every recipe on every task, all in the same sweeps; see `tune`.
-
-    Args:
-        known: the model.
-        tasks: of token ids.
-        recipes: at least one.
-        ram: as for `tune`, like all others.
-    """
-    parse_dtype(dtype)
-    num_blocks = int(known.config.get_text_config().num_hidden_layers)
-    for recipe in recipes:
-        if recipe.top is not None and recipe.top > num_blocks:
-            raise InputError(f"top {recipe.top} is more than the model's {num_blocks} blocks")
-    if len({recipe.top for recipe in recipes}) > 1:
-        raise InputError("all trials of one run must tune as many blocks from the top")
-    plans = list(make_trials(tasks, recipes))
-    if out is not None and state is not None and Path(out).resolve() == Path(state).resolve():
-        raise InputError(f"{out}: cannot be both the folder of the prompt and that of the state; name two")
-    session = _Session(
-        known, plans, ram, (device, vram), dtype, keep_resident,
-        None if out is None else Path(out).expanduser(), None if state is None else Path(state).expanduser(),
-        num_blocks, on_open, on_record,
-    )  # fmt: skip
-    return session.run()
-
-
-def _recipes(recipes: Recipe | Sequence[Recipe] | None, settings: Mapping[str, Any]) -> list[Recipe]:
-    if recipes is not None and settings:
-        raise InputError(f"give recipes or settings, not both ({', '.join(settings)})")
-    if recipes is None:
-        known = list(Recipe.__dataclass_fields__)
-        if wrong := sorted(set(settings) - set(known)):
-            raise InputError(f"no such setting: {', '.join(wrong)}; there are {', '.join(known)}")
-        return [Recipe(**settings)]
-    found = [recipes] if isinstance(recipes, Recipe) else list(recipes)
-    if not found or not all(isinstance(recipe, Recipe) for recipe in found):
-        raise InputError("recipes must be one slowllm.Recipe or more")
-    return found
-
-
-class _Session:
+class Session:
     """One run of `tune`."""
 
     def __init__(
         self,
-        known: Description,
+        known: ModelInfo,
         plans: Sequence[tuple[str, Task, Recipe]],
         ram: str | int,
         device: tuple[str, str | int | None],
@@ -239,7 +126,7 @@ class _Session:
         self.saved_at = (
             -math.inf
         )  # after the first step the folder holds this run's prompt, and no earlier one's
-        self.trunks: dict[str, Trunk] = {}
+        self.trunks: dict[str, FrozenActivations] = {}
         self.trunk_bytes = 0
 
     def run(self) -> list[Tuned]:
@@ -311,7 +198,7 @@ class _Session:
     @contextlib.contextmanager
     def _opened(self, job: Job, what: str, reserved: int) -> Iterator[StreamedLM]:
         used = psutil.Process().memory_info().rss + reserved + self._trial_bytes()
-        with load(
+        with open_model(StreamedLM,
             self.known, ram=Budget(self.ram, used), device=self.device, vram=self.vram, dtype=self.dtype, keep_resident=self.keep_resident, job=job,
             rates=self.rates, granularity="blocks",
         ) as lm:  # fmt: skip
@@ -434,7 +321,7 @@ class _Session:
                 )
             else:
                 self.trunk_bytes += num_bytes
-            trunk = Trunk(self.first, lengths, int(config.hidden_size), lm.model.dtype, path, key)
+            trunk = FrozenActivations(self.first, lengths, int(config.hidden_size), lm.model.dtype, path, key)
             self.trunks[key] = self.trunks[trial.name] = trunk
             if trunk.is_filled:
                 continue
@@ -495,7 +382,7 @@ class _Session:
         lm: StreamedLM,
         trial: Trial,
         train: Sequence[int],
-        judged: Sequence[Row],
+        judged: Sequence[NumberedExample],
         batches: Any,
         hint: Reach,
     ) -> Iterator[Sized]:
@@ -503,7 +390,7 @@ class _Session:
         examples = [task.train[n] for n in train]
         total = len(examples) if task.compares else sum(len(example.answer) for example in examples)
         for batch in batches[0]:
-            rows = [Row(examples[n], train[n]) for n in batch]
+            rows = [NumberedExample(examples[n], train[n]) for n in batch]
             num_tokens = len(batch) * (recipe.num_tokens + max(len(row.example.ids) for row in rows))
             yield Sized(functools.partial(learn_rider, lm, trial, rows, total, trunk, hint), num_tokens)
         for batch in batches[1]:

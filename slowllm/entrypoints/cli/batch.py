@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,7 +25,6 @@ from slowllm.entrypoints.cli.common import (
     memory_of,
     read_lines,
 )
-from slowllm.errors import InputError
 from slowllm.options import parse_dtype
 
 
@@ -69,9 +68,11 @@ def batch(
     from slowllm.entrypoints import openai_batch as requests
     from slowllm.entrypoints.cli import output
     from slowllm.entrypoints.openai_requests import Request, read_requests
-    from slowllm.runtime import survey
+    from slowllm.entrypoints.progress import duration, progress
+    from slowllm.runtime.load import open_model
+    from slowllm.runtime.rates import quick_rates
     from slowllm.runtime.state import State
-    from slowllm.runtime.streamed_lm import load
+    from slowllm.runtime.streamed_lm import StreamedLM
 
     started = time.perf_counter()
     known = describe(model)
@@ -81,10 +82,11 @@ def batch(
     if any(isinstance(entry, Request) for entry in entries):
         if begun is not None and dtype == "auto":
             dtype = str(begun.get("dtype"))  # measured anew it might come out otherwise
-        rates = survey.quick_rates(known.folder, parse_dtype(dtype))
+        rates = quick_rates(known.folder, parse_dtype(dtype))
         job = requests.plan_of(known, entries, rates, begun)
         with (
-            load(
+            open_model(
+                StreamedLM,
                 known,
                 ram=memory.ram,
                 device=memory.device,
@@ -101,7 +103,7 @@ def batch(
                 print(f"{lm.name} answers requests for {', '.join(others[:3])}{more}", file=sys.stderr)
             described = requests.describe(lm, entries, begun)
             kept = None if state is None else stack.enter_context(State(state, described))
-            with output.json_writer(out) as write, output.progress(lm, job, kept):
+            with output.json_writer(out) as write, progress(lm, job, kept):
                 for line in requests.answer(lm, entries, described, kept):
                     write(line)
                     num_failed += line["error"] is not None
@@ -115,82 +117,9 @@ def batch(
                 num_failed += 1
     failed = f"; {num_failed} of {len(entries)} lines failed" if num_failed else ""
     print(
-        f"{len(entries) - num_failed} requests answered{cost}, {output.duration(time.perf_counter() - started)}"
+        f"{len(entries) - num_failed} requests answered{cost}, {duration(time.perf_counter() - started)}"
         f"{failed}",
         file=sys.stderr,
     )
     if num_failed:
         raise typer.Exit(1)
-
-
-def chat(
-    model: ModelOption = None,
-    ram: RamOption = "16GiB",
-    device: DeviceOption = "cpu",
-    vram: VramOption = None,
-    dtype: DTypeOption = "auto",
-    system: Annotated[
-        str | None, typer.Option("--system", help="What the model is told before the conversation.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 128,
-    context: Annotated[
-        int,
-        typer.Option(
-            help="Most tokens of the conversation with the next answer; memory is planned for them.", min=2
-        ),
-    ] = 1024,
-    temperature: Annotated[
-        float, typer.Option(help="Of sampling; 0 takes the likeliest token.", min=0.0)
-    ] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Share of the probability drawn from.", max=1.0)] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Likeliest tokens drawn from; 0 for all.", min=0)] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 for none.")] = 1.0,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the first answer; those after it count on.", min=0)
-    ] = None,
-    resident: ResidentOption = True,
-    verbose: Verbose = False,
-) -> None:
-    """Talk with a model in the terminal; each token of an answer takes a sweep.
-
-    The time of a token is shown before the first. /help lists the commands; Ctrl-C stops an answer, what came of it
-    stays in the conversation; Ctrl-D leaves. A model whose tokenizer has no chat template continues a plain
-    transcript.
-    """
-    log_to_stderr(verbose)
-    memory = memory_of(ram, device, vram)
-    parse_dtype(dtype)
-    from slowllm.entrypoints.cli.chat import Conversation, converse, job_of
-    from slowllm.inference import scoring
-    from slowllm.inference.generation import Settings
-    from slowllm.runtime import survey
-    from slowllm.runtime.streamed_lm import load
-
-    known = describe(model)
-    sampling: dict[str, Any] = {}
-    if temperature:
-        sampling = {
-            "do_sample": True,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "seed": seed,
-        }
-    settings = Settings(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, **sampling)
-    context = min(context, scoring.max_line_tokens(known))
-    conversation = Conversation(known.tokenizer, system)
-    if system is not None and len(known.tokenizer(system, verbose=False)["input_ids"]) >= context:
-        raise InputError(f"--system alone takes all {context} tokens of the conversation")
-    rates = survey.quick_rates(known.folder, parse_dtype(dtype))
-    job = job_of(context, settings)
-    with load(
-        known,
-        ram=memory.ram,
-        device=memory.device,
-        vram=memory.vram,
-        dtype=dtype,
-        keep_resident=resident,
-        job=job,
-        rates=rates,
-    ) as lm:
-        converse(lm, conversation, settings, context=context, rates=rates)

@@ -8,24 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import os
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Annotated, Any, cast
 
-from rich.cells import cell_len
+import typer
 
-from slowllm.entrypoints.cli.output import duration
+from slowllm.entrypoints.cli.common import (
+    DeviceOption,
+    DTypeOption,
+    ModelOption,
+    RamOption,
+    ResidentOption,
+    Verbose,
+    VramOption,
+    describe,
+    log_to_stderr,
+    memory_of,
+)
+from slowllm.entrypoints.cli.screen import Screen
+from slowllm.entrypoints.conversation import ASSISTANT, USER, Conversation, Incoming
+from slowllm.entrypoints.progress import duration
 from slowllm.errors import InputError, NonFiniteError
 from slowllm.inference.generation import Prompt, Settings, generate, text_of
-from slowllm.options import format_bytes
+from slowllm.options import format_bytes, parse_dtype
 from slowllm.planning.device_plan import device_rates
-from slowllm.planning.forecast import Forecast, Job, Rates, forecast_of
+from slowllm.planning.forecast import Forecast, forecast_of
+from slowllm.planning.job import Job, Rates
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.stops import Passage
 
@@ -35,188 +46,6 @@ HELP = """\
 /help       this
 /quit       leave, as Ctrl-D does
 Ctrl-C stops an answer; what has come of it stays in the conversation."""
-USER, ASSISTANT = "User:", "Assistant:"
-# Stops of a small model pass faster than a terminal should be written to.
-STATUS_SECONDS = 0.1
-# Below this much room in the line nothing is shown behind the text.
-LEAST_STATUS_CELLS = 12
-
-
-class Conversation:
-    """What was said, as messages in the order of their saying.
-
-    Args:
-        tokenizer: of the model, whose chat template is used where it has one.
-        system: what the model is told before all, if anything.
-    Attributes:
-        messages: each a role and a content, as OpenAI's and transformers' are.
-        has_template: whether the tokenizer has a chat template; else the model continues a plain transcript.
-    """
-
-    def __init__(self, tokenizer: Any, system: str | None = None) -> None:
-        self._tokenizer, self._system = tokenizer, system
-        self.has_template = bool(tokenizer.chat_template)
-        self.messages: list[dict[str, str]] = []
-        self.reset()
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Strings that end an answer: a transcript would go on with the next question."""
-        return () if self.has_template else (f"\n{USER}",)
-
-    def reset(self) -> None:
-        """Forget all but the system's message."""
-        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
-
-    def ask(self, text: str) -> None:
-        """Add what the user says."""
-        self.messages.append({"role": "user", "content": text})
-
-    def answer(self, text: str) -> None:
-        """Add what the model answered; where nothing came, take the question back.
-
-        Most templates refuse two questions in a row.
-        """
-        if text:
-            self.messages.append({"role": "assistant", "content": text})
-        else:
-            self.messages.pop()
-
-    def prompt_ids(self) -> tuple[int, ...]:
-        """Return the token ids that the next answer is to continue.
-
-        Raises:
-            InputError: the chat template refuses the messages.
-        """
-        if not self.has_template:
-            return tuple(self._tokenizer(self.transcript(), verbose=False)["input_ids"])
-        try:
-            found = self._tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
-        except Exception as error:  # the template is a program, and raises what it likes
-            raise InputError(f"the model's chat template refuses the conversation ({error})") from error
-        return tuple(found["input_ids"])
-
-    def transcript(self) -> str:
-        """Return the conversation as plain text that ends where the next answer is to begin."""
-        names = {"user": f"{USER} ", "assistant": f"{ASSISTANT} ", "system": ""}
-        lines = [names[message["role"]] + message["content"] for message in self.messages]
-        return "\n".join([*lines, ASSISTANT])
-
-    def save(self, path: Path) -> None:
-        """Write the messages to a new file, as JSON.
-
-        Raises:
-            InputError: the file is there already, or cannot be written.
-        """
-        try:
-            with open(path.expanduser(), "x", encoding="utf-8") as file:
-                json.dump({"messages": self.messages}, file, ensure_ascii=False, indent=1)
-                file.write("\n")
-        except FileExistsError as error:
-            raise InputError(f"{path}: is there already; name another file") from error
-        except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-class Incoming:
-    """The text of an answer as its tokens come, without what may still turn out otherwise.
-
-    Args:
-        stop: strings that end the answer.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = stop
-        self._text, self._num_shown = "", 0
-
-    def add(self, text: str) -> str:
-        """Take the whole text so far; return what of it is new and certain."""
-        self._text = text.lstrip()
-        # A token may end inside a letter, and a stop string may have begun.
-        sure = len(self.text)
-        for stop in self._stop:
-            for length in range(1, len(stop)):
-                if self.text.endswith(stop[:length]):
-                    sure = min(sure, len(self.text) - length)
-        return self._until(sure)
-
-    def finish(self) -> str:
-        """Return the text that was held back."""
-        return self._until(len(self.text))
-
-    def _until(self, end: int) -> str:
-        new = self.text[self._num_shown : end]
-        self._num_shown += len(new)
-        return new
-
-    @property
-    def text(self) -> str:
-        """All that came, without half a letter at its end, cut before a stop string."""
-        text = self._text.rstrip("\N{REPLACEMENT CHARACTER}")
-        ends = [text.find(stop) for stop in self._stop if stop in text]
-        return text[: min(ends)] if ends else text
-
-
-class Screen:
-    """Text that grows, and on a terminal a status behind it, which vanishes when more text comes.
-
-    Written to from several threads.
-    """
-
-    def __init__(self, file: IO[str]) -> None:
-        self._file, self.is_terminal = file, file.isatty()
-        self._lock = threading.Lock()
-        self._column = self._num_status_cells = 0
-        self._shown_at = 0.0
-
-    def write(self, text: str) -> None:
-        """Write text behind what is there, control characters made visible."""
-        text = text.replace("\t", "    ")
-        text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-        with self._lock:
-            self._wipe()
-            self._file.write(text)
-            self._file.flush()
-            _, newline, last = text.rpartition("\n")
-            self._column = (0 if newline else self._column) + cell_len(last)
-
-    def line(self, text: str) -> None:
-        """Write a line of its own."""
-        self.end_line()
-        self.write(text + "\n")
-
-    def end_line(self) -> None:
-        """Go to the next line, unless this one is empty."""
-        self.write("\n" if self._column else "")
-
-    def status(self, text: str) -> None:
-        """Show a status, where there is a terminal and room in its line; never raises."""
-        if not self.is_terminal or time.monotonic() - self._shown_at < STATUS_SECONDS:
-            return
-        with self._lock, contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-            self._shown_at = time.monotonic()
-            self._wipe()
-            width = os.get_terminal_size(self._file.fileno()).columns or 80  # 0: it does not know
-            # One column less: a full line would go on in the next, from which there is no way back.
-            room = width - self._column % width - 1
-            if room >= LEAST_STATUS_CELLS:
-                text = text[:room]
-                self._file.write(f"\033[2m{text}\033[0m")
-                self._file.flush()
-                self._num_status_cells = cell_len(text)
-
-    def end_status(self) -> None:
-        """Take the status away."""
-        with self._lock:
-            self._wipe()
-            self._file.flush()
-
-    def _wipe(self) -> None:
-        if self._num_status_cells:
-            self._file.write(f"\033[{self._num_status_cells}D\033[K")
-            self._num_status_cells = 0
 
 
 def job_of(context: int, settings: Settings) -> Job:
@@ -385,3 +214,78 @@ def _status(lm: StreamedLM, screen: Screen, forecast: Forecast) -> Iterator[None
         yield
     finally:
         lm.on_passage = None
+
+
+def chat(
+    model: ModelOption = None,
+    ram: RamOption = "16GiB",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
+    dtype: DTypeOption = "auto",
+    system: Annotated[
+        str | None, typer.Option("--system", help="What the model is told before the conversation.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 128,
+    context: Annotated[
+        int,
+        typer.Option(
+            help="Most tokens of the conversation with the next answer; memory is planned for them.", min=2
+        ),
+    ] = 1024,
+    temperature: Annotated[
+        float, typer.Option(help="Of sampling; 0 takes the likeliest token.", min=0.0)
+    ] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Share of the probability drawn from.", max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Likeliest tokens drawn from; 0 for all.", min=0)] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 for none.")] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first answer; those after it count on.", min=0)
+    ] = None,
+    resident: ResidentOption = True,
+    verbose: Verbose = False,
+) -> None:
+    """Talk with a model in the terminal; each token of an answer takes a sweep.
+
+    The time of a token is shown before the first. /help lists the commands; Ctrl-C stops an answer, what came of it
+    stays in the conversation; Ctrl-D leaves. A model whose tokenizer has no chat template continues a plain
+    transcript.
+    """
+    log_to_stderr(verbose)
+    memory = memory_of(ram, device, vram)
+    parse_dtype(dtype)
+    from slowllm.entrypoints.conversation import Conversation
+    from slowllm.inference.generation import Settings
+    from slowllm.inference.text import max_line_tokens
+    from slowllm.runtime.load import open_model
+    from slowllm.runtime.rates import quick_rates
+    from slowllm.runtime.streamed_lm import StreamedLM
+
+    known = describe(model)
+    sampling: dict[str, Any] = {}
+    if temperature:
+        sampling = {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+        }
+    settings = Settings(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, **sampling)
+    context = min(context, max_line_tokens(known))
+    conversation = Conversation(known.tokenizer, system)
+    if system is not None and len(known.tokenizer(system, verbose=False)["input_ids"]) >= context:
+        raise InputError(f"--system alone takes all {context} tokens of the conversation")
+    rates = quick_rates(known.folder, parse_dtype(dtype))
+    job = job_of(context, settings)
+    with open_model(
+        StreamedLM,
+        known,
+        ram=memory.ram,
+        device=memory.device,
+        vram=memory.vram,
+        dtype=dtype,
+        keep_resident=resident,
+        job=job,
+        rates=rates,
+    ) as lm:
+        converse(lm, conversation, settings, context=context, rates=rates)

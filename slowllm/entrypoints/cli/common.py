@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,10 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slowllm.errors import InputError
-from slowllm.options import parse_bytes, parse_devices
+from slowllm.options import parse_bytes, parse_devices, parse_dtype
 
 if TYPE_CHECKING:
-    from slowllm.runtime.streamed_lm import Description
+    from slowllm.inference.text import Query
+    from slowllm.runtime.description import ModelInfo
+    from slowllm.runtime.streamed_lm import StreamedLM
+
+if TYPE_CHECKING:
+    from slowllm.runtime.description import ModelInfo
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what is chosen, and why.")]
 ModelOption = Annotated[
@@ -137,11 +145,58 @@ def log_to_stderr(verbose: bool) -> None:
     logging.getLogger("slowllm").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
-def describe(model: str | None, prompt: str | None = None) -> Description:
+def describe(model: str | None, prompt: str | None = None) -> ModelInfo:
     """Open what says what a model is, the embedded one by default, and its soft prompt; weights are left alone."""
     import transformers
 
     transformers.logging.set_verbosity_error()
-    from slowllm.runtime.streamed_lm import Description
+    from slowllm.runtime.description import ModelInfo
 
-    return Description(embedded_model() if model is None else model, prompt)
+    return ModelInfo(embedded_model() if model is None else model, prompt)
+
+
+NORMALIZE = ("none", "tokens", "characters", "unconditional")
+
+
+NormalizeOption = Annotated[
+    str,
+    typer.Option(
+        help="Compare choices by log-likelihoods as they are (none), by a share of each of their tokens or characters, "
+        "or less the log-likelihood without the context (unconditional).",
+        metavar="|".join(NORMALIZE),
+    ),
+]
+
+
+def checked_model(
+    model: str | None, dtype: str, normalize: str = "none", prompt: str | None = None
+) -> ModelInfo:
+    """Look at the options, and open what says what a model is; its weights are left alone."""
+    parse_dtype(dtype)
+    if normalize not in NORMALIZE:
+        raise InputError(f"--normalize {normalize!r} is unknown; use one of {', '.join(NORMALIZE)}")
+
+    return describe(model, prompt)
+
+
+@contextlib.contextmanager
+def opened(known: ModelInfo, queries: Sequence[Query], memory: Memory, dtype: str) -> Iterator[StreamedLM]:
+    """Load a model for queries, show its way, and say at the end what it cost."""
+    from slowllm.entrypoints.api import load
+    from slowllm.entrypoints.progress import progress
+    from slowllm.inference import scoring
+    from slowllm.runtime.rates import quick_rates
+
+    rates = quick_rates(known.folder, parse_dtype(dtype))
+    job = scoring.job_of_queries(queries, known, rates)
+    with load(
+        known, ram=memory.ram, device=memory.device, vram=memory.vram, dtype=dtype, job=job, rates=rates
+    ) as lm:
+        started = time.perf_counter()
+        with progress(lm, job):
+            yield lm
+        num_sweeps = lm.report.num_passages / lm.num_stops
+        print(
+            f"{num_sweeps:.3g} sweep{'' if num_sweeps == 1 else 's'} in {time.perf_counter() - started:.2f} s",
+            file=sys.stderr,
+        )

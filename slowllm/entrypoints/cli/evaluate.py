@@ -18,21 +18,24 @@ from slowllm.entrypoints.cli.common import (
     DTypeOption,
     Memory,
     ModelOption,
+    NormalizeOption,
     PromptOption,
     RamOption,
     Verbose,
     VramOption,
+    checked_model,
     checked_output,
     log_to_stderr,
     memory_of,
+    opened,
 )
-from slowllm.entrypoints.cli.score import NormalizeOption, checked_model, opened, print_table
+from slowllm.entrypoints.cli.output import print_table
 from slowllm.errors import InputError
 
 if TYPE_CHECKING:
     from slowllm.inference.choices import Encoded
-    from slowllm.inference.eval_tasks import Question
-    from slowllm.runtime.streamed_lm import Description
+    from slowllm.inference.prompt_templates import Question
+    from slowllm.runtime.description import ModelInfo
 
 # How often the accuracy so far is told.
 REPORT_SECONDS = 10.0
@@ -104,14 +107,20 @@ def boolq(
     memory = memory_of(ram, device, vram)
     known = checked_model(model, dtype, normalize, prompt=prompt)
     from slowllm.inference import eval_tasks
+    from slowllm.inference.prompt_templates import (
+        boolq_templates,
+        make_questions,
+        read_templates,
+        select_templates,
+    )
 
     if template_file is None:
-        available, source = eval_tasks.boolq_templates()
+        available, source = boolq_templates()
     else:
-        available, source = eval_tasks.read_templates(template_file), str(template_file)
+        available, source = read_templates(template_file), str(template_file)
     rows = eval_tasks.read_examples(data, subset=subset, split=split, limit=limit)
-    chosen = eval_tasks.select_templates(available, templates)
-    questions = eval_tasks.make_questions(chosen, eval_tasks.boolq_examples(data, rows))
+    chosen = select_templates(available, templates)
+    questions = make_questions(chosen, eval_tasks.boolq_examples(data, rows))
     about = {"task": "boolq", "data": data, "templates_from": source}
     _evaluate(known, questions, about, memory, dtype, normalize, truncate, out, as_json)
 
@@ -142,10 +151,15 @@ def task(
     memory = memory_of(ram, device, vram)
     known = checked_model(model, dtype, normalize, prompt=prompt)
     from slowllm.inference import eval_tasks
+    from slowllm.inference.prompt_templates import (
+        make_questions,
+        read_templates,
+        select_templates,
+    )
 
-    chosen = eval_tasks.select_templates(eval_tasks.read_templates(template_file), templates)
+    chosen = select_templates(read_templates(template_file), templates)
     rows = eval_tasks.read_examples(data, subset=subset, split=split, limit=limit)
-    questions = eval_tasks.make_questions(chosen, rows)
+    questions = make_questions(chosen, rows)
     about = {"data": data, "templates_from": str(template_file)}
     _evaluate(known, questions, about, memory, dtype, normalize, truncate, out, as_json)
 
@@ -170,7 +184,7 @@ def _predictions_file(out: Path | None, data: str) -> Path | None:
 
 
 def _evaluate(
-    known: Description,
+    known: ModelInfo,
     questions: Sequence[Question],
     about: Mapping[str, Any],
     memory: Memory,
@@ -218,7 +232,7 @@ def _evaluate(
 
 
 def _encoded(
-    known: Description, questions: Sequence[Question], normalize: Any, truncate: bool
+    known: ModelInfo, questions: Sequence[Question], normalize: Any, truncate: bool
 ) -> tuple[list[Encoded], set[int]]:
     """Return questions as queries, and the numbers of those that were cut."""
     from slowllm.inference.choices import Item, encode_item

@@ -33,9 +33,10 @@ from slowllm.options import parse_bytes, parse_dtype
 
 if TYPE_CHECKING:
     from slowllm.inference.generation import Continuation, Prompt, Settings
-    from slowllm.inference.speculative import Acceptance
-    from slowllm.planning.forecast import Job, Rates
-    from slowllm.runtime.streamed_lm import Description, StreamedLM
+    from slowllm.inference.speculative_loop import Acceptance
+    from slowllm.planning.job import Job, Rates
+    from slowllm.runtime.description import ModelInfo
+    from slowllm.runtime.streamed_lm import StreamedLM
 
 LOOKUP = "lookup"
 
@@ -121,7 +122,7 @@ def generate(
     if sampling and not sample:
         raise InputError(f"--{next(iter(sampling)).replace('_', '-')} needs --sample")
     from slowllm.inference import generation
-    from slowllm.runtime import survey
+    from slowllm.runtime.rates import quick_rates
 
     settings = generation.Settings(
         max_new_tokens=max_new_tokens, num_beams=beams, num_return_sequences=num_sequences, do_sample=sample,
@@ -137,7 +138,7 @@ def generate(
         except InputError as error:
             raise InputError(f"prompt {number}: {error}") from error
         generation.check(known, encoded[-1], f"prompt {number}")
-    rates = survey.quick_rates(known.folder, parse_dtype(dtype))
+    rates = quick_rates(known.folder, parse_dtype(dtype))
     with contextlib.ExitStack() as stack:
         work = _Work(known, encoded, settings, rates, draft, memory, dtype, resident, stack)
         started = time.perf_counter()
@@ -159,7 +160,7 @@ class _Work:
 
     def __init__(
         self,
-        known: Description,
+        known: ModelInfo,
         prompts: Sequence[Prompt],
         settings: Settings,
         rates: Rates,
@@ -172,8 +173,11 @@ class _Work:
         import psutil
 
         from slowllm.inference import generation, speculative
-        from slowllm.planning.host_plan import Budget
-        from slowllm.runtime.streamed_lm import Description, load
+        from slowllm.inference.speculative_loop import Acceptance
+        from slowllm.planning.budget import Budget
+        from slowllm.runtime.description import ModelInfo
+        from slowllm.runtime.load import open_model
+        from slowllm.runtime.streamed_lm import StreamedLM
 
         self.prompts, self.settings, self.rates = prompts, settings, rates
         self.counts: Acceptance | None = None
@@ -184,17 +188,18 @@ class _Work:
             speculative.check_settings(settings)
             speculative.refuse_soft_prompt(known)
             speculative.refuse_uncroppable(known)
-            self.counts = speculative.Acceptance()
+            self.counts = Acceptance()
             self._draft = LOOKUP
             self.job = speculative.job_of(known, prompts, rates)
             if draft != LOOKUP:
-                small = Description(draft)
+                small = ModelInfo(draft)
                 # First, because the model takes all the memory that is left.
                 self._draft = stack.enter_context(
                     speculative.load_draft(known, small, prompts, budget, dtype)
                 )
         self.lm: StreamedLM = stack.enter_context(
-            load(
+            open_model(
+                StreamedLM,
                 known,
                 ram=budget,
                 device=memory.device,
@@ -218,7 +223,7 @@ class _Work:
 
     def summarise(self, seconds: float) -> None:
         """Say on stderr what it cost."""
-        from slowllm.entrypoints.cli.output import duration
+        from slowllm.entrypoints.progress import duration
 
         num_sweeps = self.lm.report.num_passages / self.lm.num_stops
         line = f"{num_sweeps:.3g} sweep{'' if num_sweeps == 1 else 's'} in {duration(seconds)}"
@@ -235,8 +240,9 @@ class _Work:
 
 def _show_one(work: _Work) -> None:
     """Show the tokens of one prompt on the terminal as they come."""
-    from slowllm.entrypoints.cli.chat import Incoming, Screen
-    from slowllm.entrypoints.cli.output import duration
+    from slowllm.entrypoints.cli.screen import Screen
+    from slowllm.entrypoints.conversation import Incoming
+    from slowllm.entrypoints.progress import duration
     from slowllm.inference.generation import Prompt, text_of
     from slowllm.streaming.stops import Passage
 
@@ -275,11 +281,12 @@ def _show_one(work: _Work) -> None:
 def _write_all(work: _Work, texts: Sequence[tuple[int, str]], out: Path | None, as_json: bool) -> None:
     """Write every prompt with its continuations when it is complete."""
     from slowllm.entrypoints.cli import output
+    from slowllm.entrypoints.progress import progress
 
     as_text = out is None and not as_json and sys.stdout.isatty()
     with contextlib.ExitStack() as stack:
         write = None if as_text else stack.enter_context(output.json_writer(out))
-        stack.enter_context(output.progress(work.lm, work.job))
+        stack.enter_context(progress(work.lm, work.job))
         for (_, text), found in zip(texts, work.run(), strict=True):
             if write is not None:
                 write(_row(work.lm, text, found))

@@ -42,7 +42,7 @@ def convert(
     """
     log_to_stderr(verbose)
     from slowllm.options import format_bytes
-    from slowllm.runtime.streamed_lm import find_folder
+    from slowllm.runtime.description import find_folder
     from slowllm.storage.manifest import STORES
 
     if store not in STORES:
@@ -50,12 +50,12 @@ def convert(
     import transformers
 
     transformers.logging.set_verbosity_error()
-    from slowllm.entrypoints.cli import output
+    from slowllm.entrypoints.progress import byte_progress, duration
     from slowllm.prepare.convert import Progress
     from slowllm.prepare.convert import convert as make
 
     started = time.perf_counter()
-    with output.byte_progress(f"{store} store") as tell:
+    with byte_progress(f"{store} store") as tell:
 
         def on_progress(progress: Progress) -> None:
             if progress.is_start:
@@ -78,7 +78,7 @@ def convert(
     seconds = time.perf_counter() - started
     if done.manifest is None:
         print(
-            f"share {rank} of {world_size} is done in {output.duration(seconds)}; the store is finished when all are",
+            f"share {rank} of {world_size} is done in {duration(seconds)}; the store is finished when all are",
             file=sys.stderr,
         )
     elif done.was_there:
@@ -86,7 +86,7 @@ def convert(
     else:
         print(
             f"{store} store of {done.manifest.source_name}: {format_bytes(done.num_bytes)} from "
-            f"{format_bytes(done.source_bytes)} in {output.duration(seconds)}, read back and compared",
+            f"{format_bytes(done.source_bytes)} in {duration(seconds)}, read back and compared",
             file=sys.stderr,
         )
     typer.echo(done.folder)
@@ -97,13 +97,13 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Read every byte of a store, or of a model in the hub's cache, and compare it with its hash."""
-    from slowllm.entrypoints.cli import output
+    from slowllm.entrypoints.progress import byte_progress
     from slowllm.options import format_bytes
     from slowllm.prepare.verify import verify as check
-    from slowllm.runtime.streamed_lm import find_folder
+    from slowllm.runtime.description import find_folder
 
     folder = find_folder(model)
-    with output.byte_progress("reading") as tell:
+    with byte_progress("reading") as tell:
         found = check(folder, tell)
     if as_json:
         typer.echo(
@@ -113,3 +113,27 @@ def verify(
         typer.echo(
             f"{folder}: {found.num_files} files, {format_bytes(found.num_bytes)}, all as they should be"
         )
+
+
+def download(
+    repo: Annotated[str, typer.Argument(help="Hub id of a model, such as bigscience/bloom.")],
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    to: Annotated[
+        Path | None, typer.Option(help="Write to this folder.", show_default="the Hugging Face cache")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the SHA-256 of LFS files with the hub's.")
+    ] = True,
+) -> None:
+    """Fetch what streaming needs of a model on the hub, and print its folder.
+
+    That is safetensors, tokenizer and configs; no pickles, no other copies of the weights. The space is checked
+    first. After an interrupt, a crash or a lost connection the same command goes on where it was. Sizes are always
+    compared with the hub's. Afterwards `slowllm forward --model REPO` finds the model in the cache; with --to, or a
+    --revision other than main, give it the folder that is printed.
+
+    For gated models log in with `hf auth login`, or set HF_TOKEN.
+    """
+    from slowllm.prepare.download import download as fetch
+
+    typer.echo(fetch(repo, revision=revision, to=to, verify=verify))

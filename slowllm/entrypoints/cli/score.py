@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,6 @@ import typer
 from slowllm.entrypoints.cli.common import (
     DeviceOption,
     DTypeOption,
-    Memory,
     ModelOption,
     OutOption,
     PromptOption,
@@ -26,64 +23,21 @@ from slowllm.entrypoints.cli.common import (
     Verbose,
     VramOption,
     checked_output,
-    describe,
     log_to_stderr,
     memory_of,
     read_lines,
 )
 from slowllm.errors import InputError
-from slowllm.options import parse_dtype
 
 if TYPE_CHECKING:
     from slowllm.inference.choices import Encoded
-    from slowllm.inference.prefix_sharing import Query
     from slowllm.inference.scoring import Answer
-    from slowllm.runtime.streamed_lm import Description, StreamedLM
+    from slowllm.inference.text import Query
+    from slowllm.runtime.description import ModelInfo
+from slowllm.entrypoints.cli.common import NormalizeOption, checked_model, opened
+from slowllm.entrypoints.cli.output import print_table
 
 KEYS = ("context", "choices", "continuation", "text")
-NORMALIZE = ("none", "tokens", "characters", "unconditional")
-NormalizeOption = Annotated[
-    str,
-    typer.Option(
-        help="Compare choices by log-likelihoods as they are (none), by a share of each of their tokens or characters, "
-        "or less the log-likelihood without the context (unconditional).",
-        metavar="|".join(NORMALIZE),
-    ),
-]
-
-
-def checked_model(
-    model: str | None, dtype: str, normalize: str = "none", prompt: str | None = None
-) -> Description:
-    """Look at the options, and open what says what a model is; its weights are left alone."""
-    parse_dtype(dtype)
-    if normalize not in NORMALIZE:
-        raise InputError(f"--normalize {normalize!r} is unknown; use one of {', '.join(NORMALIZE)}")
-
-    return describe(model, prompt)
-
-
-@contextlib.contextmanager
-def opened(known: Description, queries: Sequence[Query], memory: Memory, dtype: str) -> Iterator[StreamedLM]:
-    """Load a model for queries, show its way, and say at the end what it cost."""
-    from slowllm.entrypoints.api import load
-    from slowllm.entrypoints.cli import output
-    from slowllm.inference import scoring
-    from slowllm.runtime import survey
-
-    rates = survey.quick_rates(known.folder, parse_dtype(dtype))
-    job = scoring.job_of_queries(queries, known, rates)
-    with load(
-        known, ram=memory.ram, device=memory.device, vram=memory.vram, dtype=dtype, job=job, rates=rates
-    ) as lm:
-        started = time.perf_counter()
-        with output.progress(lm, job):
-            yield lm
-        num_sweeps = lm.report.num_passages / lm.num_stops
-        print(
-            f"{num_sweeps:.3g} sweep{'' if num_sweeps == 1 else 's'} in {time.perf_counter() - started:.2f} s",
-            file=sys.stderr,
-        )
 
 
 @dataclass
@@ -172,9 +126,9 @@ def _numbered(file: str) -> list[tuple[int, bytes]]:
     return lines
 
 
-def _row(known: Description, number: int, raw: bytes, normalize: Any) -> _Row:
+def _row(known: ModelInfo, number: int, raw: bytes, normalize: Any) -> _Row:
     from slowllm.inference.choices import Item, encode_item
-    from slowllm.inference.scoring import encode_pair
+    from slowllm.inference.text import encode_pair
 
     try:
         content = _object(raw)
@@ -225,7 +179,7 @@ def _refuse(content: Mapping[str, Any], *names: str) -> None:
             )
 
 
-def _result(known: Description, row: _Row, found: Sequence[Answer], per_token: bool) -> dict[str, Any]:
+def _result(known: ModelInfo, row: _Row, found: Sequence[Answer], per_token: bool) -> dict[str, Any]:
     if row.encoded is None:
         ((query,), (answer,)) = row.queries, found
         mean = -answer.log_likelihood / len(answer.log_probs)
@@ -254,7 +208,7 @@ def _result(known: Description, row: _Row, found: Sequence[Answer], per_token: b
     return result
 
 
-def _tokens(known: Description, query: Query, answer: Answer) -> list[dict[str, Any]]:
+def _tokens(known: ModelInfo, query: Query, answer: Answer) -> list[dict[str, Any]]:
     return [
         {"id": token, "token": known.tokenizer.decode([token]), "log_prob": value}
         for token, value in zip(query.continuation, answer.log_probs, strict=True)
@@ -319,20 +273,3 @@ def yesno(
                 write({"line": number, "question": text, "p_yes": found.probabilities[0], "answer": answer})
     if as_table:
         print_table(("line", "P(yes)", "answer", "question"), cells)
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; its last column, a text, takes what is left of the terminal."""
-    clean = [
-        [
-            "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in cell)
-            for cell in row
-        ]
-        for row in (header, *rows)
-    ]
-    widths = [max(len(row[column]) for row in clean) for column in range(len(header))]
-    left = max(12, shutil.get_terminal_size().columns - sum(widths[:-1]) - 2 * len(widths[:-1]))
-    for row in clean:
-        numbers = [cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)]
-        text = row[-1] if len(row[-1]) <= left else row[-1][: left - 1] + "\N{HORIZONTAL ELLIPSIS}"
-        print("  ".join([*numbers, text]))

@@ -28,9 +28,9 @@ from slowllm.errors import InputError
 from slowllm.options import format_binary, format_bytes, parse_dtype
 
 if TYPE_CHECKING:
-    from slowllm.planning.forecast import Job
+    from slowllm.planning.job import Job
     from slowllm.runtime.streamed_lm import StreamedLM
-    from slowllm.tuning.trial import Recipe
+    from slowllm.tuning.recipe import Recipe
 
 
 def tune(
@@ -155,8 +155,8 @@ def tune(
     if not validation and (patience is not None or eval_every is not None):
         raise InputError("--patience and --eval-every need --validation")
     known = describe(model)
-    from slowllm.tuning import session
-    from slowllm.tuning.trial import Recipe
+    from slowllm.tuning.recipe import Recipe
+    from slowllm.tuning.tune import tune
 
     recipes = [
         Recipe(
@@ -179,7 +179,7 @@ def tune(
             write(record)
 
         stack.enter_context(_interrupted(folder))
-        found = session.tune(
+        found = tune(
             known, dict(zip(names, data, strict=True)), dict(zip(names, validation or [], strict=False)),
             labels=label or (), recipes=recipes, ram=memory.ram, device=memory.device, vram=memory.vram, dtype=dtype,
             keep_resident=resident, out=folder, state=state, on_open=shown.open, on_record=on_record,
@@ -217,7 +217,7 @@ class _Shown:
 
     def open(self, lm: StreamedLM, job: Job, what: str, peak_bytes: int) -> None:
         """Tell what a phase takes."""
-        from slowllm.entrypoints.cli import output
+        from slowllm.entrypoints.progress import duration, steps
 
         plan, forecast = lm.plan, lm.plan.forecast
         held = "all that is used fits in memory"
@@ -229,21 +229,21 @@ class _Shown:
             about = ""
             if plan.ring_bytes:
                 first, later = (
-                    output.duration(forecast.first_seconds),
-                    output.duration(forecast.later_seconds * times),
+                    duration(forecast.first_seconds),
+                    duration(forecast.later_seconds * times),
                 )
                 about = f"; about {first} for the first step and {later} for each later one"
             line = f"steps of up to {job.num_tokens:,} tokens{about}"
         else:
             line = f"{what}: {job.num_tokens:,} tokens, once" + (
-                f", about {output.duration(forecast.seconds)}" if plan.ring_bytes else ""
+                f", about {duration(forecast.seconds)}" if plan.ring_bytes else ""
             )
         print(
             f"{lm.name}: {format_bytes(lm.weight_bytes)} of weights, {held}; {line}; at most {format_binary(peak_bytes)} of RAM",
             file=sys.stderr,
         )
         self._status.close()
-        self._status.enter_context(output.steps(lm, what))
+        self._status.enter_context(steps(lm, what))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,49 @@
+"""The embedding stays transformers' own module, on a memory-mapped parameter: a look-up reads only its rows."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from slowllm.errors import ArchitectureError
+from slowllm.streaming.lazy_weight import SwappedWeight
+
+
+class HostEmbedding(nn.Embedding):
+    """Mixin for an input embedding whose rows are looked up in the host's memory, for a model that is on a device."""
+
+    _device: torch.device
+
+    __call__ = nn.Module.__call__
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of ids, which may be anywhere, on the model's device."""
+        return super().forward(input.cpu()).to(self._device)
+
+
+def stream_embedding(
+    embedding: nn.Module, weight: Tensor, compute_dtype: torch.dtype, device: torch.device | None = None
+) -> None:
+    """Put a mapped weight (V, H) into a model's input embedding, which stays a module of its own class.
+
+    A weight stored in another dtype than `compute_dtype` is looked up as stored, and only its rows are cast.
+
+    Args:
+        embedding: of the model.
+        weight: in the host's memory.
+        compute_dtype: of the model.
+        device: where its rows are wanted; None for the processor.
+    Raises:
+        ArchitectureError: it is no `nn.Embedding`.
+    """
+    if not isinstance(embedding, nn.Embedding):
+        raise ArchitectureError(f"{type(embedding).__name__}: the input embedding is no nn.Embedding")
+    if weight.dtype != compute_dtype:
+        weight = SwappedWeight(weight, compute_dtype, torch.empty(0, dtype=torch.uint8))
+    embedding._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    if device is not None:
+        kind = type(embedding)
+        embedding.__class__ = type(kind.__name__, (HostEmbedding, kind), {"__module__": __name__})
+        cast(HostEmbedding, embedding)._device = device

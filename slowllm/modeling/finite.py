@@ -1,0 +1,48 @@
+"""Refuse NaN and infinity in what a block or the head returns, at positions that hold text."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from slowllm.errors import NonFiniteError
+
+# Which positions hold text: the (B, T) attention mask of the model call under way, None where all do. A mask of
+# another form says nothing that could be read here, and is written as UNKNOWN_MASK.
+text_mask: ContextVar[Tensor | None] = ContextVar("text_mask", default=None)
+
+
+UNKNOWN_MASK = torch.empty(0)
+
+
+def check_finite(name: str, values: Tensor, *, infinity_is_legal: bool = False) -> None:
+    """Check an output at the positions that hold text.
+
+    Args:
+        name: of the block, for the error.
+        values: (B, T, ...), or anything else, which is then checked as a whole.
+        infinity_is_legal: whether only NaN is an error.
+    Raises:
+        NonFiniteError: with the first position.
+    """
+    good = ~values.isnan() if infinity_is_legal else values.isfinite()
+    if bool(good.all()):
+        return
+    bad = ~good.flatten(2).all(-1) if values.dim() >= 3 else ~good
+    mask = text_mask.get()
+    if mask is UNKNOWN_MASK:
+        if not bool(bad.all()):
+            return
+    elif mask is not None and bad.dim() == 2 and len(mask) == len(bad) and mask.shape[1] >= bad.shape[1]:
+        bad &= mask[:, -bad.shape[1] :].bool().to(bad.device)
+    if bool(bad.any()):
+        kind = "NaN" if bool(values.isnan().any()) else "infinity"
+        position = bad.nonzero()[0].tolist()
+        error = NonFiniteError(
+            f"{name}: {kind} in the output at position {position}; "
+            "the weights are damaged, or their numbers are too large for the compute dtype (try float32)"
+        )
+        error.row = position[0] if len(position) > 1 else None
+        raise error

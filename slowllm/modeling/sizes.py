@@ -1,0 +1,76 @@
+"""Count what each stop of a model takes: bytes, flops, activations and caches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from slowllm.modeling.head import TILE_COLUMNS
+from slowllm.modeling.layout import Layout
+from slowllm.planning.job import Sizes, StopSize
+from slowllm.storage.codecs.registry import codec_of
+from slowllm.storage.spans import Placement
+from slowllm.streaming.cast_stops import swap_bytes
+from slowllm.streaming.reader import ring_bytes_of
+
+
+def sizes_of(model: PreTrainedModel, layout: Layout) -> Sizes:
+    """Return what the plan needs to know of a model.
+
+    Scratch memory is an estimate: each matrix of a block leaves one output, and about as much again in
+    activations and residuals; attention written out in full (BLOOM) holds its scores in fp32 and in the compute
+    dtype.
+    """
+    config = model.config.get_text_config()
+    itemsize = max((layout.dtypes[p.name].itemsize for stop in layout.stops for p in stop), default=4)
+    hidden = int(config.hidden_size)
+    per_block: dict[str, list[Placement]] = {}
+    for module, stop in zip(layout.modules, layout.stops, strict=False):
+        number = module[len(layout.blocks_name) + 1 :].partition(".")[0]
+        per_block.setdefault(number, []).extend(stop)
+    sides = [[max(p.shape[-2:]) for p in block if len(p.shape) >= 2] for block in per_block.values()]
+    num_heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
+    head_dim = int(getattr(config, "head_dim", None) or hidden // num_heads)
+    cache = len(layout.blocks) * 2 * num_kv_heads * head_dim
+    is_eager = getattr(config, "_attn_implementation", "eager") == "eager"
+    head_tile = TILE_COLUMNS * (itemsize + 3 * 4)
+    kept = sum(
+        p.num_bytes + p.num_bytes // p.dtype.itemsize * layout.dtypes[p.name].itemsize for p in layout.kept
+    )
+    # Between two leaves a rider holds what the block has made so far; between two blocks only its hidden states.
+    inside = 2 * max(map(max, sides)) if layout.granularity == "leaves" else 0
+    return Sizes(
+        granularity=layout.granularity,
+        stops=tuple(_size_of(stop, config) for stop in layout.stops),
+        kept_bytes=kept + sum(swap_bytes(layout.stops, layout.dtypes)),
+        block_token_bytes=max(2 * itemsize * (max(map(sum, sides)) + 4 * hidden), head_tile),
+        attention_token_bytes=num_heads * (2 * 4 + 2 * itemsize) if is_eager else 0,
+        rider_token_bytes=itemsize * (6 * hidden + inside) + 1024,
+        result_token_bytes=itemsize * (cache + layout.head.out_features),
+        checkpoint_token_bytes=itemsize * len(layout.blocks) * hidden,
+        # What autograd keeps of one block, and its gradients (measured: 1.2 MB a token for Llama-70B).
+        replay_token_bytes=4 * itemsize * (max(map(sum, sides)) + 4 * hidden),
+        replay_attention_bytes=num_heads * (2 * 4 + 2 * itemsize) if is_eager else 0,
+        num_head_stops=len(layout.chunks),
+    )
+
+
+def _size_of(stop: Sequence[Placement], config: Any) -> StopSize:
+    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    used = min(1.0, (getattr(config, "num_experts_per_tok", None) or num_experts) / num_experts)
+    flops = 0.0
+    for p in stop:
+        if len(p.shape) >= 2:
+            # A tensor of three dimensions holds every expert, of which a token takes a few.
+            flops += 2 * math.prod(p.shape) * (used if len(p.shape) == 3 else 1.0)
+    decoded = sum(p.decoded_bytes * codec_of(p.coding).passes for p in stop if p.coding is not None)
+    return StopSize(
+        num_bytes=sum(map(ring_bytes_of, stop)),
+        largest_bytes=max(map(ring_bytes_of, stop), default=0),
+        flops=flops,
+        decoded_bytes=int(decoded),
+    )

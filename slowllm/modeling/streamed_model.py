@@ -1,0 +1,107 @@
+"""Make a model's class refuse what has no meaning on streamed weights."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, Self, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slowllm.errors import UnsupportedError
+from slowllm.modeling.finite import UNKNOWN_MASK, text_mask
+
+log = logging.getLogger(__name__)
+
+
+class StreamedModel(PreTrainedModel):
+    """Mixin for the class of a streamed model: what transformers may ask of it, and what has no meaning here."""
+
+    _folder: Path
+    _compute_dtype: torch.dtype
+    _device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype; weights may be stored in another."""
+        return self._compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong, and where a sweep begins and ends; those from elsewhere are moved there."""
+        return self._device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # to(), cuda(), half() and the like end here. What changes nothing passes: Trainer calls to("cpu").
+        probe = torch.empty(0, dtype=self._compute_dtype, device=self._device)
+        moved = fn(probe)
+        if moved.dtype != probe.dtype or moved.device != probe.device:
+            raise UnsupportedError(
+                f"a streamed model stays on {probe.device} in {probe.dtype}; load it again with other options"
+            )
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Refuse to train weights: a streamed one has no gradient, and the few others would train in silence."""
+        if requires_grad:
+            raise UnsupportedError("a streamed model's weights are not trained; use prompt or prefix tuning")
+        return super().requires_grad_(False)
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer and PEFT ask for checkpointing by this. A streamed block keeps its inputs only and recomputes in any
+        # case; transformers' checkpoint around it would visit each block once more: 3 visits a step, not 2.
+        log.info("activations are recomputed in any case; checkpointing adds nothing")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: the weights are on disk already."""
+        raise UnsupportedError(f"a streamed model is not saved: its weights lie unchanged in {self._folder}")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: weights come from the checkpoint."""
+        raise UnsupportedError("a streamed model takes its weights from its checkpoint only")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: the embedding is mapped from the checkpoint."""
+        raise UnsupportedError(
+            "a streamed model's embedding is mapped from its checkpoint and cannot be resized"
+        )
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise UnsupportedError("a streamed model owns threads and files and cannot be copied; load it again")
+
+
+def make_streamed(
+    model: PreTrainedModel, folder: Path, compute_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give a model whose parts are streamed the class of a streamed model, under its own class's name."""
+    kind = type(model)
+    is_elsewhere = device.type != "cpu"
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    @functools.wraps(kind.forward)  # generate() and Trainer look at the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_elsewhere:
+            args = tuple(map(moved, args))
+            kwargs = {name: moved(value) for name, value in kwargs.items()}
+        mask = kwargs.get("attention_mask")
+        if mask is None and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 2:
+            mask = args[1]
+        known = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        token = text_mask.set(mask if known else UNKNOWN_MASK)
+        try:
+            return kind.forward(self, *args, **kwargs)
+        finally:
+            text_mask.reset(token)
+
+    # The same module and name: transformers looks up by str(class) which outputs it can record.
+    names = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    model.__class__ = type(kind.__name__, (StreamedModel, kind), names)
+    streamed = cast(StreamedModel, model)
+    streamed._folder, streamed._compute_dtype, streamed._device = folder, compute_dtype, device
+    model.requires_grad_(False).eval()

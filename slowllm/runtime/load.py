@@ -1,0 +1,234 @@
+"""Open a checkpoint for a job: choose dtype, layout and plan, and put the streamed parts into the model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from slowllm.errors import InputError
+from slowllm.malloc import keep_together
+from slowllm.modeling.head import stream_head
+from slowllm.modeling.layout import granularities, lay_out
+from slowllm.modeling.logit_transform import find_logit_transform
+from slowllm.modeling.materialize import fill, head_rows
+from slowllm.modeling.parameter_map import place
+from slowllm.modeling.sizes import sizes_of
+from slowllm.modeling.skeleton import build_skeleton
+from slowllm.modeling.soft_prompts import SoftPrompt, let_vectors_in
+from slowllm.modeling.streamed_block import stream_block, stream_leaves
+from slowllm.modeling.streamed_model import make_streamed
+from slowllm.options import Options, format_bytes, parse_bytes, parse_devices, parse_dtype
+from slowllm.planning.budget import Budget
+from slowllm.planning.device_plan import DevicePlan
+from slowllm.planning.host_plan import keep_graph, make_plan, widen
+from slowllm.planning.job import Granularity, Job, Rates
+from slowllm.runtime.description import ModelInfo
+from slowllm.runtime.device_placement import DevicePlacement, make_plans, move_kept, place_stops
+from slowllm.runtime.rates import choose_dtype
+from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.storage.checkpoint import Checkpoint
+from slowllm.storage.codecs.registry import warm_up
+from slowllm.storage.manifest import open_checkpoint
+from slowllm.streaming.cast_stops import CastStops, swap_bytes
+from slowllm.streaming.devices import Device, open_lanes
+from slowllm.streaming.mapped_stops import MappedStops
+from slowllm.streaming.reader import Reader
+from slowllm.streaming.stops import Stops
+
+log = logging.getLogger(__name__)
+
+L = TypeVar("L", bound=StreamedLM)
+
+
+def open_model(
+    kind: type[L],
+    path_or_hub_id: str | os.PathLike[str] | ModelInfo,
+    *,
+    ram: str | int | Budget = "16GiB",
+    dtype: str = "auto",
+    device: str = "cpu",
+    vram: str | int | None = None,
+    keep_resident: bool = True,
+    job: Job | None = None,
+    rates: Rates | None = None,
+    granularity: Granularity | None = None,
+    prompt: str | os.PathLike[str] | SoftPrompt | None = None,
+    poison: bool = False,
+) -> L:
+    """Open a Hugging Face checkpoint for streaming. Reads headers and small tensors only.
+
+    Args:
+        kind: class of the handle to return, `StreamedLM` or a subclass.
+        path_or_hub_id: a folder with config.json and safetensors, or a hub id that is in the local cache; or its
+            `ModelInfo`.
+        ram: budget for the whole process, such as ``16GiB``; or a `Budget` that several models share.
+        dtype: compute dtype: ``auto``, ``bfloat16`` or ``float32`` (also ``bf16``, ``fp32``).
+        device: where blocks are computed: ``cpu``, ``cuda``, ``cuda:1``, or several, which take turns, as in
+            ``cuda:0,cuda:1``.
+        vram: budget on each GPU; by default what is free there, less a reserve.
+        keep_resident: whether stops that fit the budget stay in memory.
+        job: what the model is opened for; by default a session of any calls, gradients among them.
+        rates: of this machine, for the plan; assumed where nobody measured.
+        granularity: stream whole ``blocks``, or their ``leaves``, which takes less memory and cannot run backward;
+            by default blocks, unless they do not fit, or the job is forward only and leaves are faster.
+        prompt: a soft prompt that stands before every text that is scored or continued, or its folder; a
+            `ModelInfo` has its own.
+        poison: overwrite weights with NaN when they are given back, to find code that keeps them.
+    Raises:
+        CheckpointError: a file is missing, damaged or of a kind that is not streamed.
+        ArchitectureError: the model does not fit the carousel.
+        PlanError: the budget is too small; the message names the smallest that would do.
+        InputError: an option cannot be used.
+    """
+    ram_bytes = ram.total_bytes if isinstance(ram, Budget) else parse_bytes(ram)
+    options = Options(
+        ram_bytes=ram_bytes,
+        dtype=parse_dtype(dtype),
+        device=device,
+        vram_bytes=None if vram is None else parse_bytes(vram),
+        keep_resident=keep_resident,
+    )
+    # Before the process is measured: CUDA makes it larger, for good.
+    before = psutil.Process().memory_info().rss
+    lanes = open_lanes(parse_devices(options.device))
+    if lanes and isinstance(ram, Budget):
+        ram.take(max(0, psutil.Process().memory_info().rss - before))
+    memory = psutil.virtual_memory().total
+    if ram_bytes > memory:
+        log.warning(
+            "the budget is %s, but this machine has %s", format_bytes(ram_bytes), format_bytes(memory)
+        )
+    if granularity not in (None, "blocks", "leaves"):
+        raise InputError(f"granularity {granularity!r} is unknown; use 'blocks' or 'leaves'")
+    if not isinstance(job, Job | None):
+        raise InputError(f"job must be a slowllm.Job, not {type(job).__name__}")
+    known = path_or_hub_id if isinstance(path_or_hub_id, ModelInfo) else ModelInfo(path_or_hub_id, prompt)
+    checkpoint = open_checkpoint(known.folder)
+    warm_up(span.coding.codec for span in checkpoint.spans.values() if span.coding is not None)
+    budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)
+    try:
+        chosen = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(lanes))
+        model = build_skeleton(known.config, known.folder, chosen)
+        lm = _assemble(
+            model, checkpoint, options, lanes, budget, job, rates, granularity, poison, budget is ram, kind
+        )
+    except BaseException:
+        checkpoint.close()
+        raise
+    lm.name = known.name
+    if known.soft_prompt is not None:
+        try:
+            known.check_prompt(lm.fingerprint(of_source=True))
+        except BaseException:
+            lm.close()
+            raise
+        lm.soft_prompt = known.soft_prompt
+    return lm
+
+
+def _assemble(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    options: Options,
+    lanes: Sequence[Device],
+    budget: Budget,
+    job: Job | None,
+    rates: Rates | None,
+    granularity: Granularity | None,
+    poison: bool,
+    is_shared: bool,
+    kind: type[L],
+) -> L:
+    placements = place(model, checkpoint.spans)
+    wanted = granularities(model, placements) if granularity is None else (granularity,)
+    layouts = {name: lay_out(model, placements, name) for name in wanted}
+    choices = [sizes_of(model, layout) for layout in layouts.values()]
+    finish = find_logit_transform(model)
+    devices: DevicePlan | None = None
+    if lanes:
+        plan, devices = make_plans(list(layouts.values()), choices, lanes, options, budget, job, rates)
+        layout = layouts[plan.granularity]
+    else:
+        plan = make_plan(
+            choices,
+            free_bytes=budget.free_bytes,
+            total_bytes=budget.total_bytes,
+            job=job,
+            rates=rates,
+            keep_resident=options.keep_resident,
+        )
+        layout = layouts[plan.granularity]
+        # Weights that are cast into one buffer cannot be kept for a way down.
+        if job is not None and not any(swap_bytes(layout.stops, layout.dtypes)):
+            plan = keep_graph(plan, choices, job, budget.free_bytes)
+        # Validation rides along with a step where there is room.
+        if (job is None and not is_shared) or (job is not None and job.turns):
+            plan = widen(plan, choices, budget.free_bytes)
+    keep_together()
+    compute_dtype = next(parameter.dtype for parameter in model.parameters())
+    fill(model, layout, checkpoint, compute_dtype, lanes[0].device if lanes else None)
+
+    budget.take(plan.peak_bytes)
+    source: Reader | MappedStops
+    if plan.ring_bytes:
+        source = Reader(
+            layout.stops,
+            ring_bytes=plan.ring_bytes,
+            resident=plan.resident,
+            num_threads=options.num_read_threads,
+            request_bytes=options.request_bytes,
+            poison=poison,
+        )
+    else:
+        used = [() if number in plan.unused else stop for number, stop in enumerate(layout.stops)]
+        source = MappedStops(checkpoint, used)
+    buffer_bytes = swap_bytes(layout.stops, layout.dtypes)
+    stops: Stops = source
+    placed: DevicePlacement | None = None
+    if devices is not None:
+        assert isinstance(source, Reader), "with a device there is always a ring"
+        try:
+            placed = place_stops(layout, source, lanes, devices, poison=poison)
+        except BaseException:
+            source.close()
+            budget.give_back(plan.peak_bytes)
+            raise
+        stops = placed.stops
+        move_kept(model, layout, placed)
+    if any(buffer_bytes):
+        where = (torch.device("cpu"),) if placed is None else placed.devices
+        stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, where)
+    lm = kind(model, checkpoint, source, stops, plan, choices, budget, layout, placed)
+    for index, block in enumerate(layout.blocks):
+        name = f"{layout.blocks_name}.{index}"
+        home = None if placed is None else placed.homes[index]
+        if layout.granularity == "blocks":
+            layout.blocks[index] = stream_block(
+                block, lm._carousel, index, name, replays=not plan.keeps_graph, home=home
+            )
+        else:
+            leaves = {m: stop for stop, m in enumerate(layout.modules) if m.startswith(f"{name}.")}
+            stream_leaves(block, lm._carousel, leaves, name, index, home)
+    stream_head(
+        layout.head,
+        lm._carousel,
+        layout.chunks,
+        len(layout.modules),
+        finish,
+        head_rows(checkpoint, layout.chunks),
+    )
+    let_vectors_in(layout.blocks)
+    device = torch.device("cpu") if placed is None else placed.devices[0]
+    make_streamed(model, checkpoint.folder, compute_dtype, device)
+    log.info(
+        "%s: %d blocks in %d stops and %d chunks of head, %s; %d of %d stops stay in memory; compute dtype %s",
+        type(model).__name__, len(layout.blocks), len(layout.modules), len(layout.chunks),
+        format_bytes(layout.weight_bytes), len(plan.resident), len(layout.stops), compute_dtype,
+    )  # fmt: skip
+    return lm

@@ -1,0 +1,156 @@
+"""Measure this machine: disk, memory and processor rates, and the compute dtype that follows from them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from slowllm.malloc import give_back
+from slowllm.options import DTypeName
+from slowllm.planning.job import Rates
+from slowllm.storage.checkpoint import Checkpoint
+from slowllm.storage.manifest import open_checkpoint
+from slowllm.storage.spans import Placement, Run
+from slowllm.streaming.reader import Reader, ring_bytes_of
+
+log = logging.getLogger(__name__)
+
+
+def choose_dtype(name: str, checkpoint: Checkpoint, *, is_on_gpu: bool = False) -> torch.dtype:
+    """Return the compute dtype, and log why where it was chosen here."""
+    if name != "auto":
+        return cast(torch.dtype, getattr(torch, name))
+    largest = max(checkpoint.spans.values(), key=lambda span: span.num_bytes)
+    if largest.dtype != "BF16":
+        log.info("compute dtype float32 (the checkpoint is %s)", largest.dtype)
+        return torch.float32
+    if is_on_gpu:
+        log.info("compute dtype bfloat16 (that of the checkpoint)")
+        return torch.bfloat16
+    bf16, fp32 = _gemm_seconds((torch.bfloat16, torch.float32))
+    name = "bfloat16" if bf16 < fp32 else "float32"
+    log.info(
+        "compute dtype %s (measured: a matrix product takes %.1f ms in bfloat16 and %.1f ms in float32)",
+        name, bf16 * 1e3, fp32 * 1e3,
+    )  # fmt: skip
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def _gemm_seconds(dtypes: Sequence[torch.dtype]) -> list[float]:
+    """Return the shortest time of a 256 x 2048 x 2048 product in each dtype.
+
+    In turn and the shortest of several, because on a busy machine one slow run would change the dtype, and with
+    it the results.
+    """
+    pairs = [(torch.ones(256, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)) for dtype in dtypes]
+    seconds = [math.inf] * len(pairs)
+    for _ in range(6):
+        for number, (a, b) in enumerate(pairs):
+            started = time.perf_counter()
+            torch.mm(a, b)
+            seconds[number] = min(seconds[number], time.perf_counter() - started)
+    return seconds
+
+
+PIECE_BYTES, RING_PIECES = 64 << 20, 4
+
+
+# A checkpoint below this is read in a moment, and any rate will do.
+WORTH_MEASURING_BYTES = 4 << 30
+
+
+# Activations, norms and attention take some time beside the products: 1.2 times these for BLOOM without AMX, 1.6
+# with it.
+OTHER_WORK = 1.3
+
+
+# Width of the matrix that is multiplied: smaller ones reach less of the processor's rate.
+WIDTH = 8192
+
+
+@dataclass(frozen=True)
+class DiskRate:
+    """What reading gives and costs.
+
+    Attributes:
+        bytes_per_second: of direct reads.
+        core_seconds_per_gb: processor time of the process meanwhile, all threads, for 1e9 bytes.
+    """
+
+    bytes_per_second: float
+    core_seconds_per_gb: float
+
+
+def disk_rate(checkpoint: Checkpoint, num_bytes: int) -> DiskRate:
+    """Measure direct reads of about so many bytes of a checkpoint's largest tensors, by the engine's own reader.
+
+    The buffer's first touch is not counted, because the engine touches its buffers once. What the page cache
+    holds of the files makes the rate too high.
+    """
+    pieces = itertools.islice(_pieces(checkpoint), num_bytes // PIECE_BYTES + RING_PIECES)
+    stops = [[Placement("probe", (run.num_bytes,), torch.uint8, (run,))] for run in pieces]
+    ring = RING_PIECES * max(ring_bytes_of(stop[0]) for stop in stops)
+    with contextlib.closing(Reader(stops, ring_bytes=ring)) as reader:
+        first = min(RING_PIECES, len(stops) - 1)
+        for number in range(first):  # nothing is read ahead of these
+            with reader.visit(number):
+                pass
+        before = reader.stats.read_bytes
+        started, core_started = time.perf_counter(), time.process_time()
+        for number in range(first, len(stops)):
+            with reader.visit(number, range(number + 1, len(stops))):
+                pass
+        seconds, core_seconds = time.perf_counter() - started, time.process_time() - core_started
+        read_bytes = reader.stats.read_bytes - before
+    return DiskRate(read_bytes / seconds, core_seconds / read_bytes * 1e9)
+
+
+def _pieces(checkpoint: Checkpoint) -> Iterator[Run]:
+    """Cut the tensors of a checkpoint into pieces, the largest tensor first."""
+    for span in sorted(checkpoint.spans.values(), key=lambda span: -span.num_bytes):
+        piece = min(PIECE_BYTES, span.num_bytes)
+        for start in range(0, span.num_bytes - piece + 1, piece) if piece else ():
+            yield Run(span, start, 0, piece)
+
+
+def quick_rates(folder: Path, dtype: DTypeName) -> Rates:
+    """Return this machine's rates, measured in less than a second; assumed ones for a small checkpoint.
+
+    Args:
+        folder: of the checkpoint, whose own bytes are read.
+        dtype: compute dtype.
+    """
+    with open_checkpoint(folder) as checkpoint:
+        if sum(span.num_bytes for span in checkpoint.spans.values()) < WORTH_MEASURING_BYTES:
+            return Rates()
+        disk = disk_rate(checkpoint, 8 * PIECE_BYTES).bytes_per_second
+        computed = choose_dtype(dtype, checkpoint)
+    few, many = _product_seconds(1, computed), _product_seconds(512, computed)
+    give_back()  # or the plan would count these matrices as the process's own
+    weights = WIDTH * WIDTH
+    return Rates(
+        disk=disk,
+        memory=weights * computed.itemsize / few,
+        compute=2 * 512 * weights / many / OTHER_WORK,
+        measured=True,
+    )
+
+
+def _product_seconds(rows: int, dtype: torch.dtype) -> float:
+    a, b = torch.ones(rows, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        nn.functional.linear(a, b)
+        best = min(best, time.perf_counter() - started)
+    return best

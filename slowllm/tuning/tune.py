@@ -1,0 +1,126 @@
+"""Tune soft prompts: one call for any number of tasks and recipes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slowllm.errors import InputError
+from slowllm.options import parse_dtype
+from slowllm.runtime.description import ModelInfo
+from slowllm.tuning.examples import RawExample as Text
+from slowllm.tuning.examples import Task, make_tasks
+from slowllm.tuning.recipe import Recipe, make_trials
+from slowllm.tuning.session import OnOpen, Record, Session, Tuned
+
+
+def tune(
+    model: str | os.PathLike[str] | ModelInfo,
+    data: str | os.PathLike[str] | Sequence[Text] | Mapping[str, Any],
+    validation: str | os.PathLike[str] | Sequence[Text] | Mapping[str, Any] = (),
+    *,
+    labels: Sequence[str] = (),
+    recipes: Recipe | Sequence[Recipe] | None = None,
+    ram: str | int = "16GiB",
+    device: str = "cpu",
+    vram: str | int | None = None,
+    dtype: str = "auto",
+    keep_resident: bool = True,
+    out: str | os.PathLike[str] | None = None,
+    state: str | os.PathLike[str] | None = None,
+    on_open: OnOpen | None = None,
+    on_record: Callable[[Record], Any] | None = None,
+    **settings: Any,
+) -> list[Tuned]:
+    """Tune one soft prompt or several, all of them in the same sweeps, and return them.
+
+    Args:
+        model: as for `load`.
+        data: a file (see `examples.read_rows`), or examples (see `examples.make_task`); or several of these by name,
+            each of which is a task of its own.
+        validation: as `data`; the prompt that does best on it is kept.
+        labels: words of which one follows each example, where they do.
+        recipes: one for each trial; by default one, of `settings`.
+        ram: budget for the whole process, such as ``16GiB``.
+        device: where blocks are computed; see `load`. Prompts and their optimizer stay on the processor.
+        vram: budget on each GPU; see `load`.
+        dtype: compute dtype; see `load`. Prompts are always float32.
+        keep_resident: whether stops that fit the budget stay in memory.
+        out: folder for the prompts, and a folder in it for each trial where there are several.
+        state: folder that keeps what is done: the same call goes on after a kill, with the same numbers.
+        on_open: called before each phase; see `OnOpen`.
+        on_record: called with each step and each validation.
+        settings: fields of `Recipe`.
+    Raises:
+        InputError: an example, a setting or a folder cannot be used.
+        PlanError: a step does not fit the budget; the message names the smallest that would do.
+        TuningError: the only trial has diverged; its last good prompt is in `out`.
+        StateError: the state is another run's, or cannot be written.
+    """
+    chosen = _recipes(recipes, settings)
+    known = model if isinstance(model, ModelInfo) else ModelInfo(model)
+    if known.soft_prompt is not None:
+        raise InputError("the model has a soft prompt already; tune begins with a new one")
+    longest_prompt = max(recipe.num_tokens for recipe in chosen)
+    tasks = make_tasks(known, data, validation, labels, longest_prompt)
+    return tune_tasks(
+        known, tasks, chosen, ram=ram, device=device, vram=vram, dtype=dtype, keep_resident=keep_resident, out=out, state=state,
+        on_open=on_open, on_record=on_record,
+    )  # fmt: skip
+
+
+def tune_tasks(
+    known: ModelInfo,
+    tasks: Sequence[Task],
+    recipes: Sequence[Recipe],
+    *,
+    ram: str | int = "16GiB",
+    device: str = "cpu",
+    vram: str | int | None = None,
+    dtype: str = "auto",
+    keep_resident: bool = True,
+    out: str | os.PathLike[str] | None = None,
+    state: str | os.PathLike[str] | None = None,
+    on_open: OnOpen | None = None,
+    on_record: Callable[[Record], Any] | None = None,
+) -> list[Tuned]:
+    """Tune a prompt by every recipe on every task, all in the same sweeps; see `tune`.
+
+    Args:
+        known: the model.
+        tasks: of token ids.
+        recipes: at least one.
+        ram: as for `tune`, like all others.
+    """
+    parse_dtype(dtype)
+    num_blocks = int(known.config.get_text_config().num_hidden_layers)
+    for recipe in recipes:
+        if recipe.top is not None and recipe.top > num_blocks:
+            raise InputError(f"top {recipe.top} is more than the model's {num_blocks} blocks")
+    if len({recipe.top for recipe in recipes}) > 1:
+        raise InputError("all trials of one run must tune as many blocks from the top")
+    plans = list(make_trials(tasks, recipes))
+    if out is not None and state is not None and Path(out).resolve() == Path(state).resolve():
+        raise InputError(f"{out}: cannot be both the folder of the prompt and that of the state; name two")
+    session = Session(
+        known, plans, ram, (device, vram), dtype, keep_resident,
+        None if out is None else Path(out).expanduser(), None if state is None else Path(state).expanduser(),
+        num_blocks, on_open, on_record,
+    )  # fmt: skip
+    return session.run()
+
+
+def _recipes(recipes: Recipe | Sequence[Recipe] | None, settings: Mapping[str, Any]) -> list[Recipe]:
+    if recipes is not None and settings:
+        raise InputError(f"give recipes or settings, not both ({', '.join(settings)})")
+    if recipes is None:
+        known = list(Recipe.__dataclass_fields__)
+        if wrong := sorted(set(settings) - set(known)):
+            raise InputError(f"no such setting: {', '.join(wrong)}; there are {', '.join(known)}")
+        return [Recipe(**settings)]
+    found = [recipes] if isinstance(recipes, Recipe) else list(recipes)
+    if not found or not all(isinstance(recipe, Recipe) for recipe in found):
+        raise InputError("recipes must be one slowllm.Recipe or more")
+    return found
