@@ -37,14 +37,12 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 import transformers
 
 import slowllm
-from tests.families import save_tiny
-from tests.processes import Processes
+from tests.support.families import save_tiny
+from tests.support.paths import TINY_BLOOM
+from tests.support.processes import Processes
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY_BLOOM = ROOT / "weights" / "tiny-bloom"
 
 
 @pytest.fixture(scope="session")

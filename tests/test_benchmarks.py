@@ -24,7 +24,7 @@ from benchmarks import (
     sides,
     tuning_step,
 )
-from tests.processes import Processes
+from tests.support.processes import Processes
 
 
 def run(processes: Processes, module: str, *arguments: str) -> dict[str, Any]:

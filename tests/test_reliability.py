@@ -22,9 +22,9 @@ import slowllm
 from benchmarks import machine
 from slowllm.errors import CheckpointError, PlanError
 from slowllm.options import parse_bytes
-from tests.conftest import ROOT, TINY_BLOOM
-from tests.families import save_tiny
-from tests.processes import Processes
+from tests.support.families import save_tiny
+from tests.support.paths import ROOT, TINY_BLOOM
+from tests.support.processes import Processes
 
 LAST = "model-00005-of-00005.safetensors"  # of the embedded model: blocks 7 to 9, and parts of block 6
 IDS = torch.tensor([[5, 6, 7, 8]])
