@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slowllm.planning.job import Job, Rates, Sizes, StopSize, tokens_of
+from slowllm.rounding import ceil_div
 
 REPEATS = 10
 
@@ -41,7 +42,7 @@ def compute_seconds(stop: StopSize, rates: Rates, rider: int, sweep: int) -> flo
     """Return how long a stop computes a sweep's tokens, in micro-batches of `rider` tokens."""
     # Each rider takes the weights through the processor once.
     passing_bytes = stop.num_bytes + stop.decoded_bytes
-    return -(-sweep // rider) * passing_bytes / rates.memory + sweep * stop.flops / rates.compute
+    return ceil_div(sweep, rider) * passing_bytes / rates.memory + sweep * stop.flops / rates.compute
 
 
 def forecast_of(
@@ -56,13 +57,13 @@ def forecast_of(
     """Foretell a job's time: while a stop computes, the disk fills what is free in the ring, and no more."""
     total = tokens_of(job)
     sweep = min(sweep_tokens, total)
-    num_riders, num_loads = -(-sweep // min(rider_tokens, sweep)), -(-total // sweep)
+    num_riders, num_loads = -(-sweep // min(rider_tokens, sweep)), ceil_div(total, sweep)
     full = [compute_seconds(stop, rates, min(rider_tokens, sweep), sweep) for stop in sizes.stops]
     way = _way(sizes, job)
     first, later = _sweep_seconds(sizes, way, resident, ring_bytes, full, rates)
     # A load's later passes compute one token of each sequence, and each rider still takes the weights through.
     rows = max(num_riders, sweep // job.longest)
-    one_each = [compute_seconds(stop, rates, -(-rows // num_riders), rows) for stop in sizes.stops]
+    one_each = [compute_seconds(stop, rates, ceil_div(rows, num_riders), rows) for stop in sizes.stops]
     _, short = _sweep_seconds(sizes, way, resident, ring_bytes, one_each, rates)
     reads = reads_of(sizes, job)
     read_bytes = sum(s.num_bytes * reads[n] for n, s in enumerate(sizes.stops) if n not in resident)

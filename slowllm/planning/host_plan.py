@@ -15,6 +15,7 @@ from slowllm.errors import PlanError
 from slowllm.options import MIB, format_binary
 from slowllm.planning.forecast import Forecast, compute_seconds, forecast_of, reads_of
 from slowllm.planning.job import ASSUMED_LENGTH, Granularity, Job, Rates, Sizes, tokens_of
+from slowllm.rounding import ceil_div
 
 # Fewer rows than this take as long as these: the weights pass through the processor either way.
 MIN_RIDER_TOKENS = 64
@@ -268,7 +269,7 @@ def token_choices(job: Job) -> Iterator[tuple[int, int]]:
         riders = {least}
     for rider in sorted(riders):
         # Micro-batches are seldom full: a seat more than would do if they were.
-        seats = -(-total // rider) + (1 if total > rider else 0)
+        seats = ceil_div(total, rider) + (1 if total > rider else 0)
         # Every load of riders takes all its passes, so the more of them, the more tokens a load is worth.
         enough = max(rider, min(MAX_SWEEP_TOKENS * job.num_passes, seats * rider))
         sweep = rider

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from slowllm.errors import StoreError
+from slowllm.rounding import round_up
 from slowllm.storage.codecs.base import Codec, Parts, Team
 from slowllm.storage.codecs.registry import CODECS
 from slowllm.storage.manifest import PADDING, StoredFile, StoredTensor, file_from_json, header_sha256
@@ -302,7 +303,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _up(number: int, boundary: int) -> int:
-    return -(-number // boundary) * boundary
+    return round_up(number, boundary)
 
 
 def _cut(task: TensorTask) -> Iterator[Placement]:

@@ -8,6 +8,7 @@ import mmap
 import numpy as np
 
 from slowllm.errors import PlanError
+from slowllm.rounding import round_up
 
 # Offset, length and address of a direct read must be multiples of the logical block size, at most a page.
 PAGE = 4096
@@ -25,7 +26,7 @@ class Buffer:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        size = max(-(-num_bytes // PAGE) * PAGE, PAGE)
+        size = max(round_up(num_bytes, PAGE), PAGE)
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -44,4 +45,4 @@ class Buffer:
 
 def page_up(num_bytes: int) -> int:
     """Return the least whole number of pages, in bytes, that holds `num_bytes`."""
-    return -(-num_bytes // PAGE) * PAGE
+    return round_up(num_bytes, PAGE)

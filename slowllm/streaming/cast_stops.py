@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from slowllm.rounding import round_up
 from slowllm.storage.codecs import layout_constants
 from slowllm.storage.codecs.base import Parts, Team
 from slowllm.storage.codecs.registry import codec_of
@@ -107,7 +108,7 @@ class CastStops:
                         self._small[tensor.device][offset : offset + num_bytes].view(dtype).view(tensor.shape)
                     )
                     weights[name] = kept.copy_(tensor)
-                    offset += -(-num_bytes // 64) * 64
+                    offset += round_up(num_bytes, 64)
                 else:
                     weights[name] = SwappedWeight(tensor, dtype, self._large[tensor.device])
             yield weights

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from slowllm.errors import RideError
+from slowllm.rounding import round_up
 from slowllm.storage.spans import Placement
 from slowllm.streaming.devices import Device, Event
 from slowllm.streaming.stops import Stops, Weights
@@ -29,7 +30,7 @@ ALIGNMENT = 256
 
 def device_bytes_of(placement: Placement) -> int:
     """Return the bytes that a tensor takes in a slot."""
-    return -(-placement.num_bytes // ALIGNMENT) * ALIGNMENT
+    return round_up(placement.num_bytes, ALIGNMENT)
 
 
 @dataclass
@@ -257,5 +258,5 @@ def _copy_into(memory: Tensor, stored: Weights, lane: Device) -> dict[str, Tenso
         target = memory[start : start + num_bytes].view(tensor.dtype).view(tensor.shape)
         lane.copy(target, tensor)
         weights[name] = target
-        start += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        start += round_up(num_bytes, ALIGNMENT)
     return weights

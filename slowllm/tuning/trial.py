@@ -18,6 +18,7 @@ from transformers import get_scheduler
 
 from slowllm.errors import TuningError
 from slowllm.modeling.soft_prompts import Kind, SoftPrompt
+from slowllm.rounding import ceil_div
 from slowllm.tuning.examples import Task
 from slowllm.tuning.recipe import Recipe
 
@@ -107,7 +108,7 @@ class Trial:
         if self.step >= self.num_steps:
             return []
         total, count = len(self.task.train), self.recipe.step_examples
-        per_epoch = -(-total // count)
+        per_epoch = ceil_div(total, count)
         epoch, place = divmod(self.step, per_epoch)
         dice = torch.Generator("cpu").manual_seed(self.recipe.seed * 1_000_003 + epoch)
         order = torch.randperm(total, generator=dice).tolist()

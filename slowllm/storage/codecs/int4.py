@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slowllm.rounding import ceil_div
 from slowllm.storage.codecs import layout_constants
 from slowllm.storage.codecs.base import MIN_INTEGER_ROWS, Parts, Team, bits_of, tiles_of
 
@@ -33,7 +34,7 @@ class Int4:
 
     def layout(self, num_rows: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """See `Codec.layout`."""
-        groups = -(-width // self.group)
+        groups = ceil_div(width, self.group)
         return {
             "codes": ("U8", (num_rows, groups * self.group // 2)),
             "scales": ("BF16", (num_rows, groups)),
@@ -42,7 +43,7 @@ class Int4:
 
     def encode(self, piece: Tensor, width: int) -> dict[str, Tensor]:
         """See `Codec.encode`."""
-        groups = -(-width // self.group)
+        groups = ceil_div(width, self.group)
         values = piece.view(-1, width).float()
         # A last group that is not full is filled with its own last weight, which does not widen its range.
         missing = groups * self.group - width

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slowllm.rounding import ceil_div
 from slowllm.storage.codecs.base import Parts, Team
 from slowllm.storage.codecs.layout_constants import CHUNK, STEP
 
@@ -78,7 +79,7 @@ class Lossless:
 
         def join(chunk: int, stop: int) -> None:
             """Decode chunks that lie wholly in the range straight to their place, others by way of a buffer."""
-            inner, outer = max(chunk, -(-begin // CHUNK)), min(stop, end // CHUNK)
+            inner, outer = max(chunk, ceil_div(begin, CHUNK)), min(stop, end // CHUNK)
             if (out.data_ptr() - 2 * begin) % 8:  # no place for 64-bit words
                 inner = outer = stop
             if inner < outer:
@@ -90,7 +91,7 @@ class Lossless:
                 low, high = max(begin, edge * CHUNK), min(end, (edge + 1) * CHUNK)
                 flat[low - begin : high - begin] = whole[low - edge * CHUNK : high - edge * CHUNK]
 
-        team.share(join, begin // CHUNK, -(-end // CHUNK))
+        team.share(join, begin // CHUNK, ceil_div(end, CHUNK))
 
     def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
         """Return None: the product of tiles might round otherwise than that of the whole."""
