@@ -2,6 +2,10 @@
 #   make forward    install, and score sentences.txt with the embedded model
 #   make test       install what the tests need, then lint, types and tests
 #
+# Before a release, and after a change to streaming, to state folders or to how models of other families are read:
+#   make test-long  the same, with the tests that take minutes (pytest's marker `long`: every architecture, a
+#                   thousand schedules, twenty kills) and five times as many examples in property tests
+#
 # On Linux the registry's torch brings gigabytes of CUDA; for the build without it:
 #   make forward TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
@@ -12,12 +16,14 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PIP_FLAGS := -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: forward test lint types unit clean
+.PHONY: forward test test-long lint types unit unit-long clean
 
 forward: $(VENV)/.core
 	$(BIN)/slowllm forward sentences.txt
 
 test: lint types unit
+
+test-long: lint types unit-long
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -27,7 +33,10 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not long"
+
+unit-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --hypothesis-profile=long
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and "slowllm needs Python 3.11 or 3.12; say: make PYTHON=python3.12")'

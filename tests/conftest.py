@@ -40,9 +40,11 @@ import slowllm
 from tests.support.families import save_tiny
 from tests.support.paths import TINY_BLOOM
 from tests.support.processes import Processes
+from tests.support.properties import register_profiles
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+register_profiles()
 
 
 @pytest.fixture(scope="session")

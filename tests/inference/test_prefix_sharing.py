@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.inference.prefix_sharing import (
@@ -20,6 +20,7 @@ from slowllm.inference.prefix_sharing import (
     padded_tokens,
 )
 from slowllm.inference.text import Query
+from tests.support.properties import num_examples
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple)
 queries = st.lists(st.builds(Query, tokens, st.lists(st.integers(0, 2), max_size=4).map(tuple)), max_size=30)
@@ -87,7 +88,7 @@ def test_cut_rows_answer_every_query(asked: list[Query], depths: list[int]) -> N
 
 
 @given(queries, st.integers(1, 40), st.integers(1, 60), st.integers(0, 20), st.booleans())
-@settings(max_examples=300, deadline=None)
+@num_examples(300)
 def test_loads_carry_every_wish_and_keep_parents_first(
     asked: list[Query], rider_tokens: int, sweep_tokens: int, padding: int, share: bool
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import slowllm
@@ -21,6 +21,7 @@ from slowllm.planning.packing import pack
 from slowllm.runtime.streamed_lm import StreamedLM
 from tests.support.families import resident
 from tests.support.paths import ROOT, TINY_BLOOM
+from tests.support.properties import num_examples
 
 LINES = [line for line in (ROOT / "sentences.txt").read_text().splitlines() if line]
 # In fp32 a GEMM of other shape sums in another order; a line's log-likelihood is a few hundred nats.
@@ -57,7 +58,7 @@ def test_scores_equal_the_resident_models(lm: StreamedLM, alone: dict[str, float
         assert len(found.log_probs) == len(found.line.ids)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@num_examples(25)
 @given(
     order=st.permutations(range(len(LINES))),
     rider_tokens=st.integers(8, 300),
@@ -79,7 +80,7 @@ def test_scores_do_not_depend_on_packing(
         assert s.log_likelihood == pytest.approx(alone[s.line.text], abs=PACKING_TOLERANCE)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@num_examples(200)
 @given(lengths=st.lists(st.integers(1, 600), max_size=60), rider_tokens=st.integers(1, 2000))
 def test_packing_takes_every_line_once_and_fills_no_rider_beyond_its_room(
     lengths: list[int], rider_tokens: int
@@ -237,7 +238,7 @@ def test_safe_exp_overflows_to_infinity() -> None:
     assert math.isnan(scoring.safe_exp(math.nan))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@num_examples(200)
 @given(
     lengths=st.lists(st.integers(1, 600), max_size=60),
     rider_tokens=st.integers(1, 2000),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,6 +35,7 @@ from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.shard import read_header
 from slowllm.storage.spans import Placement, Run, Span
 from tests.support.families import FAMILIES, resident, save_tiny
+from tests.support.properties import num_examples
 
 Tensors = dict[str, Tensor]
 
@@ -477,7 +478,7 @@ def plans(draw: st.DrawFn) -> tuple[tuple[int, int], int, Callable[[list[Tensor]
     return shape, number, make, cut
 
 
-@settings(deadline=None, derandomize=True, max_examples=250)
+@num_examples(250)
 @given(plan=plans(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]))
 def test_any_nest_of_stacks_and_concatenations_is_placed_right(
     shared_folder: Path, plan: Any, dtype: torch.dtype
@@ -495,7 +496,7 @@ def test_any_nest_of_stacks_and_concatenations_is_placed_right(
     assert torch.equal(build(placement), wanted)
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@num_examples(100)
 @given(
     halves=st.integers(1, 12),
     other=st.integers(1, 12),
@@ -624,7 +625,7 @@ def test_shapes_without_a_common_divisor_are_refused_when_large() -> None:
         fused([far(4099, 4111)], (4099, 4111), Concatenate(dim=0))
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@num_examples(200)
 @given(lengths=st.lists(st.integers(1, 60).map(lambda n: n * 12 if n > 5 else n), max_size=5))
 def test_a_probe_keeps_two_of_every_side(lengths: list[int]) -> None:
     scale = _probe_scale(lengths)

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +26,7 @@ from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.runtime.description import ModelInfo
 from tests.support.families import VOCAB
 from tests.support.paths import TINY_BLOOM
+from tests.support.properties import num_examples
 
 Tiny = Callable[..., Path]
 LENGTH = 3
@@ -224,7 +225,7 @@ def test_a_deep_prompt_is_written_and_read_again(tmp_path: Path, tiny: Tiny) -> 
     assert not (tmp_path / "adapter_config.json").exists(), "PEFT would leave the vectors out in silence"
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@num_examples(60)
 @given(st.sampled_from(FILES), st.integers(0, 400), st.integers(0, 255))
 def test_a_damaged_folder_is_read_or_refused(name: str, place: int, byte: int) -> None:
     import tempfile

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from slowllm.errors import PlanError
@@ -23,6 +23,7 @@ from slowllm.planning.device_plan import (
 )
 from slowllm.planning.host_plan import Plan, working_bytes
 from slowllm.planning.job import Job, Rates, Sizes, StopSize
+from tests.support.properties import num_examples
 
 RATES = device_rates(Rates())
 JOB = Job(num_tokens=4096, longest=128, forward_only=True, keeps_results=False, repeated=True)
@@ -48,7 +49,7 @@ def planned(
 many_stops = st.lists(st.integers(1, 500), min_size=1, max_size=24).map(lambda s: [n * MIB for n in s])
 
 
-@settings(max_examples=200, deadline=None)
+@num_examples(200)
 @given(
     stops=many_stops,
     head=st.integers(0, 500).map(lambda n: n * MIB),
@@ -90,7 +91,7 @@ def test_every_stop_has_a_place_and_no_budget_is_passed(
 
 
 @given(stops=many_stops, vram=st.integers(1700, 12_000).map(lambda n: n * MIB))
-@settings(max_examples=100, deadline=None)
+@num_examples(100)
 def test_more_memory_never_keeps_fewer_bytes(stops: list[int], vram: int) -> None:
     job = replace(JOB, packing=(128, 128, 64))  # or it may go to more tokens instead
     sizes = sizes_of(stops)

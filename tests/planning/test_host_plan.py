@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.errors import InputError, PlanError
@@ -32,8 +32,9 @@ from slowllm.planning.host_plan import (
     with_smaller_weights,
 )
 from slowllm.planning.job import Granularity, Job, Rates, Sizes, StopSize
+from tests.support.properties import num_examples
 
-fuzz = settings(deadline=None, derandomize=True, max_examples=200)
+fuzz = num_examples(200)
 
 num_bytes = st.integers(0, 6 * GIB) | st.integers(0, 10 * MIB)
 budgets = st.integers(0, 100 * GIB) | st.integers(0, 2 * GIB)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import save as save_torch
@@ -27,11 +27,10 @@ from slowllm.errors import CheckpointError
 from slowllm.storage.checkpoint import Checkpoint, read_json
 from slowllm.storage.shard import read_header
 from slowllm.storage.spans import DTYPE_BITS, Placement, Run, Span, take_rows
+from tests.support.properties import num_examples
 
-fuzz = settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=200,
+fuzz = num_examples(
+    200,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -223,7 +222,7 @@ def test_what_the_library_writes_is_read(shard: Path, file: bytes) -> None:
     assert found == by_oracle(file)
 
 
-@settings(fuzz, max_examples=700)
+@num_examples(700, suppress_health_check=fuzz.suppress_health_check)
 @given(file=by_hand())
 def test_spoiled_headers_are_judged_as_by_the_library(shard: Path, file: bytes) -> None:
     agrees(shard, file)
@@ -667,7 +666,7 @@ def test_a_shard_cut_short_since_it_was_mapped_is_refused(folder: Path) -> None:
         assert first.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
-@settings(fuzz, max_examples=100)
+@num_examples(100, suppress_health_check=fuzz.suppress_health_check)
 @given(
     cuts=st.lists(st.integers(0, 60), max_size=4),
     rows=st.tuples(st.integers(0, 5), st.integers(0, 5)).map(sorted),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.planning.host_plan import MAX_SWEEP_TOKENS, Plan, make_plan, widen
@@ -14,6 +14,7 @@ from slowllm.streaming.carousel import Carousel
 from slowllm.streaming.hints import Reach, reach
 from slowllm.streaming.riders import Sized
 from tests.support.memory_stops import MemoryStops, sweep
+from tests.support.properties import num_examples
 
 NUM_STOPS = 4
 
@@ -48,7 +49,7 @@ class Aboard:
         return Sized(ride, num_tokens, starts_load)
 
 
-@settings(max_examples=60, deadline=None)
+@num_examples(60)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=12))
 def test_no_more_tokens_are_aboard_than_allowed_but_for_one_alone(sizes: list[int]) -> None:
     carousel = Carousel(MemoryStops(NUM_STOPS))

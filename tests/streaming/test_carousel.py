@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.errors import RideError
@@ -32,6 +32,7 @@ from slowllm.streaming.carousel import Carousel
 from slowllm.streaming.stops import Direction, Passage, Weights
 from tests.support.memory_stops import MemoryStops, number, sweep
 from tests.support.paths import ROOT
+from tests.support.properties import num_examples
 
 Job = Callable[[], Any]
 
@@ -1481,7 +1482,7 @@ def num_passages(plan: Plan) -> int:
 riders = st.lists(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=3).map(sweeps), max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@num_examples(150)
 @given(plans=riders, max_riders=st.integers(1, 6))
 def test_any_mixture_of_sweeps_is_served_in_few_passages(plans: list[Plan], max_riders: int) -> None:
     carousel = Carousel(MemoryStops(4))
@@ -1497,7 +1498,7 @@ waiting = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@num_examples(200)
 @given(waiting=waiting, start=st.integers(0, 5), up=st.booleans(), loops=st.booleans())
 def test_a_course_reaches_everybody_who_waits(
     waiting: list[tuple[int, Direction]], start: int, up: bool, loops: bool

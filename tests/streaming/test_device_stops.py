@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from slowllm.storage.spans import Placement
 from slowllm.streaming.device_stops import DeviceStops, device_bytes_of
 from slowllm.streaming.devices import HostLane, PinnedMemory, allowed_bytes, open_lanes
 from slowllm.streaming.stops import Weights
+from tests.support.properties import num_examples
 
 SHAPES = (
     ("a.weight", (3, 5), torch.float32),
@@ -159,7 +160,7 @@ def device_stops(host: Host, lane: HostLane | None = None, **options: Any) -> De
     return DeviceStops(host, placements(host.num_stops), **{**given, **options})
 
 
-@settings(max_examples=150, deadline=None)
+@num_examples(150)
 @given(data=st.data())
 def test_every_order_of_visits_finds_every_stop_whole(data: Any) -> None:
     num_stops, num_lanes = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 2))

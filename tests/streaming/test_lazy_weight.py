@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from slowllm.errors import UnsupportedError
 from slowllm.storage.spans import Placement
 from slowllm.streaming.cast_stops import CastStops, swap_bytes
 from slowllm.streaming.lazy_weight import SwappedWeight
+from tests.support.properties import num_examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -63,7 +64,7 @@ tensors = st.tuples(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@num_examples(100)
 @given(
     stops=st.lists(st.lists(tensors, max_size=5), min_size=1, max_size=3),
     visits=st.lists(st.integers(0, 2), max_size=5),

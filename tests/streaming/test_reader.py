@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,15 +35,14 @@ from slowllm.streaming import reader as reader_module
 from slowllm.streaming.buffers import PAGE
 from slowllm.streaming.mapped_stops import MappedStops
 from slowllm.streaming.reader import Reader, ring_bytes_of, smallest_ring
+from tests.support.properties import num_examples
 
 Stop = tuple[Placement, ...]
 DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
 FILE_BYTES = [50_000, 12 * PAGE, 3 * PAGE + 1]
 
-fuzz = settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=60,
+fuzz = num_examples(
+    60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

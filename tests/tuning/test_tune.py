@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import Result
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -41,6 +41,7 @@ from slowllm.tuning.tune import tune, tune_tasks
 from tests.support.families import VOCAB
 from tests.support.paths import ROOT, TINY_BLOOM
 from tests.support.processes import Processes
+from tests.support.properties import num_examples
 
 Tiny = Callable[..., Path]
 KINDS = ["shallow", "deep", "prefix"]
@@ -742,7 +743,7 @@ def test_tensorboard_reads_the_log(tmp_path: Path) -> None:
 # Recipes
 
 
-@settings(deadline=None, derandomize=True, max_examples=50)
+@num_examples(50)
 @given(
     total=st.integers(1, 40), batch=st.integers(1, 9), accumulate=st.integers(1, 3), seed=st.integers(0, 5)
 )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from slowllm.storage.codecs.base import Parts, Team
 from slowllm.storage.codecs.int8 import quantise_rows
 from slowllm.storage.codecs.registry import CODECS, check_coding
 from slowllm.storage.spans import TORCH_DTYPES, Coding, Part
+from tests.support.properties import num_examples
 
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Every number that bf16 has: zeros, subnormals, infinities, and NaN with every payload.
@@ -76,7 +77,7 @@ def test_lossless_keeps_all_65_536_numbers(team: Team) -> None:
         assert torch.equal(bits(decoded("lossless", matrix, team)), bits(matrix))
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@num_examples(60)
 @given(
     num_rows=st.integers(1, 9),
     width=st.sampled_from([1, 3, 16, 100, 4096, 16_384, 40_001]),
@@ -243,7 +244,7 @@ def test_few_rows_times_int4_are_those_of_the_decoded_matrix(
     assert CODECS["int4"].multiply(x.repeat(60, 1), parts, 5, 85, team) is None
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@num_examples(40)
 @given(seed=st.integers(0, 1 << 16))
 def test_damaged_parts_write_nowhere_else(seed: int) -> None:
     dice = torch.Generator().manual_seed(seed)

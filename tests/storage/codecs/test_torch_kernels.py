@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,9 +13,10 @@ from slowllm.storage.codecs.base import Parts, Team
 from slowllm.storage.codecs.layout_constants import CHUNK
 from slowllm.storage.codecs.registry import CODECS
 from tests.support.coded import coded, matrix_of
+from tests.support.properties import num_examples
 
 
-@settings(max_examples=60, deadline=None)
+@num_examples(60)
 @given(
     codec=st.sampled_from(sorted(CODECS)),
     rows=st.integers(1, 40),
@@ -66,7 +67,7 @@ def test_a_damaged_store_writes_nowhere_else() -> None:
         torch_kernels.decode("lossless", broken, 10, 100, torch.empty(10, 100, dtype=torch.bfloat16), 0, 10)
 
 
-@settings(max_examples=40, deadline=None)
+@num_examples(40)
 @given(
     rows=st.integers(1, 40), width=st.integers(1, 70), outputs=st.integers(1, 70), seed=st.integers(0, 100)
 )
