@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slowllm.errors import ArchitectureError
-from slowllm.streaming.lazy_weight import SwappedWeight
+from slowllm.streaming.lazy_weight import LazyWeight
 
 
 class HostEmbedding(nn.Embedding):
@@ -41,7 +41,7 @@ def stream_embedding(
     if not isinstance(embedding, nn.Embedding):
         raise ArchitectureError(f"{type(embedding).__name__}: the input embedding is no nn.Embedding")
     if weight.dtype != compute_dtype:
-        weight = SwappedWeight(weight, compute_dtype, torch.empty(0, dtype=torch.uint8))
+        weight = LazyWeight(weight, compute_dtype, torch.empty(0, dtype=torch.uint8))
     embedding._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     if device is not None:
         kind = type(embedding)

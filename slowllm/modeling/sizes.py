@@ -13,7 +13,7 @@ from slowllm.modeling.layout import Layout
 from slowllm.planning.job import Sizes, StopSize
 from slowllm.storage.codecs.registry import codec_of
 from slowllm.storage.spans import Placement
-from slowllm.streaming.cast_stops import swap_bytes
+from slowllm.streaming.cast_stops import cast_buffer_bytes
 from slowllm.streaming.reader import ring_bytes_of
 
 
@@ -46,7 +46,7 @@ def sizes_of(model: PreTrainedModel, layout: Layout) -> Sizes:
     return Sizes(
         granularity=layout.granularity,
         stops=tuple(_size_of(stop, config) for stop in layout.stops),
-        kept_bytes=kept + sum(swap_bytes(layout.stops, layout.dtypes)),
+        kept_bytes=kept + sum(cast_buffer_bytes(layout.stops, layout.dtypes)),
         block_token_bytes=max(2 * itemsize * (max(map(sum, sides)) + 4 * hidden), head_tile),
         attention_token_bytes=num_heads * (2 * 4 + 2 * itemsize) if is_eager else 0,
         rider_token_bytes=itemsize * (6 * hidden + inside) + 1024,

@@ -41,7 +41,7 @@ class Sizes:
     Attributes:
         granularity: whole blocks, or their leaves (linears, fused experts), which cannot run backward.
         stops: in order, the head's chunks last.
-        kept_bytes: parameters that always stay, and the scratch buffers of the dtype swap.
+        kept_bytes: parameters that always stay, and the buffers that weights are cast into.
         block_token_bytes: scratch memory of one token inside a block; one rider computes at a time.
         attention_token_bytes: the same again for every token of its sequence, where attention is written out.
         rider_token_bytes: what one token of a waiting rider holds.

@@ -1,6 +1,6 @@
 """Put a streamed model on devices: the plans of both memories, the stops between them, and what always stays there.
 
-Knows transformers' models by their parts, plans and lanes. Without a device, none of this is used.
+Knows transformers' models by their parts, plans and devices. Without a device, none of this is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 def make_plans(
     layouts: Sequence[Layout],
     choices: Sequence[Sizes],
-    lanes: Sequence[Device],
+    devices: Sequence[Device],
     options: Options,
     budget: Budget,
     job: Job | None,
@@ -42,7 +42,7 @@ def make_plans(
     Args:
         layouts: the model cut into blocks, and into leaves where it can be.
         choices: sizes of each.
-        lanes: of the devices.
+        devices: from `open_devices`.
         options: with the budget on each device.
         budget: of RAM.
         job: what the model is for.
@@ -51,38 +51,41 @@ def make_plans(
         InputError: more is allowed than a device has.
         PlanError: one of the budgets is too small.
     """
-    check_codecs(layouts[0], lanes)
+    check_codecs(layouts[0], devices)
     rates = device_rates(rates)
-    budgets = [DeviceBudget(str(lane.device), allowed_bytes(lane, options.vram_bytes)) for lane in lanes]
-    devices = plan_devices(
+    budgets = [
+        DeviceBudget(str(device.torch_device), allowed_bytes(device, options.vram_bytes))
+        for device in devices
+    ]
+    device_plan = plan_devices(
         choices, [block_numbers(layout) for layout in layouts], budgets, job=job, rates=rates,
         keep_resident=options.keep_resident,
     )  # fmt: skip
     plan = plan_host(
-        next(sizes for sizes in choices if sizes.granularity == devices.granularity), devices,
+        next(sizes for sizes in choices if sizes.granularity == device_plan.granularity), device_plan,
         free_bytes=budget.free_bytes, total_bytes=budget.total_bytes, job=job, rates=rates,
         keep_resident=options.keep_resident,
     )  # fmt: skip
     log.info(
         "%s: %d of %d stops stay there, %s of %s are used; %d stops stay in RAM",
-        ", ".join(item.name for item in budgets), len(devices.kept), len(devices.homes),
-        " + ".join(map(format_bytes, devices.used_bytes)), " + ".join(format_bytes(b.num_bytes) for b in budgets),
+        ", ".join(item.name for item in budgets), len(device_plan.kept), len(device_plan.homes),
+        " + ".join(map(format_bytes, device_plan.used_bytes)), " + ".join(format_bytes(b.num_bytes) for b in budgets),
         len(plan.resident),
     )  # fmt: skip
-    return plan, devices
+    return plan, device_plan
 
 
-def check_codecs(layout: Layout, lanes: Sequence[Device]) -> None:
+def check_codecs(layout: Layout, devices: Sequence[Device]) -> None:
     """See that every device can multiply what is stored.
 
     Raises:
         InputError: one cannot.
     """
     codecs = {p.coding.codec for stop in layout.stops for p in stop if p.coding is not None}
-    for lane in lanes if "int8" in codecs else ():
-        if not lane.multiplies_integers():
+    for device in devices if "int8" in codecs else ():
+        if not device.multiplies_integers():
             raise InputError(
-                f"{lane.device} has no products of 8-bit integers, which an int8 store needs; use --device cpu, or a "
+                f"{device.torch_device} has no products of 8-bit integers, which an int8 store needs; use --device cpu, or a "
                 "lossless or int4 store"
             )
 
@@ -94,21 +97,21 @@ class DevicePlacement:
     Attributes:
         plan: what is where.
         stops: whose weights are on the devices.
-        lanes: of the devices.
+        devices: from `open_devices`.
         pinned: the reader's memory, where a device copies from it by itself.
         homes: where each block is computed.
     """
 
     plan: DevicePlan
     stops: DeviceStops
-    lanes: tuple[Device, ...]
+    devices: tuple[Device, ...]
     pinned: PinnedMemory | None
     homes: tuple[Home, ...]
 
     @property
-    def devices(self) -> tuple[torch.device, ...]:
-        """Of the lanes; the first is where sweeps begin and end."""
-        return tuple(lane.device for lane in self.lanes)
+    def torch_devices(self) -> tuple[torch.device, ...]:
+        """Return torch's names of the devices; sweeps begin and end at the first."""
+        return tuple(device.torch_device for device in self.devices)
 
     def close(self) -> None:
         """End the copying, then give the reader's memory back; after the reader was closed."""
@@ -118,18 +121,18 @@ class DevicePlacement:
 
 
 def place_stops(
-    layout: Layout, reader: Reader, lanes: Sequence[Device], plan: DevicePlan, *, poison: bool = False
+    layout: Layout, reader: Reader, devices: Sequence[Device], plan: DevicePlan, *, poison: bool = False
 ) -> DevicePlacement:
     """Put devices behind a reader.
 
     Raises:
         PlanError: a device has less memory than was planned for.
     """
-    is_cuda = any(lane.device.type == "cuda" for lane in lanes)
-    pinned = PinnedMemory(reader.buffers, lanes[0].device) if is_cuda else None
+    is_cuda = any(device.torch_device.type == "cuda" for device in devices)
+    pinned = PinnedMemory(reader.buffers, devices[0].torch_device) if is_cuda else None
     try:
         stops = DeviceStops(
-            reader, layout.stops, homes=plan.homes, lanes=lanes, kept=plan.kept, num_slots=plan.num_slots,
+            reader, layout.stops, homes=plan.homes, devices=devices, kept=plan.kept, num_slots=plan.num_slots,
             poison=poison,
         )  # fmt: skip
     except BaseException:
@@ -140,10 +143,10 @@ def place_stops(
     last = len(layout.blocks) - 1
     homes = tuple(
         # The norm and the head behind the last block are on the first device.
-        Home(lanes[places.get(block, 0)].device, lanes[0].device if block == last else None)
+        Home(devices[places.get(block, 0)].torch_device, devices[0].torch_device if block == last else None)
         for block in range(len(layout.blocks))
     )
-    return DevicePlacement(plan, stops, tuple(lanes), pinned, homes)
+    return DevicePlacement(plan, stops, tuple(devices), pinned, homes)
 
 
 def move_kept(model: PreTrainedModel, layout: Layout, placed: DevicePlacement) -> None:
@@ -158,7 +161,7 @@ def move_kept(model: PreTrainedModel, layout: Layout, placed: DevicePlacement) -
     for module in model.modules():
         if module is layout.embedding:
             continue
-        device = placed.homes[blocks[module]].device if module in blocks else placed.devices[0]
+        device = placed.homes[blocks[module]].device if module in blocks else placed.torch_devices[0]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)

@@ -35,8 +35,8 @@ from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.codecs.registry import warm_up
 from slowllm.storage.manifest import open_checkpoint
-from slowllm.streaming.cast_stops import CastStops, swap_bytes
-from slowllm.streaming.devices import Device, open_lanes
+from slowllm.streaming.cast_stops import CastStops, cast_buffer_bytes
+from slowllm.streaming.devices import Device, open_devices
 from slowllm.streaming.mapped_stops import MappedStops
 from slowllm.streaming.reader import Reader
 from slowllm.streaming.stops import Stops
@@ -96,8 +96,8 @@ def open_model(
     )
     # Before the process is measured: CUDA makes it larger, for good.
     before = psutil.Process().memory_info().rss
-    lanes = open_lanes(parse_devices(options.device))
-    if lanes and isinstance(ram, Budget):
+    devices = open_devices(parse_devices(options.device))
+    if devices and isinstance(ram, Budget):
         ram.take(max(0, psutil.Process().memory_info().rss - before))
     memory = psutil.virtual_memory().total
     if ram_bytes > memory:
@@ -113,10 +113,10 @@ def open_model(
     warm_up(span.coding.codec for span in checkpoint.spans.values() if span.coding is not None)
     budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)
     try:
-        chosen = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(lanes))
+        chosen = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(devices))
         model = build_skeleton(known.config, known.folder, chosen)
         lm = _assemble(
-            model, checkpoint, options, lanes, budget, job, rates, granularity, poison, budget is ram, kind
+            model, checkpoint, options, devices, budget, job, rates, granularity, poison, budget is ram, kind
         )
     except BaseException:
         checkpoint.close()
@@ -136,7 +136,7 @@ def _assemble(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     options: Options,
-    lanes: Sequence[Device],
+    devices: Sequence[Device],
     budget: Budget,
     job: Job | None,
     rates: Rates | None,
@@ -150,9 +150,9 @@ def _assemble(
     layouts = {name: lay_out(model, placements, name) for name in wanted}
     choices = [sizes_of(model, layout) for layout in layouts.values()]
     finish = find_logit_transform(model)
-    devices: DevicePlan | None = None
-    if lanes:
-        plan, devices = make_plans(list(layouts.values()), choices, lanes, options, budget, job, rates)
+    device_plan: DevicePlan | None = None
+    if devices:
+        plan, device_plan = make_plans(list(layouts.values()), choices, devices, options, budget, job, rates)
         layout = layouts[plan.granularity]
     else:
         plan = make_plan(
@@ -165,14 +165,14 @@ def _assemble(
         )
         layout = layouts[plan.granularity]
         # Weights that are cast into one buffer cannot be kept for a way down.
-        if job is not None and not any(swap_bytes(layout.stops, layout.dtypes)):
+        if job is not None and not any(cast_buffer_bytes(layout.stops, layout.dtypes)):
             plan = keep_graph(plan, choices, job, budget.free_bytes)
         # Validation rides along with a step where there is room.
         if (job is None and not is_shared) or (job is not None and job.turns):
             plan = widen(plan, choices, budget.free_bytes)
     keep_together()
     compute_dtype = next(parameter.dtype for parameter in model.parameters())
-    fill(model, layout, checkpoint, compute_dtype, lanes[0].device if lanes else None)
+    fill(model, layout, checkpoint, compute_dtype, devices[0].torch_device if devices else None)
 
     budget.take(plan.peak_bytes)
     source: Reader | MappedStops
@@ -188,13 +188,13 @@ def _assemble(
     else:
         used = [() if number in plan.unused else stop for number, stop in enumerate(layout.stops)]
         source = MappedStops(checkpoint, used)
-    buffer_bytes = swap_bytes(layout.stops, layout.dtypes)
+    buffer_bytes = cast_buffer_bytes(layout.stops, layout.dtypes)
     stops: Stops = source
     placed: DevicePlacement | None = None
-    if devices is not None:
+    if device_plan is not None:
         assert isinstance(source, Reader), "with a device there is always a ring"
         try:
-            placed = place_stops(layout, source, lanes, devices, poison=poison)
+            placed = place_stops(layout, source, devices, device_plan, poison=poison)
         except BaseException:
             source.close()
             budget.give_back(plan.peak_bytes)
@@ -202,7 +202,7 @@ def _assemble(
         stops = placed.stops
         move_kept(model, layout, placed)
     if any(buffer_bytes):
-        where = (torch.device("cpu"),) if placed is None else placed.devices
+        where = (torch.device("cpu"),) if placed is None else placed.torch_devices
         stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, where)
     lm = kind(model, checkpoint, source, stops, plan, choices, budget, layout, placed)
     for index, block in enumerate(layout.blocks):
@@ -224,7 +224,7 @@ def _assemble(
         head_rows(checkpoint, layout.chunks),
     )
     let_vectors_in(layout.blocks)
-    device = torch.device("cpu") if placed is None else placed.devices[0]
+    device = torch.device("cpu") if placed is None else placed.torch_devices[0]
     make_streamed(model, checkpoint.folder, compute_dtype, device)
     log.info(
         "%s: %d blocks in %d stops and %d chunks of head, %s; %d of %d stops stay in memory; compute dtype %s",

@@ -99,7 +99,7 @@ class StreamedLM:
         self.soft_prompt: SoftPrompt | None = None
         self.on_passage: Callable[[Passage], None] | None = None
         self._source, self._checkpoint = source, checkpoint
-        dice = SharedGenerators([] if placed is None else [lane.generator for lane in placed.lanes])
+        dice = SharedGenerators([] if placed is None else [device.generator for device in placed.devices])
         self._carousel = Carousel(stops, functools.partial(_tell, weakref.ref(self)), dice)
         # Who keeps only the model keeps its handle too. A handle that is forgotten is closed when it is collected,
         # or when the interpreter ends, before daemon threads are stopped in the middle of a product.

@@ -192,6 +192,6 @@ def _survey_on(
         halved_seconds=halved.seconds,
         devices=tuple(
             (str(device), used, sum(homes[stop] == number for stop in plan.kept))
-            for number, (device, used) in enumerate(zip(placed.devices, plan.used_bytes, strict=True))
+            for number, (device, used) in enumerate(zip(placed.torch_devices, plan.used_bytes, strict=True))
         ),
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Hand weights over in the dtype that the model computes in, one matrix at a time.
 
 A layer between the stops and the carousel. Where storage and compute dtype differ, a small tensor is cast when its
-stop comes; a matrix is handed over as a `SwappedWeight`, which claims the compute dtype and is cast into one kept
+stop comes; a matrix is handed over as a `LazyWeight`, which claims the compute dtype and is cast into one kept
 buffer by each operation that reads it. The buffer is overwritten by the next operation, so nothing may keep it:
-autograd, which sits above, saves the `SwappedWeight` and has it cast again in backward. A coded matrix of a store is
+autograd, which sits above, saves the `LazyWeight` and has it cast again in backward. A coded matrix of a store is
 handed over in the same way: it is decoded where it is read, or multiplied as it is where its codec can.
 """
 
@@ -23,13 +23,15 @@ from slowllm.storage.codecs.base import Parts, Team
 from slowllm.storage.codecs.registry import codec_of
 from slowllm.storage.spans import Placement
 from slowllm.streaming.buffers import Buffer
-from slowllm.streaming.lazy_weight import CodedMatrix, SwappedWeight
+from slowllm.streaming.lazy_weight import CodedMatrix, LazyWeight
 from slowllm.streaming.stops import Stops, Weights
 
 log = logging.getLogger(__name__)
 
 
-def swap_bytes(stops: Sequence[Sequence[Placement]], dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
+def cast_buffer_bytes(
+    stops: Sequence[Sequence[Placement]], dtypes: Mapping[str, torch.dtype]
+) -> tuple[int, int]:
     """Return the sizes of the kept buffers: for all small tensors of a stop, and for the largest matrix."""
     small, large = 0, 0
     for stop in stops:
@@ -64,7 +66,7 @@ class CastStops:
         stops: that hand out weights as stored.
         placements: of every tensor of a stop.
         dtypes: compute dtype of every tensor, by name.
-        buffer_bytes: from `swap_bytes`.
+        buffer_bytes: from `cast_buffer_bytes`.
         devices: where stops hand their weights out; each has buffers of its own.
     """
 
@@ -110,16 +112,16 @@ class CastStops:
                     weights[name] = kept.copy_(tensor)
                     offset += round_up(num_bytes, 64)
                 else:
-                    weights[name] = SwappedWeight(tensor, dtype, self._large[tensor.device])
+                    weights[name] = LazyWeight(tensor, dtype, self._large[tensor.device])
             yield weights
 
-    def _coded_weight(self, placement: Placement, stored: Tensor, dtype: torch.dtype) -> SwappedWeight:
+    def _coded_weight(self, placement: Placement, stored: Tensor, dtype: torch.dtype) -> LazyWeight:
         assert placement.coding is not None, "only coded tensors come here"
         assert self._team is not None, "made where anything is coded"
         parts = Parts.of(stored, placement.coding, placement.shape)
         coded = CodedMatrix(codec_of(placement.coding), parts, self._team)
         shape = torch.empty(placement.shape, dtype=placement.dtype, device="meta")
-        return SwappedWeight(shape, dtype, self._large[stored.device], coded)
+        return LazyWeight(shape, dtype, self._large[stored.device], coded)
 
     def close(self) -> None:
         """End the threads that decode."""

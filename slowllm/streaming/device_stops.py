@@ -1,7 +1,7 @@
 """Stops on devices: a layer that copies the next stop to where it is computed, while the last one still computes.
 
-Between the reader, whose stops lie in RAM, and whoever visits. Knows stops, their tensors and lanes; knows nothing of
-models, and of CUDA no more than a lane says. A thread of its own, the one visitor of the inner stops, copies what
+Between the reader, whose stops lie in RAM, and whoever visits. Knows stops, their tensors and devices; knows nothing of
+models, and of CUDA no more than a device says. A thread of its own, the one visitor of the inner stops, copies what
 comes next into a slot of its device. Some stops stay on their device for good. Three things must never happen, and
 are kept apart by marks in the devices' queues: a stop that is computed with before it was copied; a slot that is
 written over while it is still computed with; and memory of the host that is given back before it was copied.
@@ -37,7 +37,7 @@ def device_bytes_of(placement: Placement) -> int:
 class _DeviceSlot:
     """A place for one stop on a device, and what is in it."""
 
-    lane: Device
+    device: Device
     memory: Tensor
     is_kept: bool
     stop: int | None = None
@@ -55,10 +55,10 @@ class DeviceStops:
     Args:
         stops: in the host's memory; visited by this object's thread only.
         placements: of every tensor of a stop.
-        homes: the number of the lane at which each stop is computed.
-        lanes: of the devices.
+        homes: the number of the device at which each stop is computed.
+        devices: of the devices.
         kept: stops that stay.
-        num_slots: of each lane; at least one where a stop is not kept.
+        num_slots: of each device; at least one where a stop is not kept.
         poison: write over what a slot holds when its stop is given back, to show whoever still uses it.
     Raises:
         PlanError: a device has less memory than was planned for.
@@ -70,7 +70,7 @@ class DeviceStops:
         placements: Sequence[Sequence[Placement]],
         *,
         homes: Sequence[int],
-        lanes: Sequence[Device],
+        devices: Sequence[Device],
         kept: frozenset[int],
         num_slots: Sequence[int],
         poison: bool = False,
@@ -81,12 +81,14 @@ class DeviceStops:
         # Copied into on another thread, which need not be in inference mode.
         with torch.inference_mode(False):
             self._kept = {
-                stop: _DeviceSlot(lanes[homes[stop]], lanes[homes[stop]].allocate(sizes[stop]), is_kept=True)
+                stop: _DeviceSlot(
+                    devices[homes[stop]], devices[homes[stop]].allocate(sizes[stop]), is_kept=True
+                )
                 for stop in sorted(kept)
             }
             self._slots = [
-                [_DeviceSlot(lane, lane.allocate(size), is_kept=False) for _ in range(count)]
-                for number, (lane, count) in enumerate(zip(lanes, num_slots, strict=True))
+                [_DeviceSlot(device, device.allocate(size), is_kept=False) for _ in range(count)]
+                for number, (device, count) in enumerate(zip(devices, num_slots, strict=True))
                 for size in [
                     max((s for i, s in enumerate(sizes) if homes[i] == number and i not in kept), default=0)
                 ]
@@ -115,7 +117,7 @@ class DeviceStops:
             self._errors.pop(stop, None)
             self._changed.notify_all()
             slot = self._wait_for(stop)
-        slot.lane.compute_after(slot.copied)
+        slot.device.compute_after(slot.copied)
         is_poisoned = self._poison and not slot.is_kept
         try:
             yield slot.weights
@@ -123,7 +125,7 @@ class DeviceStops:
             try:
                 if is_poisoned:
                     slot.memory.fill_(0xFF)  # NaN in every floating-point dtype
-                slot.computed = slot.lane.computed()
+                slot.computed = slot.device.computed()
             finally:
                 with self._changed:
                     if is_poisoned:
@@ -145,7 +147,7 @@ class DeviceStops:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         for slot in [*self._kept.values(), *(slot for slots in self._slots for slot in slots)]:
-            slot.lane.wait(slot.computed)
+            slot.device.wait(slot.computed)
             slot.weights, slot.memory = {}, slot.memory[:0].clone()
 
     def _has_place(self, stop: int) -> bool:
@@ -235,28 +237,28 @@ class DeviceStops:
         return None
 
     def _copy(self, stop: int, slot: _DeviceSlot, following: Sequence[int]) -> None:
-        lane = slot.lane
+        device = slot.device
         with self._stops.visit(stop, following) as stored:
-            lane.copy_after(slot.computed)
+            device.copy_after(slot.computed)
             try:
-                slot.weights = _copy_into(slot.memory, stored, lane)
-                slot.copied = lane.copied()
+                slot.weights = _copy_into(slot.memory, stored, device)
+                slot.copied = device.copied()
                 with self._changed:
                     slot.is_there = True
                     self._changed.notify_all()
             finally:
                 # The host's memory is read by the device until here, whatever went wrong meanwhile.
-                lane.wait(lane.copied())
+                device.wait(device.copied())
 
 
-def _copy_into(memory: Tensor, stored: Weights, lane: Device) -> dict[str, Tensor]:
+def _copy_into(memory: Tensor, stored: Weights, device: Device) -> dict[str, Tensor]:
     """Queue copies of tensors, one behind the other, into memory on a device; return them there."""
     weights: dict[str, Tensor] = {}
     start = 0
     for name, tensor in stored.items():
         num_bytes = tensor.numel() * tensor.dtype.itemsize
         target = memory[start : start + num_bytes].view(tensor.dtype).view(tensor.shape)
-        lane.copy(target, tensor)
+        device.copy(target, tensor)
         weights[name] = target
         start += round_up(num_bytes, ALIGNMENT)
     return weights

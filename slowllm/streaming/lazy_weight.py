@@ -72,7 +72,7 @@ class CodedMatrix:
             out[begin - first : end - first] = tile[: end - begin]
 
 
-class SwappedWeight(Tensor):
+class LazyWeight(Tensor):
     """A weight that is stored in one dtype, or coded, and computed with in another.
 
     Views of it are again such weights, rows are picked as stored and then cast, and every other operation reads
@@ -90,9 +90,9 @@ class SwappedWeight(Tensor):
     @staticmethod
     def __new__(
         cls, stored: Tensor, dtype: torch.dtype, buffer: Tensor, coded: CodedMatrix | None = None
-    ) -> SwappedWeight:
+    ) -> LazyWeight:
         """Wrap `stored`; `buffer` is uint8 and at least as large as the cast weight."""
-        weight: SwappedWeight = Tensor._make_wrapper_subclass(
+        weight: LazyWeight = Tensor._make_wrapper_subclass(
             cls,
             stored.shape,
             strides=stored.stride(),
@@ -104,7 +104,7 @@ class SwappedWeight(Tensor):
         return weight
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"SwappedWeight({tuple(self.shape)}, {self.stored.dtype} as {self.dtype})"
+        return f"LazyWeight({tuple(self.shape)}, {self.stored.dtype} as {self.dtype})"
 
     def cast(self, offset: int = 0) -> Tensor:
         """Return the weight in the compute dtype, at `offset` bytes of the kept buffer."""
@@ -156,7 +156,7 @@ class SwappedWeight(Tensor):
         given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
         for argument in schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(given.get(argument.name), SwappedWeight):
+            if written and isinstance(given.get(argument.name), LazyWeight):
                 raise UnsupportedError(f"a streamed weight cannot be written to ({func})")
         is_view = func in _UNSAFE_VIEWS or any(
             value.alias_info is not None and not value.alias_info.is_write for value in schema.returns
@@ -167,7 +167,7 @@ class SwappedWeight(Tensor):
             if parts is not NotImplemented:
                 return parts
             first = args[0]
-            assert isinstance(first, SwappedWeight), "a view is of its first argument"
+            assert isinstance(first, LazyWeight), "a view is of its first argument"
             if func is torch.ops.aten.view.dtype:
                 raise UnsupportedError(
                     f"the bytes of a streamed weight cannot be seen as another dtype ({func})"
@@ -177,7 +177,7 @@ class SwappedWeight(Tensor):
                 views = func(first.stored, *args[1:], **kwargs)
                 return tree_map(
                     lambda value: (
-                        SwappedWeight(value, first.dtype, first.buffer, first.coded)
+                        LazyWeight(value, first.dtype, first.buffer, first.coded)
                         if isinstance(value, Tensor)
                         else value
                     ),
@@ -185,13 +185,13 @@ class SwappedWeight(Tensor):
                 )
         if func in _PRODUCTS and (product := _product(func, args, kwargs)) is not None:
             return product
-        if func in _PICKS and isinstance(args[0], SwappedWeight) and args[0].coded is None:
+        if func in _PICKS and isinstance(args[0], LazyWeight) and args[0].coded is None:
             return func(args[0].stored, *args[1:], **kwargs).to(args[0].dtype)
         offset = 0
 
         def plain(value: Any) -> Any:
             nonlocal offset
-            if not isinstance(value, SwappedWeight):
+            if not isinstance(value, LazyWeight):
                 return value
             found = value.cast(offset)
             offset += -(-_extent(found.shape, found.stride()) * found.dtype.itemsize // 64) * 64
@@ -206,9 +206,9 @@ def _product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tenso
     x, weight = args[at_x], args[at_weight]
     bias = args[at_bias] if at_bias < len(args) else kwargs.get("bias")
     plain = (x, bias)
-    if not isinstance(weight, SwappedWeight) or weight.coded is None:
+    if not isinstance(weight, LazyWeight) or weight.coded is None:
         return None
-    if any(isinstance(value, SwappedWeight) for value in plain) or kwargs.keys() & {"alpha", "beta"}:
+    if any(isinstance(value, LazyWeight) for value in plain) or kwargs.keys() & {"alpha", "beta"}:
         return None
     rows = weight._rows(is_transposed=func is not torch.ops.aten.linear.default)
     if rows is None or x.dtype != weight.dtype or not x.numel():

@@ -31,8 +31,8 @@ from slowllm.storage import manifest
 from slowllm.storage.codecs import layout_constants
 from slowllm.storage.manifest import MANIFEST, UNFINISHED
 from slowllm.storage.shard import read_header
-from slowllm.streaming.devices import HostLane
 from tests.support.families import FAMILIES, VOCAB, resident, save_tiny
+from tests.support.host_device import HostDevice
 from tests.support.paths import ROOT, TINY_BLOOM
 
 Tiny = Callable[..., Path]
@@ -658,11 +658,11 @@ def test_decoding_without_numba_is_said(
 def test_an_int8_store_on_a_device_without_integer_products_is_one_sentence(
     embedded: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class OldCard(HostLane):
+    class OldCard(HostDevice):
         def multiplies_integers(self) -> bool:
             return False
 
-    monkeypatch.setattr("slowllm.runtime.load.open_lanes", lambda devices: [OldCard()])
+    monkeypatch.setattr("slowllm.runtime.load.open_devices", lambda devices: [OldCard()])
     with pytest.raises(
         InputError, match=r"^cpu has no products of 8-bit integers, which an int8 store needs; use"
     ):

@@ -1,4 +1,4 @@
-"""Stops on devices, by lanes that are simulated: copies and computing run as late, or as soon, as they may."""
+"""Stops on simulated devices, whose copies and computing run as late, or as soon, as they may."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest.mock import MagicMock, create_autospec
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -19,8 +21,9 @@ from slowllm.errors import InputError, PlanError, RideError
 from slowllm.options import GIB, MIB, parse_devices
 from slowllm.storage.spans import Placement
 from slowllm.streaming.device_stops import DeviceStops, device_bytes_of
-from slowllm.streaming.devices import HostLane, PinnedMemory, allowed_bytes, open_lanes
+from slowllm.streaming.devices import CudaDevice, PinnedMemory, allowed_bytes, open_devices
 from slowllm.streaming.stops import Weights
+from tests.support.host_device import HostDevice
 from tests.support.properties import num_examples
 
 SHAPES = (
@@ -74,7 +77,7 @@ class Host:
                 raise self.failing_at_exit.pop(stop)
 
 
-class SimulatedLane(HostLane):
+class SimulatedDevice(HostDevice):
     """Two queues that run only when somebody waits for them, or at random, each in its own order."""
 
     def __init__(self, seed: int, eagerness: float) -> None:
@@ -125,20 +128,20 @@ class SimulatedLane(HostLane):
         with self._lock:
             return "compute", self._pushed["compute"]
 
-    def copy_after(self, mark: Any) -> None:
-        if mark is not None:
-            self._push("copy", mark)
+    def copy_after(self, event: Any) -> None:
+        if event is not None:
+            self._push("copy", event)
 
-    def compute_after(self, mark: Any) -> None:
-        if mark is not None:
-            self._push("compute", mark)
+    def compute_after(self, event: Any) -> None:
+        if event is not None:
+            self._push("compute", event)
 
-    def wait(self, mark: Any) -> None:
-        if mark is None:
+    def wait(self, event: Any) -> None:
+        if event is None:
             return
         with self._lock:
-            while self._done[mark[0]] < mark[1]:
-                assert self._step(mark[0]), "the two queues wait for each other"
+            while self._done[event[0]] < event[1]:
+                assert self._step(event[0]), "the two queues wait for each other"
 
 
 def check(weights: Weights, stop: int, wrong: list[int]) -> None:
@@ -150,10 +153,10 @@ def check(weights: Weights, stop: int, wrong: list[int]) -> None:
         wrong.append(stop)
 
 
-def device_stops(host: Host, lane: HostLane | None = None, **options: Any) -> DeviceStops:
+def device_stops(host: Host, device: HostDevice | None = None, **options: Any) -> DeviceStops:
     given = {
         "homes": [0] * host.num_stops,
-        "lanes": [lane or HostLane()],
+        "devices": [device or HostDevice()],
         "kept": frozenset(),
         "num_slots": [2],
     }
@@ -163,21 +166,21 @@ def device_stops(host: Host, lane: HostLane | None = None, **options: Any) -> De
 @num_examples(150)
 @given(data=st.data())
 def test_every_order_of_visits_finds_every_stop_whole(data: Any) -> None:
-    num_stops, num_lanes = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 2))
+    num_stops, num_devices = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 2))
     stop = st.integers(0, num_stops - 1)
     kept = data.draw(st.frozensets(stop, max_size=3))
     visits = data.draw(st.lists(st.tuples(stop, st.lists(stop, max_size=8)), max_size=14))
     eagerness = data.draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
-    lanes = [SimulatedLane(data.draw(st.integers(0, 99)), eagerness) for _ in range(num_lanes)]
-    num_slots = [data.draw(st.integers(1, 3)) for _ in lanes]
+    devices = [SimulatedDevice(data.draw(st.integers(0, 99)), eagerness) for _ in range(num_devices)]
+    num_slots = [data.draw(st.integers(1, 3)) for _ in devices]
     host, wrong = Host(num_stops), list[int]()
-    homes = [number % num_lanes for number in range(num_stops)]
-    stops = device_stops(host, homes=homes, lanes=lanes, kept=kept, num_slots=num_slots)
+    homes = [number % num_devices for number in range(num_stops)]
+    stops = device_stops(host, homes=homes, devices=devices, kept=kept, num_slots=num_slots)
     try:
         for number, upcoming in visits:
             with stops.visit(number, upcoming) as weights:
                 held = dict(weights)
-                lanes[homes[number]].compute(lambda held=held, number=number: check(held, number, wrong))
+                devices[homes[number]].compute(lambda held=held, number=number: check(held, number, wrong))
     finally:
         stops.close()
     assert not wrong, "a stop was computed with before it was copied, or after it was written over"
@@ -188,17 +191,17 @@ def test_every_order_of_visits_finds_every_stop_whole(data: Any) -> None:
 def test_nothing_is_computed_with_before_it_was_copied() -> None:
     asked = threading.Event()
 
-    class Late(SimulatedLane):
-        def wait(self, mark: Any) -> None:
+    class Late(SimulatedDevice):
+        def wait(self, event: Any) -> None:
             assert asked.wait(20), "whoever visits waits for the device, and not for the host"
-            super().wait(mark)
+            super().wait(event)
 
-    lane, wrong = Late(0, 0.0), list[int]()
-    stops = device_stops(Host(2), lane)
+    device, wrong = Late(0, 0.0), list[int]()
+    stops = device_stops(Host(2), device)
     with stops.visit(0) as weights:
-        lane.compute(lambda: check(weights, 0, wrong))
-        while lane._can_run("compute"):
-            lane._step("compute")
+        device.compute(lambda: check(weights, 0, wrong))
+        while device._can_run("compute"):
+            device._step("compute")
         asked.set()
     stops.close()
     assert not wrong
@@ -271,7 +274,7 @@ def test_an_error_as_the_host_gives_a_stop_back_is_not_lost() -> None:
 
 
 def test_a_copy_that_fails_reaches_the_visitor() -> None:
-    class Broken(HostLane):
+    class Broken(HostDevice):
         def copy(self, target: Tensor, source: Tensor) -> None:
             raise RuntimeError("CUDA error: an illegal memory access")
 
@@ -322,35 +325,35 @@ def test_closing_while_a_stop_is_on_its_way_ends_the_wait() -> None:
 
 
 def test_closing_waits_for_what_the_device_computes() -> None:
-    lane, done = SimulatedLane(0, 0.0), list[int]()
-    stops = device_stops(Host(2), lane)
+    device, done = SimulatedDevice(0, 0.0), list[int]()
+    stops = device_stops(Host(2), device)
     with stops.visit(0):
-        lane.compute(lambda: done.append(1))
+        device.compute(lambda: done.append(1))
     assert not done
     stops.close()
     assert done == [1]
 
 
 def test_slots_are_as_large_as_the_largest_stop_that_passes() -> None:
-    class Counting(HostLane):
+    class Counting(HostDevice):
         sizes: list[int]
 
         def allocate(self, num_bytes: int) -> Tensor:
             self.sizes.append(num_bytes)
             return super().allocate(num_bytes)
 
-    lane = Counting()
-    lane.sizes = []
+    device = Counting()
+    device.sizes = []
     stops = [[Placement("x", (size,), torch.uint8, ())] for size in (1000, 10, 5000, 300)]
     with contextlib.closing(
-        DeviceStops(Host(4), stops, homes=[0] * 4, lanes=[lane], kept=frozenset([2]), num_slots=[2])
+        DeviceStops(Host(4), stops, homes=[0] * 4, devices=[device], kept=frozenset([2]), num_slots=[2])
     ):
-        assert lane.sizes == [5120, 1024, 1024]
+        assert device.sizes == [5120, 1024, 1024]
     assert device_bytes_of(stops[1][0]) == 256
 
 
 def test_a_budget_is_what_was_given_or_what_is_free() -> None:
-    class Card(HostLane):
+    class Card(HostDevice):
         def free_bytes(self) -> int:
             return 6 * GIB
 
@@ -375,21 +378,21 @@ def test_a_device_is_named_by_its_number() -> None:
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert open_lanes(("cpu",)) == []
+    assert open_devices(("cpu",)) == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     with pytest.raises(
         InputError, match=r"device cuda:0 cannot be used: this torch \(.*\) is built without CUDA; use cpu"
     ):
-        open_lanes(("cuda:0",))
+        open_devices(("cuda:0",))
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     with pytest.raises(InputError, match=r"cannot be used: this torch \(.*\) sees no GPU"):
-        open_lanes(("cuda:0",))
+        open_devices(("cuda:0",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for count, there in ((1, "cuda:0 only"), (4, "cuda:0 to cuda:3")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
         with pytest.raises(InputError, match=f"there is no device cuda:4; this machine has {there}"):
-            open_lanes(("cuda:4",))
+            open_devices(("cuda:4",))
 
 
 GPU = torch.device("cuda:0")
@@ -412,8 +415,6 @@ class Driver:
 
 
 def test_memory_is_pinned_until_it_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    import numpy as np
-
     driver = Driver(0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     buffers = [np.zeros(8192, np.uint8), np.empty(0, np.uint8)]
@@ -426,8 +427,6 @@ def test_memory_is_pinned_until_it_is_given_back(monkeypatch: pytest.MonkeyPatch
 def test_memory_that_cannot_be_pinned_is_used_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import numpy as np
-
     driver = Driver(2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     monkeypatch.setattr("slowllm.streaming.devices._forget_error", lambda device: None)
@@ -437,17 +436,15 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(
 
 
 def test_a_card_that_is_full_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from slowllm.streaming.devices import CudaLane
-
     def empty(*args: Any, **kwargs: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    lane = CudaLane.__new__(CudaLane)
-    lane.device = torch.device("cuda:0")
-    monkeypatch.setattr(CudaLane, "free_bytes", lambda self: 3 * MIB)
+    device = CudaDevice.__new__(CudaDevice)
+    device.torch_device = torch.device("cuda:0")
+    monkeypatch.setattr(CudaDevice, "free_bytes", lambda self: 3 * MIB)
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(PlanError, match=r"cuda:0: 1\.07 GB more cannot be had there \(3\.15 MB are free\)"):
-        lane.allocate(GIB)
+        device.allocate(GIB)
 
 
 def test_a_stop_that_the_plan_left_out_is_not_copied_ahead() -> None:
@@ -463,14 +460,10 @@ def test_a_stop_that_the_plan_left_out_is_not_copied_ahead() -> None:
     assert host.visited == [0]
 
 
-def test_a_cuda_lane_copies_on_its_own_stream_and_marks_the_right_one(
+def test_a_cuda_device_copies_on_its_own_stream_and_records_events_on_the_right_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By stand-ins for torch's objects, which have their methods and arguments: the order of calls, and no more."""
-    from unittest.mock import MagicMock, create_autospec
-
-    from slowllm.streaming.devices import CudaLane
-
     calls: list[Any] = []
     plain = torch.cuda.Event
     streams = {name: create_autospec(torch.cuda.Stream, instance=True) for name in ("own", "current")}
@@ -497,22 +490,22 @@ def test_a_cuda_lane_copies_on_its_own_stream_and_marks_the_right_one(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1)
-    lane = CudaLane(torch.device("cuda:1"))
-    assert (lane.free_bytes(), lane.total_bytes(), lane.generator) == (7, 9, generator)
+    device = CudaDevice(torch.device("cuda:1"))
+    assert (device.free_bytes(), device.total_bytes(), device.generator) == (7, 9, generator)
 
     target = MagicMock()
     target.copy_.side_effect = lambda source, non_blocking: calls.append(("copy", non_blocking))
-    lane.copy(target, torch.zeros(1))
-    copied, computed = lane.copied(), lane.computed()
+    device.copy(target, torch.zeros(1))
+    copied, computed = device.copied(), device.computed()
     assert calls == [
         ("enter", streams["own"]), ("copy", True), ("leave", streams["own"]),
         ("record", streams["own"]), ("record", streams["current"]),
     ]  # fmt: skip
-    lane.copy_after(computed)
+    device.copy_after(computed)
     streams["own"].wait_event.assert_called_once_with(computed)
-    lane.compute_after(copied)
+    device.compute_after(copied)
     streams["current"].wait_event.assert_called_once_with(copied)
-    lane.wait(copied)
+    device.wait(copied)
     copied.synchronize.assert_called_once_with()
-    for wait in (lane.copy_after, lane.compute_after, lane.wait):
+    for wait in (device.copy_after, device.compute_after, device.wait):
         wait(None)

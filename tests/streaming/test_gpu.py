@@ -17,7 +17,7 @@ from slowllm.prepare.convert import convert
 from slowllm.storage.codecs import torch_kernels
 from slowllm.storage.codecs.base import Team
 from slowllm.storage.codecs.registry import CODECS
-from slowllm.streaming.devices import CudaLane
+from slowllm.streaming.devices import CudaDevice
 from tests.support.coded import coded, matrix_of
 from tests.support.families import resident, save_tiny
 from tests.support.paths import TINY_BLOOM
@@ -181,7 +181,7 @@ def test_what_is_taken_of_the_card_stays_in_the_budget(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_the_card_has_not_or_the_model_does_not_fit_is_refused() -> None:
-    total = CudaLane(torch.device("cuda:0")).total_bytes()
+    total = CudaDevice(torch.device("cuda:0")).total_bytes()
     with pytest.raises(InputError, match=r"a vram budget of .* is more than the .* of cuda:0"):
         slowllm.load(TINY_BLOOM, device="cuda", vram=total + GIB)
     with pytest.raises(PlanError, match=r"100MiB on cuda:0 are too few for this model"):

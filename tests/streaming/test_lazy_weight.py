@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from slowllm.errors import UnsupportedError
 from slowllm.storage.spans import Placement
-from slowllm.streaming.cast_stops import CastStops, swap_bytes
-from slowllm.streaming.lazy_weight import SwappedWeight
+from slowllm.streaming.cast_stops import CastStops, cast_buffer_bytes
+from slowllm.streaming.lazy_weight import LazyWeight
 from tests.support.properties import num_examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,7 +42,7 @@ def placements_of(stop: Mapping[str, Tensor]) -> list[Placement]:
 
 
 def cast_stops(stops: Sequence[Mapping[str, Tensor]], dtypes: Mapping[str, torch.dtype]) -> CastStops:
-    sizes = swap_bytes([placements_of(stop) for stop in stops], dtypes)
+    sizes = cast_buffer_bytes([placements_of(stop) for stop in stops], dtypes)
     cast = CastStops(InMemory(stops), [placements_of(stop) for stop in stops], dtypes, sizes)
     # What was left there by somebody else shows as NaN.
     cast._small[torch.device("cpu")].fill_(0xFF)
@@ -90,9 +90,9 @@ def test_every_weight_equals_its_cast_and_the_buffers_suffice(stops: Any, visits
                 if dtypes[name] == source.dtype:
                     assert weight is source
                     continue
-                inner = weight.cast() if isinstance(weight, SwappedWeight) else weight
+                inner = weight.cast() if isinstance(weight, LazyWeight) else weight
                 assert torch.equal(inner, source.to(dtypes[name]))
-                buffers = cast._large if isinstance(weight, SwappedWeight) else cast._small
+                buffers = cast._large if isinstance(weight, LazyWeight) else cast._small
                 assert not inner.numel() or is_inside(inner, buffers[torch.device("cpu")])
 
 
@@ -103,12 +103,14 @@ def test_the_buffers_are_no_larger_than_a_stop_needs() -> None:
     ]
     dtypes = dict.fromkeys("abcde", torch.bfloat16)
     # On cache lines: 200 and 14 bytes of vectors, 132 of a matrix.
-    assert swap_bytes([placements_of(stop) for stop in stops], dtypes) == (256 + 64, 192)
-    assert swap_bytes([placements_of(stop) for stop in stops], dict.fromkeys("abcde", torch.float32)) == (
+    assert cast_buffer_bytes([placements_of(stop) for stop in stops], dtypes) == (256 + 64, 192)
+    assert cast_buffer_bytes(
+        [placements_of(stop) for stop in stops], dict.fromkeys("abcde", torch.float32)
+    ) == (
         0,
         0,
     )
-    assert swap_bytes([], {}) == (0, 0)
+    assert cast_buffer_bytes([], {}) == (0, 0)
 
 
 def test_the_kept_buffers_are_used_again_from_stop_to_stop() -> None:
@@ -118,7 +120,7 @@ def test_the_kept_buffers_are_used_again_from_stop_to_stop() -> None:
     for stop in (0, 1, 0):
         with cast.visit(stop) as weights:
             matrix = weights["a"]
-            assert isinstance(matrix, SwappedWeight)
+            assert isinstance(matrix, LazyWeight)
             places.add((matrix.cast().data_ptr(), weights["b"].data_ptr()))
     assert len(places) == 1
 
@@ -135,10 +137,10 @@ def test_the_guess_is_passed_on() -> None:
 # Operations
 
 
-def swapped(stored: Tensor, dtype: torch.dtype) -> SwappedWeight:
+def swapped(stored: Tensor, dtype: torch.dtype) -> LazyWeight:
     """A weight with a kept buffer that just holds it."""
     num_bytes = -(-stored.numel() * dtype.itemsize // 64) * 64
-    return SwappedWeight(stored, dtype, torch.full((num_bytes,), 0xFF, dtype=torch.uint8))
+    return LazyWeight(stored, dtype, torch.full((num_bytes,), 0xFF, dtype=torch.uint8))
 
 
 Operation = Callable[[Tensor, Tensor], Any]
@@ -239,7 +241,7 @@ def test_an_operation_gives_the_bits_of_the_cast_copy(
     with torch.inference_mode(used_in):
         ours, theirs = values_of(operation(x, weight)), values_of(operation(x, plain))
     for found, wanted in zip(ours, theirs, strict=True):
-        assert not isinstance(found, SwappedWeight)
+        assert not isinstance(found, LazyWeight)
         assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
         assert torch.equal(found, wanted)
         # Nothing that is kept lies where the next operation writes.
@@ -277,7 +279,7 @@ def test_gradients_are_those_of_the_cast_copies_though_the_buffer_is_shared() ->
         assert x.grad is not None
         return y.detach(), x.grad
 
-    found = run([SwappedWeight(weight, torch.float32, buffer) for weight in stored])
+    found = run([LazyWeight(weight, torch.float32, buffer) for weight in stored])
     for ours, theirs in zip(found, run([weight.float() for weight in stored]), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -290,7 +292,7 @@ def test_a_module_takes_swapped_weights_in_place_of_its_own() -> None:
     cast = cast_stops([stored], dict.fromkeys(stored, torch.bfloat16))
     wanted = module(x)
     with cast.visit(0) as weights:
-        assert any(isinstance(weight, SwappedWeight) for weight in weights.values())
+        assert any(isinstance(weight, LazyWeight) for weight in weights.values())
         assert torch.equal(torch.func.functional_call(module, dict(weights), (x,)), wanted)
 
 
@@ -300,14 +302,14 @@ def test_two_weights_of_one_operation_do_not_share_their_bytes() -> None:
     # Room for both, for one and a half, for one, and for none.
     for num_bytes in (128, 96, 64, 0):
         buffer = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
-        first, second = (SwappedWeight(weight, torch.float32, buffer) for weight in (a, b))
+        first, second = (LazyWeight(weight, torch.float32, buffer) for weight in (a, b))
         assert torch.equal(first @ second, wanted)
 
 
 def test_only_the_rows_that_are_picked_are_cast(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = torch.randn(100, 8).bfloat16()
     weight = swapped(stored, torch.float32)
-    monkeypatch.setattr(SwappedWeight, "cast", lambda *_: pytest.fail("the whole embedding was cast"))
+    monkeypatch.setattr(LazyWeight, "cast", lambda *_: pytest.fail("the whole embedding was cast"))
     rows = torch.tensor([3, 99, 3])
     for picked in (F.embedding(rows, weight), weight[rows], weight.index_select(0, rows)):
         assert torch.equal(picked, stored[rows].float())
@@ -342,6 +344,6 @@ def test_the_bytes_of_a_streamed_weight_are_not_shown_as_another_dtype() -> None
 
 def test_a_swapped_weight_says_what_it_is() -> None:
     weight = swapped(torch.zeros(4, 2).bfloat16(), torch.float32)
-    assert repr(weight) == "SwappedWeight((4, 2), torch.bfloat16 as torch.float32)"
+    assert repr(weight) == "LazyWeight((4, 2), torch.bfloat16 as torch.float32)"
     assert (weight.dtype, weight.itemsize, weight.is_contiguous()) == (torch.float32, 4, True)
     assert math.prod(weight.shape) == weight.numel() == 8

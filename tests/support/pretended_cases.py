@@ -52,12 +52,14 @@ def folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
 @contextmanager
 def pretending() -> Iterator[None]:
     """Let the names of CUDA's devices stand for the pretended ones."""
-    opened = load.open_lanes
-    load.open_lanes = lambda names: [pretended.PretendLane(int(name[5:])) for name in names if name != "cpu"]
+    opened = load.open_devices
+    load.open_devices = lambda names: [
+        pretended.PretendedDevice(int(name[5:])) for name in names if name != "cpu"
+    ]
     try:
         yield
     finally:
-        load.open_lanes = opened
+        load.open_devices = opened
 
 
 @contextmanager

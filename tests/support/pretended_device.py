@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from tests.support.host_device import HostDevice
+
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 # May be given tensors of two devices: copies, and indices that are on the processor.
@@ -141,39 +143,16 @@ def register() -> None:
 LIBRARIES: list[Any] = []
 
 
-class PretendLane:
-    """A lane whose copies are done at once."""
+class PretendedDevice(HostDevice):
+    """A device whose copies are done at once, and checked."""
 
     def __init__(self, number: int, num_bytes: int = 1 << 40) -> None:
-        self.device, self.generator = torch.device("pretend", number), torch.Generator()
-        self._num_bytes = num_bytes
-
-    def free_bytes(self) -> int:
-        return self._num_bytes
-
-    def multiplies_integers(self) -> bool:
-        return True
-
-    def total_bytes(self) -> int:
-        return self._num_bytes
-
-    def allocate(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        super().__init__(num_bytes, torch.device("pretend", number))
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         assert source.device == CPU, "copies are from the host"
-        assert target.device == self.device, "copies are to the lane's device"
-        target.copy_(source)
-
-    def copied(self) -> None: ...
-
-    def computed(self) -> None: ...
-
-    def copy_after(self, mark: None) -> None: ...
-
-    def compute_after(self, mark: None) -> None: ...
-
-    def wait(self, mark: None) -> None: ...
+        assert target.device == self.torch_device, "copies are to this device"
+        super().copy(target, source)
 
 
 if __name__ == "__main__":
