@@ -6,13 +6,12 @@ Choices of one token each are compared by their own rows of the head; the rest o
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from slowllm.errors import InputError
-from slowllm.inference.scoring import Answer, answer
+from slowllm.inference.scoring import Answer, answer_keyed
 from slowllm.inference.text import Query, TextSide, encode_pair, leading_ids
 from slowllm.runtime.streamed_lm import StreamedLM
 
@@ -116,18 +115,11 @@ def choose(lm: StreamedLM, items: Iterable[Encoded], *, relative: bool = False) 
         items: from `encode_item`; drawn on the carousel's thread, so it must not call the model.
         relative: whether all of them are `Encoded.is_relative`.
     """
-    drawn: deque[Encoded] = deque()
-
-    def queries() -> Iterator[Query]:
-        for item in items:
-            drawn.append(item)
-            yield from item.queries
-
-    answers = answer(lm, queries(), relative=relative)
-    for first in answers:
-        item = drawn.popleft()
-        found = [first, *(next(answers) for _ in item.queries[1:])]
-        yield judge(item, found)
+    queries = ((item, query) for item in items for query in item.queries)
+    answers = answer_keyed(lm, queries, relative=relative)
+    for item, first in answers:
+        others = [next(answers)[1] for _ in item.queries[1:]]
+        yield judge(item, [first, *others])
 
 
 def judge(item: Encoded, answers: Sequence[Answer]) -> Chosen:

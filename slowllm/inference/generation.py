@@ -13,7 +13,6 @@ import functools
 import inspect
 import itertools
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -134,6 +133,13 @@ def generate(
     return ride_prompts(lm, prompts, rider, held=_held_tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Group(Sized):
+    """The job that continues a group of prompts; `numbers` are those of the prompts."""
+
+    numbers: list[int]
+
+
 ContinueGroup = Callable[[Sequence[int], Sequence[Prompt]], list[tuple[Continuation, ...]]]
 
 
@@ -154,14 +160,14 @@ def ride_prompts(
         held: returns the tokens that a group holds aboard.
         alone: whether each prompt rides alone.
     """
-    plan, aboard = lm.plan, deque[list[int]]()
+    plan = lm.plan
     most = plan.sweep_tokens
     can_mask = "attention_mask" in inspect.signature(lm.model.forward).parameters and _can_pad(lm)
 
     windows = _windows(lm, prompts)
     begun = next(windows, [])  # what is wrong with its prompts is said before anybody rides
 
-    def jobs() -> Iterator[Sized]:
+    def jobs() -> Iterator[_Group]:
         first = 0
         for window in itertools.chain([begun], windows):
             groups = [[n] for n in range(len(window))]
@@ -169,14 +175,14 @@ def ride_prompts(
                 groups = _grouped(window, plan.rider_tokens, most, plan.padding_tokens, can_mask=can_mask)
             for group in groups:
                 numbers, chosen = [first + n for n in group], [window[n] for n in group]
-                aboard.append(numbers)
-                yield Sized(functools.partial(_guarded, rider, numbers, chosen), held(chosen))
+                job = functools.partial(_guarded, rider, numbers, chosen)
+                yield _Group(job, held(chosen), numbers=numbers)
             first += len(window)
 
     found: dict[int, tuple[Continuation, ...]] = {}
     position, failed = 0, list[Exception]()
-    for result in lm.stream(jobs(), MAX_RIDERS, most):
-        numbers = aboard.popleft()
+    for group, result in lm.stream(jobs(), MAX_RIDERS, most):
+        numbers = group.numbers
         if isinstance(result, Exception):
             failed.append(result)
             log.warning("%s: no continuation: %s", _names(numbers), result)

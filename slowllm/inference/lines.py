@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import itertools
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 import transformers
 
 from slowllm.errors import InputError, StateError
-from slowllm.inference.scoring import answer, safe_exp
+from slowllm.inference.scoring import answer_keyed, safe_exp
 from slowllm.inference.text import Query, TextSide
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.planning.job import Job, Rates
@@ -261,13 +260,11 @@ def score_lines(
     Raises:
         StateError: the state cannot be written.
     """
-    drawn: deque[Line] = deque()
 
-    def queries() -> Iterator[Query]:
+    def queries() -> Iterator[tuple[Line, Query]]:
         for line in lines:
-            drawn.append(line)
             ids = line.ids if prefix is None else (prefix, *line.ids)
-            yield Query(ids[:1], ids[1:])
+            yield line, Query(ids[:1], ids[1:])
 
-    for found in answer(lm, queries(), share=False, state=state):
-        yield Score(drawn.popleft(), found.log_probs)
+    for line, found in answer_keyed(lm, queries(), share=False, state=state):
+        yield Score(line, found.log_probs)

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -34,7 +34,7 @@ from slowllm.modeling.shared_cache import Beginning, SharedCache, SharedPrefix, 
 from slowllm.modeling.soft_prompts import PrefixBeginning
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, Plan, padding_worth, scratch_bytes
 from slowllm.planning.job import Job, Rates
-from slowllm.runtime.state import Journal, State
+from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.journal import journal
 from slowllm.streaming.riders import Sized
@@ -49,6 +49,9 @@ WINDOW_QUERIES = 10_000
 
 # Threads of riders, beyond those that the plan's sweep needs anyway: small micro-batches take many.
 MAX_RIDERS = 64
+
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,26 @@ def answer(
     share: bool = True,
     state: State | None = None,
 ) -> Iterator[Answer]:
-    """Yield the answers to any number of queries, in order, in as few sweeps as the plan allows.
+    """Yield the answers to any number of queries, in order; see `answer_keyed`."""
+    keyed = ((None, query) for query in queries)
+    for _, found in answer_keyed(lm, keyed, relative=relative, share=share, state=state):
+        yield found
+
+
+def answer_keyed(
+    lm: StreamedLM,
+    queries: Iterable[tuple[K, Query]],
+    *,
+    relative: bool = False,
+    share: bool = True,
+    state: State | None = None,
+) -> Iterator[tuple[K, Answer]]:
+    """Yield each query's key and its answer, in order, in as few sweeps as the plan allows.
 
     Args:
         lm: a loaded model.
-        queries: drawn on the carousel's thread as riders leave, so it must not call the model.
+        queries: any number of them, each with a key that is handed back with its answer. Drawn on the carousel's
+            thread as riders leave, so the iterable must not call the model.
         relative: whether it is enough to know tokens asked for after one context against one another; see
             `head.log_probs_at`. Then `is_greedy` is false.
         share: whether rows may go on from others' keys and values; not together with `state`.
@@ -132,18 +150,17 @@ def answer(
     # Between the leaves of a block every rider would hold what it took of another's keys and values.
     share = share and state is None and lm.plan.granularity == "blocks" and can_share(lm.config)
     seats = max(lm.plan.sweep_tokens // lm.plan.rider_tokens, MAX_RIDERS)
-    aboard: deque[list[tuple[list[_Asked], Segment]]] = deque()
-    waiting: deque[_Asked] = deque()
 
-    def jobs() -> Iterator[Sized]:
+    def jobs() -> Iterator[_MicroBatch[K]]:
         number = 0
         for window in _windows(queries, lm.plan):
-            asked = [_Asked(len(query.continuation)) for query in window]
-            waiting.extend(asked)
+            asked = [_Asked(key, len(query.continuation)) for key, query in window]
             plan = lm.plan
-            rows = merge(_behind_prompt(lm, window))
+            rows = merge(_behind_prompt(lm, [query for _, query in window]))
             for row in rows:
                 _refuse_too_long(lm, len(row.ids) + _prefix_tokens(lm))
+            if not rows:  # its queries have no tokens to score, but take their turn
+                yield _MicroBatch(list, number=None, segments=[], asked=asked, opens_window=True)
             parts = loads(
                 rows,
                 plan.rider_tokens,
@@ -152,32 +169,37 @@ def answer(
                 share=share,
                 max_batches=seats,
             )
+            opens_window = True
             for load in parts:
                 for batch, (beginning, trunk) in zip(
                     load.batches, _ties(load, _prefix_tokens(lm)), strict=True
                 ):
                     segments = [load.segments[member] for member in batch]
-                    aboard.append([(asked, segment) for segment in segments])
                     num_tokens = len(batch) * max(len(segment.ids) for segment in segments)
+                    job = functools.partial(_pass, lm, segments, beginning, trunk, relative, state, number)
+                    starts_load = load.is_shared and batch is load.batches[0]
                     done = None if state is None else state.result(number)
                     if done is not None:
-                        yield Sized(functools.partial(list, done))
-                    else:
-                        kept = None if state is None else state.journal(number)
-                        job = functools.partial(_pass, lm, segments, beginning, trunk, relative, kept)
-                        yield Sized(job, num_tokens, load.is_shared and batch is load.batches[0])
+                        job, num_tokens, starts_load = functools.partial(list, done), 0, False
+                    yield _MicroBatch(
+                        job, num_tokens, starts_load,
+                        number=number, segments=segments, asked=asked, opens_window=opens_window,
+                    )  # fmt: skip
+                    opens_window = False
                     number += 1
 
-    for number, found in enumerate(lm.stream(jobs(), seats, lm.plan.sweep_tokens)):
-        if state is not None:
-            state.finish(number, found)
-        for (asked, segment), (values, likeliest) in zip(aboard.popleft(), found, strict=True):
+    waiting: deque[_Asked[K]] = deque()
+    for batch, results in lm.stream(jobs(), seats, lm.plan.sweep_tokens):
+        if batch.opens_window:
+            waiting.extend(batch.asked)
+        if state is not None and batch.number is not None:
+            state.finish(batch.number, results)
+        for segment, (values, likeliest) in zip(batch.segments, results, strict=True):
             for wish, value, is_likeliest in zip(segment.wishes, values, likeliest, strict=True):
-                asked[wish.query].note(wish.place, value, is_likeliest)
+                batch.asked[wish.query].note(wish.place, value, is_likeliest)
         while waiting and waiting[0].is_complete:
-            yield waiting.popleft().answer()
-    while waiting:  # what asked for nothing, after the last that asked for something
-        yield waiting.popleft().answer()
+            query = waiting.popleft()
+            yield query.key, query.answer()
 
 
 def _refuse_too_long(lm: StreamedLM, num_tokens: int) -> None:
@@ -190,10 +212,11 @@ def _refuse_too_long(lm: StreamedLM, num_tokens: int) -> None:
         )
 
 
-class _Asked:
-    """A query that waits for its values."""
+class _Asked(Generic[K]):
+    """A query that waits for its values, with the key that its answer is handed over with."""
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, key: K, num_tokens: int) -> None:
+        self.key = key
         self.values = [math.nan] * num_tokens
         self.num_left, self.is_greedy = num_tokens, True
 
@@ -211,15 +234,32 @@ class _Asked:
         return Answer(tuple(self.values), self.is_greedy)
 
 
-def _windows(queries: Iterable[Query], plan: Plan) -> Iterator[list[Query]]:
+@dataclass(frozen=True, kw_only=True)
+class _MicroBatch(Sized, Generic[K]):
+    """The job of passing one micro-batch through the model, and the queries that its results belong to.
+
+    Attributes:
+        number: of the micro-batch, for the state; None where there is nothing to pass.
+        segments: its rows.
+        asked: all queries of the window that it is from.
+        opens_window: whether it is the window's first.
+    """
+
+    number: int | None
+    segments: Sequence[Segment]
+    asked: Sequence[_Asked[K]]
+    opens_window: bool
+
+
+def _windows(queries: Iterable[tuple[K, Query]], plan: Plan) -> Iterator[list[tuple[K, Query]]]:
     """Yield queries of a few sweeps at a time; what one has in common with the last is not counted."""
-    window: list[Query] = []
+    window: list[tuple[K, Query]] = []
     num_tokens = 0
     last: tuple[int, ...] = ()
     source = iter(queries)
     while True:
         try:
-            query = next(source)
+            key, query = next(source)
         except StopIteration:
             break
         except BaseException:  # what came before it can still be answered
@@ -232,7 +272,7 @@ def _windows(queries: Iterable[Query], plan: Plan) -> Iterator[list[Query]]:
         if window and is_full:
             yield window
             window, num_tokens, own = [], 0, len(ids)
-        window.append(query)
+        window.append((key, query))
         num_tokens += own
         last = ids
     if window:
@@ -275,10 +315,12 @@ def _pass(
     beginning: Beginning | None,
     trunk: SharedPrefix | None,
     relative: bool,
-    kept: Journal | None,
+    state: State | None,
+    number: int,
 ) -> list[tuple[list[float], list[bool]]]:
     """Pass one micro-batch through the model; runs as a rider. Returns what its wishes came to."""
-    journal.set(kept)  # in the rider's own context
+    # In the rider's own context, and not before it runs: a journal may hold the output of a block.
+    journal.set(None if state is None else state.journal(number))
     start, before = segments[0].start, _prefix_tokens(lm)
     width = max(len(segment.ids) for segment in segments)
     ids = torch.zeros(len(segments), width, dtype=torch.int64)

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 
 T = TypeVar("T")
+JobT = TypeVar("JobT", bound=Callable[[], Any])
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,9 @@ class StreamedLM:
         return self._carousel.ride(jobs, max_riders)
 
     def stream(
-        self, jobs: Iterable[Callable[[], T]], max_riders: int, max_tokens: float = math.inf
-    ) -> Iterator[T]:
-        """Yield the results of any number of jobs in order, `max_riders` aboard at a time. See `Carousel.stream`."""
+        self, jobs: Iterable[JobT], max_riders: int, max_tokens: float = math.inf
+    ) -> Iterator[tuple[JobT, Any]]:
+        """Yield any number of jobs in order, each with its result; `max_riders` run at a time. See `Carousel.stream`."""
         return self._carousel.stream(jobs, max_riders, max_tokens)
 
     def close(self) -> None:

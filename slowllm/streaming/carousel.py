@@ -32,6 +32,7 @@ from slowllm.streaming.rng_state import SharedGenerators, fork
 from slowllm.streaming.stops import Direction, Passage, Stops, Totals, Weights
 
 T = TypeVar("T")
+JobT = TypeVar("JobT", bound=RiderJob)
 
 # How long a rider may run its own code before a guest that waits at another stop is served meanwhile. The rider
 # may be waiting for that very guest, which cannot be known; where it is not, the riders' stop is read once more.
@@ -160,12 +161,12 @@ class Carousel:
         """
         jobs = list(jobs)
         seats = max(len(jobs), 1) if max_riders is None else max_riders
-        return list(self._ride(iter(jobs), seats, is_stream=False))
+        return [result for _, result in self._ride(iter(jobs), seats, is_stream=False)]
 
     def stream(
-        self, jobs: Iterable[Callable[[], T]], max_riders: int, max_tokens: float = math.inf
-    ) -> Iterator[T]:
-        """Yield the results of any number of jobs, in order, as they come.
+        self, jobs: Iterable[JobT], max_riders: int, max_tokens: float = math.inf
+    ) -> Iterator[tuple[JobT, Any]]:
+        """Yield each of any number of jobs with its result, in order, as they come.
 
         Jobs are drawn as riders leave, at most four times `max_riders` ahead of whoever takes the results. The
         carousel waits for each, so the iterable must not block; it goes on with the caller's random generator,
@@ -177,7 +178,7 @@ class Carousel:
 
     def _ride(
         self, jobs: Iterator[RiderJob], max_riders: int, is_stream: bool, max_tokens: float = math.inf
-    ) -> Generator[Any, None, None]:
+    ) -> Generator[tuple[Any, Any], None, None]:
         assert max_riders > 0, "a ride needs at least one rider at a time"
         self._refuse_if_forked()
         if self._is_ours():
@@ -325,7 +326,7 @@ class Carousel:
     def _run_rider(self, rider: Rider) -> None:
         self._local.rider = rider
         try:
-            rider.result.append(rider.party.run(rider.job))
+            rider.result.append((rider.job, rider.party.run(rider.job)))
         except BaseException as caught:  # handed to whoever called ride()
             rider.error = caught
         del rider.job

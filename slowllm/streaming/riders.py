@@ -74,7 +74,8 @@ class Rider:
         self.job, self.random_state = job, random_state
         self.num_tokens = job.num_tokens if isinstance(job, Sized) else 0
         self.thread: threading.Thread | None = None
-        self.result: list[Any] = []
+        # The job and its result, until both are handed over.
+        self.result: list[tuple[RiderJob, Any]] = []
         self.error: BaseException | None = None
 
 

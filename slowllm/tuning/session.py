@@ -333,8 +333,8 @@ class Session:
                 )
                 for batch in batches
             ]
-            outputs = lm.stream(iter(jobs), MAX_RIDERS, lm.plan.sweep_tokens)
-            for batch, output in zip(batches, outputs, strict=True):
+            outputs = lm.stream(jobs, MAX_RIDERS, lm.plan.sweep_tokens)
+            for batch, (_, output) in zip(batches, outputs, strict=True):
                 trunk.put(batch, output)
             trunk.finish()
 
@@ -353,7 +353,7 @@ class Session:
                 batches.append(self._pack(trial, [row.example for row in judged]))
                 shares.append((trial, train, len(judged), (len(batches[0]), len(batches[1]))))
                 jobs += self._jobs(lm, trial, train, judged, batches, hint)
-            found = list(lm.stream(iter(jobs), MAX_RIDERS, lm.plan.sweep_tokens))
+            found = [result for _, result in lm.stream(jobs, MAX_RIDERS, lm.plan.sweep_tokens)]
             records: list[Record] = []
             for trial, train, num_judged, (num_train, num_validation) in shares:
                 results, found = found[: num_train + num_validation], found[num_train + num_validation :]

@@ -128,9 +128,7 @@ def test_the_state_of_another_job_is_refused(tmp_path: Path, other: dict[str, An
 
 
 def test_two_processes_cannot_share_a_state(state: State, tmp_path: Path, processes: Processes) -> None:
-    code = (
-        "import sys; from pathlib import Path; from slowllm.state import State; State(Path(sys.argv[1]), {})"
-    )
+    code = "import sys; from pathlib import Path; from slowllm.runtime.state import State; State(Path(sys.argv[1]), {})"
     done = processes.run("-c", code, tmp_path / "s")
     assert "StateError" in done.stderr
     assert "another run is using this state" in done.stderr

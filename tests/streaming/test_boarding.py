@@ -13,7 +13,7 @@ from slowllm.planning.job import Sizes, StopSize
 from slowllm.streaming.carousel import Carousel
 from slowllm.streaming.hints import Reach, reach
 from slowllm.streaming.riders import Sized
-from tests.support.memory_stops import MemoryStops, sweep
+from tests.support.memory_stops import MemoryStops, results_of, sweep
 from tests.support.properties import num_examples
 
 NUM_STOPS = 4
@@ -56,7 +56,7 @@ def test_no_more_tokens_are_aboard_than_allowed_but_for_one_alone(sizes: list[in
     try:
         aboard = Aboard(carousel)
         jobs = [aboard.job(str(number), size) for number, size in enumerate(sizes)]
-        assert list(carousel.stream(jobs, 64, 10)) == [str(number) for number in range(len(sizes))]
+        assert results_of(carousel.stream(jobs, 64, 10)) == [str(number) for number in range(len(sizes))]
     finally:
         carousel.close()
     assert aboard.most <= max(10, *sizes)
@@ -74,7 +74,7 @@ def test_a_load_boards_when_those_before_it_have_left(carousel: Carousel) -> Non
         aboard.job("a", 1), aboard.job("b", 1),
         aboard.job("c", 1, starts_load=True), aboard.job("d", 1),
     ]  # fmt: skip
-    assert list(carousel.stream(jobs, 64, 100)) == ["a", "b", "c", "d"]
+    assert results_of(carousel.stream(jobs, 64, 100)) == ["a", "b", "c", "d"]
     assert carousel.totals.num_passages == 2 * NUM_STOPS
     assert not any(names & {"a", "b"} and names & {"c", "d"} for names in aboard.seen)
     assert {"c", "d"} in aboard.seen

@@ -30,7 +30,7 @@ from slowllm.streaming import carousel as module
 from slowllm.streaming import riders as rooms
 from slowllm.streaming.carousel import Carousel
 from slowllm.streaming.stops import Direction, Passage, Weights
-from tests.support.memory_stops import MemoryStops, number, sweep
+from tests.support.memory_stops import MemoryStops, number, results_of, sweep
 from tests.support.paths import ROOT
 from tests.support.properties import num_examples
 
@@ -207,7 +207,7 @@ def test_exactly_one_rider_runs_at_a_time_and_its_work_is_part_of_it(make: Make)
         alone()
 
     carousel.ride([lambda n=n: job(n % 3 + 1) for n in range(12)], max_riders=5)
-    carousel.stream([lambda n=n: job(n % 3 + 1) for n in range(12)], 3)
+    list(carousel.stream([lambda n=n: job(n % 3 + 1) for n in range(12)], 3))
 
 
 def test_riders_of_a_cancelled_stream_leave_one_at_a_time(make: Make) -> None:
@@ -228,7 +228,7 @@ def test_riders_of_a_cancelled_stream_leave_one_at_a_time(make: Make) -> None:
             lock.release()
 
     stream = carousel.stream([lambda r=r: job(r) for r in range(8)], 8)
-    assert next(stream) == 0
+    assert next(stream)[1] == 0
     until(lambda: carousel._parties[0].num_boarded == 8)
     stream.close()  # type: ignore[attr-defined]
     assert sorted(left) == [1, 2, 3, 4, 5, 6, 7]
@@ -381,10 +381,24 @@ def test_a_stream_yields_in_order_whoever_ends_first(make: Make) -> None:
             sweep(carousel, 2)
         return index
 
-    results = carousel.stream((lambda i=i: job(i) for i in range(23)), 4)
+    results = (result for _, result in carousel.stream((lambda i=i: job(i) for i in range(23)), 4))
     assert next(results) == 0
     assert list(results) == list(range(1, 23))
     assert len(stops.visited) < 2 * sum(5 - i % 5 for i in range(23)) / 2  # shared
+
+
+def test_a_stream_yields_each_job_with_its_result(make: Make) -> None:
+    carousel, _ = make(2)
+
+    def job(index: int) -> int:
+        for _ in range(3 - index % 3):
+            sweep(carousel, 2)
+        return index
+
+    jobs = [functools.partial(job, index) for index in range(7)]
+    pairs = list(carousel.stream(iter(jobs), 3))
+    assert [drawn for drawn, _ in pairs] == jobs
+    assert [result for _, result in pairs] == list(range(7))
 
 
 def test_a_stream_draws_a_bounded_number_of_jobs_ahead_of_its_consumer(make: Make) -> None:
@@ -400,7 +414,7 @@ def test_a_stream_draws_a_bounded_number_of_jobs_ahead_of_its_consumer(make: Mak
     stream = carousel.stream(jobs(), 3)
     assert drawn == 0
     for wanted in range(6):
-        assert next(stream) == wanted
+        assert next(stream)[1] == wanted
         for _ in range(
             50
         ):  # the consumer takes its time: fifty sweeps, each of which could finish three riders
@@ -420,7 +434,7 @@ def test_a_rider_that_takes_long_does_not_let_results_pile_up_behind_it(make: Ma
         ended.append(index)
         return index
 
-    assert list(carousel.stream((lambda i=i: job(i) for i in range(50)), 2)) == list(range(50))
+    assert results_of(carousel.stream((lambda i=i: job(i) for i in range(50)), 2)) == list(range(50))
     assert ended.index(0) == 7  # 4 * 2 were ahead, itself among them
 
 
@@ -440,7 +454,7 @@ def test_an_error_in_a_stream_stops_boarding_but_those_aboard_finish(make: Make)
         return index
 
     stream = carousel.stream((lambda i=i: job(i) for i in itertools.count()), 4)
-    assert [next(stream), next(stream)] == [0, 1]
+    assert [next(stream)[1], next(stream)[1]] == [0, 1]
     with pytest.raises(ValueError, match="broken") as caught:
         next(stream)
     # The first left a seat, which was taken before the third failed.
@@ -460,7 +474,7 @@ def test_results_before_an_error_are_yielded_even_if_the_error_came_first(make: 
         return len(sweep(carousel, 3))
 
     stream = carousel.stream((lambda i=i: job(i) for i in range(9)), 2)
-    assert next(stream) == 3
+    assert next(stream)[1] == 3
     with pytest.raises(ValueError, match="at once"):
         next(stream)
 
@@ -474,7 +488,7 @@ def test_an_iterable_that_raises_is_heard_after_the_results_of_those_aboard(make
         raise ValueError("bad line 4")
 
     stream = carousel.stream(jobs(), 2)
-    assert [next(stream) for _ in range(3)] == [[0, 1]] * 3
+    assert [next(stream)[1] for _ in range(3)] == [[0, 1]] * 3
     with pytest.raises(ValueError, match="bad line 4"):
         next(stream)
     with pytest.raises(ValueError, match="bad line 4"):
@@ -514,7 +528,7 @@ def test_closing_a_stream_early_cancels_its_riders_and_joins_them(make: Make) ->
 
     before = set(threading.enumerate())
     stream = carousel.stream([lambda i=i: job(i) for i in range(4)], 3)
-    assert next(stream) == 0
+    assert next(stream)[1] == 0
     until(lambda: len(set(threading.enumerate()) - before) == 3)
     stream.close()  # type: ignore[attr-defined]
     assert set(threading.enumerate()) == before
@@ -537,7 +551,7 @@ def test_a_stream_closed_by_one_of_its_riders_hangs_nobody(make: Make) -> None:
 
     before = set(threading.enumerate())
     stream = carousel.stream([lambda: 1, close, wait, wait], 4)
-    assert next(stream) == 1
+    assert next(stream)[1] == 1
     until(lambda: set(threading.enumerate()) == before and not carousel._parties)
     assert carousel.ride([lambda: sweep(carousel, 2)]) == [[0, 1]]
 
@@ -545,7 +559,7 @@ def test_a_stream_closed_by_one_of_its_riders_hangs_nobody(make: Make) -> None:
 def test_a_consumer_may_call_the_model_between_results(make: Make) -> None:
     carousel, _ = make(3)
     results = []
-    for result in carousel.stream((lambda: sweep(carousel, 3) for _ in range(7)), 2):
+    for _, result in carousel.stream((lambda: sweep(carousel, 3) for _ in range(7)), 2):
         assert sweep(carousel, 3, back=True) == [0, 1, 2, 2, 1, 0]
         assert carousel.ride([lambda: sweep(carousel, 3)] * 2) == [[0, 1, 2]] * 2
         results.append(result)
@@ -583,14 +597,14 @@ def test_an_iterable_that_takes_its_time_does_not_keep_the_carousel_from_closing
 def test_an_iterable_may_not_call_the_model(make: Make) -> None:
     carousel, _ = make(2)
     jobs = (lambda: value for value in [sweep(carousel, 2) for _ in iter([1])])
-    assert list(carousel.stream(jobs, 1)) == [[0, 1]]  # here it was called before the stream began
+    assert results_of(carousel.stream(jobs, 1)) == [[0, 1]]  # here it was called before the stream began
 
     def late() -> Iterator[Job]:
         yield lambda: sweep(carousel, 2)
         sweep(carousel, 2)
 
     stream = carousel.stream(late(), 1)
-    assert next(stream) == [0, 1]
+    assert next(stream)[1] == [0, 1]
     with pytest.raises(RideError, match="the iterable of jobs"):
         next(stream)
 
@@ -716,7 +730,7 @@ def test_seeded_riders_draw_what_they_draw_alone(make: Make) -> None:
     alone = [job() for job in jobs]
     assert carousel.ride(jobs) == alone
     assert carousel.ride(jobs, max_riders=3) == alone
-    assert list(carousel.stream(jobs, 5)) == alone
+    assert results_of(carousel.stream(jobs, 5)) == alone
     assert len({draws[0] for draws in alone}) == 8
 
 
@@ -755,7 +769,7 @@ def test_unseeded_riders_of_later_rides_draw_other_numbers(make: Make, kind: str
     found: list[float] = []
     for _ in range(12):
         jobs: list[Job] = [lambda: None, draw, draw, draw]
-        results = carousel.ride(jobs) if kind == "ride" else list(carousel.stream(jobs, 2))
+        results = carousel.ride(jobs) if kind == "ride" else results_of(carousel.stream(jobs, 2))
         found += results[1:]
     assert len(set(found)) == 36
 
@@ -805,7 +819,7 @@ def test_an_iterable_goes_on_with_the_callers_generator(make: Make) -> None:
     torch.manual_seed(2)
     plain = [draw() for _ in range(5)]
     torch.manual_seed(2)
-    riders = list(carousel.stream(jobs(), 2))
+    riders = results_of(carousel.stream(jobs(), 2))
     assert drawn == plain
     assert len({*riders, *plain, draw()}) == 11
 
@@ -843,7 +857,7 @@ def test_modes_of_the_caller_reach_riders_and_their_work(make: Make) -> None:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
             wanted = (False, False, torch.float16, "the caller's")
             assert carousel.ride([job] * 2) == [(wanted, wanted)] * 2
-            assert list(carousel.stream([job] * 2, 2)) == [(wanted, wanted)] * 2
+            assert results_of(carousel.stream([job] * 2, 2)) == [(wanted, wanted)] * 2
         with torch.inference_mode():
             wanted = (False, True, None, "the caller's")
             assert carousel.ride([job] * 2) == [(wanted, wanted)] * 2
@@ -1189,7 +1203,7 @@ def test_closing_never_shortens_the_results(make: Make) -> None:
 def test_an_interrupt_of_a_ride_ends_it_promptly_and_joins_its_threads() -> None:
     script = """
         import contextlib, threading
-        from slowllm.carousel import Carousel
+        from slowllm.streaming.carousel import Carousel
 
         class Stops:
             num_stops = 3
@@ -1313,7 +1327,7 @@ def test_a_finished_ride_keeps_neither_jobs_nor_results(make: Make, kind: str) -
         return carousel.visit(1, "up", lambda _: new())
 
     jobs = [functools.partial(job, new()) for _ in range(4)]
-    results = carousel.ride(jobs) if kind == "ride" else list(carousel.stream(jobs, 2))
+    results = carousel.ride(jobs) if kind == "ride" else results_of(carousel.stream(jobs, 2))
     assert len(kept) == 16
     gc.disable()  # not even circles are left
     try:
@@ -1324,12 +1338,12 @@ def test_a_finished_ride_keeps_neither_jobs_nor_results(make: Make, kind: str) -
         gc.enable()
 
 
-def test_a_stream_lets_go_of_a_result_that_was_taken(make: Make) -> None:
+def test_a_stream_lets_go_of_a_job_and_a_result_that_were_taken(make: Make) -> None:
     carousel, _ = make(2)
     stream = carousel.stream((lambda: sweep(carousel, 2) and Big() for _ in range(5)), 2)
     for _ in range(5):
-        result = weakref.ref(next(stream))
-        until(lambda: result() is None)
+        job, result = map(weakref.ref, next(stream))
+        until(lambda: job() is None and result() is None)
     assert list(stream) == []
 
 
@@ -1399,7 +1413,9 @@ def check(carousel: Carousel, plans: list[Plan], max_riders: int, as_stream: boo
 
     def ride() -> None:
         found.extend(
-            carousel.stream(iter(jobs), max_riders) if as_stream else carousel.ride(jobs, max_riders)
+            results_of(carousel.stream(iter(jobs), max_riders))
+            if as_stream
+            else carousel.ride(jobs, max_riders)
         )
 
     if not failures:

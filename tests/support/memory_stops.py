@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -53,3 +54,8 @@ def sweep(carousel: Carousel, num_stops: int, *, back: bool = False) -> list[int
     if back:
         seen += [carousel.visit(stop, "down", number) for stop in reversed(range(num_stops))]
     return seen
+
+
+def results_of(stream: Iterable[tuple[Any, Any]]) -> list[Any]:
+    """Return the results of a stream without its jobs."""
+    return [result for _, result in stream]
