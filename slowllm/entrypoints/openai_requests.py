@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from slowllm.errors import InputError
+from slowllm.files import parse_object, shown
 from slowllm.inference.generation import Prompt, Settings, check
 from slowllm.inference.text import TextSide, max_line_tokens
 
@@ -102,9 +103,9 @@ def read_requests(lm: TextSide, lines: Iterable[tuple[int, str]]) -> list[Reques
     documents: list[dict[str, Any] | _Wrong] = []
     for _, text in lines:
         try:
-            documents.append(_document(text))
-        except _Wrong as wrong:
-            documents.append(wrong)
+            documents.append(parse_object(text, "is JSON but no object"))
+        except InputError as error:
+            documents.append(_Wrong(str(error), code="invalid_json_line"))
     numbers: dict[str, list[int]] = {}
     for (number, _), found in zip(lines, documents, strict=True):
         if isinstance(found, dict) and isinstance(found.get("custom_id"), str):
@@ -136,31 +137,16 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _document(text: str) -> dict[str, Any]:
-    def no_number(name: str) -> Any:
-        raise ValueError(f"{name} is no number")
-
-    try:
-        found = json.loads(text, parse_constant=no_number)
-        # A half of a surrogate pair can be written in JSON, but neither tokenized nor written as UTF-8.
-        json.dumps(found, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise _Wrong(f"is not JSON ({error})", code="invalid_json_line") from None
-    if not isinstance(found, dict):
-        raise _Wrong(f"is JSON but no object: {_shown(found)}", code="invalid_json_line")
-    return found
-
-
 def _request(lm: TextSide, number: int, line: Mapping[str, Any]) -> Request:
     custom_id, method, url, body = (line.get(name) for name in ("custom_id", "method", "url", "body"))
     if not isinstance(custom_id, str) or not custom_id:
         raise _Wrong("has no custom_id, which must be a string", code="missing_required_parameter")
     if method != "POST":
-        raise _Wrong(f"method must be POST, not {_shown(method)}", code="invalid_method")
+        raise _Wrong(f"method must be POST, not {shown(method)}", code="invalid_method")
     if url not in (COMPLETIONS, CHAT):
-        raise _Wrong(f"url must be {COMPLETIONS} or {CHAT}, not {_shown(url)}", code="invalid_url")
+        raise _Wrong(f"url must be {COMPLETIONS} or {CHAT}, not {shown(url)}", code="invalid_url")
     if not isinstance(body, dict):
-        raise _Wrong(f"body must be an object, not {_shown(body)}")
+        raise _Wrong(f"body must be an object, not {shown(body)}")
     if strangers := sorted(line.keys() - {"custom_id", "method", "url", "body"}):
         raise _Wrong(f"{', '.join(strangers)}: no such field", code="unknown_parameter")
 
@@ -268,7 +254,7 @@ class _Fields:
         for name, harmless in NEUTRAL.items():
             value = self._left.pop(name, None)
             if value is not None and not any(value == other for other in harmless):
-                raise _Wrong(f"{name} {_shown(value)} is not supported", name, "unsupported_parameter")
+                raise _Wrong(f"{name} {shown(value)} is not supported", name, "unsupported_parameter")
 
     def end(self) -> None:
         if self._left:
@@ -278,13 +264,13 @@ class _Fields:
     def text(self, name: str) -> str | None:
         value = self._left.pop(name, None)
         if value is not None and not isinstance(value, str):
-            raise _Wrong(f"{name} must be a string, not {_shown(value)}", name)
+            raise _Wrong(f"{name} must be a string, not {shown(value)}", name)
         return value
 
     def flag(self, name: str) -> bool:
         value = self._left.pop(name, False)
         if not isinstance(value, bool):
-            raise _Wrong(f"{name} must be true or false, not {_shown(value)}", name)
+            raise _Wrong(f"{name} must be true or false, not {shown(value)}", name)
         return value
 
     def whole(self, name: str, low: int, high: int | None = None) -> int | None:
@@ -293,20 +279,20 @@ class _Fields:
             return None
         if not isinstance(value, int) or isinstance(value, bool) or value < low or value > (high or value):
             between = f"of at least {low}" if high is None else f"from {low} to {high}"
-            raise _Wrong(f"{name} must be a whole number {between}, not {_shown(value)}", name)
+            raise _Wrong(f"{name} must be a whole number {between}, not {shown(value)}", name)
         return value
 
     def number(self, name: str, default: float, high: float) -> float:
         value = self._left.pop(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= high:
-            raise _Wrong(f"{name} must be a number from 0 to {high:g}, not {_shown(value)}", name)
+            raise _Wrong(f"{name} must be a number from 0 to {high:g}, not {shown(value)}", name)
         return float(value)
 
     def stop(self) -> tuple[str, ...]:
         value = self._left.pop("stop", [])
         found = [value] if isinstance(value, str) else value
         if not isinstance(found, list) or len(found) > 4 or not all(isinstance(s, str) and s for s in found):
-            raise _Wrong(f"stop must be a string or up to 4 of them, none empty, not {_shown(value)}", "stop")
+            raise _Wrong(f"stop must be a string or up to 4 of them, none empty, not {shown(value)}", "stop")
         return tuple(found)
 
     def log_probs(self, url: str) -> int | None:
@@ -329,14 +315,14 @@ class _Fields:
             if all(_are_ids(prompt) for prompt in value):
                 return value
         raise _Wrong(
-            f"prompt must be a string, a list of strings, token ids or a list of those, not {_shown(value)}",
+            f"prompt must be a string, a list of strings, token ids or a list of those, not {shown(value)}",
             "prompt",
         )
 
     def messages(self) -> list[Any]:
         value = self._left.pop("messages", None)
         if not isinstance(value, list) or not value:
-            raise _Wrong(f"messages must be a list of messages, not {_shown(value)}", "messages")
+            raise _Wrong(f"messages must be a list of messages, not {shown(value)}", "messages")
         return [_message(message) for message in value]
 
 
@@ -346,7 +332,7 @@ def _are_ids(value: Any) -> bool:
 
 def _message(message: Any) -> dict[str, str]:
     if not isinstance(message, dict) or not message.keys() <= {"role", "content", "name"}:
-        raise _Wrong(f"a message has role, content and name, not {_shown(message)}", "messages")
+        raise _Wrong(f"a message has role, content and name, not {shown(message)}", "messages")
     content = message.get("content")
     if isinstance(content, list):
         if not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
@@ -354,10 +340,5 @@ def _message(message: Any) -> dict[str, str]:
         parts = [part.get("text") for part in content]
         content = "".join(parts) if all(isinstance(text, str) for text in parts) else None
     if not isinstance(content, str) or not isinstance(message.get("role"), str):
-        raise _Wrong(f"a message needs a role and a content of text, not {_shown(message)}", "messages")
+        raise _Wrong(f"a message needs a role and a content of text, not {shown(message)}", "messages")
     return {**message, "content": content}
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -7,7 +7,6 @@ not have, soft_prompt.safetensors instead. Beside them slowllm.json says which m
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import tempfile
@@ -21,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from slowllm.errors import InputError
+from slowllm.files import lock, replace_file, system_errors
 from slowllm.modeling.soft_prompts import SoftPrompt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,18 +41,16 @@ def save_prompt(prompt: SoftPrompt, folder: Path, base_model: str, about: Mappin
         InputError: the folder cannot be written.
     """
     tensors, config = _as_files(prompt)
-    try:
+    with system_errors(InputError, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / (WEIGHTS if config else DEEP_WEIGHTS), save(tensors))
+        replace_file(folder / (WEIGHTS if config else DEEP_WEIGHTS), save(tensors))
         if config:
             config["base_model_name_or_path"] = base_model
-            _write(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+            replace_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True))
         for name in {DEEP_WEIGHTS} if config else {CONFIG, WEIGHTS}:
             (folder / name).unlink(missing_ok=True)
         about = {"kind": prompt.kind, "num_tokens": prompt.num_tokens, **about}
-        _write(folder / ABOUT, json.dumps(about, indent=1).encode())
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror or error}") from error
+        replace_file(folder / ABOUT, json.dumps(about, indent=1))
 
 
 @contextlib.contextmanager
@@ -69,18 +67,14 @@ def check_folder(folder: Path, *, is_shared: bool) -> Iterator[None]:
         import peft  # noqa: F401
     except ImportError as error:
         raise InputError("prompts are written in PEFT's format: pip install 'slowllm[tune]'") from error
-    try:
+    with system_errors(InputError, folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror or error}") from error
+        locked = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{folder}: another run writes its prompt there") from error
+        with system_errors(InputError, folder):
+            lock(locked, InputError(f"{folder}: another run writes its prompt there"))
         if not is_shared and any(
             (inner / name).exists() for inner in folder.iterdir() if inner.is_dir() for name in FILES
         ):
@@ -94,16 +88,7 @@ def check_folder(folder: Path, *, is_shared: bool) -> Iterator[None]:
             )
         yield
     finally:
-        os.close(lock)
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".part")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+        os.close(locked)
 
 
 def _as_files(prompt: SoftPrompt) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slowllm.errors import InputError, StoreError
+from slowllm.files import replace_file, replacing, system_errors
 from slowllm.modeling.layout import Layout, in_order_of_use, lay_out
 from slowllm.modeling.parameter_map import place
 from slowllm.modeling.skeleton import build_skeleton, read_config
@@ -278,9 +279,7 @@ def _begin(out: Path, job: Mapping[str, Any]) -> None:
             if has_strangers and not (out / UNFINISHED).is_file():
                 raise StoreError(f"{out}: is not empty; name a new folder, or empty this one")
             # Several ranks may begin at once; they write the same.
-            partial = out / f"{UNFINISHED}.{os.getpid()}.part"
-            partial.write_text(json.dumps(job), encoding="utf-8")
-            os.replace(partial, out / UNFINISHED)
+            replace_file(out / UNFINISHED, json.dumps(job), is_shared=True)
         begun = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
     except NotADirectoryError as error:
         raise StoreError(f"{out}: is no folder") from error
@@ -308,12 +307,8 @@ def _copy_small_files(source: Path, out: Path) -> None:
         if any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in SMALL_FILES):
             target = out / name
             target.parent.mkdir(exist_ok=True)
-            partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-            try:
+            with system_errors(StoreError, target), replacing(target, is_shared=True) as partial:
                 shutil.copyfile(path, partial)
-                os.replace(partial, target)
-            except OSError as error:
-                raise StoreError(f"{target}: {error.strerror or error}") from error
 
 
 def _hashes_of_small_files(out: Path) -> dict[str, str]:
@@ -414,17 +409,8 @@ def _end(out: Path, tasks: Sequence[FileTask], job: Mapping[str, Any], is_exact:
         str(job["store"]), __version__, str(job["source_name"]), str(job["source_hash"]), is_exact,
         {name: file for name, file in files.items() if file is not None}, _hashes_of_small_files(out),
     )  # fmt: skip
-    partial = out / f"{MANIFEST}.{os.getpid()}.part"
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, out / MANIFEST)
-    except OSError as error:
-        raise StoreError(
-            f"{out / MANIFEST}: {error.strerror or error}; run the same command again"
-        ) from error
+    with system_errors(StoreError, out / MANIFEST, "; run the same command again"):
+        replace_file(out / MANIFEST, manifest.to_json(), is_shared=True)
     for path in (out / UNFINISHED, *(record_path(task.path) for task in tasks)):
         path.unlink(missing_ok=True)
     return manifest

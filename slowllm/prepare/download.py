@@ -7,7 +7,6 @@ Knows nothing of what is in the files.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
@@ -26,6 +25,7 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import build_hf_headers, tqdm  # type: ignore[attr-defined]  # public, but lazily so
 
 from slowllm.errors import DownloadError, InputError
+from slowllm.files import lock, put_in_place, replace_file
 from slowllm.options import format_bytes
 from slowllm.prepare.hub import HubFile, choose, list_files, one_sentence
 from slowllm.storage.checkpoint import Checkpoint
@@ -116,9 +116,7 @@ class _Cache:
         if self._revision != self._commit:
             ref = self._storage / "refs" / self._revision
             ref.parent.mkdir(parents=True, exist_ok=True)
-            new = ref.with_name(f"{ref.name}.{os.getpid()}")
-            new.write_text(self._commit)
-            os.replace(new, ref)
+            replace_file(ref, self._commit, is_shared=True)
 
 
 class _Folder:
@@ -236,10 +234,7 @@ class _Run:
         partial, target = place.partial(file), place.target(file)
         partial.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "ab") as out:
-            try:
-                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DownloadError(f"{file.name}: another run is fetching it") from None
+            lock(out.fileno(), DownloadError(f"{file.name}: another run is fetching it"))
             if out.tell() > file.size:
                 out.truncate(0)
             problem = self._get(file, out, have=out.seek(0, os.SEEK_END))
@@ -248,7 +243,7 @@ class _Run:
             if problem is not None:
                 partial.unlink()
                 raise DownloadError(f"{file.name}: what came {problem}; removed, run the same command again")
-            os.replace(partial, target)
+            put_in_place(out, partial, target)
         place.keep(file)
 
     def _get(self, file: HubFile, out: BinaryIO, have: int) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from slowllm.errors import StoreError
+from slowllm.files import replace_file, replacing_alone, sync
 from slowllm.rounding import round_up
 from slowllm.storage.codecs.base import Codec, Parts, Team
 from slowllm.storage.codecs.registry import CODECS
@@ -112,42 +112,20 @@ def write_file(task: FileTask) -> StoredFile:
     done = finished(task.path)
     if done is not None:
         return done
-    partial = task.path.with_name(task.path.name + ".part")
     try:
-        with _alone(partial) as file:
+        with replacing_alone(task.path, StoreError) as file:
             written = _Writer(file, task).write()
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
             done = _read_back(file, task.path.name, written)
-            os.replace(partial, task.path)
         done = dataclasses.replace(done, header_sha256=header_sha256(task.path))
-        record = record_path(task.path)
-        text = json.dumps(dataclasses.asdict(done))
-        record.with_name(record.name + ".part").write_text(text, encoding="utf-8")
-        os.replace(record.with_name(record.name + ".part"), record)
+        replace_file(record_path(task.path), json.dumps(dataclasses.asdict(done)))
         return done
-    except StoreError:
-        raise
     except OSError as error:
         if error.filename is not None and str(task.path.parent) not in str(error.filename):
             raise
         raise StoreError(
             f"{task.path}: {error.strerror or error}; what is finished is kept, and the same command goes on from there"
         ) from error
-
-
-@contextlib.contextmanager
-def _alone(partial: Path) -> Iterator[IO[bytes]]:
-    # Not in append mode, in which pwrite() appends whatever offset it is given.
-    with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StoreError(f"{partial}: another run is writing it") from error
-        if not partial.exists() or not os.path.samestat(partial.stat(), os.fstat(file.fileno())):
-            raise StoreError(f"{partial}: another run has just written it; run the same command again")
-        file.truncate(0)
-        yield file
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ in hand at a stop it passed. Whatever was being written when the process died is
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import safetensors
 import torch
@@ -26,12 +25,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 from slowllm.errors import StateError
+from slowllm.files import lock, replace_file, replacing, shown, system_errors
 
 log = logging.getLogger(__name__)
 
 
 # What is lost at most when the process dies; writing costs about as much as reading as many bytes.
 SAVE_SECONDS = 30.0
+_FREE_SPACE = "; free some space and run it again"
 
 
 class State:
@@ -48,21 +49,18 @@ class State:
     def __init__(self, folder: Path, job: Mapping[str, Any], save_seconds: float = SAVE_SECONDS) -> None:
         self.folder, self.save_seconds = folder, save_seconds
         self.num_resumed = 0
-        try:
+        with system_errors(StateError, folder):
             (folder / "riders").mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(folder)
-        except OSError as error:
-            raise StateError(f"{folder}: {error.strerror or error}") from error
+            self._lock = open(folder / "lock", "ab")  # noqa: SIM115 (closed with the state)
         try:
-            found = json.loads(json.dumps(job))
-            # In every checksum: what belongs to another job is never taken for this one's, whatever was copied.
-            self._seed = zlib.crc32(json.dumps(found, sort_keys=True).encode())
-            self._own(found)
-            self._results = open(folder / "results.jsonl", "ab+")  # noqa: SIM115 (closed with the state)
-            self._places = self._read_results()
-        except OSError as error:
-            self._lock.close()
-            raise StateError(f"{folder}: {error.strerror or error}") from error
+            with system_errors(StateError, folder):
+                lock(self._lock.fileno(), StateError(f"{folder}: another run is using this state"))
+                found = json.loads(json.dumps(job))
+                # In every checksum: what belongs to another job is never taken for this one's, whatever was copied.
+                self._seed = zlib.crc32(json.dumps(found, sort_keys=True).encode())
+                self._own(found)
+                self._results = open(folder / "results.jsonl", "ab+")  # noqa: SIM115 (closed with the state)
+                self._places = self._read_results()
         except BaseException:
             self._lock.close()
             raise
@@ -75,13 +73,14 @@ class State:
             (self.folder / "results.jsonl").unlink(missing_ok=True)
             for rider in (self.folder / "riders").iterdir():
                 rider.unlink()
-            self._write(self.folder / "job.json", json.dumps(job, indent=1).encode())
+            with system_errors(StateError, self.folder, _FREE_SPACE):
+                replace_file(self.folder / "job.json", json.dumps(job, indent=1))
             return
         other = [key for key in {**saved, **job} if saved.get(key) != job.get(key)]
         if other:
             key, was, now = _difference(other[0], saved.get(other[0]), job.get(other[0]))
             raise StateError(
-                f"{self.folder}: is the state of another job ({key} was {_short(was)} and is {_short(now)}); "
+                f"{self.folder}: is the state of another job ({key} was {shown(was)} and is {shown(now)}); "
                 "name another folder, or delete this one"
             )
 
@@ -124,7 +123,7 @@ class State:
             return
         line = json.dumps({"number": number, "result": result}).encode() + b"\n"
         line = b"%08x " % zlib.crc32(line, self._seed) + line
-        try:
+        with system_errors(StateError, self.folder, _FREE_SPACE):
             position = os.fstat(self._results.fileno()).st_size
             os.write(self._results.fileno(), line)
             if os.fstat(self._results.fileno()).st_size != position + len(line):
@@ -132,10 +131,6 @@ class State:
             os.fsync(self._results.fileno())
             self._places[number] = (position, len(line))
             self._file_of(number).unlink(missing_ok=True)
-        except OSError as error:
-            raise StateError(
-                f"{self.folder}: {error.strerror or error}; free some space and run it again"
-            ) from error
 
     def keep(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Keep tensors under a name, in the place of those that were there.
@@ -173,19 +168,6 @@ class State:
 
     def _file_of(self, number: int) -> Path:
         return self.folder / "riders" / f"{number:08d}.safetensors"
-
-    def _write(self, path: Path, data: bytes) -> None:
-        partial = path.with_name(path.name + ".part")
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            raise StateError(
-                f"{self.folder}: {error.strerror or error}; free some space and run it again"
-            ) from error
 
     def close(self) -> None:
         """Let the next process have the folder."""
@@ -278,17 +260,13 @@ class Journal:
 def _save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], state: State
 ) -> None:
-    partial = path.with_suffix(".part")
     try:
-        save_file(dict(tensors), partial, dict(metadata))
-        with open(partial, "rb") as file:  # a name must not outlive a power cut that its bytes do not
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(dict(tensors), partial, dict(metadata))
     except (OSError, safetensors.SafetensorError) as error:
         raise StateError(
             f"{state.folder}: a rider's state of "
-            f"{sum(tensor.nbytes for tensor in tensors.values()):,} bytes cannot be saved ({error}); "
-            "free some space and run it again"
+            f"{sum(tensor.nbytes for tensor in tensors.values()):,} bytes cannot be saved ({error}){_FREE_SPACE}"
         ) from error
 
 
@@ -341,16 +319,6 @@ def read_job(folder: Path, kind: str | None = None) -> dict[str, Any] | None:
     return found
 
 
-def _lock(folder: Path) -> IO[bytes]:
-    file = open(folder / "lock", "ab")  # noqa: SIM115 (closed with the state)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise StateError(f"{folder}: another run is using this state") from error
-    return file
-
-
 def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:
     """Return the innermost key whose values differ."""
     if isinstance(was, dict) and isinstance(now, dict):
@@ -361,8 +329,3 @@ def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:
             if a != b:
                 return _difference(key, a, b)
     return key, was, now
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

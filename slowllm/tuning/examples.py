@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError
+from slowllm.files import read_raw_lines
 from slowllm.inference.text import TextSide, encode_pair, leading_ids, max_line_tokens, prefix_id
 
 RawExample = str | Mapping[str, Any]
@@ -233,14 +234,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[RawExample]:
         InputError: it cannot be read, or a line is not JSON.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
     rows: list[RawExample] = []
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not raw.strip():
-            continue
+    for number, raw in read_raw_lines(path, missing="has no examples"):
         try:
             text = raw.decode("utf-8")
             row = json.loads(text) if path.suffix.lower() in JSON_SUFFIXES else {"text": text.strip()}
@@ -253,8 +248,6 @@ def read_rows(path: str | os.PathLike[str]) -> list[RawExample]:
         if not isinstance(row, dict):
             raise InputError(f"{path}: line {number} is JSON, but no object with prompt and answer")
         rows.append({**row, "line": number})
-    if not rows:
-        raise InputError(f"{path}: has no examples")
     return rows
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from slowllm.errors import StateError
+from slowllm.files import replace_file
 
 
 class StopForward(Exception):
@@ -145,10 +146,7 @@ class FrozenActivations:
         """Note that all rows are there."""
         self.is_filled = True
         if self._path is not None:
-            mark = json.dumps({"key": self._key, "num_others": self._num_others})
-            partial = self._about.with_suffix(".part")
-            partial.write_text(mark)
-            os.replace(partial, self._about)
+            replace_file(self._about, json.dumps({"key": self._key, "num_others": self._num_others}))
 
     def passed(self, rows: Sequence[int]) -> Frozen:
         """Return what a rider with some rows has passed, padded on the right."""

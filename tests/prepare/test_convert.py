@@ -293,9 +293,9 @@ def test_memory_is_bounded_by_pieces_not_by_a_block(tmp_path: Path) -> None:
     script = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from slowllm.model import peak_rss_bytes
-from slowllm.store import encode
-from slowllm.store.convert import convert
+from slowllm.runtime.streamed_lm import peak_rss_bytes
+from slowllm.prepare import encode
+from slowllm.prepare.convert import convert
 import numba
 encode.PIECE_BYTES = 1 << 20
 convert({str(TINY_BLOOM)!r}, {str(tmp_path / "warm")!r}, store="int4", workers=1)

@@ -23,8 +23,8 @@ from slowllm.entrypoints.cli.common import (
     describe,
     log_to_stderr,
     memory_of,
-    read_lines,
 )
+from slowllm.files import read_lines
 from slowllm.options import parse_dtype
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slowllm.errors import InputError
+from slowllm.files import part_of
 from slowllm.options import parse_bytes, parse_devices, parse_dtype
 
 if TYPE_CHECKING:
@@ -96,8 +97,7 @@ def checked_output(out: Path, file: str) -> Path:
             raise InputError(f"{out.parent}: no such folder to write {out.name} to")
         if out.is_dir():
             raise InputError(f"{out}: is a folder; name a file")
-        partial = out.with_name(out.name + ".part")
-        for target in (out, partial):
+        for target in (out, part_of(out)):
             if target.exists() and not target.is_file():
                 raise InputError(f"{target}: is no ordinary file; leave out --out to print")
             if file != "-" and target.exists() and target.samefile(file):
@@ -114,29 +114,6 @@ def embedded_model() -> Path:
         if folder.is_dir():
             return folder
     raise InputError("this installation has no embedded model; name one with --model")
-
-
-def read_lines(file: str) -> list[tuple[int, str]]:
-    """Return the non-empty lines of a text file with their numbers."""
-    name = "standard input" if file == "-" else file
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as error:
-        raise InputError(f"{name}: {error.strerror or error}") from error
-    lines = []
-    # Not splitlines(): a form feed or a Unicode separator inside a line does not end it.
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            text = raw.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{name}: line {number} is not UTF-8 (byte {error.start + 1} is 0x{raw[error.start]:02x}); convert it first"
-            ) from error
-        if text:
-            lines.append((number, text))
-    if not lines:
-        raise InputError(f"{name}: has no non-empty line")
-    return lines
 
 
 def log_to_stderr(verbose: bool) -> None:

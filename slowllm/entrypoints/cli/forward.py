@@ -30,10 +30,10 @@ from slowllm.entrypoints.cli.common import (
     describe,
     log_to_stderr,
     memory_of,
-    read_lines,
 )
 from slowllm.entrypoints.cli.output import json_writer, printable
 from slowllm.errors import InputError
+from slowllm.files import read_lines
 from slowllm.inference.lines import Score, ScoreTotals
 from slowllm.inference.scoring import safe_exp
 from slowllm.options import format_bytes, parse_dtype

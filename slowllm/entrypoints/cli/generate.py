@@ -26,9 +26,9 @@ from slowllm.entrypoints.cli.common import (
     describe,
     log_to_stderr,
     memory_of,
-    read_lines,
 )
 from slowllm.errors import InputError
+from slowllm.files import read_lines
 from slowllm.options import parse_bytes, parse_dtype
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ Results go to stdout or a file, all else to stderr.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -14,12 +13,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from slowllm.errors import InputError
-
-if TYPE_CHECKING:
-    pass
+from slowllm.files import part_of, replacing_alone
 
 
 @contextlib.contextmanager
@@ -32,13 +29,15 @@ def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None
     Raises:
         InputError: the file or stdout cannot be written.
     """
-    partial = out.with_name(out.name + ".part") if out is not None else None
+    partial = part_of(out) if out is not None else None
     num_good_bytes = 0
     try:
         with contextlib.ExitStack() as stack:
             file: IO[str] = sys.stdout
-            if partial is not None:
-                file = stack.enter_context(_open_alone(partial))
+            if out is not None:
+                file = io.TextIOWrapper(
+                    stack.enter_context(replacing_alone(out, InputError)), encoding="utf-8"
+                )
             elif isinstance(file, io.TextIOWrapper):
                 file.reconfigure(encoding="utf-8")  # JSON lines are UTF-8 whatever the terminal speaks
 
@@ -50,8 +49,6 @@ def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None
                 num_good_bytes += len(line.encode())
 
             yield write_line
-        if partial is not None and out is not None:
-            os.replace(partial, out)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -72,22 +69,6 @@ def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None
         if partial is not None:
             print(f"slowllm: interrupted; the lines done so far are in {partial}", file=sys.stderr)
         raise
-
-
-def _open_alone(path: Path) -> IO[str]:
-    """Open a file for writing that no other process is writing.
-
-    Raises:
-        InputError: one is.
-    """
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise InputError(f"{path}: another run is writing it") from error
-    file.truncate(0)
-    return file
 
 
 def printable(text: str) -> str:

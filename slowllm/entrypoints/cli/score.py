@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,9 +23,9 @@ from slowllm.entrypoints.cli.common import (
     checked_output,
     log_to_stderr,
     memory_of,
-    read_lines,
 )
 from slowllm.errors import InputError
+from slowllm.files import parse_object, read_lines, read_raw_lines
 
 if TYPE_CHECKING:
     from slowllm.inference.choices import Encoded
@@ -81,7 +79,7 @@ def score(
     A line that cannot be scored gets {"line", "error"} in its place, the others are scored, and the exit code is 1.
     """
     log_to_stderr(verbose)
-    lines = _numbered(file)
+    lines = read_raw_lines(file)
     if out is not None:
         out = checked_output(out, file)
     memory = memory_of(ram, device, vram)
@@ -111,27 +109,12 @@ def score(
         raise typer.Exit(1)
 
 
-def _numbered(file: str) -> list[tuple[int, bytes]]:
-    """Return the lines of a file that are not blank, with their numbers; what is in them may be wrong."""
-    name = "standard input" if file == "-" else file
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as error:
-        raise InputError(f"{name}: {error.strerror or error}") from error
-    lines = [
-        (n, raw) for n, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1) if raw.strip()
-    ]
-    if not lines:
-        raise InputError(f"{name}: has no non-empty line")
-    return lines
-
-
 def _row(known: ModelInfo, number: int, raw: bytes, normalize: Any) -> _Row:
     from slowllm.inference.choices import Item, encode_item
     from slowllm.inference.text import encode_pair
 
     try:
-        content = _object(raw)
+        content = parse_object(raw, "is JSON, but no object with text or choices")
         if "choices" in content:
             _refuse(content, "text", "continuation")
             context, choices = content.get("context", ""), content["choices"]
@@ -154,21 +137,6 @@ def _row(known: ModelInfo, number: int, raw: bytes, normalize: Any) -> _Row:
         return _Row(number, content, (encode_pair(known, *pair),))
     except InputError as error:
         return _Row(number, error=str(error))
-
-
-def _object(raw: bytes) -> dict[str, Any]:
-    def no_number(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON")
-
-    try:
-        found = json.loads(raw.decode("utf-8"), parse_constant=no_number)
-        # Half of a surrogate pair can be written in JSON, but neither tokenized nor written as UTF-8.
-        json.dumps(found, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"is JSON, but no object with text or choices: {str(found)[:40]}")
-    return found
 
 
 def _refuse(content: Mapping[str, Any], *names: str) -> None:

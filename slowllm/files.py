@@ -1,0 +1,176 @@
+"""Replace files whole, keep a file or folder to one process, and read lines and JSON objects.
+
+Knows nothing of what is in the files. The callers give their own class of error and their own sentences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from slowllm.errors import InputError, SlowLLMError
+
+MAX_SHOWN_LETTERS = 60
+
+
+@contextlib.contextmanager
+def system_errors(kind: type[SlowLLMError], where: object, advice: str = "") -> Iterator[None]:
+    """Raise an OSError of the block as an error of ours: where it happened, what the system says, and the advice."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{where}: {error.strerror or error}{advice}") from error
+
+
+def part_of(path: Path, process: int | None = None) -> Path:
+    """Return the file beside `path` that is written until it is complete; with the process's id where several write."""
+    return path.with_name(path.name + ("" if process is None else f".{process}") + ".part")
+
+
+def sync(file: IO[Any]) -> None:
+    """Write what is in Python's and the system's buffers to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def put_in_place(file: IO[Any], partial: Path, path: Path) -> None:
+    """Give an open, complete file, so far called `partial`, the name `path`."""
+    sync(file)  # a name must not outlive a power cut that its bytes do not
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
+    """Yield the name to write a file under; it takes the name `path` when the block ends without an error.
+
+    Args:
+        path: of the file.
+        is_shared: whether several processes may write the same content at the same time.
+    """
+    partial = part_of(path, os.getpid() if is_shared else None)
+    yield partial
+    with open(partial, "rb") as file:
+        put_in_place(file, partial, path)
+
+
+def replace_file(path: Path, content: bytes | str, *, is_shared: bool = False) -> None:
+    """Write a file whole: whoever opens it finds the old content or the new, even after a power cut."""
+    with replacing(path, is_shared=is_shared) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing_alone(path: Path, kind: type[SlowLLMError]) -> Iterator[IO[bytes]]:
+    """Yield an empty file that takes the name `path` when the block ends without an error.
+
+    Until then it is `part_of(path)`, which no second run can write. It stays where the block fails.
+
+    Raises:
+        SlowLLMError: of the class `kind`, where another run writes the file.
+    """
+    partial = part_of(path)
+    # Not in append mode, in which pwrite() appends whatever offset it is given.
+    with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        lock(file.fileno(), kind(f"{partial}: another run is writing it"))
+        if not partial.exists() or not os.path.samestat(partial.stat(), os.fstat(file.fileno())):
+            raise kind(f"{partial}: another run has just written it; run the same command again")
+        file.truncate(0)
+        yield file
+        put_in_place(file, partial, path)
+
+
+def lock(file: int, refusal: SlowLLMError) -> None:
+    """Keep an open file or folder, given by its descriptor, to this process until it is closed.
+
+    Raises:
+        SlowLLMError: `refusal`, where another process has the lock; nothing is waited for.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise refusal from error
+
+
+def read_lines(file: str | Path) -> list[tuple[int, str]]:
+    """Return the non-empty lines of a text file with their numbers, without the blanks around them.
+
+    Args:
+        file: its path; the string ``-`` is standard input.
+    Raises:
+        InputError: it cannot be read, has no such line, or a line is not UTF-8.
+    """
+    lines = []
+    for number, raw in read_raw_lines(file):
+        try:
+            text = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{_name_of(file)}: line {number} is not UTF-8 (byte {error.start + 1} is "
+                f"0x{raw[error.start]:02x}); convert it first"
+            ) from error
+        if text:
+            lines.append((number, text))
+    if not lines:
+        raise InputError(f"{_name_of(file)}: has no non-empty line")
+    return lines
+
+
+def read_raw_lines(file: str | Path, missing: str = "has no non-empty line") -> list[tuple[int, bytes]]:
+    """Return the lines of a file that are not blank, with their numbers and as they are.
+
+    Args:
+        file: its path; the string ``-`` is standard input.
+        missing: what to say of a file without such a line.
+    Raises:
+        InputError: it cannot be read, or has no such line.
+    """
+    with system_errors(InputError, _name_of(file)):
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    # Not splitlines(): a form feed or a Unicode separator inside a line does not end it.
+    numbered = enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+    lines = [(number, raw) for number, raw in numbered if raw.strip()]
+    if not lines:
+        raise InputError(f"{_name_of(file)}: {missing}")
+    return lines
+
+
+def _name_of(file: str | Path) -> str:
+    return "standard input" if file == "-" else str(file)
+
+
+def parse_object(text: str | bytes, otherwise: str) -> dict[str, Any]:
+    """Return the JSON object in a text that somebody wrote.
+
+    Args:
+        text: of UTF-8, if bytes.
+        otherwise: what to say of JSON that is no object.
+    Raises:
+        InputError: it is not JSON or no object. NaN and infinities are no JSON.
+    """
+
+    def refuse_constant(name: str) -> Any:
+        raise ValueError(f"{name} is no number")
+
+    try:
+        # Not json.loads(bytes), which guesses UTF-16 and UTF-32.
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text, parse_constant=refuse_constant)
+        # Half of a surrogate pair can be written in JSON, but neither tokenized nor written as UTF-8.
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{otherwise}: {shown(value)}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """Return a value as JSON for a message, cut off where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN_LETTERS else text[: MAX_SHOWN_LETTERS - 3] + "..."
