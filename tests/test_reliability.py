@@ -184,7 +184,7 @@ def test_a_forked_child_is_refused_and_ends_by_itself(processes: Processes) -> N
             return lm.model(torch.tensor([[5, 6, 7]])).logits
 
         def hold():
-            with lm._carousel._changed, lm._source._changed:
+            with lm._carousel._boarding.changed, lm._source._changed:
                 held.set()
                 forked.wait()
 

@@ -1,6 +1,6 @@
-"""Who rides, and where the carousel goes: visits, riders, parties of riders, and the course over the stops.
+"""Who visits stops, and where the carousel goes: visits, riders, parties of riders, and the course over the stops.
 
-Knows no weights and starts no thread; the carousel does.
+Plain data and decisions; knows no weights and starts no thread.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from slowllm.streaming.stops import Direction, Weights
 from slowllm.streaming.thread_context import as_here
 
 Work = Callable[[Weights], Any]
-
-
 RiderJob = Callable[[], Any]
-
 
 # A stream runs at most this many times `max_riders` ahead of its consumer. One would leave seats empty behind a
 # rider that takes long; without a limit, results would pile up behind it, or behind a consumer that pauses.
@@ -31,11 +28,11 @@ MAX_AHEAD = 4
 
 @dataclass(frozen=True)
 class Sized:
-    """A job that says what it brings aboard.
+    """A job that says how many tokens it holds.
 
     Attributes:
         job: called in its turn.
-        num_tokens: that it holds while it is aboard.
+        num_tokens: held from boarding to leaving.
         starts_load: whether it boards only after those before it have left, because those after it need it beside
             them.
     """
@@ -49,18 +46,26 @@ class Sized:
         return self.job()
 
 
-class Visit:
-    """One thread's wait for a stop, and what came of it."""
+class ThreadState(threading.local):
+    """What a carousel knows of the thread that calls it."""
 
-    comes_back = comes_round = False
+    rider: Rider | None = None
+    last_stop, comes_round = -1, False
+
+
+class Visit:
+    """One thread's wait for a stop, and what came of it. A guest's visit has no rider."""
+
+    comes_back = False  # whether a backward pass will follow
+    comes_round = False  # whether the thread has begun a second sweep, and so may begin another
 
     def __init__(self, stop: int, direction: Direction, work: Work, rider: Rider | None) -> None:
         self.stop, self.direction, self.work, self.rider = stop, direction, work, rider
+        self.reach = reach.get()
         # Riders in their order, guests after them.
         self.order = math.inf if rider is None else rider.order
         self.key = (stop, direction, -threading.get_ident() if rider is None else rider.order)
         self.run = as_here()
-        self.reach = reach.get()
         self.done = threading.Event()
         self.value: Any = None
         self.error: BaseException | None = None
@@ -80,7 +85,7 @@ class Rider:
 
 
 class Party:
-    """The riders of one `ride` or `stream`; those that have ended wait for their turn to be taken."""
+    """The riders of one `ride` or `stream`; those that have ended are kept until the caller takes them in order."""
 
     def __init__(
         self, jobs: Iterator[RiderJob], max_riders: int, is_stream: bool, max_tokens: float = math.inf
@@ -90,7 +95,7 @@ class Party:
         self.run = as_here()
         self.random_state: RandomState
         self.seeds: torch.Generator
-        # Drawn one ahead of need: whether more will come is then known.
+        # At most one job, drawn ahead of need: so it is known whether more will come.
         self.drawn: list[RiderJob] = []
         self.exhausted = self.cancelled = False
         self.error: BaseException | None = None
@@ -99,8 +104,8 @@ class Party:
         self.ended: dict[int, Rider] = {}
 
     def stop_boarding(self, error: BaseException | None) -> None:
-        """Let nobody else board; keep the error for the caller where somebody is left behind."""
-        if self.drawn or not self.exhausted:  # else none is left behind
+        """Let no other rider board; keep the error for the caller if jobs are left behind."""
+        if self.drawn or not self.exhausted:
             self.error = error
         self.exhausted = True
         self.drawn.clear()
@@ -114,15 +119,15 @@ class Party:
         job = self.drawn[0]
         if not self.aboard or not isinstance(job, Sized):
             return True
-        held = sum(rider.num_tokens for rider in self.aboard)
-        return not job.starts_load and held + job.num_tokens <= self.max_tokens
+        held_tokens = sum(rider.num_tokens for rider in self.aboard)
+        return not job.starts_load and held_tokens + job.num_tokens <= self.max_tokens
 
 
 class Course:
-    """Where the carousel is, which way it goes, and who has passed there.
+    """Where the carousel is, in which direction it goes, and which visits it has served there.
 
-    Nobody passes one stop again in one direction while somebody waits who has not had a turn: a thread that comes
-    back to one stop for ever must not keep the carousel there.
+    No thread passes one stop twice in one direction while another waits that has not had its turn: a thread that
+    visits one stop for ever must not keep the carousel there.
     """
 
     def __init__(self) -> None:
@@ -131,17 +136,17 @@ class Course:
         self.passed: set[tuple[int, Direction, int]] = set()
 
     def due(self, visits: Sequence[Visit]) -> list[Visit]:
-        """Return those who have not had their turn here."""
+        """Return the visits that have not had their turn here."""
         return [visit for visit in visits if visit.key not in self.passed]
 
     def move(self, visits: Sequence[Visit]) -> None:
-        """Go to the next stop that somebody waits for: onward first, then back down, or round to the start."""
+        """Go to the next stop that a visit waits for: onward first, then back down, or round to the start."""
         due = self.due(visits)
         stops = {visit.stop for visit in due}
         if self.stop in stops:
             return
         self.passed.clear()
-        if not due:  # nobody but those who have just passed: another round of this stop
+        if not due:  # only threads that have just passed: another round of this stop
             return
         up = self.direction == "up"
         ahead = [stop for stop in stops if (stop > self.stop) == up]

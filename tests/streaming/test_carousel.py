@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.errors import RideError
-from slowllm.streaming import carousel as module
+from slowllm.streaming import boarding as module
 from slowllm.streaming import riders as rooms
 from slowllm.streaming.carousel import Carousel
 from slowllm.streaming.stops import Direction, Passage, Weights
@@ -229,7 +229,7 @@ def test_riders_of_a_cancelled_stream_leave_one_at_a_time(make: Make) -> None:
 
     stream = carousel.stream([lambda r=r: job(r) for r in range(8)], 8)
     assert next(stream)[1] == 0
-    until(lambda: carousel._parties[0].num_boarded == 8)
+    until(lambda: carousel._boarding.parties[0].num_boarded == 8)
     stream.close()  # type: ignore[attr-defined]
     assert sorted(left) == [1, 2, 3, 4, 5, 6, 7]
 
@@ -270,7 +270,7 @@ def test_two_rides_at_once_share_the_sweeps(make: Make) -> None:
     def first() -> list[int]:
         other = in_thread(lambda: results.update(other=carousel.ride([lambda: sweep(carousel, 3)] * 2)))
         threads.append(other)
-        until(lambda: len(carousel._parties) == 2)
+        until(lambda: len(carousel._boarding.parties) == 2)
         return sweep(carousel, 3)
 
     threads: list[threading.Thread] = []
@@ -552,7 +552,7 @@ def test_a_stream_closed_by_one_of_its_riders_hangs_nobody(make: Make) -> None:
     before = set(threading.enumerate())
     stream = carousel.stream([lambda: 1, close, wait, wait], 4)
     assert next(stream)[1] == 1
-    until(lambda: set(threading.enumerate()) == before and not carousel._parties)
+    until(lambda: set(threading.enumerate()) == before and not carousel._boarding.parties)
     assert carousel.ride([lambda: sweep(carousel, 2)]) == [[0, 1]]
 
 
@@ -644,7 +644,7 @@ def test_a_stop_that_cannot_be_had_is_heard_by_everybody_there(make: Make, error
 
     def with_guest() -> list[int]:
         threads.append(in_thread(guest))
-        until(lambda: len(carousel._waiting) == 1)
+        until(lambda: len(carousel._boarding.waiting) == 1)
         return job(2)
 
     with pytest.raises(type(error), match="the disk failed") as caught:
@@ -698,7 +698,7 @@ def test_an_internal_fault_hangs_nobody(make: Make) -> None:
 
     def first() -> None:
         threads.append(in_thread(guest))
-        until(lambda: len(carousel._waiting) == 1)
+        until(lambda: len(carousel._boarding.waiting) == 1)
         sweep(carousel, 4)
 
     threads: list[threading.Thread] = []
@@ -797,7 +797,7 @@ def test_riders_of_two_rides_at_once_draw_different_numbers(make: Make) -> None:
 
     def first() -> float:
         threads.append(in_thread(lambda: others.extend(carousel.ride([draw] * 2))))
-        until(lambda: len(carousel._parties) == 2)
+        until(lambda: len(carousel._boarding.parties) == 2)
         sweep(carousel, 2)
         return draw()
 
@@ -984,7 +984,7 @@ def test_a_guest_elsewhere_does_not_part_the_riders_of_a_stop(make: Make, endles
     def first() -> None:
         carousel.visit(0, "up", number)
         threads.append(in_thread(lambda: carousel.visit(3, "up", lambda _: passed.append("guest"))))
-        until(lambda: any(visit.rider is None for visit in carousel._waiting))
+        until(lambda: any(visit.rider is None for visit in carousel._boarding.waiting))
         for stop in (1, 2, 3):
             carousel.visit(stop, "up", lambda _: passed.append("rider"))
 
@@ -1154,9 +1154,9 @@ def test_closing_tells_riders_and_guests_who_wait(make: Make) -> None:
 
     rider, other = in_thread(ride), in_thread(guest)
     assert inside.wait(60)
-    until(lambda: len(carousel._waiting) == 3)
+    until(lambda: len(carousel._boarding.waiting) == 3)
     closer = in_thread(carousel.close)
-    until(lambda: not carousel._waiting)
+    until(lambda: not carousel._boarding.waiting)
     go_on.set()
     for thread in (closer, rider, other):
         thread.join()
@@ -1182,7 +1182,7 @@ def test_closing_reaches_a_guest_for_whom_a_rider_waits(make: Make, endless_pati
         in_thread(guest).join()
 
     def close() -> None:
-        until(lambda: len(carousel._waiting) == 2)
+        until(lambda: len(carousel._boarding.waiting) == 2)
         carousel.close()
 
     closer = in_thread(close)
@@ -1474,7 +1474,7 @@ def test_a_thousand_random_schedules_end_as_foreseen(make: Make, no_patience: No
         done.set()
         for thread in guests:
             thread.join()
-    assert all(carousel._over is None for carousel in carousels)
+    assert all(carousel._boarding.over is None for carousel in carousels)
 
 
 def sweeps(depths: list[tuple[int, bool]]) -> Plan:

@@ -47,7 +47,7 @@ def test_each_rider_draws_from_a_device_as_if_it_were_alone() -> None:
             found += draws(device, 1)
         return found
 
-    with contextlib.closing(Carousel(MemoryStops(3), dice=SharedGenerators([device]))) as carousel:
+    with contextlib.closing(Carousel(MemoryStops(3), generators=SharedGenerators([device]))) as carousel:
         alone = [carousel.ride([lambda n=n: rider(carousel, n)])[0] for n in (1, 2)]
         before = device.get_state()
         own, *together = carousel.ride([lambda n=n: rider(carousel, n) for n in (None, 1, 2)])
