@@ -1,10 +1,10 @@
 """Hand weights over in the dtype that the model computes in, one matrix at a time.
 
 A layer between the stops and the carousel. Where storage and compute dtype differ, a small tensor is cast when its
-stop comes; a matrix is handed over as a `LazyWeight`, which claims the compute dtype and is cast into one kept
-buffer by each operation that reads it. The buffer is overwritten by the next operation, so nothing may keep it:
+stop is visited; a matrix is handed over as a `LazyWeight`, which claims the compute dtype and is cast into one shared
+buffer by each operation that reads it. The next operation overwrites the buffer, so nothing may keep a view of it:
 autograd, which sits above, saves the `LazyWeight` and has it cast again in backward. A coded matrix of a store is
-handed over in the same way: it is decoded where it is read, or multiplied as it is where its codec can.
+handed over in the same way: an operation that reads it decodes it, or multiplies it as stored where its codec can.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from slowllm.storage.codecs.base import Parts, Team
 from slowllm.storage.codecs.registry import codec_of
 from slowllm.storage.spans import Placement
 from slowllm.streaming.buffers import Buffer
-from slowllm.streaming.lazy_weight import CodedMatrix, LazyWeight
+from slowllm.streaming.lazy_weight import CACHE_LINE_BYTES, CodedMatrix, LazyWeight
 from slowllm.streaming.stops import Stops, Weights
 
 log = logging.getLogger(__name__)
@@ -32,14 +32,19 @@ log = logging.getLogger(__name__)
 def cast_buffer_bytes(
     stops: Sequence[Sequence[Placement]], dtypes: Mapping[str, torch.dtype]
 ) -> tuple[int, int]:
-    """Return the sizes of the kept buffers: for all small tensors of a stop, and for the largest matrix."""
+    """Return the sizes of the cast buffers: for all small tensors of a stop, and for the largest matrix."""
     small, large = 0, 0
     for stop in stops:
-        swapped = [p for p in stop if p.coding is not None or dtypes[p.name] != p.dtype]
-        small = max(small, sum(_cast_bytes(p, dtypes[p.name]) for p in swapped if _is_small(p.shape)))
-        for p in swapped:
-            if not _is_small(p.shape):
-                large = max(large, _cast_bytes(p, dtypes[p.name]))
+        small_of_stop = 0
+        for p in stop:
+            if p.coding is None and dtypes[p.name] == p.dtype:
+                continue
+            num_bytes = round_up(math.prod(p.shape) * dtypes[p.name].itemsize, CACHE_LINE_BYTES)
+            if _is_small(p.shape):
+                small_of_stop += num_bytes
+            else:
+                large = max(large, num_bytes)
+        small = max(small, small_of_stop)
     return small, large
 
 
@@ -47,19 +52,14 @@ def _is_small(shape: Sequence[int]) -> bool:
     return len(shape) < 2
 
 
-def _cast_bytes(placement: Placement, dtype: torch.dtype) -> int:
-    # Each tensor begins on a cache line.
-    return -(-math.prod(placement.shape) * dtype.itemsize // 64) * 64
-
-
-def _room_on(device: torch.device, num_bytes: int) -> Tensor:
-    """Return uint8 memory; on the CPU all there at once, or the first matrices would wait for it page by page."""
+def _allocate(device: torch.device, num_bytes: int) -> Tensor:
+    """Return uint8 memory; on the CPU already faulted in, or the first matrices would wait for it page by page."""
     if device.type != "cpu":
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
     return torch.from_numpy(Buffer(num_bytes).bytes[:num_bytes])
 
 
-class CastStops:
+class CastStops(Stops):
     """Stops whose weights are in the compute dtype. Owns the threads that decode; close it.
 
     Args:
@@ -79,8 +79,7 @@ class CastStops:
         devices: Sequence[torch.device] = (torch.device("cpu"),),
     ) -> None:
         self.num_stops = stops.num_stops
-        self._stops = stops
-        self._dtypes = dtypes
+        self._stops, self._dtypes = stops, dtypes
         self._coded = {p.name: p for stop in placements for p in stop if p.coding is not None}
         self._team = Team(torch.get_num_threads()) if self._coded else None
         if self._coded and not layout_constants.IS_COMPILED and torch.device("cpu") in devices:
@@ -89,12 +88,11 @@ class CastStops:
                 "install it with: pip install 'slowllm[store]'"
             )
         self._small, self._large = (
-            {device: _room_on(device, size) for device in devices} for size in buffer_bytes
+            {device: _allocate(device, size) for device in devices} for size in buffer_bytes
         )
 
     @contextlib.contextmanager
     def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
-        """Hold a stop; see `Stops.visit`."""
         with self._stops.visit(stop, upcoming) as stored:
             offset = 0
             weights: dict[str, Tensor] = {}
@@ -106,18 +104,16 @@ class CastStops:
                     weights[name] = tensor
                 elif _is_small(tensor.shape):
                     num_bytes = tensor.numel() * dtype.itemsize
-                    kept = (
-                        self._small[tensor.device][offset : offset + num_bytes].view(dtype).view(tensor.shape)
-                    )
-                    weights[name] = kept.copy_(tensor)
-                    offset += round_up(num_bytes, 64)
+                    memory = self._small[tensor.device][offset : offset + num_bytes]
+                    weights[name] = memory.view(dtype).view(tensor.shape).copy_(tensor)
+                    offset += round_up(num_bytes, CACHE_LINE_BYTES)
                 else:
                     weights[name] = LazyWeight(tensor, dtype, self._large[tensor.device])
             yield weights
 
     def _coded_weight(self, placement: Placement, stored: Tensor, dtype: torch.dtype) -> LazyWeight:
         assert placement.coding is not None, "only coded tensors come here"
-        assert self._team is not None, "made where anything is coded"
+        assert self._team is not None, "created where anything is coded"
         parts = Parts.of(stored, placement.coding, placement.shape)
         coded = CodedMatrix(codec_of(placement.coding), parts, self._team)
         shape = torch.empty(placement.shape, dtype=placement.dtype, device="meta")

@@ -1,4 +1,4 @@
-"""A weight that is cast, decoded or multiplied as it is stored, where an operation reads it."""
+"""A weight that is cast, decoded or multiplied as stored at the moment an operation reads it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from slowllm.errors import UnsupportedError
+from slowllm.rounding import ceil_div, round_up
 from slowllm.storage.codecs import torch_kernels
 from slowllm.storage.codecs.base import TILE_BYTES, Codec, Parts, Team
 
-# These pick elements and change none, so that only what they pick is cast: rows of an embedding.
+# Each tensor in a cast buffer begins on a cache line.
+CACHE_LINE_BYTES = 64
+# These operations pick elements and change none, so only the picked ones are cast: rows of an embedding.
 _PICKS = {
     torch.ops.aten.embedding.default,
     torch.ops.aten.index.Tensor,
     torch.ops.aten.index_select.default,
 }
-
-
-# Where a coded weight may be multiplied as it is: the places of the other matrix, of the weight, and of the bias.
+# Products that a codec may compute without decoding the weight: the argument positions of the other matrix, of the
+# weight, and of the bias.
 _PRODUCTS: dict[Any, tuple[int, int, int]] = {
     torch.ops.aten.linear.default: (0, 1, 2),
     torch.ops.aten.mm.default: (0, 1, 2),
     torch.ops.aten.addmm.default: (1, 2, 0),
 }
-
-
-# Has no alias in its schema, and is one all the same.
+# Its schema declares no alias, but it returns a view.
 _UNSAFE_VIEWS = {torch.ops.aten._unsafe_view.default}
 
 
 def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Return the elements from the first to the last of a strided tensor."""
+    """Return the number of elements from the first to the last of a strided tensor."""
     if 0 in shape:
         return 0
     return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
@@ -43,7 +43,7 @@ def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class CodedMatrix:
-    """A matrix as its codec stored it, in memory.
+    """A matrix in memory, as its codec stored it.
 
     Attributes:
         codec: that decodes it.
@@ -75,16 +75,17 @@ class CodedMatrix:
 class LazyWeight(Tensor):
     """A weight that is stored in one dtype, or coded, and computed with in another.
 
-    Views of it are again such weights, rows are picked as stored and then cast, and every other operation reads
-    it through the kept buffer; where two are read at once and the second does not fit, through a fresh tensor. Of a
-    coded weight, `stored` is a meta tensor: views of it say which elements are meant.
+    A view of it is a lazy weight too. Operations that pick rows pick them as stored and cast the result. Every other
+    operation reads the weight from the cast buffer; where one operation reads two weights and the second does not
+    fit there, from a fresh tensor. `stored` of a coded weight is a meta tensor, whose views say which elements are
+    meant.
     """
 
     stored: Tensor
     buffer: Tensor
     coded: CodedMatrix | None
 
-    # Without this, torch would make results of this class as well.
+    # Without this, torch would wrap the results of operations in this class as well.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -107,36 +108,35 @@ class LazyWeight(Tensor):
         return f"LazyWeight({tuple(self.shape)}, {self.stored.dtype} as {self.dtype})"
 
     def cast(self, offset: int = 0) -> Tensor:
-        """Return the weight in the compute dtype, at `offset` bytes of the kept buffer."""
+        """Return the weight in the compute dtype, at `offset` bytes of the cast buffer."""
         if self.coded is not None:
             return self._decode(self.coded, offset)
         shape, strides = self.stored.shape, self.stored.stride()
-        # A view keeps its layout, so that the product is the one that a view of a resident weight gives; only an
-        # expanded one, whose elements lie on each other, is written out.
+        # A view keeps its layout, so that a product has the bits of one with a view of a resident weight. Only an
+        # expanded view, whose elements overlap, is written out.
         if any(stride == 0 and length > 1 for length, stride in zip(shape, strides, strict=True)):
             strides = torch.empty(shape, device="meta").stride()
-        return self._room(_extent(shape, strides), offset).as_strided(shape, strides).copy_(self.stored)
+        return self._allocate(_extent(shape, strides), offset).as_strided(shape, strides).copy_(self.stored)
 
     def _decode(self, coded: CodedMatrix, offset: int) -> Tensor:
-        """Decode the rows that the view touches, and return it on them."""
-        shape, strides, start = self.stored.shape, self.stored.stride(), self.stored.storage_offset()
+        """Decode the rows that the view touches, and return the view of them."""
+        shape, strides, start = self.stored.shape, self.stored.stride(), int(self.stored.storage_offset())
         width = coded.parts.width
-        first, last = start // width, -(-(start + _extent(shape, strides)) // width)
-        flat = self._room((last - first) * width, offset)
+        first, last = start // width, ceil_div(start + _extent(shape, strides), width)
+        flat = self._allocate((last - first) * width, offset)
         coded.decode(flat.view(-1, width), first, last)
         return flat.as_strided(shape, strides, flat.storage_offset() + start - first * width)
 
-    def _room(self, num_elements: int, offset: int) -> Tensor:
+    def _allocate(self, num_elements: int, offset: int) -> Tensor:
+        """Return memory at `offset` of the cast buffer, or fresh memory where the buffer is too short."""
         num_bytes = num_elements * self.dtype.itemsize
-        room = self.buffer[offset : offset + num_bytes]
-        return (
-            room.view(self.dtype)
-            if len(room) == num_bytes
-            else torch.empty(num_elements, dtype=self.dtype, device=self.device)
-        )
+        memory = self.buffer[offset : offset + num_bytes]
+        if len(memory) == num_bytes:
+            return memory.view(self.dtype)
+        return torch.empty(num_elements, dtype=self.dtype, device=self.device)
 
     def _rows(self, is_transposed: bool) -> tuple[int, int] | None:
-        """Return the rows of the coded matrix that a two-dimensional view is, if it is whole rows of it."""
+        """Return which rows of the coded matrix a two-dimensional view shows; None if they are not whole rows."""
         shape, strides, start = self.stored.shape, self.stored.stride(), self.stored.storage_offset()
         assert self.coded is not None, "asked of coded weights only"
         width = self.coded.parts.width
@@ -153,36 +153,15 @@ class LazyWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         schema = func._schema
-        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        arguments = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
         for argument in schema.arguments:
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(given.get(argument.name), LazyWeight):
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if is_written and isinstance(arguments.get(argument.name), LazyWeight):
                 raise UnsupportedError(f"a streamed weight cannot be written to ({func})")
-        is_view = func in _UNSAFE_VIEWS or any(
+        if func in _UNSAFE_VIEWS or any(
             value.alias_info is not None and not value.alias_info.is_write for value in schema.returns
-        )
-        if is_view:
-            # In inference mode composite operations come whole, and `to`, say, is a view only where it does nothing.
-            parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-            first = args[0]
-            assert isinstance(first, LazyWeight), "a view is of its first argument"
-            if func is torch.ops.aten.view.dtype:
-                raise UnsupportedError(
-                    f"the bytes of a streamed weight cannot be seen as another dtype ({func})"
-                )
-            # Outside of inference mode: a view that is an inference tensor cannot have a normal tensor for its base.
-            with torch.inference_mode(False):
-                views = func(first.stored, *args[1:], **kwargs)
-                return tree_map(
-                    lambda value: (
-                        LazyWeight(value, first.dtype, first.buffer, first.coded)
-                        if isinstance(value, Tensor)
-                        else value
-                    ),
-                    views,
-                )
+        ):
+            return _view(func, args, kwargs)
         if func in _PRODUCTS and (product := _product(func, args, kwargs)) is not None:
             return product
         if func in _PICKS and isinstance(args[0], LazyWeight) and args[0].coded is None:
@@ -193,30 +172,48 @@ class LazyWeight(Tensor):
             nonlocal offset
             if not isinstance(value, LazyWeight):
                 return value
-            found = value.cast(offset)
-            offset += -(-_extent(found.shape, found.stride()) * found.dtype.itemsize // 64) * 64
-            return found
+            cast = value.cast(offset)
+            offset += round_up(_extent(cast.shape, cast.stride()) * cast.dtype.itemsize, CACHE_LINE_BYTES)
+            return cast
 
         return func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
 
+def _view(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    # In inference mode composite operations are not split up first: `to`, for one, is a view only where it changes nothing.
+    result = func.decompose(*args, **kwargs)
+    if result is not NotImplemented:
+        return result
+    weight = args[0]
+    assert isinstance(weight, LazyWeight), "a view is of its first argument"
+    if func is torch.ops.aten.view.dtype:
+        raise UnsupportedError(f"the bytes of a streamed weight cannot be seen as another dtype ({func})")
+
+    def wrap(value: Any) -> Any:
+        is_tensor = isinstance(value, Tensor)
+        return LazyWeight(value, weight.dtype, weight.buffer, weight.coded) if is_tensor else value
+
+    # Outside of inference mode: a view that is an inference tensor cannot have a normal tensor for its base.
+    with torch.inference_mode(False):
+        return tree_map(wrap, func(weight.stored, *args[1:], **kwargs))
+
+
 def _product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return a product with a coded weight that its codec can make without decoding it; else None."""
-    at_x, at_weight, at_bias = _PRODUCTS[func]
-    x, weight = args[at_x], args[at_weight]
-    bias = args[at_bias] if at_bias < len(args) else kwargs.get("bias")
-    plain = (x, bias)
+    """Return a product with a coded weight that its codec can compute without decoding it; else None."""
+    x_place, weight_place, bias_place = _PRODUCTS[func]
+    x, weight = args[x_place], args[weight_place]
+    bias = args[bias_place] if bias_place < len(args) else kwargs.get("bias")
     if not isinstance(weight, LazyWeight) or weight.coded is None:
         return None
-    if any(isinstance(value, LazyWeight) for value in plain) or kwargs.keys() & {"alpha", "beta"}:
+    if any(isinstance(value, LazyWeight) for value in (x, bias)) or kwargs.keys() & {"alpha", "beta"}:
         return None
     rows = weight._rows(is_transposed=func is not torch.ops.aten.linear.default)
     if rows is None or x.dtype != weight.dtype or not x.numel():
         return None
     coded = weight.coded
-    found = coded.codec.multiply(x.reshape(-1, x.shape[-1]), coded.parts, *rows, coded.team)
-    if found is None:
+    product = coded.codec.multiply(x.reshape(-1, x.shape[-1]), coded.parts, *rows, coded.team)
+    if product is None:
         return None
     if bias is not None:
-        found += bias
-    return found.view(*x.shape[:-1], -1)
+        product += bias
+    return product.view(*x.shape[:-1], -1)
