@@ -53,12 +53,11 @@ def load_ours(task: Task, *, keep_resident: bool | None = None) -> Any:
 
 def run_ours(task: Task) -> dict[str, Any]:
     """Run sweeps with slowllm, all micro-batches in one ride; each is reported, the first as the measurement."""
-    with load_ours(task) as lm, torch.no_grad():
+    passages: list[Any] = []
+    with load_ours(task) as lm, lm.watching(passages.append), torch.no_grad():
         config = lm.model.config.get_text_config()
         rows = sentences(task, config.vocab_size)
         batches = micro_batches(rows, task.rider_tokens, task.padding_tokens)
-        passages: list[Any] = []
-        lm.on_passage = passages.append
         sweeps = []
         for _ in range(task.sweeps):
             passages.clear()
@@ -98,12 +97,11 @@ def run_many(task: Task) -> dict[str, Any]:
     """Score every sentence with slowllm, as the command `score` does."""
     from slowllm.inference.lines import Line, score_lines
 
-    with load_ours(task) as lm, torch.no_grad():
+    passages: list[Any] = []
+    with load_ours(task) as lm, lm.watching(passages.append), torch.no_grad():
         config = lm.model.config.get_text_config()
         ids = sentences(task, config.vocab_size)
         lines = (Line(number, "", tuple(row.tolist())) for number, row in enumerate(ids, 1))
-        passages: list[Any] = []
-        lm.on_passage = passages.append
         process = psutil.Process()
         before, written = lm.report, process.io_counters().write_bytes
         started = time.perf_counter()

@@ -8,8 +8,8 @@ first step is cold; the later ones begin with what the one before has left in me
 hand: forward and backward, all weights frozen. The limit is the larger of the bytes of a step at the disk's rate and
 `resident`, the same micro-batches on blocks in memory, each block computed again on the way down.
 
-With --top, a deep prompt is tuned on the uppermost blocks: the first epoch, which fills the frozen trunk, against later
-ones. It has no peer and no limit; its first loss must be that of the same prompt without a trunk.
+With --top, a deep prompt is tuned on the uppermost blocks: the first epoch, which fills the frozen blocks, against later
+ones. It has no peer and no limit; its first loss must be that of the same prompt without frozen blocks.
 
 With --store, the same steps are taken on a store of the checkpoint as well, made where it is missing. A lossless one
 must have the same loss and gradient; of others the difference is reported.
@@ -54,7 +54,7 @@ TOLERANCE = 2e-2
 LOSS_TOLERANCE = 1e-3
 # The prompt stays where it is, and every step is the same work.
 LEARNING_RATE = 1e-6
-TRUNK = "the frozen trunk"
+FROZEN = "the frozen blocks"
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def run_ours(task: Task) -> dict[str, Any]:
     def on_open(lm: Any, job: Any, what: str, *_: Any) -> None:
         # Of two models only the second is asked later: a handle kept here would keep the first one's memory.
         started = opened[0][0] if opened else time.perf_counter()
-        opened[:] = [(started, None if what == TRUNK else lm)]
+        opened[:] = [(started, None if what == FROZEN else lm)]
         marks[:] = [(started, lm.report)]
 
     def on_record(record: dict[str, Any]) -> None:
@@ -386,10 +386,12 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
         if arguments.store in ("bf16", "lossless"):
             check("a step on the store", runs["store"][0]["steps"][0], ours[0]["steps"][0])
     if task.top:
-        check("the first step above the trunk", ours[0]["steps"][0], {"loss": whole["steps"][0]["loss"]})
+        check(
+            "the first step above the frozen blocks", ours[0]["steps"][0], {"loss": whole["steps"][0]["loss"]}
+        )
         report |= {
             "first_epoch_s": median(ours, "first_epoch_s"), "later_epoch_s": report["later"]["seconds"],
-            "without_trunk_s": whole["first_epoch_s"],
+            "without_frozen_s": whole["first_epoch_s"],
         }  # fmt: skip
         report["first_of_later"] = report["first_epoch_s"] / report["later_epoch_s"]
         return report
@@ -464,7 +466,7 @@ def summary(report: dict[str, Any]) -> str:
     if "first_epoch_s" in report:
         lines.append(
             f"first epoch {report['first_epoch_s']:.2f} s, later {report['later_epoch_s']:.2f} s: "
-            f"{report['first_of_later']:.2f} times; without a trunk {report['without_trunk_s']:.2f} s"
+            f"{report['first_of_later']:.2f} times; without frozen blocks {report['without_frozen_s']:.2f} s"
         )
     if "stored" in report:
         stored = report["stored"]
@@ -503,7 +505,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.steps < 2:
         parser.error("--steps must be at least 2: the first is another than the later ones")
     if arguments.top and not 0 < arguments.top < arguments.blocks:
-        parser.error(f"--top {arguments.top} leaves no trunk of {arguments.blocks} blocks")
+        parser.error(f"--top {arguments.top} leaves no frozen blocks of {arguments.blocks} blocks")
     if arguments.top and arguments.peer == "accelerate":
         parser.error("--top has no peer")
     return arguments

@@ -79,8 +79,6 @@ class Options:
         dtype: compute dtype; ``auto`` takes the checkpoint's bfloat16 where this CPU multiplies it fast.
         device: where blocks compute: ``cpu``, or one or more of ``cuda:0``, ``cuda:1``, ..., parted by commas.
         vram_bytes: the budget on each of them; None for what is free there, less a reserve.
-        num_read_threads: reads in flight.
-        request_bytes: size of one read.
         keep_resident: whether blocks that fit the budget stay in memory after the first sweep.
     """
 
@@ -88,9 +86,6 @@ class Options:
     dtype: DTypeName = "auto"
     device: str = "cpu"
     vram_bytes: int | None = None
-    num_read_threads: int = 8
-    # 256 KiB to 1 MiB at 8 to 16 in flight read fastest on the reference NVMe; see benchmarks/LOG.md.
-    request_bytes: int = MIB
     keep_resident: bool = True
 
     def __post_init__(self) -> None:

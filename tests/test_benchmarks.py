@@ -274,15 +274,17 @@ def test_a_tuning_step_has_a_limit_and_a_peer(measured: Callable[..., dict[str, 
     assert report["speedup"] == report["peer_wall_s"] / report["first"]["seconds"]
 
 
-def test_an_epoch_above_the_trunk_is_compared_with_the_first(
+def test_an_epoch_above_frozen_blocks_is_compared_with_the_first(
     measured: Callable[..., dict[str, Any]],
 ) -> None:
     report = measured("--sentences", "12", "--top", "1", "--steps", "2", module=tuning_step)
     assert report["verified"] is True
-    assert report["first_epoch_s"] > report["first"]["seconds"], "the trunk is filled before the first step"
+    assert report["first_epoch_s"] > report["first"]["seconds"], (
+        "the frozen blocks are passed before the first step"
+    )
     assert report["first_of_later"] == report["first_epoch_s"] / report["later_epoch_s"]
     assert report["later_epoch_s"] == report["later"]["seconds"]
-    assert report["without_trunk_s"] > 0
+    assert report["without_frozen_s"] > 0
 
 
 @pytest.mark.parametrize(
@@ -303,7 +305,7 @@ def test_a_gradient_or_a_loss_that_differs_is_not_reported(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--top", "4"], "leaves no trunk of 4 blocks"),
+        (["--top", "4"], "leaves no frozen blocks of 4"),
         (["--top", "1", "--peer", "accelerate"], "--top has no peer"),
         (["--steps", "1"], "must be at least 2"),
         (["--sentence-tokens", "1"], "must be at least 2"),

@@ -7,13 +7,10 @@ With a state folder, what is done is kept by micro-batches. The same file of ano
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import torch
 
 from slowllm.entrypoints.openai_requests import CHAT, Refusal, Request, digest_of
 from slowllm.errors import StateError
@@ -29,10 +26,9 @@ from slowllm.inference.generation import (
 )
 from slowllm.inference.text import TextSide
 from slowllm.planning.job import Job, Rates
-from slowllm.runtime.run_identity import computed_by
+from slowllm.runtime.run_identity import run_identity, saved_packing
 from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
-from slowllm.version import __version__
 
 
 @dataclass(frozen=True)
@@ -184,16 +180,10 @@ def plan_of(
     job = job_of(lm, _prompts(entries), rates)
     if begun is None:
         return job
-    packing = begun.get("packing")
-    if not (
-        isinstance(packing, list)
-        and len(packing) == 3
-        and all(type(number) is int and 0 < number < 1 << 40 for number in packing)
-        and type(begun.get("created")) is int
-        and begun.get("dtype") in ("float32", "bfloat16", "float16")
-    ):
+    packing = saved_packing(begun)
+    if packing is None or type(begun.get("created")) is not int:
         raise StateError("the state is another job's or version's, or damaged; name another folder")
-    return replace(job, packing=(packing[0], packing[1], packing[2]))
+    return replace(job, packing=packing)
 
 
 def _prompts(entries: Iterable[Request | Refusal]) -> list[Prompt]:
@@ -204,20 +194,12 @@ def describe(
     lm: StreamedLM, entries: Iterable[Request | Refusal], begun: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return what the answers depend on, for `State`; ``created`` is kept from when the job was begun."""
-    return {
-        "kind": "batch",
-        "versions": {
-            "slowllm": __version__,
-            "torch": torch.__version__,
-            "transformers": importlib.metadata.version("transformers"),
-        },
-        "model": lm.fingerprint(),
-        **computed_by(lm.model),
-        "requests": digest_of([[entry.number, entry.digest] for entry in entries]),
-        "packing": [lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens],
-        "threads": torch.get_num_threads(),
-        "created": int(time.time()) if begun is None else begun["created"],
-    }
+    return run_identity(
+        "batch", lm,
+        requests=digest_of([[entry.number, entry.digest] for entry in entries]),
+        packing=[lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens],
+        created=int(time.time()) if begun is None else begun["created"],
+    )  # fmt: skip
 
 
 def other_models(lm: StreamedLM, entries: Iterable[Request | Refusal]) -> list[str]:

@@ -63,12 +63,8 @@ def progress(lm: StreamedLM, job: Job, state: State | None = None) -> Iterator[N
             rate=f"{format_bytes(num_bytes / (time.perf_counter() - started))}/s" if num_bytes else "",
         )
 
-    lm.on_passage = on_passage
-    try:
-        with bar:
-            yield
-    finally:
-        lm.on_passage = None
+    with lm.watching(on_passage), bar:
+        yield
 
 
 @contextlib.contextmanager
@@ -85,12 +81,8 @@ def steps(lm: StreamedLM, what: str) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    with console.status(what) as status:
-        lm.on_passage = on_passage
-        try:
-            yield
-        finally:
-            lm.on_passage = None
+    with console.status(what) as status, lm.watching(on_passage):
+        yield
 
 
 @contextlib.contextmanager

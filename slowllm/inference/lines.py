@@ -17,19 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from slowllm.errors import InputError, StateError
 from slowllm.inference.scoring import answer_keyed, safe_exp
 from slowllm.inference.text import Query, TextSide
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.planning.job import Job, Rates
 from slowllm.planning.packing import pack
-from slowllm.runtime.run_identity import computed_by
+from slowllm.runtime.run_identity import run_identity, saved_packing
 from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
-from slowllm.version import __version__
 
 
 @dataclass(frozen=True)
@@ -193,17 +189,9 @@ def job_of(
     if lines.longest is None:
         raise InputError("there are no lines to score")
     extra = num_virtual_tokens + (0 if prefix is None else 1)
-    packing = None
-    if begun is not None:
-        found = begun.get("packing")
-        if not (
-            isinstance(found, list)
-            and len(found) == 3
-            and all(type(n) is int and 0 < n < 1 << 24 for n in found)
-            and begun.get("dtype") in ("float32", "bfloat16", "float16")
-        ):
-            raise StateError("the state is another version's, or damaged; delete its folder")
-        packing = (found[0], found[1], found[2])
+    packing = None if begun is None else saved_packing(begun)
+    if begun is not None and packing is None:
+        raise StateError("the state is another version's, or damaged; delete its folder")
     return Job(
         num_tokens=lines.padded_tokens(extra, packing[2] if packing else padding_worth(rates)),
         longest=len(lines.longest.ids) + extra,
@@ -225,21 +213,13 @@ def opened_state(
     if folder is None:
         yield None
         return
-    job = {
-        "kind": "forward",
-        "versions": {
-            "slowllm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "model": lm.fingerprint(),
-        "prompt": None if lm.soft_prompt is None else lm.soft_prompt.digest(),
-        **computed_by(lm.model),
-        "lines": lines.digest(),
-        "prefix": prefix,
-        "packing": [lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens],
-        "threads": torch.get_num_threads(),
-    }
+    job = run_identity(
+        "forward", lm,
+        prompt=None if lm.soft_prompt is None else lm.soft_prompt.digest(),
+        lines=lines.digest(),
+        prefix=prefix,
+        packing=[lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens],
+    )  # fmt: skip
     with State(folder, job, save_seconds) as state:
         yield state
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from slowllm.inference.text import Query
-from slowllm.planning.packing import pack_sorted
+from slowllm.planning.packing import pack
 
 # Rows are cut at multiples of this: contexts of like length then go on at the same place, without gaps between.
 CUT_TOKENS = 8
@@ -178,7 +178,7 @@ def batches_of(segments: Sequence[Segment], rider_tokens: int, padding_tokens: i
         extra = start * PARENT_WEIGHT
         batches += [
             [members[index] for index in batch]
-            for batch in pack_sorted(lengths, extra, rider_tokens, padding_tokens)
+            for batch in pack(lengths, rider_tokens, padding_tokens, extra)
         ]
     return batches
 

@@ -32,7 +32,7 @@ from slowllm.inference.text import Query, TextSide
 from slowllm.modeling.log_probs import log_probs_at
 from slowllm.modeling.shared_cache import Beginning, SharedCache, SharedPrefix, can_share
 from slowllm.modeling.soft_prompts import PrefixBeginning
-from slowllm.planning.host_plan import MAX_RIDER_TOKENS, Plan, padding_worth, scratch_bytes
+from slowllm.planning.host_plan import MAX_RIDER_TOKENS, Plan, padding_worth
 from slowllm.planning.job import Job, Rates
 from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
@@ -203,9 +203,8 @@ def answer_keyed(
 
 
 def _refuse_too_long(lm: StreamedLM, num_tokens: int) -> None:
-    sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)
-    planned = scratch_bytes(sizes, max(lm.plan.rider_tokens, lm.plan.longest), lm.plan.longest)
-    if scratch_bytes(sizes, num_tokens, num_tokens) > planned:
+    planned = lm.sizes.scratch_bytes(max(lm.plan.rider_tokens, lm.plan.longest), lm.plan.longest)
+    if lm.sizes.scratch_bytes(num_tokens, num_tokens) > planned:
         raise InputError(
             f"{num_tokens} tokens are more than the memory was planned for, sequences of {lm.plan.longest}; load the "
             f"model with job=slowllm.Job(num_tokens={num_tokens}, longest={num_tokens}, repeated=True)"

@@ -57,12 +57,11 @@ LOOKUP_TOKENS = 10
 
 def costs_of(lm: StreamedLM, rates: Rates) -> Costs:
     """Return what a later sweep of this model costs."""
-    rates = rates if lm.placed is None else device_rates(rates)
-    sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)
+    rates = rates if lm.device_placement is None else device_rates(rates)
     return Costs(
         read=lm.plan.forecast.read_bytes / rates.disk,
-        weights=sizes.all_bytes / rates.memory,
-        token=sum(stop.flops for stop in sizes.stops) / rates.compute,
+        weights=lm.sizes.all_bytes / rates.memory,
+        token=sum(stop.flops for stop in lm.sizes.stops) / rates.compute,
     )
 
 

@@ -17,13 +17,12 @@ class Budget:
     """
 
     def __init__(self, total_bytes: int, used_bytes: int) -> None:
-        self.total_bytes = total_bytes
-        self.used_bytes = used_bytes
+        self.total_bytes, self.used_bytes = total_bytes, used_bytes
         self._lock = threading.Lock()
 
     @property
     def free_bytes(self) -> int:
-        """What is left to take."""
+        """Bytes that can still be taken."""
         return self.total_bytes - self.used_bytes
 
     def take(self, num_bytes: int) -> None:
@@ -41,6 +40,6 @@ class Budget:
             self.used_bytes += num_bytes
 
     def give_back(self, num_bytes: int) -> None:
-        """Return what was taken."""
+        """Return bytes that were taken."""
         with self._lock:
             self.used_bytes -= num_bytes

@@ -1,8 +1,8 @@
-"""Pure arithmetic for devices with a memory of their own: what stays there, what stays in RAM, and what streams.
+"""Pure arithmetic for devices with memory of their own: what stays there, what stays in RAM, and what streams.
 
 Knows sizes in bytes, rates and budgets; knows nothing of files, models or CUDA. There are two budgets. First each
-device is planned: as many stops as fit stay on it for good, at even distances, and the others pass through two slots.
-What is left is planned for RAM as ever (`plan`), where riders then take no room.
+device is planned: as many stops as fit stay on it, at even distances, and the others pass through a double buffer. The
+remaining stops are planned for RAM as without a device (`host_plan`), but riders take no room there.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from slowllm.planning.host_plan import (
     least_rider_tokens,
     make_plan,
     padding_worth,
-    spread,
     token_choices,
     working_bytes,
 )
 from slowllm.planning.job import Job, Rates, Sizes
+from slowllm.planning.resident_stops import spread
+from slowllm.rounding import round_up
 
-# Stops pass through so many places: one is computed with while the next is filled.
+# A double buffer: one slot is computed with while the next is filled.
 NUM_SLOTS = 2
-# Estimates, which nobody has measured: what CUDA's context, cuBLAS and torch's allocator take on a card beyond what is
-# counted here, and what CUDA takes of the host once its libraries are in use.
+# Estimates, which nobody has measured: what CUDA's context, cuBLAS and torch's allocator take on a GPU beyond what is
+# counted here, and what CUDA takes of the host's memory once its libraries are in use.
 DEVICE_SLACK_BYTES, HOST_SLACK_BYTES = 768 * MIB, GIB // 2
-# Of a waiting rider's token, what stays on the host: its ids and masks.
+# Memory on the host of one token of a waiting rider: its ids and masks.
 HOST_TOKEN_BYTES = 64
-# Of a card's memory and products; assumed until somebody measures.
+# Rates of a GPU, which nobody has measured: bytes a second of its memory, and operations a second.
 ASSUMED_MEMORY, ASSUMED_COMPUTE = 3e11, 2e13
 
 
 @dataclass(frozen=True)
 class DeviceBudget:
-    """A device, and the bytes that may be taken of its memory."""
+    """The name of a device, and the bytes that may be taken of its memory."""
 
     name: str
     num_bytes: int
@@ -47,17 +48,17 @@ class DeviceBudget:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """What is where on the devices.
+    """How the memory of the devices is divided.
 
     Attributes:
-        homes: the number of the device at which each stop is computed.
+        homes: the number of the device that computes each stop.
         kept: stops that stay on their device once they were copied.
         num_slots: on each device, through which its other stops pass.
         slot_bytes: of one slot on each device.
         rider_tokens: of one micro-batch.
         sweep_tokens: of all riders of a sweep.
         used_bytes: of each device's budget.
-        granularity: what a stop is.
+        granularity: whether stops are blocks or leaves.
     """
 
     homes: tuple[int, ...]
@@ -71,7 +72,7 @@ class DevicePlan:
 
 
 def homes_of(blocks: Sequence[int], num_devices: int) -> tuple[int, ...]:
-    """Return the number of each stop's device: blocks take turns; the head is where sweeps begin and end.
+    """Return the number of each stop's device: devices take turns by blocks; the head is on the first.
 
     Args:
         blocks: the block of each stop, -1 for a chunk of the head.
@@ -81,7 +82,7 @@ def homes_of(blocks: Sequence[int], num_devices: int) -> tuple[int, ...]:
 
 
 def device_rates(rates: Rates | None) -> Rates:
-    """Return a machine's rates with those of a card in the place of the processor's."""
+    """Return a machine's rates with those of a GPU in place of the processor's."""
     return replace(rates or Rates(), memory=ASSUMED_MEMORY, compute=ASSUMED_COMPUTE)
 
 
@@ -97,24 +98,26 @@ def plan_devices(
     """Divide the devices' memory so that the job takes the least time.
 
     Args:
-        choices: the model cut into whole blocks, and into leaves where it can be; the first that fits is taken.
+        choices: sizes of the model cut into whole blocks, and into leaves where it can be; the first that fits is taken.
         blocks: for each choice, the block of each stop; see `homes_of`.
         budgets: of the devices.
-        job: what it is for.
+        job: what the model is opened for.
         rates: from `device_rates`.
         keep_resident: whether stops may stay.
     Raises:
         PlanError: the job cannot run on a device; the message names the smallest budget that would do.
     """
-    planned, usable = job or Job(repeated=True), []
-    for sizes, own in zip(choices, blocks, strict=True):
-        homes = homes_of(own, len(budgets))
-        usable.append((sizes, homes))
-        found = list(_candidates(sizes, homes, budgets, planned, rates, keep_resident))
-        if found:
-            plan = min(found, key=lambda pair: (pair[0], sum(pair[1].used_bytes)))[1]
+    planned_job = job or Job(repeated=True)
+    usable = [
+        (sizes, homes_of(stop_blocks, len(budgets)))
+        for sizes, stop_blocks in zip(choices, blocks, strict=True)
+    ]
+    for sizes, homes in usable:
+        candidates = list(_candidates(sizes, homes, budgets, planned_job, rates, keep_resident))
+        if candidates:
+            _, plan = min(candidates, key=lambda pair: (pair[0], sum(pair[1].used_bytes)))
             return plan if job is not None else _widened(plan, sizes, budgets)
-    raise PlanError(_refusal(usable, budgets, planned))
+    raise PlanError(_refusal(usable, budgets, planned_job))
 
 
 def _candidates(
@@ -132,20 +135,20 @@ def _candidates(
             _divide(_bytes_at(sizes, homes, number, job), budget.num_bytes - fixed, keep_resident)
             for number, budget in enumerate(budgets)
         ]
-        found = [part for part in parts if part is not None]
-        if len(found) < len(parts):
+        shares = [part for part in parts if part is not None]
+        if len(shares) < len(budgets):
             continue
-        kept = frozenset().union(*(part.kept for part in found))
-        room = sum(part.num_slots * part.slot_bytes for part in found)
-        forecast = forecast_of(sizes, kept, room, rider, sweep, job, rates)
+        kept = frozenset().union(*(share.kept for share in shares))
+        slots_bytes = sum(share.num_slots * share.slot_bytes for share in shares)
+        forecast = forecast_of(sizes, kept, slots_bytes, rider, sweep, job, rates)
         yield forecast.seconds, DevicePlan(
-            tuple(homes), kept, tuple(part.num_slots for part in found), tuple(part.slot_bytes for part in found),
-            rider, sweep, tuple(fixed + part.used_bytes for part in found), sizes.granularity,
+            tuple(homes), kept, tuple(share.num_slots for share in shares), tuple(share.slot_bytes for share in shares),
+            rider, sweep, tuple(fixed + share.used_bytes for share in shares), sizes.granularity,
         )  # fmt: skip
 
 
 def _bytes_at(sizes: Sizes, homes: Sequence[int], device: int, job: Job) -> list[int]:
-    """Return the bytes of the stops that are computed on a device, 0 for all others."""
+    """Return the bytes of the stops that are computed on a device and visited by the job, 0 for all others."""
     reads = reads_of(sizes, job)
     return [
         stop.num_bytes if homes[number] == device and reads[number] else 0
@@ -155,7 +158,7 @@ def _bytes_at(sizes: Sizes, homes: Sequence[int], device: int, job: Job) -> list
 
 @dataclass(frozen=True)
 class DeviceShare:
-    """How one device is divided: what stays, the slots, and the bytes of both."""
+    """How one device's memory is divided: stops that stay, the slots, and the bytes of both."""
 
     kept: frozenset[int]
     num_slots: int
@@ -164,30 +167,28 @@ class DeviceShare:
 
 
 def _divide(stop_bytes: Sequence[int], room_bytes: int, keep_resident: bool = True) -> DeviceShare | None:
-    """Divide the room for weights on a device; None where no stop fits in."""
+    """Divide the room for weights on a device; None if it has no room for the largest stop."""
     total = sum(stop_bytes)
     if total <= room_bytes and (keep_resident or not total):
         return DeviceShare(frozenset(stop for stop, size in enumerate(stop_bytes) if size), 0, 0, total)
     largest = max(stop_bytes)
-    # With one slot nothing is copied while the device computes, but it works.
+    # With one slot nothing is copied while the device computes, but the model can run.
     for num_slots in (NUM_SLOTS, 1):
-        left = room_bytes - num_slots * largest
-        if left < 0:
+        slots_bytes = num_slots * largest
+        if slots_bytes > room_bytes:
             continue
-        chosen = spread(stop_bytes, left) if keep_resident else frozenset()
+        chosen = spread(stop_bytes, room_bytes - slots_bytes) if keep_resident else frozenset()
         kept = frozenset(stop for stop in chosen if stop_bytes[stop])
-        return DeviceShare(
-            kept, num_slots, largest, num_slots * largest + sum(stop_bytes[stop] for stop in kept)
-        )
+        return DeviceShare(kept, num_slots, largest, slots_bytes + sum(stop_bytes[stop] for stop in kept))
     return None
 
 
 def _widened(plan: DevicePlan, sizes: Sizes, budgets: Sequence[DeviceBudget]) -> DevicePlan:
-    """Let a session's sweeps carry more tokens than were assumed, where there is room left for them."""
-    held = sizes.rider_token_bytes + sizes.result_token_bytes + sizes.checkpoint_token_bytes
+    """Let the sweeps of a session carry more tokens than were assumed, if there is room left for them."""
+    token_bytes = sizes.waiting_token_bytes
     left = min(budget.num_bytes - used for budget, used in zip(budgets, plan.used_bytes, strict=True))
-    more = max(0, min(left // held, MAX_SWEEP_TOKENS - plan.sweep_tokens))
-    used = tuple(used + more * held for used in plan.used_bytes)
+    more = max(0, min(left // token_bytes, MAX_SWEEP_TOKENS - plan.sweep_tokens))
+    used = tuple(used + more * token_bytes for used in plan.used_bytes)
     return replace(plan, sweep_tokens=plan.sweep_tokens + more, used_bytes=used)
 
 
@@ -209,7 +210,7 @@ def _refusal(usable: Sequence[tuple[Sizes, Sequence[int]]], budgets: Sequence[De
     missing = lacks(best)
     worst = missing.index(max(missing))
     fixed, weights, working = best[worst]
-    smallest = -(-(fixed + weights + working) // MIB) * MIB
+    smallest = round_up(fixed + weights + working, MIB)
     return (
         f"{format_binary(max(budgets[worst].num_bytes, 0))} on {budgets[worst].name} are too few for this model: the "
         f"smallest that would do is {format_binary(smallest)} ({format_binary(fixed)} always there, "
@@ -234,12 +235,12 @@ def plan_host(
 ) -> Plan:
     """Divide the RAM among the stops that do not stay on a device.
 
-    What stays there is read once, and passes through the ring as well, so there is always one.
+    Stops that stay there are read once and pass through the ring as well, so there is always a ring.
 
     Args:
-        sizes: of the granularity that the devices' plan has.
+        sizes: of the granularity of the devices' plan.
         devices: that plan.
-        free_bytes, total_bytes, job, keep_resident: as for `plan.make_plan`.
+        free_bytes, total_bytes, job, keep_resident: as for `make_plan`.
         rates: from `device_rates`.
     Raises:
         PlanError: the stops do not fit through the budget.

@@ -1,8 +1,7 @@
 """Pure arithmetic: what stays resident, how large the ring is, how many tokens ride a sweep.
 
 Knows sizes in bytes and rates; knows nothing of files, models or text. The plan is the candidate with the shortest
-forecast among those that fit the budget. `Budget` alone keeps state: what
-several models of one process have taken from the bytes allowed.
+forecast among those that fit the budget.
 """
 
 from __future__ import annotations
@@ -14,48 +13,41 @@ from dataclasses import dataclass, replace
 from slowllm.errors import PlanError
 from slowllm.options import MIB, format_binary
 from slowllm.planning.forecast import Forecast, compute_seconds, forecast_of, reads_of
-from slowllm.planning.job import ASSUMED_LENGTH, Granularity, Job, Rates, Sizes, tokens_of
-from slowllm.rounding import ceil_div
+from slowllm.planning.job import ASSUMED_LENGTH, Granularity, Job, Rates, Sizes
+from slowllm.planning.resident_stops import choose_resident
+from slowllm.rounding import ceil_div, round_up
 
 # Fewer rows than this take as long as these: the weights pass through the processor either way.
 MIN_RIDER_TOKENS = 64
-
-
 # Beyond this a larger matrix product is no faster, and the scratch memory of a block grows with it.
 MAX_RIDER_TOKENS = 1024
-
-
 # A few times T*, the batch whose computing hides under the reading (about 1,000 tokens in bf16 on two cores with
 # AMX): far above T* another sweep is free, and a result comes earlier.
 MAX_SWEEP_TOKENS = 8192
-
-
 # What the allocator, thread stacks and the interpreter take beyond what is counted here (measured: up to 250 MB).
 SLACK_BYTES = 288 * MIB
-
-
-# Stops smaller than a block must save this much of the time, or their handing over is not worth it.
+# Stops smaller than a block must bring the time down to this share, or handing them over is not worth it.
 LEAVES_GAIN = 0.95
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is held.
+    """How a model is held in memory.
 
     Attributes:
-        granularity: what a stop is.
+        granularity: whether stops are blocks or leaves.
         resident: stops that stay in memory, spread evenly.
-        ring_bytes: of the ring through which the others stream; 0 where all stay.
+        ring_bytes: of the ring through which the others stream; 0 if all stay.
         rider_tokens: tokens of one micro-batch, padding included.
         sweep_tokens: tokens of all riders of one sweep.
-        padding_tokens: of padding in a micro-batch that take as long as another micro-batch would.
+        padding_tokens: padding in a micro-batch that takes as long as another micro-batch would.
         peak_bytes: what the model takes of the budget.
         resident_bytes: of it, the stops that stay.
-        forecast: how long the job takes.
+        forecast: the expected times of the job.
         longest: tokens of the longest sequence that memory is planned for.
-        unused: stops that the job never comes to.
-        keeps_graph: whether autograd keeps what the blocks have computed, instead of having it computed again on the
-            way down: all weights stay, and there is room.
+        unused: stops that the job never visits.
+        keeps_graph: whether autograd keeps the graph over the blocks, instead of recomputing them on the way down:
+            all weights stay, and there is room.
     """
 
     granularity: Granularity
@@ -84,25 +76,22 @@ def make_plan(
     """Divide the budget so that the job takes the least time.
 
     Args:
-        choices: the model cut into whole blocks, and into leaves where it can be.
+        choices: sizes of the model cut into whole blocks, and into leaves where it can be.
         free_bytes: what this model may take.
-        total_bytes: the whole budget, for the error's numbers.
-        job: what it is for.
+        total_bytes: the whole budget, for the error message.
+        job: what the model is opened for.
         rates: of the machine.
         keep_resident: whether stops may stay in memory.
     Raises:
         PlanError: the job cannot run in the budget; the message names the smallest that would do.
     """
     job, rates = job or Job(repeated=True), rates or Rates()
-    plans = [
-        [_planned(c, job, rates) for c in _candidates(s, job, rates, free_bytes, keep_resident)]
-        for s in choices
-    ]
-    best = [min(found, key=lambda p: (p.forecast.seconds, p.peak_bytes)) for found in plans if found]
+    plans_of_each = [list(_candidates(sizes, job, rates, free_bytes, keep_resident)) for sizes in choices]
+    best = [min(plans, key=lambda p: (p.forecast.seconds, p.peak_bytes)) for plans in plans_of_each if plans]
     if not best:
         raise PlanError(_refusal(choices, job, free_bytes, total_bytes, keep_resident))
     chosen = best[0]
-    # Whole blocks can run backward as well, so leaves are for when they must be, or when they pay.
+    # Whole blocks can run backward as well, so leaves are chosen only if blocks do not fit, or if leaves are faster.
     for other in best[1:]:
         if job.forward_only and other.forecast.seconds < LEAVES_GAIN * chosen.forecast.seconds:
             chosen = other
@@ -110,98 +99,85 @@ def make_plan(
 
 
 def widen(plan: Plan, choices: Sequence[Sizes], free_bytes: int) -> Plan:
-    """Let a session's sweeps carry more tokens than were assumed, where the budget has room left for them.
+    """Let the sweeps of a session carry more tokens than were assumed, if the budget has room left for them.
 
     Args:
-        plan: of a job of unknown size.
+        plan: for a job of unknown size.
         choices: that it was made from.
         free_bytes: as for `make_plan`.
     """
-    sizes = next(sizes for sizes in choices if sizes.granularity == plan.granularity)
-    held = sizes.rider_token_bytes + sizes.result_token_bytes + sizes.checkpoint_token_bytes
-    if plan.keeps_graph:
-        held += _graph_bytes(plan, sizes)
-    more = (free_bytes - plan.peak_bytes) // held
-    more = max(0, min(more, MAX_SWEEP_TOKENS - plan.sweep_tokens))
-    return replace(plan, sweep_tokens=plan.sweep_tokens + more, peak_bytes=plan.peak_bytes + more * held)
+    sizes = sizes_for(plan, choices)
+    token_bytes = sizes.waiting_token_bytes + (_graph_token_bytes(plan, sizes) if plan.keeps_graph else 0)
+    more = max(0, min((free_bytes - plan.peak_bytes) // token_bytes, MAX_SWEEP_TOKENS - plan.sweep_tokens))
+    return replace(
+        plan, sweep_tokens=plan.sweep_tokens + more, peak_bytes=plan.peak_bytes + more * token_bytes
+    )
 
 
 def keep_graph(plan: Plan, choices: Sequence[Sizes], job: Job, free_bytes: int) -> Plan:
-    """Let autograd keep its graph over the blocks, where all weights stay in memory and there is room for it.
+    """Let autograd keep its graph over the blocks, if all weights stay in memory and there is room for it.
 
     Args:
-        plan: of a job that turns.
+        plan: for the job.
         choices: that it was made from.
-        job: that it is for.
+        job: whose sweeps turn, or the plan stays as it is.
         free_bytes: as for `make_plan`.
     """
-    sizes = next(sizes for sizes in choices if sizes.granularity == plan.granularity)
-    more = plan.sweep_tokens * _graph_bytes(plan, sizes)
+    more = plan.sweep_tokens * _graph_token_bytes(plan, sizes_for(plan, choices))
     if plan.ring_bytes or not job.turns or plan.peak_bytes + more > free_bytes:
         return plan
     return replace(plan, keeps_graph=True, peak_bytes=plan.peak_bytes + more)
 
 
-def _graph_bytes(plan: Plan, sizes: Sizes) -> int:
-    """Return what autograd keeps of a token over all blocks."""
+def sizes_for(plan: Plan, choices: Sequence[Sizes]) -> Sizes:
+    """Return the sizes with the granularity of a plan."""
+    return next(sizes for sizes in choices if sizes.granularity == plan.granularity)
+
+
+def _graph_token_bytes(plan: Plan, sizes: Sizes) -> int:
+    """Return the bytes that autograd keeps of a token over all blocks."""
     num_blocks = len(sizes.stops) - sizes.num_head_stops - len(plan.unused)
     return num_blocks * (sizes.replay_token_bytes + plan.longest * sizes.replay_attention_bytes)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    sizes: Sizes
-    resident: frozenset[int]
-    ring_bytes: int
-    rider_tokens: int
-    sweep_tokens: int
-    used_bytes: int
-
-
 def least_rider_tokens(job: Job) -> int:
-    """Return the tokens that a rider must be able to carry: the longest sequence, and no fewer than pay."""
+    """Return the tokens that a rider must be able to carry: the longest sequence, or the fewest that pay."""
     if job.packing is not None:
         return max(job.longest, job.packing[0])
     if job.rider_tokens is not None:
         return max(job.longest, job.rider_tokens)
-    return max(job.longest, min(MIN_RIDER_TOKENS, tokens_of(job)))
+    return max(job.longest, min(MIN_RIDER_TOKENS, job.planned_tokens))
 
 
 def padding_worth(rates: Rates) -> int:
-    """Return how many tokens of padding take as long as the weights' way through the processor for one micro-batch.
+    """Return how many tokens of padding take as long as passing the weights through the processor once.
 
-    A token takes about as many floating-point operations as the weights have bytes. A power of two, so that lines
-    are seldom packed otherwise, and rounded otherwise, when the machine is measured again.
+    A token takes about as many floating-point operations as the weights have bytes. The number is a power of two, so
+    that a new measurement of the machine seldom changes how lines are packed, and with it their rounding.
     """
     return 1 << max(0, round(math.log2(rates.compute / rates.memory)))
 
 
 def working_bytes(sizes: Sizes, job: Job, rider_tokens: int, sweep_tokens: int) -> int:
     """Return the memory of a sweep's riders, one of which computes."""
-    held = sizes.rider_token_bytes
-    held += sizes.result_token_bytes if job.keeps_results else 0
-    held += 0 if job.forward_only else sizes.checkpoint_token_bytes
-    scratch = scratch_bytes(sizes, rider_tokens, job.longest)
+    waiting = sizes.rider_token_bytes + (sizes.result_token_bytes if job.keeps_results else 0)
+    scratch = sizes.scratch_bytes(rider_tokens, job.longest)
     if not job.forward_only:
+        waiting += sizes.checkpoint_token_bytes
         scratch += rider_tokens * (sizes.replay_token_bytes + job.longest * sizes.replay_attention_bytes)
-    return scratch + sweep_tokens * held
-
-
-def scratch_bytes(sizes: Sizes, num_tokens: int, longest: int) -> int:
-    """Return the memory that a block takes to compute a micro-batch with sequences of up to `longest` tokens."""
-    return num_tokens * (sizes.block_token_bytes + longest * sizes.attention_token_bytes)
+    return scratch + sweep_tokens * waiting
 
 
 def least_bytes(sizes: Sizes, job: Job, keep_resident: bool = True) -> int:
     """Return the smallest part of a budget in which the job can run."""
-    # A model smaller than the ring is better kept than streamed.
-    through = sizes.smallest_ring_bytes
-    if keep_resident:
-        through = min(through, _used_bytes(sizes, job))
-    return sizes.kept_bytes + SLACK_BYTES + through + _least_working(sizes, job)
+    weight_bytes = sizes.smallest_ring_bytes
+    if keep_resident:  # a model smaller than the ring is kept
+        weight_bytes = min(weight_bytes, _used_bytes(sizes, job))
+    return sizes.kept_bytes + SLACK_BYTES + weight_bytes + _least_working(sizes, job)
 
 
 def _used_bytes(sizes: Sizes, job: Job) -> int:
+    """Return the bytes of all stops that the job visits."""
     reads = reads_of(sizes, job)
     return sum(stop.num_bytes for stop, count in zip(sizes.stops, reads, strict=True) if count)
 
@@ -218,7 +194,7 @@ def _refusal(
     tokens, outside = least_rider_tokens(job), total_bytes - free_bytes
     working, fixed = _least_working(sizes, job), sizes.kept_bytes + SLACK_BYTES
     least = least_bytes(sizes, job, keep_resident)
-    smallest = -(-(outside + least) // MIB) * MIB
+    smallest = round_up(outside + least, MIB)
     length = ", as many as the longest sequence has" if tokens == job.longest > MIN_RIDER_TOKENS else ""
     return (
         f"a budget of {format_binary(total_bytes)} is too small for this model: "
@@ -229,48 +205,57 @@ def _refusal(
     )
 
 
-def _candidates(
-    sizes: Sizes, job: Job, rates: Rates, free_bytes: int, keep_resident: bool
-) -> Iterator[_Candidate]:
-    fixed = sizes.kept_bytes + SLACK_BYTES
+def _candidates(sizes: Sizes, job: Job, rates: Rates, free_bytes: int, keep_resident: bool) -> Iterator[Plan]:
+    """Yield the plans that fit the budget."""
+    reads, used_bytes = reads_of(sizes, job), _used_bytes(sizes, job)
+    unused = frozenset(stop for stop, count in enumerate(reads) if not count)
+    padding = padding_worth(rates) if job.packing is None else job.packing[2]
+
+    def plan(resident: frozenset[int], ring: int, rider: int, sweep: int, peak: int) -> Plan:
+        forecast = forecast_of(sizes, resident, ring, rider, sweep, job, rates)
+        resident_bytes = sum(sizes.stops[stop].num_bytes for stop in resident - unused)
+        return Plan(
+            sizes.granularity, resident, ring, rider, sweep, padding, peak, resident_bytes, forecast,
+            job.longest, unused,
+        )  # fmt: skip
+
     for rider, sweep in token_choices(job):
-        used = fixed + working_bytes(sizes, job, rider, sweep)
-        everything = _used_bytes(sizes, job)
-        if keep_resident and used + everything <= free_bytes:
-            every_stop = frozenset(range(len(sizes.stops)))
-            yield _Candidate(sizes, every_stop, 0, rider, sweep, used + everything)
+        taken = sizes.kept_bytes + SLACK_BYTES + working_bytes(sizes, job, rider, sweep)
+        if keep_resident and taken + used_bytes <= free_bytes:
+            yield plan(frozenset(range(len(sizes.stops))), 0, rider, sweep, taken + used_bytes)
             continue
         for least_ring in _ring_choices(sizes, rates, rider, sweep):
-            room = free_bytes - used - least_ring
+            room = free_bytes - taken - least_ring
             if room < 0:
                 continue
             # What is read once is not worth keeping.
-            repeats = job.repeated or job.num_passes > 1 or tokens_of(job) > sweep or job.num_tokens is None
-            again = keep_resident and repeats
-            resident = choose_resident(sizes, job, room) if again else frozenset()
+            repeats = (
+                job.repeated or job.num_passes > 1 or job.planned_tokens > sweep or job.num_tokens is None
+            )
+            resident = choose_resident(sizes, job, room) if keep_resident and repeats else frozenset()
             kept = sum(sizes.stops[stop].num_bytes for stop in resident)
             # A tensor that does not fit before the ring's end leaves a gap there, and computing takes longer
-            # beside reading than alone: what is left over goes into the ring, as far as that helps.
+            # beside reading than alone, so the ring gets what is left over, as far as that helps.
             more = max(0, _comfortable_ring(sizes, rates, rider, sweep) - least_ring)
             # Nine tenths of it: an estimate that is too low should not use up the budget.
             ring = least_ring + min((room - kept) * 9 // 10, more)
-            yield _Candidate(sizes, resident, ring, rider, sweep, used + ring + kept)
+            yield plan(resident, ring, rider, sweep, taken + ring + kept)
 
 
 def token_choices(job: Job) -> Iterator[tuple[int, int]]:
-    """Yield what a plan may choose from: tokens of a micro-batch and of a sweep."""
+    """Yield the tokens of a micro-batch and of a sweep that a plan may choose from."""
     if job.packing is not None:
         yield job.packing[:2]
         return
-    least, total = least_rider_tokens(job), tokens_of(job)
+    least, total = least_rider_tokens(job), job.planned_tokens
     most = max(least, min(MAX_RIDER_TOKENS, total))
     riders = {least, most} | {tokens for tokens in (128, 256, 512) if least < tokens < most}
     if job.rider_tokens is not None:
         riders = {least}
     for rider in sorted(riders):
-        # Micro-batches are seldom full: a seat more than would do if they were.
+        # One seat more than full micro-batches would need, because they are seldom full.
         seats = ceil_div(total, rider) + (1 if total > rider else 0)
-        # Every load of riders takes all its passes, so the more of them, the more tokens a load is worth.
+        # Every load of riders takes all its passes: the more passes, the more tokens a load is worth.
         enough = max(rider, min(MAX_SWEEP_TOKENS * job.num_passes, seats * rider))
         sweep = rider
         while sweep < enough:
@@ -280,7 +265,7 @@ def token_choices(job: Job) -> Iterator[tuple[int, int]]:
 
 
 def _ring_choices(sizes: Sizes, rates: Rates, rider: int, sweep: int) -> set[int]:
-    """Return the smallest ring, and one that lets the disk work all the time that a stop computes."""
+    """Return the smallest ring, and one that keeps the disk busy all the time that a stop computes."""
     smallest = sizes.smallest_ring_bytes
     full = smallest
     for stop, following in zip(sizes.stops, (*sizes.stops[1:], sizes.stops[0]), strict=True):
@@ -290,66 +275,11 @@ def _ring_choices(sizes: Sizes, rates: Rates, rider: int, sweep: int) -> set[int
 
 
 def _comfortable_ring(sizes: Sizes, rates: Rates, rider: int, sweep: int) -> int:
+    """Return the size of a ring beyond which more does not help."""
     seconds = max(compute_seconds(stop, rates, rider, sweep) for stop in sizes.stops)
     largest = max(stop.num_bytes for stop in sizes.stops)
     gap = max(stop.largest_bytes for stop in sizes.stops)
     return largest + min(largest, 2 * int(rates.disk * seconds)) + gap
-
-
-def _planned(candidate: _Candidate, job: Job, rates: Rates) -> Plan:
-    forecast = forecast_of(
-        candidate.sizes, candidate.resident, candidate.ring_bytes, candidate.rider_tokens,
-        candidate.sweep_tokens, job, rates,
-    )  # fmt: skip
-    reads = reads_of(candidate.sizes, job)
-    unused = frozenset(stop for stop, count in enumerate(reads) if not count)
-    resident_bytes = sum(candidate.sizes.stops[stop].num_bytes for stop in candidate.resident - unused)
-    return Plan(
-        candidate.sizes.granularity, candidate.resident, candidate.ring_bytes, candidate.rider_tokens,
-        candidate.sweep_tokens, padding_worth(rates) if job.packing is None else job.packing[2],
-        candidate.used_bytes, resident_bytes, forecast, job.longest, unused,
-    )  # fmt: skip
-
-
-def choose_resident(sizes: Sizes, job: Job, room_bytes: int) -> frozenset[int]:
-    """Choose the stops that stay, from those that a sweep comes to: what it would read twice first."""
-    reads = reads_of(sizes, job)
-    chosen: frozenset[int] = frozenset()
-    for count in sorted(set(reads) - {0}, reverse=True):
-        num_bytes = [s.num_bytes if reads[n] == count else 0 for n, s in enumerate(sizes.stops)]
-        kept = sum(sizes.stops[stop].num_bytes for stop in chosen)
-        chosen |= {stop for stop in spread(num_bytes, room_bytes - kept) if num_bytes[stop]}
-    return chosen
-
-
-def spread(stop_bytes: Sequence[int], room_bytes: int) -> frozenset[int]:
-    """Choose as many stops as fit in `room_bytes`, at even distances.
-
-    A fixed set, because an LRU would evict each stop just before it is needed again; spread evenly, so that the
-    reader gains on the computation at every one of them.
-    """
-    total = sum(stop_bytes)
-    if total <= room_bytes:
-        return frozenset(range(len(stop_bytes)))
-    # Twice, because what is left over at the end would crowd the stops at the beginning.
-    chosen = set(_even(stop_bytes, sum(stop_bytes[stop] for stop in _even(stop_bytes, room_bytes))))
-    kept = sum(stop_bytes[stop] for stop in chosen)
-    # Stops differ in size, and what is left may hold another.
-    for stop in sorted(range(len(stop_bytes)), key=lambda stop: -stop_bytes[stop]):
-        if stop not in chosen and 0 < stop_bytes[stop] <= room_bytes - kept:
-            chosen.add(stop)
-            kept += stop_bytes[stop]
-    return frozenset(chosen)
-
-
-def _even(stop_bytes: Sequence[int], room_bytes: int) -> Iterator[int]:
-    """Yield stops of at most `room_bytes`: each brings its share of the room, and stays where enough has come."""
-    total, share = sum(stop_bytes), 0
-    for stop, num_bytes in enumerate(stop_bytes):
-        share += num_bytes * max(room_bytes, 0)
-        if 0 < num_bytes * total <= share:
-            share -= num_bytes * total
-            yield stop
 
 
 def advise(
@@ -365,7 +295,7 @@ def advise(
 
     Each saves a tenth at least; one that holds every weight, half of that.
     """
-    found: list[tuple[int, float]] = []
+    better_budgets: list[tuple[int, float]] = []
     seconds = plan.forecast.seconds
     everything = min(
         total_bytes - free_bytes + s.kept_bytes + SLACK_BYTES + s.all_bytes
@@ -381,13 +311,13 @@ def advise(
     steps = [int(total_bytes * factor) for factor in (1.25, 1.5, 2, 3, 4, 6, 8)]
     for larger, worth in [*((step, 0.9) for step in steps if step < everything), (everything, 0.95)]:
         if larger > total_bytes and (better := seconds_in(larger)) <= worth * seconds:
-            found.append((larger, better))
+            better_budgets.append((larger, better))
             seconds = better
-    return found
+    return better_budgets
 
 
 def with_smaller_weights(sizes: Sizes, factor: float) -> Sizes:
-    """Return what a model would need whose weights took `factor` of the bytes on disk and in memory."""
+    """Return the sizes of a model whose weights take `factor` of the bytes on disk and in memory."""
     stops = tuple(
         replace(s, num_bytes=int(s.num_bytes * factor), largest_bytes=int(s.largest_bytes * factor))
         for s in sizes.stops

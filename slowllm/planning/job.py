@@ -1,4 +1,4 @@
-"""What the plan is given: the job, the sizes of the stops and the rates of the machine."""
+"""The inputs of the plan: the job, the sizes of the stops and the rates of the machine."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ from slowllm.errors import InputError
 
 Granularity = Literal["blocks", "leaves"]
 
-
-# What a model is planned for when nobody says what it will do: this many tokens at a time, again and again.
+# The plan for a job of unknown size assumes this many tokens at a time, again and again.
 ASSUMED_TOKENS = 2048
-
-
 ASSUMED_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class StopSize:
-    """What one stop costs.
+    """The costs of one stop.
 
     Attributes:
         num_bytes: in a buffer.
         largest_bytes: of its largest tensor there.
         flops: of one token.
-        decoded_bytes: further bytes through the processor for every micro-batch, where its tensors are decoded.
+        decoded_bytes: further bytes that pass through the processor for every micro-batch, if its tensors are decoded.
     """
 
     num_bytes: int
@@ -36,19 +33,19 @@ class StopSize:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model needs, cut into stops of one granularity.
+    """The memory that a model needs, cut into stops of one granularity.
 
     Attributes:
         granularity: whole blocks, or their leaves (linears, fused experts), which cannot run backward.
-        stops: in order, the head's chunks last.
-        kept_bytes: parameters that always stay, and the buffers that weights are cast into.
+        stops: in order, the chunks of the head last.
+        kept_bytes: parameters that always stay in memory, and the buffers that weights are cast into.
         block_token_bytes: scratch memory of one token inside a block; one rider computes at a time.
-        attention_token_bytes: the same again for every token of its sequence, where attention is written out.
-        rider_token_bytes: what one token of a waiting rider holds.
-        result_token_bytes: what it holds besides where a call of the model returns all: logits, and keys and values.
-        checkpoint_token_bytes: what it holds besides where a gradient is asked for: the input of every block.
-        replay_token_bytes: scratch memory of a token inside a block besides, where the block runs backward.
-        replay_attention_bytes: the same again for every token of its sequence, where attention is written out.
+        attention_token_bytes: the same for every token of its sequence, if attention scores are materialised.
+        rider_token_bytes: memory of one token of a waiting rider.
+        result_token_bytes: further memory of it if a call of the model returns everything: logits, keys and values.
+        checkpoint_token_bytes: further memory of it if a gradient is asked for: the input of every block.
+        replay_token_bytes: further scratch memory of a token inside a block that runs backward.
+        replay_attention_bytes: the same for every token of its sequence, if attention scores are materialised.
         num_head_stops: how many of the stops are chunks of the head.
     """
 
@@ -71,26 +68,34 @@ class Sizes:
 
     @property
     def smallest_ring_bytes(self) -> int:
-        """The ring that never blocks: see `reader.smallest_ring`."""
+        """Size of a ring that never blocks; see `smallest_ring` beside the reader."""
         return max(stop.num_bytes for stop in self.stops) + max(stop.largest_bytes for stop in self.stops)
+
+    @property
+    def waiting_token_bytes(self) -> int:
+        """Memory of one token of a waiting rider that returns everything and keeps what a gradient needs."""
+        return self.rider_token_bytes + self.result_token_bytes + self.checkpoint_token_bytes
+
+    def scratch_bytes(self, num_tokens: int, longest: int) -> int:
+        """Return the memory that a block takes to compute a micro-batch with sequences of up to `longest` tokens."""
+        return num_tokens * (self.block_token_bytes + longest * self.attention_token_bytes)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a model is opened for.
+    """The job that a model is opened for.
 
     Attributes:
-        num_tokens: of the whole job, prefixes included; None where it is not known.
+        num_tokens: of the whole job, prefixes included; None if unknown.
         longest: tokens of the longest sequence.
         repeated: whether as much will be done again and again (a session in Python, steps of tuning).
         forward_only: whether no gradient will be asked for.
         keeps_results: whether calls of the model return logits and caches, as they do by default.
-        packing: tokens of a micro-batch, of a sweep and of padding that are given, because the job was begun with
-            them.
-        num_passes: sweeps that a sequence takes: after the first, each computes one token of it beside what it holds.
+        packing: tokens of a micro-batch, of a sweep and of padding, fixed because the job was begun with them.
+        num_passes: sweeps that a sequence takes: each after the first computes one more token of it.
         turns: whether each sweep comes down again from the last block, as in tuning.
-        first_stop: the lowest stop that it comes to.
-        rider_tokens: of a micro-batch, where they are given: what the rounding depends on.
+        first_stop: the lowest stop that the job visits.
+        rider_tokens: of a micro-batch, fixed because rounding depends on it.
     Raises:
         InputError: these are no numbers of tokens.
     """
@@ -116,24 +121,24 @@ class Job:
         ):
             raise InputError(f"a job cannot have {self.num_tokens!r} tokens and a sequence of {self.longest}")
 
+    @property
+    def planned_tokens(self) -> int:
+        """Tokens of the job, assumed ones if their number is unknown."""
+        return max(ASSUMED_TOKENS, self.longest) if self.num_tokens is None else self.num_tokens
+
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a machine is; these are assumed until measured.
+    """Speed of a machine, assumed until it is measured.
 
     Attributes:
         disk: bytes a second that the reader gets.
-        memory: bytes of weights a second that a product of a few rows passes through.
-        compute: floating-point operations a second of a block with many rows, what is no product included.
-        measured: whether they were.
+        memory: bytes of weights a second in a matrix product with few rows.
+        compute: floating-point operations a second of a block with many rows, work beside the products included.
+        measured: whether the rates are measured.
     """
 
     disk: float = 2e9
     memory: float = 12e9
     compute: float = 1e12
     measured: bool = False
-
-
-def tokens_of(job: Job) -> int:
-    """Return the tokens of a job, assumed ones where nobody said."""
-    return max(ASSUMED_TOKENS, job.longest) if job.num_tokens is None else job.num_tokens

@@ -1,29 +1,26 @@
-"""Pack rows of like length into micro-batches. Pure arithmetic."""
+"""Pack rows of similar length into micro-batches. Pure arithmetic."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-def pack(lengths: Sequence[int], rider_tokens: int, padding_tokens: int | None = None) -> list[list[int]]:
+def pack(
+    lengths: Sequence[int], rider_tokens: int, padding_tokens: int | None = None, extra: float = 0.0
+) -> list[list[int]]:
     """Divide rows into micro-batches of at most `rider_tokens` tokens, padding included.
 
-    Longest first, so that rows of like length share a micro-batch. A row longer than that rides alone.
+    Longest first, so that rows of similar length share a micro-batch. A row that is longer rides alone.
 
     Args:
         lengths: tokens of each row.
         rider_tokens: capacity of a micro-batch.
-        padding_tokens: most tokens of padding in one, where more would cost more than another; None for any.
+        padding_tokens: the most padding in a micro-batch, because more would cost more than another micro-batch; None
+            for any.
+        extra: further tokens that are counted for each row.
     Returns:
         the rows' indices, each exactly once.
     """
-    return pack_sorted(lengths, 0.0, rider_tokens, padding_tokens)
-
-
-def pack_sorted(
-    lengths: Sequence[int], extra: float, rider_tokens: int, padding_tokens: int | None
-) -> list[list[int]]:
-    """Pack rows, longest first, into micro-batches of at most `rider_tokens`; see `pack`."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches: list[list[int]] = []
     padding = 0

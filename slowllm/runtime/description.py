@@ -18,7 +18,7 @@ from slowllm.modeling.soft_prompts import SoftPrompt, check_fits
 
 
 class ModelInfo:
-    """What a checkpoint says of itself before any weight is touched.
+    """The description of a checkpoint, made without reading any weight.
 
     Args:
         path_or_hub_id: as for `load`.
@@ -27,7 +27,7 @@ class ModelInfo:
         name: a hub id, or the folder's name.
         folder: of the checkpoint.
         config: transformers' config.
-        soft_prompt: that stands before every text, if one does.
+        soft_prompt: stands before every text, if there is one.
     Raises:
         CheckpointError: there is no such checkpoint, or its config cannot be used.
         ArchitectureError: this version of transformers does not know the model type.
@@ -43,11 +43,9 @@ class ModelInfo:
         is_path = Path(path_or_hub_id).expanduser() == self.folder
         self.name = self.folder.resolve().name if is_path else str(path_or_hub_id)
         self.config: Any = read_config(self.folder)
-        self.soft_prompt: SoftPrompt | None = None
+        self.soft_prompt = prompt if isinstance(prompt, SoftPrompt) else None
         self._made_for, self._prompt_name = None, "the soft prompt"
-        if isinstance(prompt, SoftPrompt):
-            self.soft_prompt = prompt
-        elif prompt is not None:
+        if prompt is not None and not isinstance(prompt, SoftPrompt):
             self.soft_prompt, about = load_prompt(prompt)
             self._made_for, self._prompt_name = about.get("fingerprint"), str(prompt)
         if self.soft_prompt is not None:
@@ -59,7 +57,7 @@ class ModelInfo:
         return 0 if self.soft_prompt is None else self.soft_prompt.num_tokens
 
     def check_prompt(self, fingerprint: str) -> None:
-        """Refuse a soft prompt that says it was made for other weights.
+        """Refuse a soft prompt that says it was made for weights with another fingerprint.
 
         Raises:
             InputError: it was.
@@ -80,10 +78,14 @@ class ModelInfo:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a folder's tokenizer; see `ModelInfo.tokenizer`."""
+    """Load the tokenizer of a checkpoint's folder.
+
+    Raises:
+        CheckpointError: the folder has none that transformers can load.
+    """
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged tokenizer may trip over
+    except Exception as error:  # a damaged tokenizer may raise anything
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
@@ -102,10 +104,7 @@ def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     try:
         folder = Path(path_or_hub_id).expanduser()
         exists, is_folder = folder.exists(), folder.is_dir()
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # a name too long, a folder that may not be searched, no such home
+    except (OSError, RuntimeError) as error:  # too long a name, a folder without permission, no such home
         raise CheckpointError(f"{text}: {getattr(error, 'strerror', None) or error}") from error
     if is_folder:
         return folder
@@ -116,7 +115,7 @@ def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     if text.count("/") > 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(f"{text}: no such folder")
     try:
-        # One pattern: without it, a snapshot that was fetched in part, such as one without its pickles, is refused.
+        # Without a pattern, the hub's client refuses a snapshot that was fetched in part, such as one without pickles.
         return Path(
             huggingface_hub.snapshot_download(text, local_files_only=True, allow_patterns=["config.json"])
         )

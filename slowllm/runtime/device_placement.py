@@ -1,4 +1,4 @@
-"""Put a streamed model on devices: the plans of both memories, the stops between them, and what always stays there.
+"""Put a streamed model on devices: plan both memories, put the device stops behind the reader, and move what stays.
 
 Knows transformers' models by their parts, plans and devices. Without a device, none of this is used.
 """
@@ -37,21 +37,21 @@ def make_plans(
     job: Job | None,
     rates: Rates | None,
 ) -> tuple[Plan, DevicePlan]:
-    """Plan what is on the devices, and then what is in RAM.
+    """Plan the memory of the devices, and then RAM.
 
     Args:
         layouts: the model cut into blocks, and into leaves where it can be.
-        choices: sizes of each.
-        devices: from `open_devices`.
+        choices: the sizes of each layout.
+        devices: that compute.
         options: with the budget on each device.
         budget: of RAM.
-        job: what the model is for.
+        job: what the model is opened for.
         rates: of the machine.
     Raises:
-        InputError: more is allowed than a device has.
+        InputError: more is allowed than a device has, or a device cannot multiply what is stored.
         PlanError: one of the budgets is too small.
     """
-    check_codecs(layouts[0], devices)
+    _check_codecs(layouts[0], devices)
     rates = device_rates(rates)
     budgets = [
         DeviceBudget(str(device.torch_device), allowed_bytes(device, options.vram_bytes))
@@ -67,7 +67,7 @@ def make_plans(
         keep_resident=options.keep_resident,
     )  # fmt: skip
     log.info(
-        "%s: %d of %d stops stay there, %s of %s are used; %d stops stay in RAM",
+        "%s: %d of %d stops stay there and take %s of %s; %d stops stay in RAM",
         ", ".join(item.name for item in budgets), len(device_plan.kept), len(device_plan.homes),
         " + ".join(map(format_bytes, device_plan.used_bytes)), " + ".join(format_bytes(b.num_bytes) for b in budgets),
         len(plan.resident),
@@ -75,12 +75,7 @@ def make_plans(
     return plan, device_plan
 
 
-def check_codecs(layout: Layout, devices: Sequence[Device]) -> None:
-    """See that every device can multiply what is stored.
-
-    Raises:
-        InputError: one cannot.
-    """
+def _check_codecs(layout: Layout, devices: Sequence[Device]) -> None:
     codecs = {p.coding.codec for stop in layout.stops for p in stop if p.coding is not None}
     for device in devices if "int8" in codecs else ():
         if not device.multiplies_integers():
@@ -92,14 +87,14 @@ def check_codecs(layout: Layout, devices: Sequence[Device]) -> None:
 
 @dataclass(frozen=True)
 class DevicePlacement:
-    """A model's devices, and what is between them and the reader.
+    """The devices of a model, and the memory between them and the reader.
 
     Attributes:
-        plan: what is where.
+        plan: how the devices' memory is divided.
         stops: whose weights are on the devices.
-        devices: from `open_devices`.
-        pinned: the reader's memory, where a device copies from it by itself.
-        homes: where each block is computed.
+        devices: that compute; sweeps begin and end on the first.
+        pinned: the reader's memory, if a device copies from it by itself.
+        homes: the device of each block.
     """
 
     plan: DevicePlan
@@ -110,11 +105,11 @@ class DevicePlacement:
 
     @property
     def torch_devices(self) -> tuple[torch.device, ...]:
-        """Return torch's names of the devices; sweeps begin and end at the first."""
+        """The devices as torch names them."""
         return tuple(device.torch_device for device in self.devices)
 
     def close(self) -> None:
-        """End the copying, then give the reader's memory back; after the reader was closed."""
+        """End the copying, then unpin the reader's memory. Close the reader before."""
         self.stops.close()
         if self.pinned is not None:
             self.pinned.close()
@@ -128,8 +123,9 @@ def place_stops(
     Raises:
         PlanError: a device has less memory than was planned for.
     """
+    first = devices[0].torch_device
     is_cuda = any(device.torch_device.type == "cuda" for device in devices)
-    pinned = PinnedMemory(reader.buffers, devices[0].torch_device) if is_cuda else None
+    pinned = PinnedMemory(reader.buffers, first) if is_cuda else None
     try:
         stops = DeviceStops(
             reader, layout.stops, homes=plan.homes, devices=devices, kept=plan.kept, num_slots=plan.num_slots,
@@ -139,29 +135,31 @@ def place_stops(
         if pinned is not None:
             pinned.close()
         raise
-    places = dict(zip(block_numbers(layout), plan.homes, strict=True))
+    device_of_block = dict(zip(block_numbers(layout), plan.homes, strict=True))
     last = len(layout.blocks) - 1
     homes = tuple(
-        # The norm and the head behind the last block are on the first device.
-        Home(devices[places.get(block, 0)].torch_device, devices[0].torch_device if block == last else None)
+        # The norm and the head after the last block are on the first device.
+        Home(devices[device_of_block.get(block, 0)].torch_device, first if block == last else None)
         for block in range(len(layout.blocks))
     )
     return DevicePlacement(plan, stops, tuple(devices), pinned, homes)
 
 
-def move_kept(model: PreTrainedModel, layout: Layout, placed: DevicePlacement) -> None:
-    """Move what always stays to where it is needed: buffers, and parameters that no stop brings.
+def move_kept(model: PreTrainedModel, layout: Layout, placement: DevicePlacement) -> None:
+    """Move buffers, and parameters that no stop brings, to the device that needs them.
 
     The input embedding stays on the host, where its rows are looked up.
     """
-    blocks: dict[nn.Module, int] = {}
+    block_of: dict[nn.Module, int] = {}
     for number, block in enumerate(layout.blocks):
-        blocks.update(dict.fromkeys(block.modules(), number))
+        block_of.update(dict.fromkeys(block.modules(), number))
     moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if module is layout.embedding:
             continue
-        device = placed.homes[blocks[module]].device if module in blocks else placed.torch_devices[0]
+        device = placement.torch_devices[0]
+        if module in block_of:
+            device = placement.homes[block_of[module]].device
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)

@@ -74,7 +74,7 @@ def open_model(
         vram: budget on each GPU; by default what is free there, less a reserve.
         keep_resident: whether stops that fit the budget stay in memory.
         job: what the model is opened for; by default a session of any calls, gradients among them.
-        rates: of this machine, for the plan; assumed where nobody measured.
+        rates: of this machine, for the plan; assumed by default.
         granularity: stream whole ``blocks``, or their ``leaves``, which takes less memory and cannot run backward;
             by default blocks, unless they do not fit, or the job is forward only and leaves are faster.
         prompt: a soft prompt that stands before every text that is scored or continued, or its folder; a
@@ -88,13 +88,10 @@ def open_model(
     """
     ram_bytes = ram.total_bytes if isinstance(ram, Budget) else parse_bytes(ram)
     options = Options(
-        ram_bytes=ram_bytes,
-        dtype=parse_dtype(dtype),
-        device=device,
-        vram_bytes=None if vram is None else parse_bytes(vram),
-        keep_resident=keep_resident,
-    )
-    # Before the process is measured: CUDA makes it larger, for good.
+        ram_bytes=ram_bytes, dtype=parse_dtype(dtype), device=device,
+        vram_bytes=None if vram is None else parse_bytes(vram), keep_resident=keep_resident,
+    )  # fmt: skip
+    # Before the process is measured, because CUDA makes it larger, for good.
     before = psutil.Process().memory_info().rss
     devices = open_devices(parse_devices(options.device))
     if devices and isinstance(ram, Budget):
@@ -108,31 +105,33 @@ def open_model(
         raise InputError(f"granularity {granularity!r} is unknown; use 'blocks' or 'leaves'")
     if not isinstance(job, Job | None):
         raise InputError(f"job must be a slowllm.Job, not {type(job).__name__}")
-    known = path_or_hub_id if isinstance(path_or_hub_id, ModelInfo) else ModelInfo(path_or_hub_id, prompt)
-    checkpoint = open_checkpoint(known.folder)
+    info = path_or_hub_id if isinstance(path_or_hub_id, ModelInfo) else ModelInfo(path_or_hub_id, prompt)
+    checkpoint = open_checkpoint(info.folder)
     warm_up(span.coding.codec for span in checkpoint.spans.values() if span.coding is not None)
     budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)
     try:
-        chosen = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(devices))
-        model = build_skeleton(known.config, known.folder, chosen)
+        compute_dtype = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(devices))
+        model = build_skeleton(info.config, info.folder, compute_dtype)
         lm = _assemble(
-            model, checkpoint, options, devices, budget, job, rates, granularity, poison, budget is ram, kind
-        )
+            kind, model, checkpoint, options, devices, budget, job, rates, granularity,
+            poison=poison, is_shared=budget is ram,
+        )  # fmt: skip
     except BaseException:
         checkpoint.close()
         raise
-    lm.name = known.name
-    if known.soft_prompt is not None:
+    lm.name = info.name
+    if info.soft_prompt is not None:
         try:
-            known.check_prompt(lm.fingerprint(of_source=True))
+            info.check_prompt(lm.fingerprint(of_source=True))
         except BaseException:
             lm.close()
             raise
-        lm.soft_prompt = known.soft_prompt
+        lm.soft_prompt = info.soft_prompt
     return lm
 
 
 def _assemble(
+    kind: type[L],
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     options: Options,
@@ -141,33 +140,30 @@ def _assemble(
     job: Job | None,
     rates: Rates | None,
     granularity: Granularity | None,
+    *,
     poison: bool,
     is_shared: bool,
-    kind: type[L],
 ) -> L:
+    """Plan the memory, open the stops, and put the streamed parts into the model."""
     placements = place(model, checkpoint.spans)
-    wanted = granularities(model, placements) if granularity is None else (granularity,)
-    layouts = {name: lay_out(model, placements, name) for name in wanted}
+    names = granularities(model, placements) if granularity is None else (granularity,)
+    layouts = {name: lay_out(model, placements, name) for name in names}
     choices = [sizes_of(model, layout) for layout in layouts.values()]
-    finish = find_logit_transform(model)
+    logit_transform = find_logit_transform(model)
     device_plan: DevicePlan | None = None
     if devices:
         plan, device_plan = make_plans(list(layouts.values()), choices, devices, options, budget, job, rates)
         layout = layouts[plan.granularity]
     else:
         plan = make_plan(
-            choices,
-            free_bytes=budget.free_bytes,
-            total_bytes=budget.total_bytes,
-            job=job,
-            rates=rates,
+            choices, free_bytes=budget.free_bytes, total_bytes=budget.total_bytes, job=job, rates=rates,
             keep_resident=options.keep_resident,
-        )
+        )  # fmt: skip
         layout = layouts[plan.granularity]
-        # Weights that are cast into one buffer cannot be kept for a way down.
+        # Weights that are cast into one buffer cannot be kept for the way down.
         if job is not None and not any(cast_buffer_bytes(layout.stops, layout.dtypes)):
             plan = keep_graph(plan, choices, job, budget.free_bytes)
-        # Validation rides along with a step where there is room.
+        # If there is room, validation rides along with a step.
         if (job is None and not is_shared) or (job is not None and job.turns):
             plan = widen(plan, choices, budget.free_bytes)
     keep_together()
@@ -177,37 +173,30 @@ def _assemble(
     budget.take(plan.peak_bytes)
     source: Reader | MappedStops
     if plan.ring_bytes:
-        source = Reader(
-            layout.stops,
-            ring_bytes=plan.ring_bytes,
-            resident=plan.resident,
-            num_threads=options.num_read_threads,
-            request_bytes=options.request_bytes,
-            poison=poison,
-        )
+        source = Reader(layout.stops, ring_bytes=plan.ring_bytes, resident=plan.resident, poison=poison)
     else:
         used = [() if number in plan.unused else stop for number, stop in enumerate(layout.stops)]
         source = MappedStops(checkpoint, used)
-    buffer_bytes = cast_buffer_bytes(layout.stops, layout.dtypes)
     stops: Stops = source
-    placed: DevicePlacement | None = None
+    placement: DevicePlacement | None = None
     if device_plan is not None:
         assert isinstance(source, Reader), "with a device there is always a ring"
         try:
-            placed = place_stops(layout, source, devices, device_plan, poison=poison)
+            placement = place_stops(layout, source, devices, device_plan, poison=poison)
         except BaseException:
             source.close()
             budget.give_back(plan.peak_bytes)
             raise
-        stops = placed.stops
-        move_kept(model, layout, placed)
+        stops = placement.stops
+        move_kept(model, layout, placement)
+    torch_devices = (torch.device("cpu"),) if placement is None else placement.torch_devices
+    buffer_bytes = cast_buffer_bytes(layout.stops, layout.dtypes)
     if any(buffer_bytes):
-        where = (torch.device("cpu"),) if placed is None else placed.torch_devices
-        stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, where)
-    lm = kind(model, checkpoint, source, stops, plan, choices, budget, layout, placed)
+        stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, torch_devices)
+    lm = kind(model, checkpoint, source, stops, plan, choices, budget, layout, placement)
     for index, block in enumerate(layout.blocks):
         name = f"{layout.blocks_name}.{index}"
-        home = None if placed is None else placed.homes[index]
+        home = None if placement is None else placement.homes[index]
         if layout.granularity == "blocks":
             layout.blocks[index] = stream_block(
                 block, lm._carousel, index, name, replays=not plan.keeps_graph, home=home
@@ -215,19 +204,12 @@ def _assemble(
         else:
             leaves = {m: stop for stop, m in enumerate(layout.modules) if m.startswith(f"{name}.")}
             stream_leaves(block, lm._carousel, leaves, name, index, home)
-    stream_head(
-        layout.head,
-        lm._carousel,
-        layout.chunks,
-        len(layout.modules),
-        finish,
-        head_rows(checkpoint, layout.chunks),
-    )
+    chunk_rows = head_rows(checkpoint, layout.chunks)
+    stream_head(layout.head, lm._carousel, layout.chunks, len(layout.modules), logit_transform, chunk_rows)
     let_vectors_in(layout.blocks)
-    device = torch.device("cpu") if placed is None else placed.torch_devices[0]
-    make_streamed(model, checkpoint.folder, compute_dtype, device)
+    make_streamed(model, checkpoint.folder, compute_dtype, torch_devices[0])
     log.info(
-        "%s: %d blocks in %d stops and %d chunks of head, %s; %d of %d stops stay in memory; compute dtype %s",
+        "%s: %d blocks in %d stops and %d chunks of the head, %s; %d of %d stops stay in memory; compute dtype %s",
         type(model).__name__, len(layout.blocks), len(layout.modules), len(layout.chunks),
         format_bytes(layout.weight_bytes), len(plan.resident), len(layout.stops), compute_dtype,
     )  # fmt: skip

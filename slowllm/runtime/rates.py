@@ -1,4 +1,4 @@
-"""Measure this machine: disk, memory and processor rates, and the compute dtype that follows from them."""
+"""Measure the rates of this machine's disk, memory and processor, and choose the compute dtype by them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,18 @@ from slowllm.streaming.reader import Reader, ring_bytes_of
 log = logging.getLogger(__name__)
 
 
+PIECE_BYTES, RING_PIECES = 64 << 20, 4
+# A smaller checkpoint is read in a moment, so that any rate will do.
+WORTH_MEASURING_BYTES = 4 << 30
+# Blocks take longer than their products, because of activations, norms and attention: 1.2 times as long for BLOOM
+# without AMX, 1.6 times with it.
+OTHER_WORK = 1.3
+# Width of the matrix that is multiplied: smaller ones reach less of the processor's rate.
+WIDTH = 8192
+
+
 def choose_dtype(name: str, checkpoint: Checkpoint, *, is_on_gpu: bool = False) -> torch.dtype:
-    """Return the compute dtype, and log why where it was chosen here."""
+    """Return the compute dtype; log the choice and its reason if `name` is ``auto``."""
     if name != "auto":
         return cast(torch.dtype, getattr(torch, name))
     largest = max(checkpoint.spans.values(), key=lambda span: span.num_bytes)
@@ -49,8 +59,8 @@ def choose_dtype(name: str, checkpoint: Checkpoint, *, is_on_gpu: bool = False) 
 def _gemm_seconds(dtypes: Sequence[torch.dtype]) -> list[float]:
     """Return the shortest time of a 256 x 2048 x 2048 product in each dtype.
 
-    In turn and the shortest of several, because on a busy machine one slow run would change the dtype, and with
-    it the results.
+    The dtypes take turns, and the shortest of several runs counts, because on a busy machine one slow run would change
+    the dtype, and with it the results.
     """
     pairs = [(torch.ones(256, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)) for dtype in dtypes]
     seconds = [math.inf] * len(pairs)
@@ -62,29 +72,13 @@ def _gemm_seconds(dtypes: Sequence[torch.dtype]) -> list[float]:
     return seconds
 
 
-PIECE_BYTES, RING_PIECES = 64 << 20, 4
-
-
-# A checkpoint below this is read in a moment, and any rate will do.
-WORTH_MEASURING_BYTES = 4 << 30
-
-
-# Activations, norms and attention take some time beside the products: 1.2 times these for BLOOM without AMX, 1.6
-# with it.
-OTHER_WORK = 1.3
-
-
-# Width of the matrix that is multiplied: smaller ones reach less of the processor's rate.
-WIDTH = 8192
-
-
 @dataclass(frozen=True)
 class DiskRate:
-    """What reading gives and costs.
+    """The rate and the cost of reading.
 
     Attributes:
         bytes_per_second: of direct reads.
-        core_seconds_per_gb: processor time of the process meanwhile, all threads, for 1e9 bytes.
+        core_seconds_per_gb: processor time of all threads of the process for 1e9 bytes.
     """
 
     bytes_per_second: float
@@ -92,17 +86,17 @@ class DiskRate:
 
 
 def disk_rate(checkpoint: Checkpoint, num_bytes: int) -> DiskRate:
-    """Measure direct reads of about so many bytes of a checkpoint's largest tensors, by the engine's own reader.
+    """Measure direct reads of about `num_bytes` of a checkpoint's largest tensors, by the engine's own reader.
 
-    The buffer's first touch is not counted, because the engine touches its buffers once. What the page cache
-    holds of the files makes the rate too high.
+    The first touch of the buffer is not counted, because the engine touches its buffers once. The measured rate is too
+    high if the page cache holds parts of the files.
     """
     pieces = itertools.islice(_pieces(checkpoint), num_bytes // PIECE_BYTES + RING_PIECES)
     stops = [[Placement("probe", (run.num_bytes,), torch.uint8, (run,))] for run in pieces]
     ring = RING_PIECES * max(ring_bytes_of(stop[0]) for stop in stops)
     with contextlib.closing(Reader(stops, ring_bytes=ring)) as reader:
         first = min(RING_PIECES, len(stops) - 1)
-        for number in range(first):  # nothing is read ahead of these
+        for number in range(first):  # without prefetch
             with reader.visit(number):
                 pass
         before = reader.stats.read_bytes
@@ -116,7 +110,7 @@ def disk_rate(checkpoint: Checkpoint, num_bytes: int) -> DiskRate:
 
 
 def _pieces(checkpoint: Checkpoint) -> Iterator[Run]:
-    """Cut the tensors of a checkpoint into pieces, the largest tensor first."""
+    """Yield pieces of a checkpoint's tensors, the largest tensor first."""
     for span in sorted(checkpoint.spans.values(), key=lambda span: -span.num_bytes):
         piece = min(PIECE_BYTES, span.num_bytes)
         for start in range(0, span.num_bytes - piece + 1, piece) if piece else ():
@@ -127,20 +121,20 @@ def quick_rates(folder: Path, dtype: DTypeName) -> Rates:
     """Return this machine's rates, measured in less than a second; assumed ones for a small checkpoint.
 
     Args:
-        folder: of the checkpoint, whose own bytes are read.
+        folder: of the checkpoint that is read.
         dtype: compute dtype.
     """
     with open_checkpoint(folder) as checkpoint:
         if sum(span.num_bytes for span in checkpoint.spans.values()) < WORTH_MEASURING_BYTES:
             return Rates()
         disk = disk_rate(checkpoint, 8 * PIECE_BYTES).bytes_per_second
-        computed = choose_dtype(dtype, checkpoint)
-    few, many = _product_seconds(1, computed), _product_seconds(512, computed)
-    give_back()  # or the plan would count these matrices as the process's own
+        compute_dtype = choose_dtype(dtype, checkpoint)
+    few, many = _product_seconds(1, compute_dtype), _product_seconds(512, compute_dtype)
+    give_back()  # or the plan would count these matrices as memory of the process
     weights = WIDTH * WIDTH
     return Rates(
         disk=disk,
-        memory=weights * computed.itemsize / few,
+        memory=weights * compute_dtype.itemsize / few,
         compute=2 * 512 * weights / many / OTHER_WORK,
         measured=True,
     )

@@ -1,4 +1,4 @@
-"""load(): a handle on a transformers model whose blocks and head are streamed.
+"""A handle on a transformers model whose blocks and head are streamed.
 
 `lm.model` is transformers' own class with streamed parts, `lm.tokenizer` its tokenizer, `lm.ride([...])` runs
 callables as riders of shared sweeps. The handle owns files, threads and buffers; close it, or use `with`.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import math
 import resource
 import sys
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel
 from slowllm.modeling.layout import Layout
 from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.planning.budget import Budget
-from slowllm.planning.host_plan import Plan
+from slowllm.planning.host_plan import Plan, sizes_for
 from slowllm.planning.job import Sizes
 from slowllm.runtime.description import load_tokenizer
 from slowllm.runtime.device_placement import DevicePlacement
@@ -36,22 +35,19 @@ from slowllm.streaming.reader import Reader
 from slowllm.streaming.rng_state import SharedGenerators
 from slowllm.streaming.stops import Passage, Stops
 
-log = logging.getLogger(__name__)
-
-
 T = TypeVar("T")
 JobT = TypeVar("JobT", bound=Callable[[], Any])
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the carousel has done since the model was loaded.
+    """The totals of the carousel since the model was loaded.
 
     Attributes:
-        num_passages: stops visited.
-        read_bytes: bytes read from disk; 0 where the model lies in memory maps.
-        wait_seconds: time the carousel waited for weights.
-        compute_seconds: time it computed.
+        num_passages: stops served.
+        read_bytes: bytes read from disk; 0 if the model lies in memory maps.
+        wait_seconds: time that the carousel waited for weights.
+        compute_seconds: time that it computed.
         peak_rss_bytes: the process's largest resident set so far.
     """
 
@@ -69,14 +65,13 @@ class StreamedLM:
         name: of the checkpoint: a hub id, or the folder's name.
         model: transformers' own model with streamed blocks and head.
         folder: of the checkpoint.
-        plan: what stays resident, and how many tokens ride a sweep.
-        choices: what the plan was chosen from.
-        soft_prompt: that stands before every text that is scored or continued, if one does.
-        layout: which tensors make which stop.
-        placed: the devices, where blocks are not computed on the processor.
+        plan: which stops stay resident, and how many tokens ride a sweep.
+        choices: the sizes that the plan was chosen from.
+        soft_prompt: stands before every text that is scored or continued, if there is one.
+        layout: the tensors of each stop.
+        device_placement: the devices, if blocks are not computed on the processor.
         num_stops: of the carousel: blocks or their leaves, then chunks of the head.
-        weight_bytes: that one sweep passes through, as stored.
-        on_passage: set it to be told of every stop served, on the carousel's thread.
+        weight_bytes: of one sweep, as stored.
     """
 
     def __init__(
@@ -89,24 +84,33 @@ class StreamedLM:
         choices: Sequence[Sizes],
         budget: Budget,
         layout: Layout,
-        placed: DevicePlacement | None = None,
+        device_placement: DevicePlacement | None = None,
     ) -> None:
         self.model: Any = model
         self.folder = checkpoint.folder
         self.name = checkpoint.folder.name
         self.plan, self.choices = plan, tuple(choices)
-        self.layout, self.placed, self.num_stops = layout, placed, stops.num_stops
+        self.layout, self.device_placement, self.num_stops = layout, device_placement, stops.num_stops
         self.weight_bytes = layout.weight_bytes
         self.soft_prompt: SoftPrompt | None = None
-        self.on_passage: Callable[[Passage], None] | None = None
+        self._watchers: list[Callable[[Passage], None]] = []
         self._source, self._checkpoint = source, checkpoint
-        dice = SharedGenerators([] if placed is None else [device.generator for device in placed.devices])
-        self._carousel = Carousel(stops, functools.partial(_tell, weakref.ref(self)), dice)
-        # Who keeps only the model keeps its handle too. A handle that is forgotten is closed when it is collected,
-        # or when the interpreter ends, before daemon threads are stopped in the middle of a product.
+        devices = [] if device_placement is None else device_placement.devices
+        generators = SharedGenerators([device.generator for device in devices])
+        self._carousel = Carousel(stops, functools.partial(_report_passage, weakref.ref(self)), generators)
+        # A caller that keeps only the model keeps its handle alive. A forgotten handle is closed when it is collected,
+        # or when the interpreter exits, before daemon threads are stopped in the middle of a product.
         model.__dict__["_slowllm"] = self
         self._finalizer = weakref.finalize(
-            self, _release, self._carousel, source, stops, placed, checkpoint, budget, plan.peak_bytes
+            self,
+            _release,
+            self._carousel,
+            source,
+            stops,
+            device_placement,
+            checkpoint,
+            budget,
+            plan.peak_bytes,
         )
 
     @property
@@ -116,7 +120,11 @@ class StreamedLM:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer; see `ModelInfo.tokenizer`."""
+        """The checkpoint's tokenizer.
+
+        Raises:
+            CheckpointError: the folder has none that transformers can load.
+        """
         return load_tokenizer(self.folder)
 
     @property
@@ -127,31 +135,32 @@ class StreamedLM:
     @property
     def resident(self) -> frozenset[int]:
         """Stops that are read once: they stay in memory, or on a device."""
-        return self.plan.resident | (frozenset() if self.placed is None else self.placed.plan.kept)
+        return self.plan.resident | (
+            frozenset() if self.device_placement is None else self.device_placement.plan.kept
+        )
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the stops, and the memory of a token."""
+        return sizes_for(self.plan, self.choices)
 
     @property
     def report(self) -> Report:
-        """What has been done so far."""
+        """The totals so far."""
         totals = self._carousel.totals
         return Report(
-            totals.num_passages,
-            self._source.stats.read_bytes,
-            totals.wait_seconds,
-            totals.compute_seconds,
+            totals.num_passages, self._source.stats.read_bytes, totals.wait_seconds, totals.compute_seconds,
             peak_rss_bytes(),
-        )
+        )  # fmt: skip
 
     def fingerprint(self, *, of_source: bool = False) -> str:
         """Return a hash of the checkpoint: its config, every span, and samples of every shard.
 
         Args:
-            of_source: of the checkpoint that a store was made from. An exact store has its source's in any case.
+            of_source: hash the checkpoint that a store was made from. An exact store has its source's hash anyway.
         """
-        config = {
-            **self.config.to_dict(),
-            "dtype": None,
-            "_name_or_path": None,
-        }  # the compute dtype and the folder, which are no part of the checkpoint
+        # The compute dtype and the folder are no part of the checkpoint.
+        config = {**self.config.to_dict(), "dtype": None, "_name_or_path": None}
         return self._checkpoint.fingerprint(
             json.dumps(config, sort_keys=True, default=str), of_source=of_source
         )
@@ -159,8 +168,8 @@ class StreamedLM:
     def ride(self, jobs: Iterable[Callable[[], T]], max_riders: int | None = None) -> list[T]:
         """Run each job as a rider of shared sweeps and return the results in order.
 
-        A job calls `lm.model` in any way: `model(...)`, `model.generate(...)`, a loss and its `backward()`. All
-        jobs share the sweeps, so weights are read once for all of them. See `Carousel.ride`.
+        A job calls `lm.model` in any way: `model(...)`, `model.generate(...)`, a loss and its `backward()`. All jobs
+        share the sweeps, so weights are read once for all of them. `Carousel.ride` tells how.
         """
         return self._carousel.ride(jobs, max_riders)
 
@@ -170,8 +179,21 @@ class StreamedLM:
         """Yield any number of jobs in order, each with its result; `max_riders` run at a time. See `Carousel.stream`."""
         return self._carousel.stream(jobs, max_riders, max_tokens)
 
+    @contextlib.contextmanager
+    def watching(self, watcher: Callable[[Passage], None]) -> Iterator[None]:
+        """Call `watcher` after every stop that the carousel serves, as long as the context lasts.
+
+        It is called on the carousel's thread, so it must neither raise nor call the model. The last stop of a ride may
+        be reported after `ride` has returned. Several watchers may be at work at once.
+        """
+        self._watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self._watchers.remove(watcher)
+
     def close(self) -> None:
-        """End threads, close files and give the memory back. Idempotent."""
+        """Join threads, close files and give the memory back. Idempotent."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -183,34 +205,34 @@ class StreamedLM:
         self.close()
 
 
-def _tell(handle: weakref.ref[StreamedLM], passage: Passage) -> None:
+def _report_passage(handle: weakref.ref[StreamedLM], passage: Passage) -> None:
     lm = handle()
-    if lm is not None and lm.on_passage is not None:
-        lm.on_passage(passage)
+    for watcher in [] if lm is None else lm._watchers.copy():
+        watcher(passage)
 
 
 def _release(
     carousel: Carousel,
     source: Reader | MappedStops,
     stops: Stops,
-    placed: DevicePlacement | None,
+    device_placement: DevicePlacement | None,
     checkpoint: Checkpoint,
     budget: Budget,
     num_bytes: int,
 ) -> None:
-    source.close()  # first: the carousel may be waiting for a read that never returns
+    source.close()  # first, because the carousel may be waiting for a read that never returns
     carousel.close()
     if isinstance(stops, CastStops):
         stops.close()
     checkpoint.close()
     budget.give_back(num_bytes)
-    if placed is not None:  # last: a device that has failed says so again
-        placed.close()
+    if device_placement is not None:  # last, because a device that has failed raises again
+        device_placement.close()
 
 
 def peak_rss_bytes() -> int:
     """Return the process's largest resident set so far."""
-    # On Linux getrusage counts what a forked process held before it became this program.
+    # On Linux, getrusage counts what a forked process held before it executed this program.
     with contextlib.suppress(OSError, ValueError), open("/proc/self/status", encoding="utf-8") as file:
         for line in file:
             if line.startswith("VmHWM:"):

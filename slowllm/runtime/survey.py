@@ -1,7 +1,6 @@
-"""How fast this machine is: the disk under a checkpoint, and the processor.
+"""Plan a job on this machine without doing it: measure the model's first block, and forecast the job.
 
-Knows files, matrices and, for `block_rates`, a loaded model. Rates vary from minute to minute; what is measured
-here is for plans and forecasts, never for results.
+Rates vary from minute to minute; measurements are for plans and forecasts, never for results.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from slowllm.options import parse_bytes, parse_dtype
 from slowllm.planning.device_plan import device_rates, least_host_bytes
 from slowllm.planning.forecast import forecast_of
 from slowllm.planning.host_plan import Plan, advise, least_bytes, make_plan, with_smaller_weights
-from slowllm.planning.job import Granularity, Job, Rates
+from slowllm.planning.job import Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
 from slowllm.runtime.load import open_model
@@ -26,22 +25,21 @@ from slowllm.runtime.rates import quick_rates
 from slowllm.runtime.streamed_lm import StreamedLM
 
 
-class _Enough(Exception):
+class _StopForward(Exception):
     """Ends a forward pass after its first block."""
 
 
 def block_rates(lm: StreamedLM, rates: Rates) -> Rates:
-    """Return rates whose processor's part is measured on the model's own first block, once read.
+    """Return rates whose memory and compute are measured on the model's own first block, once it is read.
 
     Args:
         lm: whose first block is read, and passed with a few tokens and with a whole micro-batch.
-        rates: for the disk's part.
+        rates: with the disk's rate.
     """
-    sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)
     first = f"{lm.layout.blocks_name}.0."
     stops = [
         size
-        for name, size in zip(lm.layout.modules, sizes.stops, strict=False)
+        for name, size in zip(lm.layout.modules, lm.sizes.stops, strict=False)
         if f"{name}.".startswith(first)
     ]
     num_bytes, flops = sum(size.num_bytes for size in stops), sum(size.flops for size in stops)
@@ -49,7 +47,9 @@ def block_rates(lm: StreamedLM, rates: Rates) -> Rates:
     _first_block_seconds(lm, few)  # read, and buffers touched
     few_seconds = _first_block_seconds(lm, few)
     rates = replace(rates, memory=num_bytes / few_seconds, measured=True)
-    if many < 8 * few:  # no room for more tokens, or no more in the job: their rate hardly matters
+    if (
+        many < 8 * few
+    ):  # there is no room for more tokens, or the job has no more, so their rate hardly matters
         return rates
     many_seconds = _first_block_seconds(lm, many)
     if many_seconds <= few_seconds:  # too small a model to tell
@@ -58,18 +58,18 @@ def block_rates(lm: StreamedLM, rates: Rates) -> Rates:
 
 
 def _first_block_seconds(lm: StreamedLM, num_tokens: int) -> float:
-    """Return how long a micro-batch of short sequences takes in the first block, waiting for the disk left out."""
+    """Return how long a micro-batch of short sequences takes in the first block, without waiting for the disk."""
     width = max(1, min(64, num_tokens))
     ids = torch.zeros(max(1, num_tokens // width), width, dtype=torch.int64)
 
-    def enough(*_: Any) -> None:
-        raise _Enough
+    def stop(*_: Any) -> None:
+        raise _StopForward
 
     after = [*lm.layout.blocks, lm.model.get_output_embeddings()][1]
-    hook = after.register_forward_pre_hook(enough)
+    hook = after.register_forward_pre_hook(stop)
     before, started = lm.report.wait_seconds, time.perf_counter()
     try:
-        with torch.no_grad(), contextlib.suppress(_Enough):
+        with torch.no_grad(), contextlib.suppress(_StopForward):
             lm.model(ids, use_cache=False)
     finally:
         hook.remove()
@@ -78,22 +78,22 @@ def _first_block_seconds(lm: StreamedLM, num_tokens: int) -> float:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a job would take on this machine, and what would make it faster.
+    """The time and memory of a job on this machine, and what would make it faster.
 
     Attributes:
         name: of the checkpoint.
-        weight_bytes: that a sweep passes through.
+        weight_bytes: of one sweep.
         num_stops: of a sweep.
         dtype: compute dtype.
         ram_bytes: the budget.
         process_bytes: of it, what the process held before the model was opened.
         job: that was planned.
         rates: of this machine.
-        plan: the choice.
+        plan: the plan for the job.
         smallest_bytes: the smallest budget that would do.
         larger: budgets that would be faster, with the seconds that the job would then take.
-        halved_seconds: what the job would take if weights had half the bytes.
-        devices: of each GPU its name, the bytes that are taken there, and the stops that stay there.
+        halved_seconds: how long the job would take if weights had half the bytes.
+        devices: for each GPU its name, the bytes that are taken there, and the number of stops that stay there.
     """
 
     name: str
@@ -112,7 +112,7 @@ class Survey:
 
 
 def survey(
-    known: ModelInfo,
+    info: ModelInfo,
     *,
     ram: str | int,
     device: str = "cpu",
@@ -126,72 +126,63 @@ def survey(
     Raises:
         PlanError: the job cannot run in the budget; the message names the smallest that would do.
     """
-    rates = quick_rates(known.folder, parse_dtype(dtype))
+    rates = quick_rates(info.folder, parse_dtype(dtype))
     ram_bytes, process_bytes = parse_bytes(ram), psutil.Process().memory_info().rss
-    granularity: Granularity | None = None if job.forward_only else "blocks"
     with open_model(
-        StreamedLM,
-        known,
-        ram=ram,
-        device=device,
-        vram=vram,
-        dtype=dtype,
-        job=job,
-        rates=rates,
-        keep_resident=keep_resident,
-        granularity=granularity,
-    ) as lm:
-        rates = block_rates(lm, rates if lm.placed is None else device_rates(rates))
-        choices = lm.choices
-        if lm.placed is not None:
-            return _survey_on(lm, lm.placed, ram_bytes, process_bytes, job, rates)
-        free_bytes = ram_bytes - process_bytes
-        plan = make_plan(
-            choices, free_bytes=free_bytes, total_bytes=ram_bytes, job=job, rates=rates,
-            keep_resident=keep_resident,
-        )  # fmt: skip
-        larger = advise(choices, plan, free_bytes=free_bytes, total_bytes=ram_bytes, job=job, rates=rates)
-        halved = make_plan(
-            [with_smaller_weights(sizes, 0.5) for sizes in choices], free_bytes=free_bytes,
-            total_bytes=ram_bytes, job=job, rates=rates, keep_resident=keep_resident,
-        )  # fmt: skip
+        StreamedLM, info, ram=ram, device=device, vram=vram, dtype=dtype, job=job, rates=rates,
+        keep_resident=keep_resident, granularity=None if job.forward_only else "blocks",
+    ) as lm:  # fmt: skip
+        placement = lm.device_placement
+        rates = block_rates(lm, rates if placement is None else device_rates(rates))
         return Survey(
-            name=lm.name,
-            weight_bytes=lm.weight_bytes,
-            num_stops=lm.num_stops,
-            dtype=str(lm.model.dtype).removeprefix("torch."),
-            ram_bytes=ram_bytes,
-            process_bytes=process_bytes,
-            job=job,
-            rates=rates,
-            plan=plan,
-            smallest_bytes=process_bytes + min(least_bytes(sizes, job, keep_resident) for sizes in choices),
-            larger=tuple(larger),
-            halved_seconds=halved.forecast.seconds,
-        )
+            name=lm.name, weight_bytes=lm.weight_bytes, num_stops=lm.num_stops,
+            dtype=str(lm.model.dtype).removeprefix("torch."), ram_bytes=ram_bytes, process_bytes=process_bytes,
+            job=job, rates=rates,
+            **(
+                _planned(lm, ram_bytes, process_bytes, job, rates, keep_resident)
+                if placement is None
+                else _planned_on(lm, placement, process_bytes, job, rates)
+            ),
+        )  # fmt: skip
 
 
-def _survey_on(
-    lm: StreamedLM, placed: DevicePlacement, ram_bytes: int, process_bytes: int, job: Job, rates: Rates
-) -> Survey:
-    """Foretell a job by the plan that the model was opened with; larger budgets are not looked for."""
-    sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)
-    half = with_smaller_weights(sizes, 0.5)
+def _planned(
+    lm: StreamedLM, ram_bytes: int, process_bytes: int, job: Job, rates: Rates, keep_resident: bool
+) -> dict[str, Any]:
+    """Plan a job anew by measured rates; return the attributes of a `Survey` that follow from the plan."""
+    budget: dict[str, Any] = {"free_bytes": ram_bytes - process_bytes, "total_bytes": ram_bytes}
+    plan = make_plan(lm.choices, job=job, rates=rates, keep_resident=keep_resident, **budget)
+    halved_sizes = [with_smaller_weights(sizes, 0.5) for sizes in lm.choices]
+    halved = make_plan(halved_sizes, job=job, rates=rates, keep_resident=keep_resident, **budget)
+    smallest = min(least_bytes(sizes, job, keep_resident) for sizes in lm.choices)
+    return {
+        "plan": plan,
+        "smallest_bytes": process_bytes + smallest,
+        "larger": tuple(advise(lm.choices, plan, job=job, rates=rates, **budget)),
+        "halved_seconds": halved.forecast.seconds,
+    }
+
+
+def _planned_on(
+    lm: StreamedLM, placement: DevicePlacement, process_bytes: int, job: Job, rates: Rates
+) -> dict[str, Any]:
+    """Forecast a job on devices by the plan that the model was opened with, without larger budgets."""
     forecast, halved = (
         forecast_of(
-            s, lm.resident, lm.plan.ring_bytes, lm.plan.rider_tokens, lm.plan.sweep_tokens, job, rates
+            sizes, lm.resident, lm.plan.ring_bytes, lm.plan.rider_tokens, lm.plan.sweep_tokens, job, rates
         )
-        for s in (sizes, half)
+        for sizes in (lm.sizes, with_smaller_weights(lm.sizes, 0.5))
     )
-    homes, plan = placed.plan.homes, placed.plan
-    return Survey(
-        name=lm.name, weight_bytes=lm.weight_bytes, num_stops=lm.num_stops,
-        dtype=str(lm.model.dtype).removeprefix("torch."), ram_bytes=ram_bytes, process_bytes=process_bytes, job=job,
-        rates=rates, plan=replace(lm.plan, forecast=forecast),
-        smallest_bytes=process_bytes + least_host_bytes(sizes, plan.sweep_tokens), larger=(),
-        halved_seconds=halved.seconds,
-        devices=tuple(
+    homes, plan = placement.plan.homes, placement.plan
+    return {
+        "plan": replace(lm.plan, forecast=forecast),
+        "smallest_bytes": process_bytes + least_host_bytes(lm.sizes, plan.sweep_tokens),
+        "larger": (),
+        "halved_seconds": halved.seconds,
+        "devices": tuple(
             (str(device), used, sum(homes[stop] == number for stop in plan.kept))
-            for number, (device, used) in enumerate(zip(placed.torch_devices, plan.used_bytes, strict=True))
+            for number, (device, used) in enumerate(
+                zip(placement.torch_devices, plan.used_bytes, strict=True)
+            )
         ),
-    )  # fmt: skip
+    }

@@ -169,6 +169,7 @@ class Reader:
         *,
         ring_bytes: int,
         resident: frozenset[int] = frozenset(),
+        # 256 KiB to 1 MiB at 8 to 16 in flight read fastest on the reference NVMe; see benchmarks/LOG.md.
         num_threads: int = 8,
         request_bytes: int = 1 << 20,
         poison: bool = False,

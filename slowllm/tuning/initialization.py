@@ -1,4 +1,4 @@
-"""Where a soft prompt starts: embeddings of a text or of random tokens, keys and values of a pass."""
+"""The initial values of a soft prompt: embeddings of a text or of random tokens, or keys and values of a pass."""
 
 from __future__ import annotations
 
@@ -13,53 +13,62 @@ from transformers.cache_utils import DynamicCache
 from slowllm.errors import InputError
 from slowllm.modeling.head import last_hidden
 from slowllm.modeling.soft_prompts import SoftPrompt
+from slowllm.rounding import ceil_div
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.hints import Reach, reach
 from slowllm.tuning.recipe import Recipe
 
 
 def starts_of(lm: StreamedLM, recipes: Sequence[Recipe], first: int) -> list[SoftPrompt]:
-    """Return where each trial begins; keys and values of prefixes take one sweep for all of them."""
+    """Return the initial prompt of each trial; keys and values of prefixes take one sweep for all of them.
+
+    Args:
+        lm: the model.
+        recipes: of the trials.
+        first: the lowest block that is tuned.
+    """
     ids = [_first_ids(lm, recipe) for recipe in recipes]
     jobs = [
-        functools.partial(_pairs_rider, lm, found)
-        for recipe, found in zip(recipes, ids, strict=True)
+        functools.partial(_pairs_rider, lm, prompt_ids)
+        for recipe, prompt_ids in zip(recipes, ids, strict=True)
         if recipe.kind == "prefix"
     ]
     pairs = iter(lm.ride(jobs) if jobs else [])
     width, num_blocks = int(lm.config.get_text_config().hidden_size), len(lm.layout.blocks)
     starts = []
-    for recipe, found in zip(recipes, ids, strict=True):
+    for recipe, prompt_ids in zip(recipes, ids, strict=True):
         if recipe.kind == "prefix":
-            starts.append(above(_spread_alike(SoftPrompt("prefix", pairs=next(pairs)), recipe), first))
-            continue
-        with torch.no_grad():
-            rows = lm.model.get_input_embeddings()(found).float().cpu()
-        vectors: tuple[Tensor, ...] = ()
-        if recipe.kind == "deep":
-            vectors = tuple(torch.zeros(recipe.num_tokens, width) for _ in range(num_blocks))
-        starts.append(above(_spread_alike(SoftPrompt(recipe.kind, rows, vectors), recipe), first))
+            start = SoftPrompt("prefix", pairs=next(pairs))
+        else:
+            with torch.no_grad():
+                rows = lm.model.get_input_embeddings()(prompt_ids).float().cpu()
+            vectors: tuple[Tensor, ...] = ()
+            if recipe.kind == "deep":
+                vectors = tuple(torch.zeros(recipe.num_tokens, width) for _ in range(num_blocks))
+            start = SoftPrompt(recipe.kind, rows, vectors)
+        starts.append(above(_randomised(start, recipe), first))
     return starts
 
 
 def above(start: SoftPrompt, first: int) -> SoftPrompt:
-    """Take away the vectors of blocks that are not tuned."""
+    """Return a prompt without the vectors of blocks below `first`, which are not tuned."""
     return replace(start, vectors=(*[None] * min(first, len(start.vectors)), *start.vectors[first:]))
 
 
 def _first_ids(lm: StreamedLM, recipe: Recipe) -> Tensor:
-    """Return the tokens (P,) whose embeddings a prompt begins with."""
+    """Return the tokens (P,) whose embeddings are a prompt's initial values."""
     if recipe.init == "text":
-        found = lm.tokenizer(recipe.init_text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not found:
+        ids = list(lm.tokenizer(recipe.init_text, add_special_tokens=False, verbose=False)["input_ids"])
+        if not ids:
             raise InputError(f"the tokenizer makes no tokens of init_text {recipe.init_text!r}")
-        repeated = -(-recipe.num_tokens // len(found)) * list(found)
-        return torch.tensor(repeated[: recipe.num_tokens])
-    dice = torch.Generator("cpu").manual_seed(recipe.seed)
-    return torch.randint(int(lm.config.get_text_config().vocab_size), (recipe.num_tokens,), generator=dice)
+        return torch.tensor((ids * ceil_div(recipe.num_tokens, len(ids)))[: recipe.num_tokens])
+    generator = torch.Generator("cpu").manual_seed(recipe.seed)
+    vocabulary = int(lm.config.get_text_config().vocab_size)
+    return torch.randint(vocabulary, (recipe.num_tokens,), generator=generator)
 
 
 def _pairs_rider(lm: StreamedLM, ids: Tensor) -> tuple[Tensor, ...]:
+    """Return the keys and values of each block for some tokens. Runs as a rider."""
     cache = DynamicCache(config=lm.model.config.get_text_config())
     # The head has no keys and values.
     reach.set(Reach(end=len(lm.layout.blocks)))
@@ -77,14 +86,14 @@ def _pairs_rider(lm: StreamedLM, ids: Tensor) -> tuple[Tensor, ...]:
     return tuple(pairs)
 
 
-def _spread_alike(start: SoftPrompt, recipe: Recipe) -> SoftPrompt:
-    """Replace the numbers of a start by random ones of their mean and spread, where the recipe says so."""
+def _randomised(start: SoftPrompt, recipe: Recipe) -> SoftPrompt:
+    """Replace initial values by random numbers with their mean and spread, if the recipe says so."""
     if recipe.init != "random":
         return start
-    dice = torch.Generator("cpu").manual_seed(recipe.seed)
+    generator = torch.Generator("cpu").manual_seed(recipe.seed)
 
     def drawn(tensor: Tensor) -> Tensor:
-        return tensor.mean() + tensor.std() * torch.randn(tensor.shape, generator=dice)
+        return tensor.mean() + tensor.std() * torch.randn(tensor.shape, generator=generator)
 
     embeddings = None if start.embeddings is None else drawn(start.embeddings)
     pairs = tuple(torch.stack([drawn(side) for side in pair]) for pair in start.pairs)

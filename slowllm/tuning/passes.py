@@ -1,13 +1,14 @@
-"""What riders do in tuning: learn a micro-batch, judge one, fill the frozen trunk, and find where prompts begin.
+"""The riders of tuning: they learn a micro-batch, validate one, or pass one through the frozen blocks.
 
-Each function named after a rider runs as one, and returns what it found; the numbers of trials are left as they are.
+Each function named after a rider runs as one and returns its result; it leaves the numbers of trials as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,11 @@ from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.hints import Reach, reach
 from slowllm.streaming.journal import journal
+from slowllm.streaming.riders import Sized
 from slowllm.tuning.examples import Example, Task
 from slowllm.tuning.frozen_activations import Filling, FrozenActivations, StopForward
-from slowllm.tuning.rows import NumberedExample
+from slowllm.tuning.rows import NumberedExample, validation_rows
+from slowllm.tuning.step_jobs import pack_rows
 from slowllm.tuning.trial import Trial
 
 
@@ -33,8 +36,8 @@ class Learned:
 
     Attributes:
         loss: its part of the mean.
-        gradients: of that, by the trial's numbers.
-        num_tokens: that passed, those of the soft prompt not counted.
+        gradients: of that loss, by the names of the trial's numbers.
+        num_tokens: that passed, without those of the soft prompt.
     """
 
     loss: float
@@ -42,17 +45,37 @@ class Learned:
     num_tokens: int
 
 
-def _inputs_of(prompt: SoftPrompt, rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Return ids (B, T) and mask (B, T), padded on the right."""
-    leading = prompt.virtual_ids
-    width = len(leading) + max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        whole = torch.tensor(leading + row.ids)
-        ids[number, : len(whole)] = whole
-        mask[number, : len(whole)] = 1
-    return ids, mask
+@dataclass(frozen=True)
+class TrialStep:
+    """The riders of one trial in one step: those that learn, and those that validate."""
+
+    trial: Trial
+    learn_jobs: list[Sized]
+    judge_jobs: list[Sized]
+
+
+def step_of(
+    lm: StreamedLM, trial: Trial, activations: FrozenActivations | None, max_rider_tokens: int, hint: Reach
+) -> TrialStep:
+    """Return the riders of a trial's next step, and of the validation that is due."""
+    task, recipe = trial.task, trial.recipe
+    train = [NumberedExample(task.train[number], number) for number in trial.batch()]
+    validation = validation_rows(task) if trial.validates else []
+    total = len(train) if task.compares else sum(len(row.example.answer) for row in train)
+
+    def batches(rows: Sequence[NumberedExample]) -> Iterator[tuple[list[int], list[NumberedExample], int]]:
+        for batch, num_tokens in pack_rows([row.example for row in rows], task, recipe, max_rider_tokens):
+            yield batch, [rows[n] for n in batch], num_tokens
+
+    learn_jobs = [
+        Sized(functools.partial(learn_rider, lm, trial, rows, total, activations, hint), num_tokens)
+        for _, rows, num_tokens in batches(train)
+    ]
+    judge_jobs = [
+        Sized(functools.partial(judge_rider, lm, trial, rows, batch, activations, hint), num_tokens)
+        for batch, rows, num_tokens in batches(validation)
+    ]
+    return TrialStep(trial, learn_jobs, judge_jobs)
 
 
 def learn_rider(
@@ -60,16 +83,25 @@ def learn_rider(
     trial: Trial,
     rows: Sequence[NumberedExample],
     total: int,
-    trunk: FrozenActivations | None,
+    activations: FrozenActivations | None,
     hint: Reach,
 ) -> Learned | SlowLLMError:
-    """Pass a micro-batch up and down; return its part of the loss and of the gradient, or what is wrong with it."""
+    """Pass a micro-batch up and down; return its part of the loss and of the gradient, or what is wrong with it.
+
+    Args:
+        lm: the model.
+        trial: whose numbers get the gradient.
+        rows: of the micro-batch.
+        total: what the summed loss of the step is divided by.
+        activations: the output of the frozen blocks, where some are.
+        hint: where the rider goes.
+    """
     reach.set(hint)
     leaves = trial.leaves()
     examples = [row.example for row in rows]
     try:
         with torch.enable_grad():
-            losses, _ = _losses(lm, trial.prompt(leaves), trial.task, rows, trunk)
+            losses, _ = _losses(lm, trial.prompt(leaves), trial.task, rows, activations)
             _refuse_non_finite(losses, examples)
             loss = losses.sum() / total
             gradients = torch.autograd.grad(loss, list(leaves.values()))
@@ -84,7 +116,7 @@ def judge_rider(
     trial: Trial,
     rows: Sequence[NumberedExample],
     numbers: Sequence[int],
-    trunk: FrozenActivations | None,
+    activations: FrozenActivations | None,
     hint: Reach,
 ) -> tuple[Sequence[int], list[float], list[int]] | SlowLLMError:
     """Pass a micro-batch up; return the numbers of its rows, their losses, and the likeliest label of each."""
@@ -92,11 +124,35 @@ def judge_rider(
     examples = [row.example for row in rows]
     try:
         with torch.no_grad():
-            losses, chosen = _losses(lm, trial.prompt(), trial.task, rows, trunk)
+            losses, chosen = _losses(lm, trial.prompt(), trial.task, rows, activations)
             _refuse_non_finite(losses, examples)
     except NonFiniteError as error:
         return _named(error, examples)
     return numbers, losses.tolist(), chosen.tolist()
+
+
+def fill_rider(lm: StreamedLM, prompt: SoftPrompt, rows: Sequence[Example], num_blocks: int) -> Any:
+    """Pass a micro-batch through the frozen blocks; return the output of the last of them."""
+    reach.set(Reach(end=num_blocks))
+    filling = Filling(num_blocks)
+    journal.set(filling)
+    ids, mask = _inputs_of(prompt, rows)
+    with torch.no_grad(), contextlib.suppress(StopForward), prompt.applied(lm.model, ids, mask) as inputs:
+        lm.model(**{"use_cache": False, **inputs})
+    return filling.output
+
+
+def _inputs_of(prompt: SoftPrompt, rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Return ids (B, T) and mask (B, T), padded on the right."""
+    leading = prompt.virtual_ids
+    width = len(leading) + max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        row_ids = torch.tensor(leading + row.ids)
+        ids[number, : len(row_ids)] = row_ids
+        mask[number, : len(row_ids)] = 1
+    return ids, mask
 
 
 def _losses(
@@ -104,29 +160,29 @@ def _losses(
     prompt: SoftPrompt,
     task: Task,
     rows: Sequence[NumberedExample],
-    trunk: FrozenActivations | None,
+    activations: FrozenActivations | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss (B,) of each row, summed over its answer, and where labels are compared the likeliest (B,)."""
     examples = [row.example for row in rows]
     ids, mask = _inputs_of(prompt, examples)
-    if trunk is not None:
-        journal.set(trunk.passed([row.number for row in rows]))
+    if activations is not None:
+        journal.set(activations.passed([row.number for row in rows]))
     leading = len(prompt.virtual_ids)
-    wanted = [
+    targets = [
         (number, leading + len(example.context) - 1 + place, token)
         for number, example in enumerate(examples)
         for place, token in enumerate(example.answer)
     ]
-    places, positions, tokens = torch.tensor(wanted, dtype=torch.int64).unbind(1)
+    target_rows, positions, tokens = torch.tensor(targets, dtype=torch.int64).unbind(1)
     with prompt.applied(lm.model, ids, mask) as inputs:
         if task.compares:
             choices = torch.tensor([label[0] for label in task.label_ids])
-            logits = choice_logits(lm.model, places, positions, choices, inputs)
+            logits = choice_logits(lm.model, target_rows, positions, choices, inputs)
             right = torch.tensor([example.label for example in examples])
             return F.cross_entropy(logits, right, reduction="none"), logits.argmax(-1)
-        each = token_losses(lm.model, places, positions, tokens, **inputs)
-    none = torch.zeros(0, dtype=torch.int64)
-    return torch.zeros(len(rows)).index_add(0, places, each), none
+        each = token_losses(lm.model, target_rows, positions, tokens, **inputs)
+    no_labels = torch.zeros(0, dtype=torch.int64)
+    return torch.zeros(len(rows)).index_add(0, target_rows, each), no_labels
 
 
 def _refuse_non_finite(losses: Tensor, examples: Sequence[Example]) -> None:
@@ -138,40 +194,33 @@ def _refuse_non_finite(losses: Tensor, examples: Sequence[Example]) -> None:
 
 
 def _named(error: NonFiniteError, examples: Sequence[Example]) -> TuningError:
-    """Say which example made a number that is none."""
-    where = examples[error.row] if error.row is not None else None
-    name = "one of " + ", ".join(e.name for e in examples[:3]) if where is None else where.name
-    return TuningError(f"{name}: {error}")
+    """Return an error that names the example with the non-finite number."""
+    if error.row is not None:
+        return TuningError(f"{examples[error.row].name}: {error}")
+    return TuningError(f"one of {', '.join(example.name for example in examples[:3])}: {error}")
 
 
 def judgement(task: Task, results: Sequence[Any]) -> tuple[float, float | None]:
-    """Return the mean loss of a validation, and the accuracy where there are labels."""
+    """Return the mean loss of a validation, and the accuracy where there are labels.
+
+    Args:
+        task: that is validated.
+        results: of `judge_rider`.
+    """
     losses: dict[int, float] = {}
     chosen: dict[int, int] = {}
-    for numbers, found, labels in results:
-        losses.update(zip(numbers, found, strict=True))
+    for numbers, row_losses, labels in results:
+        losses.update(zip(numbers, row_losses, strict=True))
         chosen.update(zip(numbers, labels, strict=False))
-    if not task.labels:
-        num_tokens = sum(len(example.answer) for example in task.validation)
+    count, num_labels = len(task.validation), len(task.labels)
+    num_tokens = sum(len(example.answer) for example in task.validation)
+    if not num_labels:
         return math.fsum(losses[n] for n in range(len(losses))) / num_tokens, None
-    count, width = len(task.validation), len(task.labels)
     right = [example.label or 0 for example in task.validation]
     if task.compares:
         mean = math.fsum(losses[n] for n in range(count)) / count
         return mean, sum(chosen[n] == right[n] for n in range(count)) / count
-    table = [[losses[n * width + label] for label in range(width)] for n in range(count)]
-    total = sum(len(example.answer) for example in task.validation)
-    mean = math.fsum(row[label] for row, label in zip(table, right, strict=True)) / total
+    table = [[losses[n * num_labels + label] for label in range(num_labels)] for n in range(count)]
+    mean = math.fsum(row[label] for row, label in zip(table, right, strict=True)) / num_tokens
     hits = sum(row.index(min(row)) == label for row, label in zip(table, right, strict=True))
     return mean, hits / count
-
-
-def fill_rider(lm: StreamedLM, prompt: SoftPrompt, rows: Sequence[Example], num_blocks: int) -> Any:
-    """Pass a micro-batch through the trunk; return what its last block gives."""
-    reach.set(Reach(end=num_blocks))
-    filling = Filling(num_blocks)
-    journal.set(filling)
-    ids, mask = _inputs_of(prompt, rows)
-    with torch.no_grad(), contextlib.suppress(StopForward), prompt.applied(lm.model, ids, mask) as inputs:
-        lm.model(**{"use_cache": False, **inputs})
-    return filling.output

@@ -9,14 +9,11 @@ from typing import Literal, get_args
 
 from slowllm.errors import InputError
 from slowllm.modeling.soft_prompts import Kind
+from slowllm.rounding import ceil_div
 from slowllm.tuning.examples import Task, check_text
 
 Init = Literal["text", "vocab", "random"]
-
-
 Schedule = Literal["constant", "linear", "cosine"]
-
-
 MAX_RATE = 1e6
 
 
@@ -27,22 +24,22 @@ class Recipe:
     Attributes:
         kind: ``shallow``, ``deep`` or ``prefix``; see `soft_prompts`.
         num_tokens: virtual tokens.
-        init: where it starts: the embeddings (of a prefix, the keys and values) of a ``text``, of tokens drawn from the
+        init: initial values: the embeddings (of a prefix, the keys and values) of a ``text``, of tokens drawn from the
             vocabulary (``vocab``), or ``random`` numbers with their mean and spread. Vectors of a deep prompt start at 0.
         init_text: for ``text``; repeated or cut to `num_tokens`.
-        top: how many blocks, the uppermost, are tuned; the others keep what they started with. None for all.
-        num_steps: updates.
-        num_epochs: passes over the examples; where it is given, it says how many updates there are.
+        top: how many of the uppermost blocks are tuned; the others keep their initial values. None for all.
+        num_steps: number of updates.
+        num_epochs: passes over the examples; if given, it replaces `num_steps`.
         batch_size: examples of a batch.
         accumulate: batches of an update.
-        learning_rate: of AdamW (Loshchilov and Hutter, 2019), at its highest.
+        learning_rate: highest rate of AdamW (Loshchilov and Hutter, 2019).
         weight_decay: of AdamW.
         schedule: of the learning rate, after the warm-up.
-        warmup_steps: over which it rises from 0.
+        warmup_steps: over which the rate rises from 0.
         max_grad_norm: to which a gradient is clipped; 0 for never.
-        seed: of the start and of the order of examples.
+        seed: of the initial values and of the order of examples.
         eval_every: steps between validations; None for once an epoch.
-        patience: validations without a better one after which it stops; None for never.
+        patience: stop after so many validations in a row that are no better; None for never.
     Raises:
         InputError: a value is out of its range, or two do not go together.
     """
@@ -107,10 +104,10 @@ class Recipe:
         return self.batch_size * self.accumulate
 
     def num_updates(self, task: Task) -> int:
-        """Return how many updates there are to be on a task."""
+        """Return the number of updates on a task."""
         if self.num_epochs is None:
             return self.num_steps
-        return self.num_epochs * -(-len(task.train) // self.step_examples)
+        return self.num_epochs * ceil_div(len(task.train), self.step_examples)
 
 
 def make_trials(tasks: Sequence[Task], recipes: Sequence[Recipe]) -> Iterator[tuple[str, Task, Recipe]]:

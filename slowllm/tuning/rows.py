@@ -1,4 +1,4 @@
-"""The rows of a step: examples behind their soft prompts, with the tokens to be learned."""
+"""The rows that a task's examples make, each behind a soft prompt."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class NumberedExample:
     """A row of a trial's task.
 
     Attributes:
-        example: what is passed.
-        number: under which the trunk knows it.
+        example: the tokens.
+        number: of the row in `all_rows`, under which frozen activations are kept.
     """
 
     example: Example
@@ -21,12 +21,12 @@ class NumberedExample:
 
 
 def all_rows(task: Task) -> list[Example]:
-    """Return all rows that a task's examples make: those learned, then those judged."""
+    """Return all rows of a task: those learned, then those of validation."""
     return [*task.train, *(row.example for row in validation_rows(task))]
 
 
 def validation_rows(task: Task) -> list[NumberedExample]:
-    """Return the rows by which a prompt is judged: each example, or each with every label that is not one token."""
+    """Return the rows of a validation: each example once, or with every label if labels have several tokens."""
     rows: list[Example] = []
     for example in task.validation:
         if task.labels and not task.compares:

@@ -1,7 +1,7 @@
-"""How a soft prompt is tuned: the recipe, and a trial of it, which owns the numbers that are learned.
+"""A trial of a recipe on a task. Owns the parameters that are learned, and their optimizer.
 
-A trial's batches, rates and updates follow from its recipe and the number of the step alone, so that it can go on after
-a kill, and so that it is the same beside others as alone. Knows no model.
+The batches, rates and updates of a trial follow from its recipe and the number of the step alone, so that it can be
+resumed after a kill, and gives the same numbers beside other trials as alone. Knows no model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch._dynamo  # the optimizer's first step would import it, for 1.5 s, between two sweeps
+import torch._dynamo  # or the optimizer's first step would import it, for 1.5 s, between two sweeps
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -22,30 +22,33 @@ from slowllm.rounding import ceil_div
 from slowllm.tuning.examples import Task
 from slowllm.tuning.recipe import Recipe
 
-# A loss worse than guessing, and so many times that of the beginning, for so many steps in a row will not come down.
+# A trial has diverged if its loss is worse than guessing, and more than so many times the first one, for so many steps
+# in a row.
 DIVERGED, DIVERGED_STEPS = 2.0, 5
-
-
-# A loss that is no more than so many times that of the beginning speaks for its prompt.
+# Without validation, a prompt is kept if its loss is at most so many times the first one.
 GOOD = 1.5
+# The attributes that a state keeps, beside tensors and `best_loss`.
+SAVED = ("step", "first_loss", "good_step", "num_worse", "num_bad", "failure", "ended")
 
 
 @dataclass
 class Trial:
-    """One prompt that is tuned. Owns its numbers and those of its optimizer.
+    """One prompt that is tuned.
 
     Attributes:
         name: for messages and folders.
-        task: what it learns.
-        recipe: how.
-        start: where it began; what is not tuned stays so.
+        task: the examples that it learns.
+        recipe: how it learns them.
+        start: the prompt at the beginning; what is not tuned stays as it is there.
         step: updates so far.
-        best_loss: lowest of its validations.
-        good_step: updates that the prompt to be kept has.
-        num_worse: validations since.
-        num_bad: steps in a row whose loss was beyond all measure.
-        failure: why it stopped, if something was wrong.
+        first_loss: of its first step.
+        best_loss: the lowest of its validations.
+        good_step: updates of the prompt that is kept.
+        num_worse: validations since the best one.
+        num_bad: steps in a row whose loss had diverged.
+        failure: why it stopped early, if something was wrong.
         ended: whether there is nothing more to do.
+        values: the parameters that are tuned, by name.
     """
 
     name: str
@@ -71,7 +74,7 @@ class Trial:
         }
         self._good = self._copies()
         recipe = self.recipe
-        # One tensor after the other: fused kernels may round otherwise.
+        # One tensor after the other, because fused kernels may round differently.
         self._optimizer = torch.optim.AdamW(
             self.values.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, foreach=False
         )
@@ -81,56 +84,59 @@ class Trial:
 
     @property
     def num_steps(self) -> int:
-        """How many updates there are to be."""
+        """The number of updates until the end."""
         return self.recipe.num_updates(self.task)
 
     @property
     def first_block(self) -> int:
-        """The lowest block that holds numbers which are tuned."""
+        """The lowest block that is tuned."""
         num_blocks = len(self.start.vectors) or len(self.start.pairs)
         return 0 if self.recipe.top is None else max(0, num_blocks - self.recipe.top)
 
     @property
+    def _epoch_steps(self) -> int:
+        return ceil_div(len(self.task.train), self.recipe.step_examples)
+
+    @property
     def epoch(self) -> float:
-        """How often every example has been learned."""
-        return self.step / -(-len(self.task.train) // self.recipe.step_examples)
+        """Passes over the examples so far."""
+        return self.step / self._epoch_steps
 
     @property
     def validates(self) -> bool:
-        """Whether the prompt as it is now is due to be judged."""
+        """Whether a validation of the prompt is due now."""
         if not self.task.validation:
             return False
-        every = self.recipe.eval_every or -(-len(self.task.train) // self.recipe.step_examples)
+        every = self.recipe.eval_every or self._epoch_steps
         return self.step % every == 0 or self.step == self.num_steps
 
     def batch(self) -> list[int]:
-        """Return the numbers of the examples of the next update: each epoch in an order of its own."""
+        """Return the numbers of the examples of the next update; each epoch has an order of its own."""
         if self.step >= self.num_steps:
             return []
-        total, count = len(self.task.train), self.recipe.step_examples
-        per_epoch = ceil_div(total, count)
-        epoch, place = divmod(self.step, per_epoch)
-        dice = torch.Generator("cpu").manual_seed(self.recipe.seed * 1_000_003 + epoch)
-        order = torch.randperm(total, generator=dice).tolist()
+        epoch, place = divmod(self.step, self._epoch_steps)
+        generator = torch.Generator("cpu").manual_seed(self.recipe.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.task.train), generator=generator).tolist()
+        count = self.recipe.step_examples
         return order[place * count : (place + 1) * count]
 
     def leaves(self) -> dict[str, Tensor]:
-        """Return copies that want a gradient, for one rider."""
+        """Return copies of the parameters that require a gradient, for one rider."""
         return {name: value.detach().clone().requires_grad_(True) for name, value in self.values.items()}
 
     def prompt(self, values: Mapping[str, Tensor] | None = None) -> SoftPrompt:
-        """Return the prompt of these numbers, by default as they are now."""
+        """Return the prompt made of `values`, by default of the parameters as they are now."""
         return _prompt_of(
             self.start, self.first_block, values or {n: v.detach() for n, v in self.values.items()}
         )
 
     @property
     def result(self) -> SoftPrompt:
-        """The prompt to be kept: the best by validation, else the last that was known to be good."""
+        """The prompt that is kept: the best by validation, else the last good one."""
         return self.prompt(self._good)
 
     def judge(self, loss: float) -> None:
-        """Take note of a validation of the prompt as it is now."""
+        """Record the loss of a validation of the prompt as it is now."""
         if loss < self.best_loss:
             self.best_loss, self.num_worse = loss, 0
             self._keep()
@@ -140,11 +146,10 @@ class Trial:
             self.ended = True
 
     def learn(self, loss: float, gradients: Mapping[str, Tensor], vocabulary: int) -> tuple[float, float]:
-        """Update the numbers; return the norm of the gradient before clipping, and the learning rate.
+        """Update the parameters; return the norm of the gradient before clipping, and the learning rate.
 
         Raises:
-            TuningError: the loss or the gradient is no number, or the loss has grown beyond all measure; the numbers
-                stay as they are.
+            TuningError: the gradient is not finite, or the loss has diverged; the parameters stay as they are.
         """
         where = f"{self.name}: step {self.step + 1}"
         guess = math.log(len(self.task.labels) if self.task.compares else vocabulary)
@@ -184,48 +189,44 @@ class Trial:
         return {name: value.detach().clone() for name, value in self.values.items()}
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return all that is needed to go on: tensors by name, and what JSON has."""
+        """Return all that is needed to resume: tensors by name, and a JSON object."""
         tensors = {f"value.{n}": t for n, t in self._copies().items()}
         tensors |= {f"good.{n}": t for n, t in self._good.items()}
         for name, value in self.values.items():
             for key, tensor in self._optimizer.state[value].items():
                 tensors[f"optimizer.{name}.{key}"] = tensor.detach().clone()
-        tensors |= {f"start.{n}": t for n, t in _frozen(self.start).items()}
-        about = {
-            name: getattr(self, name)
-            for name in ("step", "first_loss", "good_step", "num_worse", "num_bad", "failure", "ended")
-        }
+        if self.start.embeddings is not None:
+            tensors["start.embeddings"] = self.start.embeddings
+        tensors |= {f"start.pairs.{n}": pair.contiguous() for n, pair in enumerate(self.start.pairs)}
+        about = {name: getattr(self, name) for name in SAVED}
         return tensors, {**about, "best_loss": None if self.best_loss == math.inf else self.best_loss}
 
     def restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Go on from what `saved` returned."""
+        """Resume from what `saved` returned."""
         for name, value in self.values.items():
             value.data.copy_(tensors[f"value.{name}"])
             self._good[name] = tensors[f"good.{name}"]
-            start = f"optimizer.{name}."
-            found = {key[len(start) :]: t for key, t in tensors.items() if key.startswith(start)}
-            if found:
-                self._optimizer.state[value] = found
-        for name in ("step", "first_loss", "good_step", "num_worse", "num_bad", "failure", "ended"):
+            prefix = f"optimizer.{name}."
+            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            if state:
+                self._optimizer.state[value] = state
+        for name in SAVED:
             setattr(self, name, about[name])
         self.best_loss = math.inf if about["best_loss"] is None else about["best_loss"]
 
 
 def _tuned(start: SoftPrompt, first: int) -> dict[str, Tensor]:
-    """Return the numbers of a prompt that are tuned, by name."""
+    """Return the tensors of a prompt that are tuned from block `first` on, by name."""
     if start.kind == "prefix":
         return {"pairs": torch.stack(start.pairs[first:])}
     assert start.embeddings is not None, "a shallow or deep prompt"
     # Below the first block, embeddings are tuned only where nothing is frozen.
     values = {} if first else {"embeddings": start.embeddings.clone()}
     if start.kind == "deep":
-        none = torch.zeros(len(start.embeddings), _width(start))
-        values["vectors"] = torch.stack([none if v is None else v for v in start.vectors[first:]])
+        width = next(vectors.shape[1] for vectors in start.vectors if vectors is not None)
+        zeros = torch.zeros(len(start.embeddings), width)
+        values["vectors"] = torch.stack([zeros if v is None else v for v in start.vectors[first:]])
     return values
-
-
-def _width(start: SoftPrompt) -> int:
-    return next(v.shape[1] for v in start.vectors if v is not None)
 
 
 def _prompt_of(start: SoftPrompt, first: int, values: Mapping[str, Tensor]) -> SoftPrompt:
@@ -237,17 +238,12 @@ def _prompt_of(start: SoftPrompt, first: int, values: Mapping[str, Tensor]) -> S
     return SoftPrompt("deep", embeddings, (*start.vectors[:first], *values["vectors"].unbind()))
 
 
-def _frozen(start: SoftPrompt) -> dict[str, Tensor]:
-    found = {} if start.embeddings is None else {"embeddings": start.embeddings}
-    return found | {f"pairs.{n}": pair.contiguous() for n, pair in enumerate(start.pairs)}
-
-
 def restored_start(start: Mapping[str, Tensor], kind: Kind, num_blocks: int, width: int) -> SoftPrompt:
-    """Return where a trial began, from the tensors that `Trial.saved` gave names with ``start.``."""
+    """Return the prompt that a trial began with, from the tensors of `Trial.saved`."""
     embeddings = start.get("start.embeddings")
     if kind == "prefix":
         return SoftPrompt("prefix", pairs=tuple(start[f"start.pairs.{n}"] for n in range(num_blocks)))
-    assert embeddings is not None, "saved with it"
+    assert embeddings is not None, "a shallow or deep prompt is saved with its embeddings"
     if kind == "shallow":
         return SoftPrompt("shallow", embeddings)
     return SoftPrompt(

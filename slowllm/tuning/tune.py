@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError
-from slowllm.options import parse_dtype
+from slowllm.options import parse_bytes, parse_dtype
 from slowllm.runtime.description import ModelInfo
 from slowllm.tuning.examples import RawExample as Text
 from slowllm.tuning.examples import Task, make_tasks
@@ -60,19 +60,19 @@ def tune(
         StateError: the state is another run's, or cannot be written.
     """
     chosen = _recipes(recipes, settings)
-    known = model if isinstance(model, ModelInfo) else ModelInfo(model)
-    if known.soft_prompt is not None:
+    info = model if isinstance(model, ModelInfo) else ModelInfo(model)
+    if info.soft_prompt is not None:
         raise InputError("the model has a soft prompt already; tune begins with a new one")
     longest_prompt = max(recipe.num_tokens for recipe in chosen)
-    tasks = make_tasks(known, data, validation, labels, longest_prompt)
+    tasks = make_tasks(info, data, validation, labels, longest_prompt)
     return tune_tasks(
-        known, tasks, chosen, ram=ram, device=device, vram=vram, dtype=dtype, keep_resident=keep_resident, out=out, state=state,
+        info, tasks, chosen, ram=ram, device=device, vram=vram, dtype=dtype, keep_resident=keep_resident, out=out, state=state,
         on_open=on_open, on_record=on_record,
     )  # fmt: skip
 
 
 def tune_tasks(
-    known: ModelInfo,
+    info: ModelInfo,
     tasks: Sequence[Task],
     recipes: Sequence[Recipe],
     *,
@@ -89,13 +89,13 @@ def tune_tasks(
     """Tune a prompt by every recipe on every task, all in the same sweeps; see `tune`.
 
     Args:
-        known: the model.
+        info: the model.
         tasks: of token ids.
         recipes: at least one.
         ram: as for `tune`, like all others.
     """
     parse_dtype(dtype)
-    num_blocks = int(known.config.get_text_config().num_hidden_layers)
+    num_blocks = int(info.config.get_text_config().num_hidden_layers)
     for recipe in recipes:
         if recipe.top is not None and recipe.top > num_blocks:
             raise InputError(f"top {recipe.top} is more than the model's {num_blocks} blocks")
@@ -104,23 +104,22 @@ def tune_tasks(
     plans = list(make_trials(tasks, recipes))
     if out is not None and state is not None and Path(out).resolve() == Path(state).resolve():
         raise InputError(f"{out}: cannot be both the folder of the prompt and that of the state; name two")
-    session = Session(
-        known, plans, ram, (device, vram), dtype, keep_resident,
-        None if out is None else Path(out).expanduser(), None if state is None else Path(state).expanduser(),
-        num_blocks, on_open, on_record,
-    )  # fmt: skip
-    return session.run()
+    return Session(
+        info, plans, ram_bytes=parse_bytes(ram), device=device, vram=vram, dtype=dtype, keep_resident=keep_resident,
+        out=None if out is None else Path(out).expanduser(),
+        state_folder=None if state is None else Path(state).expanduser(), on_open=on_open, on_record=on_record,
+    ).run()  # fmt: skip
 
 
 def _recipes(recipes: Recipe | Sequence[Recipe] | None, settings: Mapping[str, Any]) -> list[Recipe]:
     if recipes is not None and settings:
         raise InputError(f"give recipes or settings, not both ({', '.join(settings)})")
     if recipes is None:
-        known = list(Recipe.__dataclass_fields__)
-        if wrong := sorted(set(settings) - set(known)):
-            raise InputError(f"no such setting: {', '.join(wrong)}; there are {', '.join(known)}")
+        names = list(Recipe.__dataclass_fields__)
+        if wrong := sorted(set(settings) - set(names)):
+            raise InputError(f"no such setting: {', '.join(wrong)}; there are {', '.join(names)}")
         return [Recipe(**settings)]
-    found = [recipes] if isinstance(recipes, Recipe) else list(recipes)
-    if not found or not all(isinstance(recipe, Recipe) for recipe in found):
+    chosen = [recipes] if isinstance(recipes, Recipe) else list(recipes)
+    if not chosen or not all(isinstance(recipe, Recipe) for recipe in chosen):
         raise InputError("recipes must be one slowllm.Recipe or more")
-    return found
+    return chosen

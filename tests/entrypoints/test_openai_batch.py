@@ -456,10 +456,10 @@ def live(folder: Path, name: str, told: int) -> None:
     from slowllm.runtime import streamed_lm
     from slowllm.runtime.state import State
 
-    tell, go_on, finish = streamed_lm._tell, openai_batch.continue_prompts, State.finish
+    report, go_on, finish = streamed_lm._report_passage, openai_batch.continue_prompts, State.finish
 
     def tell_parent(handle: Any, passage: Any) -> None:
-        tell(handle, passage)
+        report(handle, passage)
         os.write(told, b"s")
 
     def begin(*arguments: Any, **more: Any) -> Any:
@@ -470,7 +470,7 @@ def live(folder: Path, name: str, told: int) -> None:
         finish(*arguments)
         os.write(told, b"e")
 
-    streamed_lm._tell, openai_batch.continue_prompts, State.finish = tell_parent, begin, end
+    streamed_lm._report_passage, openai_batch.continue_prompts, State.finish = tell_parent, begin, end
     # Several riders, and more of them than find a seat at once.
     host_plan.MAX_RIDER_TOKENS, host_plan.MAX_SWEEP_TOKENS = 32, 16
     openai_batch.time = SimpleNamespace(

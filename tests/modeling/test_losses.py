@@ -82,14 +82,16 @@ def test_bf16_gradients_are_as_good_as_the_resident_models(name: str, tiny: Tiny
 
 
 def test_the_head_comes_by_once_for_loss_and_gradient(tiny: Tiny) -> None:
-    with slowllm.load(tiny("bloom"), dtype="fp32", keep_resident=False, poison=True) as lm:
-        stops: list[tuple[int, str]] = []
-        lm.on_passage = lambda passage: stops.append((passage.stop, passage.direction))
+    stops: list[int] = []
+    with (
+        slowllm.load(tiny("bloom"), dtype="fp32", keep_resident=False, poison=True) as lm,
+        lm.watching(lambda passage: stops.append(passage.stop)),
+    ):
         ours = embedded(lm.model)
         token_losses(lm.model, ROWS, POSITIONS, TOKENS, inputs_embeds=ours).sum().backward()
         assert lm.num_stops == 4, "three blocks and the head"
-    # Now that it is closed: the last passage is told after whoever visited has gone on.
-    assert [stop for stop, _ in stops] == [0, 1, 2, 3, 2, 1, 0]
+        lm.close()  # the last passage is reported after the visitor has gone on
+    assert stops == [0, 1, 2, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("name", ["bloom", "gemma-2-soft-cap"])
@@ -99,9 +101,11 @@ def test_choices_are_compared_without_a_visit_to_the_head(name: str, tiny: Tiny)
     theirs = embedded(plain)
     logits = plain(inputs_embeds=theirs, use_cache=False).logits[ROWS, POSITIONS]
     F.cross_entropy(logits[:, choices], right, reduction="sum").backward()
-    with slowllm.load(tiny(name), dtype="fp32", keep_resident=False, poison=True) as lm:
-        stops: list[int] = []
-        lm.on_passage = lambda passage: stops.append(passage.stop)
+    stops: list[int] = []
+    with (
+        slowllm.load(tiny(name), dtype="fp32", keep_resident=False, poison=True) as lm,
+        lm.watching(lambda passage: stops.append(passage.stop)),
+    ):
         ours = embedded(lm.model)
         F.cross_entropy(
             choice_logits(lm.model, ROWS, POSITIONS, choices, {"inputs_embeds": ours}), right, reduction="sum"

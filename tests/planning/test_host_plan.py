@@ -24,14 +24,13 @@ from slowllm.planning.host_plan import (
     SLACK_BYTES,
     Plan,
     advise,
-    choose_resident,
     keep_graph,
     least_bytes,
     make_plan,
-    spread,
     with_smaller_weights,
 )
 from slowllm.planning.job import Granularity, Job, Rates, Sizes, StopSize
+from slowllm.planning.resident_stops import choose_resident, spread
 from tests.support.properties import num_examples
 
 fuzz = num_examples(200)

@@ -216,7 +216,6 @@ def test_a_gradient_reaches_back_through_an_earlier_call_by_the_cache(tiny: Tiny
 
 def test_a_forward_and_backward_visits_the_turning_stop_once(tiny_bloom: StreamedLM) -> None:
     passages: list[int] = []
-    tiny_bloom.on_passage = lambda passage: passages.append(passage.stop)
 
     def step(ids: Tensor) -> Tensor:
         embedded = tiny_bloom.model.get_input_embeddings()(ids).detach().requires_grad_(True)
@@ -224,8 +223,9 @@ def test_a_forward_and_backward_visits_the_turning_stop_once(tiny_bloom: Streame
         assert embedded.grad is not None
         return embedded.grad
 
-    tiny_bloom.ride([lambda n=n: step(some_ids(1, n)) for n in (4, 7, 9)])
-    tiny_bloom.close()  # the last passage is told after its riders have left
+    with tiny_bloom.watching(lambda passage: passages.append(passage.stop)):
+        tiny_bloom.ride([lambda n=n: step(some_ids(1, n)) for n in (4, 7, 9)])
+        tiny_bloom.close()  # the last passage is reported after its riders have left
     assert passages == [*range(11), *range(9, -1, -1)]
 
 

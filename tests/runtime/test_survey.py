@@ -16,6 +16,7 @@ import slowllm
 from slowllm.entrypoints.progress import duration
 from slowllm.planning.job import Job, Rates
 from slowllm.runtime import survey
+from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.rates import disk_rate, quick_rates
 from slowllm.storage.checkpoint import Checkpoint
 from tests.support.command_line import refused, run
@@ -61,10 +62,10 @@ def test_the_first_block_is_measured_and_no_other_is_passed(
     granularity: Any, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("slowllm.modeling.layout.MIN_LEAF_BYTES", 0)
+    passed: list[int] = []
     with slowllm.load(tiny("llama-2"), keep_resident=False, granularity=granularity) as lm:
-        passed: list[int] = []
-        lm.on_passage = lambda passage: passed.append(passage.stop)
-        rates = survey.block_rates(lm, Rates())
+        with lm.watching(lambda passage: passed.append(passage.stop)):
+            rates = survey.block_rates(lm, Rates())
         assert rates.measured
         assert all(math.isfinite(rate) and rate > 0 for rate in (rates.memory, rates.compute))
         first = [n for n, name in enumerate(lm.layout.modules) if f"{name}.".startswith("model.layers.0.")]
@@ -102,7 +103,7 @@ def test_a_plan_that_cannot_be_kept_is_refused(monkeypatch: Any, capsys: Any) ->
 
 def test_a_plan_for_gradients_never_cuts_blocks() -> None:
     job = Job(num_tokens=100, longest=10)
-    found = survey.survey(survey.Description(TINY_BLOOM), ram="3GiB", dtype="fp32", job=job)
+    found = survey.survey(ModelInfo(TINY_BLOOM), ram="3GiB", dtype="fp32", job=job)
     assert found.plan.granularity == "blocks"
     assert found.dtype == "float32"
 

@@ -165,15 +165,15 @@ def test_what_is_taken_of_the_card_stays_in_the_budget(tmp_path: Path) -> None:
     with slowllm.load(
         tmp_path, **{**STREAMED, "keep_resident": True, "poison": False}, vram=vram, job=job
     ) as lm:
-        assert lm.placed is not None
-        assert 0 < len(lm.placed.plan.kept) < lm.num_stops
+        assert lm.device_placement is not None
+        assert 0 < len(lm.device_placement.plan.kept) < lm.num_stops
         ids = torch.randint(5, 300, (4, 64))
         for _ in range(2):
             lm.ride([lambda: slowllm.log_probs(lm.model, ids, input_ids=ids)])
         read = lm.report.read_bytes
         peak = torch.cuda.max_memory_allocated() - before
-        assert peak <= lm.placed.plan.used_bytes[0] - DEVICE_SLACK_BYTES // 2
-        assert lm.placed.plan.used_bytes[0] <= vram
+        assert peak <= lm.device_placement.plan.used_bytes[0] - DEVICE_SLACK_BYTES // 2
+        assert lm.device_placement.plan.used_bytes[0] <= vram
         lm.model(ids)
         assert lm.report.read_bytes - read < lm.weight_bytes
     torch.cuda.synchronize()

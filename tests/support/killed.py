@@ -24,13 +24,13 @@ from slowllm.runtime import streamed_lm
 
 def live(arguments: list[str], told: int) -> None:
     """Run the command line; write a byte for every stop."""
-    tell = streamed_lm._tell
+    report = streamed_lm._report_passage
 
     def tell_parent(handle: Any, passage: Any) -> None:
-        tell(handle, passage)
+        report(handle, passage)
         os.write(told, bytes([passage.stop]))
 
-    streamed_lm._tell = tell_parent
+    streamed_lm._report_passage = tell_parent
     # Several riders a sweep and several sweeps, of few tokens.
     host_plan.MAX_RIDER_TOKENS, host_plan.MAX_SWEEP_TOKENS = 64, 192
     sys.argv = ["slowllm", *arguments]

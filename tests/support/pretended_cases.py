@@ -109,7 +109,7 @@ def two_devices_take_turns() -> None:
     for name in ("bloom", "llama-3-scaled-rope", "gemma-2-soft-cap", "gpt-neo-local-attention"):
         forward_of(name, "cuda:0,cuda:1")
     with loaded(folder("llama-3-scaled-rope"), "cuda:0,cuda:1") as lm:
-        assert [home.device.index for home in lm.placed.homes] == [0, 1, 0]
+        assert [home.device.index for home in lm.device_placement.homes] == [0, 1, 0]
         generated(lm)
         gradients(lm, folder("llama-3-scaled-rope"), rides_only=True)
 
@@ -132,8 +132,8 @@ def a_budget_divides_the_stops() -> None:
     job = slowllm.Job(num_tokens=256, longest=64, repeated=True, forward_only=True, keeps_results=False)
     options = {"keep_resident": True, "poison": False, "job": job, "ram": "2GiB"}
     with loaded(path, vram=DEVICE_SLACK_BYTES + (300 << 20), **options) as lm, torch.no_grad():
-        assert 0 < len(lm.placed.plan.kept) < lm.num_stops
-        assert lm.placed.plan.num_slots == (2,)
+        assert 0 < len(lm.device_placement.plan.kept) < lm.num_stops
+        assert lm.device_placement.plan.num_slots == (2,)
         assert lm.plan.resident
         wanted = resident(path)(input_ids=IDS).logits
         for _ in range(2):

@@ -189,11 +189,11 @@ def test_trainer_rides_and_a_micro_batch_is_one_sweep_up_and_down(
     options = {"max_steps": 2, "gradient_accumulation_steps": 2, **options}
     wanted = train(with_prompt(resident(tiny("bloom")), "prompt"), tmp_path, **options)
     passages: list[int] = []
-    with streamed(tiny("bloom")) as lm:
-        lm.on_passage = lambda passage: passages.append(passage.stop)
+    with streamed(tiny("bloom")) as lm, lm.watching(lambda passage: passages.append(passage.stop)):
         adapted = with_prompt(lm.model, "prompt")
         assert lm.ride([lambda: train(adapted, tmp_path, **options)]) == [wanted]
         last = lm.num_stops - 1
+        lm.close()  # the last passage is reported after its rider has left
     # Both stops at which it turns, the last and the first, are passed once for two visits.
     assert passages == [*range(last), *range(last, 0, -1)] * 4 + [0]
 

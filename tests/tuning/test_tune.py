@@ -1,7 +1,8 @@
-"""Soft prompts are tuned on a streamed model as on a resident one; trials, kills and the frozen trunk change no number."""
+"""Soft prompts are tuned on a streamed model as on a resident one; trials, kills and frozen blocks change no number."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -223,12 +224,14 @@ def test_steps_of_several_trials_share_their_sweeps(tiny: Tiny) -> None:
     passages = []
 
     def watch(lm: Any, *_: Any) -> None:
-        passages.append([])
-        lm.on_passage = lambda passage: passages[-1].append((passage.stop, passage.direction))
+        seen: list[tuple[int, str]] = []
+        passages.append(seen)
+        watchers.enter_context(lm.watching(lambda passage: seen.append((passage.stop, passage.direction))))
 
     task = Task("t", examples(8))
     recipes = [Recipe(num_tokens=LENGTH, num_steps=3, batch_size=8, seed=seed) for seed in range(3)]
-    run(tiny("bloom"), recipes, [task], on_open=watch)
+    with contextlib.ExitStack() as watchers:
+        run(tiny("bloom"), recipes, [task], on_open=watch)
     up, down = [(0, "up"), (1, "up"), (2, "up"), (3, "up")], [(2, "down"), (1, "down"), (0, "down")]
     # A step begins where the last one ended, where the carousel may have stayed.
     seen = [passage for passage in passages[0] if passage != (0, "up")]
@@ -260,11 +263,12 @@ def test_a_graph_that_is_kept_gives_the_numbers_of_a_replay(kind: str, tiny: Tin
     def watch(lm: Any, *_: Any) -> None:
         seen: set[str] = set()
         directions.append(seen)
-        lm.on_passage = lambda passage: seen.add(passage.direction)
+        watchers.enter_context(lm.watching(lambda passage: seen.add(passage.direction)))
 
     recipe = Recipe(kind=kind, **QUICK)  # type: ignore[arg-type]
-    (kept,) = run(tiny("mixtral"), [recipe], keep_resident=True, on_open=watch)
-    (replayed,) = run(tiny("mixtral"), [recipe], on_open=watch)
+    with contextlib.ExitStack() as watchers:
+        (kept,) = run(tiny("mixtral"), [recipe], keep_resident=True, on_open=watch)
+        (replayed,) = run(tiny("mixtral"), [recipe], on_open=watch)
     assert directions == [{"up"}, {"up", "down"}]
     assert curve(kept) == curve(replayed)
     assert kept.prompt.digest() == replayed.prompt.digest()
@@ -273,26 +277,27 @@ def test_a_graph_that_is_kept_gives_the_numbers_of_a_replay(kind: str, tiny: Tin
 @pytest.mark.parametrize("kind", ["deep", "prefix"])
 @pytest.mark.parametrize("where", ["memory", "file"])
 @pytest.mark.parametrize("name", ["bloom", "llama-3-scaled-rope"])
-def test_the_trunk_is_passed_once_and_changes_no_number(
+def test_frozen_blocks_are_passed_once_and_changes_no_number(
     name: str, where: str, kind: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     stops: dict[str, list[int]] = {}
 
     def watch(lm: Any, job: Any, what: str, *_: Any) -> None:
         stops[what] = []
-        lm.on_passage = lambda passage: stops[what].append(passage.stop)
+        watchers.enter_context(lm.watching(lambda passage: stops[what].append(passage.stop)))
 
     recipe = Recipe(kind=kind, top=1, **QUICK)  # type: ignore[arg-type]
     known = ModelInfo(tiny(name))
     state = tmp_path if where == "file" else None
-    (tuned,) = tune_tasks(
-        known, [TASK], [recipe], dtype="fp32", keep_resident=False, on_open=watch, state=state
-    )
+    with contextlib.ExitStack() as watchers:
+        (tuned,) = tune_tasks(
+            known, [TASK], [recipe], dtype="fp32", keep_resident=False, on_open=watch, state=state
+        )
     assert set(stops["steps"]) == {2, 3}, "the top block and the head"
-    assert [stop for stop in stops["the frozen trunk"] if stop > 1] in ([], [2]), (
+    assert [stop for stop in stops["the frozen blocks"] if stop > 1] in ([], [2]), (
         "a prefix begins at every block"
     )
-    # Without a trunk: the same recipe by hand, every block passed.
+    # Without frozen blocks: the same recipe by hand, every block passed.
     assert tuned.records[-1]["validation_loss"] < tuned.records[0]["validation_loss"]
     with slowllm.load(known, dtype="fp32", keep_resident=False, poison=True) as lm:
         (start,) = starts_of(lm, [recipe], 2)

@@ -62,10 +62,9 @@ def job_of(context: int, settings: Settings) -> Job:
 
 def token_forecast(lm: StreamedLM, rates: Rates) -> Forecast:
     """Return how long a sweep of one token takes, the first and a later one."""
-    sizes = next(sizes for sizes in lm.choices if sizes.granularity == lm.plan.granularity)
     job = Job(num_tokens=1, longest=1, forward_only=True)
-    rates = rates if lm.placed is None else device_rates(rates)
-    return forecast_of(sizes, lm.resident, lm.plan.ring_bytes, 1, 1, job, rates)
+    rates = rates if lm.device_placement is None else device_rates(rates)
+    return forecast_of(lm.sizes, lm.resident, lm.plan.ring_bytes, 1, 1, job, rates)
 
 
 def converse(
@@ -209,11 +208,8 @@ def _status(lm: StreamedLM, screen: Screen, forecast: Forecast) -> Iterator[None
             f" token {sweep + 1}, about {duration(seconds)}: stop {passage.stop + 1}/{lm.num_stops}"
         )
 
-    lm.on_passage = on_passage
-    try:
+    with lm.watching(on_passage):
         yield
-    finally:
-        lm.on_passage = None
 
 
 def chat(

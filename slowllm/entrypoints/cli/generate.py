@@ -268,12 +268,11 @@ def _show_one(work: _Work) -> None:
         sweep = (lm.report.num_passages - 1) // lm.num_stops + 1
         screen.status(f" [sweep {sweep}, stop {passage.stop + 1} of {lm.num_stops}]")
 
-    lm.on_passage = on_passage
     try:
-        for _ in work.run(on_tokens):
-            screen.write(incoming.finish())
+        with lm.watching(on_passage):
+            for _ in work.run(on_tokens):
+                screen.write(incoming.finish())
     finally:
-        lm.on_passage = None
         screen.end_status()
         screen.end_line()
 

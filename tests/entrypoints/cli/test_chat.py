@@ -242,12 +242,13 @@ def test_a_system_message_that_leaves_no_room_is_refused(monkeypatch: Any, capsy
 
 SLOWLY = """
 import sys, time
-from slowllm import cli, model
-tell = model._tell
-def tell_slowly(handle, passage):
-    tell(handle, passage)
+from slowllm import cli
+from slowllm.runtime import streamed_lm
+report = streamed_lm._report_passage
+def report_slowly(handle, passage):
+    report(handle, passage)
     time.sleep(0.05)
-model._tell = tell_slowly
+streamed_lm._report_passage = report_slowly
 cli.run()
 """
 
