@@ -27,6 +27,7 @@ from slowllm.planning.host_plan import (
     keep_graph,
     least_bytes,
     make_plan,
+    widen,
     with_smaller_weights,
 )
 from slowllm.planning.job import Granularity, Job, Rates, Sizes, StopSize
@@ -522,3 +523,28 @@ def test_given_micro_batches_are_not_changed() -> None:
         assert (
             plan_of(TALL, 5 * GIB, replace(STEP, num_tokens=5000, rider_tokens=tokens)).rider_tokens == tokens
         )
+
+
+SESSION_SIZES = Sizes(
+    "blocks", tuple(StopSize(1 << 20, 1 << 19, 1e6) for _ in range(8)), 1 << 20, 4096, 0, 1024, 2048
+)
+
+
+def session_plan(free_bytes: int) -> Plan:
+    return make_plan([SESSION_SIZES], free_bytes=free_bytes, total_bytes=free_bytes)
+
+
+def test_a_session_carries_more_tokens_where_there_is_room() -> None:
+    plan = session_plan(1 << 33)
+    wide = widen(plan, [SESSION_SIZES], 1 << 33)
+    assert wide.sweep_tokens == MAX_SWEEP_TOKENS > plan.sweep_tokens
+    assert wide.peak_bytes - plan.peak_bytes == (wide.sweep_tokens - plan.sweep_tokens) * (1024 + 2048)
+
+
+@given(st.integers(0, 64 << 20))
+def test_a_widened_plan_keeps_the_budget(more: int) -> None:
+    free = (320 << 20) + more
+    plan = session_plan(free)
+    wide = widen(plan, [SESSION_SIZES], free)
+    assert plan.sweep_tokens <= wide.sweep_tokens <= MAX_SWEEP_TOKENS
+    assert wide.peak_bytes <= free

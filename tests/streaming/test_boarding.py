@@ -1,29 +1,133 @@
-"""Seats by tokens: who boards together, who waits for an empty carousel, and how far the reader is told to look."""
+"""Who boards when: seats by riders and by tokens, one rider at a time, and rides side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slowllm.planning.host_plan import MAX_SWEEP_TOKENS, Plan, make_plan, widen
-from slowllm.planning.job import Sizes, StopSize
 from slowllm.streaming.carousel import Carousel
-from slowllm.streaming.hints import Reach, reach
 from slowllm.streaming.riders import Sized
-from tests.support.memory_stops import MemoryStops, results_of, sweep
+from tests.support.memory_stops import Make, MemoryStops, in_thread, number, results_of, sweep, until
 from tests.support.properties import num_examples
 
+pytestmark = pytest.mark.usefixtures("hang_fails")
+
+
+# One rider at a time
+
+
+def test_exactly_one_rider_runs_at_a_time_and_its_work_is_part_of_it(make: Make) -> None:
+    carousel, _ = make(3)
+    lock = threading.Lock()
+
+    def alone(*_: Any) -> None:
+        assert lock.acquire(blocking=False), "two at a time"
+        for _ in range(3):
+            time.sleep(0)  # lets other threads in
+        lock.release()
+
+    def job(length: int) -> None:
+        for stop in [*range(3)] * length:
+            alone()
+            carousel.visit(stop, "up", alone)
+        alone()
+
+    carousel.ride([lambda n=n: job(n % 3 + 1) for n in range(12)], max_riders=5)
+    list(carousel.stream([lambda n=n: job(n % 3 + 1) for n in range(12)], 3))
+
+
+def test_riders_of_a_cancelled_stream_leave_one_at_a_time(make: Make) -> None:
+    carousel, _ = make(2)
+    lock, left = threading.Lock(), []
+
+    def job(rider: int) -> int:
+        if rider == 0:
+            return 0
+        try:
+            while True:
+                sweep(carousel, 2)
+        finally:
+            assert lock.acquire(blocking=False), "two at a time"
+            for _ in range(20):
+                time.sleep(0)
+            left.append(rider)
+            lock.release()
+
+    stream = carousel.stream([lambda r=r: job(r) for r in range(8)], 8)
+    assert next(stream)[1] == 0
+    until(lambda: carousel._boarding.parties[0].num_boarded == 8)
+    stream.close()  # type: ignore[attr-defined]
+    assert sorted(left) == [1, 2, 3, 4, 5, 6, 7]
+
+
+# Seats
+
+
+def test_no_more_than_max_riders_are_aboard_and_others_board_as_these_leave(make: Make) -> None:
+    carousel, stops = make(3)
+    aboard: set[int] = set()
+    most = 0
+
+    def job(rider: int) -> int:
+        nonlocal most
+        aboard.add(rider)
+        most = max(most, len(aboard))
+        sweep(carousel, 3)
+        aboard.discard(rider)
+        return rider
+
+    assert carousel.ride([lambda r=r: job(r) for r in range(10)], max_riders=4) == list(range(10))
+    assert most == 4
+    # Seats are filled at the last stop, so nobody waits for a half-empty carousel: 4 + 4 + 2 riders.
+    assert stops.visited == [0, 1, 2] * 3
+
+
+def test_a_rider_boards_where_the_carousel_is_when_a_seat_becomes_free(make: Make) -> None:
+    carousel, stops = make(5)
+    jobs = [lambda: sweep(carousel, 5), lambda: sweep(carousel, 2), lambda: carousel.visit(3, "up", number)]
+    carousel.ride(jobs, max_riders=2)
+    assert stops.visited == [0, 1, 2, 3, 4]
+
+
+def test_two_rides_at_once_share_the_sweeps(make: Make) -> None:
+    carousel, stops = make(3)
+    results: dict[str, list[list[int]]] = {}
+
+    def first() -> list[int]:
+        other = in_thread(lambda: results.update(other=carousel.ride([lambda: sweep(carousel, 3)] * 2)))
+        threads.append(other)
+        until(lambda: len(carousel._boarding.parties) == 2)
+        return sweep(carousel, 3)
+
+    threads: list[threading.Thread] = []
+    results["one"] = carousel.ride([first])
+    threads[0].join()
+    assert results == {"one": [[0, 1, 2]], "other": [[0, 1, 2]] * 2}
+    assert stops.visited == [0, 1, 2]
+
+
+def test_no_jobs_are_no_results(make: Make) -> None:
+    carousel, stops = make(2)
+    assert carousel.ride([]) == []
+    assert list(carousel.stream([], 3)) == []
+    assert stops.visited == []
+
+
+def test_a_ride_without_seats_is_refused(make: Make) -> None:
+    carousel, _ = make(2)
+    for ride in (carousel.ride, lambda jobs, seats: next(carousel.stream(jobs, seats))):
+        with pytest.raises(AssertionError, match="at least one rider"):
+            ride([lambda: 1], 0)
+
+
+# Seats by tokens
+
 NUM_STOPS = 4
-
-
-@pytest.fixture
-def carousel() -> Iterator[Carousel]:
-    carousel = Carousel(MemoryStops(NUM_STOPS))
-    yield carousel
-    carousel.close()
 
 
 class Aboard:
@@ -62,13 +166,15 @@ def test_no_more_tokens_are_aboard_than_allowed_but_for_one_alone(sizes: list[in
     assert aboard.most <= max(10, *sizes)
 
 
-def test_small_jobs_fill_one_sweep(carousel: Carousel) -> None:
+def test_small_jobs_fill_one_sweep(make: Make) -> None:
+    carousel, _ = make(NUM_STOPS)
     aboard = Aboard(carousel)
     list(carousel.stream([aboard.job(str(n), 2) for n in range(10)], 64, 20))
     assert carousel.totals.num_passages == NUM_STOPS
 
 
-def test_a_load_boards_when_those_before_it_have_left(carousel: Carousel) -> None:
+def test_a_load_boards_when_those_before_it_have_left(make: Make) -> None:
+    carousel, _ = make(NUM_STOPS)
     aboard = Aboard(carousel)
     jobs = [
         aboard.job("a", 1), aboard.job("b", 1),
@@ -78,47 +184,3 @@ def test_a_load_boards_when_those_before_it_have_left(carousel: Carousel) -> Non
     assert carousel.totals.num_passages == 2 * NUM_STOPS
     assert not any(names & {"a", "b"} and names & {"c", "d"} for names in aboard.seen)
     assert {"c", "d"} in aboard.seen
-
-
-def test_the_reader_is_not_told_of_stops_that_nobody_comes_to() -> None:
-    stops = MemoryStops(NUM_STOPS)
-    carousel = Carousel(stops)
-    try:
-
-        def short() -> None:
-            reach.set(Reach(end=2))
-            for stop in range(2):
-                carousel.visit(stop, "up", lambda weights: None)
-
-        carousel.ride([short, short])
-        assert stops.expected == [[1], []]
-        del stops.expected[:]
-        carousel.ride([short, lambda: sweep(carousel, NUM_STOPS)])
-        assert stops.expected[0] == [1, 2, 3], "one of them goes on"
-    finally:
-        carousel.close()
-
-
-SIZES = Sizes(
-    "blocks", tuple(StopSize(1 << 20, 1 << 19, 1e6) for _ in range(8)), 1 << 20, 4096, 0, 1024, 2048
-)
-
-
-def session(free_bytes: int) -> Plan:
-    return make_plan([SIZES], free_bytes=free_bytes, total_bytes=free_bytes)
-
-
-def test_a_session_carries_more_tokens_where_there_is_room() -> None:
-    plan = session(1 << 33)
-    wide = widen(plan, [SIZES], 1 << 33)
-    assert wide.sweep_tokens == MAX_SWEEP_TOKENS > plan.sweep_tokens
-    assert wide.peak_bytes - plan.peak_bytes == (wide.sweep_tokens - plan.sweep_tokens) * (1024 + 2048)
-
-
-@given(st.integers(0, 64 << 20))
-def test_a_widened_plan_keeps_the_budget(more: int) -> None:
-    free = (320 << 20) + more
-    plan = session(free)
-    wide = widen(plan, [SIZES], free)
-    assert plan.sweep_tokens <= wide.sweep_tokens <= MAX_SWEEP_TOKENS
-    assert wide.peak_bytes <= free

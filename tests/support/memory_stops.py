@@ -1,16 +1,19 @@
-"""Stops that lie in memory and record what a carousel does with them, and a sweep over them."""
+"""Stops that lie in memory and record what a carousel does with them, and what riders in tests do."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from slowllm.streaming.carousel import Carousel
 from slowllm.streaming.stops import Weights
+
+Job = Callable[[], Any]
 
 
 class MemoryStops:
@@ -59,3 +62,30 @@ def sweep(carousel: Carousel, num_stops: int, *, back: bool = False) -> list[int
 def results_of(stream: Iterable[tuple[Any, Any]]) -> list[Any]:
     """Return the results of a stream without its jobs."""
     return [result for _, result in stream]
+
+
+# The fixture `make`: makes a carousel and its stops.
+Make = Callable[..., tuple[Carousel, MemoryStops]]
+
+
+class Big:
+    """Something of which it matters that it goes."""
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread is about to do."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.001)
+
+
+def in_thread(work: Callable[[], Any]) -> threading.Thread:
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def draw() -> float:
+    """Draw from torch's global generator."""
+    return float(torch.rand(()))
