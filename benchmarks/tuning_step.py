@@ -129,19 +129,20 @@ def tune(task: Task, on_open: Callable[..., Any], on_record: Callable[[dict[str,
     from slowllm.tuning.examples import Example
     from slowllm.tuning.examples import Task as Learned
     from slowllm.tuning.recipe import Recipe
+    from slowllm.tuning.session import RunOptions
     from slowllm.tuning.tune import tune_tasks
 
-    known = ModelInfo(task.checkpoint)
-    rows = sentences_of(task, known.config.get_text_config().vocab_size).tolist()
+    info = ModelInfo(task.checkpoint)
+    rows = sentences_of(task, info.config.get_text_config().vocab_size).tolist()
     examples = [Example(f"sentence {n}", tuple(row[:1]), tuple(row[1:])) for n, row in enumerate(rows, 1)]
     recipe = Recipe(
         kind="deep" if task.top else "shallow", top=task.top or None, num_tokens=task.virtual_tokens, init="vocab",
         num_steps=task.steps, batch_size=task.sentences, schedule="constant", learning_rate=LEARNING_RATE,
     )  # fmt: skip
-    tune_tasks(
-        known, [Learned("sentences", tuple(examples))], [recipe], ram=task.ram, dtype="bf16",
-        keep_resident=task.keep_resident, on_open=on_open, on_record=on_record,
-    )  # fmt: skip
+    options = RunOptions(
+        task.ram, dtype="bf16", keep_resident=task.keep_resident, on_open=on_open, on_record=on_record
+    )
+    tune_tasks(info, [Learned("sentences", tuple(examples))], [recipe], options)
 
 
 def run_ours(task: Task) -> dict[str, Any]:

@@ -34,20 +34,12 @@ def pass_frozen_blocks(
 ) -> dict[str, FrozenActivations]:
     """Return the output of the last frozen block for the rows of each trial, by the trial's name.
 
-    Trials with the same task and the same soft prompt in the frozen blocks share it.
+    Trials with the same task and the same soft prompt below `first_block` share it. Without a state folder it is kept
+    in memory, of which it may take `memory_bytes`; `key_parts` are what it depends on beside the trial.
 
-    Args:
-        lm: the model.
-        trials: at their beginning or resumed; what they have learned is above the frozen blocks.
-        first_block: the lowest block that is tuned.
-        max_rider_tokens: of a micro-batch, where no row is longer.
-        max_riders: aboard at a time.
-        memory_bytes: most that may be kept in memory where there is no folder.
-        state_folder: keeps the activations in files, and those of an earlier run are used again.
-        key_parts: what they depend on beside the trial.
     Raises:
-        InputError: they are too large for memory.
-        StateError: a file cannot be made.
+        InputError: it is too large for memory.
+        StateError: a file of the state folder cannot be made.
     """
     hidden_size, dtype = int(lm.config.get_text_config().hidden_size), lm.model.dtype
     by_key: dict[str, FrozenActivations] = {}

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from torch import Tensor
 from slowllm.errors import PlanError, SlowLLMError, StateError, TuningError
 from slowllm.modeling.soft_prompt_files import check_folder, save_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt
-from slowllm.options import parse_dtype
+from slowllm.options import parse_bytes, parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.job import Job
 from slowllm.runtime.description import ModelInfo
@@ -74,35 +75,36 @@ class Tuned:
     failure: str | None = None
 
 
-class Session:
-    """One run of `tune_tasks`, whose arguments it takes."""
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of `tune` that say how a run computes, and where its results go."""
 
-    def __init__(
-        self,
-        info: ModelInfo,
-        plans: Sequence[TrialPlan],
-        *,
-        ram_bytes: int,
-        device: str,
-        vram: str | int | None,
-        dtype: str,
-        keep_resident: bool,
-        out: Path | None,
-        state_folder: Path | None,
-        on_open: OnOpen | None,
-        on_record: Callable[[Record], Any] | None,
-    ) -> None:
-        self.info, self.plans, self.ram_bytes, self.dtype = info, list(plans), ram_bytes, dtype
-        self.device, self.vram, self.keep_resident = device, vram, keep_resident
-        self.out, self.state_folder = out, state_folder
-        self.on_open, self.on_record = on_open, on_record
+    ram: str | int = "16GiB"
+    device: str = "cpu"
+    vram: str | int | None = None
+    dtype: str = "auto"
+    keep_resident: bool = True
+    out: str | os.PathLike[str] | None = None
+    state: str | os.PathLike[str] | None = None
+    on_open: OnOpen | None = None
+    on_record: Callable[[Record], Any] | None = None
+
+
+class Session:
+    """One run of `tune_tasks`."""
+
+    def __init__(self, info: ModelInfo, plans: Sequence[TrialPlan], options: RunOptions) -> None:
+        self.info, self.plans, self.options = info, list(plans), options
+        self.ram_bytes, self.dtype = parse_bytes(options.ram), options.dtype
+        self.out = None if options.out is None else Path(options.out).expanduser()
+        self.state_folder = None if options.state is None else Path(options.state).expanduser()
         config, top = info.config.get_text_config(), plans[0][2].top
         self.num_blocks, self.hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
         self.first_block = 0 if top is None else self.num_blocks - top
         self.max_rider_tokens, self.is_packing_fixed = RIDER_TOKENS[0], False
-        saved_job = None if state_folder is None else read_job(state_folder, "tune")
+        saved_job = None if self.state_folder is None else read_job(self.state_folder, "tune")
         if saved_job is not None:
-            if dtype == "auto":
+            if self.dtype == "auto":
                 self.dtype = str(saved_job.get("dtype"))  # a new measurement might choose the other one
             self._fix_packing(saved_job.get("rider_tokens"))
         self.rates = quick_rates(info.folder, parse_dtype(self.dtype))
@@ -193,13 +195,14 @@ class Session:
     def _opened(self, job: Job, phase: str, reserved_bytes: int) -> Iterator[StreamedLM]:
         used_bytes = psutil.Process().memory_info().rss + reserved_bytes
         used_bytes += trial_bytes(self.plans, self.hidden_size, self.num_blocks, self.first_block)
+        options = self.options
         with open_model(
-            StreamedLM, self.info, ram=Budget(self.ram_bytes, used_bytes), device=self.device, vram=self.vram,
-            dtype=self.dtype, keep_resident=self.keep_resident, job=job, rates=self.rates, granularity="blocks",
+            StreamedLM, self.info, ram=Budget(self.ram_bytes, used_bytes), device=options.device, vram=options.vram,
+            dtype=self.dtype, keep_resident=options.keep_resident, job=job, rates=self.rates, granularity="blocks",
         ) as lm:  # fmt: skip
             self.source_fingerprint = lm.fingerprint(of_source=True)
-            if self.on_open is not None:
-                self.on_open(lm, job, phase, used_bytes + lm.plan.peak_bytes)
+            if options.on_open is not None:
+                options.on_open(lm, job, phase, used_bytes + lm.plan.peak_bytes)
             yield lm
 
     def _open_state(self, stack: contextlib.ExitStack, lm: StreamedLM) -> State | None:
@@ -215,7 +218,7 @@ class Session:
 
     def _make_trials(self, lm: StreamedLM, state: State | None) -> list[Trial]:
         """Begin all trials, or resume them from the state."""
-        saved = None if state is None else state.kept("trials")
+        saved = None if state is None else state.saved_tensors("trials")
         if saved is None or state is None:
             starts = starts_of(lm, [recipe for _, _, recipe in self.plans], self.first_block)
             return [Trial(*plan, start) for plan, start in zip(self.plans, starts, strict=True)]
@@ -308,8 +311,8 @@ class Session:
 
     def _report(self, record: Record) -> None:
         self.records[record["trial"]].append(record)
-        if self.on_record is not None:
-            self.on_record(record)
+        if self.options.on_record is not None:
+            self.options.on_record(record)
 
     def _save_trials(self, state: State, trials: Sequence[Trial]) -> None:
         tensors: dict[str, Tensor] = {}
@@ -319,7 +322,7 @@ class Session:
             tensors |= {f"{number}:{name}": tensor.contiguous() for name, tensor in of_trial.items()}
             about.append(about_trial)
         more = {"num_records": self.num_records, "rider_tokens": self.max_rider_tokens}
-        state.keep("trials", tensors, {"trials": about, **more})
+        state.save_tensors("trials", tensors, {"trials": about, **more})
 
     def _save_prompts(self, trials: Sequence[Trial]) -> None:
         """Write the prompts of trials that have done a step to the folder of results."""

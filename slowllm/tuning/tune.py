@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError
-from slowllm.options import parse_bytes, parse_dtype
+from slowllm.options import parse_dtype
 from slowllm.runtime.description import ModelInfo
 from slowllm.tuning.examples import RawExample as Text
 from slowllm.tuning.examples import Task, make_tasks
 from slowllm.tuning.recipe import Recipe, make_trials
-from slowllm.tuning.session import OnOpen, Record, Session, Tuned
+from slowllm.tuning.session import OnOpen, Record, RunOptions, Session, Tuned
 
 
 def tune(
@@ -39,17 +39,17 @@ def tune(
     Args:
         model: as for `load`.
         data: a file (see `examples.read_rows`), or examples (see `examples.make_task`); or several of these by name,
-            each of which is a task of its own.
+            each of which is a task.
         validation: as `data`; the prompt that does best on it is kept.
-        labels: words of which one follows each example, where they do.
-        recipes: one for each trial; by default one, of `settings`.
+        labels: words of which one follows each example, if the task has labels.
+        recipes: one for each trial; by default one, made of `settings`.
         ram: budget for the whole process, such as ``16GiB``.
         device: where blocks are computed; see `load`. Prompts and their optimizer stay on the processor.
         vram: budget on each GPU; see `load`.
         dtype: compute dtype; see `load`. Prompts are always float32.
         keep_resident: whether stops that fit the budget stay in memory.
-        out: folder for the prompts, and a folder in it for each trial where there are several.
-        state: folder that keeps what is done: the same call goes on after a kill, with the same numbers.
+        out: folder for the prompts, with a folder in it for each trial if there are several.
+        state: folder that keeps what is done: after a kill, the same call resumes with the same numbers.
         on_open: called before each phase; see `OnOpen`.
         on_record: called with each step and each validation.
         settings: fields of `Recipe`.
@@ -65,36 +65,15 @@ def tune(
         raise InputError("the model has a soft prompt already; tune begins with a new one")
     longest_prompt = max(recipe.num_tokens for recipe in chosen)
     tasks = make_tasks(info, data, validation, labels, longest_prompt)
-    return tune_tasks(
-        info, tasks, chosen, ram=ram, device=device, vram=vram, dtype=dtype, keep_resident=keep_resident, out=out, state=state,
-        on_open=on_open, on_record=on_record,
-    )  # fmt: skip
+    options = RunOptions(ram, device, vram, dtype, keep_resident, out, state, on_open, on_record)
+    return tune_tasks(info, tasks, chosen, options)
 
 
 def tune_tasks(
-    info: ModelInfo,
-    tasks: Sequence[Task],
-    recipes: Sequence[Recipe],
-    *,
-    ram: str | int = "16GiB",
-    device: str = "cpu",
-    vram: str | int | None = None,
-    dtype: str = "auto",
-    keep_resident: bool = True,
-    out: str | os.PathLike[str] | None = None,
-    state: str | os.PathLike[str] | None = None,
-    on_open: OnOpen | None = None,
-    on_record: Callable[[Record], Any] | None = None,
+    info: ModelInfo, tasks: Sequence[Task], recipes: Sequence[Recipe], options: RunOptions
 ) -> list[Tuned]:
-    """Tune a prompt by every recipe on every task, all in the same sweeps; see `tune`.
-
-    Args:
-        info: the model.
-        tasks: of token ids.
-        recipes: at least one.
-        ram: as for `tune`, like all others.
-    """
-    parse_dtype(dtype)
+    """Tune a prompt by every recipe on every task, all in the same sweeps; `tune` says what is raised."""
+    parse_dtype(options.dtype)
     num_blocks = int(info.config.get_text_config().num_hidden_layers)
     for recipe in recipes:
         if recipe.top is not None and recipe.top > num_blocks:
@@ -102,13 +81,10 @@ def tune_tasks(
     if len({recipe.top for recipe in recipes}) > 1:
         raise InputError("all trials of one run must tune as many blocks from the top")
     plans = list(make_trials(tasks, recipes))
+    out, state = options.out, options.state
     if out is not None and state is not None and Path(out).resolve() == Path(state).resolve():
         raise InputError(f"{out}: cannot be both the folder of the prompt and that of the state; name two")
-    return Session(
-        info, plans, ram_bytes=parse_bytes(ram), device=device, vram=vram, dtype=dtype, keep_resident=keep_resident,
-        out=None if out is None else Path(out).expanduser(),
-        state_folder=None if state is None else Path(state).expanduser(), on_open=on_open, on_record=on_record,
-    ).run()  # fmt: skip
+    return Session(info, plans, options).run()
 
 
 def _recipes(recipes: Recipe | Sequence[Recipe] | None, settings: Mapping[str, Any]) -> list[Recipe]:

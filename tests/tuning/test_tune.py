@@ -37,6 +37,7 @@ from slowllm.tuning.initialization import starts_of
 from slowllm.tuning.passes import learn_rider
 from slowllm.tuning.recipe import Recipe
 from slowllm.tuning.rows import NumberedExample
+from slowllm.tuning.session import RunOptions
 from slowllm.tuning.trial import Trial
 from slowllm.tuning.tune import tune, tune_tasks
 from tests.support.families import VOCAB
@@ -197,7 +198,7 @@ def run(
     folder: Path, recipes: Sequence[Recipe], tasks: Sequence[Task] = (TASK,), **options: Any
 ) -> list[Any]:
     options = {"dtype": "fp32", "keep_resident": False, **options}
-    return tune_tasks(ModelInfo(folder), tasks, recipes, **options)
+    return tune_tasks(ModelInfo(folder), tasks, recipes, RunOptions(**options))
 
 
 def curve(tuned: Any) -> list[tuple[Any, ...]]:
@@ -287,19 +288,17 @@ def test_frozen_blocks_are_passed_once_and_changes_no_number(
         watchers.enter_context(lm.watching(lambda passage: stops[what].append(passage.stop)))
 
     recipe = Recipe(kind=kind, top=1, **QUICK)  # type: ignore[arg-type]
-    known = ModelInfo(tiny(name))
+    folder = tiny(name)
     state = tmp_path if where == "file" else None
     with contextlib.ExitStack() as watchers:
-        (tuned,) = tune_tasks(
-            known, [TASK], [recipe], dtype="fp32", keep_resident=False, on_open=watch, state=state
-        )
+        (tuned,) = run(folder, [recipe], on_open=watch, state=state)
     assert set(stops["steps"]) == {2, 3}, "the top block and the head"
     assert [stop for stop in stops["the frozen blocks"] if stop > 1] in ([], [2]), (
         "a prefix begins at every block"
     )
     # Without frozen blocks: the same recipe by hand, every block passed.
     assert tuned.records[-1]["validation_loss"] < tuned.records[0]["validation_loss"]
-    with slowllm.load(known, dtype="fp32", keep_resident=False, poison=True) as lm:
+    with slowllm.load(folder, dtype="fp32", keep_resident=False, poison=True) as lm:
         (start,) = starts_of(lm, [recipe], 2)
         trial = Trial("t", TASK, recipe, start)
         losses = []
