@@ -106,9 +106,9 @@ def run_many(task: Task) -> dict[str, Any]:
         before, written = lm.report, process.io_counters().write_bytes
         started = time.perf_counter()
         num_scored, log_likelihood = 0, 0.0
-        for score in score_lines(lm, lines, prefix=None):
-            num_scored += len(score.log_probs)
-            log_likelihood += score.log_likelihood
+        for _, likelihood in score_lines(lm, lines, prefix=None):
+            num_scored += len(likelihood.log_probs)
+            log_likelihood += likelihood.log_likelihood
         wall, after = time.perf_counter() - started, lm.report
         stops = [passage.stop for passage in passages]
         return {

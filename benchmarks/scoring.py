@@ -70,7 +70,7 @@ def queries_of(task: Task, vocab_size: int) -> list[Query]:
 def run_ours(task: Task, *, share: bool = True) -> dict[str, Any]:
     """Answer all questions through slowllm."""
     from slowllm import load
-    from slowllm.inference.scoring import answer, job_of_queries
+    from slowllm.inference.scoring import job_of_queries, score_queries
     from slowllm.runtime.description import ModelInfo
     from slowllm.runtime.rates import quick_rates
 
@@ -81,7 +81,7 @@ def run_ours(task: Task, *, share: bool = True) -> dict[str, Any]:
     relative = task.choice_tokens == 1
     with load(known, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:
         started = time.perf_counter()
-        found = [a.log_likelihood for a in answer(lm, queries, relative=relative, share=share)]
+        found = [a.log_likelihood for a in score_queries(lm, queries, relative=relative, share=share)]
         wall = time.perf_counter() - started
         report = lm.report
         return {

@@ -28,9 +28,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from slowllm.entrypoints.api import LM, Likelihood, load
+    from slowllm.entrypoints.api import LM, load
     from slowllm.errors import SlowLLMError
     from slowllm.inference.generation import Continuation
+    from slowllm.inference.likelihood import Likelihood
     from slowllm.modeling.log_probs import log_probs
     from slowllm.modeling.soft_prompts import SoftPrompt
     from slowllm.planning.budget import Budget
@@ -45,7 +46,7 @@ _HOMES = {
     "Continuation": "inference.generation",
     "Job": "planning.job",
     "LM": "entrypoints.api",
-    "Likelihood": "entrypoints.api",
+    "Likelihood": "inference.likelihood",
     "Rates": "planning.job",
     "Recipe": "tuning.recipe",
     "Report": "runtime.streamed_lm",

@@ -48,10 +48,10 @@ def test_the_table_shows_what_forward_prints() -> None:
         for number, num_tokens, log_likelihood, text in rows:
             assert sentences[int(number) - 1] == text
             (line,) = lines.encode(lm, [(int(number), text)], max_tokens=100, truncate=False)
-            (score,) = lines.score_lines(lm, [line], prefix=1)
+            ((_, likelihood),) = lines.score_lines(lm, [line], prefix=1)
             assert len(line.ids) == int(num_tokens)
             # The README was printed in bf16.
-            assert score.log_likelihood == pytest.approx(float(log_likelihood), rel=0.01)
+            assert likelihood.log_likelihood == pytest.approx(float(log_likelihood), rel=0.01)
 
 
 @pytest.mark.parametrize("command", ["forward", "test"])

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, overload
 
 from slowllm.errors import InputError
 from slowllm.inference.choices import Item, Normalize, choose, encode_item
 from slowllm.inference.generation import Continuation, Prompt, Settings, generate
-from slowllm.inference.scoring import answer, safe_exp
+from slowllm.inference.likelihood import Likelihood
+from slowllm.inference.scoring import score_queries
 from slowllm.inference.text import Query, encode_pair
 from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.planning.budget import Budget
@@ -20,31 +20,6 @@ from slowllm.planning.job import Granularity, Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """How likely a text is.
-
-    Attributes:
-        log_probs: natural logarithms, one for each token.
-        tokens: the tokens' ids.
-        is_greedy: whether each token was the likeliest of its place.
-    """
-
-    log_probs: tuple[float, ...]
-    tokens: tuple[int, ...]
-    is_greedy: bool
-
-    @property
-    def log_likelihood(self) -> float:
-        """Sum over the tokens, in nats."""
-        return math.fsum(self.log_probs)
-
-    @property
-    def perplexity(self) -> float:
-        """Exp of the mean negative log-likelihood of a token."""
-        return safe_exp(-self.log_likelihood / len(self.log_probs))
 
 
 class LM(StreamedLM):
@@ -75,10 +50,7 @@ class LM(StreamedLM):
         for number, pair in enumerate(pairs):
             with _named("text", number):
                 queries.append(encode_pair(self, *pair))
-        return [
-            Likelihood(found.log_probs, query.continuation, found.is_greedy)
-            for query, found in zip(queries, answer(self, queries), strict=True)
-        ]
+        return list(score_queries(self, queries))
 
     @overload  # a str is a sequence of str as well; the first that fits is taken
     def choose(  # type: ignore[overload-overlap]

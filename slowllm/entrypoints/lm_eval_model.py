@@ -253,8 +253,8 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         job = scoring.job_of_queries(queries, self._known, self._rates)
         lm = self._opened(job)
         with progress(lm, job):
-            for answer in scoring.answer(lm, queries):
-                yield answer.log_likelihood, answer.is_greedy
+            for likelihood in scoring.score_queries(lm, queries):
+                yield likelihood.log_likelihood, likelihood.is_greedy
 
     @functools.cached_property
     def _rates(self) -> Rates:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from slowllm.errors import InputError
-from slowllm.inference.scoring import Answer, answer_keyed
+from slowllm.inference.likelihood import Likelihood
+from slowllm.inference.scoring import score_keyed
 from slowllm.inference.text import Query, TextSide, encode_pair, leading_ids
 from slowllm.runtime.streamed_lm import StreamedLM
 
@@ -116,17 +117,19 @@ def choose(lm: StreamedLM, items: Iterable[Encoded], *, relative: bool = False) 
         relative: whether all of them are `Encoded.is_relative`.
     """
     queries = ((item, query) for item in items for query in item.queries)
-    answers = answer_keyed(lm, queries, relative=relative)
-    for item, first in answers:
-        others = [next(answers)[1] for _ in item.queries[1:]]
+    scored = score_keyed(lm, queries, relative=relative)
+    for item, first in scored:
+        others = [next(scored)[1] for _ in item.queries[1:]]
         yield judge(item, [first, *others])
 
 
-def judge(item: Encoded, answers: Sequence[Answer]) -> Chosen:
-    """Return what the answers to an item's queries make of it."""
-    count = item.num_choices
-    scores = [answer.log_likelihood * weight for answer, weight in zip(answers, item.weights, strict=False)]
-    for index, alone in enumerate(answers[count:]):
+def judge(item: Encoded, likelihoods: Sequence[Likelihood]) -> Chosen:
+    """Compare an item's choices by the likelihoods of its queries."""
+    scores = [
+        likelihood.log_likelihood * weight
+        for likelihood, weight in zip(likelihoods, item.weights, strict=False)
+    ]
+    for index, alone in enumerate(likelihoods[item.num_choices :]):
         scores[index] -= alone.log_likelihood
     return chosen(scores)
 

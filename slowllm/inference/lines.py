@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError, StateError
-from slowllm.inference.scoring import answer_keyed, safe_exp
+from slowllm.inference.likelihood import Likelihood, safe_exp
+from slowllm.inference.scoring import score_keyed
 from slowllm.inference.text import Query, TextSide
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.planning.job import Job, Rates
@@ -47,52 +48,28 @@ class Line:
 
 @dataclass
 class ScoreTotals:
-    """Sums over scores.
+    """Sums over lines.
 
     Attributes:
         num_lines: scored.
         num_scored: tokens with a log-probability.
-        log_likelihood: of all, in nats.
+        log_likelihood: of all tokens, in nats.
     """
 
     num_lines: int = 0
     num_scored: int = 0
     log_likelihood: float = 0.0
 
-    def add(self, score: Score) -> None:
+    def add(self, likelihood: Likelihood) -> None:
         """Count one line."""
         self.num_lines += 1
-        self.num_scored += len(score.log_probs)
-        self.log_likelihood += score.log_likelihood
-
-
-@dataclass(frozen=True)
-class Score:
-    """The likelihood of one line.
-
-    Attributes:
-        line: that was scored.
-        log_probs: natural logarithms, one for each scored token; the first token is missing where no prefix
-            was used.
-    """
-
-    line: Line
-    log_probs: tuple[float, ...]
-
-    @property
-    def log_likelihood(self) -> float:
-        """Sum over the scored tokens, in nats."""
-        return math.fsum(self.log_probs)
-
-    @property
-    def mean_nll(self) -> float:
-        """Negative log-likelihood of a token; NaN where none is scored."""
-        return -self.log_likelihood / len(self.log_probs) if self.log_probs else math.nan
+        self.num_scored += len(likelihood.log_probs)
+        self.log_likelihood += likelihood.log_likelihood
 
     @property
     def perplexity(self) -> float:
-        """exp(mean_nll)."""
-        return safe_exp(self.mean_nll)
+        """Of all tokens; NaN where none is scored."""
+        return safe_exp(-self.log_likelihood / self.num_scored) if self.num_scored else math.nan
 
 
 def encode(
@@ -226,17 +203,16 @@ def opened_state(
 
 def score_lines(
     lm: StreamedLM, lines: Iterable[Line], *, prefix: int | None, state: State | None = None
-) -> Iterator[Score]:
-    """Yield the scores of any number of lines, in order, in as few sweeps as the plan allows.
+) -> Iterator[tuple[Line, Likelihood]]:
+    """Yield any number of lines with their likelihoods, in order, in as few sweeps as the plan allows.
 
-    Lines are drawn as riders leave, so their number is no limit, and the next sweep begins while the last one's
-    results are handed over.
+    The next sweep begins while the results of the last one are handed over.
 
     Args:
         lm: a loaded model.
-        lines: from `encode`; drawn on the carousel's thread, so it must not call the model.
+        lines: from `encode`; drawn on the carousel's thread as riders leave, so the iterable must not call the model.
         prefix: token id before each line, from `prefix_id`; None leaves each line's first token unscored.
-        state: where to keep what is done, and to find what an earlier process has done of the same job.
+        state: keeps finished micro-batches, and returns those that an earlier process finished.
     Raises:
         StateError: the state cannot be written.
     """
@@ -246,5 +222,4 @@ def score_lines(
             ids = line.ids if prefix is None else (prefix, *line.ids)
             yield line, Query(ids[:1], ids[1:])
 
-    for line, found in answer_keyed(lm, queries(), share=False, state=state):
-        yield Score(line, found.log_probs)
+    return score_keyed(lm, queries(), share=False, state=state)

@@ -35,7 +35,7 @@ PARENT_WEIGHT = 0.25
 
 
 @dataclass(frozen=True)
-class Wish:
+class Target:
     """One log-probability wanted.
 
     Attributes:
@@ -56,7 +56,7 @@ class PackedRow:
     """Tokens that pass through the model, and what is wanted of them."""
 
     ids: tuple[int, ...]
-    wishes: list[Wish] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
 
 
 @dataclass
@@ -67,13 +67,13 @@ class Segment:
         start: position of its first token in the row.
         ids: its tokens.
         parent: number of the segment that it goes on from.
-        wishes: positions counted in the row.
+        targets: positions counted in the row.
     """
 
     start: int
     ids: tuple[int, ...]
     parent: int | None
-    wishes: list[Wish] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
 
 
 def merge(queries: Sequence[Query]) -> list[PackedRow]:
@@ -92,8 +92,8 @@ def merge(queries: Sequence[Query]) -> list[PackedRow]:
         if not rows or rows[-1].ids[: len(ids)] != ids:
             rows.append(PackedRow(ids))
         first = len(query.context) - 1
-        rows[-1].wishes += [
-            Wish(first + place, token, number, place) for place, token in enumerate(query.continuation)
+        rows[-1].targets += [
+            Target(first + place, token, number, place) for place, token in enumerate(query.continuation)
         ]
     rows.reverse()
     return rows
@@ -121,7 +121,7 @@ def cut(rows: Sequence[PackedRow], depths: Sequence[int]) -> list[Segment]:
         rows: in lexicographic order, none the beginning of another.
         depths: ascending.
     Returns:
-        segments; parents come before their children, and every wish is in exactly one.
+        segments; parents come before their children, and every target is in exactly one.
     """
     alike = [common(a.ids, b.ids) for a, b in itertools.pairwise(rows)]
     segments: list[Segment] = []
@@ -137,8 +137,8 @@ def cut(rows: Sequence[PackedRow], depths: Sequence[int]) -> list[Segment]:
             parent, start = len(segments) - 1, end
             if end != len(row.ids):
                 above.append((end, parent))
-        for wish in row.wishes:
-            _owner(segments, len(segments) - 1, wish.position).wishes.append(wish)
+        for target in row.targets:
+            _owner(segments, len(segments) - 1, target.position).targets.append(target)
     return _without_only_children(segments)
 
 
@@ -151,11 +151,11 @@ def _without_only_children(segments: Sequence[Segment]) -> list[Segment]:
         if segment.parent is not None and num_children[segment.parent] == 1:
             number = numbers[segment.parent]
             kept[number].ids += segment.ids
-            kept[number].wishes += segment.wishes
+            kept[number].targets += segment.targets
         else:
             number = len(kept)
             parent = None if segment.parent is None else numbers[segment.parent]
-            kept.append(Segment(segment.start, segment.ids, parent, segment.wishes))
+            kept.append(Segment(segment.start, segment.ids, parent, segment.targets))
         numbers.append(number)
     return kept
 

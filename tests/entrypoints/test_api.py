@@ -140,7 +140,7 @@ def test_single_tokens_are_compared_as_the_model_finishes_its_logits(
     reference = resident(folder)
     with slowllm.load(folder, dtype="fp32", keep_resident=False) as lm:
         queries = [Query((5, 9, 17), (token,)) for token in (3, 200, 306)]
-        found = [a.log_likelihood for a in scoring.answer(lm, queries, relative=True)]
+        found = [a.log_likelihood for a in scoring.score_queries(lm, queries, relative=True)]
     logits = reference(torch.tensor([[5, 9, 17]])).logits[0, -1, [3, 200, 306]]
     assert torch.allclose(torch.tensor(found).softmax(0), logits.softmax(0), rtol=0, atol=1e-6)
 
@@ -245,7 +245,7 @@ def test_what_came_before_an_error_in_the_source_is_answered(lm: slowllm.LM) -> 
         yield Query((1,), (5, 6))
         raise OSError("the source broke")
 
-    found = scoring.answer(lm, source())
+    found = scoring.score_queries(lm, source())
     assert len(next(found).log_probs) == 2
     with pytest.raises(OSError, match="the source broke"):
         next(found)
@@ -258,5 +258,5 @@ def test_leaves_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with slowllm.load(TINY_BLOOM, dtype="fp32", granularity="leaves") as lm:
         passed: list[int] = []
         lm.model.transformer.word_embeddings.register_forward_hook(lambda *a: passed.append(a[1][0].numel()))
-        list(scoring.answer(lm, queries))
+        list(scoring.score_queries(lm, queries))
     assert sum(passed) == 60 * 51

@@ -378,7 +378,7 @@ def test_the_command_line_is_lm_evals(
 
 def test_it_runs_as_a_module(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "slowllm.entrypoints.lm_eval_model", "run", "--config", str(tmp_path / "none.yaml")],
+        [sys.executable, "-m", "slowllm.harness", "run", "--config", str(tmp_path / "none.yaml")],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Rows, cuts and loads: whatever is merged, cut and divided, every wish is answered once, after the right tokens."""
+"""Rows, cuts and loads: whatever is merged, cut and divided, every target is answered once, after the right tokens."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def answered(asked: list[Query], segments: list[Segment] | tuple[Segment, ...]) 
     found: list[tuple[int, int]] = []
     for number, segment in enumerate(segments):
         seen = seen_by(segments, number)
-        for wish in segment.wishes:
-            query = asked[wish.query]
-            before = query.context + query.continuation[: wish.place]
-            assert segment.start <= wish.position < len(seen)
-            assert seen[: wish.position + 1] == before, "the token is asked for after what comes before it"
-            assert wish.token == query.continuation[wish.place]
-            found.append((wish.query, wish.place))
+        for target in segment.targets:
+            query = asked[target.query]
+            before = query.context + query.continuation[: target.place]
+            assert segment.start <= target.position < len(seen)
+            assert seen[: target.position + 1] == before, "the token is asked for after what comes before it"
+            assert target.token == query.continuation[target.place]
+            found.append((target.query, target.place))
     assert len(found) == len(set(found))
     return set(found)
 
@@ -65,7 +65,7 @@ def test_merged_rows_answer_every_query(asked: list[Query]) -> None:
 def test_choices_of_one_token_share_a_row() -> None:
     rows = merge([Query((1, 2), (3,)), Query((1, 2), (4,)), Query((1, 2), (3, 5))])
     assert [row.ids for row in rows] == [(1, 2, 3)]
-    assert sorted((w.position, w.token, w.query) for w in rows[0].wishes) == [
+    assert sorted((w.position, w.token, w.query) for w in rows[0].targets) == [
         (1, 3, 0),
         (1, 3, 2),
         (1, 4, 1),

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import slowllm
 from slowllm.errors import InputError
-from slowllm.inference import scoring
-from slowllm.inference.lines import Line, Score, encode, score_lines
+from slowllm.inference import likelihood
+from slowllm.inference.likelihood import Likelihood
+from slowllm.inference.lines import Line, encode, score_lines
 from slowllm.inference.text import prefix_id
 from slowllm.planning.packing import pack
 from slowllm.runtime.streamed_lm import StreamedLM
@@ -47,15 +48,16 @@ def alone(lm: StreamedLM) -> dict[str, float]:
     return found
 
 
-def score(lm: StreamedLM, texts: list[str], prefix: int | None = 1) -> list[Score]:
+def score(lm: StreamedLM, texts: list[str], prefix: int | None = 1) -> list[tuple[Line, Likelihood]]:
     lines = encode(lm, enumerate(texts, 1), max_tokens=500, truncate=False)
     return list(score_lines(lm, lines, prefix=prefix))
 
 
 def test_scores_equal_the_resident_models(lm: StreamedLM, alone: dict[str, float]) -> None:
-    for found in score(lm, LINES):
-        assert found.log_likelihood == pytest.approx(alone[found.line.text], abs=PACKING_TOLERANCE)
-        assert len(found.log_probs) == len(found.line.ids)
+    for line, found in score(lm, LINES):
+        assert found.log_likelihood == pytest.approx(alone[line.text], abs=PACKING_TOLERANCE)
+        assert found.tokens == line.ids
+        assert len(found.log_probs) == len(line.ids)
 
 
 @num_examples(25)
@@ -75,9 +77,9 @@ def test_scores_do_not_depend_on_packing(
         found = score(lm, [LINES[index] for index in order])
     finally:
         lm.plan = whole
-    assert [s.line.text for s in found] == [LINES[index] for index in order]
-    for s in found:
-        assert s.log_likelihood == pytest.approx(alone[s.line.text], abs=PACKING_TOLERANCE)
+    assert [line.text for line, _ in found] == [LINES[index] for index in order]
+    for line, scored in found:
+        assert scored.log_likelihood == pytest.approx(alone[line.text], abs=PACKING_TOLERANCE)
 
 
 @num_examples(200)
@@ -93,9 +95,9 @@ def test_packing_takes_every_line_once_and_fills_no_rider_beyond_its_room(
 
 def test_without_a_prefix_the_first_token_is_unscored(lm: StreamedLM) -> None:
     text = "If an error is returned, the file is closed."
-    with_prefix, without = score(lm, [text])[0], score(lm, [text], prefix=None)[0]
+    ((_, with_prefix),), ((line, without),) = score(lm, [text]), score(lm, [text], prefix=None)
     assert len(without.log_probs) == len(with_prefix.log_probs) - 1
-    ids = torch.tensor([without.line.ids])
+    ids = torch.tensor([line.ids])
     with torch.no_grad():
         logits = resident(TINY_BLOOM)(ids).logits.log_softmax(-1)
     wanted = logits[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
@@ -103,7 +105,7 @@ def test_without_a_prefix_the_first_token_is_unscored(lm: StreamedLM) -> None:
 
 
 def test_a_single_token_without_a_prefix_has_nothing_to_score(lm: StreamedLM) -> None:
-    (found,) = score(lm, ["a"], prefix=None)
+    ((_, found),) = score(lm, ["a"], prefix=None)
     assert found.log_probs == ()
     assert found.log_likelihood == 0
     assert math.isnan(found.perplexity)
@@ -122,8 +124,8 @@ def test_all_lines_go_through_in_as_few_sweeps_as_the_plan_says(lm: StreamedLM) 
         found = score(lm, [" ".join(order) for order in words])
     finally:
         lm.plan = whole
-    assert len({len(score.line.ids) for score in found}) <= 2
-    length = min(len(score.line.ids) for score in found)
+    assert len({len(line.ids) for line, _ in found}) <= 2
+    length = min(len(line.ids) for line, _ in found)
     tokens = 64 // length * length
     riders = math.ceil(48 / (64 // length))
     assert lm.report.num_passages - before == math.ceil(riders / (128 // tokens)) * lm.num_stops
@@ -138,8 +140,8 @@ def test_equal_lines_pass_once(lm: StreamedLM) -> None:
     finally:
         lm.plan = whole
     assert lm._carousel.totals.num_passed - before == lm.num_stops
-    assert len({score.log_probs for score in found[:48]}) == 1
-    assert found[48].log_probs == found[0].log_probs[: len(found[48].log_probs)]
+    assert len({scored.log_probs for _, scored in found[:48]}) == 1
+    assert found[48][1].log_probs == found[0][1].log_probs[: len(found[48][1].log_probs)]
 
 
 def test_lines_stream_through_without_being_drawn_all_at_once(lm: StreamedLM) -> None:
@@ -159,7 +161,7 @@ def test_lines_stream_through_without_being_drawn_all_at_once(lm: StreamedLM) ->
         scores.close()
     finally:
         lm.plan = whole
-    assert [s.line.number for s in first] == [0, 1, 2]
+    assert [line.number for line, _ in first] == [0, 1, 2]
     assert drawn < 200
 
 
@@ -171,7 +173,7 @@ def test_real_lines_are_likelier_than_their_words_shuffled(lm: StreamedLM) -> No
     for line in lines:
         words = line.split()
         shuffled.append(" ".join(words[i] for i in torch.randperm(len(words), generator=generator).tolist()))
-    scores = [s.log_likelihood for s in score(lm, lines + shuffled)]
+    scores = [scored.log_likelihood for _, scored in score(lm, lines + shuffled)]
     won = sum(real > fake for real, fake in zip(scores[:300], scores[300:], strict=True))
     assert won >= 0.95 * 300
 
@@ -233,9 +235,9 @@ def test_a_token_beyond_the_vocabulary_is_refused(lm: StreamedLM) -> None:
 
 
 def test_safe_exp_overflows_to_infinity() -> None:
-    assert scoring.safe_exp(1.0) == math.e
-    assert scoring.safe_exp(1e9) == math.inf
-    assert math.isnan(scoring.safe_exp(math.nan))
+    assert likelihood.safe_exp(1.0) == math.e
+    assert likelihood.safe_exp(1e9) == math.inf
+    assert math.isnan(likelihood.safe_exp(math.nan))
 
 
 @num_examples(200)

@@ -182,7 +182,7 @@ def test_the_choice_is_made_by_what_was_measured_and_said_once(
     rates = Rates(disk=tiny_bloom.weight_bytes * (1e3 if slow else 1 / 3600), measured=True)
     prompts = begun(tiny_bloom, Settings(6), every=60)
     plain, counts = list(generate(tiny_bloom, prompts)), Acceptance()
-    with caplog.at_level(logging.INFO, logger="slowllm.inference.speculative"):
+    with caplog.at_level(logging.INFO, logger="slowllm.inference.speculative_loop"):
         assert list(speculative.generate(tiny_bloom, prompts, small, rates=rates, counts=counts)) == plain
     said = [record.message for record in caplog.records if record.message.startswith("drafting is")]
     assert len(said) == 1

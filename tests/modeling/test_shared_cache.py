@@ -49,9 +49,9 @@ def test_shared_rows_score_as_plain_transformers_does(family: str, tiny: Callabl
         assert can_share(lm.config) == (family not in OWN_CACHES)
         eager(lm)
         before = lm._carousel.totals.num_passed
-        found = list(scoring.answer(lm, queries))
+        found = list(scoring.score_queries(lm, queries))
         shared = lm._carousel.totals.num_passed - before
-        plain = list(scoring.answer(lm, queries, share=False))
+        plain = list(scoring.score_queries(lm, queries, share=False))
     assert shared > 0
     for query, ours, unshared in zip(queries, found, plain, strict=True):
         ids = torch.tensor([query.context + query.continuation])
@@ -72,10 +72,10 @@ def test_sharing_saves_tokens(tiny: Callable[..., Path]) -> None:
     with slowllm.load(tiny("llama-2"), dtype="fp32", keep_resident=False) as lm:
         lm.model.model.embed_tokens.register_forward_hook(lambda *a: passed.append(a[1][0].numel()))
         eager(lm)
-        list(scoring.answer(lm, queries))
+        list(scoring.score_queries(lm, queries))
         shared = sum(passed)
         passed.clear()
-        list(scoring.answer(lm, queries, share=False))
+        list(scoring.score_queries(lm, queries, share=False))
     assert shared < sum(passed) / 2
 
 
@@ -105,9 +105,9 @@ def test_a_failed_beginning_is_the_error_that_is_raised(tiny: Callable[..., Path
         queries = [Query((*header, token), (5,)) for token in range(30)]
         handle = lm.model.model.embed_tokens.register_forward_hook(spoil)
         with pytest.raises(NonFiniteError, match=r"layers\.0"):
-            list(scoring.answer(lm, queries))
+            list(scoring.score_queries(lm, queries))
         handle.remove()
-        assert len(list(scoring.answer(lm, queries))) == 30, "the model goes on"
+        assert len(list(scoring.score_queries(lm, queries))) == 30, "the model goes on"
 
 
 def test_a_shared_load_waits_for_an_empty_carousel(tiny: Callable[..., Path]) -> None:
@@ -126,6 +126,6 @@ def test_a_shared_load_waits_for_an_empty_carousel(tiny: Callable[..., Path]) ->
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(SharedPrefix, "put", watched)
             before = lm.report.num_passages
-            list(scoring.answer(lm, [q for seed in range(4) for q in some_queries(seed)]))
+            list(scoring.score_queries(lm, [q for seed in range(4) for q in some_queries(seed)]))
         assert lm.report.num_passages - before > 2 * lm.num_stops
         assert most == 1, "one block's keys and values at a time"

@@ -19,7 +19,7 @@ import slowllm
 from slowllm.errors import InputError
 from slowllm.inference import generation
 from slowllm.inference.generation_types import Prompt, Settings
-from slowllm.inference.scoring import answer, job_of_queries
+from slowllm.inference.scoring import job_of_queries, score_queries
 from slowllm.inference.text import Query
 from slowllm.modeling.soft_prompt_files import FILES, load_prompt, save_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt
@@ -125,7 +125,7 @@ def test_scores_behind_a_prompt_are_the_resident_models(name: str, kind: str, ti
         job=job_of_queries(queries, known, rates),
         rates=rates,
     ) as lm:
-        found = list(answer(lm, queries))
+        found = list(score_queries(lm, queries))
     for query, one in zip(queries, found, strict=True):
         scores = plain_logits(plain, prompt, query.ids).log_softmax(-1)
         first = len(query.context) - 1

@@ -258,7 +258,7 @@ def test_every_family_goes_on_from_any_block_with_the_same_bits(
     with slowllm.load(
         tiny(name), dtype="fp32", keep_resident=False, granularity=granularity, poison=True
     ) as lm:
-        whole = [score.log_probs for score in score_lines(lm, lines, prefix=None)]
+        whole = [likelihood.log_probs for _, likelihood in score_lines(lm, lines, prefix=None)]
         num_blocks = lm.config.get_text_config().num_hidden_layers
         for block in range(num_blocks):
 
@@ -274,7 +274,9 @@ def test_every_family_goes_on_from_any_block_with_the_same_bits(
                     list(score_lines(lm, lines, prefix=None, state=state))
             before = lm.report.num_passages
             with State(folder, JOB, 0.0) as state:
-                found = [score.log_probs for score in score_lines(lm, lines, prefix=None, state=state)]
+                found = [
+                    likelihood.log_probs for _, likelihood in score_lines(lm, lines, prefix=None, state=state)
+                ]
             assert found == whole
             passed = lm.report.num_passages - before
             body = len(lm.layout.modules)

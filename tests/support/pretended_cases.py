@@ -297,7 +297,7 @@ def states_go_to_the_host_and_back() -> None:
     save = Journal._save
     for device in ("cuda", "cuda:0,cuda:1"):
         with loaded(folder("bloom"), device) as lm:
-            whole = [score.log_probs for score in score_lines(lm, lines, prefix=None)]
+            whole = [likelihood.log_probs for _, likelihood in score_lines(lm, lines, prefix=None)]
             for stop in ("block", "chunk"):
 
                 def save_and_die(book: Journal, stop: str = stop) -> None:
@@ -317,7 +317,10 @@ def states_go_to_the_host_and_back() -> None:
                     Journal._save = save
                 before = lm.report.num_passages
                 with State(kept, {"job": 1}, 0.0) as state:
-                    found = [score.log_probs for score in score_lines(lm, lines, prefix=None, state=state)]
+                    found = [
+                        likelihood.log_probs
+                        for _, likelihood in score_lines(lm, lines, prefix=None, state=state)
+                    ]
                 assert found == whole
                 assert lm.report.num_passages - before < lm.num_stops
     assert computed_by(lm.model)["device"] == "pretend"

@@ -34,12 +34,12 @@ from slowllm.entrypoints.cli.common import (
 from slowllm.entrypoints.cli.output import json_writer, printable
 from slowllm.errors import InputError
 from slowllm.files import read_lines
-from slowllm.inference.lines import Score, ScoreTotals
-from slowllm.inference.scoring import safe_exp
+from slowllm.inference.likelihood import Likelihood
+from slowllm.inference.lines import Line, ScoreTotals
 from slowllm.options import format_bytes, parse_dtype
 from slowllm.runtime.streamed_lm import StreamedLM
 
-Write = Callable[[Score], None]
+Write = Callable[[Line, Likelihood], None]
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def writer(lm: StreamedLM, out: Path | None, *, as_json: bool, per_token: bool) 
             yield write
         return
     with json_writer(out) as write_row:
-        yield lambda score: write_row(_row(lm, score, per_token))
+        yield lambda line, likelihood: write_row(_row(lm, line, likelihood, per_token))
 
 
 @contextlib.contextmanager
@@ -67,14 +67,14 @@ def _table(lm: StreamedLM, per_token: bool) -> Iterator[Write]:
         "text", overflow="ellipsis", no_wrap=not per_token, max_width=max(12, console.width - 56)
     )
 
-    def write(score: Score) -> None:
-        text = score.line.text
+    def write(line: Line, likelihood: Likelihood) -> None:
+        text = line.text
         if per_token:
-            pairs = [f"{t['token']!r} {_number(t['log_prob'])}" for t in _tokens(lm, score)]
+            pairs = [f"{t['token']!r} {_number(t['log_prob'])}" for t in _tokens(lm, line, likelihood)]
             text = "  ".join(pairs)
         table.add_row(
-            str(score.line.number), str(len(score.line.ids)), f"{score.log_likelihood:.3f}",
-            _number(score.mean_nll), _number(score.perplexity), Text(printable(text)),
+            str(line.number), str(len(line.ids)), f"{likelihood.log_likelihood:.3f}",
+            _number(likelihood.mean_nll), _number(likelihood.perplexity), Text(printable(text)),
         )  # fmt: skip
 
     try:
@@ -87,30 +87,30 @@ def _number(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:,.3f}"
 
 
-def _row(lm: StreamedLM, score: Score, per_token: bool) -> dict[str, Any]:
+def _row(lm: StreamedLM, line: Line, likelihood: Likelihood, per_token: bool) -> dict[str, Any]:
     def finite(value: float) -> float | None:
         return value if math.isfinite(value) else None
 
     row: dict[str, Any] = {
-        "line": score.line.number,
-        "text": score.line.text,
-        "num_tokens": len(score.line.ids),
-        "log_likelihood": score.log_likelihood,
-        "mean_nll": finite(score.mean_nll),
-        "perplexity": finite(score.perplexity),
+        "line": line.number,
+        "text": line.text,
+        "num_tokens": len(line.ids),
+        "log_likelihood": likelihood.log_likelihood,
+        "mean_nll": finite(likelihood.mean_nll),
+        "perplexity": finite(likelihood.perplexity),
     }
-    if score.line.truncated:
+    if line.truncated:
         row["truncated"] = True
     if per_token:
-        row["tokens"] = _tokens(lm, score)
+        row["tokens"] = _tokens(lm, line, likelihood)
     return row
 
 
-def _tokens(lm: StreamedLM, score: Score) -> list[dict[str, Any]]:
-    unscored = [None] * (len(score.line.ids) - len(score.log_probs))
+def _tokens(lm: StreamedLM, line: Line, likelihood: Likelihood) -> list[dict[str, Any]]:
+    unscored = [None] * (len(line.ids) - len(likelihood.log_probs))
     return [
         {"id": token, "token": lm.tokenizer.decode([token]), "log_prob": value}
-        for token, value in zip(score.line.ids, [*unscored, *score.log_probs], strict=True)
+        for token, value in zip(line.ids, [*unscored, *likelihood.log_probs], strict=True)
     ]
 
 
@@ -122,7 +122,6 @@ def summarise(lm: StreamedLM, totals: ScoreTotals, seconds: float, num_truncated
         seconds: that the lines took.
         num_truncated: lines that were cut.
     """
-    perplexity = safe_exp(-totals.log_likelihood / totals.num_scored) if totals.num_scored else math.nan
     report = lm.report
     disk = f"{format_bytes(lm.weight_bytes)} of weights mapped, nothing streamed"
     if lm.plan.ring_bytes:
@@ -131,7 +130,7 @@ def summarise(lm: StreamedLM, totals: ScoreTotals, seconds: float, num_truncated
     num_sweeps = report.num_passages / lm.num_stops
     print(
         f"{totals.num_lines} lines{cut}, {totals.num_scored} tokens scored in "
-        f"{str(lm.model.dtype).removeprefix('torch.')}, corpus perplexity {_number(perplexity)}\n"
+        f"{str(lm.model.dtype).removeprefix('torch.')}, corpus perplexity {_number(totals.perplexity)}\n"
         f"{num_sweeps:.3g} sweep{'' if num_sweeps == 1 else 's'} in {seconds:.2f} s: {disk}, "
         f"waiting {report.wait_seconds:.2f} s, computing {report.compute_seconds:.2f} s, "
         f"peak RSS {format_bytes(report.peak_rss_bytes)}",
@@ -231,7 +230,7 @@ def forward(
             writer(lm, out, as_json=as_json, per_token=per_token) as write,
             progress(lm, job, kept),
         ):
-            for score in score_lines(lm, lines, prefix=before, state=kept):
-                write(score)
-                totals.add(score)
+            for line, likelihood in score_lines(lm, lines, prefix=before, state=kept):
+                write(line, likelihood)
+                totals.add(likelihood)
         summarise(lm, totals, time.perf_counter() - started, lines.num_truncated)

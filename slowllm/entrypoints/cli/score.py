@@ -29,7 +29,7 @@ from slowllm.files import parse_object, read_lines, read_raw_lines
 
 if TYPE_CHECKING:
     from slowllm.inference.choices import Encoded
-    from slowllm.inference.scoring import Answer
+    from slowllm.inference.likelihood import Likelihood
     from slowllm.inference.text import Query
     from slowllm.runtime.description import ModelInfo
 from slowllm.entrypoints.cli.common import NormalizeOption, checked_model, opened
@@ -91,14 +91,16 @@ def score(
     rows = [_row(known, number, raw, normalize) for number, raw in lines]
     queries = [query for row in rows for query in row.queries]
     with output.json_writer(out) as write, contextlib.ExitStack() as stack:
-        answers: Iterator[Answer] = iter(())
+        likelihoods: Iterator[Likelihood] = iter(())
         if queries:
-            answers = scoring.answer(stack.enter_context(opened(known, queries, memory, dtype)), queries)
+            likelihoods = scoring.score_queries(
+                stack.enter_context(opened(known, queries, memory, dtype)), queries
+            )
         for row in rows:
             if row.error is not None:
                 write({"line": row.number, "error": row.error})
                 continue
-            found = [next(answers) for _ in row.queries]
+            found = [next(likelihoods) for _ in row.queries]
             kept = {key: value for key, value in row.content.items() if key != "error"}
             write({**kept, "line": row.number, **_result(known, row, found, per_token)})
     wrong = [row for row in rows if row.error is not None]
@@ -147,19 +149,19 @@ def _refuse(content: Mapping[str, Any], *names: str) -> None:
             )
 
 
-def _result(known: ModelInfo, row: _Row, found: Sequence[Answer], per_token: bool) -> dict[str, Any]:
+def _result(known: ModelInfo, row: _Row, found: Sequence[Likelihood], per_token: bool) -> dict[str, Any]:
     if row.encoded is None:
-        ((query,), (answer,)) = row.queries, found
-        mean = -answer.log_likelihood / len(answer.log_probs)
+        (likelihood,) = found
+        perplexity = likelihood.perplexity
         result: dict[str, Any] = {
-            "log_likelihood": answer.log_likelihood,
-            "perplexity": math.exp(mean) if mean < 709 else None,
-            "num_tokens": len(answer.log_probs),
+            "log_likelihood": likelihood.log_likelihood,
+            "perplexity": perplexity if math.isfinite(perplexity) else None,
+            "num_tokens": len(likelihood.tokens),
         }
         if "continuation" in row.content:
-            result["is_greedy"] = answer.is_greedy
+            result["is_greedy"] = likelihood.is_greedy
         if per_token:
-            result["tokens"] = _tokens(known, query, answer)
+            result["tokens"] = _tokens(known, likelihood)
         return result
     from slowllm.inference.choices import judge
 
@@ -171,15 +173,14 @@ def _result(known: ModelInfo, row: _Row, found: Sequence[Answer], per_token: boo
         "best_choice": row.content["choices"][judged.best],
     }
     if per_token:
-        pairs = zip(row.queries, found, strict=True)
-        result["tokens"] = [_tokens(known, *pair) for pair in pairs][: row.encoded.num_choices]
+        result["tokens"] = [_tokens(known, likelihood) for likelihood in found[: row.encoded.num_choices]]
     return result
 
 
-def _tokens(known: ModelInfo, query: Query, answer: Answer) -> list[dict[str, Any]]:
+def _tokens(known: ModelInfo, likelihood: Likelihood) -> list[dict[str, Any]]:
     return [
         {"id": token, "token": known.tokenizer.decode([token]), "log_prob": value}
-        for token, value in zip(query.continuation, answer.log_probs, strict=True)
+        for token, value in zip(likelihood.tokens, likelihood.log_probs, strict=True)
     ]
 
 
