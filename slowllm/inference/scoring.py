@@ -37,7 +37,8 @@ from slowllm.planning.host_plan import MAX_RIDER_TOKENS, Plan, padding_worth
 from slowllm.planning.job import Job, Rates
 from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
-from slowllm.streaming.journal import journal
+from slowllm.streaming.call_context import call_context
+from slowllm.streaming.journal import Journal
 from slowllm.streaming.riders import Sized
 
 # Rows are packed within a window of this many sweeps' tokens, so that any number of queries can stream through.
@@ -288,8 +289,8 @@ def _score_batch(
     Returns:
         for each segment, the log-probability of each of its targets and whether it is the likeliest.
     """
-    # In the rider's own context, and not before it runs: a journal may hold the output of a block.
-    journal.set(None if state is None else state.journal(number))
+    # Read only now that the rider runs: a journal may hold the output of a block.
+    journal = Journal() if state is None else state.journal(number)
     start, num_before = segments[0].start, _num_prefix_positions(lm)
     width = max(len(segment.ids) for segment in segments)
     ids = torch.zeros(len(segments), width, dtype=torch.int64)
@@ -314,7 +315,8 @@ def _score_batch(
     if first is not None or shared is not None:
         shared_cache = SharedCache(len(lm.layout.blocks), first, shared)
         inputs |= {"past_key_values": shared_cache, "use_cache": True}
-    with contextlib.nullcontext() if prompt is None else prompt.adding(start, width):
+    adding = contextlib.nullcontext() if prompt is None else prompt.adding(start, width)
+    with call_context(journal=journal), adding:
         found = log_probs_at(lm.model, rows, positions, tokens, relative=relative, **inputs)
     counts = [len(segment.targets) for segment in segments]
     split = zip(found.log_probs.split(counts), found.is_likeliest.split(counts), strict=True)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-
 import torch
 from torch import Tensor
 
 from slowllm.errors import NonFiniteError
+from slowllm.streaming.call_context import current_call
 
-# Which positions hold text: the (B, T) attention mask of the model call under way, None where all do. A mask of
-# another form says nothing that could be read here, and is written as UNKNOWN_MASK.
-text_mask: ContextVar[Tensor | None] = ContextVar("text_mask", default=None)
-
-
+# Stands for an attention mask that is not (B, T), from which it cannot be read which positions hold text.
 UNKNOWN_MASK = torch.empty(0)
 
 
@@ -31,7 +26,7 @@ def check_finite(name: str, values: Tensor, *, infinity_is_legal: bool = False) 
     if bool(good.all()):
         return
     bad = ~good.flatten(2).all(-1) if values.dim() >= 3 else ~good
-    mask = text_mask.get()
+    mask = current_call().text_mask
     if mask is UNKNOWN_MASK:
         if not bool(bad.all()):
             return

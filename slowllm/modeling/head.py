@@ -12,7 +12,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,8 +24,8 @@ from transformers import PreTrainedModel
 from slowllm.modeling.finite import check_finite
 from slowllm.modeling.logit_transform import LogitTransform
 from slowllm.storage.spans import Placement
+from slowllm.streaming.call_context import call_context, current_call
 from slowllm.streaming.carousel import Carousel
-from slowllm.streaming.journal import journal
 from slowllm.streaming.stops import Weights
 
 log = logging.getLogger(__name__)
@@ -34,9 +33,6 @@ log = logging.getLogger(__name__)
 
 # Columns of logits that are held in fp32 at a time: 8,192 x 1,024 tokens are 34 MB.
 TILE_COLUMNS = 8192
-
-
-_taken: ContextVar[list[Tensor] | None] = ContextVar("taken", default=None)
 
 
 # From token ids (K,) to their rows (K, H) of the head.
@@ -69,9 +65,9 @@ class StreamedHead(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., H)."""
-        taken = _taken.get()
-        if taken is not None:
-            taken.append(input)
+        take_hidden = current_call().take_hidden
+        if take_hidden is not None:
+            take_hidden(input)
             return input.new_zeros(*input.shape[:-1], 0)
         if torch.is_grad_enabled() and input.requires_grad:
             return cast(Tensor, _HeadFunction.apply(self, input))  # type: ignore[no-untyped-call]
@@ -115,9 +111,9 @@ class StreamedHead(nn.Linear):
         likeliest = torch.zeros_like(highest, dtype=torch.int64)
         found = highest.new_full((len(tokens),), math.nan)
         sums = (highest, total, likeliest, found)
-        kept = journal.get()
+        journal = current_call().journal
         for number, stop in enumerate(self._stops if len(tokens) else ()):
-            if kept is not None and (saved := kept.sums_of(number)):
+            if saved := journal.sums_of(number):
                 for ours, theirs in zip(sums, saved, strict=True):
                     ours.copy_(theirs)
                 continue
@@ -142,8 +138,7 @@ class StreamedHead(nn.Linear):
                     highest.copy_(peak)
 
             self._carousel.visit(stop, "up", work)
-            if kept is not None:
-                kept.pass_chunk(number, sums)
+            journal.pass_chunk(number, sums)
         scores = found - (highest + total.log())[which]
         check_finite("the head", scores, infinity_is_legal=True)
         return Found(scores, tokens == likeliest[which])
@@ -230,9 +225,6 @@ def stream_head(
 def last_hidden(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """Return what a call of a streamed model hands to its head, (B, T, H), without a visit to the head."""
     taken: list[Tensor] = []
-    token = _taken.set(taken)
-    try:
+    with call_context(take_hidden=taken.append):
         model(**inputs)
-    finally:
-        _taken.reset(token)
     return taken[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from slowllm.errors import InputError
 from slowllm.modeling.head import Found, StreamedHead, last_hidden
-from slowllm.streaming.hints import reach
+from slowllm.streaming.call_context import call_context, current_call
 
 
 def log_probs(model: PreTrainedModel, targets: Tensor, **inputs: Any) -> Tensor:
@@ -76,13 +77,10 @@ def log_probs_at(
             return _on_host(scores.gather(-1, wanted[:, None])[:, 0], scores.argmax(-1) == wanted)
         wanted, which = torch.stack([rows, positions], -1).unique(dim=0, return_inverse=True)
         few = (relative and head._lookup is not None) or not len(tokens)
-        # Nobody comes to the head's stops, so they need not be read ahead.
-        hint = reach.set(replace(reach.get(), end=head._stops[0])) if few else None
-        try:
+        # The head's stops are not visited, so they need not be prefetched.
+        reach = replace(current_call().reach, end=head._stops[0])
+        with call_context(reach=reach) if few else contextlib.nullcontext():
             hidden = last_hidden(model, inputs)[wanted[:, 0], wanted[:, 1]]
-        finally:
-            if hint is not None:
-                reach.reset(hint)
         if not len(tokens):
             return Found(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
         if few:

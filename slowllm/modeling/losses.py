@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from slowllm.modeling.head import TILE_COLUMNS, StreamedHead, last_hidden
 from slowllm.modeling.logit_transform import LogitTransform
-from slowllm.streaming.hints import reach
+from slowllm.streaming.call_context import call_context, current_call
 from slowllm.streaming.stops import Weights
 
 
@@ -47,13 +47,10 @@ def token_losses(
     if head._finish is None:  # whole logits, which visit the head on the way down as well
         logits: Tensor = model(**inputs).logits[rows, positions]
         return F.cross_entropy(logits.float(), tokens.to(logits.device), reduction="none").to(tokens.device)
-    # On the way down nobody comes to the head.
-    hint = reach.set(replace(reach.get(), turn=head._stops[0]))
-    try:
+    # The backward pass does not visit the head.
+    with call_context(reach=replace(current_call().reach, turn=head._stops[0])):
         hidden = last_hidden(model, inputs)[rows, positions]
         losses: Tensor = _Losses.apply(head, hidden, tokens.to(hidden.device))  # type: ignore[no-untyped-call]
-    finally:
-        reach.reset(hint)
     return losses.to(tokens.device)
 
 
@@ -79,11 +76,8 @@ def choice_logits(
     if head._finish is None or head._lookup is None:
         logits: Tensor = model(**inputs).logits[rows, positions]
         return logits.float()[:, choices].to(choices.device)
-    hint = reach.set(replace(reach.get(), end=head._stops[0], turn=head._stops[0]))
-    try:
+    with call_context(reach=replace(current_call().reach, end=head._stops[0], turn=head._stops[0])):
         hidden = last_hidden(model, inputs)[rows, positions]
-    finally:
-        reach.reset(hint)
     weight = head._lookup(choices).to(hidden.device, hidden.dtype)
     bias = None if head.bias is None else head.bias[choices]
     return head._finish(F.linear(hidden, weight, bias)[None])[0].float().to(choices.device)

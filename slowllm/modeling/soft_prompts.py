@@ -10,9 +10,9 @@ Knows tensors and transformers' calls; knows no files and no training.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from slowllm.errors import InputError
 from slowllm.modeling.shared_cache import Pair, can_share
+from slowllm.streaming.call_context import call_context, current_call
 
 Kind = Literal["shallow", "deep", "prefix"]
 
@@ -92,11 +93,16 @@ class SoftPrompt:
     def adding(self, start: int, width: int) -> Iterator[None]:
         """Have a deep prompt's vectors added in calls of `width` positions, the first of which is `start`."""
         is_in = self.kind == "deep" and start < self.num_tokens
-        token = _adding.set(_Adding(self.vectors, start, width) if is_in else None)
-        try:
+        edit_input = functools.partial(self._add_vectors, start, width) if is_in else None
+        with call_context(edit_input=edit_input):
             yield
-        finally:
-            _adding.reset(token)
+
+    def _add_vectors(self, start: int, width: int, block: int, hidden: Tensor) -> Tensor:
+        vectors = self.vectors[block]
+        if vectors is None or hidden.shape[1] != width:  # another width: a later token of a continuation
+            return hidden
+        vectors = vectors[start : start + width].to(hidden.device, hidden.dtype)
+        return torch.cat([hidden[:, : len(vectors)] + vectors, hidden[:, len(vectors) :]], 1)
 
     def pair(self, block: int, batch: int, dtype: torch.dtype) -> Pair:
         """Return the keys and values (batch, heads, P, head_dim) of a block."""
@@ -152,40 +158,24 @@ class _PrefixLayer(DynamicLayer):
         return int(self.keys.shape[-2])
 
 
-@dataclass(frozen=True)
-class _Adding:
-    vectors: Sequence[Tensor | None]
-    start: int
-    width: int
-
-
-_adding: ContextVar[_Adding | None] = ContextVar("adding", default=None)
-
-
-def let_vectors_in(blocks: nn.ModuleList) -> None:
-    """Make the blocks of a streamed model add the vectors of a deep prompt where one is `adding`."""
+def hook_inputs(blocks: nn.ModuleList) -> None:
+    """Make the blocks of a streamed model edit their input where the `CallContext` says so, as deep prompts do."""
     for number, block in enumerate(blocks):
-        block.register_forward_pre_hook(_Adder(number), with_kwargs=True)
+        block.register_forward_pre_hook(_InputEditor(number), with_kwargs=True)
 
 
-class _Adder:
-    """The hook of a block."""
+class _InputEditor:
+    """The forward pre-hook of a block."""
 
     def __init__(self, block: int) -> None:
         self._block = block
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        adding = _adding.get()
-        if adding is None or (vector := adding.vectors[self._block]) is None:
+        edit_input = current_call().edit_input
+        if edit_input is None:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if hidden.shape[1] != adding.width:  # a later token of a continuation
-            return None
-        vector = vector[adding.start : adding.start + adding.width]
-        length = len(vector)
-        vector = vector.to(hidden.device, hidden.dtype)
-        changed = torch.cat([hidden[:, :length] + vector, hidden[:, length:]], 1)
-        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+        hidden = edit_input(self._block, args[0] if args else kwargs["hidden_states"])
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
 def check_fits(prompt: SoftPrompt, config: Any, name: str) -> None:

@@ -26,8 +26,8 @@ from transformers.cache_utils import Cache
 from slowllm.errors import UnsupportedError
 from slowllm.modeling.finite import check_finite
 from slowllm.modeling.recompute import RecordedCall, hidden_of, is_cache, tensor_refs
+from slowllm.streaming.call_context import current_call
 from slowllm.streaming.carousel import Carousel
-from slowllm.streaming.journal import journal
 from slowllm.streaming.stops import Direction, Weights
 
 
@@ -93,8 +93,7 @@ class StreamedBlock(_Streamed):
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._compute(args, kwargs)
-        kept = journal.get()
-        if kept is not None and self._stop < kept.num_frozen:  # nothing below it wants a gradient
+        if self._stop < current_call().journal.num_frozen:  # nothing below it wants a gradient
             with torch.no_grad():
                 return self._compute(args, kwargs)
         if not self._replays:
@@ -110,7 +109,7 @@ class StreamedBlock(_Streamed):
             check_finite(self._prefix.rstrip("."), hidden_of(output))
             return output
 
-        return _kept_in_journal(self._stop, lambda: self._visit("up", work))
+        return _unless_in_journal(self._stop, lambda: self._visit("up", work))
 
 
 class StreamedLeaf(_Streamed):
@@ -181,7 +180,7 @@ def stream_leaves(
             return output
 
         def work(*args: Any, **kwargs: Any) -> Any:
-            return _kept_in_journal(self._number, lambda: pass_leaves(*args, **kwargs))
+            return _unless_in_journal(self._number, lambda: pass_leaves(*args, **kwargs))
 
         return _at_home(self._home, self._number, work, args, kwargs)
 
@@ -257,13 +256,11 @@ def _moved(value: Any, device: torch.device, layer: int | None = None) -> Any:
     return tree_map(move, value, is_leaf=is_cache)
 
 
-def _kept_in_journal(block: int, work: Callable[[], Any]) -> Any:
-    """Do the work of a block, unless the rider's journal says that it was done before the process was killed."""
-    kept = journal.get()
-    if kept is None:
-        return work()
-    output = kept.output_of(block)
+def _unless_in_journal(block: int, work: Callable[[], Any]) -> Any:
+    """Do the work of a block, unless the call's journal has its output."""
+    journal = current_call().journal
+    output = journal.output_of(block)
     if output is None:
         output = work()
-        kept.pass_block(block, output)
+        journal.pass_block(block, output)
     return output

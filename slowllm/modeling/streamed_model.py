@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slowllm.errors import UnsupportedError
-from slowllm.modeling.finite import UNKNOWN_MASK, text_mask
+from slowllm.modeling.finite import UNKNOWN_MASK
+from slowllm.streaming.call_context import call_context
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +94,8 @@ def make_streamed(
         if mask is None and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 2:
             mask = args[1]
         known = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-        token = text_mask.set(mask if known else UNKNOWN_MASK)
-        try:
+        with call_context(text_mask=mask if known else UNKNOWN_MASK):
             return kind.forward(self, *args, **kwargs)
-        finally:
-            text_mask.reset(token)
 
     # The same module and name: transformers looks up by str(class) which outputs it can record.
     names = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}

@@ -20,7 +20,7 @@ from slowllm.modeling.materialize import fill, head_rows
 from slowllm.modeling.parameter_map import place
 from slowllm.modeling.sizes import sizes_of
 from slowllm.modeling.skeleton import build_skeleton
-from slowllm.modeling.soft_prompts import SoftPrompt, let_vectors_in
+from slowllm.modeling.soft_prompts import SoftPrompt, hook_inputs
 from slowllm.modeling.streamed_block import stream_block, stream_leaves
 from slowllm.modeling.streamed_model import make_streamed
 from slowllm.options import Options, format_bytes, parse_bytes, parse_devices, parse_dtype
@@ -206,7 +206,7 @@ def _assemble(
             stream_leaves(block, lm._carousel, leaves, name, index, home)
     chunk_rows = head_rows(checkpoint, layout.chunks)
     stream_head(layout.head, lm._carousel, layout.chunks, len(layout.modules), logit_transform, chunk_rows)
-    let_vectors_in(layout.blocks)
+    hook_inputs(layout.blocks)
     make_streamed(model, checkpoint.folder, compute_dtype, torch_devices[0])
     log.info(
         "%s: %d blocks in %d stops and %d chunks of the head, %s; %d of %d stops stay in memory; compute dtype %s",

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 
 from slowllm.errors import StateError
 from slowllm.files import lock, replace_file, replacing, shown, system_errors
+from slowllm.streaming.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -147,9 +148,9 @@ class State:
             self._path_of(name), lambda tensors, metadata: (tensors, dict(json.loads(metadata["about"])))
         )
 
-    def journal(self, number: int) -> Journal:
+    def journal(self, number: int) -> ResumeJournal:
         """Return the journal of a rider, resumed if an earlier process saved it."""
-        return Journal(self, number)
+        return ResumeJournal(self, number)
 
     def _path_of(self, rider: int | str) -> Path:
         name = rider if isinstance(rider, str) else f"{rider:08d}"
@@ -205,14 +206,12 @@ class State:
         self.close()
 
 
-class Journal:
-    """The progress of one rider through the stops.
+class ResumeJournal(Journal):
+    """The progress of one rider through the stops, saved in a `State` so that a later process continues from it.
 
     A block that the rider passed before returns the output of the last of them: a block's output is only the next
     block's input, so the outputs of those in between are not needed.
     """
-
-    num_frozen = 0
 
     def __init__(self, state: State, number: int) -> None:
         self._state, self._path = state, state._path_of(number)

@@ -23,10 +23,8 @@ from slowllm.runtime.device_placement import DevicePlacement
 from slowllm.runtime.load import open_model
 from slowllm.runtime.rates import quick_rates
 from slowllm.runtime.streamed_lm import StreamedLM
-
-
-class _StopForward(Exception):
-    """Ends a forward pass after its first block."""
+from slowllm.streaming.call_context import call_context
+from slowllm.streaming.journal import StopAfterBlocks, StopForward
 
 
 def block_rates(lm: StreamedLM, rates: Rates) -> Rates:
@@ -61,18 +59,9 @@ def _first_block_seconds(lm: StreamedLM, num_tokens: int) -> float:
     """Return how long a micro-batch of short sequences takes in the first block, without waiting for the disk."""
     width = max(1, min(64, num_tokens))
     ids = torch.zeros(max(1, num_tokens // width), width, dtype=torch.int64)
-
-    def stop(*_: Any) -> None:
-        raise _StopForward
-
-    after = [*lm.layout.blocks, lm.model.get_output_embeddings()][1]
-    hook = after.register_forward_pre_hook(stop)
     before, started = lm.report.wait_seconds, time.perf_counter()
-    try:
-        with torch.no_grad(), contextlib.suppress(_StopForward):
-            lm.model(ids, use_cache=False)
-    finally:
-        hook.remove()
+    with call_context(journal=StopAfterBlocks(1)), torch.no_grad(), contextlib.suppress(StopForward):
+        lm.model(ids, use_cache=False)
     return time.perf_counter() - started - (lm.report.wait_seconds - before)
 
 

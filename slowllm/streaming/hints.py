@@ -6,7 +6,6 @@ Pure functions of what waiting visits say of themselves. The reader goes by the 
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,10 +27,6 @@ class Reach:
     end: int | None = None
     turn: int | None = None
     again: bool = True
-
-
-# Of the thread that visits.
-reach: ContextVar[Reach] = ContextVar("reach", default=Reach())  # noqa: B039 (frozen)
 
 
 class Hinting(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from slowllm.streaming.hints import reach
+from slowllm.streaming.call_context import current_call
 from slowllm.streaming.rng_state import RandomState
 from slowllm.streaming.stops import Direction, Weights
 from slowllm.streaming.thread_context import as_here
@@ -61,7 +61,7 @@ class Visit:
 
     def __init__(self, stop: int, direction: Direction, work: Work, rider: Rider | None) -> None:
         self.stop, self.direction, self.work, self.rider = stop, direction, work, rider
-        self.reach = reach.get()
+        self.reach = current_call().reach
         # Riders in their order, guests after them.
         self.order = math.inf if rider is None else rider.order
         self.key = (stop, direction, -threading.get_ident() if rider is None else rider.order)

@@ -13,64 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from slowllm.errors import StateError
 from slowllm.files import replace_file
-
-
-class StopForward(Exception):
-    """Ends a forward pass behind the trunk."""
-
-
-class Filling:
-    """What a rider that fills the trunk has passed: it goes no further than the trunk's last block."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_frozen = num_blocks
-        self.output: Any = None
-
-    def output_of(self, block: int) -> Any:
-        """Return nothing: every block is still to come."""
-        return None
-
-    def pass_block(self, block: int, output: Any) -> None:
-        """Keep the output of the last block.
-
-        Raises:
-            StopForward: it was the last.
-        """
-        if block == self.num_frozen - 1:
-            self.output = output
-            raise StopForward
-
-    def sums_of(self, chunk: int) -> tuple[Tensor, ...]:
-        """Return nothing: the head is not come to."""
-        return ()
-
-    def pass_chunk(self, chunk: int, sums: tuple[Tensor, ...]) -> None:
-        """Do nothing: the head is not come to."""
-
-
-class Frozen:
-    """What a rider above the trunk has passed: all of the trunk, whose blocks return its output at once."""
-
-    def __init__(self, num_blocks: int, output: Any) -> None:
-        self.num_frozen, self._output = num_blocks, output
-
-    def output_of(self, block: int) -> Any:
-        """Return the trunk's output, which is the next block's input; None above the trunk."""
-        return self._output if block < self.num_frozen else None
-
-    def pass_block(self, block: int, output: Any) -> None:
-        """Do nothing: only the trunk is kept."""
-
-    def sums_of(self, chunk: int) -> tuple[Tensor, ...]:
-        """Return nothing: the head is always come to."""
-        return ()
-
-    def pass_chunk(self, chunk: int, sums: tuple[Tensor, ...]) -> None:
-        """Do nothing."""
+from slowllm.streaming.journal import SkipBlocks
 
 
 class FrozenActivations:
@@ -148,8 +94,8 @@ class FrozenActivations:
         if self._path is not None:
             replace_file(self._about, json.dumps({"key": self._key, "num_others": self._num_others}))
 
-    def passed(self, rows: Sequence[int]) -> Frozen:
-        """Return what a rider with some rows has passed, padded on the right."""
+    def journal_of(self, rows: Sequence[int]) -> SkipBlocks:
+        """Return the journal of a rider with some rows, padded on the right."""
         width = max(self._lengths[row] for row in rows)
         hidden = torch.zeros(len(rows), width, self._width, dtype=self._dtype)
         for place, row in enumerate(rows):
@@ -157,4 +103,4 @@ class FrozenActivations:
             part = self._data[self._starts[row] : self._starts[row + 1]]
             hidden[place, :length] = part.view(length, self._width)
         output = hidden if self._num_others < 0 else (hidden, *[None] * self._num_others)
-        return Frozen(self.num_blocks, output)
+        return SkipBlocks(self.num_blocks, output)

@@ -15,7 +15,8 @@ from slowllm.modeling.head import last_hidden
 from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.rounding import ceil_div
 from slowllm.runtime.streamed_lm import StreamedLM
-from slowllm.streaming.hints import Reach, reach
+from slowllm.streaming.call_context import call_context
+from slowllm.streaming.hints import Reach
 from slowllm.tuning.recipe import Recipe
 
 
@@ -71,8 +72,7 @@ def _pairs_rider(lm: StreamedLM, ids: Tensor) -> tuple[Tensor, ...]:
     """Return the keys and values of each block for some tokens. Runs as a rider."""
     cache = DynamicCache(config=lm.model.config.get_text_config())
     # The head has no keys and values.
-    reach.set(Reach(end=len(lm.layout.blocks)))
-    with torch.no_grad():
+    with call_context(reach=Reach(end=len(lm.layout.blocks))), torch.no_grad():
         last_hidden(lm.model, {"input_ids": ids[None], "past_key_values": cache, "use_cache": True})
     pairs = []
     for layer in cache.layers:

@@ -20,11 +20,12 @@ from slowllm.errors import NonFiniteError, SlowLLMError, TuningError
 from slowllm.modeling.losses import choice_logits, token_losses
 from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.runtime.streamed_lm import StreamedLM
-from slowllm.streaming.hints import Reach, reach
-from slowllm.streaming.journal import journal
+from slowllm.streaming.call_context import call_context
+from slowllm.streaming.hints import Reach
+from slowllm.streaming.journal import Journal, StopAfterBlocks, StopForward
 from slowllm.streaming.riders import Sized
 from slowllm.tuning.examples import Example, Task
-from slowllm.tuning.frozen_activations import Filling, FrozenActivations, StopForward
+from slowllm.tuning.frozen_activations import FrozenActivations
 from slowllm.tuning.rows import NumberedExample, validation_rows
 from slowllm.tuning.step_jobs import pack_rows
 from slowllm.tuning.trial import Trial
@@ -96,11 +97,10 @@ def learn_rider(
         activations: the output of the frozen blocks, where some are.
         hint: where the rider goes.
     """
-    reach.set(hint)
     leaves = trial.leaves()
     examples = [row.example for row in rows]
     try:
-        with torch.enable_grad():
+        with call_context(reach=hint), torch.enable_grad():
             losses, _ = _losses(lm, trial.prompt(leaves), trial.task, rows, activations)
             _refuse_non_finite(losses, examples)
             loss = losses.sum() / total
@@ -120,10 +120,9 @@ def judge_rider(
     hint: Reach,
 ) -> tuple[Sequence[int], list[float], list[int]] | SlowLLMError:
     """Pass a micro-batch up; return the numbers of its rows, their losses, and the likeliest label of each."""
-    reach.set(hint)
     examples = [row.example for row in rows]
     try:
-        with torch.no_grad():
+        with call_context(reach=hint), torch.no_grad():
             losses, chosen = _losses(lm, trial.prompt(), trial.task, rows, activations)
             _refuse_non_finite(losses, examples)
     except NonFiniteError as error:
@@ -133,13 +132,16 @@ def judge_rider(
 
 def fill_rider(lm: StreamedLM, prompt: SoftPrompt, rows: Sequence[Example], num_blocks: int) -> Any:
     """Pass a micro-batch through the frozen blocks; return the output of the last of them."""
-    reach.set(Reach(end=num_blocks))
-    filling = Filling(num_blocks)
-    journal.set(filling)
+    journal = StopAfterBlocks(num_blocks)
     ids, mask = _inputs_of(prompt, rows)
-    with torch.no_grad(), contextlib.suppress(StopForward), prompt.applied(lm.model, ids, mask) as inputs:
+    with (
+        call_context(reach=Reach(end=num_blocks), journal=journal),
+        torch.no_grad(),
+        contextlib.suppress(StopForward),
+        prompt.applied(lm.model, ids, mask) as inputs,
+    ):
         lm.model(**{"use_cache": False, **inputs})
-    return filling.output
+    return journal.output
 
 
 def _inputs_of(prompt: SoftPrompt, rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -165,8 +167,7 @@ def _losses(
     """Return the loss (B,) of each row, summed over its answer, and where labels are compared the likeliest (B,)."""
     examples = [row.example for row in rows]
     ids, mask = _inputs_of(prompt, examples)
-    if activations is not None:
-        journal.set(activations.passed([row.number for row in rows]))
+    journal = Journal() if activations is None else activations.journal_of([row.number for row in rows])
     leading = len(prompt.virtual_ids)
     targets = [
         (number, leading + len(example.context) - 1 + place, token)
@@ -174,7 +175,7 @@ def _losses(
         for place, token in enumerate(example.answer)
     ]
     target_rows, positions, tokens = torch.tensor(targets, dtype=torch.int64).unbind(1)
-    with prompt.applied(lm.model, ids, mask) as inputs:
+    with call_context(journal=journal), prompt.applied(lm.model, ids, mask) as inputs:
         if task.compares:
             choices = torch.tensor([label[0] for label in task.label_ids])
             logits = choice_logits(lm.model, target_rows, positions, choices, inputs)

@@ -15,8 +15,9 @@ import torch
 import slowllm
 from slowllm.errors import StateError
 from slowllm.inference.lines import Line, Lines, job_of, score_lines
-from slowllm.runtime.state import Journal, State, read_job
-from slowllm.streaming.journal import journal
+from slowllm.runtime.state import ResumeJournal, State, read_job
+from slowllm.streaming.call_context import current_call
+from slowllm.streaming.journal import Journal
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.paths import TINY_BLOOM
 from tests.support.processes import Processes
@@ -254,7 +255,7 @@ def test_every_family_goes_on_from_any_block_with_the_same_bits(
     lines = [
         Line(n, "", tuple(torch.randint(5, VOCAB, (9 + n,), generator=generator).tolist())) for n in range(3)
     ]
-    save = Journal._save
+    save = ResumeJournal._save
     with slowllm.load(
         tiny(name), dtype="fp32", keep_resident=False, granularity=granularity, poison=True
     ) as lm:
@@ -262,14 +263,14 @@ def test_every_family_goes_on_from_any_block_with_the_same_bits(
         num_blocks = lm.config.get_text_config().num_hidden_layers
         for block in range(num_blocks):
 
-            def save_and_die(book: Journal, block: int = block) -> None:
+            def save_and_die(book: ResumeJournal, block: int = block) -> None:
                 save(book)
                 if book._block == block:
                     raise Killed
 
             folder = tmp_path / str(block)
             with monkeypatch.context() as patch, State(folder, JOB, 0.0) as state:
-                patch.setattr(Journal, "_save", save_and_die)
+                patch.setattr(ResumeJournal, "_save", save_and_die)
                 with pytest.raises(Killed):
                     list(score_lines(lm, lines, prefix=None, state=state))
             before = lm.report.num_passages
@@ -282,7 +283,7 @@ def test_every_family_goes_on_from_any_block_with_the_same_bits(
             body = len(lm.layout.modules)
             assert passed == lm.num_stops - body * (block + 1) // num_blocks or granularity == "leaves"
             assert passed < lm.num_stops
-    assert journal.get() is None
+    assert type(current_call().journal) is Journal
 
 
 def test_the_state_of_another_verb_is_told_as_such(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from slowllm.errors import (
     UnsupportedError,
 )
 from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.streaming.call_context import call_context
 from tests.support.families import FAMILIES, VOCAB, resident, save_tiny
 from tests.support.paths import TINY_BLOOM
 
@@ -417,18 +418,15 @@ def test_padded_positions_may_be_nan(tmp_path: Path) -> None:
     mask = (ids != 3).long()
     with slowllm.load(folder, dtype="fp32") as lm:
         block = lm.model.transformer.h[0]
-        from slowllm.modeling.finite import check_finite, text_mask
+        from slowllm.modeling.finite import check_finite
 
         values = torch.zeros(2, 5, 4)
         values[0, :2] = float("nan")
-        token = text_mask.set(mask)
-        try:
+        with call_context(text_mask=mask):
             check_finite("block", values)
             values[1, 3, 2] = float("inf")
             with pytest.raises(NonFiniteError, match=r"block: .* at position \[1, 3\]"):
                 check_finite("block", values)
-        finally:
-            text_mask.reset(token)
         assert block is not None
         with pytest.raises(NonFiniteError):
             lm.model(ids)  # without a mask those positions count

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slowllm.streaming.call_context import call_context
 from slowllm.streaming.carousel import Carousel
-from slowllm.streaming.hints import Reach, expected_stops, reach
+from slowllm.streaming.hints import Reach, expected_stops
 from slowllm.streaming.stops import Direction
 from tests.support.memory_stops import Make, MemoryStops, number, sweep
 from tests.support.properties import num_examples
@@ -149,8 +150,8 @@ def test_stops_that_nobody_comes_to_are_not_expected(make: Make) -> None:
     carousel, stops = make(4)
 
     def short() -> None:
-        reach.set(Reach(end=2))
-        sweep(carousel, 2)
+        with call_context(reach=Reach(end=2)):
+            sweep(carousel, 2)
 
     carousel.ride([short, short])
     assert stops.expected == [[1], []]
@@ -166,8 +167,8 @@ def test_where_riders_say_how_far_they_go_the_next_stop_was_expected(sweeps: lis
     deepest = max(depth for depth, _ in sweeps)
 
     def job(depth: int, back: bool) -> None:
-        reach.set(Reach(end=depth, again=False))
-        sweep(carousel, depth, back=back)
+        with call_context(reach=Reach(end=depth, again=False)):
+            sweep(carousel, depth, back=back)
 
     with contextlib.closing(Carousel(stops)) as carousel:
         carousel.ride([functools.partial(job, *each) for each in sweeps])

@@ -1,0 +1,55 @@
+"""What a caller says about one call of the model without passing it through transformers' own code.
+
+One frozen value in one context variable. It travels with riders to the carousel's thread (`thread_context`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from slowllm.streaming.hints import Reach
+from slowllm.streaming.journal import Journal
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """Hidden arguments of a call of a streamed model.
+
+    Attributes:
+        reach: the stops that the call will visit.
+        journal: the blocks and chunks of the head that it need not compute.
+        text_mask: the (B, T) attention mask: which positions hold text; None where all do. `finite.UNKNOWN_MASK`
+            stands for a mask of another form.
+        edit_input: given a block's number and hidden states (B, T, H), returns those that the block gets.
+        take_hidden: given the hidden states (B, T, H) after the last block, which then pass no head.
+    """
+
+    reach: Reach = field(default_factory=Reach)
+    journal: Journal = field(default_factory=Journal)
+    text_mask: Tensor | None = None
+    edit_input: Callable[[int, Tensor], Tensor] | None = None
+    take_hidden: Callable[[Tensor], None] | None = None
+
+
+_context: ContextVar[CallContext] = ContextVar("call_context", default=CallContext())  # noqa: B039 (frozen)
+
+
+def current_call() -> CallContext:
+    """Return the context of this thread's call."""
+    return _context.get()
+
+
+@contextlib.contextmanager
+def call_context(**changes: Any) -> Iterator[None]:
+    """Replace fields of the `CallContext` for the calls made inside."""
+    token = _context.set(replace(_context.get(), **changes))
+    try:
+        yield
+    finally:
+        _context.reset(token)
