@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from slowllm.errors import UnsupportedError
 from slowllm.modeling.finite import check_finite
 from slowllm.streaming.stops import Direction, Weights
-from slowllm.streaming.thread_context import Autocast, autocast_here
+from slowllm.streaming.thread_context import current_autocasts
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -111,7 +111,7 @@ class RecordedCall:
     inputs: list[TensorRef]
     tensors: list[TensorRef]
     outputs: list[TensorRef]
-    autocasts: list[Autocast]
+    autocasts: list[Callable[..., torch.autocast]]
 
     @classmethod
     def record(cls, block: Recomputable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall:
@@ -123,7 +123,7 @@ class RecordedCall:
             if isinstance(leaf, Cache):
                 tensors += tensor_refs(i, leaf)
         inputs = [slot for slot in tensors if slot.get(leaves).requires_grad]
-        return cls(block, leaves, spec, live, inputs, tensors, [], autocast_here())
+        return cls(block, leaves, spec, live, inputs, tensors, [], current_autocasts())
 
     def apply(self) -> Any:
         """Run the block, and give its results a place in the graph."""
@@ -187,7 +187,7 @@ class RecordedCall:
 
         with contextlib.ExitStack() as stack:
             for autocast in self.autocasts:
-                stack.enter_context(autocast.again())
+                stack.enter_context(autocast())
             result: list[Tensor | None] = self.block._visit("down", work)
         return result
 

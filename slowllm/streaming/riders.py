@@ -16,7 +16,7 @@ import torch
 from slowllm.streaming.call_context import current_call
 from slowllm.streaming.rng_state import RandomState
 from slowllm.streaming.stops import Direction, Weights
-from slowllm.streaming.thread_context import as_here
+from slowllm.streaming.thread_context import with_this_context
 
 Work = Callable[[Weights], Any]
 RiderJob = Callable[[], Any]
@@ -65,7 +65,7 @@ class Visit:
         # Riders in their order, guests after them.
         self.order = math.inf if rider is None else rider.order
         self.key = (stop, direction, -threading.get_ident() if rider is None else rider.order)
-        self.run = as_here()
+        self.run = with_this_context()
         self.done = threading.Event()
         self.value: Any = None
         self.error: BaseException | None = None
@@ -92,7 +92,7 @@ class Party:
     ) -> None:
         self.jobs, self.max_riders, self.is_stream = jobs, max_riders, is_stream
         self.max_tokens = max_tokens
-        self.run = as_here()
+        self.run = with_this_context()
         self.random_state: RandomState
         self.seeds: torch.Generator
         # At most one job, drawn ahead of need: so it is known whether more will come.

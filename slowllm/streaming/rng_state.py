@@ -1,4 +1,4 @@
-"""Torch's global generators, as one thing that changes hands: the processor's, and those of the devices in use."""
+"""The states of torch's global random generators (the CPU's, and those of the devices in use) as one value."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What each generator will draw next, the processor's first.
+# The state of each generator, the CPU's first.
 RandomState = tuple[Tensor, ...]
 
 
 class SharedGenerators:
-    """The generators from which sampling draws.
+    """The global generators from which sampling draws.
 
     Args:
-        others: global generators of devices, beside the processor's.
+        others: those of devices, beside the CPU's.
     """
 
     def __init__(self, others: Sequence[torch.Generator] = ()) -> None:
         self._others = tuple(others)
 
     def get(self) -> RandomState:
-        """Return what the generators will draw next."""
+        """Return the state of all generators."""
         return torch.get_rng_state(), *(other.get_state() for other in self._others)
 
     def set(self, state: RandomState) -> None:
-        """Let the generators go on from a state."""
-        first, *rest = state
-        torch.set_rng_state(first)
-        for other, own in zip(self._others, rest, strict=True):
-            other.set_state(own)
+        """Put all generators into a state."""
+        cpu_state, *other_states = state
+        torch.set_rng_state(cpu_state)
+        for other, other_state in zip(self._others, other_states, strict=True):
+            other.set_state(other_state)
 
     def forked(self, source: torch.Generator) -> tuple[torch.Generator, RandomState]:
-        """Return a generator that is seeded by one draw from another, and a state in which all are seeded so."""
+        """Return a generator that is seeded by one draw from `source`, and a state in which all have that seed."""
         generator = fork(source)
         seed = generator.initial_seed()
         seeded = (torch.Generator(other.device).manual_seed(seed) for other in self._others)
         return generator, (generator.get_state(), *(other.get_state() for other in seeded))
 
 
-def fork(generator: torch.Generator) -> torch.Generator:
-    """Make a generator that is seeded by one draw from another."""
+def fork(source: torch.Generator) -> torch.Generator:
+    """Return a generator that is seeded by one draw from `source`."""
     # The device is named because the caller may have made another one the default.
-    seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu", generator=generator)
+    seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu", generator=source)
     return torch.Generator("cpu").manual_seed(int(seed))

@@ -1,7 +1,4 @@
-"""The seam between a carousel and whoever brings its weights: a disk, memory, or other machines.
-
-Says what is promised on either side; knows no implementation.
-"""
+"""The interface between a carousel and the source of its weights: a disk, memory, or other machines."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ Direction = Literal["up", "down"]
 
 
 class Stops(Protocol):
-    """Where the weights of a stop come from: a disk, memory, or other machines."""
+    """A source of weights, stop by stop."""
 
     num_stops: int
 
@@ -30,7 +27,7 @@ class Passage:
     """What happened at one stop.
 
     Attributes:
-        stop: which.
+        stop: its number.
         direction: in which the carousel went.
         num_passed: visits served.
         wait_seconds: until the stop's weights were there.
