@@ -1,4 +1,4 @@
-"""Every knob of a streamed model, and byte sizes as people write them.
+"""The options of a streamed model, and byte sizes, devices and dtypes as people write them.
 
 Knows nothing about files or models.
 """
@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Literal
 
 from slowllm.errors import InputError
+from slowllm.rounding import ceil_div
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -65,7 +66,7 @@ def format_binary(num_bytes: int) -> str:
     """Return a size that `parse_bytes` reads back as at least as many bytes: ``1.25GiB``."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if num_bytes >= unit:
-            whole, hundredths = divmod(-(-num_bytes * 100 // unit), 100)
+            whole, hundredths = divmod(ceil_div(num_bytes * 100, unit), 100)
             return f"{whole}.{hundredths:02}".rstrip("0").rstrip(".") + name
     return f"{num_bytes}B"
 
@@ -77,8 +78,8 @@ class Options:
     Attributes:
         ram_bytes: the budget for the whole process.
         dtype: compute dtype; ``auto`` takes the checkpoint's bfloat16 where this CPU multiplies it fast.
-        device: where blocks compute: ``cpu``, or one or more of ``cuda:0``, ``cuda:1``, ..., parted by commas.
-        vram_bytes: the budget on each of them; None for what is free there, less a reserve.
+        device: where blocks compute: ``cpu``, or one or more of ``cuda:0``, ``cuda:1``, ..., separated by commas.
+        vram_bytes: the budget on each GPU; None for its free memory less a reserve.
         keep_resident: whether blocks that fit the budget stay in memory after the first sweep.
     """
 
@@ -98,7 +99,7 @@ class Options:
 def parse_devices(device: str) -> tuple[str, ...]:
     """Return the names of the devices meant by ``cpu``, ``cuda``, ``cuda:1`` or ``cuda:0,cuda:1``.
 
-    Whether they are there is not looked at.
+    The devices need not exist.
 
     Raises:
         InputError: the name cannot be read, or a device is named twice.

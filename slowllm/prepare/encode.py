@@ -1,7 +1,7 @@
 """Write one file of a store: read its tensors piece by piece, encode them, and read back what was written.
 
-Knows where bytes are and codecs; knows nothing of models, so that a process that does only this starts quickly. No more
-than a few pieces are in memory at a time. A file has its name only when it is whole.
+Knows where bytes are and codecs; knows nothing of models, so that a process that does only this starts quickly. Only
+a few pieces are in memory at a time. A file gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,16 +25,16 @@ from torch import Tensor
 from slowllm.errors import StoreError
 from slowllm.files import replace_file, replacing_alone, sync
 from slowllm.rounding import round_up
-from slowllm.storage.codecs.base import Codec, Parts, Team
+from slowllm.storage.codecs.base import Codec, Team
 from slowllm.storage.codecs.registry import CODECS
 from slowllm.storage.manifest import PADDING, StoredFile, StoredTensor, file_from_json, header_sha256
 from slowllm.storage.spans import TORCH_DTYPES, Placement, take_rows
 from slowllm.streaming.buffers import PAGE
 from slowllm.streaming.reader import Reader, smallest_ring
 
-# Read, encoded and written at a time; a worker holds about eight times as much.
+# Bytes read, encoded and written at a time; a worker holds about eight times as much.
 PIECE_BYTES = 16 << 20
-# Escapes of a losslessly coded tensor are kept in memory until its end. With more bytes of them, as a share of the
+# Escapes of a losslessly coded tensor are kept in memory until its end. Where their bytes exceed this share of the
 # tensor's, coding saves nothing, and the tensor is written as it is.
 MAX_LOOSE_SHARE = 1 / 8
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -45,9 +45,9 @@ class TensorTask:
     """A tensor to be written.
 
     Attributes:
-        placement: where it comes from.
-        codec: name of the codec; None to write it as it is.
-        dtype: as it is to be written where there is no codec.
+        placement: where its bytes come from.
+        codec: name of the codec; None to write it uncoded.
+        dtype: to write it in where there is no codec.
     """
 
     placement: Placement
@@ -61,7 +61,7 @@ class FileTask:
 
     Attributes:
         path: of the file.
-        tensors: in it, in the order in which they are used.
+        tensors: of the file, in the order in which they are used.
         metadata: for its header.
     """
 
@@ -71,12 +71,12 @@ class FileTask:
 
     @property
     def source_bytes(self) -> int:
-        """Bytes that it is made from."""
+        """Size of the source's tensors."""
         return sum(task.placement.num_bytes for task in self.tensors)
 
     @property
     def estimated_bytes(self) -> int:
-        """About the bytes that it will have."""
+        """Estimate of the file's size."""
         return sum(_estimate(task) for task in self.tensors)
 
 
@@ -89,24 +89,24 @@ def _estimate(task: TensorTask) -> int:
 
 
 def record_path(path: Path) -> Path:
-    """Return where it is noted that a file is finished."""
+    """Return the path of a file's record, which is written when the file is finished."""
     return path.with_name(path.name + ".json")
 
 
 def finished(path: Path) -> StoredFile | None:
-    """Return what was noted of a file, if it is finished."""
+    """Return the record of a file; None where the file is not finished."""
     try:
-        found = file_from_json(json.loads(record_path(path).read_text(encoding="utf-8")))
-        return found if path.stat().st_size == found.num_bytes else None
+        record = file_from_json(json.loads(record_path(path).read_text(encoding="utf-8")))
+        return record if path.stat().st_size == record.num_bytes else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def write_file(task: FileTask) -> StoredFile:
-    """Write a file, unless it is finished already, and note that it is.
+    """Write a file and then its record, unless the file is finished already.
 
     Raises:
-        StoreError: another run writes it, the disk is full, or what was read back is not what was written.
+        StoreError: another run writes it, the disk is full, or the bytes read back are not those written.
         CheckpointError: the source is damaged.
     """
     done = finished(task.path)
@@ -130,7 +130,7 @@ def write_file(task: FileTask) -> StoredFile:
 
 @dataclass(frozen=True)
 class _Written:
-    """Bytes of the file, and the checksum of what was meant to be there."""
+    """A range of the file, and the checksum of the bytes written to it."""
 
     begin: int
     num_bytes: int
@@ -138,7 +138,7 @@ class _Written:
 
 
 class _Array:
-    """A part of the file that is filled from its beginning to its end."""
+    """A range of the file that is filled from its beginning to its end."""
 
     def __init__(self, number: int, begin: int) -> None:
         self._number, self._begin, self._at = number, begin, begin
@@ -158,15 +158,14 @@ class _Array:
 
 
 class _Writer:
-    """Lay out one file and fill it. The header comes first and is written last, so room is kept for it."""
+    """Lay out one file and fill it. The header comes first but is written last, so space is reserved for it."""
 
     def __init__(self, file: IO[bytes], task: FileTask) -> None:
         self._number, self._task = file.fileno(), task
-        # The longest that it can become: a line for every part and every padding, offsets of up to 15 digits.
-        names = sum(
-            len(json.dumps(t.placement.name)) + 24 * len(t.placement.shape) for t in task.tensors
-        ) + sum(map(len, map(str, task.metadata)))
-        self._data = -(-(4096 + 8 * (names + 256 * len(task.tensors))) // PAGE) * PAGE
+        # An upper bound of the header: an entry for every part and every padding, offsets of up to 15 digits.
+        names = sum(len(json.dumps(t.placement.name)) + 24 * len(t.placement.shape) for t in task.tensors)
+        names += sum(map(len, map(str, task.metadata)))
+        self._data = round_up(4096 + 8 * (names + 256 * len(task.tensors)), PAGE)
         self._at = self._data
         self._header: dict[str, Any] = {"__metadata__": dict(task.metadata)}
         self._written: list[_Written] = []
@@ -197,60 +196,57 @@ class _Writer:
                 yield piece
 
         self._align()
-        parts: tuple[str, ...] | None = None
-        if task.codec is not None:
-            parts = self._coded(placement, CODECS[task.codec], hashed())
-        if parts is not None:
-            stored = StoredTensor(placement.shape, "BF16", task.codec, parts, source.hexdigest())
-        else:
-            source = hashlib.sha256()
-            array = _Array(self._number, self._at)
-            for piece in hashed():
-                array.append(piece.to(task.dtype))
-            self._add(placement.name, _NAMES[task.dtype], placement.shape, array.written)
-            stored = StoredTensor(placement.shape, _NAMES[task.dtype], None, (), source.hexdigest())
-        self.tensors[placement.name] = stored
+        codec, dtype = task.codec, "BF16"
+        parts = None if codec is None else self._coded(placement, CODECS[codec], hashed())
+        if parts is None:
+            codec, dtype, parts, source = None, _NAMES[task.dtype], (), hashlib.sha256()
+            self._add(
+                placement.name, dtype, placement.shape, self._filled(p.to(task.dtype) for p in hashed())
+            )
+        self.tensors[placement.name] = StoredTensor(placement.shape, dtype, codec, parts, source.hexdigest())
 
     def _coded(self, placement: Placement, codec: Codec, pieces: Iterator[Tensor]) -> tuple[str, ...] | None:
-        """Write a tensor coded, and return the names of its parts; None, and nothing counts, where that is no use."""
+        """Write a tensor coded, and return the names of its parts; None, to write it uncoded, where that saves nothing."""
         num_rows, width = math.prod(placement.shape[:-1]), placement.shape[-1]
         layout = codec.layout(num_rows, width)
         arrays: dict[str, _Array] = {}
         at = self._at
         for name, (dtype, shape) in layout.items():
             arrays[name] = _Array(self._number, at)
-            at += _up(math.prod(shape) * TORCH_DTYPES[dtype].itemsize, 64)
+            at += round_up(math.prod(shape) * TORCH_DTYPES[dtype].itemsize, 64)
         loose: dict[str, list[Tensor]] = {}
-        num_loose = 0
+        loose_bytes = 0
         for piece in pieces:
             if not (codec.is_exact or bool(piece.isfinite().all())):
                 raise StoreError(
                     f"{placement.name}: has NaN or infinities, which {codec.name} cannot hold; the source is damaged"
                 )
-            found = codec.encode(piece, width)
+            encoded = codec.encode(piece, width)
             if codec.is_exact:
-                _check_exact(placement.name, codec, piece, found)
-            for name, tensor in found.items():
+                _check_exact(placement.name, codec, piece, encoded)
+            for name, tensor in encoded.items():
                 if name in layout:
                     arrays[name].append(tensor)
                 else:
                     loose.setdefault(name, []).append(tensor)
-                    num_loose += tensor.numel() * tensor.dtype.itemsize
-            if num_loose > max(PAGE, MAX_LOOSE_SHARE * placement.decoded_bytes):
+                    loose_bytes += tensor.nbytes
+            if loose_bytes > max(PAGE, MAX_LOOSE_SHARE * placement.decoded_bytes):
                 return None
-        names = []
+        prefix = f"{placement.name}.{codec.name}."
         for name, (dtype, shape) in layout.items():
             self._align(64)
-            self._add(f"{placement.name}.{codec.name}.{name}", dtype, shape, arrays[name].written)
-            names.append(name)
-        for name, tensor in codec.finish(loose).items():
+            self._add(prefix + name, dtype, shape, arrays[name].written)
+        further = codec.finish(loose)
+        for name, tensor in further.items():
             self._align(64)
-            array = _Array(self._number, self._at)
-            array.append(tensor)
-            full = f"{placement.name}.{codec.name}.{name}"
-            self._add(full, _NAMES[tensor.dtype], tuple(tensor.shape), array.written)
-            names.append(name)
-        return tuple(names)
+            self._add(prefix + name, _NAMES[tensor.dtype], tuple(tensor.shape), self._filled([tensor]))
+        return (*layout, *further)
+
+    def _filled(self, pieces: Iterable[Tensor]) -> _Written:
+        array = _Array(self._number, self._at)
+        for piece in pieces:
+            array.append(piece)
+        return array.written
 
     def _add(self, name: str, dtype: str, shape: Sequence[int], written: _Written) -> None:
         assert written.begin == self._at, "arrays are written where they were laid out"
@@ -260,16 +256,14 @@ class _Writer:
         self._written.append(written)
 
     def _align(self, boundary: int = PAGE) -> None:
-        missing = _up(self._at, boundary) - self._at
-        if missing:
-            array = _Array(self._number, self._at)
-            array.append(torch.zeros(missing, dtype=torch.uint8))
-            self._add(f"{PADDING}{len(self._header)}", "U8", [missing], array.written)
+        if missing := round_up(self._at, boundary) - self._at:
+            padding = self._filled([torch.zeros(missing, dtype=torch.uint8)])
+            self._add(f"{PADDING}{len(self._header)}", "U8", [missing], padding)
 
     def _finish(self) -> None:
         text = json.dumps(self._header, separators=(",", ":")).encode()
         room = self._data - 8
-        assert len(text) <= room, "the room for the header was reckoned too small"
+        assert len(text) <= room, "the space reserved for the header is too small"
         header = room.to_bytes(8, "little") + text.ljust(room)
         array = _Array(self._number, 0)
         array.append(torch.frombuffer(bytearray(header), dtype=torch.uint8))
@@ -280,12 +274,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
 
 
-def _up(number: int, boundary: int) -> int:
-    return round_up(number, boundary)
-
-
 def _cut(task: TensorTask) -> Iterator[Placement]:
-    """Cut a tensor into flat pieces of about `PIECE_BYTES`, each a multiple of what its codec takes."""
+    """Cut a tensor into flat pieces of about `PIECE_BYTES`, each a multiple of its codec's unit."""
     placement = task.placement
     count = math.prod(placement.shape)
     flat = Placement(placement.name, (count,), placement.dtype, placement.runs)
@@ -303,18 +293,15 @@ def _read(reader: Reader, first: int, count: int) -> Iterator[Tensor]:
             yield tensor
 
 
-def _check_exact(name: str, codec: Codec, piece: Tensor, found: Mapping[str, Tensor]) -> None:
-    """See that a piece decodes to itself, before anybody relies on it.
+def _check_exact(name: str, codec: Codec, piece: Tensor, arrays: Mapping[str, Tensor]) -> None:
+    """Check that a piece decodes to itself, before anybody relies on it.
 
     Raises:
         StoreError: it does not, by a fault of the machine or of ours.
     """
-    layout = codec.layout(1, len(piece))
-    loose = {key: [tensor] for key, tensor in found.items() if key not in layout}
-    arrays = {**{key: found[key] for key in layout}, **codec.finish(loose)}
     out = torch.empty(1, len(piece), dtype=torch.bfloat16)
     with contextlib.closing(Team(1)) as team:
-        codec.decode(Parts(arrays, 1, len(piece)), out, 0, 1, team)
+        codec.decode(codec.join([arrays], 1, len(piece)), out, 0, 1, team)
     if not torch.equal(out[0].view(torch.int16), piece.view(torch.int16)):
         raise StoreError(
             f"{name}: does not decode to what it was made from; this machine's memory may be faulty"
@@ -324,7 +311,7 @@ def _check_exact(name: str, codec: Codec, piece: Tensor, found: Mapping[str, Ten
 def _read_back(
     file: IO[bytes], name: str, written: tuple[dict[str, StoredTensor], list[_Written]]
 ) -> StoredFile:
-    """Hash the file as it lies on the disk, and compare every part with what was meant to be written."""
+    """Hash the file as it lies on the disk, and compare every part with its checksum from before."""
     number = file.fileno()
     tensors, arrays = written
     whole = hashlib.sha256()
@@ -345,7 +332,7 @@ def _read_back(
 
 
 def read_pieces(number: int, begin: int, num_bytes: int) -> Iterator[bytes]:
-    """Yield bytes of an open file, a piece at a time, and let the page cache drop them."""
+    """Yield bytes of an open file, a piece at a time, and drop them from the page cache."""
     at, end = begin, begin + num_bytes
     while at < end:
         data = os.pread(number, min(PIECE_BYTES, end - at), at)

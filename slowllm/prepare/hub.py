@@ -115,15 +115,14 @@ def choose(repo: str, listing: Mapping[str, HubFile], read: Callable[[HubFile], 
     for name in shards:
         if name not in listing or "/" in name:
             raise CheckpointError(f"{repo}: {INDEX} names {name!r}, which is not a file beside it")
-    small = [
-        file
-        for name, file in sorted(listing.items())
-        # The star of fnmatch does not stop at a slash.
-        if any(
-            fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in SMALL_FILES
-        )
-    ]
+    small = [file for name, file in sorted(listing.items()) if is_small(name)]
     return small + [listing[name] for name in shards]
+
+
+def is_small(name: str) -> bool:
+    """Whether a file is one of those beside the weights that streaming needs: config, tokenizer and so on."""
+    # The star of fnmatch does not stop at a slash.
+    return any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in SMALL_FILES)
 
 
 def _shard_names(repo: str, index: bytes) -> list[str]:

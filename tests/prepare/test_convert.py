@@ -24,9 +24,10 @@ from slowllm.entrypoints.cli import app
 from slowllm.errors import CheckpointError, InputError, StoreError
 from slowllm.modeling import layout
 from slowllm.options import MIB
-from slowllm.prepare import convert as making
+from slowllm.prepare import store_plan
 from slowllm.prepare.convert import Converted, convert
 from slowllm.prepare.verify import verify
+from slowllm.prepare.workers import Progress
 from slowllm.storage import manifest
 from slowllm.storage.codecs import layout_constants
 from slowllm.storage.manifest import MANIFEST, UNFINISHED
@@ -44,7 +45,7 @@ IDS = torch.randint(5, VOCAB, (2, 13), generator=torch.Generator().manual_seed(1
 
 @pytest.fixture(autouse=True)
 def _small_matrices_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(making, "MIN_WEIGHTS", 64)
+    monkeypatch.setattr(store_plan, "MIN_WEIGHTS", 64)
 
 
 def made(source: Path, out: Path, store: str, **options: Any) -> Converted:
@@ -238,7 +239,7 @@ def test_the_source_is_not_changed_and_the_copy_is_complete(tiny: Tiny, tmp_path
     source = tmp_path / "source"
     shutil.copytree(TINY_BLOOM, source)
     before, times = digests(source), [p.stat().st_mtime_ns for p in sorted(source.iterdir())]
-    told: list[making.Progress] = []
+    told: list[Progress] = []
     made(source, tmp_path / "store", "int8", on_progress=told.append)
     assert digests(source) == before
     assert [p.stat().st_mtime_ns for p in sorted(source.iterdir())] == times
@@ -596,7 +597,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
         ):
             made(TINY_BLOOM, disk / "store", "int8")
         # Somebody else fills it meanwhile.
-        monkeypatch.setattr(making, "_check_space", lambda *_: None)
+        monkeypatch.setattr("slowllm.prepare.convert._check_space", lambda *_: None)
         with pytest.raises(StoreError, match="No space left on device; what is finished is kept"):
             made(TINY_BLOOM, disk / "store", "int8")
         subprocess.run(["mount", "-o", "remount,size=30m", str(disk)], check=True)

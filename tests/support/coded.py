@@ -11,16 +11,10 @@ from slowllm.storage.codecs.registry import CODECS
 
 def coded(codec: str, matrix: Tensor) -> Parts:
     rows, width = matrix.shape
-    found = CODECS[codec]
-    unit = found.unit(width)
+    unit = CODECS[codec].unit(width)
     step = max(unit, 1 << 17) // unit * unit
-    pieces = [found.encode(piece, width) for piece in matrix.flatten().split(step)]
-    known = set(found.layout(rows, width))
-    loose = {name: [piece[name] for piece in pieces] for name in pieces[0] if name not in known}
-    arrays = {name: torch.cat([piece[name] for piece in pieces]) for name in known}
-    arrays |= found.finish(loose)
-    shapes = {name: shape for name, (_, shape) in found.layout(rows, width).items()}
-    return Parts({name: a.view(shapes.get(name, a.shape)) for name, a in arrays.items()}, rows, width)
+    pieces = [CODECS[codec].encode(piece, width) for piece in matrix.flatten().split(step)]
+    return CODECS[codec].join(pieces, rows, width)
 
 
 def matrix_of(seed: int, rows: int, width: int, spread: float) -> Tensor:

@@ -51,8 +51,8 @@ def convert(
 
     transformers.logging.set_verbosity_error()
     from slowllm.entrypoints.progress import byte_progress, duration
-    from slowllm.prepare.convert import Progress
     from slowllm.prepare.convert import convert as make
+    from slowllm.prepare.workers import Progress
 
     started = time.perf_counter()
     with byte_progress(f"{store} store") as tell:

@@ -1,14 +1,15 @@
-"""What a codec is, and what codecs share: parts of a coded tensor, threads, tiles."""
+"""What is a codec, and what do codecs share? Parts of a coded matrix, a thread pool, tiles."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,48 +17,45 @@ from torch import Tensor
 
 from slowllm.storage.spans import TORCH_DTYPES, Coding
 
-# Where a codec decodes before it multiplies, each thread does so in tiles that stay in the processor's cache.
+# A codec that decodes before it multiplies does so in tiles that stay in the processor's cache.
 TILE_BYTES = 4 << 20
-
-
-# From so many rows on, integer products are faster than bf16 products of the same numbers.
+# From this number of rows on, integer products are faster than bf16 products of the same numbers.
 MIN_INTEGER_ROWS = 48
+
+# The dtype (safetensors' name) and the shape of each part, by name and in order.
+PartShapes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 class Team:
-    """Threads that share a loop over rows, each with a processor to itself. Owned by who makes it; close it.
-
-    Args:
-        num_threads: of the team.
-    """
+    """A thread pool for loops over rows; each thread computes alone. Whoever makes it closes it."""
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = max(1, num_threads)
         self._pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="slowllm-decode")
-        # A product of one of these threads must not wait for torch's threads, which wait for more work on the same
-        # processors. The number is the thread's own, but for threads that are still to come: hence the second call.
+        # A product in one of these threads must not wait for torch's own threads, which spin on the same processors.
+        # set_num_threads() sets the number of the calling thread, and that of threads yet to start: so reset the latter.
         before = torch.get_num_threads()
-        together = threading.Barrier(self.num_threads)
-        for ready in [self._pool.submit(_work_alone, together) for _ in range(self.num_threads)]:
+        barrier = threading.Barrier(self.num_threads)
+        for ready in [self._pool.submit(_compute_alone, barrier) for _ in range(self.num_threads)]:
             ready.result()
         torch.set_num_threads(before)
 
     def share(self, work: Callable[[int, int], object], first: int, last: int) -> None:
-        """Call `work` for parts of the range that cover it once, on all threads."""
-        parts = min(self.num_threads, max(1, last - first))
-        cuts = [first + (last - first) * number // parts for number in range(parts + 1)]
-        for one in [self._pool.submit(work, *pair) for pair in itertools.pairwise(cuts)]:
-            one.result()
+        """Divide a range among the threads, and call `work` for each part."""
+        num_parts = min(self.num_threads, max(1, last - first))
+        cuts = [first + (last - first) * number // num_parts for number in range(num_parts + 1)]
+        for future in [self._pool.submit(work, *pair) for pair in itertools.pairwise(cuts)]:
+            future.result()
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=True)
 
 
-def _work_alone(together: threading.Barrier) -> None:
+def _compute_alone(barrier: threading.Barrier) -> None:
     torch.get_num_threads()  # a thread's first product would set the number again
     torch.set_num_threads(1)
-    together.wait()
+    barrier.wait()
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,7 @@ class Parts:
 
     Attributes:
         arrays: by the name of the part.
-        num_rows: of the matrix.
-        width: of a row.
+        num_rows, width: of the matrix.
     """
 
     arrays: Mapping[str, Tensor]
@@ -76,13 +73,7 @@ class Parts:
 
     @classmethod
     def of(cls, stored: Tensor, coding: Coding, shape: tuple[int, ...]) -> Parts:
-        """See the parts in the bytes that hold them; nothing is copied.
-
-        Args:
-            stored: (num_bytes,) uint8.
-            coding: that says where each part lies.
-            shape: of the matrix.
-        """
+        """Return views of the parts in `stored` (num_bytes,) uint8, which holds a matrix of this shape."""
         arrays = {}
         for part in coding.parts:
             dtype = TORCH_DTYPES[part.dtype]
@@ -95,44 +86,60 @@ class Parts:
         return cls(arrays, math.prod(shape[:-1]), shape[-1])
 
 
-class Codec(Protocol):
-    """One way to store a matrix."""
+class Codec(ABC):
+    """One way to store a matrix. By default its parts have sizes that depend on the matrix's shape alone."""
 
     name: ClassVar[str]
     is_exact: ClassVar[bool]
-    # How often the bytes of the decoded matrix go through memory in a product of a few rows, those of the stored one
-    # aside. For plans: decoding is as fast as memory where it is compiled.
+    # How often the bytes of the decoded matrix go through memory in a product of a few rows, not counting those of
+    # the stored matrix. Plans use it: compiled decoding is as fast as memory.
     passes: ClassVar[float]
 
     def unit(self, width: int) -> int:
-        """Return the number of weights that pieces given to `encode` must be a multiple of, but for the last."""
+        """Return the number of weights that the size of each piece, but the last, must be a multiple of."""
+        return width
 
-    def layout(self, num_rows: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return the dtype (safetensors' name) and shape of each part whose size is known before; in order."""
+    @abstractmethod
+    def layout(self, num_rows: int, width: int) -> PartShapes:
+        """Return the parts of a matrix whose sizes are known before it is encoded."""
 
+    @abstractmethod
     def encode(self, piece: Tensor, width: int) -> dict[str, Tensor]:
         """Encode a flat piece of a matrix; the arrays of successive pieces are joined along their first axis."""
 
     def finish(self, loose: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-        """Return the further parts, in order, from the arrays of all pieces that `layout` does not name."""
+        """Return the further parts, in order, from those arrays of all pieces that `layout` does not name."""
+        return {}
 
-    def has_parts(self, parts: Mapping[str, tuple[str, tuple[int, ...]]], num_rows: int, width: int) -> bool:
-        """Whether these are the parts, with dtypes and shapes, of such a matrix: decoding trusts it."""
+    def join(self, pieces: Sequence[Mapping[str, Tensor]], num_rows: int, width: int) -> Parts:
+        """Return the parts of a matrix from what `encode` returned for each of its pieces."""
+        arrays = {name: [piece[name] for piece in pieces] for name in pieces[0]}
+        parts = {
+            name: torch.cat(arrays.pop(name)).view(shape)
+            for name, (_, shape) in self.layout(num_rows, width).items()
+        }
+        return Parts({**parts, **self.finish(arrays)}, num_rows, width)
 
+    def has_parts(self, parts: PartShapes, num_rows: int, width: int) -> bool:
+        """Whether these are the parts of such a matrix; `decode` relies on it."""
+        return dict(parts) == self.layout(num_rows, width)
+
+    @abstractmethod
     def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
         """Write the rows `first` to `last` to `out` (last - first, K), bfloat16 and contiguous."""
 
+    @abstractmethod
     def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
-        """Return `x` (M, K), bfloat16, times the rows `first` to `last`, transposed; None where it is to decode."""
+        """Return `x` (M, K), bfloat16, times the rows `first` to `last`, transposed; None to have them decoded."""
 
 
 def tiles_of(low: int, high: int, width: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ranges of rows, each with room for it that stays in the cache."""
-    rows = max(1, TILE_BYTES // (dtype.itemsize * width))
-    room = torch.empty(min(rows, high - low), width, dtype=dtype)
-    for begin in range(low, high, rows):
-        end = min(begin + rows, high)
-        yield slice(begin, end), room[: end - begin]
+    """Yield ranges of rows, each with a buffer that is small enough to stay in the cache."""
+    num_rows = max(1, TILE_BYTES // (dtype.itemsize * width))
+    buffer = torch.empty(min(num_rows, high - low), width, dtype=dtype)
+    for begin in range(low, high, num_rows):
+        end = min(begin + num_rows, high)
+        yield slice(begin, end), buffer[: end - begin]
 
 
 def bits_of(out: Tensor) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from slowllm.rounding import ceil_div
 from slowllm.storage.codecs import layout_constants
-from slowllm.storage.codecs.base import MIN_INTEGER_ROWS, Parts, Team, bits_of, tiles_of
+from slowllm.storage.codecs.base import MIN_INTEGER_ROWS, Codec, Parts, PartShapes, Team, bits_of, tiles_of
 
 
-class Int4:
+class Int4(Codec):
     """Four bits a weight, with a scale and a lowest value in bfloat16 for every 64 weights of a row.
 
     The range of a group is shrunk a little where that lowers its squared error.
@@ -28,12 +27,7 @@ class Int4:
     group: ClassVar[int] = 64
     shrinks: ClassVar[tuple[float, ...]] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
-    def unit(self, width: int) -> int:
-        """See `Codec.unit`."""
-        return width
-
-    def layout(self, num_rows: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """See `Codec.layout`."""
+    def layout(self, num_rows: int, width: int) -> PartShapes:
         groups = ceil_div(width, self.group)
         return {
             "codes": ("U8", (num_rows, groups * self.group // 2)),
@@ -42,7 +36,6 @@ class Int4:
         }
 
     def encode(self, piece: Tensor, width: int) -> dict[str, Tensor]:
-        """See `Codec.encode`."""
         groups = ceil_div(width, self.group)
         values = piece.view(-1, width).float()
         # A last group that is not full is filled with its own last weight, which does not widen its range.
@@ -84,35 +77,24 @@ class Int4:
         tiny = torch.finfo(torch.float32).tiny
         return ((values - lows[..., None]) / scales.clamp(min=tiny)[..., None]).round_().clamp_(0, 15)
 
-    def finish(self, loose: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-        """See `Codec.finish`; there are none."""
-        return {}
-
-    def has_parts(self, parts: Mapping[str, tuple[str, tuple[int, ...]]], num_rows: int, width: int) -> bool:
-        """See `Codec.has_parts`."""
-        return dict(parts) == self.layout(num_rows, width)
-
     def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
-        """See `Codec.decode`."""
-
         def work(low: int, high: int) -> None:
             self._decode_rows(parts, out[low - first : high - first], low, high)
 
         team.share(work, first, last)
 
     def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
-        """See `Codec.multiply`: few rows with tiles that are decoded in the cache."""
         if x.device.type != "cpu" or x.dtype != torch.bfloat16 or len(x) >= MIN_INTEGER_ROWS:
             return None
-        found = x.new_empty(len(x), last - first)
+        product = x.new_empty(len(x), last - first)
 
         def work(low: int, high: int) -> None:
             for tile, buffer in tiles_of(low, high, parts.width, x.dtype):
                 self._decode_rows(parts, buffer, tile.start, tile.stop)
-                found[:, tile.start - first : tile.stop - first] = F.linear(x, buffer)
+                product[:, tile.start - first : tile.stop - first] = F.linear(x, buffer)
 
         team.share(work, first, last)
-        return found
+        return product
 
     def _decode_rows(self, parts: Parts, out: Tensor, first: int, last: int) -> None:
         from slowllm.storage.codecs import cpu_kernels

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slowllm.rounding import ceil_div
-from slowllm.storage.codecs.base import Parts, Team
+from slowllm.rounding import ceil_div, round_up
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team
 from slowllm.storage.codecs.layout_constants import CHUNK, STEP
 
 
-class Lossless:
+class Lossless(Codec):
     """bfloat16 in 12 bits and a little more, bit for bit.
 
     A weight's sign and mantissa take a byte. Its exponent takes four bits, counted from a base that is chosen for
@@ -28,35 +28,27 @@ class Lossless:
     passes: ClassVar[float] = 2.0
 
     def unit(self, width: int) -> int:
-        """See `Codec.unit`."""
         return CHUNK
 
-    def layout(self, num_rows: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """See `Codec.layout`."""
-        padded = -(-num_rows * width // STEP) * STEP
+    def layout(self, num_rows: int, width: int) -> PartShapes:
+        padded = round_up(num_rows * width, STEP)
         return {"signs": ("U8", (padded,)), "exponents": ("U8", (padded // 2,))}
 
     def encode(self, piece: Tensor, width: int) -> dict[str, Tensor]:
-        """See `Codec.encode`; of bfloat16, whose bits are kept, whatever they mean."""
         bits = piece.view(torch.int16).numpy().view(np.uint16)
         bits = np.concatenate([bits, np.zeros(-len(bits) % STEP, np.uint16)])
-        found: dict[str, list[np.ndarray]] = {
-            name: [] for name in ("signs", "exponents", "bases", "counts", "places", "values")
+        chunks = [_encode_chunk(bits[begin : begin + CHUNK]) for begin in range(0, len(bits), CHUNK)]
+        return {
+            name: torch.from_numpy(np.concatenate([chunk[name] for chunk in chunks])) for name in chunks[0]
         }
-        for begin in range(0, len(bits), CHUNK):
-            for name, array in _encode_chunk(bits[begin : begin + CHUNK]).items():
-                found[name].append(array)
-        return {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in found.items()}
 
     def finish(self, loose: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-        """See `Codec.finish`."""
         joined = {name: torch.cat(pieces) for name, pieces in loose.items()}
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), joined.pop("counts").cumsum(0)])
         return {"starts": starts, **{name: joined[name] for name in ("bases", "places", "values")}}
 
-    def has_parts(self, parts: Mapping[str, tuple[str, tuple[int, ...]]], num_rows: int, width: int) -> bool:
-        """See `Codec.has_parts`."""
-        chunks = -(-num_rows * width // CHUNK)
+    def has_parts(self, parts: PartShapes, num_rows: int, width: int) -> bool:
+        chunks = ceil_div(num_rows * width, CHUNK)
         num_escapes = parts.get("places", ("", ()))[1]
         wanted = {
             **self.layout(num_rows, width),
@@ -66,36 +58,34 @@ class Lossless:
         return len(num_escapes) == 1 and dict(parts) == wanted
 
     def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
-        """See `Codec.decode`."""
         from slowllm.storage.codecs import cpu_kernels
 
         arrays = {name: part.numpy() for name, part in parts.arrays.items()}
         begin, end = first * parts.width, last * parts.width
         flat = out.view(-1).view(torch.int16).numpy().view(np.uint16)
-        given = (
+        stored = (
             arrays["signs"].view(np.uint64), arrays["exponents"].view(np.uint64), arrays["bases"],
             arrays["starts"], arrays["places"].view(np.uint16), arrays["values"].view(np.uint16),
         )  # fmt: skip
 
         def join(chunk: int, stop: int) -> None:
-            """Decode chunks that lie wholly in the range straight to their place, others by way of a buffer."""
+            """Decode chunks that lie wholly in the range straight into `out`, others by way of a buffer."""
             inner, outer = max(chunk, ceil_div(begin, CHUNK)), min(stop, end // CHUNK)
-            if (out.data_ptr() - 2 * begin) % 8:  # no place for 64-bit words
+            if (out.data_ptr() - 2 * begin) % 8:  # not aligned for 64-bit words
                 inner = outer = stop
             if inner < outer:
                 whole = flat[inner * CHUNK - begin : outer * CHUNK - begin]
-                cpu_kernels.join_chunks(*given, whole, inner, inner, outer)
+                cpu_kernels.join_chunks(*stored, whole, inner, inner, outer)
             for edge in (*range(chunk, min(inner, stop)), *range(max(outer, inner, chunk), stop)):
                 whole = np.empty(CHUNK, np.uint16)
-                cpu_kernels.join_chunks(*given, whole, edge, edge, edge + 1)
+                cpu_kernels.join_chunks(*stored, whole, edge, edge, edge + 1)
                 low, high = max(begin, edge * CHUNK), min(end, (edge + 1) * CHUNK)
                 flat[low - begin : high - begin] = whole[low - edge * CHUNK : high - edge * CHUNK]
 
         team.share(join, begin // CHUNK, ceil_div(end, CHUNK))
 
     def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
-        """Return None: the product of tiles might round otherwise than that of the whole."""
-        return None
+        return None  # the product of tiles might be rounded differently from that of the whole
 
 
 def _encode_chunk(bits: np.ndarray) -> dict[str, np.ndarray]:

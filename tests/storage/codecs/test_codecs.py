@@ -38,7 +38,7 @@ def stored(name: str, matrix: Tensor, units: int = 1) -> tuple[Tensor, Coding]:
     num_rows, flat = matrix.numel() // width, matrix.reshape(-1)
     layout = codec.layout(num_rows, width)
     found: dict[str, list[Tensor]] = {}
-    for piece in flat.split(layout_constants * codec.unit(width)):
+    for piece in flat.split(units * codec.unit(width)):
         for key, array in codec.encode(piece, width).items():
             found.setdefault(key, []).append(array)
     arrays = {key: torch.cat(found.pop(key)) for key in layout} | codec.finish(found)

@@ -1,0 +1,114 @@
+"""Which files does a store have, and which tensors are coded in them?
+
+Knows models by their parts; reads no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from slowllm.errors import StoreError
+from slowllm.modeling.layout import Layout, in_order_of_use, lay_out
+from slowllm.prepare.encode import FileTask, TensorTask
+from slowllm.storage.spans import Placement
+
+# Smaller matrices gain nothing that can be noticed.
+MIN_WEIGHTS = 4096
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def plan_files(
+    model: PreTrainedModel,
+    placements: Mapping[str, Placement],
+    out: Path,
+    store: str,
+    job: Mapping[str, Any],
+) -> list[FileTask]:
+    """Return the files of a store: one for all outside the blocks, one a block in order of use, and the head's."""
+    blocks = lay_out(model, placements)
+    order = {name: number for number, name in enumerate(in_order_of_use(model, placements))}
+    coded = _coded_names(model, placements, blocks, _FLOATS if store != "lossless" else (torch.bfloat16,))
+    codec = None if store == "bf16" else store
+    in_blocks = {p.name for stop in blocks.stops[: len(blocks.blocks)] for p in stop}
+
+    def task(name: str) -> TensorTask:
+        placement = placements[name]
+        cast = store == "bf16" and placement.dtype in _FLOATS
+        return TensorTask(
+            placement, codec if name in coded else None, torch.bfloat16 if cast else placement.dtype
+        )
+
+    def file(name: str, tensors: Sequence[str]) -> FileTask:
+        # The hash makes the header differ from that of another model of the same shape.
+        metadata = (
+            ("format", "pt"),
+            ("slowllm_store", str(job["store"])),
+            ("source", str(job["source_hash"])),
+        )
+        return FileTask(out / name, tuple(map(task, tensors)), metadata)
+
+    head_name = blocks.chunks[0].name.rpartition("[")[0]
+    has_head = head_name != blocks.embedding_placement.name
+    outside = [name for name in placements if name not in in_blocks and not (has_head and name == head_name)]
+    files = [file("outside.safetensors", outside)]
+    for number, stop in enumerate(blocks.stops[: len(blocks.blocks)]):
+        names = sorted((p.name for p in stop), key=lambda name: order.get(name, len(order)))
+        files.append(file(f"block-{number:05d}.safetensors", names))
+    if has_head:
+        files.append(file("head.safetensors", [head_name]))
+    return files
+
+
+def _coded_names(
+    model: PreTrainedModel,
+    placements: Mapping[str, Placement],
+    layout: Layout,
+    dtypes: Sequence[torch.dtype],
+) -> frozenset[str]:
+    """Return the parameters that are coded: the linear maps of blocks and fused experts, but no routers."""
+    config = model.config.get_text_config()
+    counts = {
+        getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")
+    }
+    coded = set()
+    for number, block in enumerate(layout.blocks):
+        for name, module in block.named_modules():
+            for key, parameter in module._parameters.items():
+                full = ".".join(filter(None, (layout.blocks_name, str(number), name, key)))
+                if parameter is None or full not in placements:
+                    continue
+                is_linear = isinstance(module, nn.Linear | Conv1D) and parameter.dim() == 2
+                is_router = is_linear and parameter.shape[0] in counts
+                if (is_linear and not is_router) or parameter.dim() == 3:
+                    placement = placements[full]
+                    if placement.dtype in dtypes and parameter.numel() >= MIN_WEIGHTS:
+                        coded.add(full)
+    return frozenset(coded)
+
+
+def refuse_other_dtypes(placements: Mapping[str, Placement]) -> None:
+    """Check that a checkpoint is in bfloat16, as the lossless codec needs it.
+
+    Raises:
+        StoreError: its largest tensor has another dtype.
+    """
+    largest = max(placements.values(), key=lambda placement: placement.num_bytes)
+    if largest.dtype != torch.bfloat16:
+        name = str(largest.dtype).removeprefix("torch.")
+        raise StoreError(
+            f"{largest.name}: is {name}, but the lossless store is for bfloat16; use --store bf16, int8 or int4"
+        )
+
+
+def is_exact(store: str, placements: Mapping[str, Placement]) -> bool:
+    """Whether every tensor of a store decodes to the bits of the source."""
+    if store == "bf16":
+        return all(p.dtype == torch.bfloat16 or not p.dtype.is_floating_point for p in placements.values())
+    return store == "lossless"
