@@ -25,11 +25,11 @@ from slowllm.modeling.parameter_map import place
 from slowllm.modeling.skeleton import build_skeleton, read_config
 from slowllm.options import format_bytes
 from slowllm.prepare.encode import FileTask, finished, record_path
-from slowllm.prepare.hub import INDEX, is_small
+from slowllm.prepare.hub import is_small
 from slowllm.prepare.store_plan import is_exact, plan_files, refuse_other_dtypes
 from slowllm.prepare.workers import Progress, write_files
 from slowllm.storage import pickles
-from slowllm.storage.checkpoint import Checkpoint
+from slowllm.storage.checkpoint import INDEX, Checkpoint
 from slowllm.storage.manifest import (
     FORMAT,
     MANIFEST,

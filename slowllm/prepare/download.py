@@ -1,7 +1,7 @@
-"""Fetch a checkpoint from the hub so that it can be streamed, and compare every file with what the hub says of it.
+"""Download a checkpoint from the hub so that it can be streamed, and check every file's size and hash.
 
-Counts the bytes first, keeps what has arrived for the next run, and leaves nothing under its name that is not whole.
-Knows nothing of what is in the files.
+Counts the bytes first, and keeps incomplete files for the next run, under other names. Knows nothing of the files'
+content.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from slowllm.options import format_bytes
 from slowllm.prepare.hub import HubFile, choose, list_files, one_sentence
 from slowllm.storage.checkpoint import Checkpoint
 
-# What is larger the hub gives out by its Xet protocol only, which http_get does not speak.
+# The hub serves larger files by its Xet protocol only, which http_get does not implement.
 MAX_FILE_BYTES = 50 * 1000**3
-# One stream seldom fills a fast line; an interrupt should not leave many shards half fetched.
+# One stream seldom saturates a fast connection; an interrupt should not leave many incomplete shards.
 NUM_STREAMS = 4
 
 
 def download(
     repo: str, *, revision: str = "main", to: str | os.PathLike[str] | None = None, verify: bool = True
 ) -> Path:
-    """Bring the files of a checkpoint that streaming needs, and return its folder.
+    """Download the files of a checkpoint that streaming needs, and return its folder.
 
-    What an earlier run has brought, whole or in part, is not fetched again. Progress goes to stderr.
+    Bytes that an earlier run has downloaded are not downloaded again. Progress goes to stderr.
 
     Args:
         repo: hub id, such as ``bigscience/bloom``.
         revision: branch, tag or commit.
         to: folder to write to; by default the Hugging Face cache, where `load` finds the checkpoint by its id.
-        verify: compare the SHA-256 of LFS files with the hub's. Sizes, and the git ids of other files, always are;
-            so are LFS files found in `to`, because their names do not tell of which revision they are.
+        verify: compare the SHA-256 of LFS files with the hub's. Sizes and the git ids of other files are always
+            compared; so are LFS files found in `to`, because their names do not include their revision.
     Raises:
-        DownloadError: the hub does not answer or refuses, space is short, or a file is not what it should be.
+        DownloadError: the hub does not answer or refuses, the disk is too small, or a file has a wrong size or hash.
         CheckpointError: the repository has no weights that can be streamed.
         InputError: the id or the folder cannot be used.
     """
@@ -65,7 +65,7 @@ def download(
         files = choose(repo, listing, run.read)
         missing_bytes = _check_space(f"{repo} {revision} ({commit[:8]})", place, files)
         with run.progress(missing_bytes, files):
-            _in_threads(run.bring, files, run.stop)
+            _in_threads(run.fetch, files, run.stop)
         place.finish()
     Checkpoint.open(place.folder).close()
     return place.folder
@@ -74,7 +74,7 @@ def download(
 class _Cache:
     """The Hugging Face cache: files named by their hash, and snapshots that link to them."""
 
-    names_content = True  # where a file lies tells which content it has
+    names_content = True  # a file's name is its hash
 
     def __init__(self, repo: str, revision: str, commit: str) -> None:
         self._repo, self._revision, self._commit = repo, revision, commit
@@ -83,17 +83,17 @@ class _Cache:
         self.folder = self._storage / "snapshots" / commit
 
     def target(self, file: HubFile) -> Path:
-        """Return where a fetched file goes."""
+        """Return the path of a complete file."""
         return self._storage / "blobs" / file.etag
 
     def partial(self, file: HubFile) -> Path:
-        """Return where it lies until it is whole."""
+        """Return its path until it is complete."""
         # Not "<etag>.incomplete": some versions of huggingface_hub leave files there that have holes.
         return self._storage / "blobs" / f"{file.etag}.slowllm.incomplete"
 
     def find(self, file: HubFile) -> Path | None:
-        """Return where the whole file is, if it is here."""
-        # First the snapshot: on a disk without links the file itself lies there.
+        """Return the path of the complete file, if there is one."""
+        # The snapshot first: on a disk without links it has the file itself.
         return next((path for path in (self.folder / file.name, self.target(file)) if path.is_file()), None)
 
     def discard(self, file: HubFile, problem: str) -> None:
@@ -106,13 +106,12 @@ class _Cache:
         tqdm.write(f"{file.name}: the cached copy {problem}; removed, and fetched again", file=sys.stderr)
 
     def keep(self, file: HubFile) -> None:
-        """Link a file that is here into the snapshot."""
+        """Link a complete file into the snapshot."""
         if not (self.folder / file.name).exists():
             hf_hub_download(self._repo, file.name, revision=self._commit)  # finds it under its hash
 
     def finish(self) -> None:
-        """Let the revision's name stand for this snapshot."""
-        # Only now: until the new snapshot is whole, the name stands for the one that was there before.
+        """Make the revision's name refer to this snapshot, which is complete."""
         if self._revision != self._commit:
             ref = self._storage / "refs" / self._revision
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +119,7 @@ class _Cache:
 
 
 class _Folder:
-    """A folder of the user's, in which no file is deleted or replaced that was there before. See `_Cache`."""
+    """A folder of the user's, with the methods of `_Cache`. Deletes and replaces no file that was there before."""
 
     names_content = False
 
@@ -142,19 +141,19 @@ class _Folder:
         )
 
     def keep(self, file: HubFile) -> None:
-        pass  # it is where it belongs
+        pass  # it is in its place
 
     def finish(self) -> None:
         pass  # a folder has no revisions
 
 
 def _check_space(what: str, place: _Cache | _Folder, files: Sequence[HubFile]) -> int:
-    """Say what is to be fetched, and refuse it where it does not fit; return the bytes."""
+    """Print and return the number of bytes to download, and refuse it where they do not fit."""
     missing_bytes = 0
     for file in files:
-        found, partial = place.find(file), place.partial(file)
-        if found is not None:
-            problem = file.wrong_size(found.stat().st_size)
+        path, partial = place.find(file), place.partial(file)
+        if path is not None:
+            problem = file.wrong_size(path.stat().st_size)
             if problem is None:
                 continue
             place.discard(file, problem)
@@ -163,8 +162,8 @@ def _check_space(what: str, place: _Cache | _Folder, files: Sequence[HubFile]) -
                 f"{file.name} has {format_bytes(file.size)}, but this command fetches no file above "
                 f"{format_bytes(MAX_FILE_BYTES)}; fetch it with `hf download`, then run this command again"
             )
-        have = partial.stat().st_size if partial.exists() else 0
-        missing_bytes += file.size - have if have <= file.size else file.size
+        partial_bytes = partial.stat().st_size if partial.exists() else 0
+        missing_bytes += file.size - (partial_bytes if partial_bytes <= file.size else 0)
     num_bytes = sum(file.size for file in files)
     free_bytes = shutil.disk_usage(
         next(path for path in (place.root, *place.root.parents) if path.exists())
@@ -183,18 +182,18 @@ def _check_space(what: str, place: _Cache | _Folder, files: Sequence[HubFile]) -
 
 
 class _Run:
-    """What the threads of one download share: where it goes, and its progress bars."""
+    """One download, shared by its threads: the place it goes to, and its progress bars."""
 
     def __init__(self, repo: str, commit: str, place: _Cache | _Folder, verify: bool) -> None:
         self._repo, self._commit, self._place, self._verify = repo, commit, place, verify
-        # A compressed answer does not tell its size, and cannot be resumed.
+        # A compressed response has no known size, and cannot be resumed.
         self._headers = build_hf_headers() | {"Accept-Encoding": "identity"}
         self.stop = threading.Event()
         self._fetched = self._checked = cast(Any, tqdm)(disable=True)
 
     @contextlib.contextmanager
     def progress(self, missing_bytes: int, files: Sequence[HubFile]) -> Iterator[None]:
-        """Show what of these files is fetched and checked, if stderr is a terminal."""
+        """Show the progress of downloading and checking these files, if stderr is a terminal."""
         check_bytes = sum(file.size for file in files if self._is_hashed(file, self._place.find(file)))
         bar = functools.partial(cast(Any, tqdm), unit="B", unit_scale=True, disable=None)
         with (
@@ -203,28 +202,28 @@ class _Run:
         ):
             yield
 
-    def _is_hashed(self, file: HubFile, found: Path | None) -> bool:
-        return self._verify or not file.is_lfs or (found is not None and not self._place.names_content)
+    def _is_hashed(self, file: HubFile, path: Path | None) -> bool:
+        return self._verify or not file.is_lfs or (path is not None and not self._place.names_content)
 
     def read(self, file: HubFile) -> bytes:
         """Return the content of a small file, from disk if it is there."""
-        found = self._place.find(file)
-        if found is not None and found.stat().st_size == file.size and self._problem(found, file) is None:
-            return found.read_bytes()
+        path = self._place.find(file)
+        if path is not None and path.stat().st_size == file.size and self._problem(path, file) is None:
+            return path.read_bytes()
         buffer = io.BytesIO()
         self._get(file, buffer, 0)
         return buffer.getvalue()
 
-    def bring(self, file: HubFile) -> None:
-        """Make sure that a file is in its place and is the hub's.
+    def fetch(self, file: HubFile) -> None:
+        """Make sure that a file is in its place and equals the hub's.
 
         Raises:
-            DownloadError: it is not, or another process is fetching it.
+            DownloadError: it does not, or another process is downloading it.
         """
         place = self._place
-        found = place.find(file)
-        if found is not None:
-            problem = self._problem(found, file) if self._is_hashed(file, found) else None
+        path = place.find(file)
+        if path is not None:
+            problem = self._problem(path, file) if self._is_hashed(file, path) else None
             if problem is None:
                 place.keep(file)
                 return
@@ -247,10 +246,10 @@ class _Run:
         place.keep(file)
 
     def _get(self, file: HubFile, out: BinaryIO, have: int) -> str | None:
-        """Append the rest of a file to `out`, which has the first bytes of it; return what is wrong with its size.
+        """Append the rest of a file to `out`, which has its first `have` bytes; return what is wrong with its size.
 
-        Not by hf_hub_download, whose version 2 deletes what an interrupted process has fetched. http_get is the
-        function beneath it: it asks for the rest only, and tries again a few times when the connection breaks.
+        hf_hub_download would not do: its version 2 deletes what an interrupted process has downloaded. http_get, which
+        it calls, requests only the rest, and retries a few times when the connection breaks.
         """
         url = hf_hub_url(self._repo, file.name, revision=self._commit)
         bar = cast(Any, _bar_class(self._fetched, self.stop))
@@ -264,13 +263,13 @@ class _Run:
                 raise
             return f"ends before byte {have:,}, but the hub says {file.size:,}"
         except OSError as error:
-            if error.errno is not None:  # without a number it means an end too early or too late
+            if error.errno is not None:  # without a number: the response was too short or too long
                 raise
         out.flush()
         return file.wrong_size(out.seek(0, os.SEEK_END))
 
     def _problem(self, path: Path, file: HubFile) -> str | None:
-        """Return in what a file's content differs from the hub's, if it does."""
+        """Return how a file's content differs from the hub's, if it does."""
         digest = hashlib.sha256() if file.is_lfs else hashlib.sha1(b"blob %d\0" % file.size)
         with open(path, "rb") as content:
             while data := content.read(1 << 22):
@@ -285,7 +284,7 @@ class _Run:
 
 
 def _bar_class(bar: Any, stop: threading.Event) -> type:
-    """Return the class of a file's progress, as http_get wants it, that adds to the bar of all files."""
+    """Return a progress bar class for http_get that adds a file's progress to the bar of all files."""
 
     class _Part(contextlib.ExitStack):  # which does nothing on exit
         def __init__(self, **_: Any) -> None:
@@ -300,17 +299,17 @@ def _bar_class(bar: Any, stop: threading.Event) -> type:
 
 
 class _Stopped(Exception):
-    """A thread was asked to end."""
+    """Ends a thread after another's error or an interrupt."""
 
 
-def _in_threads(bring: Callable[[HubFile], None], files: Sequence[HubFile], stop: threading.Event) -> None:
-    """Bring all files, a few at a time; the first error ends the others and is raised.
+def _in_threads(fetch: Callable[[HubFile], None], files: Sequence[HubFile], stop: threading.Event) -> None:
+    """Fetch all files, a few at a time; the first error ends the other threads and is raised.
 
-    An interrupt is raised at once: threads that wait for the network are daemons, and what they leave is a prefix.
+    An interrupt is raised at once: the threads are daemons, and an incomplete file is a prefix of the whole.
     """
     todo: queue.SimpleQueue[list[HubFile]] = queue.SimpleQueue()
     done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-    # Files of equal content are one file in the cache: one thread brings them.
+    # Files of equal content are one file in the cache, so one thread fetches them.
     twins: dict[str, list[HubFile]] = {}
     for file in files:
         twins.setdefault(file.etag, []).append(file)
@@ -323,7 +322,7 @@ def _in_threads(bring: Callable[[HubFile], None], files: Sequence[HubFile], stop
                 group = todo.get_nowait()
                 try:
                     for file in group:
-                        bring(file)
+                        fetch(file)
                     done.put(None)
                 except BaseException as error:  # handed to the caller
                     done.put(error)

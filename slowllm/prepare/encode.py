@@ -28,7 +28,7 @@ from slowllm.rounding import round_up
 from slowllm.storage.codecs.base import Codec, Team
 from slowllm.storage.codecs.registry import CODECS
 from slowllm.storage.manifest import PADDING, StoredFile, StoredTensor, file_from_json, header_sha256
-from slowllm.storage.spans import TORCH_DTYPES, Placement, take_rows
+from slowllm.storage.spans import DTYPE_NAMES, TORCH_DTYPES, Placement, take_rows
 from slowllm.streaming.buffers import PAGE
 from slowllm.streaming.reader import Reader, smallest_ring
 
@@ -37,7 +37,6 @@ PIECE_BYTES = 16 << 20
 # Escapes of a losslessly coded tensor are kept in memory until its end. Where their bytes exceed this share of the
 # tensor's, coding saves nothing, and the tensor is written as it is.
 MAX_LOOSE_SHARE = 1 / 8
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ class _Writer:
         codec, dtype = task.codec, "BF16"
         parts = None if codec is None else self._coded(placement, CODECS[codec], hashed())
         if parts is None:
-            codec, dtype, parts, source = None, _NAMES[task.dtype], (), hashlib.sha256()
+            codec, dtype, parts, source = None, DTYPE_NAMES[task.dtype], (), hashlib.sha256()
             self._add(
                 placement.name, dtype, placement.shape, self._filled(p.to(task.dtype) for p in hashed())
             )
@@ -239,7 +238,7 @@ class _Writer:
         further = codec.finish(loose)
         for name, tensor in further.items():
             self._align(64)
-            self._add(prefix + name, _NAMES[tensor.dtype], tuple(tensor.shape), self._filled([tensor]))
+            self._add(prefix + name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), self._filled([tensor]))
         return (*layout, *further)
 
     def _filled(self, pieces: Iterable[Tensor]) -> _Written:

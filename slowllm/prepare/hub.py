@@ -1,6 +1,6 @@
-"""What the hub says of a repository: its files, with sizes and hashes, and which of them streaming needs.
+"""List a repository's files on the hub, with sizes and hashes, and choose those that streaming needs.
 
-huggingface_hub does the talking, tokens included. Writes nothing.
+huggingface_hub does the requests and the authentication. Writes nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from huggingface_hub.errors import (
 )
 
 from slowllm.errors import CheckpointError, DownloadError, InputError, SlowLLMError
+from slowllm.storage.checkpoint import INDEX
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SINGLE = "model.safetensors"
 SMALL_FILES = (
     "config.json", "generation_config.json", INDEX,
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json",
@@ -34,13 +35,13 @@ SMALL_FILES = (
 )  # fmt: skip
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-# The base of the errors of httpx or httpx2, whichever this huggingface_hub brings.
+# The base of the errors of httpx or httpx2, whichever this huggingface_hub uses.
 _TransportError: type[BaseException] = HfHubHTTPError.__mro__[1]
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository, as the hub lists it.
+    """A file of a repository on the hub.
 
     Attributes:
         name: in the repository, with ``/`` between folders.
@@ -63,11 +64,11 @@ class HubFile:
 
 
 def list_files(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
-    """Return the commit that a revision stands for, and every file of it by name.
+    """Return the commit of a revision, and its files by name.
 
     Raises:
         InputError: this cannot be the id of a model.
-        DownloadError: the answer is not a hub's.
+        DownloadError: the answer is not that of a hub.
     """
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
@@ -75,7 +76,7 @@ def list_files(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
         for entry in info.siblings or []:
             etag = (entry.lfs.sha256 if entry.lfs else entry.blob_id) or ""
             size = entry.lfs.size if entry.lfs else entry.size
-            # Hashes become names of files: what is no hash might lead anywhere.
+            # Hashes become file names: anything else could be a path to elsewhere.
             if size is None or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
                 raise ValueError(f"no size or no hash of {entry.rfilename}")
             listing[entry.rfilename] = HubFile(entry.rfilename, size, etag)
@@ -96,7 +97,7 @@ def choose(repo: str, listing: Mapping[str, HubFile], read: Callable[[HubFile], 
     Args:
         repo: its id, for messages.
         listing: every file of the repository, by name.
-        read: returns the content of a file; called for the index of the shards only.
+        read: returns the content of a file; called only for the index of the shards.
     Raises:
         CheckpointError: the repository has no model in safetensors.
     """
@@ -135,7 +136,7 @@ def _shard_names(repo: str, index: bytes) -> list[str]:
 
 @contextlib.contextmanager
 def one_sentence(repo: str, revision: str) -> Iterator[None]:
-    """Turn what huggingface_hub and the system raise during a download into a sentence that says what to do.
+    """Turn the errors of huggingface_hub and the system during a download into a sentence that says what to do.
 
     Raises:
         DownloadError: the hub cannot be reached or refuses, or a file cannot be written.

@@ -1,7 +1,7 @@
-"""Where every tensor's bytes are: a folder of safetensors shards, validated before any size is trusted.
+"""Find every tensor's bytes in a folder of safetensors shards, which are validated before any size is trusted.
 
 Knows the file format (https://github.com/huggingface/safetensors#format) and the Hugging Face index file;
-knows nothing about models. Headers are read once; the bytes of a few rows can be taken through a memory map.
+knows nothing about models. Headers are read once; a few rows of a tensor can be read through a memory map.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from slowllm.errors import CheckpointError
+from slowllm.files import system_errors
 from slowllm.storage.shard import open_shard, read_header, refuse_short
 from slowllm.storage.spans import Placement, Span
 
-# By these a shard is known again; two fine-tunings of one model differ everywhere.
+# Samples that identify a shard: the weights of two fine-tunings of one model differ everywhere.
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
+INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint:
     """A Hugging Face folder: its config files and the spans of all its shards.
 
-    Owns the memory maps that `mapped` hands out; closing it ends them once the last view is gone.
+    Owns the memory maps behind `mapped`; after closing, each ends with its last view.
     """
 
     def __init__(
@@ -77,32 +78,31 @@ class Checkpoint:
 
         Args:
             config: as text.
-            of_source: of the weights that a store was made from, even where it has lost bits of them.
+            of_source: use the weights that a store was made from, even where the store is not exact.
         """
-        known = self._source_hash if of_source or self._is_exact else None
-        weights = known or self.weights_hash()
-        return hashlib.sha256(f"{config}\n{weights}".encode()).hexdigest()
+        source_hash = self._source_hash if of_source or self._is_exact else None
+        return hashlib.sha256(f"{config}\n{source_hash or self.weights_hash()}".encode()).hexdigest()
 
     def weights_hash(self) -> str:
         """Return a hash of every span and of samples of every shard; reads a few hundred KB of each."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, span in sorted(self.spans.items()):
-            found.update(repr((name, span.dtype, span.shape, span.offset, span.path.name)).encode())
+            digest.update(repr((name, span.dtype, span.shape, span.offset, span.path.name)).encode())
         for path in sorted({span.path for span in self.spans.values()}):
             with open(path, "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 for sample in range(NUM_SAMPLES):
-                    found.update(os.pread(file.fileno(), SAMPLE_BYTES, size * sample // NUM_SAMPLES))
-        return found.hexdigest()
+                    digest.update(os.pread(file.fileno(), SAMPLE_BYTES, size * sample // NUM_SAMPLES))
+        return digest.hexdigest()
 
     def mapped(self, placement: Placement) -> Tensor | None:
-        """Return a parameter that lies on a memory map of its shard: no bytes are read until touched.
+        """Return a parameter on a memory map of its shard; its bytes are read when they are used.
 
-        The tensor must not be written to; a coded one is as stored. None where the parameter's bytes do not lie together, or at an offset
-        that torch cannot view as its dtype.
+        The tensor must not be written to; a coded one is as stored. None where the parameter's bytes do not lie
+        together, or at an offset at which torch cannot view its dtype.
 
         Raises:
-            CheckpointError: the shard is gone, or is not as it was when its header was read.
+            CheckpointError: the shard is gone, or has changed since its header was read.
         """
         if not placement.runs:
             return torch.empty(placement.shape, dtype=placement.dtype)
@@ -118,16 +118,16 @@ class Checkpoint:
         return torch.frombuffer(whole, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
     def check_length(self, placement: Placement) -> None:
-        """See that the mapped shards of a parameter still reach to its end.
+        """Check that the mapped shards of a parameter still reach to its end.
 
-        To touch a page beyond the end of its file kills the process, and no handler can mend that.
+        Reading a mapped page beyond the end of its file kills the process, and no handler can prevent that.
 
         Raises:
-            CheckpointError: one was cut short.
+            CheckpointError: one was truncated.
         """
         for run in placement.runs:
             whole = self._maps.get(run.span.path)
-            # A map knows the length of its own file, whatever has taken the file's name.
+            # The size of the mapped file itself, even if another file has its name now.
             if whole is not None and (size := whole.size()) < run.span.offset + run.source + run.num_bytes:
                 refuse_short(run.span, size)
 
@@ -137,7 +137,7 @@ class Checkpoint:
             try:
                 number = open_shard(span)
                 try:
-                    # A private map is writable in name, so torch takes it without a warning; a write would only
+                    # A private map counts as writable, so torch accepts it without a warning; a write would only
                     # copy the page, never reach the file.
                     self._maps[path] = mmap.mmap(number, 0, access=mmap.ACCESS_COPY)
                 finally:
@@ -147,15 +147,13 @@ class Checkpoint:
         return self._maps[path]
 
     def close(self) -> None:
-        """Drop the memory maps; tensors that still lie on one keep it alive."""
+        """Drop the memory maps; tensors on a map keep it alive."""
         self._maps.clear()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -166,9 +164,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or is not an object.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+        with system_errors(CheckpointError, path):
+            table = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: is not valid JSON ({error})") from error
     if not isinstance(table, dict):
@@ -176,8 +173,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    index = folder / "model.safetensors.index.json"
+def read_weight_map(index: Path) -> dict[str, str] | None:
+    """Return the file name of each tensor from an index file; None where there is no such file.
+
+    Raises:
+        CheckpointError: the index cannot be read, or has no weight_map.
+    """
     if not index.is_file():
         return None
     weight_map = read_json(index).get("weight_map")
@@ -187,45 +188,36 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
 
 
 def _shards(folder: Path) -> list[Path]:
-    weight_map = _weight_map(folder)
+    weight_map = read_weight_map(folder / INDEX)
     if weight_map is None:
         single = folder / "model.safetensors"
         if single.is_file():
             return [single]
         _refuse_other_formats(folder)
-        found = sorted(folder.glob("*.safetensors"))
-        if not found:
-            raise CheckpointError(f"{folder}: has no model.safetensors and no model.safetensors.index.json")
-        if len(found) > 1:
+        shards = sorted(folder.glob("*.safetensors"))
+        if not shards:
+            raise CheckpointError(f"{folder}: has no model.safetensors and no {INDEX}")
+        if len(shards) > 1:
             raise CheckpointError(
-                f"{folder}: has {len(found)} safetensors files but no model.safetensors.index.json; "
-                "fetch the index file too"
+                f"{folder}: has {len(shards)} safetensors files but no {INDEX}; fetch the index file too"
             )
-        return found
+        return shards
     paths = []
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
-            raise CheckpointError(
-                f"model.safetensors.index.json: names {file!r}, which is not a file beside it"
-            )
+            raise CheckpointError(f"{INDEX}: names {file!r}, which is not a file beside it")
         if not os.path.isfile(folder / file):  # Path.is_file would raise on a name that is too long
-            raise CheckpointError(
-                f"{file}: named by model.safetensors.index.json but missing; fetch this shard"
-            )
+            raise CheckpointError(f"{file}: named by {INDEX} but missing; fetch this shard")
         paths.append(folder / file)
     return paths
 
 
 def _check_index(folder: Path, spans: Mapping[str, Span]) -> None:
-    for name, file in (_weight_map(folder) or {}).items():
+    for name, file in (read_weight_map(folder / INDEX) or {}).items():
         if name not in spans:
-            raise CheckpointError(
-                f"{file}: {name} is missing, though model.safetensors.index.json names it there"
-            )
+            raise CheckpointError(f"{file}: {name} is missing, though {INDEX} names it there")
         if spans[name].path.name != file:
-            raise CheckpointError(
-                f"{name}: model.safetensors.index.json names {file} but it lies in {spans[name].path.name}"
-            )
+            raise CheckpointError(f"{name}: {INDEX} names {file} but it lies in {spans[name].path.name}")
 
 
 def _refuse_other_formats(folder: Path) -> None:

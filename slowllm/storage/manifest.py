@@ -1,8 +1,8 @@
-"""The folder of a store: what its manifest says, and how it is opened as a checkpoint.
+"""Read a store's manifest, and open a store as a checkpoint.
 
-Knows the files of a store and their headers; decodes nothing. A store is a Hugging Face folder whose weights lie one
-file a stop, under the names of the model's own parameters, each matrix as its codec has it. The manifest is written
-last, so a store without one is not finished.
+Knows the files of a store and their headers; decodes nothing. A store is a Hugging Face folder that has a file for the
+weights of each stop, under the names of the model's own parameters, each matrix as its codec stores it. The manifest
+is written last, so a store without one is not finished.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,9 +22,9 @@ from slowllm.storage.shard import read_header
 from slowllm.storage.spans import Coding, Part, Span
 
 MANIFEST, UNFINISHED = "slowllm_store.json", "slowllm_store.unfinished.json"
-# Raised when an older slowllm would misread what a newer one writes.
+# Incremented when an older slowllm would misread what a newer one writes.
 FORMAT = 1
-# Bytes before a tensor that begins on a page.
+# Prefix of the entries for the unused bytes before a tensor that begins on a page.
 PADDING = "__padding__."
 
 StoreName = Literal["bf16", "lossless", "int8", "int4"]
@@ -37,10 +37,10 @@ class StoredTensor:
 
     Attributes:
         shape: of the parameter.
-        dtype: safetensors' name of the dtype as stored, or of what it is decoded to.
-        codec: its name; None where the tensor is stored as it is.
-        parts: names of the arrays that a codec made of it, in order; each is in the file as ``tensor.codec.part``.
-        source_sha256: of the bytes that it was made from.
+        dtype: safetensors' name of the dtype as stored, or as decoded.
+        codec: its name; None where the tensor is not coded.
+        parts: names of the codec's arrays, in order; each is in the file as ``tensor.codec.part``.
+        source_sha256: of the source's bytes.
     """
 
     shape: tuple[int, ...]
@@ -57,8 +57,8 @@ class StoredFile:
     Attributes:
         num_bytes: its size.
         sha256: of all its bytes.
-        header_sha256: of its header, which is looked at whenever the store is opened.
-        tensors: in it, by name.
+        header_sha256: of its header, which is checked whenever the store is opened.
+        tensors: of the file, by name.
     """
 
     num_bytes: int
@@ -69,13 +69,13 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store says of itself.
+    """The description of a store.
 
     Attributes:
-        store: which kind.
+        store: its kind.
         slowllm: the version that wrote it.
-        source_name: of the checkpoint it was made from.
-        source_hash: of that checkpoint's weights, as `Checkpoint.weights_hash` has it.
+        source_name: of the checkpoint that it was made from.
+        source_hash: that checkpoint's `Checkpoint.weights_hash`.
         is_exact: whether every tensor decodes to the bits of the source.
         files: by name.
         small_files: the hash of each config and tokenizer file, by name.
@@ -91,16 +91,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of the manifest's file."""
-        table = {"format": FORMAT, **_plain(self)}
-        return json.dumps(table, indent=1) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
 
 
 def is_store(folder: Path) -> bool:
@@ -146,10 +137,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def file_from_json(entry: Mapping[str, Any]) -> StoredFile:
-    """Return what the manifest, or a part of it, says of a file.
+    """Return a file's entry in a manifest, or its record.
 
     Raises:
-        KeyError, TypeError, AttributeError, ValueError: it does not say so.
+        KeyError, TypeError, AttributeError, ValueError: the entry is damaged.
     """
     tensors = {
         name: StoredTensor(
@@ -166,7 +157,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
         CheckpointError: a file is missing, damaged, or of a kind that is not read.
-        StoreError: a store is not finished, newer, or has a file that is not its own.
+        StoreError: a store is not finished, newer, or has a file of another store.
     """
     folder = Path(folder)
     if not is_store(folder):
@@ -179,24 +170,24 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             raise StoreError(
                 f"{name}: is missing from the store {folder}; delete the store and convert the model again"
             )
-        found = read_header(path)
+        header = read_header(path)
         if header_sha256(path) != file.header_sha256:
             raise StoreError(
                 f"{name}: is not the file that the manifest of {folder} tells of; it belongs to another store"
             )
         for tensor, entry in file.tensors.items():
-            spans[tensor] = _span_of(path, tensor, entry, found)
-    # What changes no bit is the same model: a soft prompt or a state of its source goes on with it.
+            spans[tensor] = _span_of(path, tensor, entry, header)
+    # An exact store is the same model: soft prompts and states of its source work with it.
     return Checkpoint(folder, spans, manifest.source_hash, manifest.is_exact)
 
 
-def _span_of(path: Path, name: str, entry: StoredTensor, found: Mapping[str, Span]) -> Span:
+def _span_of(path: Path, name: str, entry: StoredTensor, header: Mapping[str, Span]) -> Span:
     """Join the parts of a tensor, which lie in the file one after the other."""
-    wanted = [name] if entry.codec is None else [f"{name}.{entry.codec}.{part}" for part in entry.parts]
-    missing = [part for part in wanted if part not in found]
-    if missing or not wanted:
+    names = [name] if entry.codec is None else [f"{name}.{entry.codec}.{part}" for part in entry.parts]
+    missing = [part for part in names if part not in header]
+    if missing or not names:
         raise StoreError(f"{path.name}: has no tensor {(missing or [name])[0]}, though the manifest names it")
-    spans = [found[part] for part in wanted]
+    spans = [header[part] for part in names]
     first, last = spans[0], spans[-1]
     if entry.codec is None:
         return first
@@ -208,16 +199,8 @@ def _span_of(path: Path, name: str, entry: StoredTensor, found: Mapping[str, Spa
     check_coding(f"{path.name}: {name}", coding, entry.shape)
     if entry.dtype != "BF16":
         raise StoreError(f"{path.name}: {name} is said to decode to {entry.dtype}, but codecs give BF16")
-    return Span(
-        name=name,
-        path=path,
-        dtype=entry.dtype,
-        shape=entry.shape,
-        offset=first.offset,
-        num_bytes=last.offset + last.num_bytes - first.offset,
-        stamp=first.stamp,
-        coding=coding,
-    )
+    num_bytes = last.offset + last.num_bytes - first.offset
+    return Span(name, path, entry.dtype, entry.shape, first.offset, num_bytes, first.stamp, coding)
 
 
 def header_sha256(path: Path) -> str:

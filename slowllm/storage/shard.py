@@ -10,55 +10,49 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from slowllm.errors import CheckpointError
+from slowllm.files import system_errors
 from slowllm.storage.spans import DTYPE_BITS, Span, Stamp
 
-# As the safetensors library has them.
+# The safetensors library's own limits.
 MAX_HEADER_BYTES = 100_000_000
-
-
 MAX_HEADER_DEPTH = 127
-
-
-# What `git clone` leaves in place of a large file where git-LFS is not installed.
+# `git clone` leaves a file that begins so in place of a large one where git-LFS is not installed.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_header(path: Path) -> dict[str, Span]:
-    """Return the spans of one safetensors file, every promise of its header checked against the file.
+    """Return the spans of one safetensors file, after checking every statement of its header against the file.
 
-    Stricter than the safetensors library where it is lax: a name that stands twice in any table, blanks before
-    the object, and entries or dtypes written in the other ways that serde reads (lists, one-entry tables) are errors.
+    Stricter than the safetensors library: a name that occurs twice in any table, blanks before the object, and entries
+    or dtypes written in the other ways that serde reads (lists, one-entry tables) are errors.
 
     Raises:
-        CheckpointError: naming the file and, where there is one, the tensor.
+        CheckpointError: the file or its header is damaged; the message names the file and the tensor, if any.
     """
 
     def refuse(problem: str) -> NoReturn:
         _refuse(path, problem)
 
-    try:
-        with open(path, "rb") as file:
-            stamp = _stamp(file.fileno())
-            file_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                refuse(f"has {file_bytes} bytes, too few for a safetensors header; fetch this shard again")
-            header_bytes = int.from_bytes(prefix, "little")
-            if header_bytes > MAX_HEADER_BYTES:
-                if (prefix + file.read(len(LFS_POINTER))).startswith(LFS_POINTER):
-                    refuse(
-                        "is a git-LFS pointer, not the file itself; fetch the file with `git lfs pull`, "
-                        "or the model with `slowllm download`"
-                    )
-                refuse(f"claims a header of {header_bytes:,} bytes; this is not a safetensors file")
-            if 8 + header_bytes > file_bytes:
+    with system_errors(CheckpointError, path), open(path, "rb") as file:
+        state = os.fstat(file.fileno())
+        stamp, file_bytes = stamp_of(state), state.st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            refuse(f"has {file_bytes} bytes, too few for a safetensors header; fetch this shard again")
+        header_bytes = int.from_bytes(prefix, "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            if (prefix + file.read(len(LFS_POINTER))).startswith(LFS_POINTER):
                 refuse(
-                    f"claims a header of {header_bytes:,} bytes but the file has {file_bytes:,}. "
-                    "The download is incomplete; fetch this shard again."
+                    "is a git-LFS pointer, not the file itself; fetch the file with `git lfs pull`, "
+                    "or the model with `slowllm download`"
                 )
-            text = file.read(header_bytes)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+            refuse(f"claims a header of {header_bytes:,} bytes; this is not a safetensors file")
+        if 8 + header_bytes > file_bytes:
+            refuse(
+                f"claims a header of {header_bytes:,} bytes but the file has {file_bytes:,}. "
+                "The download is incomplete; fetch this shard again."
+            )
+        text = file.read(header_bytes)
 
     header = _parse_json(path, text)
     metadata = header.pop("__metadata__", None)
@@ -69,7 +63,7 @@ def read_header(path: Path) -> dict[str, Span]:
 
     data_start = 8 + header_bytes
     spans = [_span(path, stamp, name, entry, data_start) for name, entry in header.items()]
-    # Names with equal offsets are empty tensors; the end decides which lies before which.
+    # Tensors with equal offsets are empty, but for one; sorting by the end puts that one last.
     spans.sort(key=lambda span: (span.offset, span.offset + span.num_bytes))
     position, previous = data_start, "the header"
     for span in spans:
@@ -92,12 +86,12 @@ def open_shard(span: Span, flags: int = os.O_RDONLY) -> int:
     """Return a new descriptor of the shard that holds a span.
 
     Raises:
-        CheckpointError: it is not the file whose header was read, or was written to since.
+        CheckpointError: it is not the file whose header was read, or was changed since.
         OSError: it cannot be opened.
     """
     number = os.open(span.path, flags)
     try:
-        if span.stamp not in (None, _stamp(number)):
+        if span.stamp not in (None, stamp_of(os.fstat(number))):
             _refuse(span.path, "was replaced or changed since its header was read; load the model again")
     except BaseException:
         os.close(number)
@@ -106,7 +100,7 @@ def open_shard(span: Span, flags: int = os.O_RDONLY) -> int:
 
 
 def refuse_short(span: Span, file_bytes: int) -> NoReturn:
-    """Raise the error of a shard that has lost its end."""
+    """Raise the error for a shard that was truncated while it was open."""
     _refuse(
         span.path,
         f"{span.name} ends at byte {span.offset + span.num_bytes:,} but the file has {file_bytes:,} by now; "
@@ -114,8 +108,8 @@ def refuse_short(span: Span, file_bytes: int) -> NoReturn:
     )
 
 
-def _stamp(number: int) -> Stamp:
-    state = os.fstat(number)
+def stamp_of(state: os.stat_result) -> Stamp:
+    """Return what tells a file from another of its name, and from itself after a change."""
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
@@ -129,9 +123,7 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
         for name, value in pairs:
             for text in (name, value):
                 if isinstance(text, str):
-                    text.encode(
-                        "utf-8"
-                    )  # Python's json lets lone surrogates pass; a name with one is no name
+                    text.encode()  # raises on lone surrogates, which Python's json accepts
             if name in table:
                 _refuse(path, f"{name} stands twice in the header")
             table[name] = value
@@ -170,15 +162,15 @@ def _integer(digits: str) -> int | float:
 
 
 def _check_ignored(value: Any, depth: int) -> None:
-    """Refuse, in a field that has no meaning here, what Python's json reads but the safetensors library does not.
+    """Refuse, in a field that is ignored here, what Python's json reads but the safetensors library does not.
 
-    Names of tables have been seen to already.
+    The keys of tables have been checked already.
 
     Raises:
-        ValueError: a lone surrogate, or lists in lists without end.
+        ValueError: a lone surrogate, or lists nested too deeply.
     """
     if isinstance(value, str):
-        value.encode("utf-8")
+        value.encode()
     elif isinstance(value, dict | list):
         if depth > MAX_HEADER_DEPTH:
             raise ValueError("nested too deeply")

@@ -1,7 +1,4 @@
-"""What is known of tensors before they are read: where their bytes lie, and how they are coded.
-
-Plain facts that the rooms above hand to one another; opens no file.
-"""
+"""Describe tensors before they are read: where their bytes lie, and how they are coded. Opens no file."""
 
 from __future__ import annotations
 
@@ -25,10 +22,9 @@ TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-
-# What tells a file from another that has taken its name, or from itself after a change: device, inode, size, and
-# time of the last change.
+# Identifies one state of a file: device, inode, size, and time of the last change.
 Stamp = tuple[int, int, int, int]
 
 
@@ -37,7 +33,7 @@ class Part:
     """One of the arrays that a coded tensor is stored as.
 
     Attributes:
-        name: what it is, such as ``scale``.
+        name: such as ``scales``.
         dtype: safetensors' name of the dtype.
         shape: of the array.
         offset: of its first byte, from the first byte of the coded tensor.
@@ -51,11 +47,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Coding:
-    """How a tensor is stored that must be decoded before it can be computed with.
+    """How a tensor is coded.
 
     Attributes:
-        codec: its name, see `slowllm.storage.codecs`.
-        parts: the arrays that it is made of.
+        codec: name of the codec, see `slowllm.storage.codecs`.
+        parts: the arrays that the tensor is stored as.
     """
 
     codec: str
@@ -73,8 +69,8 @@ class Span:
         shape: as in the header.
         offset: of the first byte, from the start of the file.
         num_bytes: length.
-        stamp: of the shard when its header was read; None where no header was.
-        coding: of a tensor that is stored in parts, whose dtype and shape are then those it is decoded to.
+        stamp: of the shard when its header was read; None where none was read.
+        coding: of a coded tensor, whose dtype and shape are then those after decoding.
     """
 
     name: str
@@ -120,14 +116,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the bytes of one parameter or buffer come from, covering it exactly once.
+    """Where the bytes of one parameter or buffer come from; the runs cover it exactly once.
 
     Attributes:
-        name: of the parameter, as `named_parameters` has it.
+        name: of the parameter, as in `named_parameters`.
         shape: of the parameter.
-        dtype: as stored, or as it is decoded to.
+        dtype: as stored, or after decoding.
         runs: in order of `target`.
-        coding: where what is stored must be decoded.
+        coding: of a coded parameter.
     """
 
     name: str
@@ -138,7 +134,7 @@ class Placement:
 
     @property
     def decoded_bytes(self) -> int:
-        """Bytes of the parameter once it is decoded."""
+        """Bytes of the decoded parameter."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -148,7 +144,7 @@ class Placement:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype of the tensor that holds the stored bytes: its own, or uint8 where they are to be decoded."""
+        """The dtype of the tensor that holds the stored bytes: uint8 where they are coded."""
         return self.dtype if self.coding is None else torch.uint8
 
     @property
@@ -158,7 +154,7 @@ class Placement:
 
 
 def take_rows(placement: Placement, name: str, start: int, stop: int) -> Placement:
-    """Return the rows `start` to `stop` of a parameter as a tensor of their own."""
+    """Return the placement of the rows `start` to `stop` of a parameter."""
     row_bytes = placement.num_bytes // placement.shape[0]
     low, high = start * row_bytes, stop * row_bytes
     runs = []
