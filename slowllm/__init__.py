@@ -1,6 +1,6 @@
 """Run, score and tune language models far larger than memory, by streaming their weights from disk.
 
-The names below are loaded when first used: importing slowllm loads neither torch nor transformers.
+The names below are imported when they are first used: importing slowllm loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -10,22 +10,9 @@ from typing import TYPE_CHECKING, Any
 from slowllm.version import __version__ as __version__
 
 __all__ = [
-    "LM",
-    "Budget",
-    "Continuation",
-    "Job",
-    "Likelihood",
-    "Rates",
-    "Recipe",
-    "Report",
-    "SlowLLMError",
-    "SoftPrompt",
-    "StreamedLM",
-    "Tuned",
-    "load",
-    "log_probs",
-    "tune",
-]
+    "LM", "Budget", "Continuation", "Job", "Likelihood", "Rates", "Recipe", "Report", "SlowLLMError", "SoftPrompt",
+    "StreamedLM", "Tuned", "load", "log_probs", "tune",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from slowllm.entrypoints.api import LM, load

@@ -29,10 +29,10 @@ class InputError(SlowLLMError):
 
 
 class NonFiniteError(SlowLLMError):
-    """A NaN, or an infinity where none is legal, came out of a block or the head.
+    """The output of a block or the head has a NaN, or an infinity where none is legal.
 
     Attributes:
-        row: of the batch, where it is known.
+        row: row of the batch, where it is known.
     """
 
     row: int | None = None
@@ -43,7 +43,7 @@ class UnsupportedError(SlowLLMError):
 
 
 class RideError(SlowLLMError):
-    """A ride was started where none can start, or the carousel was closed under a rider."""
+    """A ride was started where none can start, or the carousel was closed during a ride."""
 
 
 class StateError(SlowLLMError):
@@ -51,13 +51,13 @@ class StateError(SlowLLMError):
 
 
 class TuningError(SlowLLMError):
-    """A soft prompt cannot be tuned further: a loss or gradient is no number, or grows beyond all measure."""
+    """A soft prompt cannot be tuned further: a loss or gradient is NaN or grows without bound."""
 
 
 class DownloadError(SlowLLMError):
-    """The hub cannot be reached or refuses, the disk is too small, or a file is not what the hub says it is."""
+    """The hub cannot be reached or refuses, the disk is too small, or a file differs from the hub's."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, for a sentence of ours."""
+    """Return the first line of an error's message, to quote it in a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,6 +1,6 @@
-"""Replace files whole, keep a file or folder to one process, and read lines and JSON objects.
+"""Replace files whole, lock files and folders, and read lines and JSON objects.
 
-Knows nothing of what is in the files. The callers give their own class of error and their own sentences.
+Knows nothing of the files' content. Callers name the class and the words of errors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_SHOWN_LETTERS = 60
 
 @contextlib.contextmanager
 def system_errors(kind: type[SlowLLMError], where: object, advice: str = "") -> Iterator[None]:
-    """Raise an OSError of the block as an error of ours: where it happened, what the system says, and the advice."""
+    """Raise an OSError of the block as an error of class `kind`: where, the system's reason, and advice."""
     try:
         yield
     except OSError as error:
@@ -29,7 +29,7 @@ def system_errors(kind: type[SlowLLMError], where: object, advice: str = "") -> 
 
 
 def part_of(path: Path, process: int | None = None) -> Path:
-    """Return the file beside `path` that is written until it is complete; with the process's id where several write."""
+    """Return the path under which a file is written before it gets the name `path`."""
     return path.with_name(path.name + ("" if process is None else f".{process}") + ".part")
 
 
@@ -40,18 +40,16 @@ def sync(file: IO[Any]) -> None:
 
 
 def put_in_place(file: IO[Any], partial: Path, path: Path) -> None:
-    """Give an open, complete file, so far called `partial`, the name `path`."""
-    sync(file)  # a name must not outlive a power cut that its bytes do not
+    """Rename an open file from `partial` to `path`, after its bytes are on the disk."""
+    sync(file)  # after a power cut the name must not be there without the bytes
     os.replace(partial, path)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
-    """Yield the name to write a file under; it takes the name `path` when the block ends without an error.
+    """Yield a path to write a file to, which is renamed to `path` when the block ends without an error.
 
-    Args:
-        path: of the file.
-        is_shared: whether several processes may write the same content at the same time.
+    With `is_shared` several processes may write the same content at the same time.
     """
     partial = part_of(path, os.getpid() if is_shared else None)
     yield partial
@@ -60,19 +58,19 @@ def replacing(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
 
 
 def replace_file(path: Path, content: bytes | str, *, is_shared: bool = False) -> None:
-    """Write a file whole: whoever opens it finds the old content or the new, even after a power cut."""
+    """Write a file so that a reader finds the old content or the new, even after a power cut."""
     with replacing(path, is_shared=is_shared) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def replacing_alone(path: Path, kind: type[SlowLLMError]) -> Iterator[IO[bytes]]:
-    """Yield an empty file that takes the name `path` when the block ends without an error.
+    """Yield an empty, locked file, which is renamed to `path` when the block ends without an error.
 
-    Until then it is `part_of(path)`, which no second run can write. It stays where the block fails.
+    Before that, and after an error, it is `part_of(path)`.
 
     Raises:
-        SlowLLMError: of the class `kind`, where another run writes the file.
+        SlowLLMError: of class `kind`, where another run writes the file.
     """
     partial = part_of(path)
     # Not in append mode, in which pwrite() appends whatever offset it is given.
@@ -86,11 +84,7 @@ def replacing_alone(path: Path, kind: type[SlowLLMError]) -> Iterator[IO[bytes]]
 
 
 def lock(file: int, refusal: SlowLLMError) -> None:
-    """Keep an open file or folder, given by its descriptor, to this process until it is closed.
-
-    Raises:
-        SlowLLMError: `refusal`, where another process has the lock; nothing is waited for.
-    """
+    """Lock an open file or folder, given by its descriptor, until it is closed; raise `refusal` if it is locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -98,7 +92,7 @@ def lock(file: int, refusal: SlowLLMError) -> None:
 
 
 def read_lines(file: str | Path) -> list[tuple[int, str]]:
-    """Return the non-empty lines of a text file with their numbers, without the blanks around them.
+    """Return the non-empty lines of a text file with their numbers, stripped of surrounding blanks.
 
     Args:
         file: its path; the string ``-`` is standard input.
@@ -122,13 +116,10 @@ def read_lines(file: str | Path) -> list[tuple[int, str]]:
 
 
 def read_raw_lines(file: str | Path, missing: str = "has no non-empty line") -> list[tuple[int, bytes]]:
-    """Return the lines of a file that are not blank, with their numbers and as they are.
+    """Return the lines of a file that are not blank, as bytes, with their numbers.
 
-    Args:
-        file: its path; the string ``-`` is standard input.
-        missing: what to say of a file without such a line.
     Raises:
-        InputError: it cannot be read, or has no such line.
+        InputError: the file cannot be read, or has no such line, which `missing` says.
     """
     with system_errors(InputError, _name_of(file)):
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
@@ -145,13 +136,10 @@ def _name_of(file: str | Path) -> str:
 
 
 def parse_object(text: str | bytes, otherwise: str) -> dict[str, Any]:
-    """Return the JSON object in a text that somebody wrote.
+    """Return the JSON object in a text of UTF-8.
 
-    Args:
-        text: of UTF-8, if bytes.
-        otherwise: what to say of JSON that is no object.
     Raises:
-        InputError: it is not JSON or no object. NaN and infinities are no JSON.
+        InputError: it is not JSON, as with NaN and infinities, or it is no object, which `otherwise` says.
     """
 
     def refuse_constant(name: str) -> Any:
@@ -171,6 +159,6 @@ def parse_object(text: str | bytes, otherwise: str) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as JSON for a message, cut off where it is long."""
+    """Return a value as JSON for a message, truncated to `MAX_SHOWN_LETTERS`."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MAX_SHOWN_LETTERS else text[: MAX_SHOWN_LETTERS - 3] + "..."

@@ -1,7 +1,7 @@
-"""How glibc serves memory to this process.
+"""Configure glibc's allocator.
 
-Knows nothing of slowllm. Called by `load`, and by the command line before anything large is imported: arenas that
-exist already are not given up.
+Knows nothing of slowllm. Called by `load`, and by the command line before anything large is imported, because arenas
+that exist already remain.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 def keep_together() -> None:
-    """Have glibc serve all threads and all sizes from one heap.
+    """Make glibc serve all threads and all sizes from one heap.
 
-    By default each thread gets an arena of its own, whose freed memory never comes back, and a large tensor is a
-    map of its own, whose pages are faulted in anew every time: a tenth of the time of BLOOM's blocks.
+    By default each thread gets an arena of its own, which never returns freed memory to the system, and a large tensor
+    gets a map of its own, whose pages fault in anew each time: a tenth of the time of BLOOM's blocks.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -28,7 +28,7 @@ def keep_together() -> None:
 
 
 def give_back() -> None:
-    """Return what is free in the heap to the system."""
+    """Return the heap's free memory to the system."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):

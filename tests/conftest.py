@@ -41,6 +41,7 @@ from tests.support.families import save_tiny
 from tests.support.paths import TINY_BLOOM
 from tests.support.processes import Processes
 from tests.support.properties import register_profiles
+from tests.support.stores import make_store
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -57,6 +58,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             made[name, dtype] = tmp_path_factory.mktemp(name)
             save_tiny(name, made[name, dtype], dtype)
         return made[name, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a store of the embedded model, made on first use."""
+    folder = tmp_path_factory.mktemp("stores")
+
+    def get(store: str) -> Path:
+        if not (folder / store).exists():
+            make_store(TINY_BLOOM, folder / store, store)
+        return folder / store
 
     return get
 

@@ -113,10 +113,11 @@ def write_file(task: FileTask) -> StoredFile:
         return done
     try:
         with replacing_alone(task.path, StoreError) as file:
-            written = _Writer(file, task).write()
+            writer = _Writer(file, task)
+            writer.write()
             sync(file)
-            done = _read_back(file, task.path.name, written)
-        done = dataclasses.replace(done, header_sha256=header_sha256(task.path))
+            sha256 = _read_back(file, task.path.name, writer.arrays)
+        done = StoredFile(task.path.stat().st_size, sha256, header_sha256(task.path), writer.tensors)
         replace_file(record_path(task.path), json.dumps(dataclasses.asdict(done)))
         return done
     except OSError as error:
@@ -127,50 +128,37 @@ def write_file(task: FileTask) -> StoredFile:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Written:
-    """A range of the file, and the checksum of the bytes written to it."""
-
-    begin: int
-    num_bytes: int
-    crc32: int
-
-
 class _Array:
-    """A range of the file that is filled from its beginning to its end."""
+    """A range of the file that is filled from its beginning to its end, and the checksum of its bytes."""
 
-    def __init__(self, number: int, begin: int) -> None:
-        self._number, self._begin, self._at = number, begin, begin
-        self._crc32 = 0
+    def __init__(self, fd: int, begin: int) -> None:
+        self._fd, self.begin = fd, begin
+        self.num_bytes = self.crc32 = 0
 
     def append(self, tensor: Tensor) -> None:
         data = _bytes_of(tensor.contiguous())
-        self._crc32 = zlib.crc32(data, self._crc32)
+        self.crc32 = zlib.crc32(data, self.crc32)
         done = 0
         while done < len(data):
-            done += os.pwrite(self._number, data[done:], self._at + done)
-        self._at += len(data)
-
-    @property
-    def written(self) -> _Written:
-        return _Written(self._begin, self._at - self._begin, self._crc32)
+            done += os.pwrite(self._fd, data[done:], self.begin + self.num_bytes + done)
+        self.num_bytes += len(data)
 
 
 class _Writer:
     """Lay out one file and fill it. The header comes first but is written last, so space is reserved for it."""
 
     def __init__(self, file: IO[bytes], task: FileTask) -> None:
-        self._number, self._task = file.fileno(), task
+        self._fd, self._task = file.fileno(), task
         # An upper bound of the header: an entry for every part and every padding, offsets of up to 15 digits.
         names = sum(len(json.dumps(t.placement.name)) + 24 * len(t.placement.shape) for t in task.tensors)
         names += sum(map(len, map(str, task.metadata)))
         self._data = round_up(4096 + 8 * (names + 256 * len(task.tensors)), PAGE)
         self._at = self._data
         self._header: dict[str, Any] = {"__metadata__": dict(task.metadata)}
-        self._written: list[_Written] = []
+        self.arrays: list[_Array] = []
         self.tensors: dict[str, StoredTensor] = {}
 
-    def write(self) -> tuple[dict[str, StoredTensor], list[_Written]]:
+    def write(self) -> None:
         pieces: list[list[Placement]] = []
         plans = []
         for tensor in self._task.tensors:
@@ -182,9 +170,8 @@ class _Writer:
             with contextlib.closing(Reader(pieces, ring_bytes=ring, num_threads=4)) as reader:
                 for tensor, first, count in plans:
                     self._tensor(tensor, functools.partial(_read, reader, first, count))
-        os.ftruncate(self._number, self._at)
-        self._finish()
-        return self.tensors, self._written
+        os.ftruncate(self._fd, self._at)
+        self._write_header()
 
     def _tensor(self, task: TensorTask, read: Callable[[], Iterator[Tensor]]) -> None:
         placement, source = task.placement, hashlib.sha256()
@@ -211,7 +198,7 @@ class _Writer:
         arrays: dict[str, _Array] = {}
         at = self._at
         for name, (dtype, shape) in layout.items():
-            arrays[name] = _Array(self._number, at)
+            arrays[name] = _Array(self._fd, at)
             at += round_up(math.prod(shape) * TORCH_DTYPES[dtype].itemsize, 64)
         loose: dict[str, list[Tensor]] = {}
         loose_bytes = 0
@@ -234,39 +221,39 @@ class _Writer:
         prefix = f"{placement.name}.{codec.name}."
         for name, (dtype, shape) in layout.items():
             self._align(64)
-            self._add(prefix + name, dtype, shape, arrays[name].written)
+            self._add(prefix + name, dtype, shape, arrays[name])
         further = codec.finish(loose)
         for name, tensor in further.items():
             self._align(64)
             self._add(prefix + name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), self._filled([tensor]))
         return (*layout, *further)
 
-    def _filled(self, pieces: Iterable[Tensor]) -> _Written:
-        array = _Array(self._number, self._at)
+    def _filled(self, pieces: Iterable[Tensor]) -> _Array:
+        array = _Array(self._fd, self._at)
         for piece in pieces:
             array.append(piece)
-        return array.written
+        return array
 
-    def _add(self, name: str, dtype: str, shape: Sequence[int], written: _Written) -> None:
-        assert written.begin == self._at, "arrays are written where they were laid out"
-        self._at += written.num_bytes
-        offsets = [written.begin - self._data, self._at - self._data]
+    def _add(self, name: str, dtype: str, shape: Sequence[int], array: _Array) -> None:
+        assert array.begin == self._at, "arrays are written where they were laid out"
+        self._at += array.num_bytes
+        offsets = [array.begin - self._data, self._at - self._data]
         self._header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
-        self._written.append(written)
+        self.arrays.append(array)
 
     def _align(self, boundary: int = PAGE) -> None:
         if missing := round_up(self._at, boundary) - self._at:
             padding = self._filled([torch.zeros(missing, dtype=torch.uint8)])
             self._add(f"{PADDING}{len(self._header)}", "U8", [missing], padding)
 
-    def _finish(self) -> None:
+    def _write_header(self) -> None:
         text = json.dumps(self._header, separators=(",", ":")).encode()
         room = self._data - 8
         assert len(text) <= room, "the space reserved for the header is too small"
         header = room.to_bytes(8, "little") + text.ljust(room)
-        array = _Array(self._number, 0)
+        array = _Array(self._fd, 0)
         array.append(torch.frombuffer(bytearray(header), dtype=torch.uint8))
-        self._written.append(array.written)
+        self.arrays.append(array)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -307,37 +294,33 @@ def _check_exact(name: str, codec: Codec, piece: Tensor, arrays: Mapping[str, Te
         )
 
 
-def _read_back(
-    file: IO[bytes], name: str, written: tuple[dict[str, StoredTensor], list[_Written]]
-) -> StoredFile:
+def _read_back(file: IO[bytes], name: str, arrays: Sequence[_Array]) -> str:
     """Hash the file as it lies on the disk, and compare every part with its checksum from before."""
-    number = file.fileno()
-    tensors, arrays = written
+    fd = file.fileno()
     whole = hashlib.sha256()
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     for array in sorted(arrays, key=lambda array: array.begin):
         crc32 = 0  # against what a disk does by mistake; twice as fast as a hash against what somebody does on purpose
-        for data in read_pieces(number, array.begin, array.num_bytes):
+        for data in read_pieces(fd, array.begin, array.num_bytes):
             crc32 = zlib.crc32(data, crc32)
             whole.update(data)
         if crc32 != array.crc32:
             raise StoreError(
                 f"{name}: the disk gives back other bytes than were written, from byte {array.begin:,} on"
             )
-    num_bytes = os.fstat(number).st_size
-    assert num_bytes == sum(array.num_bytes for array in arrays), "every byte belongs to one array"
-    return StoredFile(num_bytes, whole.hexdigest(), "", tensors)
+    assert os.fstat(fd).st_size == sum(a.num_bytes for a in arrays), "every byte belongs to one array"
+    return whole.hexdigest()
 
 
-def read_pieces(number: int, begin: int, num_bytes: int) -> Iterator[bytes]:
+def read_pieces(fd: int, begin: int, num_bytes: int) -> Iterator[bytes]:
     """Yield bytes of an open file, a piece at a time, and drop them from the page cache."""
     at, end = begin, begin + num_bytes
     while at < end:
-        data = os.pread(number, min(PIECE_BYTES, end - at), at)
+        data = os.pread(fd, min(PIECE_BYTES, end - at), at)
         if not data:
             return
         yield data
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(number, at, len(data), os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, at, len(data), os.POSIX_FADV_DONTNEED)
         at += len(data)

@@ -135,13 +135,13 @@ class Checkpoint:
         path = span.path
         if path not in self._maps:
             try:
-                number = open_shard(span)
+                fd = open_shard(span)
                 try:
                     # A private map counts as writable, so torch accepts it without a warning; a write would only
                     # copy the page, never reach the file.
-                    self._maps[path] = mmap.mmap(number, 0, access=mmap.ACCESS_COPY)
+                    self._maps[path] = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
                 finally:
-                    os.close(number)
+                    os.close(fd)
             except (OSError, ValueError) as error:  # ValueError: the file is empty by now
                 raise CheckpointError(f"{path}: cannot be mapped ({error})") from error
         return self._maps[path]

@@ -89,14 +89,14 @@ def open_shard(span: Span, flags: int = os.O_RDONLY) -> int:
         CheckpointError: it is not the file whose header was read, or was changed since.
         OSError: it cannot be opened.
     """
-    number = os.open(span.path, flags)
+    fd = os.open(span.path, flags)
     try:
-        if span.stamp not in (None, stamp_of(os.fstat(number))):
+        if span.stamp not in (None, stamp_of(os.fstat(fd))):
             _refuse(span.path, "was replaced or changed since its header was read; load the model again")
     except BaseException:
-        os.close(number)
+        os.close(fd)
         raise
-    return number
+    return fd
 
 
 def refuse_short(span: Span, file_bytes: int) -> NoReturn:

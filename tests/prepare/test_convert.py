@@ -17,74 +17,32 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
 
 import slowllm
 from slowllm.entrypoints.cli import app
-from slowllm.errors import CheckpointError, InputError, StoreError
+from slowllm.errors import InputError, StoreError
 from slowllm.modeling import layout
 from slowllm.options import MIB
 from slowllm.prepare import store_plan
-from slowllm.prepare.convert import Converted, convert
-from slowllm.prepare.verify import verify
+from slowllm.prepare.convert import convert
 from slowllm.prepare.workers import Progress
 from slowllm.storage import manifest
 from slowllm.storage.codecs import layout_constants
-from slowllm.storage.manifest import MANIFEST, UNFINISHED
 from slowllm.storage.shard import read_header
-from tests.support.families import FAMILIES, VOCAB, resident, save_tiny
+from tests.support.families import FAMILIES, resident, save_tiny
 from tests.support.host_device import HostDevice
 from tests.support.paths import ROOT, TINY_BLOOM
+from tests.support.stores import gradients, make_store, passed
 
 Tiny = Callable[..., Path]
 # Relative to the norm: random models of width 64, whose logits are sums of few products.
 NEAR = {"int8": 0.05, "int4": 0.4}
 SOME = ["bloom", "llama-3-scaled-rope", "mixtral", "falcon-new-decoder"]
-IDS = torch.randint(5, VOCAB, (2, 13), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(autouse=True)
 def _small_matrices_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_plan, "MIN_WEIGHTS", 64)
-
-
-def made(source: Path, out: Path, store: str, **options: Any) -> Converted:
-    return convert(source, out, store=store, **{"workers": 1, **options})
-
-
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return the folder of a store of the embedded model, made on first use."""
-    folder = tmp_path_factory.mktemp("stores")
-
-    def get(store: str) -> Path:
-        if not (folder / store).exists():
-            convert(TINY_BLOOM, folder / store, store=store, workers=1)
-        return folder / store
-
-    return get
-
-
-def passed(folder: Path, granularity: Any = "blocks", dtype: str = "bf16") -> tuple[Tensor, list[Tensor]]:
-    """Return logits, and with whole blocks the gradients of embeddings, of two riders in one sweep."""
-    with slowllm.load(folder, dtype=dtype, keep_resident=False, poison=True, granularity=granularity) as lm:
-        if granularity == "leaves":
-            with torch.no_grad():
-                return torch.cat(lm.ride([lambda: lm.model(IDS).logits] * 2)), []
-        return gradients(lm, lm.model)
-
-
-def gradients(lm: Any, model: Any) -> tuple[Tensor, list[Tensor]]:
-    given = [model.get_input_embeddings()(IDS).detach().requires_grad_(True) for _ in range(2)]
-
-    def step(vectors: Tensor) -> Tensor:
-        output = model(inputs_embeds=vectors, labels=IDS, use_cache=False)
-        output.loss.backward()
-        return torch.as_tensor(output.logits.detach())
-
-    jobs = [lambda vectors=vectors: step(vectors) for vectors in given]
-    logits = lm.ride(jobs) if lm else [job() for job in jobs]
-    return torch.cat(logits), [vectors.grad for vectors in given]
 
 
 @pytest.mark.parametrize("store", ["bf16", "lossless"])
@@ -93,7 +51,7 @@ def test_an_exact_store_gives_the_bits_and_the_gradients_of_its_source(
     name: str, store: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     source = tiny(name, torch.bfloat16)
-    manifest_of = made(source, tmp_path / "store", store).manifest
+    manifest_of = make_store(source, tmp_path / "store", store).manifest
     assert manifest_of is not None
     codecs = {t.codec for file in manifest_of.files.values() for t in file.tensors.values()}
     assert codecs == ({None, "lossless"} if store == "lossless" else {None})
@@ -109,7 +67,7 @@ def test_leaves_of_a_store_give_what_its_blocks_give(
     name: str, store: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layout, "MIN_LEAF_BYTES", 0)
-    made(tiny(name, torch.bfloat16), tmp_path / "store", store)
+    make_store(tiny(name, torch.bfloat16), tmp_path / "store", store)
     assert torch.equal(passed(tmp_path / "store", "leaves")[0], passed(tmp_path / "store")[0])
 
 
@@ -120,7 +78,7 @@ def test_a_lossy_store_is_near_its_source_and_so_are_its_gradients(
     name: str, store: str, dtype: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     source = tiny(name, torch.bfloat16)
-    made(source, tmp_path / "store", store)
+    make_store(source, tmp_path / "store", store)
     plain = resident(source, torch.float32 if dtype == "fp32" else torch.bfloat16)
     wanted, found = gradients(None, plain), passed(tmp_path / "store", dtype=dtype)
     assert 0 < (found[0] - wanted[0]).float().norm() <= NEAR[store] * wanted[0].float().norm()
@@ -131,7 +89,7 @@ def test_a_lossy_store_is_near_its_source_and_so_are_its_gradients(
 def test_gradients_go_through_the_decoded_weights(tiny: Tiny, tmp_path: Path) -> None:
     """int4 products of many rows are those of the decoded matrix: the same gradient as a model of such weights."""
     source = tiny("llama-2", torch.bfloat16)
-    made(source, tmp_path / "int4", "int4")
+    make_store(source, tmp_path / "int4", "int4")
     with slowllm.load(tmp_path / "int4", dtype="fp32", keep_resident=False, poison=True) as lm:
         ours = gradients(lm, lm.model)
         plain = resident(source)
@@ -240,7 +198,7 @@ def test_the_source_is_not_changed_and_the_copy_is_complete(tiny: Tiny, tmp_path
     shutil.copytree(TINY_BLOOM, source)
     before, times = digests(source), [p.stat().st_mtime_ns for p in sorted(source.iterdir())]
     told: list[Progress] = []
-    made(source, tmp_path / "store", "int8", on_progress=told.append)
+    make_store(source, tmp_path / "store", "int8", on_progress=told.append)
     assert digests(source) == before
     assert [p.stat().st_mtime_ns for p in sorted(source.iterdir())] == times
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -262,7 +220,7 @@ def converted(*arguments: object) -> dict[str, list[int]]:
 
 def test_workers_and_ranks_make_the_same_store(embedded: Callable[[str], Path], tmp_path: Path) -> None:
     wanted = digests(embedded("int4"))
-    made(TINY_BLOOM, tmp_path / "workers", "int4", workers=2)
+    make_store(TINY_BLOOM, tmp_path / "workers", "int4", workers=2)
     assert digests(tmp_path / "workers") == wanted
 
     # Eleven files in four shares, all at once: the last share is short.
@@ -281,7 +239,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_stopped(
     with pytest.raises(StoreError, match="this store is not finished; run the same `slowllm convert` again"):
         slowllm.load(store)
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "store").glob("*.safetensors")}
-    made(TINY_BLOOM, tmp_path / "store", "lossless")
+    make_store(TINY_BLOOM, tmp_path / "store", "lossless")
     assert {n: (tmp_path / "store" / n).stat().st_mtime_ns for n in kept} == kept, "not written again"
     assert {n: d for n, d in digests(tmp_path / "store").items() if not n.endswith(".part")} == wanted
 
@@ -310,208 +268,33 @@ print(peak_rss_bytes() - before)
     assert int(done.stdout) < 110 * MIB < block_bytes
 
 
-def save_pickled(folder: Path, out: Path, shards: int = 2) -> None:
-    """Write a checkpoint as older ones lie on the hub."""
-    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors.update(safetensors.torch.load_file(path))
-    names = sorted(tensors)
-    weight_map = {}
-    for number in range(shards):
-        file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin" if shards > 1 else "pytorch_model.bin"
-        own = names[number::shards]
-        torch.save({name: tensors[name] for name in own}, out / file)
-        weight_map.update(dict.fromkeys(own, file))
-    if shards > 1:
-        (out / "pytorch_model.bin.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": weight_map})
-        )
-
-
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("name", ["bloom", "mixtral"])
-def test_pickled_checkpoints_are_converted_and_nothing_in_them_is_run(
-    name: str, shards: int, tiny: Tiny, tmp_path: Path
-) -> None:
-    source = tiny(name, torch.bfloat16)
-    save_pickled(source, tmp_path / "pickled", shards)
-    with pytest.raises(CheckpointError, match="slowllm convert"):
-        slowllm.load(tmp_path / "pickled")
-    made(tmp_path / "pickled", tmp_path / "store", "lossless")
-    assert torch.equal(passed(tmp_path / "store")[0], passed(source)[0])
-
-
-class Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.system, ("touch /tmp/slowllm-was-run",))
-
-
-def test_bad_pickles_are_refused(tiny: Tiny, tmp_path: Path) -> None:
-    source = tiny("bloom", torch.bfloat16)
-
-    def refused(spoil: Callable[[Path], object], match: str) -> None:
-        shutil.rmtree(tmp_path / "pickled", ignore_errors=True)
-        save_pickled(source, tmp_path / "pickled")
-        spoil(tmp_path / "pickled")
-        with pytest.raises(CheckpointError, match=match):
-            made(tmp_path / "pickled", tmp_path / "store", "int8")
-        assert not (tmp_path / "store").exists()
-
-    first = "pytorch_model-00001-of-00002.bin"
-    refused(lambda p: torch.save({"a": Evil()}, p / first), rf"^{first}: its tensors cannot be read \(")
-    assert not Path("/tmp/slowllm-was-run").exists()
-    refused(lambda p: torch.save({}, p / first), rf"^{first}: holds no tensors$")
-    sparse = {"a": torch.eye(3).to_sparse()}
-    refused(lambda p: torch.save(sparse, p / first), rf"^{first}: (a is sparse|its tensors cannot be read)")
-    refused(lambda p: torch.save([1], p / first), rf"^{first}: is not a table of tensors by name$")
-    transposed = {"a": torch.ones(3, 4).t()}
-    refused(
-        lambda p: torch.save(transposed, p / first), rf"^{first}: a \(torch.float32\) does not lie in one run"
-    )
-    refused(lambda p: (p / first).write_bytes(b"PK\x03\x04 no"), rf"^{first}: its tensors cannot be read")
-    refused(lambda p: (p / first).unlink(), rf"^{first}: named by pytorch_model.bin.index.json but missing")
-    refused(lambda p: os.truncate(p / first, 5000), rf"^{first}: its tensors cannot be read")
-    old = {"_use_new_zipfile_serialization": False}
-    refused(lambda p: torch.save({"a": torch.ones(3)}, p / first, **old), rf"^{first}: ")
-    refused(
-        lambda p: torch.save({"a": torch.ones(3)}, p / first), r"is missing, though pytorch_model.bin.index"
-    )
-
-
-def test_a_damaged_byte_is_found_in_every_file(embedded: Callable[[str], Path], tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    shutil.copytree(embedded("int8"), store)
-    told: list[tuple[int, int]] = []
-    good = verify(store, lambda done, total: told.append((done, total)))
-    assert good.num_files == 11 + 3  # and the config and the tokenizer
-    assert good.num_bytes == sum(p.stat().st_size for p in store.iterdir() if p.name != MANIFEST)
-    assert max(told) == (good.num_bytes, good.num_bytes)
-    for path in sorted(store.glob("*.safetensors")):
-        data = path.read_bytes()
-        path.write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
-        with pytest.raises(
-            StoreError, match=rf"^{path.name}: its [\d,]+ bytes have the hash .* was expected"
-        ):
-            verify(store)
-        path.write_bytes(data[:-1])
-        with pytest.raises(StoreError, match=rf"^{path.name}: has [\d,]+ bytes, but [\d,]+ were written$"):
-            verify(store)
-        with pytest.raises(CheckpointError, match=rf"^{path.name}: .* ends at byte"):
-            slowllm.load(store)
-        path.write_bytes(data)
-    (store / "config.json").write_bytes((store / "config.json").read_bytes() + b" ")
-    with pytest.raises(StoreError, match=r"^config\.json: its [\d,]+ bytes have the hash"):
-        verify(store)
-
-
-def test_a_snapshot_of_the_hub_is_verified_by_its_names(tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
-    blobs.mkdir()
-    snapshot.mkdir(parents=True)
-    for path in TINY_BLOOM.iterdir():
-        data = path.read_bytes()
-        git = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
-        etag = hashlib.sha256(data).hexdigest() if path.suffix == ".safetensors" else git
-        (blobs / etag).write_bytes(data)
-        (snapshot / path.name).symlink_to(blobs / etag)
-    assert verify(snapshot).num_files == len(list(TINY_BLOOM.iterdir()))
-    for name in ("model-00002-of-00005.safetensors", "config.json"):
-        blob = (snapshot / name).resolve()
-        data = blob.read_bytes()
-        blob.write_bytes(data[:-2] + b"  ")
-        with pytest.raises(CheckpointError, match=rf"^{name}: its [\d,]+ bytes have the hash"):
-            verify(snapshot)
-        blob.write_bytes(data)
-    with pytest.raises(CheckpointError, match="nothing says which hash it should have"):
-        verify(TINY_BLOOM)
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        verify(tmp_path)
-
-
-def test_stores_that_cannot_be_used_are_refused(embedded: Callable[[str], Path], tmp_path: Path) -> None:
-    store = tmp_path / "store"
-
-    def refused(change: Callable[[dict[str, Any]], object], match: str) -> None:
-        shutil.rmtree(store, ignore_errors=True)
-        shutil.copytree(embedded("int4"), store)
-        table = json.loads((store / MANIFEST).read_text())
-        change(table)
-        (store / MANIFEST).write_text(json.dumps(table))
-        with pytest.raises(StoreError, match=match):
-            slowllm.load(store)
-
-    block = "block-00003.safetensors"
-    refused(
-        lambda t: t.update(format=2),
-        r"was written by slowllm .* in format 2, but this version reads format 1",
-    )
-    refused(lambda t: t.update(files={}), "its manifest is damaged .*it names no files")
-    refused(lambda t: t.pop("files"), r"its manifest is damaged \(KeyError")
-    refused(lambda t: t["files"][block].pop("sha256"), "its manifest is damaged")
-    refused(lambda t: (store / block).unlink(), rf"^{block}: is missing from the store")
-    other = "block-00004.safetensors"
-    refused(
-        lambda t: shutil.copy(store / other, store / block),
-        rf"^{block}: is not the file that the manifest of .* tells of; it belongs to another store$",
-    )
-    name = "transformer.h.3.mlp.dense_h_to_4h.weight"
-
-    def tensors(t: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = t["files"][block]["tensors"][name]
-        return found
-
-    refused(
-        lambda t: tensors(t).update(shape=[640, 400]), r"its parts do not make a matrix of shape \[640, 400\]"
-    )
-    refused(lambda t: tensors(t).update(codec="int3"), rf"^{block}: has no tensor {name}.int3.codes")
-    refused(lambda t: tensors(t).update(dtype="F32"), "is said to decode to F32, but codecs give BF16")
-    (store / MANIFEST).write_text("{")
-    with pytest.raises(StoreError, match="its manifest is damaged"):
-        slowllm.load(store)
-    (store / MANIFEST).unlink()
-    (store / UNFINISHED).write_text("{}")
-    with pytest.raises(StoreError, match="this store is not finished"):
-        verify(store)
-
-
-def test_a_file_of_another_models_store_is_found_when_it_is_opened(tiny: Tiny, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    save_tiny("bloom", other, torch.bfloat16, initializer_range=0.03)
-    made(tiny("bloom", torch.bfloat16), tmp_path / "a", "int8")
-    made(other, tmp_path / "b", "int8")
-    shutil.copy(tmp_path / "b" / "block-00001.safetensors", tmp_path / "a")
-    with pytest.raises(StoreError, match=r"^block-00001\.safetensors: is not the file"):
-        slowllm.load(tmp_path / "a")
-
-
 def test_targets_that_hold_something_else_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     source, out = tiny("bloom", torch.bfloat16), tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(StoreError, match=r"out: is not empty; name a new folder, or empty this one$"):
-        made(source, out, "int8")
+        make_store(source, out, "int8")
     assert [p.name for p in out.iterdir()] == ["thesis.txt"]
     with pytest.raises(StoreError, match=r"thesis\.txt: is (a file; name a folder|no folder)$"):
-        made(source, out / "thesis.txt", "int8")
+        make_store(source, out / "thesis.txt", "int8")
     with pytest.raises(InputError, match="lies in the source, or around it"):
-        made(source, source / "store", "int8")
-    made(source, tmp_path / "store", "int8")
-    assert made(source, tmp_path / "store", "int8").was_there
+        make_store(source, source / "store", "int8")
+    make_store(source, tmp_path / "store", "int8")
+    assert make_store(source, tmp_path / "store", "int8").was_there
     with pytest.raises(StoreError, match=r"is a finished int8 store of .*; name another folder"):
-        made(source, tmp_path / "store", "int4")
+        make_store(source, tmp_path / "store", "int4")
     with pytest.raises(StoreError, match="is a store already; convert the checkpoint that it was made from"):
-        made(tmp_path / "store", tmp_path / "again", "int4")
+        make_store(tmp_path / "store", tmp_path / "again", "int4")
 
 
 def test_a_finished_store_that_lost_a_file_is_not_called_finished(tiny: Tiny, tmp_path: Path) -> None:
     source, out = tiny("bloom", torch.bfloat16), tmp_path / "out"
-    assert not made(source, out, "int8").was_there
+    assert not make_store(source, out, "int8").was_there
     (out / "block-00001.safetensors").unlink()
     with pytest.raises(
         StoreError, match=r"is missing from the store .*; delete the store and convert the model again"
     ):
-        made(source, out, "int8")
+        make_store(source, out, "int8")
 
 
 def test_only_bf16_matrices_are_coded_without_loss(tiny: Tiny, tmp_path: Path) -> None:
@@ -522,7 +305,7 @@ def test_only_bf16_matrices_are_coded_without_loss(tiny: Tiny, tmp_path: Path) -
     # Of so few exponents that fp16's bits, taken for bf16's, would not escape.
     tensors[name] = torch.where(tensors[name] > 0, 0.03, -0.03).half()
     safetensors.torch.save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    done = made(source, tmp_path / "store", "lossless").manifest
+    done = make_store(source, tmp_path / "store", "lossless").manifest
     assert done is not None
     stored = done.files["block-00001.safetensors"].tensors
     assert (stored[name].codec, stored[name].dtype) == (None, "F16")
@@ -540,19 +323,19 @@ def test_numbers_that_a_codec_cannot_hold_are_refused(store: str, number: float,
     with pytest.raises(
         StoreError, match=rf"up_proj\.weight: has NaN or infinities, which {store} cannot hold"
     ):
-        made(source, tmp_path / "store", store)
+        make_store(source, tmp_path / "store", store)
 
 
 @pytest.mark.parametrize("what", ["store", "model"])
 def test_an_unfinished_store_goes_on_only_with_its_own_job(what: str, tiny: Tiny, tmp_path: Path) -> None:
     source, out = tiny("bloom", torch.bfloat16), tmp_path / "out"
-    assert made(source, out, "int8", rank=1, world_size=3).manifest is None
+    assert make_store(source, out, "int8", rank=1, world_size=3).manifest is None
     other = tiny("llama-2", torch.bfloat16) if what == "model" else source
     with pytest.raises(
         StoreError, match=rf"out: was begun for another {what} \(int8 of .*\); name another folder"
     ):
-        made(other, out, "int8" if what == "model" else "int4")
-    assert made(source, out, "int8").manifest is not None
+        make_store(other, out, "int8" if what == "model" else "int4")
+    assert make_store(source, out, "int8").manifest is not None
 
 
 def test_options_that_make_no_sense_are_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -568,13 +351,13 @@ def test_options_that_make_no_sense_are_refused(tiny: Tiny, tmp_path: Path) -> N
     with pytest.raises(
         StoreError, match=r"is float32, but the lossless store is for bfloat16; use --store bf16"
     ):
-        made(tiny("bloom"), out, "lossless")
+        make_store(tiny("bloom"), out, "lossless")
     assert not out.exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_other_dtypes_are_rounded_to_a_bf16_store(dtype: torch.dtype, tiny: Tiny, tmp_path: Path) -> None:
-    done = made(tiny("llama-2", dtype), tmp_path / "store", "bf16").manifest
+    done = make_store(tiny("llama-2", dtype), tmp_path / "store", "bf16").manifest
     assert done is not None
     assert not done.is_exact
     wanted = resident(tiny("llama-2", dtype), torch.bfloat16)
@@ -595,13 +378,13 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
         with pytest.raises(
             StoreError, match=r"[\d.]+ MB are to be written, but [\d.]+ MB are free; make room$"
         ):
-            made(TINY_BLOOM, disk / "store", "int8")
+            make_store(TINY_BLOOM, disk / "store", "int8")
         # Somebody else fills it meanwhile.
         monkeypatch.setattr("slowllm.prepare.convert._check_space", lambda *_: None)
         with pytest.raises(StoreError, match="No space left on device; what is finished is kept"):
-            made(TINY_BLOOM, disk / "store", "int8")
+            make_store(TINY_BLOOM, disk / "store", "int8")
         subprocess.run(["mount", "-o", "remount,size=30m", str(disk)], check=True)
-        made(TINY_BLOOM, disk / "store", "int8")
+        make_store(TINY_BLOOM, disk / "store", "int8")
         assert digests(disk / "store") == digests(embedded("int8"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -622,7 +405,7 @@ def test_a_disk_that_changes_bytes_is_caught_at_once(
     with pytest.raises(
         StoreError, match=r"the disk gives back other bytes than were written, from byte [\d,]+ on$"
     ):
-        made(tiny("bloom", torch.bfloat16), tmp_path / "store", "int8")
+        make_store(tiny("bloom", torch.bfloat16), tmp_path / "store", "int8")
     assert not list((tmp_path / "store").glob("*.safetensors"))
 
 
@@ -635,7 +418,7 @@ def test_tensors_that_code_badly_are_stored_as_they_are(tiny: Tiny, tmp_path: Pa
     # Numbers of every size: most have an exponent outside of any sixteen.
     tensors[name] = torch.randn(600, 64).mul(torch.randn(600, 64).mul(30).exp2()).bfloat16()
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    done = made(folder, tmp_path / "store", "lossless").manifest
+    done = make_store(folder, tmp_path / "store", "lossless").manifest
     assert done is not None
     stored = done.files["block-00001.safetensors"].tensors
     assert stored[name].codec is None

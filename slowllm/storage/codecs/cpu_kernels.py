@@ -1,8 +1,8 @@
-"""The inner loops of decoding, compiled by numba where it is installed, else numpy's own operations.
+"""The inner loops of decoding, compiled by numba where it is installed, otherwise done by numpy's operations.
 
-Knows arrays of numbers; knows nothing of tensors or files. Each loop does a range that is given to it, and other
-threads run meanwhile, so that several share the work. numba brings its own compiler, compiles for the processor that
-it finds, and keeps the result for the next start. Both ways give the same bits.
+Knows arrays of numbers; knows nothing of tensors or files. Each loop does the range that it is given and releases the
+GIL, so that threads can share the work. numba compiles for the processor that it runs on, and caches the result for
+the next start. Both ways give the same bits.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ def _compiled(loop: F, plain: Callable[..., Any] | None = None, *, reorders_sums
         return cast(F, loop if plain is None else plain)
     import numba
 
-    # Sums and extremes are only vectorised where their order may change.
+    # Sums and extremes are vectorised only if they may be reordered.
     fast = {"reassoc", "nnan", "nsz"} if reorders_sums else False
     return cast(F, numba.njit(nogil=True, cache=True, fastmath=fast)(loop))
 
 
 def _join(signs: np.ndarray, exponents: np.ndarray, base: int, out: np.ndarray) -> None:
-    """Put bf16 numbers together, four 16-bit lanes to a word.
+    """Assemble bf16 numbers, four 16-bit lanes in a word.
 
-    Lane by lane, a word of `exponents` has the 4-bit codes of four words of output, one of each quarter; a word of
-    `signs` the sign and mantissa of two. No sum carries into the next lane: a base and a code are at most 255.
+    In each lane, a word of `exponents` has the 4-bit codes of four words of output, one in each quarter; a word of
+    `signs` has the sign and mantissa of two. No sum carries into the next lane: a base and a code are at most 255.
 
     Args:
-        signs: (2 x N,) uint64; the first half serves the first two quarters of the output.
+        signs: (2 x N,) uint64; the first half is for the first two quarters of the output.
         exponents: (N,) uint64.
-        base: exponent that code 0 stands for.
+        base: the exponent of code 0.
         out: (4 x N,) uint64.
     """
     n = len(exponents)
@@ -105,7 +105,7 @@ def _join_chunks(
             bases[chunk],
             whole[4 * at : 4 * (at + end - begin)],
         )
-        # A damaged store must not write elsewhere: numba looks at no bounds, and lets sums overflow.
+        # A damaged store must not write out of bounds: numba checks none, and lets sums overflow.
         low = min(max(0, starts[chunk]), len(places))
         high = min(max(0, starts[chunk + 1]), len(places))
         for escape in range(low, high):
@@ -113,16 +113,16 @@ def _join_chunks(
                 out[STEP * at + places[escape]] = values[escape]
 
 
-# Few numbers escape, so numpy's way needs no loop of its own here: what it joins are words.
+# Uncompiled, this loop is fast enough too: few numbers escape, and numpy joins the words.
 join_chunks = _compiled(_join_chunks)
 """Decode the chunks `first` to `last` of losslessly coded bf16 numbers.
 
 Args:
     signs: (2 x N,) uint64, sign and mantissa.
     exponents: (N,) uint64, codes of 4 bits.
-    bases: (C,) uint8, the exponent that code 0 stands for in each chunk.
-    starts: (C + 1,) int64, which escapes belong to each chunk.
-    places: (E,) uint16, of the escapes in their chunks.
+    bases: (C,) uint8, the exponent of code 0 in each chunk.
+    starts: (C + 1,) int64, index of each chunk's first escape.
+    places: (E,) uint16, positions of the escapes in their chunks.
     values: (E,) uint16, bits of the numbers whose exponents have no code.
     out: uint16, bits of the numbers; begins with chunk `origin`.
     first, last: the chunks.
@@ -180,7 +180,7 @@ int4_rows = _compiled(_int4_rows, _int4_rows_plain)
 """Decode the rows `first` to `last` of 4-bit codes.
 
 Args:
-    packed: (R, G x group / 2) uint8; in each group the low nibbles come before the high ones.
+    packed: (R, G x group / 2) uint8; a group's first half is in the low nibbles, its second in the high ones.
     scales, lows: (R, G) float32; a weight is its code times the scale, plus the low.
     out: (R, K) uint16, bits of bf16 numbers; K is at most G x group.
 """
@@ -247,7 +247,7 @@ def _int8_codes_plain(codes: np.ndarray, out: np.ndarray) -> None:
 
 
 int8_codes = _compiled(_int8_codes, _int8_codes_plain)
-"""Write integers of 8 bits as bf16, which has them all: nothing is rounded, so half of the number is cut off.
+"""Write 8-bit integers as bf16, which represents them exactly, so the lower half of the fp32 bits is cut off.
 
 Args:
     codes: (R, K) int8.
@@ -302,19 +302,19 @@ def _int4_encode(
     bits, rounded = pair.view(np.uint32), np.empty(2, np.uint16)
     for row in range(first, last):
         for group in range(scales.shape[1]):
-            own = values[row, 2 * half * group : 2 * half * (group + 1)]
-            low, high = _extremes_of(own)
+            weights = values[row, 2 * half * group : 2 * half * (group + 1)]
+            low, high = _extremes_of(weights)
             middle, reach = (low + high) * np.float32(0.5), (high - low) * np.float32(0.5)
             best = np.float32(np.inf)
             for shrink in shrinks:
                 pair[0], pair[1] = np.float32(2 / 15) * shrink * reach, middle - shrink * reach
                 _round_row(bits, rounded)
                 bits[0], bits[1] = np.uint32(rounded[0]) << _16, np.uint32(rounded[1]) << _16
-                error = _error_of(own, pair[0], pair[1])
+                error = _error_of(weights, pair[0], pair[1])
                 if error < best:
                     best, scales[row, group], lows[row, group] = error, pair[0], pair[1]
             here = packed[row, half * group : half * (group + 1)]
-            _pack_group(own, scales[row, group], lows[row, group], here)
+            _pack_group(weights, scales[row, group], lows[row, group], here)
 
 
 int4_encode = _compiled(_int4_encode)
@@ -322,7 +322,7 @@ int4_encode = _compiled(_int4_encode)
 
 Args:
     values: (R, G x group) float32.
-    shrinks: (S,) float32, shares of a group's range that are tried; the one with the least squared error is taken.
-    packed: (R, G x group / 2) uint8, to be written; see `int4_rows`.
-    scales, lows: (R, G) float32, to be written; numbers that bf16 has.
+    shrinks: (S,) float32, the shares of a group's range to try; the one with the least squared error is used.
+    packed: (R, G x group / 2) uint8, output; see `int4_rows`.
+    scales, lows: (R, G) float32, output; representable in bf16.
 """

@@ -1,6 +1,6 @@
-"""Decode on a device: what `kernels` does on the processor, by torch's own operations, with the same bits.
+"""Decode on a device, with the bits of `cpu_kernels`, by torch's operations.
 
-Knows tensors, on whatever device they are; knows nothing of files or models. Nothing here waits for the device.
+Knows tensors on any device; knows nothing of files or models. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slowllm.storage.codecs.layout_constants import CHUNK
 
-# Weights that are decoded at once, so that what is made on the way (about 10 bytes each) stays small beside the matrix.
+# Weights decoded at a time; the temporary tensors (about 10 bytes a weight) stay small compared with the matrix.
 TILE_WEIGHTS = 1 << 24
 
 
@@ -26,7 +26,7 @@ def decode(
         codec: its name.
         parts: the stored arrays, on the device.
         num_rows, width: of the whole matrix.
-        out: (last - first, width), contiguous, there as well, of any floating dtype.
+        out: (last - first, width), contiguous, on the device, of any floating dtype.
     """
     if codec == "lossless":
         _lossless(parts, num_rows * width, out.view(-1), first * width, last * width)
@@ -34,8 +34,8 @@ def decode(
     rows = max(1, TILE_WEIGHTS // width)
     for begin in range(first, last, rows):
         end = min(begin + rows, last)
-        own = {name: part[begin:end] for name, part in parts.items()}
-        out[begin - first : end - first] = _int8(own) if codec == "int8" else _int4(own, width)
+        tile = {name: part[begin:end] for name, part in parts.items()}
+        out[begin - first : end - first] = _int8(tile) if codec == "int8" else _int4(tile, width)
 
 
 def _int8(parts: Mapping[str, Tensor]) -> Tensor:
@@ -46,7 +46,7 @@ def _int4(parts: Mapping[str, Tensor], width: int) -> Tensor:
     scales, lows = parts["scales"].float()[..., None], parts["lows"].float()[..., None]
     packed = parts["codes"].view(*parts["scales"].shape, -1)
     codes = torch.cat([packed & 15, packed >> 4], -1).float()
-    # Rounded after each of the two, as the processor's loop does: one operation for both would round once.
+    # Two operations, each of which rounds, as in the CPU's loop: a fused one would round once.
     return codes.mul_(scales).add_(lows).flatten(1)[:, :width].bfloat16()
 
 
@@ -63,7 +63,7 @@ def _lossless(parts: Mapping[str, Tensor], num_weights: int, out: Tensor, begin:
 
 
 def _joined(parts: Mapping[str, Tensor], low: int, high: int) -> Tensor:
-    """Return the bits (high - low + 1,) int16 of numbers from the start of a chunk, and one more that is nobody's."""
+    """Return the bits (high - low + 1,) int16 of numbers from the start of a chunk, and an unused last place."""
     signs, exponents = parts["signs"][low:high], parts["exponents"][low // 2 : high // 2]
     bits = torch.empty(high - low + 1, dtype=torch.int16, device=signs.device)
     whole = (high - low) // CHUNK
@@ -79,10 +79,10 @@ def _joined(parts: Mapping[str, Tensor], low: int, high: int) -> Tensor:
 
 
 def _join(signs: Tensor, exponents: Tensor, bases: Tensor) -> Tensor:
-    """Put numbers together, chunk by chunk.
+    """Assemble numbers, chunk by chunk.
 
-    Of each chunk the output has four quarters. Byte by byte, `exponents` has the codes of two of them and then of the
-    other two, and `signs` the sign and mantissa of one and of the next: first of two quarters, then of two.
+    A chunk's output has four quarters. The bytes of `exponents` alternate between the codes of the first two quarters
+    and those of the last two; the bytes of `signs` alternate between two quarters, first 0 and 1, then 2 and 3.
 
     Args:
         signs: (C, N) uint8.
@@ -100,10 +100,10 @@ def _join(signs: Tensor, exponents: Tensor, bases: Tensor) -> Tensor:
 
 
 def _put_escapes(parts: Mapping[str, Tensor], bits: Tensor, low: int) -> None:
-    """Put the numbers in whose exponents have no code.
+    """Write the numbers whose exponents have no code.
 
-    All escapes of the matrix are looked at, because which of them are here is only known on the device. Those that
-    are not go to the last place, which is nobody's.
+    All escapes of the matrix are scattered, because only the device knows which of them are in this range. The others
+    go to the last place, which is unused.
     """
     places = parts["places"]
     if not len(places):
@@ -111,15 +111,15 @@ def _put_escapes(parts: Mapping[str, Tensor], bits: Tensor, low: int) -> None:
     numbers = torch.arange(len(places), device=places.device)
     chunks = torch.bucketize(numbers, parts["starts"], right=True) - 1
     at = chunks * CHUNK + (places.to(torch.int64) & 0xFFFF) - low
-    nobodys = len(bits) - 1
-    at = torch.where((at >= 0) & (at < nobodys), at, nobodys)
+    unused = len(bits) - 1
+    at = torch.where((at >= 0) & (at < unused), at, unused)
     bits[at] = parts["values"]
 
 
 def int8_product(x: Tensor, codes: Tensor) -> Tensor:
     """Return the float32 product (M, R) of int8 matrices (M, K) and (R, K).
 
-    The device's integer product wants more than 16 rows, and widths that are multiples of 8; what lacks is zeros.
+    The device's integer product needs more than 16 rows, and widths that are multiples of 8; zeros pad them.
     """
     rows, outputs = len(x), len(codes)
     more = -x.shape[1] % 8

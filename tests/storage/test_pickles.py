@@ -1,0 +1,89 @@
+"""Pickled checkpoints are converted without running what is in them, and refused where they hold more than tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import slowllm
+from slowllm.errors import CheckpointError
+from tests.support.stores import make_store, passed
+
+Tiny = Callable[..., Path]
+
+
+def save_pickled(folder: Path, out: Path, shards: int = 2) -> None:
+    """Write a checkpoint as older ones lie on the hub."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors.update(safetensors.torch.load_file(path))
+    names = sorted(tensors)
+    weight_map = {}
+    for number in range(shards):
+        file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin" if shards > 1 else "pytorch_model.bin"
+        own = names[number::shards]
+        torch.save({name: tensors[name] for name in own}, out / file)
+        weight_map.update(dict.fromkeys(own, file))
+    if shards > 1:
+        (out / "pytorch_model.bin.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("name", ["bloom", "mixtral"])
+def test_pickled_checkpoints_are_converted_and_nothing_in_them_is_run(
+    name: str, shards: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    source = tiny(name, torch.bfloat16)
+    save_pickled(source, tmp_path / "pickled", shards)
+    with pytest.raises(CheckpointError, match="slowllm convert"):
+        slowllm.load(tmp_path / "pickled")
+    make_store(tmp_path / "pickled", tmp_path / "store", "lossless")
+    assert torch.equal(passed(tmp_path / "store")[0], passed(source)[0])
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch /tmp/slowllm-was-run",))
+
+
+def test_bad_pickles_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny("bloom", torch.bfloat16)
+
+    def refused(spoil: Callable[[Path], object], match: str) -> None:
+        shutil.rmtree(tmp_path / "pickled", ignore_errors=True)
+        save_pickled(source, tmp_path / "pickled")
+        spoil(tmp_path / "pickled")
+        with pytest.raises(CheckpointError, match=match):
+            make_store(tmp_path / "pickled", tmp_path / "store", "int8")
+        assert not (tmp_path / "store").exists()
+
+    first = "pytorch_model-00001-of-00002.bin"
+    refused(lambda p: torch.save({"a": Evil()}, p / first), rf"^{first}: its tensors cannot be read \(")
+    assert not Path("/tmp/slowllm-was-run").exists()
+    refused(lambda p: torch.save({}, p / first), rf"^{first}: holds no tensors$")
+    sparse = {"a": torch.eye(3).to_sparse()}
+    refused(lambda p: torch.save(sparse, p / first), rf"^{first}: (a is sparse|its tensors cannot be read)")
+    refused(lambda p: torch.save([1], p / first), rf"^{first}: is not a table of tensors by name$")
+    transposed = {"a": torch.ones(3, 4).t()}
+    refused(
+        lambda p: torch.save(transposed, p / first), rf"^{first}: a \(torch.float32\) does not lie in one run"
+    )
+    refused(lambda p: (p / first).write_bytes(b"PK\x03\x04 no"), rf"^{first}: its tensors cannot be read")
+    refused(lambda p: (p / first).unlink(), rf"^{first}: named by pytorch_model.bin.index.json but missing")
+    refused(lambda p: os.truncate(p / first, 5000), rf"^{first}: its tensors cannot be read")
+    old = {"_use_new_zipfile_serialization": False}
+    refused(lambda p: torch.save({"a": torch.ones(3)}, p / first, **old), rf"^{first}: ")
+    refused(
+        lambda p: torch.save({"a": torch.ones(3)}, p / first), r"is missing, though pytorch_model.bin.index"
+    )
