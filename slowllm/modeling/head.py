@@ -1,16 +1,12 @@
-"""Embedding by rows; the head over vocabulary chunks; log-probabilities without logits.
+"""The output embedding as a row of stops, each an equal part of the vocabulary; log-probabilities without logits.
 
-The two matrices of vocabulary size stay out of memory. The embedding is transformers' own module on a
-memory-mapped parameter: a look-up touches only its rows. The head is a row of stops, each an equal part of the
-vocabulary. Log-probabilities are gathered chunk by chunk with an online softmax, so that tokens x vocabulary is
-never held.
+The head's matrix stays out of memory: its chunks come by on the carousel. Log-probabilities are summed chunk by chunk
+with an online softmax, so that tokens x vocabulary is never held.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,25 +19,19 @@ from transformers import PreTrainedModel
 
 from slowllm.modeling.finite import check_finite
 from slowllm.modeling.logit_transform import LogitTransform
+from slowllm.modeling.online_softmax import OnlineSoftmax, tiles_of
 from slowllm.storage.spans import Placement
 from slowllm.streaming.call_context import call_context, current_call
 from slowllm.streaming.carousel import Carousel
 from slowllm.streaming.stops import Weights
 
-log = logging.getLogger(__name__)
-
-
-# Columns of logits that are held in fp32 at a time: 8,192 x 1,024 tokens are 34 MB.
-TILE_COLUMNS = 8192
-
-
 # From token ids (K,) to their rows (K, H) of the head.
-Lookup = Callable[[Tensor], Tensor]
+RowReader = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found of N tokens.
+class TokenScores:
+    """How likely N tokens are.
 
     Attributes:
         log_probs: (N,) float32, in nats.
@@ -53,13 +43,21 @@ class Found:
 
 
 class StreamedHead(nn.Linear):
-    """Mixin for a model's output embedding whose matrix comes by in chunks; made by `stream_head`."""
+    """Mixin for a model's output embedding whose matrix comes by in chunks; made by `stream_head`.
 
-    _carousel: Carousel
-    _stops: tuple[int, ...]
-    _rows: tuple[tuple[int, int], ...]
-    _finish: LogitTransform | None
-    _lookup: Lookup | None
+    Attributes:
+        carousel: that brings the chunks.
+        stops: the stop of each chunk.
+        chunk_rows: of each chunk, its first token and the token after its last.
+        logit_transform: what the model does to its logits after the head; None where that is not known.
+        read_rows: reads single rows of the matrix; None where they cannot be had.
+    """
+
+    carousel: Carousel
+    stops: tuple[int, ...]
+    chunk_rows: tuple[tuple[int, int], ...]
+    logit_transform: LogitTransform | None
+    read_rows: RowReader | None
 
     __call__ = nn.Module.__call__
 
@@ -77,90 +75,78 @@ class StreamedHead(nn.Linear):
         # Flat: by the strides of a slice of positions, torch may choose a product in a batch and copy the weight.
         flat = hidden.reshape(-1, hidden.shape[-1])
         parts = []
-        for number, stop in enumerate(self._stops):
+        for chunk, stop in enumerate(self.stops):
 
-            def work(weights: Weights, number: int = number) -> Tensor:
-                part = F.linear(flat, self._weight(weights), self._bias(number))
+            def work(weights: Weights, chunk: int = chunk) -> Tensor:
+                part = F.linear(flat, self.weight_of(weights), self.bias_of(chunk))
                 part = part.view(*hidden.shape[:-1], -1)
                 check_finite("the head", part, infinity_is_legal=True)
                 return part
 
-            parts.append(self._carousel.visit(stop, "up", work, comes_back=comes_back))
+            parts.append(self.carousel.visit(stop, "up", work, comes_back=comes_back))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def _weight(self, weights: Weights) -> Tensor:
+    def weight_of(self, weights: Weights) -> Tensor:
+        """Return the matrix of a chunk from the weights of its stop."""
         (weight,) = weights.values()
         return weight
 
-    def _bias(self, number: int) -> Tensor | None:
-        start, stop = self._rows[number]
+    def bias_of(self, chunk: int) -> Tensor | None:
+        """Return the bias of a chunk."""
+        start, stop = self.chunk_rows[chunk]
         return None if self.bias is None else self.bias[start:stop]
 
-    def gather(self, hidden: Tensor, which: Tensor, tokens: Tensor) -> Found:
+    def gather(self, hidden: Tensor, rows: Tensor, tokens: Tensor) -> TokenScores:
         """Return the log-probabilities of tokens after some hidden states; see `log_probs_at`.
 
         Args:
             hidden: (P, H), after the last block.
-            which: (N,) int64, the hidden state that each token follows.
+            rows: (N,) int64, the hidden state that each token follows.
             tokens: (N,) int64.
         """
-        assert self._finish is not None, "log_probs_at() takes the long way for such a model"
-        which, tokens = which.to(hidden.device), tokens.to(hidden.device)
-        highest = hidden.new_full((len(hidden),), -math.inf, dtype=torch.float32)
-        total = torch.zeros_like(highest)
-        likeliest = torch.zeros_like(highest, dtype=torch.int64)
-        found = highest.new_full((len(tokens),), math.nan)
-        sums = (highest, total, likeliest, found)
+        rows, tokens = rows.to(hidden.device), tokens.to(hidden.device)
+        softmax = OnlineSoftmax(len(hidden), rows, tokens)
+        likeliest = torch.zeros_like(softmax.highest, dtype=torch.int64)
+        sums = (softmax.highest, softmax.total, likeliest, softmax.token_logits)
         journal = current_call().journal
-        for number, stop in enumerate(self._stops if len(tokens) else ()):
-            if saved := journal.sums_of(number):
-                for ours, theirs in zip(sums, saved, strict=True):
-                    ours.copy_(theirs)
+        for chunk, stop in enumerate(self.stops if len(tokens) else ()):
+            if saved_sums := journal.sums_of(chunk):
+                for ours, saved in zip(sums, saved_sums, strict=True):
+                    ours.copy_(saved)
                 continue
 
-            def work(weights: Weights, number: int = number) -> None:
-                weight, bias = self._weight(weights), self._bias(number)
-                first = self._rows[number][0]
-                for column in range(0, len(weight), TILE_COLUMNS):
-                    tile = slice(column, min(column + TILE_COLUMNS, len(weight)))
-                    logits = self._tile(hidden, weight[tile], None if bias is None else bias[tile])
-                    # An online softmax (Milakov and Gimelshein, 2018): the sum is kept relative to the highest.
+            def work(weights: Weights, chunk: int = chunk) -> None:
+                first_row = self.chunk_rows[chunk][0]
+                for first, weight, bias in tiles_of(self.weight_of(weights), self.bias_of(chunk), first_row):
+                    logits = self._tile_logits(hidden, weight, bias)
                     best = logits.max(-1)
-                    likeliest.copy_(
-                        torch.where(best.values > highest, best.indices + first + column, likeliest)
-                    )
-                    peak = torch.maximum(highest, best.values)
-                    scale = torch.where(peak == highest, 1.0, (highest - peak).exp())
-                    place = tokens - (first + column)
-                    here = ((place >= 0) & (place < logits.shape[-1])).nonzero().flatten()
-                    found[here] = logits[which[here], place[here]]
-                    total.mul_(scale).add_(logits.sub_(peak[:, None]).exp_().sum(-1))
-                    highest.copy_(peak)
+                    is_higher = best.values > softmax.highest
+                    likeliest.copy_(torch.where(is_higher, best.indices + first, likeliest))
+                    softmax.add(logits, first, best.values)
 
-            self._carousel.visit(stop, "up", work)
-            journal.pass_chunk(number, sums)
-        scores = found - (highest + total.log())[which]
-        check_finite("the head", scores, infinity_is_legal=True)
-        return Found(scores, tokens == likeliest[which])
+            self.carousel.visit(stop, "up", work)
+            journal.pass_chunk(chunk, sums)
+        log_probs = softmax.token_logits - softmax.normalizers()[rows]
+        check_finite("the head", log_probs, infinity_is_legal=True)
+        return TokenScores(log_probs, tokens == likeliest[rows])
 
-    def compare(self, hidden: Tensor, which: Tensor, tokens: Tensor) -> Tensor:
+    def compare(self, hidden: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits (N,) of tokens, up to a constant for each hidden state; see `log_probs_at`."""
-        assert self._finish is not None, "log_probs_at() takes the long way for such a model"
-        assert self._lookup is not None, "log_probs_at() takes the long way for such a model"
+        assert self.read_rows is not None, "log_probs_at() uses gather() for such a model"
         wanted, places = tokens.unique(return_inverse=True)
-        weight = self._lookup(wanted).to(hidden.device, hidden.dtype)
-        logits = self._tile(hidden, weight, None if self.bias is None else self.bias[wanted])
-        return logits[which, places]
+        weight = self.read_rows(wanted).to(hidden.device, hidden.dtype)
+        logits = self._tile_logits(hidden, weight, None if self.bias is None else self.bias[wanted])
+        return logits[rows, places]
 
-    def _tile(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        assert self._finish is not None, "checked by log_probs"
-        logits = self._finish(F.linear(rows, weight, bias)[None])[0].float()
+    def _tile_logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert self.logit_transform is not None, "log_probs_at() uses whole logits for such a model"
+        logits = self.logit_transform(F.linear(hidden, weight, bias)[None])[0].float()
         check_finite("the head", logits[None], infinity_is_legal=True)
         return logits
 
 
 class _HeadFunction(torch.autograd.Function):
-    """Logits whose backward visits the head's stops again."""
+    """Logits whose backward pass visits the head's stops again."""
 
     @staticmethod
     def forward(ctx: Any, head: StreamedHead, hidden: Tensor) -> Tensor:
@@ -175,17 +161,17 @@ class _HeadFunction(torch.autograd.Function):
         head: StreamedHead = ctx.head
         parts = []
         # From the last chunk to the first: the last is still in memory.
-        for number in reversed(range(len(head._stops))):
-            start, stop = head._rows[number]
+        for chunk in reversed(range(len(head.stops))):
+            start, stop = head.chunk_rows[chunk]
 
             def work(weights: Weights, start: int = start, stop: int = stop) -> Tensor:
-                weight = head._weight(weights)
+                weight = head.weight_of(weights)
                 part = grad[..., start:stop].flatten(0, -2)  # flat, as in `_logits`
                 if ctx.is_autocast:
                     return part @ weight.to(part.dtype)
                 return part.to(weight.dtype) @ weight
 
-            parts.append(head._carousel.visit(head._stops[number], "down", work))
+            parts.append(head.carousel.visit(head.stops[chunk], "down", work))
         total = parts[0]
         for part in parts[1:]:
             total = total + part
@@ -197,29 +183,27 @@ def stream_head(
     carousel: Carousel,
     chunks: Sequence[Placement],
     first_stop: int,
-    finish: LogitTransform | None,
-    lookup: Lookup | None = None,
+    logit_transform: LogitTransform | None,
+    read_rows: RowReader | None = None,
 ) -> None:
-    """Turn a model's output embedding into stops.
+    """Turn a model's output embedding into stops, in place.
 
     Args:
-        head: its bias, if any, is real; its weight is only looked at for its shape.
+        head: its bias, if any, is real; of its weight only the shape is used.
         carousel: that brings the chunks.
         chunks: from `cut_head`, in order.
-        first_stop: the number of the first.
-        finish: from `find_finish`.
-        lookup: reads single rows; None where they cannot be had.
+        first_stop: the number of the first chunk's stop.
+        logit_transform: from `find_logit_transform`.
+        read_rows: from `head_rows`.
     """
     kind = type(head)
     head.__class__ = type(f"Streamed{kind.__name__}", (StreamedHead, kind), {"__module__": __name__})
     streamed = cast(StreamedHead, head)
-    streamed._carousel = carousel
-    streamed._stops = tuple(range(first_stop, first_stop + len(chunks)))
-    ends = [0]
-    for chunk in chunks:
-        ends.append(ends[-1] + chunk.shape[0])
-    streamed._rows = tuple(itertools.pairwise(ends))
-    streamed._finish, streamed._lookup = finish, lookup
+    streamed.carousel = carousel
+    streamed.stops = tuple(range(first_stop, first_stop + len(chunks)))
+    ends = itertools.accumulate((chunk.shape[0] for chunk in chunks), initial=0)
+    streamed.chunk_rows = tuple(itertools.pairwise(ends))
+    streamed.logit_transform, streamed.read_rows = logit_transform, read_rows
 
 
 def last_hidden(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

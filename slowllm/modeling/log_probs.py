@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slowllm.errors import InputError
-from slowllm.modeling.head import Found, StreamedHead, last_hidden
+from slowllm.modeling.head import StreamedHead, TokenScores, last_hidden
 from slowllm.streaming.call_context import call_context, current_call
 
 
@@ -26,14 +26,13 @@ def log_probs(model: PreTrainedModel, targets: Tensor, **inputs: Any) -> Tensor:
         (B, T) float32 on the processor, zero where not scored.
     Raises:
         InputError: a target is no token of the vocabulary.
-        NonFiniteError: NaN came out of a block or the head.
+        NonFiniteError: a block or the head returned NaN.
     """
     targets = targets.cpu()
-    wanted = targets != -100
-    places = wanted.nonzero()
-    found = log_probs_at(model, places[:, 0], places[:, 1], targets[wanted], **inputs).log_probs
+    is_scored = targets != -100
+    rows, positions = is_scored.nonzero().unbind(1)
     scores = torch.zeros(targets.shape, dtype=torch.float32)
-    scores[wanted] = found
+    scores[is_scored] = log_probs_at(model, rows, positions, targets[is_scored], **inputs).log_probs
     return scores
 
 
@@ -45,7 +44,7 @@ def log_probs_at(
     *,
     relative: bool = False,
     **inputs: Any,
-) -> Found:
+) -> TokenScores:
     """Return the log-probability of any tokens after any positions, by one call of a streamed model.
 
     Args:
@@ -58,10 +57,10 @@ def log_probs_at(
             the model allows it, and `is_likeliest` is all false.
         inputs: of the model's forward, `input_ids` (B, T) among them.
     Returns:
-        what was found, on the processor.
+        the scores, on the processor.
     Raises:
         InputError: a token is not in the vocabulary.
-        NonFiniteError: NaN came out of a block or the head.
+        NonFiniteError: a block or the head returned NaN.
     """
     head = model.get_output_embeddings()
     assert isinstance(head, StreamedHead), "log_probs_at needs a streamed model"
@@ -71,23 +70,24 @@ def log_probs_at(
         )
     inputs = {"use_cache": False, **inputs}
     with torch.no_grad():
-        if head._finish is None:
+        if head.logit_transform is None:
             scores = model(**inputs).logits[rows, positions].float().log_softmax(-1)
-            wanted = tokens.to(scores.device)
-            return _on_host(scores.gather(-1, wanted[:, None])[:, 0], scores.argmax(-1) == wanted)
-        wanted, which = torch.stack([rows, positions], -1).unique(dim=0, return_inverse=True)
-        few = (relative and head._lookup is not None) or not len(tokens)
-        # The head's stops are not visited, so they need not be prefetched.
-        reach = replace(current_call().reach, end=head._stops[0])
-        with call_context(reach=reach) if few else contextlib.nullcontext():
-            hidden = last_hidden(model, inputs)[wanted[:, 0], wanted[:, 1]]
+            tokens = tokens.to(scores.device)
+            return _on_host(scores.gather(-1, tokens[:, None])[:, 0], scores.argmax(-1) == tokens)
+        places, hidden_rows = torch.stack([rows, positions], -1).unique(dim=0, return_inverse=True)
+        skips_head = (relative and head.read_rows is not None) or not len(tokens)
+        # Stops that are not visited need not be prefetched.
+        reach = replace(current_call().reach, end=head.stops[0])
+        with call_context(reach=reach) if skips_head else contextlib.nullcontext():
+            hidden = last_hidden(model, inputs)[places[:, 0], places[:, 1]]
         if not len(tokens):
-            return Found(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
-        if few:
-            return _on_host(head.compare(hidden, which, tokens), torch.zeros(len(tokens), dtype=torch.bool))
-        found = head.gather(hidden, which, tokens)
-        return _on_host(found.log_probs, found.is_likeliest)
+            return TokenScores(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+        if skips_head:
+            logits = head.compare(hidden, hidden_rows, tokens)
+            return _on_host(logits, torch.zeros(len(tokens), dtype=torch.bool))
+        gathered = head.gather(hidden, hidden_rows, tokens)
+        return _on_host(gathered.log_probs, gathered.is_likeliest)
 
 
-def _on_host(log_probs: Tensor, is_likeliest: Tensor) -> Found:
-    return Found(log_probs.cpu(), is_likeliest.cpu())
+def _on_host(log_probs: Tensor, is_likeliest: Tensor) -> TokenScores:
+    return TokenScores(log_probs.cpu(), is_likeliest.cpu())

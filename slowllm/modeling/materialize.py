@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 from slowllm.errors import ArchitectureError
 from slowllm.modeling.embedding import stream_embedding
-from slowllm.modeling.head import Lookup
+from slowllm.modeling.head import RowReader
 from slowllm.modeling.layout import Layout
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.spans import Placement
 from slowllm.streaming.reader import Reader
 
 
-def head_rows(checkpoint: Checkpoint, chunks: Sequence[Placement]) -> Lookup | None:
+def head_rows(checkpoint: Checkpoint, chunks: Sequence[Placement]) -> RowReader | None:
     """Return a function that reads single rows of the head from its memory map; None where there is no such map."""
     mapped = [checkpoint.mapped(chunk) for chunk in chunks]
     rows = max(chunk.shape[0] for chunk in chunks)  # the last chunk may have fewer

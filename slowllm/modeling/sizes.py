@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from slowllm.modeling.head import TILE_COLUMNS
 from slowllm.modeling.layout import Layout
+from slowllm.modeling.online_softmax import TILE_COLUMNS
 from slowllm.planning.job import Sizes, StopSize
 from slowllm.storage.codecs.registry import codec_of
 from slowllm.storage.spans import Placement

@@ -72,7 +72,7 @@ def test_greedy_generation_of_16_tokens_is_equal(pair: Pair) -> None:
 
 def test_log_probs_equal_log_softmax_of_the_logits(pair: Pair) -> None:
     lm, plain = pair
-    assert lm.model.get_output_embeddings()._finish is not None  # not by way of whole logits
+    assert lm.model.get_output_embeddings().logit_transform is not None  # not by way of whole logits
     for ids in batches():
         targets = ids.roll(-1, 1)
         targets[0, -1] = -100

@@ -57,7 +57,7 @@ def test_losses_and_gradients_equal_those_of_whole_logits(name: str, tiny: Tiny)
 def test_many_tiles_and_chunks_give_the_gradient_of_one(
     name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slowllm.modeling.losses.TILE_COLUMNS", 17)
+    monkeypatch.setattr("slowllm.modeling.online_softmax.TILE_COLUMNS", 17)
     monkeypatch.setattr("slowllm.modeling.layout.MIN_CHUNK_BYTES", 64 * 64 * 4)
     with slowllm.load(tiny(name), dtype="fp32") as lm:
         assert len(lm.layout.chunks) > 1

@@ -407,7 +407,7 @@ def whole_logits_where_the_head_cannot_be_parted() -> None:
     with loaded(folder("bloom")) as lm, slowllm.load(folder("bloom"), dtype="fp32") as plain:
         targets = torch.roll(IDS, -1, 1)
         for each in (lm, plain):
-            each.model.get_output_embeddings()._finish = None
+            each.model.get_output_embeddings().logit_transform = None
         close(
             slowllm.log_probs(lm.model, targets, input_ids=IDS),
             slowllm.log_probs(plain.model, targets, input_ids=IDS),
