@@ -45,7 +45,7 @@ class Boarding:
         self.baton: Rider | None = None
         self.over: RideError | None = None
         self._generators = generators
-        self._dismissed: list[Visit] = []  # of riders that hear of it when they have the baton
+        self._dismissed: list[Visit] = []  # of riders, which raise their errors one at a time
         self._last_order, self._runs_since = 0, 0.0
 
     # Called by callers' and riders' threads, without the lock.
@@ -94,7 +94,7 @@ class Boarding:
         return rider
 
     def cancel(self, party: Party, *, may_wait: bool) -> None:
-        """End a party that has not ended by itself. If it `may_wait`, wait for its riders to hear of it and leave."""
+        """End a party that has not ended by itself, and if it `may_wait`, wait until its riders have left."""
         reason = RideError("the ride was cancelled")
         party.cancelled = True
         party.stop_boarding(reason)
@@ -206,7 +206,7 @@ class Boarding:
         self._last_order += 1
         rider = Rider(party, self._last_order, party.drawn.pop(), random_state)
         party.num_boarded += 1
-        party.aboard.add(rider)
+        party.active.add(rider)
         self._hand_baton(rider)
         name = f"slowllm-rider-{rider.index}"
         thread = threading.Thread(target=self._run_rider, args=(rider,), name=name, daemon=True)
@@ -220,7 +220,7 @@ class Boarding:
 
     def _leave(self, rider: Rider) -> None:
         party = rider.party
-        party.aboard.discard(rider)
+        party.active.discard(rider)
         party.ended[rider.index] = rider
         self._put_baton_down(rider)
         if rider.index == 0 and not party.is_stream:
@@ -232,7 +232,7 @@ class Boarding:
 
     def _end_parties(self) -> None:
         """Remove parties that are complete. After the last one, the caller has its generator back."""
-        for party in [p for p in self.parties if p.exhausted and not p.drawn and not p.aboard]:
+        for party in [p for p in self.parties if p.exhausted and not p.drawn and not p.active]:
             self.parties.remove(party)
             if not self.parties:
                 self._generators.set(party.random_state)
@@ -254,7 +254,7 @@ class Boarding:
             self._notify_dismissed()
 
     def _dismiss(self, visits: Iterable[Visit], error: BaseException) -> None:
-        """End visits unserved. Riders hear of it one after the other, and before another visit is served."""
+        """End visits unserved. Riders raise the error one at a time, before another visit is served."""
         for visit in sorted(visits, key=lambda visit: visit.order):
             self.waiting.remove(visit)
             visit.error = _twin(error)

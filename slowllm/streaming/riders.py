@@ -100,7 +100,7 @@ class Party:
         self.exhausted = self.cancelled = False
         self.error: BaseException | None = None
         self.num_boarded = self.num_taken = 0
-        self.aboard: set[Rider] = set()
+        self.active: set[Rider] = set()
         self.ended: dict[int, Rider] = {}
 
     def stop_boarding(self, error: BaseException | None) -> None:
@@ -114,12 +114,12 @@ class Party:
     def has_seat(self) -> bool:
         """Whether the next job may board."""
         in_reach = not self.is_stream or self.num_boarded - self.num_taken < MAX_AHEAD * self.max_riders
-        if not in_reach or not self.drawn or len(self.aboard) >= self.max_riders:
+        if not in_reach or not self.drawn or len(self.active) >= self.max_riders:
             return False
         job = self.drawn[0]
-        if not self.aboard or not isinstance(job, Sized):
+        if not self.active or not isinstance(job, Sized):
             return True
-        held_tokens = sum(rider.num_tokens for rider in self.aboard)
+        held_tokens = sum(rider.num_tokens for rider in self.active)
         return not job.starts_load and held_tokens + job.num_tokens <= self.max_tokens
 
 

@@ -40,3 +40,25 @@ def test_a_course_reaches_everybody_who_waits(
         if set(left) <= {visits[0]}:
             break
     assert set(left) <= {visits[0]}
+
+
+@pytest.mark.parametrize(
+    ("at", "waiting", "goes_to"),
+    [
+        ((-1, "up"), [(2, "up"), (0, "up"), (5, "up")], (0, "up")),
+        ((2, "up"), [(5, "up"), (3, "up"), (1, "up")], (3, "up")),  # the nearest onward
+        ((2, "up"), [(2, "down"), (3, "up")], (2, "up")),  # a visit here comes first
+        ((2, "up"), [(4, "down"), (1, "up")], (4, "up")),
+        ((5, "up"), [(1, "up"), (3, "up")], (1, "up")),  # round to the start
+        ((5, "up"), [(1, "up"), (3, "down")], (3, "down")),  # down where a backward pass waits
+        ((5, "down"), [(1, "down"), (3, "up")], (3, "down")),
+        ((0, "down"), [(2, "up"), (4, "down")], (2, "up")),
+    ],
+)
+def test_a_course_goes_onward_then_down_or_round(
+    at: tuple[int, Direction], waiting: list[tuple[int, Direction]], goes_to: tuple[int, Direction]
+) -> None:
+    course = Course()
+    course.stop, course.direction = at
+    course.move([Visit(stop, direction, number, None) for stop, direction in waiting])
+    assert (course.stop, course.direction) == goes_to

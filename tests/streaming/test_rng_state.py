@@ -23,11 +23,11 @@ def draws(generator: torch.Generator, count: int = 3) -> list[float]:
 
 def test_states_are_taken_and_put_back_together() -> None:
     other = torch.Generator().manual_seed(5)
-    dice = SharedGenerators([other])
+    generators = SharedGenerators([other])
     torch.manual_seed(4)
-    state = dice.get()
+    state = generators.get()
     wanted = torch.rand(3).tolist(), draws(other)
-    dice.set(state)
+    generators.set(state)
     assert (torch.rand(3).tolist(), draws(other)) == wanted
 
 

@@ -82,30 +82,30 @@ def check(carousel: Carousel, plans: list[Plan], max_riders: int, as_stream: boo
     assert caught.value.__notes__[0].endswith(f" of {len(plans)}{more}")
 
 
-def random_plan(dice: random.Random, num_stops: int) -> Plan:
-    plan: Plan = [("seed", dice.randrange(100))] if dice.random() < 0.3 else []
+def random_plan(rng: random.Random, num_stops: int) -> Plan:
+    plan: Plan = [("seed", rng.randrange(100))] if rng.random() < 0.3 else []
     drawing = bool(plan)
-    for _ in range(dice.randrange(4)):
-        kind = dice.choice(["sweep", "sweep", "training", "jump", "thread", "draw", "raise"])
-        depth = dice.randrange(num_stops) + 1
+    for _ in range(rng.randrange(4)):
+        kind = rng.choice(["sweep", "sweep", "training", "jump", "thread", "draw", "raise"])
+        depth = rng.randrange(num_stops) + 1
         if kind == "sweep":
             plan += [("up", stop) for stop in range(depth)]
         elif kind == "training":
             plan += [("up", stop) for stop in range(depth)] + [("down", s) for s in reversed(range(depth))]
         elif kind == "jump":
-            plan += [(dice.choice(["up", "down"]), dice.randrange(num_stops)) for _ in range(3)]
-        elif kind == "thread" and dice.random() < 0.3:
-            plan.append(("thread", dice.randrange(num_stops)))
+            plan += [(rng.choice(["up", "down"]), rng.randrange(num_stops)) for _ in range(3)]
+        elif kind == "thread" and rng.random() < 0.3:
+            plan.append(("thread", rng.randrange(num_stops)))
         elif kind == "draw" and drawing:
             plan.append(("draw", 0))
-        elif kind == "raise" and dice.random() < 0.2:
-            plan.append(("raise", dice.randrange(1000, 2000)))
+        elif kind == "raise" and rng.random() < 0.2:
+            plan.append(("raise", rng.randrange(1000, 2000)))
     return plan
 
 
 @pytest.mark.parametrize("num_schedules", [60, pytest.param(1000, marks=pytest.mark.long)])
 def test_random_schedules_end_as_foreseen(make: Make, no_patience: None, num_schedules: int) -> None:
-    dice = random.Random(20240607)
+    rng = random.Random(20240607)
     carousels = [make(num_stops)[0] for num_stops in (1, 2, 3, 5, 8)]
     done = threading.Event()
 
@@ -119,9 +119,9 @@ def test_random_schedules_end_as_foreseen(make: Make, no_patience: None, num_sch
     guests = [in_thread(lambda c=c, n=n: guest(c, n)) for n, c in enumerate(carousels[1:4])]
     try:
         for _ in range(num_schedules):
-            carousel = dice.choice(carousels)
-            plans = [random_plan(dice, carousel._stops.num_stops) for _ in range(dice.randrange(1, 9))]
-            check(carousel, plans, dice.randrange(1, 9), dice.random() < 0.3)
+            carousel = rng.choice(carousels)
+            plans = [random_plan(rng, carousel._stops.num_stops) for _ in range(rng.randrange(1, 9))]
+            check(carousel, plans, rng.randrange(1, 9), rng.random() < 0.3)
     finally:
         done.set()
         for thread in guests:
