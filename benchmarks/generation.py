@@ -57,14 +57,13 @@ def run_ours(task: Task) -> dict[str, Any]:
     """Continue all prompts through slowllm."""
     from slowllm import load
     from slowllm.inference import generation
+    from slowllm.inference.generation_types import Prompt, Settings
     from slowllm.runtime.description import ModelInfo
     from slowllm.runtime.rates import quick_rates
 
     known = ModelInfo(task.checkpoint)
-    settings = generation.Settings(max_new_tokens=task.new_tokens, min_new_tokens=task.new_tokens)
-    prompts = [
-        generation.Prompt(tuple(ids.tolist()), settings) for ids in prompts_of(task, known.config.vocab_size)
-    ]
+    settings = Settings(max_new_tokens=task.new_tokens, min_new_tokens=task.new_tokens)
+    prompts = [Prompt(tuple(ids.tolist()), settings) for ids in prompts_of(task, known.config.vocab_size)]
     rates = quick_rates(known.folder, "bfloat16")
     job = generation.job_of(known, prompts, rates)
     with load(known, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:

@@ -17,7 +17,7 @@ __all__ = [
 if TYPE_CHECKING:
     from slowllm.entrypoints.api import LM, load
     from slowllm.errors import SlowLLMError
-    from slowllm.inference.generation import Continuation
+    from slowllm.inference.generation_types import Continuation
     from slowllm.inference.likelihood import Likelihood
     from slowllm.modeling.log_probs import log_probs
     from slowllm.modeling.soft_prompts import SoftPrompt
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Budget": "planning.budget",
-    "Continuation": "inference.generation",
+    "Continuation": "inference.generation_types",
     "Job": "planning.job",
     "LM": "entrypoints.api",
     "Likelihood": "inference.likelihood",

@@ -10,7 +10,8 @@ from typing import Any, overload
 
 from slowllm.errors import InputError
 from slowllm.inference.choices import Item, Normalize, choose, encode_item
-from slowllm.inference.generation import Continuation, Prompt, Settings, generate
+from slowllm.inference.generation import generate
+from slowllm.inference.generation_types import Continuation, Prompt, Settings
 from slowllm.inference.likelihood import Likelihood
 from slowllm.inference.scoring import score_queries
 from slowllm.inference.text import Query, encode_pair

@@ -20,7 +20,7 @@ import torch
 from slowllm.entrypoints.progress import progress
 from slowllm.errors import InputError, first_line
 from slowllm.inference import generation, scoring
-from slowllm.inference.generation import Prompt, Settings
+from slowllm.inference.generation_types import Prompt, Settings
 from slowllm.inference.text import Query, prefix_id
 from slowllm.options import parse_dtype
 from slowllm.planning.job import Job, Rates

@@ -14,7 +14,7 @@ from typing import Any
 
 from slowllm.errors import InputError
 from slowllm.files import parse_object, shown
-from slowllm.inference.generation import Prompt, Settings, check
+from slowllm.inference.generation_types import Prompt, Settings, check_prompt
 from slowllm.inference.text import TextSide, max_line_tokens
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -237,7 +237,7 @@ def _chat_ids(lm: TextSide, messages: list[Any]) -> tuple[int, ...]:
 
 def _checked(lm: TextSide, prompt: Prompt, param: str) -> Prompt:
     try:
-        check(lm, prompt, "the prompt")
+        check_prompt(lm, prompt, "the prompt")
     except InputError as error:
         is_long = len(prompt.ids) + prompt.settings.max_new_tokens > max_line_tokens(lm)
         raise _Wrong(str(error), param, "context_length_exceeded" if is_long else None) from None

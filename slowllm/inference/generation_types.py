@@ -144,7 +144,7 @@ class Continuation:
 OnTokens = Callable[[int, int, tuple[int, ...]], None]
 
 
-def encode(lm: TextSide, text: str, settings: Settings) -> Prompt:
+def encode_prompt(lm: TextSide, text: str, settings: Settings) -> Prompt:
     """Turn a text into a prompt, with the special tokens that its tokenizer adds by default.
 
     Raises:
@@ -156,7 +156,7 @@ def encode(lm: TextSide, text: str, settings: Settings) -> Prompt:
     return Prompt(tuple(ids), settings)
 
 
-def check(lm: TextSide, prompt: Prompt, name: str) -> None:
+def check_prompt(lm: TextSide, prompt: Prompt, name: str) -> None:
     """Refuse a prompt that this model cannot continue.
 
     Raises:

@@ -1,19 +1,19 @@
-"""Several tokens of a continuation in one sweep: a small model drafts them, the large one says which it would take.
+"""Speculative decoding: a small draft model proposes tokens, the large one verifies several in one sweep.
 
-Greedy only, and with the large model's own tokens: what is accepted is what it would have chosen. The draft grows a
-tree of likely continuations, best first by their joint probability (SpecExec, Svirschevski et al., 2024; Sequoia,
-Chen et al., 2024). The paths from its root to its leaves are the rows of one batch, because not every family takes a
-mask that is a tree; the rows go on from one row of keys and values, which is kept once. As many rows as computing
-hides under the reading cost nothing, so the tree is the larger, the fewer riders share a sweep.
+Greedy only, and the result is the large model's own: a drafted token is accepted where it would have chosen the same.
+The draft grows a tree of likely continuations, best first by their joint probability (SpecExec, Svirschevski et al.,
+2024; Sequoia, Chen et al., 2024). The paths from its root to its leaves are the rows of one batch, which continue one
+row of keys and values that is kept once; tree attention is not used, because not every family takes a mask that is a
+tree. As many rows as compute hides behind reading cost nothing, so the fewer riders share a sweep, the larger the tree.
 
-With ``lookup`` there is no second model: transformers' prompt look-up drafts from what stands in the prompt.
+With ``lookup`` there is no draft model: transformers' prompt look-up proposes tokens that stand in the prompt.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -22,17 +22,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from slowllm.errors import InputError, PlanError
 from slowllm.inference import generation
-from slowllm.inference.draft_trees import (
-    MAX_TREE_TOKENS,
-    Costs,
-)
-from slowllm.inference.generation import (
-    Continuation,
-    OnTokens,
-    Prompt,
-    Settings,
-    ride_prompts,
-)
+from slowllm.inference.continuation import continue_prompts, with_own_defaults
+from slowllm.inference.draft_trees import MAX_TREE_TOKENS, Costs
+from slowllm.inference.generation import MAX_RIDERS, raise_at_end, ride_prompts
+from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings
 from slowllm.inference.speculative_loop import (
     MAX_DEPTH,
     MAX_WIDTH,
@@ -48,15 +41,12 @@ from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
 
-log = logging.getLogger(__name__)
-
-
 # Tokens that prompt look-up proposes.
 LOOKUP_TOKENS = 10
 
 
 def costs_of(lm: StreamedLM, rates: Rates) -> Costs:
-    """Return what a later sweep of this model costs."""
+    """Return the costs of a sweep of this model once its resident stops are in memory."""
     rates = rates if lm.device_placement is None else device_rates(rates)
     return Costs(
         read=lm.plan.forecast.read_bytes / rates.disk,
@@ -66,13 +56,13 @@ def costs_of(lm: StreamedLM, rates: Rates) -> Costs:
 
 
 def refuse_uncroppable(lm: TextSide) -> None:
-    """Refuse a model whose cache cannot forget what was drafted in vain.
+    """Refuse a model whose cache cannot drop tokens that were not accepted.
 
     Raises:
         InputError: it keeps a state or a sliding window instead of every token's keys and values.
     """
     config: PreTrainedConfig = lm.config.get_text_config()
-    # Where nothing is said of layers, they are made when first used, and are of the growing kind.
+    # A config without layer types makes layers when they are first used, and these keep every token.
     kinds = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer}
     if kinds or getattr(getattr(lm, "model", None), "_is_stateful", False):
         names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "a state"
@@ -82,10 +72,10 @@ def refuse_uncroppable(lm: TextSide) -> None:
 
 
 def check_draft(lm: TextSide, draft: TextSide) -> None:
-    """Refuse a draft model that does not speak the same tokens.
+    """Refuse a draft model that has another vocabulary.
 
     Raises:
-        InputError: its tokenizer differs, or one of the two cannot take back tokens.
+        InputError: its tokenizer differs, or the cache of one of the two cannot drop tokens.
     """
     ours, theirs = lm.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
     if ours != theirs:
@@ -99,7 +89,7 @@ def check_draft(lm: TextSide, draft: TextSide) -> None:
 
 
 def refuse_soft_prompt(lm: TextSide) -> None:
-    """Refuse a model with a soft prompt, of which a draft knows nothing.
+    """Refuse a model with a soft prompt, which a draft model does not have.
 
     Raises:
         InputError: it has one.
@@ -109,54 +99,49 @@ def refuse_soft_prompt(lm: TextSide) -> None:
 
 
 def check_settings(settings: Settings) -> None:
-    """Refuse settings that drafts do not go with.
+    """Refuse settings other than those of greedy decoding.
 
     Raises:
-        InputError: tokens are drawn, or there are beams.
+        InputError: tokens are sampled, or there are beams.
     """
     if settings.do_sample or settings.num_rows > 1:
         raise InputError("a draft only goes with greedy decoding: leave out --draft, or --sample and --beams")
 
 
 def job_of(lm: TextSide, prompts: Iterable[Prompt], rates: Rates | None = None) -> Job:
-    """Return what the plan must know of prompts that are continued with drafts.
+    """Return the job that the plan is made for, with room for draft trees.
 
-    As many passes are counted as without drafts: how many are saved is only seen at work.
+    It has as many passes as without drafts: how many are saved is known only afterwards.
 
     Raises:
         InputError: as for `generation.job_of`.
     """
     rates, prompts = rates or Rates(), list(prompts)
     job = generation.job_of(lm, prompts, rates)
-    # What hides under the reading of weights with two bytes for each, in all.
+    # Tokens whose compute is hidden behind reading weights of two bytes each, divided among the prompts.
     tree = max(MAX_DEPTH, min(MAX_TREE_TOKENS, int(rates.compute / rates.disk) // len(prompts)))
-    return Job(
-        num_tokens=sum(prompt.num_tokens + tree for prompt in prompts),
-        longest=job.longest + tree,
-        forward_only=True,
-        keeps_results=True,
-        num_passes=job.num_passes,
-    )
+    num_tokens = sum(prompt.num_tokens + tree for prompt in prompts)
+    return replace(job, num_tokens=num_tokens, longest=job.longest + tree)
 
 
 def load_draft(
     lm: TextSide, draft: ModelInfo, prompts: Sequence[Prompt], budget: Budget, dtype: str
 ) -> StreamedLM:
-    """Open a draft model that stays in memory altogether; before the large one, which takes what is left.
+    """Open a draft model that is wholly resident, before the large one, which takes the memory that is left.
 
     Args:
-        lm: the large model, or its description.
+        lm: the large model, or its `ModelInfo`.
         draft: the small one.
-        prompts: of which it keeps keys and values.
+        prompts: whose keys and values it keeps.
         budget: of the process.
-        dtype: compute dtype, on the processor, whatever the large model is computed on.
+        dtype: compute dtype, on the processor, whatever device computes the large model.
     Raises:
-        InputError: it does not speak the same tokens, or does not fit.
+        InputError: it has another vocabulary, or does not fit.
     """
     check_draft(lm, draft)
     longest = max(len(prompt.ids) + prompt.settings.max_new_tokens for prompt in prompts) + MAX_DEPTH
     job = Job(
-        num_tokens=min(generation.MAX_RIDERS, len(prompts)) * longest + MAX_WIDTH * MAX_DEPTH,
+        num_tokens=min(MAX_RIDERS, len(prompts)) * longest + MAX_WIDTH * MAX_DEPTH,
         longest=longest,
         repeated=True,
         forward_only=True,
@@ -191,9 +176,9 @@ def generate(
     Args:
         lm: a loaded model.
         prompts: each a rider of its own.
-        draft: a model of the same tokens that is held in memory, or ``lookup``.
+        draft: a resident model of the same vocabulary, or ``lookup``.
         rates: of this machine. Where they were measured, drafting is switched off while it does not pay.
-        counts: told what drafting brings.
+        counts: counts drafted and accepted tokens.
         on_tokens: called as tokens come; must not call a model.
     Raises:
         InputError: settings or models do not go with drafts.
@@ -204,21 +189,7 @@ def generate(
     if isinstance(draft, str):
         if draft != "lookup":
             raise InputError(f"a draft is a loaded model or 'lookup', not {draft!r}")
-        refuse_uncroppable(lm)
-        view = generation.own_defaults(lm)
-
-        def look_up(numbers: Sequence[int], chosen: Sequence[Prompt]) -> list[tuple[Continuation, ...]]:
-            def count(num_tokens: int) -> None:
-                counts.num_passes += 1
-                counts.num_tokens += num_tokens
-
-            return generation.continue_prompts(
-                lm, view, numbers, chosen, on_tokens=on_tokens, on_pass=count,
-                prompt_lookup_num_tokens=LOOKUP_TOKENS,
-            )  # fmt: skip
-
-        held = LOOKUP_TOKENS
-        return ride_prompts(lm, prompts, look_up, held=lambda c: c[0].num_tokens + held, alone=True)
+        return _generate_with_lookup(lm, prompts, counts, on_tokens)
     check_draft(lm, draft)
     if draft.plan.ring_bytes:
         raise _no_room(draft.name)
@@ -229,19 +200,35 @@ def generate(
             f"{draft.name}: a draft of {max_line_tokens(draft)} positions cannot follow a prompt and its continuation "
             f"of {longest} tokens"
         )
-    seats = max(1, min(len(prompts), generation.MAX_RIDERS, plan.sweep_tokens // (longest + MAX_DEPTH)))
-    party = DraftStats(
-        costs, rates.measured, len(prompts), seats, counts, MAX_DEPTH * draft.weight_bytes / rates.memory
+    max_riders = max(1, min(len(prompts), MAX_RIDERS, plan.sweep_tokens // (longest + MAX_DEPTH)))
+    stats = DraftStats(
+        costs, rates.measured, len(prompts), max_riders, counts, MAX_DEPTH * draft.weight_bytes / rates.memory
     )
-    # What the plan leaves to a rider beside its prompt and continuation.
-    share = max(1, min(plan.sweep_tokens // seats - longest, plan.rider_tokens - longest))
+    # Tokens that the plan leaves to a rider beside its prompt and continuation.
+    max_tree_tokens = max(1, min(plan.sweep_tokens // max_riders - longest, plan.rider_tokens - longest))
 
-    def ride(numbers: Sequence[int], chosen: Sequence[Prompt]) -> list[tuple[Continuation, ...]]:
+    def continue_one(numbers: Sequence[int], members: Sequence[Prompt]) -> list[tuple[Continuation, ...]]:
+        report = None if on_tokens is None else functools.partial(on_tokens, numbers[0], 0)
         try:
             with torch.no_grad():
-                tell = None if on_tokens is None else functools.partial(on_tokens, numbers[0], 0)
-                return [(continue_with_draft(lm, draft, party, chosen[0], share, tell),)]
+                return [(continue_with_draft(lm, draft, stats, members[0], max_tree_tokens, report),)]
         finally:
-            party.num_left -= 1
+            stats.num_unfinished -= 1
 
-    return ride_prompts(lm, prompts, ride, held=lambda chosen: chosen[0].num_tokens + share, alone=True)
+    return raise_at_end(ride_prompts(lm, prompts, continue_one, tree_tokens=max_tree_tokens))
+
+
+def _generate_with_lookup(
+    lm: StreamedLM, prompts: Sequence[Prompt], counts: Acceptance, on_tokens: OnTokens | None
+) -> Iterator[tuple[Continuation, ...]]:
+    refuse_uncroppable(lm)
+
+    def on_pass(num_tokens: int) -> None:
+        counts.num_passes += 1
+        counts.num_tokens += num_tokens
+
+    rider = functools.partial(
+        continue_prompts, lm, with_own_defaults(lm), on_tokens=on_tokens, on_pass=on_pass,
+        prompt_lookup_num_tokens=LOOKUP_TOKENS,
+    )  # fmt: skip
+    return raise_at_end(ride_prompts(lm, prompts, rider, tree_tokens=LOOKUP_TOKENS))

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import slowllm
-from slowllm.entrypoints import openai_batch
+from slowllm.entrypoints import openai_batch, openai_responses
 from slowllm.entrypoints.cli import app
 from slowllm.entrypoints.openai_requests import Refusal, Request, read_requests
 from slowllm.errors import NonFiniteError, StateError
@@ -273,7 +273,7 @@ def test_a_bad_line_is_refused_with_its_reason(lm: Any, given: Any, code: str, m
     assert isinstance(found, Refusal)
     assert found.code == code
     assert message in found.message
-    row = openai_batch.refused(found)
+    row = openai_responses.refused(found)
     json.dumps(row, ensure_ascii=False).encode()
     assert row["error"] == {"code": code, "message": found.message}
     assert row["custom_id"] == found.custom_id

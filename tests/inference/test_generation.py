@@ -20,7 +20,9 @@ import slowllm
 from slowllm.entrypoints.cli.app import app
 from slowllm.errors import InputError
 from slowllm.inference import generation
-from slowllm.inference.generation import Prompt, Settings, generate
+from slowllm.inference.continuation import text_of
+from slowllm.inference.generation import generate
+from slowllm.inference.generation_types import Prompt, Settings, encode_prompt
 from slowllm.planning.packing import pack
 from tests.support.families import resident, speaking
 from tests.support.paths import TINY_BLOOM
@@ -94,7 +96,7 @@ def test_tokens_are_those_of_plain_transformers(
 def test_text_ends_before_a_stop_string(tiny_bloom: slowllm.StreamedLM, plain_bloom: Any) -> None:
     settings = Settings(16, stop=(" the", "of t"))
     texts = ["Returns the number of", "If value has", "The value of the", "Run the tests", "A reference must"]
-    prompts = [generation.encode(tiny_bloom, text, settings) for text in texts]
+    prompts = [encode_prompt(tiny_bloom, text, settings) for text in texts]
     found = [one for (one,) in generate(tiny_bloom, prompts)]
     assert {one.finish_reason for one in found} == {"stop"}
     for prompt, one in zip(prompts, found, strict=True):
@@ -109,11 +111,11 @@ def test_text_ends_before_a_stop_string(tiny_bloom: slowllm.StreamedLM, plain_bl
 
 
 def test_a_stop_string_may_begin_in_the_prompt_but_not_end_there(tiny_bloom: slowllm.StreamedLM) -> None:
-    prompt = generation.encode(tiny_bloom, "Returns the number of", Settings(stop=("number of bytes",)))
+    prompt = encode_prompt(tiny_bloom, "Returns the number of", Settings(stop=("number of bytes",)))
     (bytes_,) = tiny_bloom.tokenizer(" bytes")["input_ids"]
-    assert generation.text_of(tiny_bloom, prompt, [bytes_]) == ""
+    assert text_of(tiny_bloom, prompt, [bytes_]) == ""
     other = replace(prompt, settings=Settings(stop=("number",)))
-    assert generation.text_of(tiny_bloom, other, [bytes_]) == " bytes"
+    assert text_of(tiny_bloom, other, [bytes_]) == " bytes"
 
 
 def test_log_probs_are_the_models_own(tiny_bloom: slowllm.StreamedLM, plain_bloom: Any) -> None:
@@ -123,9 +125,7 @@ def test_log_probs_are_the_models_own(tiny_bloom: slowllm.StreamedLM, plain_bloo
         Settings(5, num_beams=3, num_return_sequences=3, top_log_probs=3),
         Settings(5, repetition_penalty=2.0, top_log_probs=1),
     ):
-        prompts = [
-            generation.encode(tiny_bloom, text, settings) for text in ("Returns the", "Lines are split")
-        ]
+        prompts = [encode_prompt(tiny_bloom, text, settings) for text in ("Returns the", "Lines are split")]
         for prompt, continuations in zip(prompts, generate(tiny_bloom, prompts), strict=True):
             for one in continuations:
                 assert one.log_probs is not None
@@ -220,7 +220,7 @@ def test_tokens_are_told_as_they_come(tiny_bloom: slowllm.StreamedLM) -> None:
 
 def test_eos_is_not_among_the_tokens_and_nothing_is_told_after_it(tiny_bloom: slowllm.StreamedLM) -> None:
     prompts = [
-        generation.encode(tiny_bloom, text, Settings(12)) for text in ("Returns the number of", "The value")
+        encode_prompt(tiny_bloom, text, Settings(12)) for text in ("Returns the number of", "The value")
     ]
     told: list[tuple[int, tuple[int, ...]]] = []
     (short,), (long,) = generate(tiny_bloom, prompts, on_tokens=lambda n, i, ids: told.append((n, ids)))
@@ -238,7 +238,7 @@ def test_the_checkpoints_own_sampling_settings_are_left_aside(tmp_path: Path) ->
     }  # fmt: skip
     (folder / "generation_config.json").write_text(json.dumps(own))
     with slowllm.load(TINY_BLOOM, dtype="fp32") as lm:
-        prompt = generation.encode(lm, "Returns the number of", Settings(12)).ids
+        prompt = encode_prompt(lm, "Returns the number of", Settings(12)).ids
         ((plain,),) = generate(lm, [Prompt(prompt, Settings(12))])
     assert plain.text == " bytes."
     with slowllm.load(folder, dtype="fp32") as lm:
@@ -350,7 +350,7 @@ def test_no_more_is_held_than_the_plan_counts(family: str, tiny: Callable[..., P
 def test_groups_have_equal_settings_and_fit() -> None:
     kinds = [Settings(4), Settings(4, num_beams=3), Settings(9), Settings(4, do_sample=True, seed=1)]
     prompts = [Prompt((5,) * (1 + n * 7 % 13), kinds[n % 4]) for n in range(40)]
-    groups = generation._grouped(prompts, 40, 80, 64, can_mask=True)
+    groups = generation._group(prompts, 40, 80, 64, can_mask=True)
     assert sorted(n for group in groups for n in group) == list(range(40))
     for group in groups:
         settings = {prompts[n].settings for n in group}
@@ -360,7 +360,7 @@ def test_groups_have_equal_settings_and_fit() -> None:
         assert len(group) == 1 or len(group) * one.num_rows * width <= 40
         assert len(group) == 1 or generation._held_tokens([prompts[n] for n in group]) <= 80
     assert len(groups) < 40
-    equal = generation._grouped(prompts, 40, 80, 64, can_mask=False)
+    equal = generation._group(prompts, 40, 80, 64, can_mask=False)
     assert all(len({len(prompts[n].ids) for n in group}) == 1 for group in equal)
     assert pack([3, 2], 6) == [[0, 1]]
 

@@ -23,9 +23,12 @@ import slowllm
 from slowllm.entrypoints.cli.app import app
 from slowllm.errors import InputError
 from slowllm.inference import generation, speculative
-from slowllm.inference.draft_trees import Costs, NgramCache, Node, choose_tree, free_tokens, paths_of, pays
-from slowllm.inference.generation import Prompt, Settings, generate
-from slowllm.inference.speculative_loop import Acceptance, FanLayer
+from slowllm.inference.branching_cache import BranchingLayer
+from slowllm.inference.draft_trees import Costs, Node, choose_tree, free_tokens, paths_of, pays
+from slowllm.inference.generation import generate
+from slowllm.inference.generation_types import Prompt, Settings, encode_prompt
+from slowllm.inference.ngram_cache import NgramCache
+from slowllm.inference.speculative_loop import Acceptance
 from slowllm.planning.budget import Budget
 from slowllm.planning.job import Rates
 from slowllm.runtime.description import ModelInfo
@@ -44,7 +47,7 @@ def small() -> Iterator[slowllm.StreamedLM]:
 
 def begun(lm: Any, settings: Settings, *, every: int, words: int = 2) -> list[Prompt]:
     """Return the first words of held-out lines."""
-    return [generation.encode(lm, " ".join(line.split()[:words]), settings) for line in HELD_OUT[::every]]
+    return [encode_prompt(lm, " ".join(line.split()[:words]), settings) for line in HELD_OUT[::every]]
 
 
 def test_a_sweep_gives_four_tokens_of_text_never_seen(
@@ -85,7 +88,7 @@ def test_settings_go_with_drafts(tiny_bloom: slowllm.StreamedLM, small: slowllm.
         Settings(8, top_log_probs=2),
         Settings(1),
     ]
-    prompts = [generation.encode(tiny_bloom, "Returns the number of", kind) for kind in kinds]
+    prompts = [encode_prompt(tiny_bloom, "Returns the number of", kind) for kind in kinds]
     told: dict[int, list[tuple[int, ...]]] = {}
     plain = list(generate(tiny_bloom, prompts))
     found = list(
@@ -125,7 +128,7 @@ def test_other_families_take_drafts(family: str, tiny: Callable[..., Path], tmp_
 def test_look_up_drafts_from_the_prompt(tiny_bloom: slowllm.StreamedLM) -> None:
     text = "The value is the value of the value of the value of the"
     settings = Settings(12, stop=("of the value of the value",), min_new_tokens=12, top_log_probs=0)
-    prompts = [generation.encode(tiny_bloom, text, one) for one in (settings, replace(settings, stop=()))]
+    prompts = [encode_prompt(tiny_bloom, text, one) for one in (settings, replace(settings, stop=()))]
     plain, counts = list(generate(tiny_bloom, prompts)), Acceptance()
     found = list(speculative.generate(tiny_bloom, prompts, "lookup", counts=counts))
     for (a,), (b,) in zip(plain, found, strict=True):
@@ -234,41 +237,41 @@ def test_a_chosen_tree_fits_and_hangs_together(
 
 def test_rows_fan_out_from_one_and_one_goes_on() -> None:
     torch.manual_seed(0)
-    fan, plain = FanLayer(), DynamicLayer()
+    ours, plain = BranchingLayer(), DynamicLayer()
 
     def new(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.randn(rows, 2, length, 4), torch.randn(rows, 2, length, 4)
 
     first = new(1, 5)
-    assert torch.equal(fan.update(*first)[0], plain.update(*first)[0])
-    fan.settle(0, 3)
+    assert torch.equal(ours.update(*first)[0], plain.update(*first)[0])
+    ours.accept(0, 3)
     plain.crop(-2)
     plain.batch_repeat_interleave(4)
     more = new(4, 2)
-    for ours, theirs in zip(fan.update(*more), plain.update(*more), strict=True):
-        assert torch.equal(ours, theirs)
-    assert fan.get_seq_length() == plain.get_seq_length() == 5
+    for found, expected in zip(ours.update(*more), plain.update(*more), strict=True):
+        assert torch.equal(found, expected)
+    assert ours.get_seq_length() == plain.get_seq_length() == 5
     rows = torch.tensor([2, 2, 0])
-    fan.select(rows)
+    ours.select(rows)
     plain.batch_select_indices(rows)
     more = new(3, 1)
-    for ours, theirs in zip(fan.update(*more), plain.update(*more), strict=True):
-        assert torch.equal(ours, theirs)
-    fan.settle(2, 2)
-    assert fan.get_seq_length() == 5
-    assert torch.equal(fan.keys, plain.keys[2:3, :, :5])
-    assert fan.keys.untyped_storage().nbytes() == 2 * 5 * 4 * 4, "the other rows are let go"
+    for found, expected in zip(ours.update(*more), plain.update(*more), strict=True):
+        assert torch.equal(found, expected)
+    ours.accept(2, 2)
+    assert ours.get_seq_length() == 5
+    assert torch.equal(ours.keys, plain.keys[2:3, :, :5])
+    assert ours.keys.untyped_storage().nbytes() == 2 * 5 * 4 * 4, "the other rows are let go"
 
 
 def test_what_was_said_is_likelier_to_be_said_again() -> None:
-    heard, even = NgramCache(), torch.full((1, 8), 1 / 8).log()
+    ngrams, even = NgramCache(), torch.full((1, 8), 1 / 8).log()
     logits = torch.full((1, 8), -20.0)
     logits[0, 5] = 20.0
-    heard.listen([(7, 1, 2)], logits)
-    after_two, after_three = (heard.mix([context], even).exp()[0] for context in ((9, 1, 2), (7, 1, 2)))
+    ngrams.update([(7, 1, 2)], logits)
+    after_two, after_three = (ngrams.blend([context], even).exp()[0] for context in ((9, 1, 2), (7, 1, 2)))
     assert torch.isclose(after_two.sum(), torch.tensor(1.0))
     assert after_three[5] > after_two[5] > 1 / 8 > after_two[4]
-    assert torch.equal(heard.mix([(1, 2, 3)], even), even)
+    assert torch.equal(ngrams.blend([(1, 2, 3)], even), even)
 
 
 def test_a_draft_of_another_vocabulary_is_refused(

@@ -20,6 +20,7 @@ from slowllm.errors import InputError
 from slowllm.inference import generation
 from slowllm.inference.generation_types import Prompt, Settings
 from slowllm.inference.scoring import job_of_queries, score_queries
+from slowllm.inference.stopping import special_tokens
 from slowllm.inference.text import Query
 from slowllm.modeling.soft_prompt_files import FILES, load_prompt, save_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt
@@ -143,7 +144,7 @@ def test_continuations_behind_a_prompt_are_the_resident_models(name: str, kind: 
         lm.tokenizer = Letters()
         for penalty in (1.0, 1.7):
             how = Settings(max_new_tokens=4, repetition_penalty=penalty)
-            ends = generation.special_tokens(lm).eos
+            ends = special_tokens(lm).eos
             found = generation.generate(lm, [Prompt(text, how) for text in texts])
             for text, (one,) in zip(texts, found, strict=True):
                 assert one.ids == greedy(plain, prompt, text, penalty, ends)

@@ -19,6 +19,7 @@ import transformers
 import slowllm
 from slowllm.errors import NonFiniteError
 from slowllm.inference import generation, speculative
+from slowllm.inference.generation_types import Settings, encode_prompt
 from slowllm.inference.lines import Line, score_lines
 from slowllm.modeling import layout, losses
 from slowllm.planning.device_plan import DEVICE_SLACK_BYTES
@@ -370,7 +371,7 @@ def leaves_of_blocks() -> None:
 def drafts_of_both_kinds() -> None:
     texts = ["The value is the value of the value", "A list of"]
     with loaded(TINY_BLOOM) as lm, slowllm.load(TINY_BLOOM, dtype="fp32") as small:
-        prompts = [generation.encode(lm, text, generation.Settings(8)) for text in texts]
+        prompts = [encode_prompt(lm, text, Settings(8)) for text in texts]
         plain = list(generation.generate(lm, prompts))
         assert list(speculative.generate(lm, prompts, small)) == plain
         assert list(speculative.generate(lm, prompts, "lookup")) == plain

@@ -68,6 +68,7 @@ def batch(
     from slowllm.entrypoints import openai_batch as requests
     from slowllm.entrypoints.cli import output
     from slowllm.entrypoints.openai_requests import Request, read_requests
+    from slowllm.entrypoints.openai_responses import refused
     from slowllm.entrypoints.progress import duration, progress
     from slowllm.runtime.load import open_model
     from slowllm.runtime.rates import quick_rates
@@ -113,7 +114,7 @@ def batch(
         with output.json_writer(out) as write:
             for entry in entries:
                 assert not isinstance(entry, Request), "all were refused"
-                write(requests.refused(entry))
+                write(refused(entry))
                 num_failed += 1
     failed = f"; {num_failed} of {len(entries)} lines failed" if num_failed else ""
     print(

@@ -32,7 +32,9 @@ from slowllm.entrypoints.cli.screen import Screen
 from slowllm.entrypoints.conversation import ASSISTANT, USER, Conversation, Incoming
 from slowllm.entrypoints.progress import duration
 from slowllm.errors import InputError, NonFiniteError
-from slowllm.inference.generation import Prompt, Settings, generate, text_of
+from slowllm.inference.continuation import text_of
+from slowllm.inference.generation import generate
+from slowllm.inference.generation_types import Prompt, Settings
 from slowllm.options import format_bytes, parse_dtype
 from slowllm.planning.device_plan import device_rates
 from slowllm.planning.forecast import Forecast, forecast_of
@@ -250,7 +252,7 @@ def chat(
     memory = memory_of(ram, device, vram)
     parse_dtype(dtype)
     from slowllm.entrypoints.conversation import Conversation
-    from slowllm.inference.generation import Settings
+    from slowllm.inference.generation_types import Settings
     from slowllm.inference.text import max_line_tokens
     from slowllm.runtime.load import open_model
     from slowllm.runtime.rates import quick_rates

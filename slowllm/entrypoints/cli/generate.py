@@ -32,7 +32,7 @@ from slowllm.files import read_lines
 from slowllm.options import parse_bytes, parse_dtype
 
 if TYPE_CHECKING:
-    from slowllm.inference.generation import Continuation, Prompt, Settings
+    from slowllm.inference.generation_types import Continuation, Prompt, Settings
     from slowllm.inference.speculative_loop import Acceptance
     from slowllm.planning.job import Job, Rates
     from slowllm.runtime.description import ModelInfo
@@ -121,10 +121,10 @@ def generate(
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if sampling and not sample:
         raise InputError(f"--{next(iter(sampling)).replace('_', '-')} needs --sample")
-    from slowllm.inference import generation
+    from slowllm.inference import generation_types
     from slowllm.runtime.rates import quick_rates
 
-    settings = generation.Settings(
+    settings = generation_types.Settings(
         max_new_tokens=max_new_tokens, num_beams=beams, num_return_sequences=num_sequences, do_sample=sample,
         seed=seed if sample else None, repetition_penalty=repetition_penalty, stop=tuple(stop or ()),
         top_log_probs=log_probs, **sampling,
@@ -134,10 +134,10 @@ def generate(
     encoded = []
     for number, text in texts:
         try:
-            encoded.append(generation.encode(known, text, settings))
+            encoded.append(generation_types.encode_prompt(known, text, settings))
         except InputError as error:
             raise InputError(f"prompt {number}: {error}") from error
-        generation.check(known, encoded[-1], f"prompt {number}")
+        generation_types.check_prompt(known, encoded[-1], f"prompt {number}")
     rates = quick_rates(known.folder, parse_dtype(dtype))
     with contextlib.ExitStack() as stack:
         work = _Work(known, encoded, settings, rates, draft, memory, dtype, resident, stack)
@@ -243,7 +243,8 @@ def _show_one(work: _Work) -> None:
     from slowllm.entrypoints.cli.screen import Screen
     from slowllm.entrypoints.conversation import Incoming
     from slowllm.entrypoints.progress import duration
-    from slowllm.inference.generation import Prompt, text_of
+    from slowllm.inference.continuation import text_of
+    from slowllm.inference.generation_types import Prompt
     from slowllm.streaming.stops import Passage
 
     lm, forecast, (prompt,) = work.lm, work.lm.plan.forecast, work.prompts

@@ -24,7 +24,7 @@ from slowllm.entrypoints.cli import app, chat
 from slowllm.entrypoints.cli.screen import Screen
 from slowllm.entrypoints.conversation import Conversation, Incoming
 from slowllm.errors import InputError, NonFiniteError
-from slowllm.inference.generation import Settings
+from slowllm.inference.generation_types import Settings
 from tests.support.paths import ROOT, TINY_BLOOM
 
 # The bare words of the conversation, so that a model that was never taught to chat goes on with them.
