@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
@@ -19,7 +19,6 @@ import torch
 
 from slowllm.errors import StoreError
 from slowllm.prepare.encode import FileTask, finished, write_file
-from slowllm.storage.manifest import StoredFile
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,36 @@ def write_files(
             on_progress(Progress(len(done), len(tasks), done_bytes, source_bytes, to_write, is_start))
 
     report(is_start=True)
-    num_workers = min(num_workers, len(left))
+    for task in _written(left, min(num_workers, len(left))):
+        done.append(task)
+        report()
+
+
+def _written(tasks: Sequence[FileTask], num_workers: int) -> Iterator[FileTask]:
+    """Write files, and yield each when it is finished."""
     if num_workers <= 1:
-        for task in left:
+        for task in tasks:
             write_file(task)
-            done.append(task)
-            report()
+            yield task
         return
-    for task, future in _in_processes(left, num_workers):
+    # Not forked: this process has threads.
+    context = multiprocessing.get_context("spawn")
+    num_threads = max(1, (os.cpu_count() or 1) // num_workers)
+    with ProcessPoolExecutor(
+        num_workers, context, initializer=_begin_worker, initargs=(num_threads, os.getpid())
+    ) as pool:
+        pending = {pool.submit(write_file, task): task for task in tasks}
         try:
-            future.result()
+            while pending:
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    yield pending.pop(future)
         except BrokenProcessPool as error:
             raise StoreError(
                 "a process that encodes was killed (too little memory?); run the same command again, with fewer --workers"
             ) from error
-        done.append(task)
-        report()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _begin_worker(num_threads: int, parent: int) -> None:
@@ -84,21 +97,3 @@ def _begin_worker(num_threads: int, parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end when the parent process dies
     if os.getppid() != parent:
         os._exit(1)
-
-
-def _in_processes(
-    tasks: Sequence[FileTask], num_workers: int
-) -> Iterator[tuple[FileTask, Future[StoredFile]]]:
-    # Not forked: this process has threads.
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, (os.cpu_count() or 1) // num_workers)
-    with ProcessPoolExecutor(
-        num_workers, context, initializer=_begin_worker, initargs=(threads, os.getpid())
-    ) as pool:
-        pending = {pool.submit(write_file, task): task for task in tasks}
-        try:
-            while pending:
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    yield pending.pop(future), future
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
