@@ -111,7 +111,7 @@ class _Cache:
             hf_hub_download(self._repo, file.name, revision=self._commit)  # finds it under its hash
 
     def finish(self) -> None:
-        """Make the revision's name refer to this snapshot, which is complete."""
+        """Make the revision's name refer to this snapshot; until it is complete, it refers to an earlier one."""
         if self._revision != self._commit:
             ref = self._storage / "refs" / self._revision
             ref.parent.mkdir(parents=True, exist_ok=True)
