@@ -178,7 +178,8 @@ def test_blocks_are_cut_only_where_they_must_be_or_where_it_pays() -> None:
     assert chosen(6 * GIB, replace(few, forward_only=False)) == "leaves", "the only way there is"
     assert chosen(12 * GIB, few) == "blocks", "one sweep takes as long either way"
     many = Job(num_tokens=100_000, longest=64, forward_only=True)
-    assert chosen(100 * GIB, replace(many, forward_only=False)) == "blocks"
+    assert chosen(10 * GIB, many) == "leaves", "through a small ring, the disk pauses less often"
+    assert chosen(10 * GIB, replace(many, forward_only=False)) == "blocks", "only these run backward"
 
 
 def test_a_job_of_one_sweep_keeps_nothing_and_one_of_many_keeps_what_fits() -> None:

@@ -42,8 +42,8 @@ def plain() -> Any:
     return resident(TINY_BLOOM)
 
 
-def some_ids(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(5, 4096, shape, generator=torch.Generator().manual_seed(seed))
+def some_ids(*shape: int, seed: int = 0, high: int = 4096) -> Tensor:
+    return torch.randint(5, high, shape, generator=torch.Generator().manual_seed(seed))
 
 
 # As a transformers model
@@ -88,7 +88,7 @@ def test_hidden_states_are_recorded(tiny_bloom: StreamedLM, plain: Any) -> None:
 @pytest.mark.parametrize("name", ["llama-2", "gemma-2-soft-cap", "mixtral"])
 def test_hidden_states_and_attentions_are_recorded_in_riders(name: str, tiny: Tiny) -> None:
     plain = resident(tiny(name), attn_implementation="eager")
-    ids = [torch.randint(5, VOCAB, (1, n)) for n in (4, 9)]
+    ids = [some_ids(1, n, high=VOCAB) for n in (4, 9)]
     with slowllm.load(tiny(name), dtype="fp32", keep_resident=False) as lm, torch.no_grad():
         lm.model.set_attn_implementation("eager")
         options = {"output_hidden_states": True, "output_attentions": True}
@@ -102,7 +102,7 @@ def test_hidden_states_and_attentions_are_recorded_in_riders(name: str, tiny: Ti
 
 def test_train_changes_nothing_that_blocks_compute(tmp_path: Path) -> None:
     save_tiny("gpt2", tmp_path, attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.0)
-    ids = torch.randint(5, VOCAB, (2, 9))
+    ids = some_ids(2, 9, high=VOCAB)
     with slowllm.load(tmp_path, dtype="fp32") as lm, torch.no_grad():
         before = lm.model.eval()(ids).logits
         assert lm.model.train().training
@@ -233,7 +233,7 @@ def test_a_forward_and_backward_visits_the_turning_stop_once(tiny_bloom: Streame
 def test_a_block_is_recomputed_against_the_cache_as_it_was(tiny: Tiny) -> None:
     # With use_cache a recompute that appended to the cache again would see every token twice.
     folder = tiny("llama-2")
-    ids = torch.randint(5, VOCAB, (2, 7))
+    ids = some_ids(2, 7, high=VOCAB)
     gradients = []
     with slowllm.load(folder, dtype="fp32", keep_resident=False) as lm:
         for use_cache in (True, False):
@@ -335,7 +335,7 @@ def test_two_models_share_one_process_and_one_budget(tiny: Tiny) -> None:
         assert between == free - one.plan.peak_bytes
         with slowllm.load(TINY_BLOOM, ram=budget, dtype="fp32") as other, torch.no_grad():
             assert budget.free_bytes == between - other.plan.peak_bytes
-            ids = torch.randint(5, VOCAB, (1, 7))
+            ids = some_ids(1, 7, high=VOCAB)
 
             def both() -> tuple[Tensor, Tensor]:
                 return one.model(ids).logits, other.model(ids).logits
@@ -403,7 +403,7 @@ def test_a_nan_in_the_head_is_named(tmp_path: Path) -> None:
         if "lm_head.weight" in tensors:
             tensors["lm_head.weight"][3, 5] = float("nan")
             save_file(tensors, shard, {"format": "pt"})
-    ids = torch.randint(5, VOCAB, (1, 4))
+    ids = some_ids(1, 4, high=VOCAB)
     with slowllm.load(tmp_path) as lm:
         with pytest.raises(NonFiniteError, match="the head: NaN"):
             lm.model(ids)

@@ -6,7 +6,9 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ import torch
 
 import slowllm
 from slowllm.entrypoints.progress import duration
+from slowllm.errors import PlanError
+from slowllm.planning.host_plan import least_bytes
 from slowllm.planning.job import Job, Rates
 from slowllm.runtime import survey
 from slowllm.runtime.description import ModelInfo
@@ -101,11 +105,28 @@ def test_a_plan_that_cannot_be_kept_is_refused(monkeypatch: Any, capsys: Any) ->
     assert "no such folder" in refused(["plan", "/nowhere"], monkeypatch, capsys)
 
 
-def test_a_plan_for_gradients_never_cuts_blocks() -> None:
-    job = Job(num_tokens=100, longest=10)
-    found = survey.survey(ModelInfo(TINY_BLOOM), ram="3GiB", dtype="fp32", job=job)
-    assert found.plan.granularity == "blocks"
-    assert found.dtype == "float32"
+def test_a_plan_for_gradients_never_cuts_blocks(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slowllm.modeling.layout.MIN_LEAF_BYTES", 0)
+    # What the process holds would blur the few bytes between the budgets of a tiny model.
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr("psutil.Process", lambda: process)
+    folder = tiny("llama-2")
+    forward = Job(num_tokens=100, longest=10, forward_only=True, keeps_results=False)
+    needed = {}
+    for granularity in ("blocks", "leaves"):
+        with slowllm.load(folder, keep_resident=False, granularity=granularity) as lm:
+            needed[granularity] = least_bytes(lm.sizes, forward, keep_resident=False)
+    assert needed["leaves"] < needed["blocks"]
+    options: dict[str, Any] = {"ram": needed["leaves"], "dtype": "fp32", "keep_resident": False}
+    found = survey.survey(ModelInfo(folder), job=forward, **options)
+    assert (found.plan.granularity, found.dtype) == ("leaves", "float32")
+    with_gradients = replace(forward, forward_only=False)
+    with slowllm.load(folder, keep_resident=False, granularity="leaves") as lm:
+        options["ram"] = least_bytes(lm.sizes, with_gradients, keep_resident=False)
+    with pytest.raises(PlanError, match="is too small for this model"):
+        survey.survey(ModelInfo(folder), job=with_gradients, **options)
 
 
 @pytest.mark.parametrize(
