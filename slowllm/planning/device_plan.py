@@ -100,10 +100,7 @@ def plan_devices(
     Args:
         choices: sizes of the model cut into whole blocks, and into leaves where it can be; the first that fits is taken.
         blocks: for each choice, the block of each stop; see `homes_of`.
-        budgets: of the devices.
-        job: what the model is opened for.
         rates: from `device_rates`.
-        keep_resident: whether stops may stay.
     Raises:
         PlanError: the job cannot run on a device; the message names the smallest budget that would do.
     """
@@ -237,11 +234,8 @@ def plan_host(
 
     Stops that stay there are read once and pass through the ring as well, so there is always a ring.
 
-    Args:
-        sizes: of the granularity of the devices' plan.
-        devices: that plan.
-        free_bytes, total_bytes, job, keep_resident: as for `make_plan`.
-        rates: from `device_rates`.
+    The other arguments are those of `make_plan`, with `rates` from `device_rates`.
+
     Raises:
         PlanError: the stops do not fit through the budget.
     """

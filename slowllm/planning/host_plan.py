@@ -79,9 +79,7 @@ def make_plan(
         choices: sizes of the model cut into whole blocks, and into leaves where it can be.
         free_bytes: what this model may take.
         total_bytes: the whole budget, for the error message.
-        job: what the model is opened for.
-        rates: of the machine.
-        keep_resident: whether stops may stay in memory.
+        job: what the model is opened for; by default a session of unknown size.
     Raises:
         PlanError: the job cannot run in the budget; the message names the smallest that would do.
     """
@@ -99,13 +97,7 @@ def make_plan(
 
 
 def widen(plan: Plan, choices: Sequence[Sizes], free_bytes: int) -> Plan:
-    """Let the sweeps of a session carry more tokens than were assumed, if the budget has room left for them.
-
-    Args:
-        plan: for a job of unknown size.
-        choices: that it was made from.
-        free_bytes: as for `make_plan`.
-    """
+    """Let the sweeps of a session carry more tokens than were assumed, if the budget has room left for them."""
     sizes = sizes_for(plan, choices)
     token_bytes = sizes.waiting_token_bytes + (_graph_token_bytes(plan, sizes) if plan.keeps_graph else 0)
     more = max(0, min((free_bytes - plan.peak_bytes) // token_bytes, MAX_SWEEP_TOKENS - plan.sweep_tokens))
@@ -115,14 +107,7 @@ def widen(plan: Plan, choices: Sequence[Sizes], free_bytes: int) -> Plan:
 
 
 def keep_graph(plan: Plan, choices: Sequence[Sizes], job: Job, free_bytes: int) -> Plan:
-    """Let autograd keep its graph over the blocks, if all weights stay in memory and there is room for it.
-
-    Args:
-        plan: for the job.
-        choices: that it was made from.
-        job: whose sweeps turn, or the plan stays as it is.
-        free_bytes: as for `make_plan`.
-    """
+    """Let autograd keep its graph over the blocks if sweeps turn, all weights stay in memory, and there is room for it."""
     more = plan.sweep_tokens * _graph_token_bytes(plan, sizes_for(plan, choices))
     if plan.ring_bytes or not job.turns or plan.peak_bytes + more > free_bytes:
         return plan

@@ -74,19 +74,12 @@ class ModelInfo:
         Raises:
             CheckpointError: the folder has none that transformers can load.
         """
-        return load_tokenizer(self.folder)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a checkpoint's folder.
-
-    Raises:
-        CheckpointError: the folder has none that transformers can load.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a damaged tokenizer may raise anything
-        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # a damaged tokenizer may raise anything
+            raise CheckpointError(
+                f"{self.folder}: its tokenizer cannot be loaded ({first_line(error)})"
+            ) from error
 
 
 def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:

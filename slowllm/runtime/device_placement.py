@@ -42,11 +42,7 @@ def make_plans(
     Args:
         layouts: the model cut into blocks, and into leaves where it can be.
         choices: the sizes of each layout.
-        devices: that compute.
-        options: with the budget on each device.
-        budget: of RAM.
-        job: what the model is opened for.
-        rates: of the machine.
+        budget: of RAM; `options` have that of each device.
     Raises:
         InputError: more is allowed than a device has, or a device cannot multiply what is stored.
         PlanError: one of the budgets is too small.

@@ -61,30 +61,9 @@ def open_model(
     prompt: str | os.PathLike[str] | SoftPrompt | None = None,
     poison: bool = False,
 ) -> L:
-    """Open a Hugging Face checkpoint for streaming. Reads headers and small tensors only.
+    """Open a Hugging Face checkpoint for streaming; return a handle of class `kind`, `StreamedLM` or a subclass.
 
-    Args:
-        kind: class of the handle to return, `StreamedLM` or a subclass.
-        path_or_hub_id: a folder with config.json and safetensors, or a hub id that is in the local cache; or its
-            `ModelInfo`.
-        ram: budget for the whole process, such as ``16GiB``; or a `Budget` that several models share.
-        dtype: compute dtype: ``auto``, ``bfloat16`` or ``float32`` (also ``bf16``, ``fp32``).
-        device: where blocks are computed: ``cpu``, ``cuda``, ``cuda:1``, or several, which take turns, as in
-            ``cuda:0,cuda:1``.
-        vram: budget on each GPU; by default what is free there, less a reserve.
-        keep_resident: whether stops that fit the budget stay in memory.
-        job: what the model is opened for; by default a session of any calls, gradients among them.
-        rates: of this machine, for the plan; assumed by default.
-        granularity: stream whole ``blocks``, or their ``leaves``, which takes less memory and cannot run backward;
-            by default blocks, unless they do not fit, or the job is forward only and leaves are faster.
-        prompt: a soft prompt that stands before every text that is scored or continued, or its folder; a
-            `ModelInfo` has its own.
-        poison: overwrite weights with NaN when they are given back, to find code that keeps them.
-    Raises:
-        CheckpointError: a file is missing, damaged or of a kind that is not streamed.
-        ArchitectureError: the model does not fit the carousel.
-        PlanError: the budget is too small; the message names the smallest that would do.
-        InputError: an option cannot be used.
+    Reads headers and small tensors only. `slowllm.load` says what the options mean and what is raised.
     """
     ram_bytes = ram.total_bytes if isinstance(ram, Budget) else parse_bytes(ram)
     options = Options(
@@ -113,25 +92,24 @@ def open_model(
         compute_dtype = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(devices))
         model = build_skeleton(info.config, info.folder, compute_dtype)
         lm = _assemble(
-            kind, model, checkpoint, options, devices, budget, job, rates, granularity,
+            kind, info, model, checkpoint, options, devices, budget, job, rates, granularity,
             poison=poison, is_shared=budget is ram,
         )  # fmt: skip
     except BaseException:
         checkpoint.close()
         raise
-    lm.name = info.name
     if info.soft_prompt is not None:
         try:
             info.check_prompt(lm.fingerprint(of_source=True))
         except BaseException:
             lm.close()
             raise
-        lm.soft_prompt = info.soft_prompt
     return lm
 
 
 def _assemble(
     kind: type[L],
+    info: ModelInfo,
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     options: Options,
@@ -193,7 +171,7 @@ def _assemble(
     buffer_bytes = cast_buffer_bytes(layout.stops, layout.dtypes)
     if any(buffer_bytes):
         stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, torch_devices)
-    lm = kind(model, checkpoint, source, stops, plan, choices, budget, layout, placement)
+    lm = kind(info, model, checkpoint, source, stops, plan, choices, budget, layout, placement)
     for index, block in enumerate(layout.blocks):
         name = f"{layout.blocks_name}.{index}"
         home = None if placement is None else placement.homes[index]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -47,7 +48,11 @@ def choose_dtype(name: str, checkpoint: Checkpoint, *, is_on_gpu: bool = False) 
     if is_on_gpu:
         log.info("compute dtype bfloat16 (that of the checkpoint)")
         return torch.bfloat16
-    bf16, fp32 = _gemm_seconds((torch.bfloat16, torch.float32))
+    pairs = [
+        (torch.ones(256, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    bf16, fp32 = _shortest_seconds([functools.partial(torch.mm, *pair) for pair in pairs], num_rounds=6)
     name = "bfloat16" if bf16 < fp32 else "float32"
     log.info(
         "compute dtype %s (measured: a matrix product takes %.1f ms in bfloat16 and %.1f ms in float32)",
@@ -56,18 +61,17 @@ def choose_dtype(name: str, checkpoint: Checkpoint, *, is_on_gpu: bool = False) 
     return cast(torch.dtype, getattr(torch, name))
 
 
-def _gemm_seconds(dtypes: Sequence[torch.dtype]) -> list[float]:
-    """Return the shortest time of a 256 x 2048 x 2048 product in each dtype.
+def _shortest_seconds(products: Sequence[Callable[[], Any]], num_rounds: int) -> list[float]:
+    """Return the shortest time of each product.
 
-    The dtypes take turns, and the shortest of several runs counts, because on a busy machine one slow run would change
-    the dtype, and with it the results.
+    The products take turns, and the shortest of several runs counts, because on a busy machine one slow run would change
+    the compute dtype, and with it the results.
     """
-    pairs = [(torch.ones(256, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)) for dtype in dtypes]
-    seconds = [math.inf] * len(pairs)
-    for _ in range(6):
-        for number, (a, b) in enumerate(pairs):
+    seconds = [math.inf] * len(products)
+    for _ in range(num_rounds):
+        for number, product in enumerate(products):
             started = time.perf_counter()
-            torch.mm(a, b)
+            product()
             seconds[number] = min(seconds[number], time.perf_counter() - started)
     return seconds
 
@@ -118,12 +122,7 @@ def _pieces(checkpoint: Checkpoint) -> Iterator[Run]:
 
 
 def quick_rates(folder: Path, dtype: DTypeName) -> Rates:
-    """Return this machine's rates, measured in less than a second; assumed ones for a small checkpoint.
-
-    Args:
-        folder: of the checkpoint that is read.
-        dtype: compute dtype.
-    """
+    """Return this machine's rates, measured on a checkpoint in less than a second; assumed ones if it is small."""
     with open_checkpoint(folder) as checkpoint:
         if sum(span.num_bytes for span in checkpoint.spans.values()) < WORTH_MEASURING_BYTES:
             return Rates()
@@ -142,9 +141,4 @@ def quick_rates(folder: Path, dtype: DTypeName) -> Rates:
 
 def _product_seconds(rows: int, dtype: torch.dtype) -> float:
     a, b = torch.ones(rows, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        nn.functional.linear(a, b)
-        best = min(best, time.perf_counter() - started)
-    return best
+    return _shortest_seconds([functools.partial(nn.functional.linear, a, b)], num_rounds=3)[0]

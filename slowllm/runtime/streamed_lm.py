@@ -21,11 +21,10 @@ from typing import Any, Self, TypeVar
 from transformers import PreTrainedModel
 
 from slowllm.modeling.layout import Layout
-from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.planning.budget import Budget
 from slowllm.planning.host_plan import Plan, sizes_for
 from slowllm.planning.job import Sizes
-from slowllm.runtime.description import load_tokenizer
+from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.streaming.carousel import Carousel
@@ -76,6 +75,7 @@ class StreamedLM:
 
     def __init__(
         self,
+        info: ModelInfo,
         model: PreTrainedModel,
         checkpoint: Checkpoint,
         source: Reader | MappedStops,
@@ -86,13 +86,11 @@ class StreamedLM:
         layout: Layout,
         device_placement: DevicePlacement | None = None,
     ) -> None:
+        self._info, self.name, self.folder, self.soft_prompt = info, info.name, info.folder, info.soft_prompt
         self.model: Any = model
-        self.folder = checkpoint.folder
-        self.name = checkpoint.folder.name
         self.plan, self.choices = plan, tuple(choices)
         self.layout, self.device_placement, self.num_stops = layout, device_placement, stops.num_stops
         self.weight_bytes = layout.weight_bytes
-        self.soft_prompt: SoftPrompt | None = None
         self._watchers: list[Callable[[Passage], None]] = []
         self._source, self._checkpoint = source, checkpoint
         devices = [] if device_placement is None else device_placement.devices
@@ -118,19 +116,19 @@ class StreamedLM:
         """The model's config."""
         return self.model.config
 
-    @functools.cached_property
+    @property
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer.
 
         Raises:
             CheckpointError: the folder has none that transformers can load.
         """
-        return load_tokenizer(self.folder)
+        return self._info.tokenizer
 
     @property
     def num_virtual_tokens(self) -> int:
         """Tokens of the soft prompt before every text."""
-        return 0 if self.soft_prompt is None else self.soft_prompt.num_tokens
+        return self._info.num_virtual_tokens
 
     @property
     def resident(self) -> frozenset[int]:

@@ -28,11 +28,9 @@ from slowllm.streaming.journal import StopAfterBlocks, StopForward
 
 
 def block_rates(lm: StreamedLM, rates: Rates) -> Rates:
-    """Return rates whose memory and compute are measured on the model's own first block, once it is read.
+    """Return `rates` with memory and compute measured on the model's own first block, once it is read.
 
-    Args:
-        lm: whose first block is read, and passed with a few tokens and with a whole micro-batch.
-        rates: with the disk's rate.
+    The block is passed with a few tokens and with a whole micro-batch.
     """
     first = f"{lm.layout.blocks_name}.0."
     stops = [

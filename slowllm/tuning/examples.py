@@ -1,4 +1,4 @@
-"""What a soft prompt is tuned on: texts, prompts with answers, and prompts with labels.
+"""Training data of a soft prompt: texts, prompts with answers, and prompts with labels.
 
 Knows token ids, tokenizers and files; knows no model's weights.
 """
@@ -26,10 +26,10 @@ class Example:
     """A text of which a part is learned.
 
     Attributes:
-        name: where it comes from, for messages.
-        context: token ids, at least one; no loss.
+        name: file and line, or the like, for messages.
+        context: token ids without a loss, at least one.
         answer: token ids that are learned, at least one.
-        label: index of the right label, where there are labels.
+        label: index of the right label, if the task has labels.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Example:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """What the model has to see: all but the last token."""
+        """Token ids of the model's input: all but the last."""
         return (self.context + self.answer)[:-1]
 
 
@@ -50,9 +50,9 @@ class Task:
     Attributes:
         name: for messages and folders.
         train: examples that are learned.
-        validation: examples that the prompt is judged by; none, or some.
+        validation: examples that the prompt is validated on, if any.
         labels: words of which one follows each example; empty for other tasks.
-        label_ids: the tokens of each.
+        label_ids: the tokens of each label.
     """
 
     name: str
@@ -63,11 +63,11 @@ class Task:
 
     @property
     def compares(self) -> bool:
-        """Whether labels are compared by one token each, with each other and nothing else."""
+        """Whether each label is one token, so that labels are compared with each other and nothing else."""
         return bool(self.labels) and all(len(ids) == 1 for ids in self.label_ids)
 
     def digest(self) -> str:
-        """Return a hash of all that is learned."""
+        """Return a hash of all examples and labels."""
         rows = [[(e.context, e.answer, e.label) for e in part] for part in (self.train, self.validation)]
         return sha256(json.dumps([rows, self.label_ids]).encode()).hexdigest()
 
@@ -83,19 +83,19 @@ def make_task(
 ) -> Task:
     """Turn texts into a task.
 
-    Each is a text, or has the key ``text``, all of whose tokens are learned after BOS (or EOS where there is none); or
-    keys ``prompt`` and ``answer``, of which the answer is learned; or ``prompt`` and ``label``. Answers and labels
-    follow their prompt as they are, with the blank that they begin with.
+    An example is a text, or has the key ``text``: all of its tokens are learned after BOS (or EOS if there is none). Or
+    it has the keys ``prompt`` and ``answer``, of which the answer is learned; or ``prompt`` and ``label``. Answers and
+    labels follow their prompt as they are, with the blank that they begin with.
 
     Args:
-        side: whose tokenizer and vocabulary.
+        side: the model, or its description, with tokenizer and vocabulary.
         name: of the task.
-        train: examples.
-        validation: examples.
+        train: examples that are learned.
+        validation: examples that the prompt is validated on.
         labels: words, if every example has one of them; a ``label`` may be a word or its number.
-        num_tokens: of the soft prompt, beside which examples must fit.
+        num_tokens: of the soft prompt, which takes positions from the examples.
     Raises:
-        InputError: an example is empty, too long, without an answer or with another label; it is named.
+        InputError: an example is empty, too long, without an answer or with another label; the message names it.
     """
     if isinstance(labels, str):
         raise InputError(f"labels must be a list of words, not the word {labels!r}")
@@ -121,17 +121,19 @@ def make_task(
 def _label_ids(
     side: TextSide, parts: Sequence[Sequence[Example]], labels: tuple[str, ...]
 ) -> tuple[tuple[int, ...], ...]:
-    """Return the tokens of each label, which are those of the examples that have it."""
-    found: dict[int, tuple[int, ...]] = {}
+    """Return the tokens of each label, as they are in the examples that have it."""
+    by_label: dict[int, tuple[int, ...]] = {}
     for example in (example for part in parts for example in part):
-        if example.label is not None and found.setdefault(example.label, example.answer) != example.answer:
+        if example.label is not None and by_label.setdefault(example.label, example.answer) != example.answer:
             raise InputError(
                 f"{example.name}: the tokenizer makes other tokens of the label {labels[example.label]!r} here than "
                 "elsewhere; begin labels with a blank, or end every prompt alike"
             )
     before = side.tokenizer("", verbose=False)["input_ids"]
     return tuple(
-        found[n] if n in found else tuple(side.tokenizer(label, verbose=False)["input_ids"][len(before) :])
+        by_label[n]
+        if n in by_label
+        else tuple(side.tokenizer(label, verbose=False)["input_ids"][len(before) :])
         for n, label in enumerate(labels)
     )
 
@@ -168,7 +170,7 @@ def _encoded(
 
 
 def _parts(where: str, row: RawExample, labels: tuple[str, ...]) -> tuple[str | None, str, int | None]:
-    """Return prompt (None for a text), answer and index of the label of a row."""
+    """Return the prompt (None for a text), the answer and the label's index of an example."""
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, Mapping):
@@ -190,7 +192,7 @@ def _label(where: str, row: Mapping[str, Any], labels: tuple[str, ...]) -> tuple
     label = row.get("label", row.get("answer"))
     if label is None:
         raise InputError(f"{where}: has no label")
-    # Words before numbers, or the label 0 of " 1" and " 0" would be the first of them. And true is no 1.
+    # Words are tried before numbers, or the label 0 of " 1" and " 0" would be the first of them. And true is no 1.
     for number, word in enumerate(labels):
         if not isinstance(label, bool) and str(label).strip() == word.strip():
             return word, number
@@ -208,10 +210,10 @@ def _text(where: str, row: Mapping[str, Any], key: str) -> str:
 
 
 def check_text(what: str, text: object) -> None:
-    """See that a setting is a text that a tokenizer can take, and not empty.
+    """Refuse a setting that is no text for a tokenizer, or empty.
 
     Raises:
-        InputError: it is not.
+        InputError: it is.
     """
     if not isinstance(text, str):
         raise InputError(f"{what} must be a text, not {text!r}")
@@ -228,7 +230,7 @@ def _refuse_surrogates(what: str, text: str) -> None:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[RawExample]:
-    """Return the examples of a file: JSON Lines where its name ends in .jsonl or the like, else a text a line.
+    """Return the examples of a file: JSON Lines if its name ends in .jsonl or the like, else one text a line.
 
     Raises:
         InputError: it cannot be read, or a line is not JSON.
@@ -252,12 +254,12 @@ def read_rows(path: str | os.PathLike[str]) -> list[RawExample]:
 
 
 def _is_example(line: str) -> bool:
-    """Whether a line of text is an example in JSON."""
+    """Return whether a line of text is an example in JSON."""
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and bool(found.keys() & {"prompt", "answer", "label", "text"})
+    return isinstance(value, dict) and bool(value.keys() & {"prompt", "answer", "label", "text"})
 
 
 def make_tasks(
@@ -268,18 +270,18 @@ def make_tasks(
     Raises:
         InputError: there are none, or a name cannot be a folder's.
     """
-    named = data if isinstance(data, Mapping) else {_name_of(data): data}
-    judged = validation if isinstance(validation, Mapping) else dict.fromkeys(named, validation)
-    if not named:
+    train = data if isinstance(data, Mapping) else {_name_of(data): data}
+    judged = validation if isinstance(validation, Mapping) else dict.fromkeys(train, validation)
+    if not train:
         raise InputError("there are no examples")
-    for name in named:
+    for name in train:
         if not isinstance(name, str) or not name or name.startswith(".") or "/" in name or os.sep in name:
             raise InputError(f"a task cannot be called {name!r}; its name becomes a folder's")
-    if other := sorted(set(judged) - set(named)):
-        raise InputError(f"validation is given for {other[0]}, which is none of the tasks {', '.join(named)}")
+    if other := sorted(set(judged) - set(train)):
+        raise InputError(f"validation is given for {other[0]}, which is none of the tasks {', '.join(train)}")
     return [
         make_task(side, name, _rows(rows), _rows(judged.get(name, ())), labels=labels, num_tokens=num_tokens)
-        for name, rows in named.items()
+        for name, rows in train.items()
     ]
 
 

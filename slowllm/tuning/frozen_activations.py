@@ -1,6 +1,6 @@
-"""The frozen trunk: what the blocks below the tuned ones make of each example, computed once and kept.
+"""Frozen activations: the output of the blocks below the tuned ones for each example, computed once and kept.
 
-In memory, or in a file of the state folder. Knows hidden states and blocks; knows nothing of training.
+They are kept in memory, or in a file of the state folder. Knows hidden states and blocks; knows nothing of training.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from slowllm.errors import StateError
 from slowllm.files import replace_file
@@ -20,15 +21,17 @@ from slowllm.streaming.journal import SkipBlocks
 
 
 class FrozenActivations:
-    """The output of a trunk for rows of tokens.
+    """The output of the last frozen block for rows of tokens.
 
     Args:
-        num_blocks: of the trunk.
+        num_blocks: how many blocks are frozen.
         lengths: positions of each row.
         width: of a hidden state.
-        dtype: of it.
-        path: of the file that keeps it; None for memory.
-        key: what it depends on; a file with another is filled anew.
+        dtype: of a hidden state.
+        path: of the file that keeps them; None for memory.
+        key: what they depend on; a file with another key is overwritten.
+    Attributes:
+        is_filled: whether the file has them already.
     Raises:
         StateError: the file cannot be made.
     """
@@ -45,19 +48,19 @@ class FrozenActivations:
         self.num_blocks, self._width, self._dtype = num_blocks, width, dtype
         self._lengths = list(lengths)
         self._starts = np.cumsum([0, *lengths]) * width
-        self._num_others = -1  # tensors of a block's output beside the hidden states; -1 for no tuple
+        self._num_others = -1  # tensors of a block's output beside the hidden states; -1 if it is no tuple
         self._path, self._key = path, key
         self.is_filled = False
         size = int(self._starts[-1])
         if path is None:
             self._data = torch.empty(size, dtype=dtype)
             return
+        num_bytes = size * dtype.itemsize
         try:
-            done: dict[str, Any] = json.loads(self._about.read_bytes()) if self._about.is_file() else {}
-            self.is_filled = done.get("key") == key
+            about: dict[str, Any] = json.loads(self._about.read_bytes()) if self._about.is_file() else {}
+            self.is_filled = about.get("key") == key
             if self.is_filled:
-                self._num_others = done["num_others"]
-            num_bytes = size * dtype.itemsize
+                self._num_others = about["num_others"]
             with open(path, "r+b" if self.is_filled else "w+b") as file:
                 if os.fstat(file.fileno()).st_size != num_bytes:
                     self.is_filled = False
@@ -66,7 +69,7 @@ class FrozenActivations:
             self._data = torch.from_numpy(mapped)[:num_bytes].view(dtype)
         except (OSError, ValueError, KeyError) as error:
             raise StateError(
-                f"{path}: the trunk's output of {size * dtype.itemsize:,} bytes cannot be kept "
+                f"{path}: the frozen blocks' output of {num_bytes:,} bytes cannot be kept "
                 f"({getattr(error, 'strerror', None) or error})"
             ) from error
 
@@ -75,32 +78,31 @@ class FrozenActivations:
         assert self._path is not None, "kept in a file"
         return self._path.with_suffix(".json")
 
-    def put(self, rows: Sequence[int], output: Any) -> None:
-        """Keep what the trunk's last block returned for some rows, padded on the right.
+    def _row(self, row: int) -> Tensor:
+        return self._data[self._starts[row] : self._starts[row + 1]].view(self._lengths[row], self._width)
 
-        What it returned beside hidden states (BLOOM's attentions) is for those who ask for it, and not kept.
+    def put(self, rows: Sequence[int], output: Any) -> None:
+        """Keep the hidden states of some rows, from the last frozen block's output, padded on the right.
+
+        What it returns beside hidden states (BLOOM's attentions) is for callers that ask for it, and is not kept.
         """
         hidden = output[0] if isinstance(output, tuple) else output
         if isinstance(output, tuple):
             self._num_others = len(output) - 1
         for place, row in enumerate(rows):
-            length = self._lengths[row]
-            target = self._data[self._starts[row] : self._starts[row + 1]].view(length, self._width)
-            target.copy_(hidden[place, :length])
+            self._row(row).copy_(hidden[place, : self._lengths[row]])
 
     def finish(self) -> None:
-        """Note that all rows are there."""
+        """Note in the file's description that all rows are there."""
         self.is_filled = True
         if self._path is not None:
             replace_file(self._about, json.dumps({"key": self._key, "num_others": self._num_others}))
 
     def journal_of(self, rows: Sequence[int]) -> SkipBlocks:
-        """Return the journal of a rider with some rows, padded on the right."""
+        """Return the journal of a rider with some rows, padded on the right, which skips the frozen blocks."""
         width = max(self._lengths[row] for row in rows)
         hidden = torch.zeros(len(rows), width, self._width, dtype=self._dtype)
         for place, row in enumerate(rows):
-            length = self._lengths[row]
-            part = self._data[self._starts[row] : self._starts[row + 1]]
-            hidden[place, :length] = part.view(length, self._width)
+            hidden[place, : self._lengths[row]] = self._row(row)
         output = hidden if self._num_others < 0 else (hidden, *[None] * self._num_others)
         return SkipBlocks(self.num_blocks, output)

@@ -21,13 +21,7 @@ from slowllm.tuning.recipe import Recipe
 
 
 def starts_of(lm: StreamedLM, recipes: Sequence[Recipe], first: int) -> list[SoftPrompt]:
-    """Return the initial prompt of each trial; keys and values of prefixes take one sweep for all of them.
-
-    Args:
-        lm: the model.
-        recipes: of the trials.
-        first: the lowest block that is tuned.
-    """
+    """Return the initial prompts of trials that tune from block `first` on. Prefixes take one sweep for all of them."""
     ids = [_first_ids(lm, recipe) for recipe in recipes]
     jobs = [
         functools.partial(_pairs_rider, lm, prompt_ids)

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slowllm.errors import NonFiniteError, SlowLLMError, TuningError
+from slowllm.errors import InputError, NonFiniteError, SlowLLMError, TuningError
 from slowllm.modeling.losses import choice_logits, token_losses
 from slowllm.modeling.soft_prompts import SoftPrompt
+from slowllm.options import format_bytes
+from slowllm.planning.packing import pack
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.call_context import call_context
 from slowllm.streaming.hints import Reach
@@ -26,9 +31,12 @@ from slowllm.streaming.journal import Journal, StopAfterBlocks, StopForward
 from slowllm.streaming.riders import Sized
 from slowllm.tuning.examples import Example, Task
 from slowllm.tuning.frozen_activations import FrozenActivations
-from slowllm.tuning.rows import NumberedExample, validation_rows
-from slowllm.tuning.step_jobs import pack_rows
+from slowllm.tuning.rows import NumberedExample, all_rows, validation_rows
+from slowllm.tuning.step_jobs import PADDING_TOKENS, pack_rows
 from slowllm.tuning.trial import Trial
+
+# The most riders at a time.
+MAX_RIDERS = 256
 
 
 @dataclass(frozen=True)
@@ -89,13 +97,7 @@ def learn_rider(
 ) -> Learned | SlowLLMError:
     """Pass a micro-batch up and down; return its part of the loss and of the gradient, or what is wrong with it.
 
-    Args:
-        lm: the model.
-        trial: whose numbers get the gradient.
-        rows: of the micro-batch.
-        total: what the summed loss of the step is divided by.
-        activations: the output of the frozen blocks, where some are.
-        hint: where the rider goes.
+    The loss is divided by `total`, the tokens or examples of the whole step.
     """
     leaves = trial.leaves()
     examples = [row.example for row in rows]
@@ -130,7 +132,69 @@ def judge_rider(
     return numbers, losses.tolist(), chosen.tolist()
 
 
-def fill_rider(lm: StreamedLM, prompt: SoftPrompt, rows: Sequence[Example], num_blocks: int) -> Any:
+def pass_frozen_blocks(
+    lm: StreamedLM,
+    trials: Sequence[Trial],
+    *,
+    first_block: int,
+    max_rider_tokens: int,
+    memory_bytes: int,
+    state_folder: Path | None,
+    key_parts: Sequence[str | int],
+) -> dict[str, FrozenActivations]:
+    """Return the output of the last frozen block for the rows of each trial, by the trial's name.
+
+    Trials with the same task and the same soft prompt below `first_block` share it. Without a state folder it is kept
+    in memory, of which it may take `memory_bytes`; `key_parts` are what it depends on beside the trial.
+
+    Raises:
+        InputError: it is too large for memory.
+        StateError: a file of the state folder cannot be made.
+    """
+    hidden_size, dtype = int(lm.config.get_text_config().hidden_size), lm.model.dtype
+    by_key: dict[str, FrozenActivations] = {}
+    by_name: dict[str, FrozenActivations] = {}
+    for trial in trials:
+        prompt, rows = trial.prompt(), all_rows(trial.task)
+        lower = SoftPrompt(prompt.kind, prompt.embeddings, (), prompt.pairs[:first_block])
+        text = json.dumps([lower.digest(), trial.task.digest(), *key_parts])
+        key = hashlib.sha256(text.encode()).hexdigest()
+        if key in by_key:
+            by_name[trial.name] = by_key[key]
+            continue
+        lengths = [len(prompt.virtual_ids) + len(row.ids) for row in rows]
+        num_bytes = sum(lengths) * hidden_size * dtype.itemsize
+        path = None
+        if state_folder is not None:
+            # Named as in earlier versions, so that their folders can be resumed.
+            path = state_folder / "riders" / f"trunk-{key[:16]}.bin"
+        elif num_bytes > memory_bytes:
+            raise InputError(
+                f"the frozen blocks' output of {format_bytes(num_bytes)} is too large to be kept in memory; name a "
+                "folder for it with --state"
+            )
+        else:
+            memory_bytes -= num_bytes
+        activations = FrozenActivations(first_block, lengths, hidden_size, dtype, path, key)
+        by_key[key] = by_name[trial.name] = activations
+        if activations.is_filled:
+            continue
+        batches = pack(lengths, max(max_rider_tokens, *lengths), PADDING_TOKENS)
+        jobs = [
+            Sized(
+                functools.partial(_fill_rider, lm, prompt, [rows[n] for n in batch], first_block),
+                len(batch) * lengths[batch[0]],
+            )
+            for batch in batches
+        ]
+        outputs = lm.stream(jobs, MAX_RIDERS, lm.plan.sweep_tokens)
+        for batch, (_, output) in zip(batches, outputs, strict=True):
+            activations.put(batch, output)
+        activations.finish()
+    return by_name
+
+
+def _fill_rider(lm: StreamedLM, prompt: SoftPrompt, rows: Sequence[Example], num_blocks: int) -> Any:
     """Pass a micro-batch through the frozen blocks; return the output of the last of them."""
     journal = StopAfterBlocks(num_blocks)
     ids, mask = _inputs_of(prompt, rows)
@@ -202,12 +266,7 @@ def _named(error: NonFiniteError, examples: Sequence[Example]) -> TuningError:
 
 
 def judgement(task: Task, results: Sequence[Any]) -> tuple[float, float | None]:
-    """Return the mean loss of a validation, and the accuracy where there are labels.
-
-    Args:
-        task: that is validated.
-        results: of `judge_rider`.
-    """
+    """Return the mean loss of a validation from the results of `judge_rider`, and the accuracy if there are labels."""
     losses: dict[int, float] = {}
     chosen: dict[int, int] = {}
     for numbers, row_losses, labels in results:

@@ -9,6 +9,7 @@ anew for the top alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -36,16 +37,14 @@ from slowllm.runtime.state import State, read_job
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.hints import Reach
 from slowllm.tuning.frozen_activations import FrozenActivations
-from slowllm.tuning.frozen_pass import pass_frozen_blocks
 from slowllm.tuning.initialization import above, starts_of
-from slowllm.tuning.passes import Learned, judgement, step_of
+from slowllm.tuning.passes import MAX_RIDERS, Learned, judgement, pass_frozen_blocks, step_of
 from slowllm.tuning.recipe import Recipe
 from slowllm.tuning.step_jobs import RIDER_TOKENS, TrialPlan, frozen_job, row_tokens, step_job, trial_bytes
 from slowllm.tuning.trial import Trial, restored_start
 
 log = logging.getLogger(__name__)
 
-MAX_RIDERS = 256
 # Share of the budget that the output of frozen blocks may take before it goes to a file.
 FROZEN_SHARE = 0.125
 # How long the prompts in the folder of results may lag behind.
@@ -120,9 +119,9 @@ class Session:
                 stack.enter_context(check_folder(self.out, is_shared=len(self.plans) > 1))
             if self.first_block:
                 trials, state = self._pass_frozen_blocks(stack)
-                lm = stack.enter_context(self._opened_for("steps", self._step_job))
-            else:
-                lm = stack.enter_context(self._opened_for("steps", self._step_job))
+            job_of = functools.partial(step_job, self.plans, self.first_block)
+            lm = stack.enter_context(self._opened_for("steps", job_of))
+            if not self.first_block:
                 state = self._open_state(stack, lm)
                 trials = self._make_trials(lm, state)
             try:
@@ -144,21 +143,16 @@ class Session:
         )
         memory_bytes = int(FROZEN_SHARE * self.ram_bytes)
         reserved_bytes = 0 if self.state_folder is not None else min(most_bytes, memory_bytes)
-        with self._opened_for("the frozen blocks", self._frozen_job, reserved_bytes) as lm:
+        job_of = functools.partial(frozen_job, self.plans)
+        with self._opened_for("the frozen blocks", job_of, reserved_bytes) as lm:
             state = self._open_state(stack, lm)
             trials = self._make_trials(lm, state)
             self.activations = pass_frozen_blocks(
                 lm, trials, first_block=self.first_block, max_rider_tokens=self.max_rider_tokens,
-                max_riders=MAX_RIDERS, memory_bytes=memory_bytes, state_folder=self.state_folder,
+                memory_bytes=memory_bytes, state_folder=self.state_folder,
                 key_parts=[lm.fingerprint(), self.first_block, self.dtype],
             )  # fmt: skip
         return trials, state
-
-    def _frozen_job(self) -> Job:
-        return frozen_job(self.plans, self.max_rider_tokens)
-
-    def _step_job(self) -> Job:
-        return step_job(self.plans, self.max_rider_tokens, self.first_block)
 
     def _fix_packing(self, max_rider_tokens: Any) -> None:
         """Pack micro-batches as the run that is resumed did, where its state says how.
@@ -174,7 +168,7 @@ class Session:
 
     @contextlib.contextmanager
     def _opened_for(
-        self, phase: str, job_of: Callable[[], Job], reserved_bytes: int = 0
+        self, phase: str, job_of: Callable[[int], Job], reserved_bytes: int = 0
     ) -> Iterator[StreamedLM]:
         """Open the model with the largest micro-batches that the budget has room for."""
         for max_rider_tokens in RIDER_TOKENS:
@@ -182,7 +176,7 @@ class Session:
                 self.max_rider_tokens = max_rider_tokens
             stack = contextlib.ExitStack()
             try:
-                lm = stack.enter_context(self._opened(job_of(), phase, reserved_bytes))
+                lm = stack.enter_context(self._opened(job_of(self.max_rider_tokens), phase, reserved_bytes))
             except PlanError:
                 if self.is_packing_fixed or max_rider_tokens == RIDER_TOKENS[-1]:
                     raise

@@ -41,7 +41,7 @@ def frozen_job(plans: Sequence[TrialPlan], max_rider_tokens: int) -> Job:
     return Job(total, longest, forward_only=True, keeps_results=False, rider_tokens=rider)
 
 
-def step_job(plans: Sequence[TrialPlan], max_rider_tokens: int, first_block: int) -> Job:
+def step_job(plans: Sequence[TrialPlan], first_block: int, max_rider_tokens: int) -> Job:
     """Return the job of one step of all trials, in which a prefix counts as tokens: a batch holds less of it."""
     longest = max(max(row_tokens(task, recipe)) for _, task, recipe in plans)
     total = sum(_step_tokens(task, recipe, max_rider_tokens) for _, task, recipe in plans)
