@@ -417,7 +417,6 @@ def test_padded_positions_may_be_nan(tmp_path: Path) -> None:
     ids = torch.tensor([[3, 3, 7, 8, 9], [5, 6, 7, 8, 9]])
     mask = (ids != 3).long()
     with slowllm.load(folder, dtype="fp32") as lm:
-        block = lm.model.transformer.h[0]
         from slowllm.modeling.finite import check_finite
 
         values = torch.zeros(2, 5, 4)
@@ -427,7 +426,6 @@ def test_padded_positions_may_be_nan(tmp_path: Path) -> None:
             values[1, 3, 2] = float("inf")
             with pytest.raises(NonFiniteError, match=r"block: .* at position \[1, 3\]"):
                 check_finite("block", values)
-        assert block is not None
         with pytest.raises(NonFiniteError):
             lm.model(ids)  # without a mask those positions count
 
