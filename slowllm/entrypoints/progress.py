@@ -1,24 +1,27 @@
-"""Progress of a job, on stderr."""
+"""Show the progress of a job on stderr."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from slowllm.options import format_bytes
-from slowllm.planning.job import Job
-from slowllm.runtime.state import State
-from slowllm.runtime.streamed_lm import StreamedLM
-from slowllm.streaming.stops import Passage
+
+if TYPE_CHECKING:
+    from slowllm.planning.job import Job
+    from slowllm.runtime.state import State
+    from slowllm.runtime.streamed_lm import StreamedLM
+    from slowllm.streaming.stops import Passage
 
 
 @contextlib.contextmanager
 def progress(lm: StreamedLM, job: Job, state: State | None = None) -> Iterator[None]:
-    """Say what is about to be done, then show the carousel's way: stop, rate and the end expected."""
+    """Print what a job takes; on a terminal, then show sweep, stop, rate and the expected end."""
     console = Console(stderr=True)
     plan, forecast = lm.plan, lm.plan.forecast
     num_sweeps = forecast.num_sweeps
@@ -27,7 +30,7 @@ def progress(lm: StreamedLM, job: Job, state: State | None = None) -> Iterator[N
         held = f"{len(lm.resident)} of {lm.num_stops} stops stay in memory"
     is_new = state is None or not state.num_resumed
     about = f", about {duration(forecast.seconds)}" if plan.ring_bytes and is_new else ""
-    # A continuation may end before its last token.
+    # Continuations may end before their last token.
     how_many = "about" if job.num_passes == 1 else "at most"
     resumed = f"; {state.num_resumed} micro-batches were done before" if state and state.num_resumed else ""
     console.print(
@@ -36,16 +39,7 @@ def progress(lm: StreamedLM, job: Job, state: State | None = None) -> Iterator[N
         style="dim",
         highlight=False,
     )
-    bar = Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[stops]}  {task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    bar = _bar("{task.fields[stops]}  {task.fields[rate]}", console)
     before, started = lm.report, time.perf_counter()
     total = num_sweeps * lm.num_stops
     task = bar.add_task("sweep 1", total=total, stops=f"stop 0/{lm.num_stops}", rate="")
@@ -69,7 +63,7 @@ def progress(lm: StreamedLM, job: Job, state: State | None = None) -> Iterator[N
 
 @contextlib.contextmanager
 def steps(lm: StreamedLM, what: str) -> Iterator[None]:
-    """Show where the carousel is while a step of tuning goes up and down; on a terminal only."""
+    """Show the stop and direction of a tuning step's sweeps, on a terminal only."""
     console = Console(stderr=True)
     before, started = lm.report, time.perf_counter()
 
@@ -87,29 +81,32 @@ def steps(lm: StreamedLM, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that is told the bytes done and the bytes in all; they show on a terminal only."""
-    console = Console(stderr=True)
-    bar = Progress(
+    """Yield a function that shows how many bytes of how many are done, on a terminal only."""
+    bar = _bar("{task.fields[size]}", Console(stderr=True))
+    task = bar.add_task(what, total=None, size="")
+
+    def show(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total, size=f"{format_bytes(done)} of {format_bytes(total)}")
+
+    with bar:
+        yield show
+
+
+def _bar(fields: str, console: Console) -> Progress:
+    return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[size]}"),
+        TextColumn(fields),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
-    task = bar.add_task(what, total=None, size="")
-
-    def tell(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total, size=f"{format_bytes(done)} of {format_bytes(total)}")
-
-    with bar:
-        yield tell
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: ``3.2 s``, ``14 min``, ``5.1 h``."""
+    """Return a time in words: ``3.2 s``, ``14 min``, ``5.1 h``."""
     for unit, length in (("s", 1), ("min", 60)):
         if seconds < 99.5 * length:
             count = seconds / length

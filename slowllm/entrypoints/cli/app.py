@@ -1,4 +1,4 @@
-"""The verbs of the command line: parse, call, print. Results go to stdout, progress and logs to stderr."""
+"""The command line's entry point: all verbs, and the exit codes. Results go to stdout, progress and logs to stderr."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from slowllm.entrypoints.cli.forward import forward
 from slowllm.entrypoints.cli.generate import generate
 from slowllm.entrypoints.cli.plan import plan
 from slowllm.entrypoints.cli.prepare import convert, download, verify
-from slowllm.entrypoints.cli.score import score, yesno
+from slowllm.entrypoints.cli.score import score
 from slowllm.entrypoints.cli.tune import tune
+from slowllm.entrypoints.cli.yesno import yesno
 from slowllm.errors import SlowLLMError
 from slowllm.malloc import keep_together
 
@@ -33,7 +34,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _main(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         from slowllm.version import __version__
@@ -42,46 +43,15 @@ def _main(
         raise typer.Exit
 
 
-app.command()(forward)
-
-
-app.command()(plan)
-
-
-app.command()(download)
-
-
-app.command()(generate)
-
-
-app.command()(batch)
-
-
-app.command()(chat)
-
-
-app.command()(score)
-
-
-app.command()(yesno)
-
-
-app.command()(tune)
-
-
-app.command()(convert)
-
-
-app.command()(verify)
-
-
+for _verb in (forward, plan, download, generate, batch, chat, score, yesno, tune, convert, verify):
+    app.command()(_verb)
 app.add_typer(eval_app, name="eval")
 
 
 def run() -> None:
-    """Run the command line: one sentence and exit code 2 for what the user can mend.
+    """Run the command line. An error that the user can mend is one sentence on stderr and exit code 2.
 
-    An interrupt exits with 130 and a closed pipe with 1, as click has it.
+    An interrupt exits with 130 and a closed pipe with 1, as in click.
     """
     keep_together()
     try:

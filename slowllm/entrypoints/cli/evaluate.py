@@ -1,4 +1,4 @@
-"""The verbs of `slowllm eval`: BoolQ, tasks with templates of one's own, and lm-eval."""
+"""`slowllm eval`: accuracy on BoolQ, on tasks with templates of one's own, and lm-eval's command line."""
 
 from __future__ import annotations
 
@@ -13,23 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slowllm.entrypoints.cli.common import (
-    DeviceOption,
-    DTypeOption,
-    Memory,
-    ModelOption,
-    NormalizeOption,
-    PromptOption,
-    RamOption,
-    Verbose,
-    VramOption,
-    checked_model,
-    checked_output,
-    log_to_stderr,
-    memory_of,
-    opened,
-)
-from slowllm.entrypoints.cli.output import print_table
+from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli.output import json_writer, print_table
+from slowllm.entrypoints.cli.runner import Runner
 from slowllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,11 +23,11 @@ if TYPE_CHECKING:
     from slowllm.inference.prompt_templates import Question
     from slowllm.runtime.description import ModelInfo
 
-# How often the accuracy so far is told.
+# Interval between reports of the accuracy so far.
 REPORT_SECONDS = 10.0
 
 eval_app = typer.Typer(
-    help="Evaluate a model: BoolQ, tasks with templates of your own, or anything that lm-eval has.",
+    help="Evaluate a model on BoolQ, on tasks with templates of your own, or on any task of lm-eval.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -52,21 +38,21 @@ DataOption = Annotated[
         help="JSON Lines, JSON, Parquet or CSV file, folder, or hub id of a dataset in the cache of `datasets`.",
     ),
 ]
-TemplatesOption = Annotated[str, typer.Option("--templates", help="Name of a template, or all.")]
+TemplatesOption = Annotated[str, typer.Option("--templates", help="Name of one template, or all.")]
 SubsetOption = Annotated[
-    str | None, typer.Option("--subset", help="Config of a dataset that is no single file.")
+    str | None, typer.Option("--subset", help="Config of a dataset that is not a single file.")
 ]
 SplitOption = Annotated[
     str | None,
-    typer.Option("--split", help="Split of a dataset that is no single file.", show_default="validation"),
+    typer.Option("--split", help="Split of a dataset that is not a single file.", show_default="validation"),
 ]
-LimitOption = Annotated[int | None, typer.Option("--limit", help="Most examples.", min=1)]
+LimitOption = Annotated[int | None, typer.Option("--limit", help="Maximum number of examples.", min=1)]
 TruncateOption = Annotated[
     bool,
     typer.Option("--truncate", help="Cut prompts that are too long from the left, instead of refusing them."),
 ]
 PredictionsOption = Annotated[
-    Path | None, typer.Option("--out", help="Write each prediction to this file, as JSON lines.")
+    Path | None, typer.Option("--out", help="Write every prediction to this file as JSON lines.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -78,34 +64,34 @@ def boolq(
     template_file: Annotated[
         Path | None,
         typer.Option(
-            help="Templates in promptsource's YAML.",
+            help="File of templates in promptsource's YAML.",
             show_default="promptsource's where it is installed, else slowllm's own",
         ),
     ] = None,
     subset: SubsetOption = None,
     split: SplitOption = None,
     limit: LimitOption = None,
-    model: ModelOption = None,
-    ram: RamOption = "16GiB",
-    device: DeviceOption = "cpu",
-    vram: VramOption = None,
-    dtype: DTypeOption = "auto",
-    prompt: PromptOption = None,
-    normalize: NormalizeOption = "none",
+    model: options.Model = None,
+    ram: options.Ram = "16GiB",
+    device: options.Device = "cpu",
+    vram: options.Vram = None,
+    dtype: options.DType = "auto",
+    prompt: options.Prompt = None,
+    normalize: options.Normalize = "none",
     truncate: TruncateOption = False,
     out: PredictionsOption = None,
     as_json: JsonOption = False,
-    verbose: Verbose = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Measure a model's accuracy on BoolQ (question, passage, answer; or super_glue's label), by templates.
+    """Measure a model's accuracy on BoolQ (question, passage, answer; or super_glue's label), with templates.
 
-    All templates and examples share sweeps over the weights. Prints the accuracy of each template and of all with
-    Wilson's 95 % interval.
+    All templates and examples share sweeps over the weights. Prints the accuracy of each template and of all of them
+    together, with Wilson's 95 % interval.
     """
-    log_to_stderr(verbose)
+    options.log_to_stderr(verbose)
     out = _predictions_file(out, data)
-    memory = memory_of(ram, device, vram)
-    known = checked_model(model, dtype, normalize, prompt=prompt)
+    options.check_normalize(normalize)
+    runner = Runner(model, ram, device, vram, dtype, prompt=prompt)
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import (
         boolq_templates,
@@ -114,6 +100,7 @@ def boolq(
         select_templates,
     )
 
+    info = runner.info
     if template_file is None:
         available, source = boolq_templates()
     else:
@@ -121,47 +108,47 @@ def boolq(
     rows = eval_tasks.read_examples(data, subset=subset, split=split, limit=limit)
     chosen = select_templates(available, templates)
     questions = make_questions(chosen, eval_tasks.boolq_examples(data, rows))
-    about = {"task": "boolq", "data": data, "templates_from": source}
-    _evaluate(known, questions, about, memory, dtype, normalize, truncate, out, as_json)
+    items, cut = _encode(info, questions, normalize, truncate)
+    about = {"task": "boolq", "data": data, "templates_from": source, "normalize": normalize}
+    _evaluate(runner, questions, items, cut, about, out, as_json)
 
 
 @eval_app.command()
 def task(
     data: DataOption,
-    template_file: Annotated[Path, typer.Option(help="Templates in promptsource's YAML.")],
+    template_file: Annotated[Path, typer.Option(help="File of templates in promptsource's YAML.")],
     templates: TemplatesOption = "all",
     subset: SubsetOption = None,
     split: SplitOption = None,
     limit: LimitOption = None,
-    model: ModelOption = None,
-    ram: RamOption = "16GiB",
-    device: DeviceOption = "cpu",
-    vram: VramOption = None,
-    dtype: DTypeOption = "auto",
-    prompt: PromptOption = None,
-    normalize: NormalizeOption = "none",
+    model: options.Model = None,
+    ram: options.Ram = "16GiB",
+    device: options.Device = "cpu",
+    vram: options.Vram = None,
+    dtype: options.DType = "auto",
+    prompt: options.Prompt = None,
+    normalize: options.Normalize = "none",
     truncate: TruncateOption = False,
     out: PredictionsOption = None,
     as_json: JsonOption = False,
-    verbose: Verbose = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Measure a model's accuracy on any dataset, by templates whose target is one of their answer choices."""
-    log_to_stderr(verbose)
+    """Measure a model's accuracy on any dataset, with templates whose target is one of their answer choices."""
+    options.log_to_stderr(verbose)
     out = _predictions_file(out, data)
-    memory = memory_of(ram, device, vram)
-    known = checked_model(model, dtype, normalize, prompt=prompt)
+    options.check_normalize(normalize)
+    runner = Runner(model, ram, device, vram, dtype, prompt=prompt)
     from slowllm.inference import eval_tasks
-    from slowllm.inference.prompt_templates import (
-        make_questions,
-        read_templates,
-        select_templates,
-    )
+    from slowllm.inference.prompt_templates import make_questions, read_templates, select_templates
 
+    info = runner.info
     chosen = select_templates(read_templates(template_file), templates)
-    rows = eval_tasks.read_examples(data, subset=subset, split=split, limit=limit)
-    questions = make_questions(chosen, rows)
-    about = {"data": data, "templates_from": str(template_file)}
-    _evaluate(known, questions, about, memory, dtype, normalize, truncate, out, as_json)
+    questions = make_questions(
+        chosen, eval_tasks.read_examples(data, subset=subset, split=split, limit=limit)
+    )
+    items, cut = _encode(info, questions, normalize, truncate)
+    about = {"data": data, "templates_from": str(template_file), "normalize": normalize}
+    _evaluate(runner, questions, items, cut, about, out, as_json)
 
 
 @eval_app.command(
@@ -170,7 +157,7 @@ def task(
     add_help_option=False,
 )
 def lm(context: typer.Context) -> None:
-    """Run lm-eval's command line with `--model slowllm`, all requests of a kind in as few sweeps as can be.
+    """Run lm-eval's command line with `--model slowllm`; all requests of a kind share as few sweeps as possible.
 
     For example: slowllm eval lm --tasks boolq --model_args pretrained=DIR,ram=16GiB
     """
@@ -180,43 +167,40 @@ def lm(context: typer.Context) -> None:
 
 
 def _predictions_file(out: Path | None, data: str) -> Path | None:
-    return None if out is None else checked_output(out, data if Path(data).expanduser().is_file() else "-")
+    return options.check_output(out, data if Path(data).expanduser().is_file() else "-")
 
 
 def _evaluate(
-    known: ModelInfo,
+    runner: Runner,
     questions: Sequence[Question],
+    items: Sequence[Encoded],
+    cut: set[int],
     about: Mapping[str, Any],
-    memory: Memory,
-    dtype: str,
-    normalize: Any,
-    truncate: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
-    from slowllm.entrypoints.cli import output
+    """Answer all questions; write each prediction, and print the accuracy of each template."""
     from slowllm.inference import choices, eval_tasks
 
-    items, cut = _encoded(known, questions, normalize, truncate)
     queries = [query for item in items for query in item.queries]
     relative = all(item.is_relative for item in items)
-    tally, told = eval_tasks.Tally(), time.monotonic()
+    tally, reported_at = eval_tasks.Tally(), time.monotonic()
     with contextlib.ExitStack() as stack:
-        write = None if out is None else stack.enter_context(output.json_writer(out))
-        lm = stack.enter_context(opened(known, queries, memory, dtype))
-        found = choices.choose(lm, items, relative=relative)
-        for number, (question, one) in enumerate(zip(questions, found, strict=True)):
-            tally.add(question, one.best)
+        write = None if out is None else stack.enter_context(json_writer(out))
+        lm = stack.enter_context(runner.open_for_queries(queries))
+        judgements = choices.choose(lm, items, relative=relative)
+        for number, (question, judged) in enumerate(zip(questions, judgements, strict=True)):
+            tally.add(question, judged.best)
             if write is not None:
-                write(_prediction(question, one, number in cut))
-            if time.monotonic() - told >= REPORT_SECONDS:
-                told = time.monotonic()
+                write(_prediction(question, judged, number in cut))
+            if time.monotonic() - reported_at >= REPORT_SECONDS:
+                reported_at = time.monotonic()
                 print(f"{number + 1} of {len(questions)}: accuracy {tally.accuracy:.4f}", file=sys.stderr)
     rows = tally.rows()
     if cut:
         print(f"{len(cut)} prompts were cut from the left", file=sys.stderr)
     if as_json or not sys.stdout.isatty():
-        document = {"model": known.name, **about, "normalize": normalize, "num_truncated": len(cut)}
+        document = {"model": runner.info.name, **about, "num_truncated": len(cut)}
         print(json.dumps({**document, "templates": rows[:-1], "all": rows[-1]}, ensure_ascii=False))
         return
     cells = [
@@ -231,10 +215,10 @@ def _evaluate(
     print_table(("correct", "accuracy", "95 % interval", "template"), cells)
 
 
-def _encoded(
-    known: ModelInfo, questions: Sequence[Question], normalize: Any, truncate: bool
+def _encode(
+    info: ModelInfo, questions: Sequence[Question], normalize: Any, truncate: bool
 ) -> tuple[list[Encoded], set[int]]:
-    """Return questions as queries, and the numbers of those that were cut."""
+    """Return the questions as queries, and the numbers of those whose prompts were cut."""
     from slowllm.inference.choices import Item, encode_item
 
     items, cut, contexts = list[Any](), set[int](), dict[tuple[int, ...], tuple[int, ...]]()
@@ -242,11 +226,11 @@ def _encoded(
     for number, question in enumerate(questions):
         item = Item(question.prompt, question.continuations)
         try:
-            found = encode_item(known, item, normalize)
+            encoded = encode_item(info, item, normalize)
         except InputError as error:
             where = f"example {question.example}, template {question.template!r}"
             try:
-                found = encode_item(known, item, normalize, truncate=True)
+                encoded = encode_item(info, item, normalize, truncate=True)
             except InputError:
                 raise InputError(f"{where}: {error}") from error
             if not truncate:
@@ -256,21 +240,21 @@ def _encoded(
             cut.add(number)
         # One object for each token id, and one context for all its choices: a tenth of the memory.
         queries = []
-        for query in found.queries:
+        for query in encoded.queries:
             context = tuple(ids.setdefault(token, token) for token in query.context)
             queries.append(replace(query, context=contexts.setdefault(context, context)))
-        items.append(replace(found, queries=tuple(queries)))
+        items.append(replace(encoded, queries=tuple(queries)))
     return items, cut
 
 
-def _prediction(question: Question, found: Any, is_cut: bool) -> dict[str, Any]:
+def _prediction(question: Question, judged: Any, is_cut: bool) -> dict[str, Any]:
     row = {
         "template": question.template,
         "example": question.example,
-        "prediction": question.choices[found.best],
+        "prediction": question.choices[judged.best],
         "gold": question.choices[question.gold],
-        "correct": found.best == question.gold,
+        "correct": judged.best == question.gold,
         "choices": list(question.choices),
-        "probabilities": list(found.probabilities),
+        "probabilities": list(judged.probabilities),
     }
     return {**row, "truncated": True} if is_cut else row

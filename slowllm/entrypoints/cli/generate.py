@@ -1,4 +1,4 @@
-"""The verb `generate`: parse, call, print."""
+"""`slowllm generate`: continue prompts, one sweep for each token of all of them."""
 
 from __future__ import annotations
 
@@ -6,236 +6,206 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from slowllm.entrypoints.cli.common import (
-    DeviceOption,
-    DTypeOption,
-    Memory,
-    ModelOption,
-    OutOption,
-    PromptOption,
-    RamOption,
-    ResidentOption,
-    Verbose,
-    VramOption,
-    checked_output,
-    describe,
-    log_to_stderr,
-    memory_of,
-)
+from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli.output import json_writer, printable, prints_text, token_rows
+from slowllm.entrypoints.cli.runner import Runner, sweeps_of
 from slowllm.errors import InputError
 from slowllm.files import read_lines
-from slowllm.options import parse_bytes, parse_dtype
+from slowllm.options import parse_bytes
 
 if TYPE_CHECKING:
-    from slowllm.inference.generation_types import Continuation, Prompt, Settings
+    from slowllm.inference.generation import Continuation, OnTokens, Prompt, Settings
     from slowllm.inference.speculative_loop import Acceptance
     from slowllm.planning.job import Job, Rates
-    from slowllm.runtime.description import ModelInfo
     from slowllm.runtime.streamed_lm import StreamedLM
-
-LOOKUP = "lookup"
+    from slowllm.streaming.stops import Passage
 
 
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="Texts to be continued.", show_default=False)
+        list[str] | None, typer.Argument(help="Texts to continue.", show_default=False)
     ] = None,
     file: Annotated[
         str | None,
         typer.Option("--prompts", help="Text file, one prompt a line; - reads standard input."),
     ] = None,
-    model: ModelOption = None,
-    ram: RamOption = "16GiB",
-    device: DeviceOption = "cpu",
-    vram: VramOption = None,
-    dtype: DTypeOption = "auto",
-    prompt: PromptOption = None,
+    model: options.Model = None,
+    ram: options.Ram = "16GiB",
+    device: options.Device = "cpu",
+    vram: options.Vram = None,
+    dtype: options.DType = "auto",
+    prompt: options.Prompt = None,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Most tokens of a continuation; each takes a sweep.", min=1)
+        int, typer.Option(help="Maximum number of tokens of a continuation; each takes a sweep.", min=1)
     ] = 2,
-    beams: Annotated[int, typer.Option(help="Beams of a beam search; 1 for none.", min=1)] = 1,
+    beams: Annotated[int, typer.Option(help="Number of beams of a beam search; 1 for none.", min=1)] = 1,
     sample: Annotated[
-        bool, typer.Option("--sample", help="Draw tokens, instead of taking the likeliest.")
+        bool, typer.Option("--sample", help="Sample the tokens instead of taking the most likely ones.")
     ] = False,
     seed: Annotated[
         int,
         typer.Option(
-            help="With --sample: the same tokens as plain transformers after torch.manual_seed.", min=0
+            help="With --sample: seed; gives the tokens of plain transformers after torch.manual_seed.", min=0
         ),
     ] = 0,
-    temperature: Annotated[float | None, typer.Option(help="With --sample.", show_default="1.0")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="With --sample: sampling temperature.", show_default="1.0")
+    ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(help="With --sample: likeliest tokens drawn from; 0 for all.", min=0, show_default="50"),
+        typer.Option(
+            help="With --sample: sample from this many most likely tokens; 0 for all.", min=0, show_default="50"
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="With --sample: share of the probability drawn from.", show_default="1.0"),
+        typer.Option(
+            help="With --sample: sample from the most likely tokens that have this share of the probability.",
+            show_default="1.0",
+        ),
     ] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="1 for none.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Penalty on tokens that occurred before; 1 for none.")
+    ] = 1.0,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="String that ends a continuation; may be given again.", show_default=False),
+        typer.Option(help="String that ends a continuation; may be given several times.", show_default=False),
     ] = None,
     num_sequences: Annotated[
-        int, typer.Option(help="Continuations of each prompt, with --sample or --beams.", min=1)
+        int, typer.Option(help="Number of continuations of each prompt, with --sample or --beams.", min=1)
     ] = 1,
     log_probs: Annotated[
         int | None,
-        typer.Option(help="Also give each token's log-probability, and those of so many likeliest.", min=0),
+        typer.Option(
+            help="Also give each token's log-probability, and those of this many most likely tokens.", min=0
+        ),
     ] = None,
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Several tokens a sweep, the same ones: lookup drafts from the prompt, else a small model of the same "
-            "tokenizer, which is held in memory.",
+            help="Speculative decoding, which gives the same tokens in fewer sweeps: lookup drafts from the prompt; "
+            "otherwise a small model with the same tokenizer, which is kept in memory, drafts.",
             metavar="lookup|MODEL",
         ),
     ] = None,
-    out: OutOption = None,
+    out: options.Out = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
-    resident: ResidentOption = True,
-    verbose: Verbose = False,
-) -> None:
-    """Continue prompts, one sweep over the weights for each token of all of them.
+    resident: options.Resident = True,
+    verbose: options.Verbose = False,
+) -> None:  # fmt: skip
+    """Continue prompts, with one sweep over the weights for each token of all of them.
 
-    Takes the likeliest tokens unless --sample or --beams says otherwise; the checkpoint's own generation settings
-    are left aside, but for its end-of-text tokens. On a terminal, the tokens of a single prompt are shown as they
-    come, those of several when each is complete; what is piped, or with --json or --out, is JSON lines.
+    Takes the most likely tokens unless --sample or --beams says otherwise. Of the checkpoint's own generation settings
+    only the end-of-text tokens are used. On a terminal, the tokens of a single prompt are shown as they come, and
+    several prompts when each is complete; a pipe, --json and --out get JSON lines.
     """
-    log_to_stderr(verbose)
+    options.log_to_stderr(verbose)
     if bool(prompts) == (file is not None):
         raise InputError("give the prompts as arguments, or with --prompts FILE")
     # Before the model is opened: an unreadable file should not cost a wait.
     texts = list(enumerate(prompts or [], 1)) if file is None else read_lines(file)
-    memory = memory_of(ram, device, vram)
-    parse_dtype(dtype)
-    if out is not None:
-        out = checked_output(out, "-" if file is None else file)
+    runner = Runner(model, ram, device, vram, dtype, prompt=prompt, resident=resident)
+    out = options.check_output(out, "-" if file is None else file)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if sampling and not sample:
         raise InputError(f"--{next(iter(sampling)).replace('_', '-')} needs --sample")
-    from slowllm.inference import generation_types
-    from slowllm.runtime.rates import quick_rates
+    from slowllm.inference import generation
 
-    settings = generation_types.Settings(
+    settings = generation.Settings(
         max_new_tokens=max_new_tokens, num_beams=beams, num_return_sequences=num_sequences, do_sample=sample,
         seed=seed if sample else None, repetition_penalty=repetition_penalty, stop=tuple(stop or ()),
         top_log_probs=log_probs, **sampling,
     )  # fmt: skip
-    known = describe(model, prompt)
-    # All prompts are looked at before the first byte of weights is read.
+    # All prompts are checked before the first byte of weights is read.
     encoded = []
     for number, text in texts:
         try:
-            encoded.append(generation_types.encode_prompt(known, text, settings))
+            encoded.append(generation.encode(runner.info, text, settings))
         except InputError as error:
             raise InputError(f"prompt {number}: {error}") from error
-        generation_types.check_prompt(known, encoded[-1], f"prompt {number}")
-    rates = quick_rates(known.folder, parse_dtype(dtype))
-    with contextlib.ExitStack() as stack:
-        work = _Work(known, encoded, settings, rates, draft, memory, dtype, resident, stack)
+        generation.check(runner.info, encoded[-1], f"prompt {number}")
+    with _open(runner, encoded, settings, draft) as work:
         started = time.perf_counter()
-        if (
-            len(encoded) == 1
-            and settings.num_rows == 1
-            and out is None
-            and not as_json
-            and sys.stdout.isatty()
-        ):
+        if len(encoded) == 1 and settings.num_rows == 1 and prints_text(out, as_json):
             _show_one(work)
         else:
             _write_all(work, texts, out, as_json)
         work.summarise(time.perf_counter() - started)
 
 
+@dataclass
 class _Work:
-    """The models of one call of the verb, and what they are to do."""
+    """The prompts of one call of the verb, the model that continues them, and what drafts for it, if anything does."""
 
-    def __init__(
-        self,
-        known: ModelInfo,
-        prompts: Sequence[Prompt],
-        settings: Settings,
-        rates: Rates,
-        draft: str | None,
-        memory: Memory,
-        dtype: str,
-        resident: bool,
-        stack: contextlib.ExitStack,
-    ) -> None:
-        import psutil
+    lm: StreamedLM
+    prompts: Sequence[Prompt]
+    job: Job
+    rates: Rates
+    draft: StreamedLM | Literal["lookup"] | None
+    counts: Acceptance | None
 
-        from slowllm.inference import generation, speculative
-        from slowllm.inference.speculative_loop import Acceptance
-        from slowllm.planning.budget import Budget
-        from slowllm.runtime.description import ModelInfo
-        from slowllm.runtime.load import open_model
-        from slowllm.runtime.streamed_lm import StreamedLM
-
-        self.prompts, self.settings, self.rates = prompts, settings, rates
-        self.counts: Acceptance | None = None
-        self.job: Job = generation.job_of(known, prompts, rates)
-        self._draft: Any = None
-        budget = Budget(parse_bytes(memory.ram), psutil.Process().memory_info().rss)
-        if draft is not None:
-            speculative.check_settings(settings)
-            speculative.refuse_soft_prompt(known)
-            speculative.refuse_uncroppable(known)
-            self.counts = Acceptance()
-            self._draft = LOOKUP
-            self.job = speculative.job_of(known, prompts, rates)
-            if draft != LOOKUP:
-                small = ModelInfo(draft)
-                # First, because the model takes all the memory that is left.
-                self._draft = stack.enter_context(
-                    speculative.load_draft(known, small, prompts, budget, dtype)
-                )
-        self.lm: StreamedLM = stack.enter_context(
-            open_model(
-                StreamedLM,
-                known,
-                ram=budget,
-                device=memory.device,
-                vram=memory.vram,
-                dtype=dtype,
-                keep_resident=resident,
-                job=self.job,
-                rates=rates,
-            )
-        )
-
-    def run(self, on_tokens: Any = None) -> Iterator[tuple[Continuation, ...]]:
+    def run(self, on_tokens: OnTokens | None = None) -> Iterator[tuple[Continuation, ...]]:
         """Yield the continuations of all prompts."""
         from slowllm.inference import generation, speculative
 
-        if self._draft is None:
+        if self.draft is None:
             return generation.generate(self.lm, self.prompts, on_tokens=on_tokens)
         return speculative.generate(
-            self.lm, self.prompts, self._draft, rates=self.rates, counts=self.counts, on_tokens=on_tokens
+            self.lm, self.prompts, self.draft, rates=self.rates, counts=self.counts, on_tokens=on_tokens
         )
 
     def summarise(self, seconds: float) -> None:
-        """Say on stderr what it cost."""
+        """Print to stderr what it cost."""
         from slowllm.entrypoints.progress import duration
 
-        num_sweeps = self.lm.report.num_passages / self.lm.num_stops
-        line = f"{num_sweeps:.3g} sweep{'' if num_sweeps == 1 else 's'} in {duration(seconds)}"
-        if self.counts is not None:
-            line += f"; {self.counts.tokens_per_pass:.2f} tokens a sweep and continuation"
-            if self.counts.num_drafted:
-                line += (
-                    f", {self.counts.num_accepted:,} of {self.counts.num_drafted:,} drafted tokens accepted"
-                )
-            if self.counts.num_plain:
-                line += f", nothing drafted in {self.counts.num_plain:,} of {self.counts.num_passes:,} passes"
+        line = f"{sweeps_of(self.lm)} in {duration(seconds)}"
+        if (counts := self.counts) is not None:
+            line += f"; {counts.tokens_per_pass:.2f} tokens a sweep and continuation"
+            if counts.num_drafted:
+                line += f", {counts.num_accepted:,} of {counts.num_drafted:,} drafted tokens accepted"
+            if counts.num_plain:
+                line += f", nothing drafted in {counts.num_plain:,} of {counts.num_passes:,} passes"
         print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _open(
+    runner: Runner, prompts: Sequence[Prompt], settings: Settings, draft: str | None
+) -> Iterator[_Work]:
+    """Open the model, and the draft model if one is named, within one budget."""
+    import psutil
+
+    from slowllm.inference import generation, speculative
+    from slowllm.inference.speculative_loop import Acceptance
+    from slowllm.planning.budget import Budget
+    from slowllm.runtime.description import ModelInfo
+
+    info, rates = runner.info, runner.rates
+    with contextlib.ExitStack() as stack:
+        budget = Budget(parse_bytes(runner.ram), psutil.Process().memory_info().rss)
+        if draft is None:
+            job = generation.job_of(info, prompts, rates)
+            yield _Work(stack.enter_context(runner.open(job, budget)), prompts, job, rates, None, None)
+            return
+        speculative.check_settings(settings)
+        speculative.refuse_soft_prompt(info)
+        speculative.refuse_uncroppable(info)
+        job = speculative.job_of(info, prompts, rates)
+        drafter: StreamedLM | Literal["lookup"] = "lookup"
+        if draft != "lookup":
+            # First, because the streamed model takes all the memory that is left.
+            drafter = stack.enter_context(
+                speculative.load_draft(info, ModelInfo(draft), prompts, budget, runner.dtype)
+            )
+        lm = stack.enter_context(runner.open(job, budget))
+        yield _Work(lm, prompts, job, rates, drafter, Acceptance())
 
 
 def _show_one(work: _Work) -> None:
@@ -243,9 +213,7 @@ def _show_one(work: _Work) -> None:
     from slowllm.entrypoints.cli.screen import Screen
     from slowllm.entrypoints.conversation import Incoming
     from slowllm.entrypoints.progress import duration
-    from slowllm.inference.continuation import text_of
-    from slowllm.inference.generation_types import Prompt
-    from slowllm.streaming.stops import Passage
+    from slowllm.inference.generation import Prompt, text_of
 
     lm, forecast, (prompt,) = work.lm, work.lm.plan.forecast, work.prompts
     print(
@@ -255,14 +223,17 @@ def _show_one(work: _Work) -> None:
     )
     screen, incoming = Screen(sys.stdout), Incoming(prompt.settings.stop)
     screen.write(lm.tokenizer.decode(prompt.ids, skip_special_tokens=True))
-    plain, begun = Prompt(prompt.ids), False  # whose text no stop string cuts: `Incoming` does
+    plain = Prompt(prompt.ids)  # without the stop strings, at which `Incoming` cuts the text
+    has_begun = False
 
     def on_tokens(number: int, index: int, ids: tuple[int, ...]) -> None:
-        nonlocal begun
+        nonlocal has_begun
         text = text_of(lm, plain, ids)
         new = incoming.add(text)
-        if new and not begun:  # `Incoming` takes off the blanks before an answer
-            new, begun = text[: -len(text.lstrip())] + new, True
+        if (
+            new and not has_begun
+        ):  # `Incoming` strips the blanks before an answer; here they are part of the text
+            new, has_begun = text[: -len(text.lstrip())] + new, True
         screen.write(new)
 
     def on_passage(passage: Passage) -> None:
@@ -280,48 +251,30 @@ def _show_one(work: _Work) -> None:
 
 def _write_all(work: _Work, texts: Sequence[tuple[int, str]], out: Path | None, as_json: bool) -> None:
     """Write every prompt with its continuations when it is complete."""
-    from slowllm.entrypoints.cli import output
     from slowllm.entrypoints.progress import progress
 
-    as_text = out is None and not as_json and sys.stdout.isatty()
     with contextlib.ExitStack() as stack:
-        write = None if as_text else stack.enter_context(output.json_writer(out))
+        write = None if prints_text(out, as_json) else stack.enter_context(json_writer(out))
         stack.enter_context(progress(work.lm, work.job))
-        for (_, text), found in zip(texts, work.run(), strict=True):
+        for (_, text), continuations in zip(texts, work.run(), strict=True):
             if write is not None:
-                write(_row(work.lm, text, found))
+                rows = [_row(work.lm.tokenizer, continuation) for continuation in continuations]
+                write({"prompt": text, "continuations": rows})
                 continue
-            for one in found:
-                print(_printable(text + one.text))
+            for continuation in continuations:
+                print(printable(text + continuation.text, keep="\n"))
 
 
-def _printable(text: str) -> str:
-    return "".join(
-        letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text
-    )
-
-
-def _row(lm: StreamedLM, text: str, found: Sequence[Continuation]) -> dict[str, Any]:
-    return {"prompt": text, "continuations": [_continuation(lm, one) for one in found]}
-
-
-def _continuation(lm: StreamedLM, one: Continuation) -> dict[str, Any]:
+def _row(tokenizer: Any, continuation: Continuation) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "text": one.text,
-        "finish_reason": one.finish_reason,
-        "num_tokens": len(one.ids),
+        "text": continuation.text,
+        "finish_reason": continuation.finish_reason,
+        "num_tokens": len(continuation.ids),
     }
-    if one.log_probs is not None and one.top_log_probs is not None:
+    if continuation.log_probs is not None and continuation.top_log_probs is not None:
+        tokens = token_rows(tokenizer, continuation.ids, continuation.log_probs)
         row["tokens"] = [
-            {
-                "id": token,
-                "token": lm.tokenizer.decode([token]),
-                "log_prob": value,
-                "top": [
-                    {"id": other, "token": lm.tokenizer.decode([other]), "log_prob": best}
-                    for other, best in top.items()
-                ],
-            }
-            for token, value, top in zip(one.ids, one.log_probs, one.top_log_probs, strict=True)
+            {**token, "top": token_rows(tokenizer, list(top), list(top.values()))}
+            for token, top in zip(tokens, continuation.top_log_probs, strict=True)
         ]
     return row

@@ -1,13 +1,11 @@
-"""What a person sees: scores as a table or JSON lines, the carousel's progress, and a summary.
-
-Results go to stdout or a file, all else to stderr.
-"""
+"""How verbs write their results: JSON lines to a file or to stdout, or a table on a terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -19,12 +17,17 @@ from slowllm.errors import InputError
 from slowllm.files import part_of, replacing_alone
 
 
+def prints_text(out: Path | None, as_json: bool) -> bool:
+    """Return whether results are text for a person: they go to a terminal, and JSON was not asked for."""
+    return out is None and not as_json and sys.stdout.isatty()
+
+
 @contextlib.contextmanager
 def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Yield a function that writes one row as a JSON line: to a file, or to stdout.
 
-    A file appears under its name only when it is complete; until then, and after an interrupt, its whole lines are
-    in a file of that name with ``.part`` added.
+    A file gets its name only when it is complete. Until then, and after an interrupt, its complete lines are in a file
+    of that name with ``.part`` appended.
 
     Raises:
         InputError: the file or stdout cannot be written.
@@ -39,7 +42,7 @@ def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None
                     stack.enter_context(replacing_alone(out, InputError)), encoding="utf-8"
                 )
             elif isinstance(file, io.TextIOWrapper):
-                file.reconfigure(encoding="utf-8")  # JSON lines are UTF-8 whatever the terminal speaks
+                file.reconfigure(encoding="utf-8")  # JSON lines are UTF-8, whatever the locale's encoding
 
             def write_line(row: Mapping[str, Any]) -> None:
                 nonlocal num_good_bytes
@@ -55,10 +58,10 @@ def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None
         where = "standard output"
         if partial is not None:
             where = str(out)
-            with contextlib.suppress(OSError):  # the line that did not fit; the ones before it are whole
+            with contextlib.suppress(OSError):  # cut off the line that did not fit
                 os.truncate(partial, num_good_bytes)
         else:
-            # Python would try once more to write what is in its buffer, and end with 120.
+            # At exit Python would flush stdout's buffer again, fail, and exit with 120.
             with open(os.devnull, "wb") as nothing:
                 os.dup2(nothing.fileno(), sys.stdout.fileno())
         raise InputError(
@@ -71,23 +74,31 @@ def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None
         raise
 
 
-def printable(text: str) -> str:
-    """Show control characters instead of sending them to the terminal."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+def printable(text: str, keep: str = "") -> str:
+    """Replace control characters, but for those of `keep`, so that they do not reach the terminal."""
+    return "".join(
+        letter if letter.isprintable() or letter in keep else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; its last column, a text, takes what is left of the terminal."""
-    clean = [
-        [
-            "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in cell)
-            for cell in row
-        ]
-        for row in (header, *rows)
+    """Print a table; its last column, a text, gets the width that is left on the terminal."""
+    clean = [[printable(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in clean) for column in range(len(header) - 1)]
+    left = max(12, shutil.get_terminal_size().columns - sum(widths) - 2 * len(widths))
+    for *cells, text in clean:
+        shown = text if len(text) <= left else text[: left - 1] + "\N{HORIZONTAL ELLIPSIS}"
+        print("  ".join([*(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), shown]))
+
+
+def finite(value: float) -> float | None:
+    """Return a number, None where it is NaN or infinite, which JSON cannot have."""
+    return value if math.isfinite(value) else None
+
+
+def token_rows(tokenizer: Any, ids: Sequence[int], log_probs: Sequence[float | None]) -> list[dict[str, Any]]:
+    """Return each token's id, text and log-probability, as JSON lines have them."""
+    return [
+        {"id": token, "token": tokenizer.decode([token]), "log_prob": log_prob}
+        for token, log_prob in zip(ids, log_probs, strict=True)
     ]
-    widths = [max(len(row[column]) for row in clean) for column in range(len(header))]
-    left = max(12, shutil.get_terminal_size().columns - sum(widths[:-1]) - 2 * len(widths[:-1]))
-    for row in clean:
-        numbers = [cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)]
-        text = row[-1] if len(row[-1]) <= left else row[-1][: left - 1] + "\N{HORIZONTAL ELLIPSIS}"
-        print("  ".join([*numbers, text]))

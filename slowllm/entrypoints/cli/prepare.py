@@ -1,4 +1,4 @@
-"""The verbs that make and check stores: parse, call, print."""
+"""`slowllm download`, `convert` and `verify`: get a checkpoint, make a store of it, and check either."""
 
 from __future__ import annotations
 
@@ -10,37 +10,42 @@ from typing import Annotated
 
 import typer
 
-from slowllm.entrypoints.cli.common import Verbose, log_to_stderr
+from slowllm.entrypoints.cli import options
 from slowllm.errors import InputError
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Folder or cached hub id of a checkpoint.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of a checkpoint, or hub id of a model in the local cache.")
+    ],
     out: Annotated[Path, typer.Argument(help="New or empty folder for the store.")],
-    store: Annotated[str, typer.Option("--store", help="bf16, lossless, int8 or int4.")],
+    store: Annotated[str, typer.Option("--store", help="Kind of store: bf16, lossless, int8 or int4.")],
     workers: Annotated[
-        int | None, typer.Option("--workers", help="Processes that encode.", show_default="one for each core")
+        int | None,
+        typer.Option("--workers", help="Number of processes that encode.", show_default="one for each core"),
     ] = None,
-    rank: Annotated[int, typer.Option("--rank", help="With --world-size: which share to do here.")] = 0,
+    rank: Annotated[
+        int, typer.Option("--rank", help="With --world-size: number of the share that this run does, from 0.")
+    ] = 0,
     world_size: Annotated[
-        int, typer.Option("--world-size", help="Shares of the work, each for a run of its own.")
+        int, typer.Option("--world-size", help="Number of shares of the work, each done by a run of its own.")
     ] = 1,
-    verbose: Verbose = False,
+    verbose: options.Verbose = False,
 ) -> None:
     r"""Write a store: a copy of a checkpoint with fewer bytes to stream.
 
     \b
     lossless  about 12 bits a weight, decoded to the bits of a bfloat16 checkpoint: the same answers
-    int8      half the bytes (LLM.int8(): 8-bit products, outliers in 16 bit)
+    int8      half the bytes (LLM.int8(): 8-bit products, outliers in 16 bits)
     int4      about 0.28 of the bytes (64 weights share a scale and an offset)
-    bf16      as it is, one file a block; other dtypes are rounded
+    bf16      not quantised, one file a block; other dtypes are rounded
 
-    Embeddings, norms, routers and the head stay as they are. All verbs take a store where they take a model. What is
-    written is read back and compared. After an interrupt, a crash or a full disk the same command goes on where it
-    stopped. The checkpoint is not changed; it may also be pytorch_model*.bin files, which are read without running
-    what is in them.
+    Embeddings, norms, routers and the head are not quantised. All verbs take a store where they take a model. What is
+    written is read back and compared. After an interrupt, a crash or a full disk, the same command resumes where it
+    stopped. The checkpoint is not changed. It may also consist of pytorch_model*.bin files, which are read without
+    running the code that a pickle may contain.
     """
-    log_to_stderr(verbose)
+    options.log_to_stderr(verbose)
     from slowllm.options import format_bytes
     from slowllm.runtime.description import find_folder
     from slowllm.storage.manifest import STORES
@@ -93,10 +98,13 @@ def convert(
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="Folder of a store, or cached hub id or snapshot of a model.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder of a store, or hub id or snapshot of a model in the hub's local cache."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a sentence.")] = False,
 ) -> None:
-    """Read every byte of a store, or of a model in the hub's cache, and compare it with its hash."""
+    """Read every file of a store, or of a model in the hub's local cache, and compare it with its hash."""
     from slowllm.entrypoints.progress import byte_progress
     from slowllm.options import format_bytes
     from slowllm.prepare.verify import verify as check
@@ -104,35 +112,34 @@ def verify(
 
     folder = find_folder(model)
     with byte_progress("reading") as tell:
-        found = check(folder, tell)
+        checked = check(folder, tell)
     if as_json:
-        typer.echo(
-            json.dumps({"folder": str(folder), "num_files": found.num_files, "num_bytes": found.num_bytes})
-        )
+        document = {"folder": str(folder), "num_files": checked.num_files, "num_bytes": checked.num_bytes}
+        typer.echo(json.dumps(document))
     else:
-        typer.echo(
-            f"{folder}: {found.num_files} files, {format_bytes(found.num_bytes)}, all as they should be"
-        )
+        size = format_bytes(checked.num_bytes)
+        typer.echo(f"{folder}: {checked.num_files} files, {size}, all as they should be")
 
 
 def download(
     repo: Annotated[str, typer.Argument(help="Hub id of a model, such as bigscience/bloom.")],
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit to fetch.")] = "main",
     to: Annotated[
-        Path | None, typer.Option(help="Write to this folder.", show_default="the Hugging Face cache")
+        Path | None,
+        typer.Option(help="Folder to write the files to.", show_default="the Hugging Face cache"),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the SHA-256 of LFS files with the hub's.")
     ] = True,
 ) -> None:
-    """Fetch what streaming needs of a model on the hub, and print its folder.
+    """Fetch the files of a model on the hub that streaming needs, and print their folder.
 
-    That is safetensors, tokenizer and configs; no pickles, no other copies of the weights. The space is checked
-    first. After an interrupt, a crash or a lost connection the same command goes on where it was. Sizes are always
-    compared with the hub's. Afterwards `slowllm forward --model REPO` finds the model in the cache; with --to, or a
-    --revision other than main, give it the folder that is printed.
+    Fetches the safetensors, the tokenizer and the configs, but no pickles and no other copies of the weights. The free
+    space is checked first. After an interrupt, a crash or a lost connection, the same command resumes where it stopped.
+    File sizes are always compared with the hub's. Afterwards `slowllm forward --model REPO` finds the model in the
+    cache; with --to, or with a --revision other than main, give it the folder that is printed.
 
-    For gated models log in with `hf auth login`, or set HF_TOKEN.
+    For gated models, log in with `hf auth login` or set HF_TOKEN.
     """
     from slowllm.prepare.download import download as fetch
 

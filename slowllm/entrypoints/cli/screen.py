@@ -1,4 +1,4 @@
-"""The terminal of a conversation: prompt, answer and status line."""
+"""Write text that grows to a terminal, with a status behind it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import IO
 
 from rich.cells import cell_len
 
-# Stops of a small model pass faster than a terminal should be written to.
+from slowllm.entrypoints.cli.output import printable
+
+# Interval between statuses: the stops of a small model pass faster than a terminal should be written to.
 STATUS_SECONDS = 0.1
-
-
-# Below this much room in the line nothing is shown behind the text.
+# With less room in the line no status is shown.
 LEAST_STATUS_CELLS = 12
 
 
 class Screen:
-    """Text that grows, and on a terminal a status behind it, which vanishes when more text comes.
+    """Text that grows, and on a terminal a status behind it, which is erased when more text comes.
 
-    Written to from several threads.
+    Thread-safe.
     """
 
     def __init__(self, file: IO[str]) -> None:
@@ -31,9 +31,8 @@ class Screen:
         self._shown_at = 0.0
 
     def write(self, text: str) -> None:
-        """Write text behind what is there, control characters made visible."""
-        text = text.replace("\t", "    ")
-        text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        """Append text, with control characters replaced."""
+        text = printable(text.replace("\t", "    "), keep="\n")
         with self._lock:
             self._wipe()
             self._file.write(text)
@@ -42,23 +41,25 @@ class Screen:
             self._column = (0 if newline else self._column) + cell_len(last)
 
     def line(self, text: str) -> None:
-        """Write a line of its own."""
+        """Write a line, on a new line of the terminal."""
         self.end_line()
         self.write(text + "\n")
 
     def end_line(self) -> None:
-        """Go to the next line, unless this one is empty."""
+        """Begin a new line, unless this one is empty."""
         self.write("\n" if self._column else "")
 
     def status(self, text: str) -> None:
-        """Show a status, where there is a terminal and room in its line; never raises."""
+        """Show a status if this is a terminal and its line has room; never raises."""
         if not self.is_terminal or time.monotonic() - self._shown_at < STATUS_SECONDS:
             return
         with self._lock, contextlib.suppress(OSError, ValueError):  # the terminal may be gone
             self._shown_at = time.monotonic()
             self._wipe()
-            width = os.get_terminal_size(self._file.fileno()).columns or 80  # 0: it does not know
-            # One column less: a full line would go on in the next, from which there is no way back.
+            width = (
+                os.get_terminal_size(self._file.fileno()).columns or 80
+            )  # 0: the terminal does not know its width
+            # One column less: a full line would wrap into the next one, from which the cursor cannot move back.
             room = width - self._column % width - 1
             if room >= LEAST_STATUS_CELLS:
                 text = text[:room]
@@ -67,7 +68,7 @@ class Screen:
                 self._num_status_cells = cell_len(text)
 
     def end_status(self) -> None:
-        """Take the status away."""
+        """Erase the status."""
         with self._lock:
             self._wipe()
             self._file.flush()

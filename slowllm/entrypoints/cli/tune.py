@@ -1,4 +1,4 @@
-"""The verb `tune`: parse, call, print."""
+"""`slowllm tune`: tune a soft prompt on examples."""
 
 from __future__ import annotations
 
@@ -11,73 +11,64 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slowllm.entrypoints.cli.common import (
-    DeviceOption,
-    DTypeOption,
-    ModelOption,
-    RamOption,
-    ResidentOption,
-    StateOption,
-    Verbose,
-    VramOption,
-    describe,
-    log_to_stderr,
-    memory_of,
-)
+from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli.output import prints_text
+from slowllm.entrypoints.cli.runner import Runner
 from slowllm.errors import InputError
-from slowllm.options import format_binary, format_bytes, parse_dtype
+from slowllm.options import format_binary, format_bytes
 
 if TYPE_CHECKING:
     from slowllm.planning.job import Job
     from slowllm.runtime.streamed_lm import StreamedLM
-    from slowllm.tuning.recipe import Recipe
 
 
 def tune(
     data: Annotated[
         list[str],
         typer.Argument(
-            help='Examples, each file a task of its own: JSON Lines of {"prompt", "answer"}, {"prompt", "label"} or '
-            '{"text"}, in a file named .jsonl; else a text a line.',
+            help='Files of examples, each a task of its own: JSON Lines of {"prompt", "answer"}, {"prompt", "label"} '
+            'or {"text"} in a file named .jsonl; otherwise one text a line.',
             show_default=False,
         ),
     ],
     out: Annotated[
         str,
-        typer.Option("--out", help="Folder for the prompt, in PEFT's format, and its log.", metavar="DIR"),
+        typer.Option(
+            "--out", help="Folder for the prompt, in PEFT's format, and for its log.", metavar="DIR"
+        ),
     ],
     validation: Annotated[
         list[str] | None,
         typer.Option(
-            help="File to judge by, one for each file of examples; the best prompt is kept.",
+            help="File to validate on, one for each file of examples; the best prompt is kept.",
             show_default=False,
         ),
     ] = None,
-    model: ModelOption = None,
-    ram: RamOption = "16GiB",
-    device: DeviceOption = "cpu",
-    vram: VramOption = None,
-    dtype: DTypeOption = "auto",
+    model: options.Model = None,
+    ram: options.Ram = "16GiB",
+    device: options.Device = "cpu",
+    vram: options.Vram = None,
+    dtype: options.DType = "auto",
     label: Annotated[
         list[str] | None,
         typer.Option(
-            help="Word that may follow a prompt, with the blank it begins with; give two or more.",
+            help="Word that may follow a prompt, with the blank that it begins with; give two or more.",
             show_default=False,
         ),
     ] = None,
     kind: Annotated[
         str,
         typer.Option(
-            help="Virtual tokens before the text (shallow), vectors added in every block besides (deep), or keys and "
-            "values in every block (prefix).",
+            help="Tune virtual tokens before the text (shallow), also vectors that are added in every block (deep), or "
+            "keys and values in every block (prefix).",
             metavar="shallow|deep|prefix",
         ),
     ] = "shallow",
-    tokens: Annotated[int, typer.Option(help="Virtual tokens.", min=1)] = 8,
+    tokens: Annotated[int, typer.Option(help="Number of virtual tokens.", min=1)] = 8,
     init: Annotated[
         str,
         typer.Option(
-            help="Start from tokens drawn from the vocabulary, from random numbers, or from --init-text.",
+            help="Start from random tokens of the vocabulary, from random numbers, or from --init-text.",
             metavar="vocab|random|text",
         ),
     ] = "vocab",
@@ -85,56 +76,66 @@ def tune(
     top: Annotated[
         int | None,
         typer.Option(
-            help="Tune only in so many of the uppermost blocks; those below are then passed once for all steps.",
+            help="Tune only this many of the uppermost blocks; the blocks below are computed once for all steps.",
             min=1,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Updates; each takes a sweep up and one down.", min=1)] = 100,
+    steps: Annotated[
+        int, typer.Option(help="Number of updates; each takes a sweep up and a sweep down.", min=1)
+    ] = 100,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the examples, instead of --steps.", min=1)
+        int | None, typer.Option(help="Number of passes over the examples, instead of --steps.", min=1)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples of a batch.", min=1)] = 8,
-    accumulate: Annotated[int, typer.Option(help="Batches of an update.", min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(help="Number of examples of a batch.", min=1)] = 8,
+    accumulate: Annotated[int, typer.Option(help="Number of batches of an update.", min=1)] = 1,
     lr: Annotated[
         list[float] | None,
-        typer.Option(help="Learning rate of AdamW; given again, another trial.", show_default="0.03"),
+        typer.Option(help="Learning rate of AdamW; each further one is another trial.", show_default="0.03"),
     ] = None,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", min=0.0)] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.", min=0.0)] = 0.0,
     schedule: Annotated[
-        str, typer.Option(help="Of the learning rate.", metavar="linear|cosine|constant")
+        str, typer.Option(help="Schedule of the learning rate.", metavar="linear|cosine|constant")
     ] = "linear",
-    warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises.", min=0)] = 0,
-    max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this; 0 for never.", min=0.0)] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the start and the order of examples.", min=0)] = 0,
+    warmup: Annotated[
+        int, typer.Option(help="Number of steps over which the learning rate rises.", min=0)
+    ] = 0,
+    max_grad_norm: Annotated[
+        float, typer.Option(help="Clip gradients to this norm; 0 for never.", min=0.0)
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the initial prompt and of the order of the examples.", min=0)
+    ] = 0,
     trials: Annotated[
-        int, typer.Option(help="Seeds to try, counted on from --seed; all in the same sweeps.", min=1)
+        int,
+        typer.Option(help="Number of seeds to try, counted up from --seed; all in the same sweeps.", min=1),
     ] = 1,
     eval_every: Annotated[
-        int | None, typer.Option(help="Steps between validations.", min=1, show_default="an epoch")
+        int | None,
+        typer.Option(help="Number of steps between validations.", min=1, show_default="an epoch"),
     ] = None,
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many validations without a better one.", min=1)
+        int | None, typer.Option(help="Stop after this many validations without a better one.", min=1)
     ] = None,
-    resident: ResidentOption = True,
-    state: StateOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
-    verbose: Verbose = False,
+    resident: options.Resident = True,
+    state: options.State = None,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Tune a soft prompt: a few numbers before every text, on a model that stays as it is and need not fit.
+    """Tune a soft prompt: a few numbers before every text, for a model that is frozen and need not fit in memory.
 
-    Each step goes up the blocks and down again, once for all its examples, and for all trials: every --lr with every
-    seed on every file. Says before the first step what it takes and how much memory. Prints a line for each step and
-    each validation; they are also in OUT/log.jsonl, and for TensorBoard in OUT where it is installed. Several trials have
-    a folder each in OUT.
+    Each step is a sweep up the blocks and a sweep down, shared by all its examples and by all trials: every --lr with
+    every seed on every file. Before the first step it prints how long a step takes and how much memory. It prints a
+    line for each step and each validation; they are also written to OUT/log.jsonl, and to OUT for TensorBoard where
+    that is installed. Of several trials, each has its own folder in OUT.
 
-    With --state the same command goes on after a crash or kill, with the same numbers to the last bit. A loss that is no
-    number, or one beyond all measure, ends its trial with the step and the example named; the last good prompt stays.
+    With --state, the same command resumes after a crash or kill and gives the same numbers to the last bit. A loss that
+    is NaN or infinite, or far too large, ends its trial with a message that names the step and the example; the last
+    good prompt is kept.
 
     Use the prompt with --prompt OUT of forward, score, yesno, eval and generate, or in PEFT.
     """
-    log_to_stderr(verbose)
-    memory = memory_of(ram, device, vram)
-    parse_dtype(dtype)
+    options.log_to_stderr(verbose)
+    runner = Runner(model, ram, device, vram, dtype)
     if validation and len(validation) != len(data):
         raise InputError(
             f"give as many files with --validation as of examples: {len(data)}, not {len(validation)}"
@@ -154,7 +155,7 @@ def tune(
         init = "text"
     if not validation and (patience is not None or eval_every is not None):
         raise InputError("--patience and --eval-every need --validation")
-    known = describe(model)
+    info = runner.info
     from slowllm.tuning.recipe import Recipe
     from slowllm.tuning.tune import tune
 
@@ -170,33 +171,35 @@ def tune(
     ]  # fmt: skip
     folder = Path(out).expanduser()
     with contextlib.ExitStack() as stack:
-        shown = _Shown(stack, recipes)
+        status = stack.enter_context(contextlib.ExitStack())
         log = stack.enter_context(_log(folder))
-        write = _line_writer(as_json, many=len(recipes) * len(data) > 1)
+        show = _record_printer(as_json, many=len(recipes) * len(data) > 1)
+
+        def on_open(lm: StreamedLM, job: Job, what: str, peak_bytes: int) -> None:
+            _announce(lm, job, what, peak_bytes, status)
 
         def on_record(record: dict[str, Any]) -> None:
             log(record)
-            write(record)
+            show(record)
 
         stack.enter_context(_interrupted(folder))
-        found = tune(
-            known, dict(zip(names, data, strict=True)), dict(zip(names, validation or [], strict=False)),
-            labels=label or (), recipes=recipes, ram=memory.ram, device=memory.device, vram=memory.vram, dtype=dtype,
-            keep_resident=resident, out=folder, state=state, on_open=shown.open, on_record=on_record,
+        results = tune(
+            info, dict(zip(names, data, strict=True)), dict(zip(names, validation or [], strict=False)),
+            labels=label or (), recipes=recipes, ram=ram, device=device, vram=vram, dtype=dtype,
+            keep_resident=resident, out=folder, state=state, on_open=on_open, on_record=on_record,
         )  # fmt: skip
-    for one in found:
-        losses = [record["loss"] for record in one.records if "loss" in record]
-        if not one.failure and not validation and len(losses) > 1 and losses[-1] >= losses[0]:
+    for result in results:
+        losses = [record["loss"] for record in result.records if "loss" in record]
+        if not result.failure and not validation and len(losses) > 1 and losses[-1] >= losses[0]:
             print(
-                f"{one.name}: its last loss, {losses[-1]:.4g}, is no better than its first, {losses[0]:.4g}; "
+                f"{result.name}: its last loss, {losses[-1]:.4g}, is no better than its first, {losses[0]:.4g}; "
                 "lower --lr, or give it more --steps",
                 file=sys.stderr,
             )
-    print(
-        f"{'the prompt is' if len(found) == 1 else f'{len(found)} prompts are'} in {folder}", file=sys.stderr
-    )
-    if num_failed := sum(one.failure is not None for one in found):
-        print(f"slowllm: {num_failed} of {len(found)} trials failed", file=sys.stderr)
+    where = "the prompt is" if len(results) == 1 else f"{len(results)} prompts are"
+    print(f"{where} in {folder}", file=sys.stderr)
+    if num_failed := sum(result.failure is not None for result in results):
+        print(f"slowllm: {num_failed} of {len(results)} trials failed", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -209,48 +212,40 @@ def _interrupted(out: Path) -> Iterator[None]:
         raise
 
 
-class _Shown:
-    """Says on stderr what is about to be done, and where the carousel is."""
+def _announce(lm: StreamedLM, job: Job, what: str, peak_bytes: int, status: contextlib.ExitStack) -> None:
+    """Print what a phase takes; then show where the carousel is, instead of what `status` shows."""
+    from slowllm.entrypoints.progress import duration, steps
 
-    def __init__(self, stack: contextlib.ExitStack, recipes: list[Recipe]) -> None:
-        self._status, self._recipes = stack.enter_context(contextlib.ExitStack()), recipes
-
-    def open(self, lm: StreamedLM, job: Job, what: str, peak_bytes: int) -> None:
-        """Tell what a phase takes."""
-        from slowllm.entrypoints.progress import duration, steps
-
-        plan, forecast = lm.plan, lm.plan.forecast
-        held = "all that is used fits in memory"
+    plan, forecast = lm.plan, lm.plan.forecast
+    held, about = "all that is used fits in memory", ""
+    if plan.ring_bytes:
+        num_used = lm.num_stops - len(plan.unused)
+        held = f"{len(lm.resident - plan.unused)} of {num_used} stops stay in memory"
+    if job.turns:
         if plan.ring_bytes:
-            num_used = lm.num_stops - len(plan.unused)
-            held = f"{len(lm.resident - plan.unused)} of {num_used} stops stay in memory"
-        if job.turns:
-            times = max(1, forecast.num_sweeps)
-            about = ""
-            if plan.ring_bytes:
-                first, later = (
-                    duration(forecast.first_seconds),
-                    duration(forecast.later_seconds * times),
-                )
-                about = f"; about {first} for the first step and {later} for each later one"
-            line = f"steps of up to {job.num_tokens:,} tokens{about}"
-        else:
-            line = f"{what}: {job.num_tokens:,} tokens, once" + (
-                f", about {duration(forecast.seconds)}" if plan.ring_bytes else ""
+            later = forecast.later_seconds * max(1, forecast.num_sweeps)
+            about = (
+                f"; about {duration(forecast.first_seconds)} for the first step and "
+                f"{duration(later)} for each later one"
             )
-        print(
-            f"{lm.name}: {format_bytes(lm.weight_bytes)} of weights, {held}; {line}; at most {format_binary(peak_bytes)} of RAM",
-            file=sys.stderr,
-        )
-        self._status.close()
-        self._status.enter_context(steps(lm, what))
+        line = f"steps of up to {job.num_tokens:,} tokens{about}"
+    else:
+        if plan.ring_bytes:
+            about = f", about {duration(forecast.seconds)}"
+        line = f"{what}: {job.num_tokens:,} tokens, once{about}"
+    print(
+        f"{lm.name}: {format_bytes(lm.weight_bytes)} of weights, {held}; {line}; at most {format_binary(peak_bytes)} of RAM",
+        file=sys.stderr,
+    )
+    status.close()
+    status.enter_context(steps(lm, what))
 
 
 @contextlib.contextmanager
 def _log(out: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield a function that writes a record to the log, and to TensorBoard's where that is installed.
+    """Yield a function that writes a record to the log, and to TensorBoard's log where that is installed.
 
-    Nothing is touched before the first record, when all has been looked at and the folder is this run's.
+    Nothing is written before the first record: only then is everything checked, and the folder belongs to this run.
     """
     with contextlib.ExitStack() as stack:
         file: IO[str] | None = None
@@ -278,14 +273,14 @@ def _board(out: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    for old in out.glob("events.out.tfevents.*"):  # of a run that this one goes on from, or replaces
+    for old in out.glob("events.out.tfevents.*"):  # of a run that this one resumes or replaces
         old.unlink()
     return SummaryWriter(str(out))
 
 
-def _line_writer(as_json: bool, *, many: bool) -> Callable[[dict[str, Any]], None]:
-    """Return a function that prints a record: as JSON, or on a terminal as a line of a table."""
-    if as_json or not sys.stdout.isatty():
+def _record_printer(as_json: bool, *, many: bool) -> Callable[[dict[str, Any]], None]:
+    """Return a function that prints a record: on a terminal as a line of a table, otherwise as a JSON line."""
+    if not prints_text(None, as_json):
         return lambda record: print(json.dumps(record), flush=True)
 
     def line(record: dict[str, Any]) -> None:

@@ -1,0 +1,120 @@
+"""The options that several verbs have, and what can be checked about them before a model is opened."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slowllm.errors import InputError
+from slowllm.files import part_of
+
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Log what slowllm chooses by itself, and why.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Folder of a checkpoint or store, or hub id of a model in the local cache.",
+        show_default="the embedded tiny-bloom",
+    ),
+]
+Ram = Annotated[str, typer.Option("--ram", help="Memory budget for the whole process.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Device that computes the blocks: cpu, cuda, cuda:1, or several GPUs that take turns, as in "
+        "cuda:0,cuda:1.",
+    ),
+]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        "--vram", help="Memory budget on each GPU.", show_default="the memory that is free there, less a reserve"
+    ),
+]  # fmt: skip
+DType = Annotated[str, typer.Option("--dtype", help="Compute dtype: auto, bf16, fp32 or fp16.")]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        help="Folder of a soft prompt, written by `slowllm tune` or by PEFT, that is put before every text.",
+        metavar="DIR",
+    ),
+]
+Resident = Annotated[
+    bool,
+    typer.Option(
+        "--resident/--stream-all",
+        help="Keep the blocks that fit the budget in memory, or read every block in every sweep.",
+    ),
+]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        "--state",
+        help="Save finished work in this folder; after a crash or kill, the same command resumes from it.",
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Write the results to this file as JSON lines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
+PerToken = Annotated[
+    bool, typer.Option("--per-token", help="Also give every scored token with its log-probability.")
+]
+NORMALIZE = ("none", "tokens", "characters", "unconditional")
+Normalize = Annotated[
+    str,
+    typer.Option(
+        help="Compare the choices' log-likelihoods as they are (none), divided by the number of their tokens or of "
+        "their characters, or minus the log-likelihood without the context (unconditional).",
+        metavar="|".join(NORMALIZE),
+    ),
+]
+
+
+def log_to_stderr(verbose: bool) -> None:
+    """Log warnings to stderr; with `verbose`, also what slowllm chooses by itself, and why."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.getLogger("slowllm").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def check_normalize(normalize: str) -> None:
+    """Refuse an unknown normalization.
+
+    Raises:
+        InputError: the name is none of `NORMALIZE`.
+    """
+    if normalize not in NORMALIZE:
+        raise InputError(f"--normalize {normalize!r} is unknown; use one of {', '.join(NORMALIZE)}")
+
+
+def check_output(out: Path | None, file: str) -> Path | None:
+    """Return the file to write with links resolved, None where there is none.
+
+    Args:
+        out: the file to write.
+        file: the input file, which must not be overwritten; ``-`` for standard input.
+    Raises:
+        InputError: it cannot be written, or writing it would destroy something.
+    """
+    if out is None:
+        return None
+    try:
+        out = out.expanduser().resolve()
+        if not out.parent.is_dir():
+            raise InputError(f"{out.parent}: no such folder to write {out.name} to")
+        if out.is_dir():
+            raise InputError(f"{out}: is a folder; name a file")
+        for target in (out, part_of(out)):
+            if target.exists() and not target.is_file():
+                raise InputError(f"{target}: is no ordinary file; leave out --out to print")
+            if file != "-" and target.exists() and target.samefile(file):
+                raise InputError(f"{target}: is the input; name another file")
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{out}: {getattr(error, 'strerror', None) or error}") from error
+    return out

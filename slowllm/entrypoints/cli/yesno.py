@@ -1,0 +1,70 @@
+"""`slowllm yesno`: answer questions with yes or no by likelihood."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Annotated
+
+import typer
+
+from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli.output import json_writer, print_table, prints_text
+from slowllm.entrypoints.cli.runner import Runner
+from slowllm.errors import InputError
+from slowllm.files import read_lines
+
+
+def yesno(
+    file: Annotated[str, typer.Argument(help="Text file, one question a line; - reads standard input.")],
+    model: options.Model = None,
+    ram: options.Ram = "16GiB",
+    device: options.Device = "cpu",
+    vram: options.Vram = None,
+    dtype: options.DType = "auto",
+    prompt: options.Prompt = None,
+    out: options.Out = None,
+    as_json: options.AsJson = False,
+    yes: Annotated[str, typer.Option("--yes", help="The word for the first answer.")] = "yes",
+    no: Annotated[str, typer.Option("--no", help="The word for the second answer.")] = "no",
+    template: Annotated[
+        str,
+        typer.Option(
+            help=r"Prompt that contains {question}; \n is a line break. The answer follows it after a blank."
+        ),
+    ] = r"Question: {question}\nAnswer:",
+    verbose: options.Verbose = False,
+) -> None:
+    """Answer every non-empty line of a file with yes or no, and print the probability of yes against no."""
+    options.log_to_stderr(verbose)
+    lines = read_lines(file)
+    out = options.check_output(out, file)
+    if "{question}" not in template:
+        raise InputError(f"--template {template!r} has no {{question}}")
+    pattern = template.replace("\\n", "\n")
+    if not yes.strip() or not no.strip() or yes.strip() == no.strip():
+        raise InputError(f"--yes {yes!r} and --no {no!r} must be two different words, neither of them empty")
+    runner = Runner(model, ram, device, vram, dtype, prompt=prompt)
+    from slowllm.inference import choices
+
+    blank = "" if pattern[-1].isspace() else " "
+    items = []
+    for number, text in lines:
+        item = choices.Item(pattern.replace("{question}", text), (blank + yes.strip(), blank + no.strip()))
+        try:
+            items.append(choices.encode_item(runner.info, item))
+        except InputError as error:
+            raise InputError(f"{file}: line {number}: {error}") from error
+    queries = [query for item in items for query in item.queries]
+    relative = all(item.is_relative for item in items)
+    cells = []
+    with contextlib.ExitStack() as stack:
+        write = None if prints_text(out, as_json) else stack.enter_context(json_writer(out))
+        lm = stack.enter_context(runner.open_for_queries(queries))
+        for (number, text), judged in zip(lines, choices.choose(lm, items, relative=relative), strict=True):
+            answer, p_yes = (yes, no)[judged.best].strip(), judged.probabilities[0]
+            if write is None:
+                cells.append((str(number), f"{p_yes:.4f}", answer, text))
+            else:
+                write({"line": number, "question": text, "p_yes": p_yes, "answer": answer})
+    if write is None:
+        print_table(("line", "P(yes)", "answer", "question"), cells)
