@@ -7,16 +7,16 @@
     python -m benchmarks.forward_pass --store lossless --tokens 13 --ram 5GiB
 
 Each run is a process of its own under the same memory cap (a cgroup where the machine allows one), on the same
-bytes, the page cache of its files dropped before; with --warm there is no cap, and the files are read before. What
-is timed is the pass, not imports and not opening the checkpoint. Before anything is timed, our logits of one block
-must equal, bit for bit, those of transformers' own model in memory. The disk's and the processor's rates, and the
-time of the same micro-batches on blocks in memory, are measured in turn with the runs. The last line of stdout is
-one JSON document.
+bytes. The page cache of its files is dropped before the run; with --warm there is no cap, and the files are read into
+the page cache first. Only the pass is timed, not the imports and not the opening of the checkpoint. Before anything is
+timed, our logits after one block must equal those of transformers' own model in memory, bit for bit. The rates of the
+disk and the processor, and the time of the same micro-batches on blocks in memory, are measured in turn with the runs.
+The last line of stdout is one JSON document.
 
-With --store, a store is made beside the checkpoint where it is missing, and passes over both are run in turn. What is
-compared are the blocks: their bytes, and the time until the head's turn. The head stays in 16 bit, and weighs more in
-a model of a few blocks than in a whole one. A lossless store must give the same bits; of others the logits' distance
-from the resident model's is reported, after one block.
+With --store, a store is made beside the checkpoint where it is missing, and passes over both are run in turn. The
+blocks are compared: their bytes, and the time until the head begins. The head keeps 16 bits, and has a larger share of
+a model of a few blocks than of a whole one. A lossless store must give the same bits; for other stores, the distance of
+the logits after one block from the resident model's is reported.
 """
 
 from __future__ import annotations
@@ -47,24 +47,23 @@ Runs = dict[str, list[dict[str, Any]]]
 def verify(
     task: Task, run: Callable[[str, Task], dict[str, Any]], store: Path | None, is_exact: bool
 ) -> tuple[dict[str, int], float]:
-    """Compare our logits of one block with those of the resident model, and those of a store.
+    """Compare our logits after one block, and those of a store, with the resident model's.
 
     Returns:
         how micro-batches are packed, and the distance of the store's logits, relative to the norm.
     Raises:
-        SystemExit: a bit differs that must not; the message has the largest difference.
+        SystemExit: a bit differs that must not; the message gives the largest difference.
     """
     with tempfile.TemporaryDirectory() as folder:
         ours, resident, stored = (Path(folder) / name for name in ("ours", "resident", "stored"))
-        found = run("verify", dataclasses.replace(task, logits=str(ours)))
-        packed = {name: int(found[name]) for name in ("rider_tokens", "padding_tokens")}
+        ours_report = run("verify", dataclasses.replace(task, logits=str(ours)))
+        packed = {name: int(ours_report[name]) for name in ("rider_tokens", "padding_tokens")}
         run("resident", dataclasses.replace(task, logits=str(resident), **packed))
         wanted = torch.load(resident)
         compare(torch.load(ours), wanted)
         if store is None:
             return packed, 0.0
-        own = dataclasses.replace(task, checkpoint=str(store), logits=str(stored), **packed)
-        run("verify", own)
+        run("verify", dataclasses.replace(task, checkpoint=str(store), logits=str(stored), **packed))
         if is_exact:
             compare(torch.load(stored), wanted)
         one, other = (torch.cat(parts).double() for parts in (torch.load(stored), wanted))
@@ -72,7 +71,7 @@ def verify(
 
 
 def compare(ours: list[torch.Tensor], resident: list[torch.Tensor]) -> None:
-    """Leave with an error unless the logits of every micro-batch are equal."""
+    """Exit with an error unless the logits of every micro-batch are equal."""
     largest = 0.0
     for a, b in zip(ours, resident, strict=True):
         if not torch.equal(a, b):
@@ -84,7 +83,7 @@ def compare(ours: list[torch.Tensor], resident: list[torch.Tensor]) -> None:
 
 
 def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
-    """Verify, run everything in turn, and put the medians together."""
+    """Verify, run all sides in turn, and return the report of the medians."""
     names = {
         "uniform": ["ours", "resident", "accelerate"],
         "mixed": ["ours", "resident", "accelerate", "accelerate_one_by_one"],
@@ -99,11 +98,11 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
     with sides.capped(None if arguments.warm else arguments.ram) as cgroup:
 
         def run(name: str, task: Task) -> dict[str, Any]:
-            # The resident block and head may be larger than the cap, which is the streamed sides' alone.
-            own = None if name == "resident" else cgroup
+            # Only the streamed sides are capped: the resident block and head may be larger than the cap.
+            cap = None if name == "resident" else cgroup
             side, lies_in = ("ours", store) if name == "store" and store else (name, Path(task.checkpoint))
             given = dataclasses.asdict(dataclasses.replace(task, checkpoint=str(lies_in)))
-            return sides.run("passes", side, given, folder=lies_in, cgroup=own, warm=arguments.warm)
+            return sides.run("passes", side, given, folder=lies_in, cgroup=cap, warm=arguments.warm)
 
         packed, distance = verify(task, run, store, arguments.store in ("bf16", "lossless"))
         print("verified: one block gives the resident model's bits", file=sys.stderr)
@@ -160,7 +159,7 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
 def of_store(
     plain: list[dict[str, Any]], stored: list[dict[str, Any]], num_blocks: int, distance: float, disk: float
 ) -> dict[str, Any]:
-    """Return what the blocks of a store take, and of the plain checkpoint's how much."""
+    """Return the bytes and the time of a store's blocks, also relative to those of the plain checkpoint."""
     block_bytes, plain_bytes = stored[0]["block_bytes"], plain[0]["block_bytes"]
     wall_s, plain_s = (num_blocks * median(runs, "block_s") for runs in (stored, plain))
     return {
@@ -176,15 +175,15 @@ def of_store(
 
 
 def median(runs: list[dict[str, Any]], key: str) -> float:
-    """Return the median of what several runs report."""
+    """Return the median of a figure over several runs."""
     return statistics.median(run[key] for run in runs)
 
 
 def disk_bytes(report: dict[str, Any]) -> float:
-    """Return the bytes that must come from the disk in what was measured.
+    """Return the bytes that the measured pass must read from the disk.
 
-    No more than the weights in a first sweep: what is read twice is our fault, not a limit. The kernel does not tell
-    what it reads for a mapped model, which is everything unless the page cache is warm.
+    A first sweep must read no more than the weights: what is read twice is our fault, not a limit. The kernel does not
+    report what it reads for a mapped model; it reads everything unless the page cache is warm.
     """
     if report["mapped"]:
         return 0 if report["page_cache"] == "warm" else report["weight_bytes"]
@@ -199,7 +198,7 @@ def of_passes(
     ours: list[dict[str, Any]],
     resident: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Return the limit by what resident blocks take, the later sweeps, and the whole model's time."""
+    """Return the limit that resident blocks set, the later sweeps, and the time of the whole model."""
     block_s, head_s = median(resident, "block_s"), median(resident, "head_s")
     compute_s = arguments.blocks * block_s + head_s
     later = [
@@ -213,18 +212,18 @@ def of_passes(
         "resident_block_s": block_s, "resident_head_s": head_s, "resident_compute_s": compute_s,
         "limit_s": max(report["disk_limit_s"], compute_s),
         "later_sweeps": later,
-        # Everything in a first sweep is read, so its blocks are like those of a model that is longer.
+        # A first sweep reads every block, so its blocks take as long as those of a model with more blocks.
         "full_model_s": median(ours, "block_s") * num_model_blocks(arguments.geometry) + median(ours, "rest_s"),
     }  # fmt: skip
 
 
 def of_peer(task: Task, report: dict[str, Any], runs: Runs) -> dict[str, Any]:
-    """Return what the peer took, in each way that it can be asked."""
+    """Return the times of the peer, for each way of running it."""
     peers, wall = runs["accelerate"], report["wall_s"]
     peer_wall = median(peers, "wall_s")
     ours_top, peer_top = runs["ours"][0]["top"], peers[0]["top"]
     same = statistics.mean(a == b for a, b in zip(ours_top, peer_top, strict=True))
-    # Another batch has another rounding, and random weights have near ties; but this many are no ties.
+    # Another batch rounds differently, and random weights have near ties; but not this many.
     if same < 0.5:
         sys.exit(f"accelerate finds the same likeliest token for only {same:.0%} of the sequences")
     found = {
@@ -249,7 +248,7 @@ def of_peer(task: Task, report: dict[str, Any], runs: Runs) -> dict[str, Any]:
 
 
 def matrix_sizes(folder: Path) -> tuple[float, int, int]:
-    """Return the weights of a block that a token is multiplied with, those of the head, and the model's width."""
+    """Return how many weights of a block a token is multiplied with, how many of the head, and the model's width."""
     config = AutoConfig.from_pretrained(folder)
     config.num_hidden_layers = 1
     with torch.device("meta"):
@@ -263,7 +262,7 @@ def matrix_sizes(folder: Path) -> tuple[float, int, int]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """Say the limit, the measurement and the ratio, for people."""
+    """Return the limit, the measurement and the ratio as text."""
     computing = (
         f"computing in memory {report['resident_compute_s']:.2f} s, "
         if "resident_compute_s" in report
@@ -299,18 +298,28 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line, and say what does not go together."""
+    """Parse the command line, and refuse options that do not go together."""
     parser = sides.parser(__doc__)
     parser.add_argument("--case", choices=["uniform", "mixed", "many"], default="uniform")
-    parser.add_argument("--tokens", type=int, default=13, help="case uniform: of all sequences together")
-    parser.add_argument("--sequences", type=int, default=1, help="case uniform: of equal length")
-    parser.add_argument("--sentences", type=int, default=5000, help="case many: to score")
-    parser.add_argument("--sentence-tokens", type=int, default=20, help="case many: of each")
     parser.add_argument(
-        "--store", choices=["plain", *STORES], default="plain", help="how the weights lie on disk"
+        "--tokens", type=int, default=13, help="case uniform: number of tokens of all sequences together"
     )
-    parser.add_argument("--sweeps", type=int, default=1, help="in one process; the first is compared")
-    parser.add_argument("--warm", action="store_true", help="all files in the page cache, and no cap")
+    parser.add_argument(
+        "--sequences", type=int, default=1, help="case uniform: number of sequences of equal length"
+    )
+    parser.add_argument("--sentences", type=int, default=5000, help="case many: number of sentences to score")
+    parser.add_argument(
+        "--sentence-tokens", type=int, default=20, help="case many: number of tokens of each sentence"
+    )
+    parser.add_argument(
+        "--store", choices=["plain", *STORES], default="plain", help="kind of store of the weights"
+    )
+    parser.add_argument(
+        "--sweeps", type=int, default=1, help="number of sweeps in one process; the first is compared"
+    )
+    parser.add_argument(
+        "--warm", action="store_true", help="read all files into the page cache first, and set no cap"
+    )
     parser.add_argument("--stream-all", action="store_true", help="keep no block in memory")
     arguments = parser.parse_args(argv)
     if arguments.tokens % arguments.sequences:
@@ -323,7 +332,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, then print the limit, the measurement, the ratio, and the JSON document."""
+    """Measure, then print the limit, the measurement, the ratio and the JSON document."""
     arguments = parse(argv)
     folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks)
     task = Task(

@@ -2,12 +2,12 @@
 
     python -m benchmarks.generation --geometry llama-70b --blocks 4 --prompts 32 --new-tokens 8 --ram 5GiB --peer accelerate
 
-Prompts of random tokens are continued greedily. Ours takes all of them together; accelerate's `generate` takes them
-one by one (a few tokens of one prompt are measured and the rest extrapolated), and in one padded batch of all. Each
-run is a process of its own under the same memory cap, page cache dropped, in turn. The limit is the larger of the
-bytes of all sweeps at the disk's rate and the computing of the tokens; a sweep gives every prompt one token. Before a
-speed is reported, our first tokens must be those of the peer, near ties aside. The last line of stdout is one JSON
-document.
+Prompts of random tokens are continued greedily. slowllm continues all of them together; accelerate's `generate`
+continues them one by one (a few tokens of one prompt are measured and the rest extrapolated), and all in one padded
+batch. Each run is a process of its own under the same memory cap, with the page cache dropped; the sides run in turn.
+The limit is the larger of two times: reading the bytes of all sweeps at the disk's rate, and computing the tokens. A
+sweep gives every prompt one token. Before a speed is reported, our first tokens must be the peer's, near ties aside.
+The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from torch import Tensor
 from benchmarks import machine, sides
 from benchmarks.forward_pass import matrix_sizes
 
-# One by one, the peer reads the whole checkpoint for every token of every prompt; so many tokens are timed.
+# Tokens that are timed one by one: the peer reads the whole checkpoint for every token of every prompt.
 NUM_ONE_BY_ONE = 2
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process is to do; travels as JSON."""
+    """What one process does; passed as JSON."""
 
     checkpoint: str
     ram: str
@@ -44,7 +44,7 @@ class Task:
 
 
 def prompts_of(task: Task, vocab_size: int) -> list[Tensor]:
-    """Return random prompts of unlike length, the same in every process."""
+    """Return random prompts of various lengths, the same in every process."""
     generator = torch.Generator().manual_seed(0)
     shortest = max(1, task.prompt_tokens // 2)
     lengths = torch.randint(
@@ -61,19 +61,19 @@ def run_ours(task: Task) -> dict[str, Any]:
     from slowllm.runtime.description import ModelInfo
     from slowllm.runtime.rates import quick_rates
 
-    known = ModelInfo(task.checkpoint)
+    info = ModelInfo(task.checkpoint)
     settings = Settings(max_new_tokens=task.new_tokens, min_new_tokens=task.new_tokens)
-    prompts = [Prompt(tuple(ids.tolist()), settings) for ids in prompts_of(task, known.config.vocab_size)]
-    rates = quick_rates(known.folder, "bfloat16")
-    job = generation.job_of(known, prompts, rates)
-    with load(known, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:
+    prompts = [Prompt(tuple(ids.tolist()), settings) for ids in prompts_of(task, info.config.vocab_size)]
+    rates = quick_rates(info.folder, "bfloat16")
+    job = generation.job_of(info, prompts, rates)
+    with load(info, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:
         started = time.perf_counter()
-        found = [continuation.ids for (continuation,) in generation.generate(lm, prompts)]
+        tokens = [continuation.ids for (continuation,) in generation.generate(lm, prompts)]
         wall = time.perf_counter() - started
         report = lm.report
         return {
             "wall_s": wall,
-            "tokens": found,
+            "tokens": tokens,
             "num_sweeps": report.num_passages / lm.num_stops,
             "read_bytes": report.read_bytes,
             "wait_s": report.wait_seconds,
@@ -103,7 +103,7 @@ def run_accelerate(task: Task) -> dict[str, Any]:
 
 
 def run_accelerate_one_by_one(task: Task) -> dict[str, Any]:
-    """Continue the first prompt by a few tokens with accelerate's disk offload, and extrapolate to all."""
+    """Continue the first prompt by a few tokens with accelerate's disk offload, and extrapolate to all prompts."""
     from benchmarks.passes import offloaded
 
     model, offload = offloaded(task.checkpoint)
@@ -117,19 +117,19 @@ def run_accelerate_one_by_one(task: Task) -> dict[str, Any]:
 
 
 def generate(model: Any, ids: Tensor, mask: Tensor, num_tokens: int) -> Tensor:
-    """Continue greedily by exactly so many tokens."""
-    found: Tensor = model.generate(
+    """Continue greedily by exactly `num_tokens` tokens."""
+    continued: Tensor = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False,
         pad_token_id=3,
     )  # fmt: skip
-    return found
+    return continued
 
 
 RUNNERS = {"ours": run_ours, "accelerate": run_accelerate, "accelerate_one_by_one": run_accelerate_one_by_one}
 
 
 def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
-    """Run everything in turn, compare the tokens, and put the medians together."""
+    """Run all sides in turn, compare the tokens, and return the report of the medians."""
     folder, runs = Path(task.checkpoint), dict[str, list[dict[str, Any]]]()
     block_weights, head_weights, width = matrix_sizes(folder)
     num_prompt_tokens = sum(map(len, prompts_of(task, 1000)))
@@ -162,8 +162,8 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
     report["efficiency"] = report["limit_s"] / report["wall_s"]
     if arguments.peer:
         theirs = runs["accelerate"][0]["tokens"]
-        # Another batch has another rounding, and random weights have near ties: only first tokens are compared,
-        # because a tie that falls otherwise changes all that follows.
+        # Another batch rounds differently, and random weights have near ties. Only first tokens are compared, because
+        # a tie that is decided differently changes all tokens after it.
         same = statistics.mean(a[0] == b[0] for a, b in zip(ours["tokens"], theirs, strict=True))
         if same < 0.5:
             sys.exit(f"not verified: accelerate's first tokens are ours for only {same:.0%} of the prompts")
@@ -179,10 +179,10 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make or find the checkpoint, measure, report."""
+    """Make or find the checkpoint, measure and report."""
     parser = sides.parser(__doc__)
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--prompt-tokens", type=int, default=16, help="of a prompt, in the mean")
+    parser.add_argument("--prompt-tokens", type=int, default=16, help="mean number of tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=8)
     arguments = parser.parse_args(argv)
     folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks)

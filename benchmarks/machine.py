@@ -1,6 +1,6 @@
-"""What the machine can do: the disk's rate, the processor's rate, and caps on memory.
+"""Measure the rates of the disk and the processor, and cap memory.
 
-Measured in the same run as whatever is compared with it, because both vary.
+The rates are measured in the same run as the speeds that are compared with them, because both vary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROBE_BYTES = 2 << 30
 
 
 def drop_page_cache(folder: Path) -> None:
-    """Have the kernel forget the cached pages of a folder's files."""
+    """Drop a folder's files from the page cache."""
     for path in folder.iterdir():
         if path.is_file():
             with open(path, "rb") as file:
@@ -28,7 +28,7 @@ def drop_page_cache(folder: Path) -> None:
 
 
 def read_all(folder: Path) -> None:
-    """Bring a folder's files into the page cache by reading them; advice alone may be ignored."""
+    """Read a folder's files into the page cache; the kernel may ignore mere advice."""
     buffer = memoryview(bytearray(16 << 20))
     for path in folder.iterdir():
         if path.is_file():
@@ -38,13 +38,13 @@ def read_all(folder: Path) -> None:
 
 
 def measure_disk(folder: Path) -> DiskRate:
-    """Measure direct reads of about 2 GB of a checkpoint, by the reader that the engine uses."""
+    """Measure direct reads of about 2 GB of a checkpoint with the engine's own reader."""
     with open_checkpoint(folder) as checkpoint:
         return disk_rate(checkpoint, PROBE_BYTES)
 
 
 def gemm_flops_per_second(num_tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Return the rate of a product of `num_tokens` rows with a square matrix, the best of five."""
+    """Return the rate of a product of `num_tokens` rows with a square matrix, the best of six runs."""
     a, b = torch.randn(num_tokens, width).to(dtype), torch.randn(width, width).to(dtype)
     best = min(_seconds(lambda: a @ b) for _ in range(6))
     return 2 * num_tokens * width * width / best
@@ -57,7 +57,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def memory_cgroup(name: str, limit_bytes: int) -> Path | None:
-    """Make a memory cgroup with a limit; return its folder, or None where that is not allowed."""
+    """Make a memory cgroup with a limit; return its folder, or None where the machine does not allow one."""
     for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
         folder = Path(root) / name
         try:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.make_checkpoint --geometry llama-70b --blocks 4 OUT
 
-The files are as the hub has them: names on disk, bf16, shards of about 5 GB with an index, and a small tokenizer
-beside them. Weights are drawn once per scale and written over and over at shifting offsets, so that the disk and
-not the generator is the limit; norms are one and biases zero, so activations stay of the order of one.
+The files are laid out as on the hub: the hub's tensor names, bf16, shards of about 5 GB with an index, and a small
+tokenizer beside them. Weights are drawn once per scale and written repeatedly at shifting offsets, so that the disk and
+not the generator is the limit. Norms are one and biases zero, so that activations stay of the order of one.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from transformers.core_model_loading import revert_weight_conversion
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 5_000_000_000
-POOL_ELEMENTS = (1 << 25) + 12_289  # odd, so that rows of a matrix never repeat in step
+POOL_ELEMENTS = (1 << 25) + 12_289  # odd, so that the rows of a matrix do not repeat in step
 
 LLAMA_3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
 
-# Model type, the number of blocks of the whole model, and its published configuration.
+# Model type, number of blocks of the whole model, and its published configuration.
 GEOMETRIES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "bloom-176b": ("bloom", 70, {"hidden_size": 14336, "n_head": 112, "vocab_size": 250880}),
     "llama-70b": (
@@ -69,7 +69,7 @@ GEOMETRIES: dict[str, tuple[str, int, dict[str, Any]]] = {
             "new_decoder_architecture": True, "bias": False, "alibi": False, "tie_word_embeddings": False,
         },
     ),
-    # For tests of the benchmarks: everything runs in a second.
+    # For the tests of the benchmarks.
     "tiny": (
         "llama",
         8,
@@ -82,15 +82,15 @@ GEOMETRIES: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def num_model_blocks(geometry: str) -> int:
-    """Return how many blocks the whole model of a geometry has."""
+    """Return the number of blocks of a geometry's whole model."""
     return GEOMETRIES[geometry][1]
 
 
 def make_checkpoint(geometry: str, num_blocks: int, out: Path, *, seed: int = 0) -> int:
-    """Write a checkpoint and return its bytes. The folder gets its name when it is complete.
+    """Write a checkpoint and return its size in bytes. The folder gets its name when it is complete.
 
     Raises:
-        SystemExit: there is too little space, with the numbers.
+        SystemExit: there is too little free space.
     """
     model = _on_meta(geometry, num_blocks)
     tensors = _names_on_disk(model)
@@ -136,7 +136,7 @@ def _names_on_disk(model: PreTrainedModel) -> dict[str, Tensor]:
         name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
     }
     names = revert_weight_conversion(model, state)
-    if model.config.model_type == "bloom":  # as bigscience/bloom has them
+    if model.config.model_type == "bloom":  # as in bigscience/bloom
         names = {name.removeprefix("transformer."): tensor for name, tensor in names.items()}
     return names
 
@@ -191,7 +191,7 @@ def _write_tensor(
 
 
 def main() -> None:
-    """Parse the command line, write, and say how long it took."""
+    """Parse the command line, write the checkpoint, and print how long it took."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

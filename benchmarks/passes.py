@@ -1,9 +1,9 @@
-"""What each process of the forward benchmark runs: slowllm, the same blocks resident, or accelerate.
+"""Run one side of the forward benchmark: slowllm, the same blocks in memory, or accelerate.
 
     python -m benchmarks.passes --side NAME '{"checkpoint": ...}'
 
-Knows the sentences of each case, and that all sides compute the same ones: the logits of each sentence's last
-position, or the likelihoods of whole sentences. Times passes only, never imports or the opening of a checkpoint.
+All sides compute the same sentences: the logits of each sentence's last position, or the likelihoods of whole
+sentences. Only passes are timed, never imports or the opening of a checkpoint.
 The last line of stdout is one JSON document.
 """
 
@@ -27,15 +27,15 @@ from benchmarks.sentences import Task, last_logits, lengths_of, micro_batches, s
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.planning.packing import pack
 
-# One by one, the peer reads the whole checkpoint for every sentence; so many are timed.
+# Sentences that are timed one by one: the peer reads the whole checkpoint for each.
 NUM_ONE_BY_ONE = 2
-# So many of the case "many" are compared with the resident model.
+# Sentences of the case "many" that are compared with the resident model.
 NUM_VERIFIED = 64
 NUM_RESIDENT_ROUNDS = 3
 
 
 def load_ours(task: Task, *, keep_resident: bool | None = None) -> Any:
-    """Open the checkpoint with slowllm. Everything that ours is told stands here."""
+    """Open the checkpoint with slowllm; all its options are here."""
     from slowllm.planning.job import Job
     from slowllm.runtime.load import open_model
     from slowllm.runtime.rates import quick_rates
@@ -52,7 +52,7 @@ def load_ours(task: Task, *, keep_resident: bool | None = None) -> Any:
 
 
 def run_ours(task: Task) -> dict[str, Any]:
-    """Run sweeps with slowllm, all micro-batches in one ride; each is reported, the first as the measurement."""
+    """Run sweeps with slowllm, all micro-batches in one ride. All are reported; the first is the measurement."""
     passages: list[Any] = []
     with load_ours(task) as lm, lm.watching(passages.append), torch.no_grad():
         config = lm.model.config.get_text_config()
@@ -94,7 +94,7 @@ def run_ours(task: Task) -> dict[str, Any]:
 
 
 def run_many(task: Task) -> dict[str, Any]:
-    """Score every sentence with slowllm, as the command `score` does."""
+    """Score every sentence with slowllm, as `slowllm forward` does."""
     from slowllm.inference.lines import Line, score_lines
 
     passages: list[Any] = []
@@ -125,7 +125,7 @@ def run_many(task: Task) -> dict[str, Any]:
 
 
 def held(lm: Any) -> dict[str, Any]:
-    """Return how the model is held."""
+    """Return the sizes of the model, and what of it stays in memory."""
     body = lm.layout.stops[: num_body_stops(lm)]
     return {
         "weight_bytes": lm.weight_bytes,
@@ -139,25 +139,25 @@ def held(lm: Any) -> dict[str, Any]:
 
 
 def predicted(lm: Any) -> dict[str, float]:
-    """Return what the plan expects of a first sweep."""
+    """Return the plan's forecast of a first sweep."""
     return {"predicted_s": lm.plan.forecast.first_seconds}
 
 
 def num_body_stops(lm: Any) -> int:
-    """Return the number of stops before the head's."""
+    """Return the number of stops before those of the head."""
     return len(lm.layout.modules)
 
 
 def run_verify(task: Task) -> dict[str, Any]:
-    """Save what slowllm computes with the first block alone, every stop streamed; say how it packs."""
+    """Save the logits that slowllm computes with the first block alone, every stop streamed; return how it packs."""
     from slowllm.modeling.layout import find_blocks
 
     with load_ours(task) as lm:
         plan = lm.plan
-    del lm  # with its memory
+    del lm  # frees its memory
     with load_ours(task, keep_resident=False) as lm, torch.no_grad():
         _, blocks = find_blocks(lm.model)
-        # The carousel goes past stops that nobody waits for, so the other blocks need no other checkpoint.
+        # The carousel skips stops that no rider needs, so the same checkpoint can be used.
         del blocks[1:]
         config = lm.model.config.get_text_config()
         config.num_hidden_layers = 1
@@ -190,7 +190,7 @@ def run_resident(task: Task) -> dict[str, Any]:
 
 
 def _resident_round(model: Any, batches: list[list[Tensor]]) -> tuple[float, float]:
-    """Return the seconds inside the block, and outside of it: embedding, norm and head."""
+    """Return the seconds inside the block, and those outside of it: embedding, norm and head."""
     from slowllm.modeling.layout import find_blocks
 
     (block,) = find_blocks(model)[1]
@@ -210,7 +210,7 @@ def _resident_round(model: Any, batches: list[list[Tensor]]) -> tuple[float, flo
 
 
 def one_block(folder: Path) -> Any:
-    """Return transformers' own model of a checkpoint's first block, embedding and head, in memory in bf16."""
+    """Return transformers' own model with only a checkpoint's first block, embedding and head, in memory in bf16."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
@@ -219,8 +219,8 @@ def one_block(folder: Path) -> Any:
         None, config=config, state_dict=dict(_tensors_of_first_block(folder)), dtype=torch.bfloat16
     )
     model.eval().requires_grad_(False)
-    # A head that is frozen too would be multiplied in a batch for a slice of positions, and torch copies its whole
-    # weight for every row of that: 23 s for one sequence at a width of 8192.
+    # A frozen head would be multiplied in a batched product for a slice of positions, for which torch copies its whole
+    # weight for every row: 23 s for one sequence at a width of 8192.
     model.get_output_embeddings().weight.requires_grad_(True)
     return model
 
@@ -230,14 +230,14 @@ def _tensors_of_first_block(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
+            for name in file.keys():  # noqa: SIM118 (the file is no dict)
                 number = re.search(r"(?:^|\.)(?:h|layers|blocks)\.(\d+)\.", name)
                 if number is None or int(number[1]) == 0:
-                    yield name, file.get_tensor(name).clone()  # else it would stay a page of the file
+                    yield name, file.get_tensor(name).clone()  # otherwise it would keep the file mapped
 
 
 def run_accelerate(task: Task) -> dict[str, Any]:
-    """Run all sentences in one batch, padded where need be, with accelerate's disk offload."""
+    """Run all sentences in one batch with accelerate's disk offload, padded where lengths differ."""
     model, offload = offloaded(task.checkpoint)
     with offload, torch.no_grad():
         rows = sentences(task, model.config.vocab_size)
@@ -248,7 +248,7 @@ def run_accelerate(task: Task) -> dict[str, Any]:
 
 
 def run_accelerate_one_by_one(task: Task) -> dict[str, Any]:
-    """Run a few sentences, each in a pass of its own, and extrapolate to all."""
+    """Run a few sentences with accelerate, each in a pass of its own, and extrapolate to all sentences."""
     model, offload = offloaded(task.checkpoint)
     with offload, torch.no_grad():
         rows = sentences(task, model.config.vocab_size)
@@ -261,7 +261,7 @@ def run_accelerate_one_by_one(task: Task) -> dict[str, Any]:
 
 
 def offloaded(checkpoint: str) -> tuple[Any, tempfile.TemporaryDirectory[str]]:
-    """Open the checkpoint with transformers' device_map, everything on disk, as accelerate does it."""
+    """Open the checkpoint with transformers' device_map and everything on disk: accelerate's disk offload."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(checkpoint)
@@ -270,7 +270,7 @@ def offloaded(checkpoint: str) -> tuple[Any, tempfile.TemporaryDirectory[str]]:
     base = skeleton.base_model_prefix
     device_map = {f"{base}.{name}": "disk" for name, _ in skeleton.base_model.named_children()}
     device_map["lm_head"] = "disk"
-    # The folder gets an index only: safetensors are mapped where they lie.
+    # Only an index is written to the folder: safetensors are mapped in place.
     offload = tempfile.TemporaryDirectory()
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.bfloat16, device_map=device_map, offload_folder=offload.name

@@ -3,11 +3,11 @@
     python -m benchmarks.scoring --geometry llama-70b --blocks 4 --ram 5GiB --peer accelerate
     python -m benchmarks.scoring --questions 64 --header-tokens 200 --choice-tokens 3
 
-Questions stand under one header, each with its own tokens and some choices, all of them random. Ours answers them as
-`lm.choose` does; `whole` is ours without sharing what rows have in common; accelerate takes padded batches of
+Questions have one header in common, and each has its own tokens and some choices, all of them random. slowllm answers
+them as `lm.choose` does; `whole` is slowllm without sharing the rows' common prefixes; accelerate runs padded batches of
 `--peer-batch` rows, of which a few are measured and the rest extrapolated. Each run is a process of its own under the
-same memory cap, page cache dropped, in turn. Our probabilities must agree with each other and with accelerate's
-before a speed is reported. The last line of stdout is one JSON document.
+same memory cap, with the page cache dropped; the sides run in turn. Our probabilities must agree with each other and
+with accelerate's before a speed is reported. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ import torch
 from benchmarks import machine, sides
 from slowllm.inference.text import Query
 
-# Passes of the peer that are measured.
+# Number of the peer's passes that are measured.
 NUM_PEER_PASSES = 2
-# bf16, another order of summation, and logits of random weights that lie close together.
+# bf16, a different order of summation, and logits of random weights, which are close together.
 TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process is to do; travels as JSON."""
+    """What one process does; passed as JSON."""
 
     checkpoint: str
     ram: str
@@ -58,7 +58,6 @@ def queries_of(task: Task, vocab_size: int) -> list[Query]:
     header = ids(task.header_tokens)
     found = []
     for _ in range(task.questions):
-        # Questions of unlike length, as they come.
         length = int(
             torch.randint(task.question_tokens // 2, task.question_tokens * 3 // 2, (), generator=generator)
         )
@@ -74,12 +73,12 @@ def run_ours(task: Task, *, share: bool = True) -> dict[str, Any]:
     from slowllm.runtime.description import ModelInfo
     from slowllm.runtime.rates import quick_rates
 
-    known = ModelInfo(task.checkpoint)
-    queries = queries_of(task, known.config.vocab_size)
-    rates = quick_rates(known.folder, "bfloat16")
-    job = job_of_queries(queries, known, rates, share=share)
+    info = ModelInfo(task.checkpoint)
+    queries = queries_of(task, info.config.vocab_size)
+    rates = quick_rates(info.folder, "bfloat16")
+    job = job_of_queries(queries, info, rates, share=share)
     relative = task.choice_tokens == 1
-    with load(known, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:
+    with load(info, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:
         started = time.perf_counter()
         found = [a.log_likelihood for a in score_queries(lm, queries, relative=relative, share=share)]
         wall = time.perf_counter() - started
@@ -99,7 +98,7 @@ def run_ours(task: Task, *, share: bool = True) -> dict[str, Any]:
 
 
 def run_whole(task: Task) -> dict[str, Any]:
-    """Answer all questions through slowllm, each row by itself."""
+    """Answer all questions through slowllm, without sharing common prefixes."""
     return run_ours(task, share=False)
 
 
@@ -126,9 +125,9 @@ def run_accelerate(task: Task) -> dict[str, Any]:
 
 
 def batches(task: Task, queries: list[Query]) -> Iterator[list[Query]]:
-    """Yield whole questions: rows that a person who knows the trick would batch.
+    """Yield the queries of whole questions, batched as well as a user of the peer can batch them.
 
-    Choices of one token need one row a question, as in lm-eval; others one each.
+    A question whose choices have one token needs one row, as in lm-eval; otherwise each choice needs its own.
     """
     rows_each = 1 if task.choice_tokens == 1 else task.choices
     step = max(1, task.peer_batch // rows_each) * task.choices
@@ -137,7 +136,7 @@ def batches(task: Task, queries: list[Query]) -> Iterator[list[Query]]:
 
 
 def scores(model: Any, queries: list[Query]) -> list[float]:
-    """Return the log-likelihoods by one padded pass."""
+    """Return the log-likelihoods of queries, from one padded pass."""
     contexts = list(dict.fromkeys(query.ids for query in queries))
     width = max(map(len, contexts))
     ids = torch.zeros(len(contexts), width, dtype=torch.int64)
@@ -166,7 +165,7 @@ RUNNERS = {"ours": run_ours, "whole": run_whole, "accelerate": run_accelerate}
 
 
 def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
-    """Run everything in turn, compare the answers, and put the medians together."""
+    """Run all sides in turn, compare the answers, and return the report of the medians."""
     folder, runs = Path(task.checkpoint), dict[str, list[dict[str, Any]]]()
     disk = []
     with sides.capped(arguments.ram) as cgroup:
@@ -206,14 +205,18 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make or find the checkpoint, measure, report."""
+    """Make or find the checkpoint, measure and report."""
     parser = sides.parser(__doc__)
     parser.add_argument("--questions", type=int, default=64)
-    parser.add_argument("--header-tokens", type=int, default=100, help="that all questions begin with")
-    parser.add_argument("--question-tokens", type=int, default=24, help="of a question, in the mean")
+    parser.add_argument(
+        "--header-tokens", type=int, default=100, help="number of tokens that all questions begin with"
+    )
+    parser.add_argument(
+        "--question-tokens", type=int, default=24, help="mean number of further tokens of a question"
+    )
     parser.add_argument("--choices", type=int, default=2)
     parser.add_argument("--choice-tokens", type=int, default=1)
-    parser.add_argument("--peer-batch", type=int, default=16, help="rows of the peer's batch")
+    parser.add_argument("--peer-batch", type=int, default=16, help="number of rows of the peer's batch")
     arguments = parser.parse_args(argv)
     folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks)
     task = Task(

@@ -1,7 +1,4 @@
-"""The work that all sides of the forward benchmark share: which sentences, in which batches.
-
-Knows the cases and how a model is asked for the logits of each sentence's last position; knows no side.
-"""
+"""Make the sentences and batches of the forward benchmark, the same for all its sides."""
 
 from __future__ import annotations
 
@@ -14,20 +11,20 @@ from torch import Tensor
 
 from slowllm.planning.packing import pack
 
-# Case "mixed": text as it comes, many short sentences and a few long ones.
+# Case "mixed": as in real text, many short sentences and a few long ones.
 MIXED_SENTENCES, MIXED_TOKENS, MIXED_SHORTEST, MIXED_LONGEST = 64, 1024, 4, 60
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process is to do; travels as JSON.
+    """What one process does; passed as JSON.
 
     Attributes:
         case: `uniform` (`tokens` in `sequences`), `mixed`, or `many` (`sentences` of `sentence_tokens`).
-        rider_tokens: of a micro-batch, the same for all sides; 0 until ours has planned.
-        padding_tokens: most tokens of padding in one, likewise.
-        keep_resident: whether ours may keep stops in memory.
-        logits: file for the logits that are compared; nothing is timed then.
+        rider_tokens: number of tokens of a micro-batch, the same for all sides; 0 until slowllm has planned.
+        padding_tokens: maximum number of padding tokens in one, likewise.
+        keep_resident: whether slowllm may keep stops in memory.
+        logits: file for the logits that are compared; where it is given, nothing is timed.
     """
 
     checkpoint: str
@@ -55,7 +52,7 @@ def lengths_of(task: Task) -> list[int]:
     # By the trapezoid rule the sum of steps**k is (n - 1) / (k + 1) + 1/2.
     power = spread * (MIXED_SENTENCES - 1) / (extra - spread / 2) - 1
     lengths = (MIXED_SHORTEST + spread * steps**power).round().long()
-    lengths[MIXED_SENTENCES // 2] += MIXED_TOKENS - int(lengths.sum())  # what rounding left
+    lengths[MIXED_SENTENCES // 2] += MIXED_TOKENS - int(lengths.sum())  # corrects the rounding
     return lengths[torch.randperm(MIXED_SENTENCES, generator=torch.Generator().manual_seed(0))].tolist()
 
 
@@ -67,7 +64,7 @@ def sentences(task: Task, vocab_size: int) -> list[Tensor]:
 
 
 def batch(model: Any, rows: list[Tensor]) -> dict[str, Tensor]:
-    """Return the model's inputs; where lengths differ, padded on the left, so that all end in one column."""
+    """Return the model's inputs, padded on the left where lengths differ, so that all rows end in one column."""
     width = max(map(len, rows))
     ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=3) for row in rows])
     if all(len(row) == width for row in rows):
@@ -86,15 +83,15 @@ def last_logits(model: Any, rows: list[Tensor]) -> Tensor:
 
 
 def micro_batches(rows: list[Tensor], rider_tokens: int, padding_tokens: int) -> list[list[int]]:
-    """Divide sentences into micro-batches as slowllm's scoring does."""
+    """Pack sentences into micro-batches as slowllm's scoring does."""
     return pack([len(row) for row in rows], rider_tokens, padding_tokens)
 
 
 def tops(batches: list[list[int]], parts: list[Tensor]) -> list[int]:
-    """Return the likeliest token of each sentence, in the sentences' order."""
-    found = {
+    """Return the most likely next token of each sentence, in the sentences' order."""
+    tokens = {
         n: int(top)
         for numbers, part in zip(batches, parts, strict=True)
         for n, top in zip(numbers, part.argmax(-1), strict=True)
     }
-    return [found[number] for number in range(len(found))]
+    return [tokens[number] for number in range(len(tokens))]

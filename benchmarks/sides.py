@@ -1,4 +1,4 @@
-"""What the benchmarks share: each side in a process of its own, under one memory cap, on one checkpoint."""
+"""Run each side of a benchmark in a process of its own, under one memory cap and on one checkpoint."""
 
 from __future__ import annotations
 
@@ -24,31 +24,35 @@ SIDE = "--side"
 
 
 def parser(description: str | None, peers: Sequence[str] = ("accelerate",)) -> argparse.ArgumentParser:
-    """Return a parser of the options that all benchmarks have: the checkpoint, the cap, how often, and the peer."""
-    found = argparse.ArgumentParser(
+    """Return a parser of the options that all benchmarks have."""
+    options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-70b")
-    found.add_argument("--blocks", type=int, default=4)
-    found.add_argument("--ram", default="5GiB", help="our budget, and the cap of both sides")
-    found.add_argument("--repeat", type=int, default=3, help="runs of each side; the median counts")
-    found.add_argument("--peer", choices=peers)
-    found.add_argument("--checkpoint", type=Path, help="folder; written where it is missing")
-    return found
+    options.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-70b")
+    options.add_argument("--blocks", type=int, default=4, help="number of blocks of the checkpoint")
+    options.add_argument("--ram", default="5GiB", help="slowllm's budget, and the cap on both sides")
+    options.add_argument(
+        "--repeat", type=int, default=3, help="number of runs of each side, whose median is reported"
+    )
+    options.add_argument("--peer", choices=peers, help="also measure this peer")
+    options.add_argument(
+        "--checkpoint", type=Path, help="folder of the checkpoint; written where it is missing"
+    )
+    return options
 
 
 def run(
     module: str, name: str, task: Mapping[str, Any], *, folder: Path, cgroup: Path | None, warm: bool = False
 ) -> dict[str, Any]:
-    """Run one side of a benchmark and return what it reports.
+    """Run one side of a benchmark and return its report.
 
     Args:
-        module: of `benchmarks`, which calls `serve`.
-        name: of the side.
-        task: what it is to do, as JSON has it.
-        folder: of the checkpoint, whose pages are dropped from the page cache before, or read into it.
-        cgroup: that it runs in.
-        warm: whether the checkpoint is to be in the page cache.
+        module: name of the module of `benchmarks` that calls `serve`.
+        name: name of the side.
+        task: what the side does, as JSON.
+        folder: the checkpoint's folder, whose files are dropped from the page cache first, or read into it.
+        cgroup: the cgroup to run in.
+        warm: whether the checkpoint is read into the page cache.
     """
     if warm:
         machine.read_all(folder)
@@ -66,13 +70,13 @@ def run(
 
 
 def serve(runners: Mapping[str, Callable[[Any], dict[str, Any]]], kind: Callable[..., Any]) -> bool:
-    """Be one side, where the command line says so: print its report, with this process's peak RSS, as JSON.
+    """Run one side if the command line asks for it, and print its report with this process's peak RSS as JSON.
 
     Args:
-        runners: the sides.
-        kind: of the task, whose fields the command line has as JSON.
+        runners: the function of each side.
+        kind: class of the task, whose fields the command line gives as JSON.
     Returns:
-        whether the command line said so.
+        whether the command line asked for a side.
     """
     if sys.argv[1:2] != [SIDE]:
         return False
@@ -82,14 +86,14 @@ def serve(runners: Mapping[str, Callable[[Any], dict[str, Any]]], kind: Callable
 
 
 def peak_rss_bytes() -> int:
-    """Return this program's largest resident set; getrusage would count its parent's, from before the exec."""
+    """Return this program's peak RSS; getrusage would include the parent's from before the exec."""
     with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 @contextlib.contextmanager
 def capped(ram: str | None) -> Iterator[Path | None]:
-    """Yield a memory cgroup for the length of the measurement; None where there is none."""
+    """Yield a memory cgroup with this limit; None without a limit, or where none can be made."""
     if ram is None:
         yield None
         return
@@ -104,10 +108,10 @@ def capped(ram: str | None) -> Iterator[Path | None]:
 
 
 def checkpoint(folder: Path | None, geometry: str, blocks: int) -> Path:
-    """Return the folder of a checkpoint of random weights, written where it is missing.
+    """Return the folder of a checkpoint of random weights, which is written where it is missing.
 
     Raises:
-        SystemExit: the folder holds another.
+        SystemExit: the folder holds another checkpoint.
     """
     folder = folder or Path("/var/tmp") / f"slowllm-{geometry}-{blocks}"
     if not (folder / "config.json").is_file():
@@ -119,10 +123,10 @@ def checkpoint(folder: Path | None, geometry: str, blocks: int) -> Path:
 
 
 def store_of(folder: Path, store: str) -> Path:
-    """Return the folder of a store of a checkpoint, beside it, made where it is missing.
+    """Return the folder of a checkpoint's store, which is made beside the checkpoint where it is missing.
 
     Raises:
-        SlowLLMError: it cannot be made, or was made of another checkpoint.
+        SlowLLMError: the store cannot be made, or was made of another checkpoint.
     """
     out = folder.with_name(f"{folder.name}-{store}")
     started = time.perf_counter()

@@ -3,19 +3,21 @@
     python -m benchmarks.tuning_step --geometry llama-70b --blocks 4 --sentences 32 --ram 5GiB --peer accelerate
     python -m benchmarks.tuning_step --top 1 --sentences 32 --ram 5GiB
 
-Sentences of random tokens, all learned but the first, are tuned on by `slowllm.tuning`; a step takes them all. The
-first step is cold; the later ones begin with what the one before has left in memory. accelerate takes the same step by
-hand: forward and backward, all weights frozen. The limit is the larger of the bytes of a step at the disk's rate and
-`resident`, the same micro-batches on blocks in memory, each block computed again on the way down.
+`slowllm.tuning` tunes on sentences of random tokens, of which all tokens but the first are learned; a step takes all
+sentences. The first step is cold; each later one finds in memory what the one before has left there. accelerate takes
+the same step by hand: forward and backward, with all weights frozen. The limit is the larger of two times: reading the
+bytes of a step at the disk's rate, and `resident`, the same micro-batches on blocks in memory, with each block
+recomputed in the backward pass.
 
-With --top, a deep prompt is tuned on the uppermost blocks: the first epoch, which fills the frozen blocks, against later
-ones. It has no peer and no limit; its first loss must be that of the same prompt without frozen blocks.
+With --top, a deep prompt is tuned on the uppermost blocks; the first epoch, which stores the frozen activations, is
+compared with later ones. There is no peer and no limit; the first loss must be that of the same prompt without stored
+activations.
 
-With --store, the same steps are taken on a store of the checkpoint as well, made where it is missing. A lossless one
-must have the same loss and gradient; of others the difference is reported.
+With --store, the same steps are also taken on a store of the checkpoint, which is made where it is missing. A lossless
+store must give the same loss and gradient; for other stores the difference is reported.
 
-Each run is a process of its own under the same memory cap, page cache dropped, in turn. Before anything is timed, the
-gradient of one block must be the resident model's. The last line of stdout is one JSON document.
+Each run is a process of its own under the same memory cap, with the page cache dropped; the sides run in turn. Before
+anything is timed, the gradient of one block must be the resident model's. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -44,30 +46,31 @@ from benchmarks.forward_pass import matrix_sizes
 from slowllm.options import format_bytes
 from slowllm.storage.manifest import STORES
 
-# So many of the sentences are verified.
+# Number of sentences that are verified.
 NUM_VERIFIED = 32
-# Of the gradient of one block, by its norm. The way up is the same bits; then the resident model rounds the gradient of
-# the logits to bf16, and ours only that of the hidden states. On Llama and BLOOM of widths 64 and 512 both are 0.008 to
-# 0.011 away from the gradient in fp32, on different sides of it, and 0.006 to 0.008 from each other.
+# Tolerance for the gradient of one block, relative to its norm. The forward pass gives the same bits; then the resident
+# model rounds the gradient of the logits to bf16, and slowllm only that of the hidden states. On Llama and BLOOM of
+# widths 64 and 512 both are 0.008 to 0.011 away from the gradient in fp32, on different sides of it, and 0.006 to 0.008
+# from each other.
 TOLERANCE = 2e-2
-# Of a mean over hundreds of tokens: their errors cancel.
+# Tolerance for the loss, a mean over hundreds of tokens, whose errors cancel.
 LOSS_TOLERANCE = 1e-3
-# The prompt stays where it is, and every step is the same work.
+# So small that the prompt hardly moves, and every step is the same work.
 LEARNING_RATE = 1e-6
 FROZEN = "the frozen blocks"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process is to do; travels as JSON.
+    """What one process does; passed as JSON.
 
     Attributes:
-        top: blocks under a deep prompt, from the top; 0 for a shallow one.
-        keep_resident: whether ours may keep stops in memory.
-        peer_batch: sentences of each of the peer's passes.
-        rider_tokens: of a micro-batch of `resident`, as ours has planned.
-        padding_tokens: most tokens of padding in one, likewise.
-        gradient: file for the gradient that is compared; nothing is timed then.
+        top: number of uppermost blocks that a deep prompt is tuned on; 0 for a shallow prompt.
+        keep_resident: whether slowllm may keep stops in memory.
+        peer_batch: number of sentences of each of the peer's passes.
+        rider_tokens: number of tokens of a micro-batch of `resident`, as slowllm has planned it.
+        padding_tokens: maximum number of padding tokens in one, likewise.
+        gradient: file for the gradient that is compared; where it is given, nothing is timed.
     """
 
     checkpoint: str
@@ -85,12 +88,12 @@ class Task:
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of a sentence that pass, those of the prompt included; the last is only learned."""
+        """Number of input tokens of a sentence, prompt included; its last token is only a target."""
         return self.virtual_tokens + self.sentence_tokens - 1
 
     @property
     def num_answers(self) -> int:
-        """Tokens that are learned in a step."""
+        """Number of tokens that are learned in a step."""
         return self.sentences * (self.sentence_tokens - 1)
 
 
@@ -101,7 +104,7 @@ def sentences_of(task: Task, vocab_size: int) -> Tensor:
 
 
 def start_of(task: Task, model: Any) -> Tensor:
-    """Return the vectors (P, H) float32 that a recipe begins with by init="vocab" and seed 0, wanting a gradient."""
+    """Return the vectors (P, H) float32 that a recipe with init="vocab" and seed 0 starts from; they need a gradient."""
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab_size, (task.virtual_tokens,), generator=torch.Generator().manual_seed(0))
     vectors: Tensor = model.get_input_embeddings()(ids)
@@ -109,22 +112,22 @@ def start_of(task: Task, model: Any) -> Tensor:
 
 
 def embedded(model: Any, prompt: Tensor, rows: Tensor) -> Tensor:
-    """Return the inputs of sentences behind a prompt."""
+    """Return the input embeddings of sentences after a prompt."""
     text = model.get_input_embeddings()(rows[:, :-1])
     return torch.cat([prompt.to(text.dtype).expand(len(rows), -1, -1), text], 1)
 
 
 def loss_of(model: Any, prompt: Tensor, rows: Tensor, total: int) -> Tensor:
-    """Return what sentences add to the mean cross entropy of `total` tokens, by transformers' own model."""
+    """Return the sentences' share of the mean cross entropy of `total` tokens, computed by transformers' own model."""
     inputs = embedded(model, prompt, rows)
     hidden = model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-    # Only the positions that are learned, as one matrix: see `passes.one_block` for what a slice costs.
+    # Only the positions that are learned, as one matrix; `passes.one_block` says what a slice costs.
     logits = model.get_output_embeddings()(hidden[:, len(prompt) :].flatten(0, 1))
     return F.cross_entropy(logits.float(), rows[:, 1:].flatten(), reduction="sum") / total
 
 
 def tune(task: Task, on_open: Callable[..., Any], on_record: Callable[[dict[str, Any]], Any]) -> None:
-    """Tune with slowllm. Everything that ours is told stands here."""
+    """Tune with slowllm; all its options are here."""
     from slowllm.runtime.description import ModelInfo
     from slowllm.tuning.examples import Example
     from slowllm.tuning.examples import Task as Learned
@@ -146,13 +149,13 @@ def tune(task: Task, on_open: Callable[..., Any], on_record: Callable[[dict[str,
 
 
 def run_ours(task: Task) -> dict[str, Any]:
-    """Tune with slowllm; report every step, and when the first has ended since the model was opened."""
+    """Tune with slowllm; report every step, and the time from opening the model to the end of the first step."""
     opened: list[tuple[float, Any]] = []
     marks: list[tuple[float, Any]] = []
     steps: list[dict[str, Any]] = []
 
     def on_open(lm: Any, job: Any, what: str, *_: Any) -> None:
-        # Of two models only the second is asked later: a handle kept here would keep the first one's memory.
+        # Of two models only the second is used later: a reference to the first would keep its memory.
         started = opened[0][0] if opened else time.perf_counter()
         opened[:] = [(started, None if what == FROZEN else lm)]
         marks[:] = [(started, lm.report)]
@@ -160,11 +163,11 @@ def run_ours(task: Task) -> dict[str, Any]:
     def on_record(record: dict[str, Any]) -> None:
         before, after = marks[-1][1], opened[0][1].report
         marks.append((time.perf_counter(), after))
-        kept = {key: record[key] for key in ("seconds", "read_bytes", "loss", "grad_norm")}
+        copied = {key: record[key] for key in ("seconds", "read_bytes", "loss", "grad_norm")}
         waited, computed = (
             getattr(after, key) - getattr(before, key) for key in ("wait_seconds", "compute_seconds")
         )
-        steps.append({**kept, "wait_s": waited, "compute_s": computed})
+        steps.append({**copied, "wait_s": waited, "compute_s": computed})
 
     tune(task, on_open, on_record)
     ((started, lm),) = opened
@@ -185,7 +188,7 @@ def run_ours(task: Task) -> dict[str, Any]:
 
 
 def run_verify(task: Task) -> dict[str, Any]:
-    """Save the gradient that slowllm finds with the first block alone, and report the step that `tune` makes of it."""
+    """Save the gradient that slowllm computes with the first block alone, and report the step that `tune` takes."""
     from slowllm.modeling.layout import find_blocks
     from slowllm.modeling.losses import token_losses
 
@@ -202,7 +205,7 @@ def run_verify(task: Task) -> dict[str, Any]:
 
     def on_open(lm: Any, *_: Any) -> None:
         _, blocks = find_blocks(lm.model)
-        # The carousel goes past stops that nobody waits for, so the other blocks need no other checkpoint.
+        # The carousel skips stops that no rider needs, so the same checkpoint can be used.
         del blocks[1:]
         config = lm.model.config.get_text_config()
         config.num_hidden_layers = 1
@@ -219,7 +222,7 @@ def run_verify(task: Task) -> dict[str, Any]:
 
 
 def micro_batches(task: Task, rows: Tensor) -> list[Tensor]:
-    """Divide sentences into micro-batches as ours does."""
+    """Pack sentences into micro-batches as slowllm does."""
     from slowllm.planning.packing import pack
 
     batches = pack([task.row_tokens] * len(rows), task.rider_tokens, task.padding_tokens)
@@ -227,7 +230,7 @@ def micro_batches(task: Task, rows: Tensor) -> list[Tensor]:
 
 
 def run_resident(task: Task) -> dict[str, Any]:
-    """Take the step's micro-batches up and down with one block in memory; time it, and embedding, norm and head."""
+    """Run the step's micro-batches forward and backward with one block in memory; time it, and embedding, norm and head."""
     from benchmarks.passes import one_block
     from slowllm.modeling.layout import find_blocks
 
@@ -260,14 +263,14 @@ def run_resident(task: Task) -> dict[str, Any]:
 
 
 def mark_block(block: Any) -> list[float]:
-    """Return a list that gets the time whenever a block is entered and left: on the way up, then on the way down."""
+    """Return a list to which the time is appended when a block is entered and left, in the forward and the backward pass."""
     marks: list[float] = []
 
     def mark(*_: Any) -> None:
         marks.append(time.perf_counter())
 
     def enter(module: Any, args: tuple[Any, ...]) -> None:
-        args[0].register_hook(mark)  # its gradient is all there: the block is left
+        args[0].register_hook(mark)  # its gradient is complete: the backward pass leaves the block
         mark()
 
     def leave(module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -305,10 +308,10 @@ Run = Callable[[str, Task], dict[str, Any]]
 
 
 def verify(task: Task, run: Run) -> float:
-    """Compare our gradient of one block with the resident model's; return the difference, relative to its norm.
+    """Compare our gradient of one block with the resident model's; return the difference relative to its norm.
 
     Raises:
-        SystemExit: it is more than bf16 explains, or a step of `tune` had another loss or gradient.
+        SystemExit: the difference is more than bf16 explains, or a step of `tune` had another loss or gradient.
     """
     task = dataclasses.replace(task, sentences=min(task.sentences, NUM_VERIFIED), steps=1, top=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -328,14 +331,14 @@ def verify(task: Task, run: Run) -> float:
 
 
 def check(what: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Leave with an error unless a step has the loss, and the norm of its gradient, that are expected."""
+    """Exit with an error unless a step has the expected loss and gradient norm."""
     for key, tolerance in (("loss", LOSS_TOLERANCE), ("grad_norm", TOLERANCE)):
         if key in expected and not abs(found[key] - expected[key]) <= tolerance * expected[key]:
             sys.exit(f"not verified: {what} has a {key} of {found[key]:.6g}, not {expected[key]:.6g}")
 
 
 def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
-    """Verify, run everything in turn, and put the medians together."""
+    """Verify, run all sides in turn, and return the report of the medians."""
     folder, runs = Path(task.checkpoint), dict[str, list[dict[str, Any]]]()
     block_weights, head_weights, width = matrix_sizes(folder)
     num_tokens = task.sentences * task.row_tokens
@@ -345,11 +348,11 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
     with sides.capped(arguments.ram) as cgroup:
 
         def run(name: str, task: Task) -> dict[str, Any]:
-            # The resident block and head may be larger than the cap, which is the streamed sides' alone.
-            own = None if name == "resident" else cgroup
+            # Only the streamed sides are capped: the resident block and head may be larger than the cap.
+            cap = None if name == "resident" else cgroup
             side, lies_in = ("ours", store) if name == "store" and store else (name, folder)
             given = dataclasses.asdict(dataclasses.replace(task, checkpoint=str(lies_in)))
-            return sides.run("tuning_step", side, given, folder=lies_in, cgroup=own)
+            return sides.run("tuning_step", side, given, folder=lies_in, cgroup=cap)
 
         difference = verify(task, run)
         print(f"verified: the gradient of one block differs by {difference:.2g}", file=sys.stderr)
@@ -363,12 +366,12 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
             gemm.append(machine.gemm_flops_per_second(min(num_tokens, 1024), width))
             for name in names:
                 runs.setdefault(name, []).append(found := run(name, task))
-                if name == "ours":  # resident takes the same micro-batches
+                if name == "ours":  # `resident` runs the same micro-batches
                     packed = {key: found[key] for key in ("rider_tokens", "padding_tokens")}
                     task = dataclasses.replace(task, **packed)
                 print(f"{name}: {found['wall_s']:.2f} s, disk {disk[-1] / 1e9:.2f} GB/s", file=sys.stderr)
     ours, rate = runs["ours"], statistics.median(disk)
-    # A block goes up, is computed again, and gives the gradient of its input; the head does not go twice.
+    # A block is computed forward, recomputed, and gives the gradient of its input; the head is not recomputed.
     flops = 6 * block_weights * arguments.blocks * num_tokens + 4 * head_weights * task.num_answers
     report = {
         **dataclasses.asdict(task), "geometry": arguments.geometry, "blocks": arguments.blocks, "tokens": num_tokens,
@@ -405,7 +408,7 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
     }  # fmt: skip
     for name in ("first", "later"):
         step = report[name]
-        # The kernel does not tell what it reads for a mapped model: everything, once.
+        # The kernel does not report what it reads for a mapped model: everything, once.
         mapped_bytes = report["weight_bytes"] if name == "first" else 0
         step["disk_limit_s"] = (mapped_bytes if report["mapped"] else step["read_bytes"]) / rate
         step["limit_s"] = max(step["disk_limit_s"], report["resident_compute_s"])
@@ -423,18 +426,18 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
 
 
 def of_store(plain: list[dict[str, Any]], stored: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what steps on a store take, and how far its first loss and gradient are from the checkpoint's."""
-    own, other = stored[0]["steps"][0], plain[0]["steps"][0]
+    """Return the times of steps on a store, and how far its first loss and gradient are from the checkpoint's."""
+    first, plain_first = stored[0]["steps"][0], plain[0]["steps"][0]
     return {
         "first": step_of([run["steps"][:1] for run in stored]),
         "later": step_of([run["steps"][1:] for run in stored]),
         "peak_rss_bytes": median(stored, "peak_rss_bytes"),
-        **{f"{key}_change": own[key] / other[key] - 1 for key in ("loss", "grad_norm")},
+        **{f"{key}_change": first[key] / plain_first[key] - 1 for key in ("loss", "grad_norm")},
     }
 
 
 def median(runs: list[dict[str, Any]], key: str) -> float:
-    """Return the median of what several runs report."""
+    """Return the median of a figure over several runs."""
     return statistics.median(run[key] for run in runs)
 
 
@@ -447,7 +450,7 @@ def step_of(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """Say the limit, the measurement and the ratio, for people."""
+    """Return the limit, the measurement and the ratio as text."""
     lines = [
         f"{report['sentences']} sentences, {report['tokens']} tokens a step; peak RSS "
         f"{format_bytes(report['peak_rss_bytes'])}, planned {format_bytes(report['plan_peak_bytes'])}"
@@ -486,19 +489,24 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line, and say what does not go together."""
+    """Parse the command line, and refuse options that do not go together."""
     parser = sides.parser(__doc__, peers=("accelerate", "none"))
-    parser.add_argument("--sentences", type=int, default=32, help="of a step")
-    parser.add_argument("--sentence-tokens", type=int, default=24, help="of each, all learned but the first")
-    parser.add_argument("--virtual-tokens", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3, help="in one process")
+    parser.add_argument("--sentences", type=int, default=32, help="number of sentences of a step")
     parser.add_argument(
-        "--top", type=int, default=0, help="tune a deep prompt on so many blocks from the top"
+        "--sentence-tokens",
+        type=int,
+        default=24,
+        help="number of tokens of each; all but the first are learned",
     )
-    parser.add_argument("--store", choices=["plain", *STORES], default="plain", help="also on such a store")
+    parser.add_argument("--virtual-tokens", type=int, default=8, help="number of virtual tokens")
+    parser.add_argument("--steps", type=int, default=3, help="number of steps in one process")
+    parser.add_argument("--top", type=int, default=0, help="tune a deep prompt on this many uppermost blocks")
+    parser.add_argument(
+        "--store", choices=["plain", *STORES], default="plain", help="also measure such a store"
+    )
     parser.add_argument("--stream-all", action="store_true", help="keep no block in memory")
     parser.add_argument(
-        "--peer-batch", type=int, help="sentences of each of the peer's passes; by default all"
+        "--peer-batch", type=int, help="number of sentences of each of the peer's passes; by default all"
     )
     arguments = parser.parse_args(argv)
     if arguments.sentence_tokens < 2:
@@ -513,7 +521,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, then print the limit, the measurement, the ratio, and the JSON document."""
+    """Measure, then print the limit, the measurement, the ratio and the JSON document."""
     arguments = parse(argv)
     folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks)
     task = Task(

@@ -135,7 +135,7 @@ ON_TERMINAL = {
 
 def write_inputs(folder: Path) -> None:
     """Write the files that the commands read."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, lines in {"lines.txt": LINES, "questions.txt": QUESTIONS}.items():
         (folder / name).write_text("\n".join(lines) + "\n")
     tables = {"scored": SCORED, "boolq": BOOLQ, "examples": EXAMPLES, "requests": REQUESTS}
@@ -200,10 +200,10 @@ def main() -> None:
     """Run the commands, and leave what they printed and wrote."""
     folder = Path(sys.argv[1]).resolve()
     names = sys.argv[2:] or list(COMMANDS)
-    shutil.rmtree(folder, ignore_errors=True)
     write_inputs(folder / "in")
     for name in names:
         out = folder / name
+        shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         arguments = [
             word.format(**{"in": folder / "in", "out": out, "all": folder}) for word in COMMANDS[name].split()
@@ -213,9 +213,10 @@ def main() -> None:
         (out / "exit_code").write_text(f"{code}\n")
         (out / "stdout").write_text(output)
         (out / "stderr").write_text(clean(errors, folder, STDERR_RULES))
-    for path in folder.rglob("*"):  # at the end, because stores are read by later commands
-        if path.is_file() and path.parent != folder / "in":
-            keep(path, folder)
+    for name in names:  # at the end, because later commands read the stores
+        for path in (folder / name).rglob("*"):
+            if path.is_file():
+                keep(path, folder)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def batch(
     out = options.check_output(out, file)
     from slowllm.entrypoints import openai_batch as requests
     from slowllm.entrypoints.openai_requests import Request, read_requests
+    from slowllm.entrypoints.openai_responses import refused
     from slowllm.entrypoints.progress import duration, progress
     from slowllm.runtime.state import State
 
@@ -59,7 +60,7 @@ def batch(
     num_failed, cost = 0, ""
     with contextlib.ExitStack() as stack:
         if len(refusals) == len(entries):
-            answers: Iterator[dict[str, Any]] = map(requests.refused, refusals)
+            answers: Iterator[dict[str, Any]] = map(refused, refusals)
             write = stack.enter_context(json_writer(out))
         else:
             job = requests.plan_of(runner.info, entries, runner.rates, runner.begun)

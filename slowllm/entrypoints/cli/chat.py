@@ -60,7 +60,7 @@ def chat(
     runner = Runner(model, ram, device, vram, dtype, resident=resident)
     from slowllm.entrypoints.cli.chat_loop import converse
     from slowllm.entrypoints.conversation import Conversation
-    from slowllm.inference.generation import Settings
+    from slowllm.inference.generation_types import Settings
     from slowllm.inference.text import max_line_tokens
 
     info = runner.info

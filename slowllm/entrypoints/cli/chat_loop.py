@@ -18,7 +18,9 @@ from slowllm.entrypoints.cli.screen import Screen
 from slowllm.entrypoints.conversation import ASSISTANT, USER, Conversation, Incoming
 from slowllm.entrypoints.progress import duration
 from slowllm.errors import InputError, NonFiniteError
-from slowllm.inference.generation import Prompt, Settings, generate, text_of
+from slowllm.inference.continuation import text_of
+from slowllm.inference.generation import generate
+from slowllm.inference.generation_types import Prompt, Settings
 from slowllm.options import format_bytes
 from slowllm.planning.device_plan import device_rates
 from slowllm.planning.forecast import Forecast, forecast_of

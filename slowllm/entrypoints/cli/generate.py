@@ -20,7 +20,7 @@ from slowllm.files import read_lines
 from slowllm.options import parse_bytes
 
 if TYPE_CHECKING:
-    from slowllm.inference.generation import Continuation, OnTokens, Prompt, Settings
+    from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings
     from slowllm.inference.speculative_loop import Acceptance
     from slowllm.planning.job import Job, Rates
     from slowllm.runtime.streamed_lm import StreamedLM
@@ -116,9 +116,9 @@ def generate(
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if sampling and not sample:
         raise InputError(f"--{next(iter(sampling)).replace('_', '-')} needs --sample")
-    from slowllm.inference import generation
+    from slowllm.inference.generation_types import Settings, check_prompt, encode_prompt
 
-    settings = generation.Settings(
+    settings = Settings(
         max_new_tokens=max_new_tokens, num_beams=beams, num_return_sequences=num_sequences, do_sample=sample,
         seed=seed if sample else None, repetition_penalty=repetition_penalty, stop=tuple(stop or ()),
         top_log_probs=log_probs, **sampling,
@@ -127,10 +127,10 @@ def generate(
     encoded = []
     for number, text in texts:
         try:
-            encoded.append(generation.encode(runner.info, text, settings))
+            encoded.append(encode_prompt(runner.info, text, settings))
         except InputError as error:
             raise InputError(f"prompt {number}: {error}") from error
-        generation.check(runner.info, encoded[-1], f"prompt {number}")
+        check_prompt(runner.info, encoded[-1], f"prompt {number}")
     with _open(runner, encoded, settings, draft) as work:
         started = time.perf_counter()
         if len(encoded) == 1 and settings.num_rows == 1 and prints_text(out, as_json):
@@ -213,7 +213,8 @@ def _show_one(work: _Work) -> None:
     from slowllm.entrypoints.cli.screen import Screen
     from slowllm.entrypoints.conversation import Incoming
     from slowllm.entrypoints.progress import duration
-    from slowllm.inference.generation import Prompt, text_of
+    from slowllm.inference.continuation import text_of
+    from slowllm.inference.generation_types import Prompt
 
     lm, forecast, (prompt,) = work.lm, work.lm.plan.forecast, work.prompts
     print(

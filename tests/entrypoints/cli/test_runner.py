@@ -1,4 +1,4 @@
-"""--device and --vram reach load() from every verb, and what cannot be is refused before a weight is read."""
+"""--device and --vram reach `open_model` from every verb, and what cannot be is refused before a weight is read."""
 
 from __future__ import annotations
 
