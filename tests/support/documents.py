@@ -1,0 +1,126 @@
+"""Run what a document shows: its Python examples and its commands, in order, in one folder.
+
+    python -m tests.support.documents DOCUMENT FOLDER
+
+In a block marked `console`, a line that begins with `$ slowllm` is a command of the command line, and `$ cat FILE` shows a
+file, which is written with the lines that follow. Each block marked `python` is a program. All runs in this process, which
+so imports torch and transformers once. Prints one JSON list of `Done`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.support.paths import ROOT
+
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_TEMPLATE = """\
+dataset: reviews
+templates:
+  1a2b3c4d-0000-4000-8000-000000000001: !Template
+    answer_choices: bad ||| good
+    id: 1a2b3c4d-0000-4000-8000-000000000001
+    jinja: '{{ text }} This is ||| {{ answer_choices[label] }}'
+    name: plain
+    metadata: !TemplateMetadata
+      original_task: true
+    reference: ''
+"""
+_TASK = """\
+task: my_task
+dataset_path: json
+dataset_kwargs: {data_files: {test: reviews.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: '{{text}} This is'
+doc_to_choice: [bad, good]
+doc_to_target: label
+metric_list: [{metric: acc}]
+"""
+# Files that documents use but do not show, by name.
+FILES = {
+    "prompts.txt": "The value is\nReturn the number\n",
+    "test.jsonl": '{"prompt": "Is the value a buffer?", "label": " yes"}\n{"prompt": "Is it?", "label": " no"}\n',
+    "boolq.jsonl": '{"question": "is water wet", "passage": "Water wets things.", "answer": true}\n',
+    "reviews.jsonl": '{"text": "The value is returned.", "label": 1}\n{"text": "value returned is.", "label": 0}\n',
+    "templates.yaml": _TEMPLATE,
+    "tasks/my_task.yaml": _TASK,
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of one command or example."""
+
+    source: str
+    code: int
+    stdout: str
+    stderr: str
+
+
+def examples_of(text: str) -> Iterator[tuple[str, str, str]]:
+    """Yield kind (`slowllm`, `file` or `python`), command or file name or program, and a file's content."""
+    for kind, body in _BLOCK.findall(text):
+        if kind == "python":
+            yield "python", body, ""
+        for command, shown in (
+            re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", body, re.MULTILINE) if kind == "console" else ()
+        ):
+            if command.startswith("cat "):
+                yield "file", command.removeprefix("cat "), shown
+            else:
+                assert command.startswith("slowllm "), f"cannot be run here: {command}"
+                yield "slowllm", command, ""
+
+
+def _run(kind: str, source: str) -> None:
+    from slowllm.cli import run
+
+    if kind == "python":
+        exec(compile(source, "<example>", "exec"), {"__name__": "__main__"})
+        return
+    before, sys.argv = sys.argv, shlex.split(source)
+    try:
+        run()
+    finally:
+        sys.argv = before
+
+
+def run_document(path: Path, folder: Path) -> list[Done]:
+    """Run all that a document shows in a folder, in order."""
+    for name, content in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    for name in ("weights", "sentences.txt", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    os.chdir(folder)
+    done = []
+    for kind, source, content in examples_of(path.read_text()):
+        if kind == "file":
+            Path(source).write_text(content)
+            continue
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                _run(kind, source)
+            except SystemExit as leaving:
+                code = int(leaving.code or 0)
+            except Exception:
+                code = 1
+                traceback.print_exc()
+        done.append(Done(source, code, out.getvalue(), err.getvalue()))
+    return done
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(one) for one in run_document(Path(sys.argv[1]), Path(sys.argv[2]))]))
