@@ -152,7 +152,6 @@ class Carousel:
             failed.clear()
 
     def _is_ours(self) -> bool:
-        """Whether the calling thread is a rider's, or the carousel's own."""
         return self._boarding.local.rider is not None or threading.current_thread() is self._thread
 
     def _is_forked(self) -> bool:

@@ -18,7 +18,6 @@ from slowllm.streaming.rng_state import RandomState
 from slowllm.streaming.stops import Direction, Weights
 from slowllm.streaming.thread_context import with_this_context
 
-Work = Callable[[Weights], Any]
 RiderJob = Callable[[], Any]
 
 # A stream runs at most this many times `max_riders` ahead of its consumer. One would leave seats empty behind a
@@ -59,7 +58,9 @@ class Visit:
     comes_back = False  # whether a backward pass will follow
     comes_round = False  # whether the thread has begun a second sweep, and so may begin another
 
-    def __init__(self, stop: int, direction: Direction, work: Work, rider: Rider | None) -> None:
+    def __init__(
+        self, stop: int, direction: Direction, work: Callable[[Weights], Any], rider: Rider | None
+    ) -> None:
         self.stop, self.direction, self.work, self.rider = stop, direction, work, rider
         self.reach = current_call().reach
         # Riders in their order, guests after them.

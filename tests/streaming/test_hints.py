@@ -105,6 +105,11 @@ def test_a_pass_up_and_down_is_expected_to_its_end_and_back(stop: int) -> None:
     assert expected("down") == [*below, *(other for other in range(NUM_STOPS) if other not in below)]
 
 
+def test_the_way_down_is_expected_where_a_visit_waits_for_it() -> None:
+    waiting = [Hints(3, "up"), Hints(1, "down")]
+    assert expected_stops(3, "up", NUM_STOPS, waiting, has_jobs=False) == [4, 5, 6, 3, 2, 1, 0]
+
+
 # What a carousel says to its stops
 
 
