@@ -41,7 +41,7 @@ try:
         resolve_max_length,
     )
 except ModuleNotFoundError as error:
-    raise InputError(f"lm-eval is not installed ({error}); pip install 'slowllm[eval]'") from error
+    raise InputError(f"lm-eval is not installed ({error}); pip install lm-eval") from error
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance  # type: ignore[import-untyped]

@@ -236,4 +236,4 @@ def make_questions(
 
 def missing_package(package: str, error: ModuleNotFoundError) -> InputError:
     """Return the error that says which package to install."""
-    return InputError(f"{package} is not installed ({error}); pip install 'slowllm[eval]'")
+    return InputError(f"{package} is not installed ({error}); pip install datasets lm-eval jinja2 pyyaml")

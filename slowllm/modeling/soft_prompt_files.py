@@ -66,7 +66,7 @@ def check_folder(folder: Path, *, is_shared: bool) -> Iterator[None]:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise InputError("prompts are written in PEFT's format: pip install 'slowllm[tune]'") from error
+        raise InputError("prompts are written in PEFT's format: pip install peft") from error
     with system_errors(InputError, folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -85,7 +85,7 @@ class CastStops(Stops):
         if self._coded and not layout_constants.IS_COMPILED and torch.device("cpu") in devices:
             log.warning(
                 "numba is not installed, so weights are decoded by numpy, several times slower; "
-                "install it with: pip install 'slowllm[store]'"
+                "install it with: pip install numba"
             )
         self._small, self._large = (
             {device: _allocate(device, size) for device in devices} for size in buffer_bytes
