@@ -1,26 +1,25 @@
-"""lm-eval's language model: all requests of a call go through in as few sweeps as the plan allows.
+"""A language model for lm-eval: all requests of a call share as few sweeps as the plan allows.
 
-Importing this registers the model ``slowllm`` with lm-eval, and ``python -m slowllm.harness`` (or ``slowllm eval lm``)
-is lm-eval's own command line with it. Tokens, prefixes, truncation from the left and stop strings are as lm-eval's
-``hf`` model has them, so that both give the same figures.
+Importing this module registers the model ``slowllm`` with lm-eval; ``python -m slowllm.harness`` (or ``slowllm eval
+lm``) is lm-eval's own command line with it. Tokens, prefixes, truncation from the left and stop strings are those of
+lm-eval's ``hf`` model, so that both give the same figures.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from slowllm.entrypoints.lm_eval_settings import checkpoint_options, settings_of
 from slowllm.entrypoints.progress import progress
-from slowllm.errors import InputError, first_line
+from slowllm.errors import InputError
 from slowllm.inference import generation, scoring
-from slowllm.inference.generation_types import Prompt, Settings
+from slowllm.inference.generation_types import Prompt
+from slowllm.inference.likelihood import Likelihood
 from slowllm.inference.text import Query, prefix_id
 from slowllm.options import parse_dtype
 from slowllm.planning.job import Job, Rates
@@ -48,17 +47,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of transformers' options of generation, those that `Settings` has too; the model's own defaults fill the rest.
-_SETTINGS = (
-    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "min_new_tokens",
-)  # fmt: skip
-
 
 @register_model("slowllm")
 class SlowLM(TemplateLM):  # type: ignore[misc]
-    """A streamed model as lm-eval knows models.
+    """A streamed model behind lm-eval's interface.
 
-    The weights are opened at the first call, planned for what it asks, and anew for a later call that needs more.
+    The model is opened at the first call, planned for its requests, and again for a later call that needs more.
 
     Args:
         pretrained: folder, or hub id from the local cache; or a loaded model, which is used as it is.
@@ -67,15 +61,15 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         prompt: folder of a soft prompt that stands before every text.
         device: where blocks are computed, as for `load`.
         vram: memory budget on each GPU.
-        max_length: tokens that the model takes, where its config says another number.
-        max_gen_toks: new tokens where a task names no limit.
-        add_bos_token: whether texts begin with BOS; by default as the tokenizer has it.
+        max_length: tokens that the model takes, if not the number in its config.
+        max_gen_toks: new tokens where a task sets no limit.
+        add_bos_token: whether texts begin with BOS; by default the tokenizer decides.
         prefix_token_id: token before an empty context; by default BOS, or EOS where there is none.
         truncation: passed to the tokenizer when prompts of generation are encoded.
         enable_thinking: passed to the chat template.
-        think_end_token: only what follows it counts as the answer: its text, or its id.
-        chat_template_args: more for the chat template.
-        batch_size: accepted and not used; micro-batches are packed by the plan.
+        think_end_token: text or id of the token after which the answer begins.
+        chat_template_args: further arguments of the chat template.
+        batch_size: ignored; the plan decides how micro-batches are packed.
         max_batch_size: the same.
         trust_remote_code: only False.
     Raises:
@@ -113,21 +107,21 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         parse_dtype(dtype)
         self._lm: StreamedLM | None = None
         self._job: Job | None = None
-        self._known: ModelInfo | StreamedLM
+        self._info: ModelInfo | StreamedLM
         if isinstance(pretrained, StreamedLM):
             if prompt is not None:
                 raise InputError("a loaded model has its own soft prompt; give it to load()")
-            self._known = self._lm = pretrained
+            self._info = self._lm = pretrained
         else:
-            self._known = ModelInfo(pretrained, prompt)
+            self._info = ModelInfo(pretrained, prompt)
         self._ram, self._dtype, self._device, self._vram = ram, dtype, device or "cpu", vram
-        self.tokenizer: Any = self._known.tokenizer
+        self.tokenizer: Any = self._info.tokenizer
         self._max_length, self._max_gen_toks = max_length, max_gen_toks
         self.add_bos_token, self.custom_prefix_token_id = add_bos_token, prefix_token_id
         self.truncation, self.enable_thinking = truncation, enable_thinking
         is_id = isinstance(think_end_token, str) and think_end_token.isdigit()
         self.think_end_token = int(think_end_token) if think_end_token and is_id else think_end_token
-        self._own = _own_settings(self._known.folder)
+        self._default_options = checkpoint_options(self._info.folder)
         self.chat_template_args = dict(chat_template_args or {})
         if enable_thinking is not None:
             self.chat_template_args["enable_thinking"] = enable_thinking
@@ -135,11 +129,11 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
     @property
     def config(self) -> Any:
         """Transformers' config."""
-        return self._known.config
+        return self._info.config
 
     @property
     def lm(self) -> StreamedLM | None:
-        """The model that is open, if one is."""
+        """The open model, if there is one."""
         return self._lm
 
     @property
@@ -156,29 +150,29 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model takes, beside a soft prompt."""
-        whole = self._max_length or resolve_max_length(self.config, self.tokenizer)
-        return int(whole) - self._known.num_virtual_tokens
+        """Tokens that the model takes beside a soft prompt."""
+        limit = self._max_length or resolve_max_length(self.config, self.tokenizer)
+        return int(limit) - self._info.num_virtual_tokens
 
     @property
     def max_gen_toks(self) -> int:
-        """New tokens where a task names no limit."""
+        """New tokens where a task sets no limit."""
         return self._max_gen_toks
 
     @property
     def tokenizer_name(self) -> str:
-        """The tokenizer's name, by which lm-eval knows cached requests again."""
+        """The tokenizer's name, under which lm-eval caches requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def close(self) -> None:
-        """Close the model, unless it was given open. Idempotent."""
-        if self._lm is not None and self._lm is not self._known:
+        """Close the model, unless the caller opened it. Idempotent."""
+        if self._lm is not None and self._lm is not self._info:
             self._lm.close()
             self._lm = self._job = None
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval writes beside its results."""
-        info: dict[str, Any] = {"model_name": self._known.name}
+        """Return the description of the model that lm-eval writes beside its results."""
+        info: dict[str, Any] = {"model_name": self._info.name}
         if self._lm is not None:
             info |= {
                 "model_num_parameters": self._lm.model.num_parameters(),
@@ -188,12 +182,20 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         return info
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Return a text's token ids, with the tokenizer's special tokens unless it begins with them or it is told."""
+        """Return a text's token ids.
+
+        Args:
+            string: the text.
+            add_special_tokens: by default as `add_bos_token` says, unless the text begins with BOS.
+            options: ignored.
+        """
         if add_special_tokens is None:
-            is_begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-            add_special_tokens = False if is_begun else self.add_bos_token
-        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer.encode(string, **chosen))
+            add_special_tokens = self._adds_special(string, self.tokenizer.decode(self.prefix_token_id))
+        return list(self.tokenizer.encode(string, **_special(add_special_tokens)))
+
+    def _adds_special(self, text: str, bos: str | None) -> bool | None:
+        """Return whether the tokenizer adds special tokens to a text; None where it decides."""
+        return False if has_bos_prefix(text, bos) else self.add_bos_token
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether every token was the likeliest) of each request's continuation."""
@@ -204,14 +206,15 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any
     ) -> list[tuple[float, bool]]:
-        queries = []
-        for (context, continuation), before, after in requests:
-            queries.append(self._query(before, after, f"{context[-40:]!r} followed by {continuation!r}"))
-        found = []
-        for request, (value, is_greedy) in zip(requests, self._answers(queries), strict=True):
-            found.append((value, is_greedy))
-            self.cache_hook.add_partial("loglikelihood", request[0], found[-1])
-        return found
+        queries = [
+            self._query(before, after, f"{context[-40:]!r} followed by {continuation!r}")
+            for (context, continuation), before, after in requests
+        ]
+        results = []
+        for request, likelihood in zip(requests, self._score(queries), strict=True):
+            results.append((likelihood.log_likelihood, likelihood.is_greedy))
+            self.cache_hook.add_partial("loglikelihood", request[0], results[-1])
+        return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each whole text, in windows of the model's length."""
@@ -227,12 +230,12 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
                 context, continuation = utils.make_disjoint_window(window)
                 queries.append(self._query(context, continuation, repr(text[:40])))
             counts.append(len(queries) - before)
-        answers = self._answers(queries)
-        found = []
+        likelihoods = self._score(queries)
+        results = []
         for request, count in zip(requests, counts, strict=True):
-            found.append(sum(next(answers)[0] for _ in range(count)))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
-        return found
+            results.append(sum(next(likelihoods).log_likelihood for _ in range(count)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
+        return results
 
     def _query(self, context: list[int], continuation: list[int], what: str) -> Query:
         if not continuation or len(continuation) > self.max_length:
@@ -243,81 +246,61 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         vocabulary = self.config.get_text_config().vocab_size
         if (highest := max(*context, *continuation)) >= vocabulary:
             raise InputError(f"{what}: token {highest} is beyond the model's vocabulary of {vocabulary}")
-        # The model never sees the last token, so there is room for one more.
-        left = max(1, self.max_length + 1 - len(continuation))
-        return Query(tuple(context[-left:]), tuple(continuation))
+        # The last token is no input of the model, so there is room for one more.
+        num_context = max(1, self.max_length + 1 - len(continuation))
+        return Query(tuple(context[-num_context:]), tuple(continuation))
 
-    def _answers(self, queries: Sequence[Query]) -> Iterator[tuple[float, bool]]:
+    def _score(self, queries: Sequence[Query]) -> Iterator[Likelihood]:
         if not queries:
             return
-        job = scoring.job_of_queries(queries, self._known, self._rates)
+        job = scoring.job_of_queries(queries, self._info, self._rates)
         lm = self._opened(job)
         with progress(lm, job):
-            for likelihood in scoring.score_queries(lm, queries):
-                yield likelihood.log_likelihood, likelihood.is_greedy
+            yield from scoring.score_queries(lm, queries)
 
     @functools.cached_property
     def _rates(self) -> Rates:
-        return quick_rates(self._known.folder, parse_dtype(self._dtype))
+        return quick_rates(self._info.folder, parse_dtype(self._dtype))
 
     def _opened(self, job: Job) -> StreamedLM:
-        """Return the model, opened for this job, or for an earlier one that covers it."""
-        if isinstance(self._known, StreamedLM):
-            return self._known
+        """Return the model, opened for this job or for an earlier one that covers it."""
+        if isinstance(self._info, StreamedLM):
+            return self._info
         if self._lm is None or not _covers(self._job, job):
             self.close()
             self._lm = open_model(
-                StreamedLM,
-                self._known,
-                ram=self._ram,
-                dtype=self._dtype,
-                device=self._device,
-                vram=self._vram,
-                job=job,
-                rates=self._rates,
-            )
+                StreamedLM, self._info, ram=self._ram, dtype=self._dtype, device=self._device, vram=self._vram,
+                job=job, rates=self._rates,
+            )  # fmt: skip
             self._job = job
         return self._lm
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the continuation of each request's context, up to its stop strings."""
+        if not requests:
+            return []
+        eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
         stops, prompts = [], []
         for request in requests:
-            context, options = request.args
-            settings, until = self._settings(options)
-            prompts.append(Prompt(self._prompt_ids(context, settings.max_new_tokens), settings))
+            context, given = request.args
+            options: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+            until, max_new_tokens = (
+                handle_stop_sequences(options.pop("until"), eos),
+                options.pop("max_gen_toks"),
+            )
+            settings = settings_of(options, self._default_options, max_new_tokens, until)
+            prompts.append(Prompt(self._prompt_ids(context, max_new_tokens), settings))
             stops.append(until)
-        if not prompts:
-            return []
-        job = generation.job_of(self._known, prompts, self._rates)
+        job = generation.job_of(self._info, prompts, self._rates)
         lm = self._opened(job)
-        found = []
+        texts = []
         with progress(lm, job):
             for request, until, (continuation, *_) in zip(
                 requests, stops, generation.generate(lm, prompts), strict=True
             ):
-                found.append(self._text(continuation.ids, until))
-                self.cache_hook.add_partial("generate_until", request.args, found[-1])
-        return found
-
-    def _settings(self, options: dict[str, Any]) -> tuple[Settings, list[str]]:
-        given: dict[str, Any] = dict(normalize_gen_kwargs(options, self.max_gen_toks))
-        eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
-        until = handle_stop_sequences(given.pop("until"), eos)
-        num_new = given.pop("max_gen_toks")
-        if unknown := sorted(given.keys() - set(_SETTINGS)):
-            raise InputError(
-                f"generation option {', '.join(unknown)} is not supported; there are until, max_gen_toks, "
-                f"{', '.join(_SETTINGS)}"
-            )
-        given = {**self._own, **given}
-        if not given.get("do_sample"):
-            for name in ("temperature", "top_k", "top_p"):
-                given.pop(name, None)
-        else:
-            # Of torch's generator, which lm-eval seeds: repeated requests get other tokens, repeated runs the same.
-            given["seed"] = int(torch.randint(1 << 62, ()))
-        return Settings(max_new_tokens=num_new, stop=tuple(stop for stop in until if stop), **given), until
+                texts.append(self._text(continuation.ids, until))
+                self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
 
     def _prompt_ids(self, context: str, num_new: int) -> tuple[int, ...]:
         room = self.max_length - num_new
@@ -325,10 +308,8 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
             raise InputError(
                 f"max_gen_toks {num_new} leaves no room for a prompt: the model takes {self.max_length} tokens"
             )
-        is_begun = has_bos_prefix(context, getattr(self.tokenizer, "bos_token", None))
-        special = False if is_begun else self.add_bos_token
-        chosen = {} if special is None else {"add_special_tokens": special}
-        ids = self.tokenizer(context, truncation=self.truncation, **chosen)["input_ids"]
+        special = self._adds_special(context, getattr(self.tokenizer, "bos_token", None))
+        ids = self.tokenizer(context, truncation=self.truncation, **_special(special))["input_ids"]
         return tuple(ids[-room:]) or (self.prefix_token_id,)
 
     def _text(self, ids: Sequence[int], until: list[str]) -> str:
@@ -356,14 +337,19 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
                 )
             )
 
-        others = [message for message in chat_history if message["role"] != "system"]
         try:
             return apply(chat_history)
         except Exception:  # a template is a program, and raises what it likes
-            if len(others) == len(chat_history):
+            without_system = [message for message in chat_history if message["role"] != "system"]
+            if len(without_system) == len(chat_history):
                 raise
             log.warning("the chat template refuses the conversation; it is tried without the system's role")
-            return apply(others)
+            return apply(without_system)
+
+
+def _special(add: bool | None) -> dict[str, bool]:
+    """Return the argument of a tokenizer, none where it decides itself."""
+    return {} if add is None else {"add_special_tokens": add}
 
 
 def _covers(planned: Job | None, job: Job) -> bool:
@@ -376,25 +362,13 @@ def _covers(planned: Job | None, job: Job) -> bool:
     )
 
 
-def _own_settings(folder: Path) -> dict[str, Any]:
-    """Return what a checkpoint's generation_config.json says of sampling and the like."""
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({first_line(error)})") from error
-    return {name: found[name] for name in _SETTINGS if found.get(name) is not None}
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run lm-eval's command line, with this model where none is named by --model or a --config.
 
     Args:
-        arguments: of lm-eval, such as ``--tasks boolq --model_args pretrained=DIR,ram=16GiB``.
+        arguments: of lm-eval's command line, such as ``--tasks boolq --model_args pretrained=DIR,ram=16GiB``.
     Raises:
-        InputError: lm-eval refuses what it is asked for, such as a task that it does not have.
+        InputError: lm-eval refuses its arguments, such as a task that it does not have.
     """
     from lm_eval.__main__ import cli_evaluate  # type: ignore[import-untyped]
 
