@@ -8,53 +8,61 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from slowllm.modeling.layout import Layout
+from slowllm.modeling.cache_sizes import CacheSize, number_of
+from slowllm.modeling.layout import Layout, block_numbers
 from slowllm.modeling.online_softmax import TILE_COLUMNS
 from slowllm.planning.job import Sizes, StopSize
+from slowllm.rounding import ceil_div
 from slowllm.storage.codecs.registry import codec_of
 from slowllm.storage.spans import Placement
 from slowllm.streaming.cast_stops import cast_buffer_bytes
 from slowllm.streaming.reader import ring_bytes_of
 
+# A row's recurrent states are shared out among this many tokens of it, so rows of fewer are counted too low.
+MIN_ROW_TOKENS = 16
 
-def sizes_of(model: PreTrainedModel, layout: Layout) -> Sizes:
-    """Return what the plan needs to know of a model.
 
-    Scratch memory is an estimate: each matrix of a block leaves one output, and about as much again in
-    activations and residuals; attention written out in full (BLOOM) holds its scores in fp32 and in the compute
-    dtype.
+def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
+    """Return the sizes of a model's stops, and estimates of the memory that tokens take.
+
+    Each matrix of a block leaves one output, and about as much again in activations and residuals; attention written
+    out in full (BLOOM) holds its scores in fp32 and in the compute dtype.
+
+    Args:
+        model: a skeleton.
+        layout: of it.
+        cache: from `measure_cache`.
     """
     config = model.config.get_text_config()
     itemsize = max((layout.dtypes[p.name].itemsize for stop in layout.stops for p in stop), default=4)
     hidden = int(config.hidden_size)
-    per_block: dict[str, list[Placement]] = {}
-    for module, stop in zip(layout.modules, layout.stops, strict=False):
-        number = module[len(layout.blocks_name) + 1 :].partition(".")[0]
-        per_block.setdefault(number, []).extend(stop)
-    sides = [[max(p.shape[-2:]) for p in block if len(p.shape) >= 2] for block in per_block.values()]
-    num_heads = int(getattr(config, "num_attention_heads", 1) or 1)
-    num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
-    head_dim = int(getattr(config, "head_dim", None) or hidden // num_heads)
-    cache = len(layout.blocks) * 2 * num_kv_heads * head_dim
+    blocks: dict[int, list[Placement]] = {}
+    for number, stop in zip(block_numbers(layout), layout.stops, strict=True):
+        if number >= 0:
+            blocks.setdefault(number, []).extend(stop)
+    sides = [[max(p.shape[-2:]) for p in block if len(p.shape) >= 2] for block in blocks.values()]
+    activations = max(map(sum, sides)) + 4 * hidden
     is_eager = getattr(config, "_attn_implementation", "eager") == "eager"
-    head_tile = TILE_COLUMNS * (itemsize + 3 * 4)
-    kept = sum(
+    scores_bytes = (number_of(config, "num_attention_heads") or 1) * (2 * 4 + 2 * itemsize) if is_eager else 0
+    head_tile_bytes = TILE_COLUMNS * (itemsize + 3 * 4)
+    kept_bytes = sum(
         p.num_bytes + p.num_bytes // p.dtype.itemsize * layout.dtypes[p.name].itemsize for p in layout.kept
     )
-    # Between two leaves a rider holds what the block has made so far; between two blocks only its hidden states.
+    # Between two leaves a rider holds what the block has computed so far; between two blocks only its hidden states.
     inside = 2 * max(map(max, sides)) if layout.granularity == "leaves" else 0
+    cache_bytes = cache.token_bytes + ceil_div(cache.row_bytes, MIN_ROW_TOKENS)
     return Sizes(
         granularity=layout.granularity,
         stops=tuple(_size_of(stop, config) for stop in layout.stops),
-        kept_bytes=kept + sum(cast_buffer_bytes(layout.stops, layout.dtypes)),
-        block_token_bytes=max(2 * itemsize * (max(map(sum, sides)) + 4 * hidden), head_tile),
-        attention_token_bytes=num_heads * (2 * 4 + 2 * itemsize) if is_eager else 0,
+        kept_bytes=kept_bytes + sum(cast_buffer_bytes(layout.stops, layout.dtypes)),
+        block_token_bytes=max(2 * itemsize * activations, head_tile_bytes),
+        attention_token_bytes=scores_bytes,
         rider_token_bytes=itemsize * (6 * hidden + inside) + 1024,
-        result_token_bytes=itemsize * (cache + layout.head.out_features),
+        result_token_bytes=cache_bytes + itemsize * layout.head.out_features,
         checkpoint_token_bytes=itemsize * len(layout.blocks) * hidden,
         # What autograd keeps of one block, and its gradients (measured: 1.2 MB a token for Llama-70B).
-        replay_token_bytes=4 * itemsize * (max(map(sum, sides)) + 4 * hidden),
-        replay_attention_bytes=num_heads * (2 * 4 + 2 * itemsize) if is_eager else 0,
+        replay_token_bytes=4 * itemsize * activations,
+        replay_attention_bytes=scores_bytes,
         num_head_stops=len(layout.chunks),
     )
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from slowllm.errors import InputError
 from slowllm.malloc import keep_together
+from slowllm.modeling.cache_sizes import measure_cache
 from slowllm.modeling.head import stream_head
 from slowllm.modeling.layout import granularities, lay_out
 from slowllm.modeling.logit_transform import find_logit_transform
@@ -126,7 +127,8 @@ def _assemble(
     placements = place(model, checkpoint.spans)
     names = granularities(model, placements) if granularity is None else (granularity,)
     layouts = {name: lay_out(model, placements, name) for name in names}
-    choices = [sizes_of(model, layout) for layout in layouts.values()]
+    cache = measure_cache(model)
+    choices = [sizes_of(model, layout, cache) for layout in layouts.values()]
     logit_transform = find_logit_transform(model)
     device_plan: DevicePlan | None = None
     if devices:

@@ -1,0 +1,157 @@
+"""Measure the cache that a model returns, by passes on the meta device, which computes shapes and no numbers.
+
+No formula covers it: a cache may hold full keys and values, compressed latents (MLA), windows, recurrent states, or
+nothing for blocks that use the keys and values of another.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from slowllm.modeling.layout import find_blocks
+from slowllm.modeling.recompute import is_cache, tensor_refs
+from slowllm.rounding import ceil_div
+
+log = logging.getLogger(__name__)
+
+# Tokens of the passes. One more token shows what each token adds; many more, what blocks add that keep one entry for
+# several tokens.
+LENGTHS = (13, 14, 46)
+# Fields of a model's output that hold no part of its cache.
+_NO_CACHE = {"loss", "logits", "last_hidden_state", "hidden_states", "attentions", "router_logits"}
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes of a model's cache after a call, its tensors' whole storage.
+
+    A block with a window keeps a view of all that it was given, until the next call; so it counts in full.
+
+    Attributes:
+        token_bytes: that each token of a row adds.
+        row_bytes: that each row takes besides, however long it is: recurrent states.
+    """
+
+    token_bytes: int
+    row_bytes: int
+
+
+def measure_cache(model: PreTrainedModel) -> CacheSize:
+    """Return the size of a skeleton's cache, or that of full keys and values where it does not run on meta."""
+    blocks_name, blocks = find_blocks(model.eval())
+    experts = model.get_experts_implementation()
+    can_set_experts = model._can_set_experts_implementation()
+    # The module that owns the blocks knows no images; where it takes no ids, as in BERT, the whole model does.
+    for module in (model.get_submodule(blocks_name.rpartition(".")[0]), model):
+        try:
+            if can_set_experts:  # the default has no meta kernel for float32
+                model.set_experts_implementation("batched_mm")
+            sizes = [_row_bytes(module, blocks, _kinds_of(model, blocks), length) for length in LENGTHS]
+            token_bytes = max(sizes[1] - sizes[0], ceil_div(sizes[2] - sizes[1], LENGTHS[2] - LENGTHS[1]))
+            rest = [size - length * token_bytes for size, length in zip(sizes, LENGTHS, strict=True)]
+            return CacheSize(token_bytes, max(0, *rest))
+        except Exception as error:  # whatever a model's forward may raise where tensors have no numbers
+            log.info("%s: its cache is not measured: %r", type(module).__name__, error)
+        finally:
+            if can_set_experts:
+                model.set_experts_implementation(experts)
+    config = model.config.get_text_config()
+    num_heads = number_of(config, "num_attention_heads") or 1
+    num_kv_heads = number_of(config, "num_key_value_heads") or num_heads
+    head_dim = number_of(config, "head_dim") or config.hidden_size // num_heads
+    return CacheSize(len(blocks) * 2 * num_kv_heads * head_dim * model.dtype.itemsize, 0)
+
+
+def number_of(config: Any, name: str) -> int | None:
+    """Return a number of a config; None where it has none, or one for each block."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers' own, for a number that differs from block to block
+        return None
+
+
+def _kinds_of(model: PreTrainedModel, blocks: nn.ModuleList) -> list[Any]:
+    """Return for each block a key that it shares with the blocks that cache as much: run one, and all are known."""
+
+    def settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+        for key, value in vars(module).items():
+            if isinstance(value, bool | int | float | str) and key != "layer_idx":
+                yield key, value
+        for key, parameter in module._parameters.items():
+            yield key, None if parameter is None else parameter.shape
+
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return [
+        (
+            type(layers[number]) if number < len(layers) else None,
+            *((name, type(module), *settings(module)) for name, module in block.named_modules()),
+        )
+        for number, block in enumerate(blocks)
+    ]
+
+
+def _row_bytes(module: nn.Module, blocks: nn.ModuleList, kinds: Sequence[Any], num_tokens: int) -> int:
+    """Return the bytes of the cache of one row.
+
+    Args:
+        module: to call, with parameters on the meta device.
+        blocks: in it.
+        kinds: of the blocks; one of each kind is run.
+        num_tokens: of the row.
+    """
+    tensors = {
+        name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")}
+    if "use_cache" in inspect.signature(module.forward).parameters:
+        inputs["use_cache"] = True
+    outputs: dict[Any, Any] = {}
+    before = [(inner, {**vars(inner), "_buffers": dict(inner._buffers)}) for inner in module.modules()]
+    try:
+        for block, kind in zip(blocks, kinds, strict=True):
+            block.forward = _once_for(kind, block.forward, outputs)
+        with torch.no_grad():
+            output = functional_call(module, tensors, kwargs={**inputs, "return_dict": True})
+    finally:  # a forward pass may leave tensors of the meta device in its modules
+        for inner, attributes in before:
+            vars(inner).clear()
+            vars(inner).update(attributes)
+    held: list[list[Tensor]] = []
+    for leaf in tree_leaves(
+        [value for key, value in output.items() if key not in _NO_CACHE], is_leaf=is_cache
+    ):
+        if isinstance(leaf, Cache):
+            layers: dict[int | None, list[Tensor]] = defaultdict(list)
+            for ref in tensor_refs(0, leaf):
+                layers[ref.layer].append(ref.get([leaf]))
+            # Of the blocks of one kind only the first has filled its layer.
+            held += [layers[kinds.index(kind)] for kind in kinds]
+        elif isinstance(leaf, Tensor):
+            held.append([leaf])
+    return sum(map(_storage_bytes, held))
+
+
+def _storage_bytes(tensors: Sequence[Tensor]) -> int:
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _once_for(kind: Any, forward: Callable[..., Any], outputs: dict[Any, Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if kind not in outputs:
+            outputs[kind] = forward(*args, **kwargs)
+        return outputs[kind]
+
+    return run
