@@ -218,13 +218,13 @@ def _candidates(sizes: Sizes, job: Job, rates: Rates, free_bytes: int, keep_resi
                 job.repeated or job.num_passes > 1 or job.planned_tokens > sweep or job.num_tokens is None
             )
             resident = choose_resident(sizes, job, room) if keep_resident and repeats else frozenset()
-            kept = sum(sizes.stops[stop].num_bytes for stop in resident)
+            kept_bytes = sum(sizes.stops[stop].num_bytes for stop in resident)
             # A tensor that does not fit before the ring's end leaves a gap there, and computing takes longer
             # beside reading than alone, so the ring gets what is left over, as far as that helps.
             more = max(0, _comfortable_ring(sizes, rates, rider, sweep) - least_ring)
             # Nine tenths of it: an estimate that is too low should not use up the budget.
-            ring = least_ring + min((room - kept) * 9 // 10, more)
-            yield plan(resident, ring, rider, sweep, taken + ring + kept)
+            ring = least_ring + min((room - kept_bytes) * 9 // 10, more)
+            yield plan(resident, ring, rider, sweep, taken + ring + kept_bytes)
 
 
 def token_choices(job: Job) -> Iterator[tuple[int, int]]:

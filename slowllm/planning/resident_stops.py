@@ -14,8 +14,8 @@ def choose_resident(sizes: Sizes, job: Job, room_bytes: int) -> frozenset[int]:
     chosen: frozenset[int] = frozenset()
     for count in sorted(set(reads) - {0}, reverse=True):
         num_bytes = [s.num_bytes if reads[n] == count else 0 for n, s in enumerate(sizes.stops)]
-        kept = sum(sizes.stops[stop].num_bytes for stop in chosen)
-        chosen |= {stop for stop in spread(num_bytes, room_bytes - kept) if num_bytes[stop]}
+        kept_bytes = sum(sizes.stops[stop].num_bytes for stop in chosen)
+        chosen |= {stop for stop in spread(num_bytes, room_bytes - kept_bytes) if num_bytes[stop]}
     return chosen
 
 
@@ -30,12 +30,12 @@ def spread(stop_bytes: Sequence[int], room_bytes: int) -> frozenset[int]:
         return frozenset(range(len(stop_bytes)))
     # Spread twice, or what is left over at the end would crowd the stops at the beginning.
     chosen = set(_even(stop_bytes, sum(stop_bytes[stop] for stop in _even(stop_bytes, room_bytes))))
-    kept = sum(stop_bytes[stop] for stop in chosen)
+    kept_bytes = sum(stop_bytes[stop] for stop in chosen)
     # Stops differ in size, and what is left may hold another.
     for stop in sorted(range(len(stop_bytes)), key=lambda stop: -stop_bytes[stop]):
-        if stop not in chosen and 0 < stop_bytes[stop] <= room_bytes - kept:
+        if stop not in chosen and 0 < stop_bytes[stop] <= room_bytes - kept_bytes:
             chosen.add(stop)
-            kept += stop_bytes[stop]
+            kept_bytes += stop_bytes[stop]
     return frozenset(chosen)
 
 

@@ -99,17 +99,8 @@ class StreamedLM:
         # A caller that keeps only the model keeps its handle alive. A forgotten handle is closed when it is collected,
         # or when the interpreter exits, before daemon threads are stopped in the middle of a product.
         model.__dict__["_slowllm"] = self
-        self._finalizer = weakref.finalize(
-            self,
-            _release,
-            self._carousel,
-            source,
-            stops,
-            device_placement,
-            checkpoint,
-            budget,
-            plan.peak_bytes,
-        )
+        held = self._carousel, source, stops, device_placement, checkpoint, budget, plan.peak_bytes
+        self._finalizer = weakref.finalize(self, _release, *held)
 
     @property
     def config(self) -> Any:
@@ -133,9 +124,8 @@ class StreamedLM:
     @property
     def resident(self) -> frozenset[int]:
         """Stops that are read once: they stay in memory, or on a device."""
-        return self.plan.resident | (
-            frozenset() if self.device_placement is None else self.device_placement.plan.kept
-        )
+        placement = self.device_placement
+        return self.plan.resident | (frozenset() if placement is None else placement.plan.kept)
 
     @property
     def sizes(self) -> Sizes:

@@ -76,7 +76,7 @@ class Carousel:
         """
         self._refuse_if_forked()
         if threading.current_thread() is self._thread:
-            raise RideError("the model was called inside a block, on_passage or the iterable of jobs")
+            raise RideError("the model was called inside a block, a watcher or the iterable of jobs")
         local = self._boarding.local
         local.comes_round = local.comes_round or (direction == "up" and stop <= local.last_stop)
         local.last_stop = stop

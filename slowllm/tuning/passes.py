@@ -104,7 +104,6 @@ def learn_rider(
     try:
         with call_context(reach=hint), torch.enable_grad():
             losses, _ = _losses(lm, trial.prompt(leaves), trial.task, rows, activations)
-            _refuse_non_finite(losses, examples)
             loss = losses.sum() / total
             gradients = torch.autograd.grad(loss, list(leaves.values()))
     except NonFiniteError as error:
@@ -126,7 +125,6 @@ def judge_rider(
     try:
         with call_context(reach=hint), torch.no_grad():
             losses, chosen = _losses(lm, trial.prompt(), trial.task, rows, activations)
-            _refuse_non_finite(losses, examples)
     except NonFiniteError as error:
         return _named(error, examples)
     return numbers, losses.tolist(), chosen.tolist()
@@ -228,7 +226,11 @@ def _losses(
     rows: Sequence[NumberedExample],
     activations: FrozenActivations | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss (B,) of each row, summed over its answer, and where labels are compared the likeliest (B,)."""
+    """Return the loss (B,) of each row, summed over its answer, and the likeliest label (B,) if labels are compared.
+
+    Raises:
+        NonFiniteError: a loss is not finite; the error has the number of the row.
+    """
     examples = [row.example for row in rows]
     ids, mask = _inputs_of(prompt, examples)
     journal = Journal() if activations is None else activations.journal_of([row.number for row in rows])
@@ -244,18 +246,17 @@ def _losses(
             choices = torch.tensor([label[0] for label in task.label_ids])
             logits = choice_logits(lm.model, target_rows, positions, choices, inputs)
             right = torch.tensor([example.label for example in examples])
-            return F.cross_entropy(logits, right, reduction="none"), logits.argmax(-1)
-        each = token_losses(lm.model, target_rows, positions, tokens, **inputs)
-    no_labels = torch.zeros(0, dtype=torch.int64)
-    return torch.zeros(len(rows)).index_add(0, target_rows, each), no_labels
-
-
-def _refuse_non_finite(losses: Tensor, examples: Sequence[Example]) -> None:
-    bad = (~losses.detach().isfinite()).nonzero().flatten().tolist()
-    if bad:
-        error = NonFiniteError(f"the loss is {float(losses[bad[0]].detach())}")
-        error.row = bad[0]
-        raise error
+            losses, chosen = F.cross_entropy(logits, right, reduction="none"), logits.argmax(-1)
+        else:
+            each = token_losses(lm.model, target_rows, positions, tokens, **inputs)
+            losses = torch.zeros(len(rows)).index_add(0, target_rows, each)
+            chosen = torch.zeros(0, dtype=torch.int64)
+    for row, loss in enumerate(losses.tolist()):
+        if not math.isfinite(loss):
+            error = NonFiniteError(f"the loss is {loss}")
+            error.row = row
+            raise error
+    return losses, chosen
 
 
 def _named(error: NonFiniteError, examples: Sequence[Example]) -> TuningError:

@@ -126,9 +126,14 @@ class Trial:
 
     def prompt(self, values: Mapping[str, Tensor] | None = None) -> SoftPrompt:
         """Return the prompt made of `values`, by default of the parameters as they are now."""
-        return _prompt_of(
-            self.start, self.first_block, values or {n: v.detach() for n, v in self.values.items()}
-        )
+        values = values or {name: value.detach() for name, value in self.values.items()}
+        start, first = self.start, self.first_block
+        if start.kind == "prefix":
+            return SoftPrompt("prefix", pairs=(*start.pairs[:first], *values["pairs"].unbind()))
+        embeddings = values.get("embeddings", start.embeddings)
+        if start.kind == "shallow":
+            return SoftPrompt("shallow", embeddings)
+        return SoftPrompt("deep", embeddings, (*start.vectors[:first], *values["vectors"].unbind()))
 
     @property
     def result(self) -> SoftPrompt:
@@ -229,23 +234,10 @@ def _tuned(start: SoftPrompt, first: int) -> dict[str, Tensor]:
     return values
 
 
-def _prompt_of(start: SoftPrompt, first: int, values: Mapping[str, Tensor]) -> SoftPrompt:
-    if start.kind == "prefix":
-        return SoftPrompt("prefix", pairs=(*start.pairs[:first], *values["pairs"].unbind()))
-    embeddings = values.get("embeddings", start.embeddings)
-    if start.kind == "shallow":
-        return SoftPrompt("shallow", embeddings)
-    return SoftPrompt("deep", embeddings, (*start.vectors[:first], *values["vectors"].unbind()))
-
-
 def restored_start(start: Mapping[str, Tensor], kind: Kind, num_blocks: int, width: int) -> SoftPrompt:
     """Return the prompt that a trial began with, from the tensors of `Trial.saved`."""
-    embeddings = start.get("start.embeddings")
     if kind == "prefix":
         return SoftPrompt("prefix", pairs=tuple(start[f"start.pairs.{n}"] for n in range(num_blocks)))
-    assert embeddings is not None, "a shallow or deep prompt is saved with its embeddings"
-    if kind == "shallow":
-        return SoftPrompt("shallow", embeddings)
-    return SoftPrompt(
-        "deep", embeddings, tuple(torch.zeros(len(embeddings), width) for _ in range(num_blocks))
-    )
+    embeddings = start["start.embeddings"]
+    vectors = [torch.zeros(len(embeddings), width) for _ in range(num_blocks if kind == "deep" else 0)]
+    return SoftPrompt(kind, embeddings, tuple(vectors))

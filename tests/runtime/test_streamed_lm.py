@@ -230,6 +230,27 @@ def test_a_forward_and_backward_visits_the_turning_stop_once(tiny_bloom: Streame
     assert passages == [*range(11), *range(9, -1, -1)]
 
 
+def test_watchers_nest_and_each_sees_the_stops_of_its_own_context(tiny_bloom: StreamedLM) -> None:
+    outer: list[int] = []
+    inner: list[int] = []
+
+    def call() -> None:
+        with torch.no_grad():
+            tiny_bloom.model(some_ids(1, 4))
+
+    # The last stop of a ride may be reported after its end, but before the first stop of the next.
+    with tiny_bloom.watching(lambda passage: outer.append(passage.stop)):
+        with tiny_bloom.watching(lambda passage: inner.append(passage.stop)):
+            tiny_bloom.ride([call])
+            tiny_bloom.ride([call])
+        tiny_bloom.ride([call])
+        seen = list(inner)
+        tiny_bloom.ride([call])
+    assert inner == seen == outer[: len(seen)]
+    assert len(seen) >= 2 * tiny_bloom.num_stops - 1
+    assert len(outer) >= 4 * tiny_bloom.num_stops - 1
+
+
 def test_a_block_is_recomputed_against_the_cache_as_it_was(tiny: Tiny) -> None:
     # With use_cache a recompute that appended to the cache again would see every token twice.
     folder = tiny("llama-2")
