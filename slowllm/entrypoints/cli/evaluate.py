@@ -83,10 +83,10 @@ def boolq(
     as_json: JsonOption = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure a model's accuracy on BoolQ (question, passage, answer; or super_glue's label), with templates.
+    """Measure a model's accuracy on BoolQ with templates.
 
-    All templates and examples share sweeps over the weights. Prints the accuracy of each template and of all of them
-    together, with Wilson's 95 % interval.
+    An example has a question, a passage and an answer, or super_glue's label. All templates and examples share sweeps
+    over the weights. Prints the accuracy of each template and of all of them together, with Wilson's 95 % interval.
     """
     options.log_to_stderr(verbose)
     out = _predictions_file(out, data)
@@ -133,7 +133,10 @@ def task(
     as_json: JsonOption = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure a model's accuracy on any dataset, with templates whose target is one of their answer choices."""
+    """Measure a model's accuracy on any dataset with templates of your own.
+
+    The target of a template is one of its answer choices.
+    """
     options.log_to_stderr(verbose)
     out = _predictions_file(out, data)
     options.check_normalize(normalize)
@@ -157,9 +160,10 @@ def task(
     add_help_option=False,
 )
 def lm(context: typer.Context) -> None:
-    """Run lm-eval's command line with `--model slowllm`; all requests of a kind share as few sweeps as possible.
+    """Run lm-eval's command line with `--model slowllm`.
 
-    For example: slowllm eval lm --tasks boolq --model_args pretrained=DIR,ram=16GiB
+    All requests of a kind share as few sweeps as possible. For example: slowllm eval lm --tasks boolq
+    --model_args pretrained=DIR,ram=16GiB
     """
     from slowllm.entrypoints import lm_eval_model
 

@@ -32,13 +32,15 @@ def convert(
     ] = 1,
     verbose: options.Verbose = False,
 ) -> None:
-    r"""Write a store: a copy of a checkpoint with fewer bytes to stream.
+    """Write a store: a copy of a checkpoint with fewer bytes to stream.
 
-    \b
-    lossless  about 12 bits a weight, decoded to the bits of a bfloat16 checkpoint: the same answers
-    int8      half the bytes (LLM.int8(): 8-bit products, outliers in 16 bits)
-    int4      about 0.28 of the bytes (64 weights share a scale and an offset)
-    bf16      not quantised, one file a block; other dtypes are rounded
+    lossless: about 12 bits a weight, decoded to the bits of a bfloat16 checkpoint, so the answers are the same.
+
+    int8: half the bytes (LLM.int8(): 8-bit products, outliers in 16 bits).
+
+    int4: about 0.28 of the bytes (64 weights share a scale and an offset).
+
+    bf16: not quantised, one file a block; other dtypes are rounded.
 
     Embeddings, norms, routers and the head are not quantised. All verbs take a store where they take a model. What is
     written is read back and compared. After an interrupt, a crash or a full disk, the same command resumes where it
@@ -104,7 +106,7 @@ def verify(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a sentence.")] = False,
 ) -> None:
-    """Read every file of a store, or of a model in the hub's local cache, and compare it with its hash."""
+    """Compare every file of a store, or of a model in the hub's local cache, with its hash."""
     from slowllm.entrypoints.progress import byte_progress
     from slowllm.options import format_bytes
     from slowllm.prepare.verify import verify as check

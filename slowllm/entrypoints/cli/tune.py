@@ -90,7 +90,7 @@ def tune(
     accumulate: Annotated[int, typer.Option(help="Number of batches of an update.", min=1)] = 1,
     lr: Annotated[
         list[float] | None,
-        typer.Option(help="Learning rate of AdamW; each further one is another trial.", show_default="0.03"),
+        typer.Option(help="Learning rate of AdamW; give several for several trials.", show_default="0.03"),
     ] = None,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.", min=0.0)] = 0.0,
     schedule: Annotated[
@@ -121,12 +121,12 @@ def tune(
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Tune a soft prompt: a few numbers before every text, for a model that is frozen and need not fit in memory.
+    """Tune a soft prompt: a few trained vectors before every text.
 
-    Each step is a sweep up the blocks and a sweep down, shared by all its examples and by all trials: every --lr with
-    every seed on every file. Before the first step it prints how long a step takes and how much memory. It prints a
-    line for each step and each validation; they are also written to OUT/log.jsonl, and to OUT for TensorBoard where
-    that is installed. Of several trials, each has its own folder in OUT.
+    The model is frozen, and need not fit in memory. Each step is a sweep up the blocks and a sweep down, shared by all
+    its examples and by all trials: every --lr with every seed on every file. Before the first step it prints how long a
+    step takes and how much memory. It prints a line for each step and each validation; they are also written to
+    OUT/log.jsonl, and to OUT for TensorBoard where that is installed. Of several trials, each has its own folder in OUT.
 
     With --state, the same command resumes after a crash or kill and gives the same numbers to the last bit. A loss that
     is NaN or infinite, or far too large, ends its trial with a message that names the step and the example; the last

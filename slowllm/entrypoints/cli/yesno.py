@@ -34,7 +34,10 @@ def yesno(
     ] = r"Question: {question}\nAnswer:",
     verbose: options.Verbose = False,
 ) -> None:
-    """Answer every non-empty line of a file with yes or no, and print the probability of yes against no."""
+    """Answer the questions of a text file with yes or no.
+
+    Every non-empty line is a question. Prints each answer with the probability of yes against no.
+    """
     options.log_to_stderr(verbose)
     lines = read_lines(file)
     out = options.check_output(out, file)
