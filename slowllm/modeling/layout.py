@@ -269,6 +269,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     ]
     # Lists inside a block (experts, per-head norms) may happen to be as long.
     outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    if len(outer) > 1:  # a tower of images may be as deep as the text model
+        outer = [(n, m) for n, m in outer if type(_config_above(model, n)) is type(config)]
     if len(outer) != 1:
         found = ", ".join(name for name, _ in outer) or "none"
         raise ArchitectureError(
@@ -283,6 +285,14 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
                     f"{family}: blocks {owners[id(parameter)]} and {index} share weights, so a block is no stop of its own"
                 )
     return name, blocks
+
+
+def _config_above(model: PreTrainedModel, name: str) -> Any:
+    """Return the config of the innermost model that a module is in."""
+    owners = [
+        module for prefix in _prefixes(name) if hasattr(module := model.get_submodule(prefix), "config")
+    ]
+    return owners[-1].config if owners else model.config
 
 
 # The head is not cut into chunks smaller than this: a GEMM of few columns is slow, and its rounding differs from

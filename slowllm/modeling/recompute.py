@@ -22,7 +22,7 @@ from slowllm.streaming.thread_context import current_autocasts
 
 def hidden_of(output: Any) -> Tensor:
     """Return the hidden states (B, T, H) of what a block returned."""
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+    return cast(Tensor, output[0] if isinstance(output, tuple | list) else output)
 
 
 def is_cache(value: Any) -> bool:

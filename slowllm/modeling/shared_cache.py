@@ -7,11 +7,13 @@ of one block's keys and values, not of the whole model's.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from slowllm.errors import RideError
@@ -129,4 +131,10 @@ def can_share(config: Any) -> bool:
     Windows, recurrent states and indices of a cache are not handed from rider to rider.
     """
     layers = DynamicCache(config=config.get_text_config()).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers) and takes_cache(config)
+
+
+def takes_cache(config: Any) -> bool:
+    """Return whether a model takes a cache: OpenAI GPT, say, would ignore it."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return kind is None or "past_key_values" in inspect.signature(kind.forward).parameters

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from slowllm.errors import InputError
-from slowllm.modeling.shared_cache import Pair, can_share
+from slowllm.modeling.shared_cache import Pair, can_share, takes_cache
 from slowllm.streaming.call_context import call_context, current_call
 
 Kind = Literal["shallow", "deep", "prefix"]
@@ -200,6 +200,8 @@ def check_fits(prompt: SoftPrompt, config: Any, name: str) -> None:
         raise InputError(
             f"{name}: was made for a model of {found} blocks, but this one has {text.num_hidden_layers}"
         )
+    if prompt.pairs and not takes_cache(config):
+        raise InputError(f"{name}: is a prefix of keys and values, but this model takes none")
     if prompt.pairs:
         heads, head_dim = prompt.pairs[0].shape[1], prompt.pairs[0].shape[3]
         own = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

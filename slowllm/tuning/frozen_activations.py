@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slowllm.errors import StateError
 from slowllm.files import replace_file
+from slowllm.modeling.recompute import hidden_of
 from slowllm.streaming.journal import SkipBlocks
 
 
@@ -86,8 +87,8 @@ class FrozenActivations:
 
         What it returns beside hidden states (BLOOM's attentions) is for callers that ask for it, and is not kept.
         """
-        hidden = output[0] if isinstance(output, tuple) else output
-        if isinstance(output, tuple):
+        hidden = hidden_of(output)
+        if hidden is not output:
             self._num_others = len(output) - 1
         for place, row in enumerate(rows):
             self._row(row).copy_(hidden[place, : self._lengths[row]])

@@ -39,7 +39,7 @@ def test_leaves_give_the_bits_of_the_resident_model(
         torch.no_grad(),
     ):
         assert lm.plan.granularity == "leaves"
-        assert len(lm.layout.modules) >= plain.config.num_hidden_layers
+        assert len(lm.layout.modules) >= plain.config.get_text_config().num_hidden_layers
         rides = lm.ride([lambda ids=ids: lm.model(ids).logits for ids in batches()])
         for ids, logits in zip(batches(), rides, strict=True):
             assert torch.equal(logits, plain(ids).logits)

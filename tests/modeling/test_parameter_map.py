@@ -175,7 +175,8 @@ def test_three_blocks_may_lie_in_one_shard(saved: Saved, tmp_path: Path, name: s
     check(tmp_path)
 
 
-@pytest.mark.parametrize("name", CASES)
+# On disk the multimodal model's names begin with the part that they belong to.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "gemma-3-with-a-tower"])
 def test_names_may_lack_the_prefix(saved: Saved, tmp_path: Path, name: str) -> None:
     tensors = saved(tmp_path, name)
     rewrite(tmp_path, [unprefixed(tensors, prefix_of(tmp_path))], index=False)

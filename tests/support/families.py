@@ -56,6 +56,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LLAMA, "head_dim": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
     ),
     "gemma-3-sliding": ("gemma3_text", {**_LLAMA, "head_dim": 16, "sliding_window": 8}),
+    "gemma-3-with-a-tower": (
+        "gemma3",
+        {
+            "text_config": {**_LLAMA, "head_dim": 16, "sliding_window": 8},
+            # As many blocks as the text model has.
+            "vision_config": {
+                "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+                "image_size": 28, "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4, "image_token_index": 306, "boi_token_index": 304, "eoi_token_index": 305,
+        },
+    ),
     "gpt2": ("gpt2", _GPT),
     "gpt-bigcode": ("gpt_bigcode", _GPT),
     "gpt-j-tables-in-blocks": ("gptj", {**_GPT, "rotary_dim": 8, "n_positions": 64}),
@@ -75,6 +87,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": VOCAB}),
     "mpt-alibi": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 3, "vocab_size": VOCAB}),
     "olmoe": ("olmoe", {**_LLAMA, **_EXPERTS}),
+    "openai-gpt": ("openai-gpt", {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCAB, "n_positions": 64}),
     "opt": (
         "opt",
         {
