@@ -34,6 +34,7 @@ from slowllm.inference.speculative_loop import (
     continue_with_draft,
 )
 from slowllm.inference.text import TextSide, max_line_tokens
+from slowllm.modeling.shared_cache import takes_cache
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates
 from slowllm.planning.job import Job, Rates
@@ -59,9 +60,11 @@ def refuse_uncroppable(lm: TextSide) -> None:
     """Refuse a model whose cache cannot drop tokens that were not accepted.
 
     Raises:
-        InputError: it keeps a state or a sliding window instead of every token's keys and values.
+        InputError: it keeps a state or a sliding window instead of every token's keys and values, or nothing.
     """
     config: PreTrainedConfig = lm.config.get_text_config()
+    if not takes_cache(lm.config):
+        raise InputError(f"{config.model_type}: takes no cache, so it works without --draft only")
     # A config without layer types makes layers when they are first used, and these keep every token.
     kinds = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer}
     if kinds or getattr(getattr(lm, "model", None), "_is_stateful", False):

@@ -306,6 +306,14 @@ def test_caches_that_cannot_take_back_are_refused(
         speculative.generate(lm, [Prompt((5,))], "lookup")
 
 
+def test_a_model_that_takes_no_cache_is_refused(tiny: Callable[..., Path]) -> None:
+    with (
+        slowllm.load(tiny("openai-gpt"), dtype="fp32") as lm,
+        pytest.raises(InputError, match="openai-gpt: takes no cache, so it works without --draft only"),
+    ):
+        speculative.generate(lm, [Prompt((5,))], "lookup")
+
+
 @pytest.mark.parametrize(
     "settings",
     [Settings(do_sample=True), Settings(num_beams=2), Settings(num_beams=2, num_return_sequences=2)],

@@ -17,7 +17,7 @@ from torch import Tensor
 import slowllm
 from slowllm.errors import ArchitectureError
 from slowllm.runtime.streamed_lm import StreamedLM
-from tests.support.families import FAMILIES, VOCAB, resident, save_tiny
+from tests.support.families import FAMILIES, MIXTURES, VOCAB, experts_in, resident, save_tiny
 
 DTYPES = [torch.float32, torch.bfloat16]
 # An online softmax and log_softmax round differently: a few units in the last place of a logarithm near -6.
@@ -173,3 +173,38 @@ def test_a_mapped_model_gives_the_bits_of_a_streamed_one(tmp_path: Path) -> None
             assert bool(lm.plan.ring_bytes) != keep
             logits.append(lm.model(ids).logits)
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name", sorted(MIXTURES))
+def test_a_mixture_has_experts_and_its_tokens_take_different_ones(
+    name: str, tiny: Callable[..., Path]
+) -> None:
+    plain = resident(tiny(name))
+    assert experts_in(plain)
+    taken: dict[str, set[int]] = {}
+
+    def note(place: str, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        indices = next(
+            t for t in (*inputs, *kwargs.values()) if isinstance(t, Tensor) and not t.is_floating_point()
+        )
+        taken.setdefault(place, set()).update(indices.flatten().tolist())
+
+    for place in experts_in(plain):
+        plain.get_submodule(place).register_forward_pre_hook(
+            lambda _, inputs, kwargs, place=place: note(place, inputs, kwargs), with_kwargs=True
+        )
+    with torch.no_grad():
+        plain(batches()[2])
+    assert set(taken) == set(experts_in(plain))
+    assert all(len(numbers) > 2 for numbers in taken.values())
+
+
+def test_deepseek_chooses_by_groups_and_corrections(tiny: Callable[..., Path]) -> None:
+    plain = resident(tiny("deepseek-v3"))
+    dense, *mixtures = plain.model.layers
+    assert not experts_in(dense)
+    assert all(experts_in(block) for block in mixtures)
+    router = mixtures[0].mlp.gate
+    assert (router.num_experts, router.num_group, router.topk_group) == (16, 8, 4)
+    assert router.e_score_correction_bias.abs().min() > 0
+    assert plain.config.rope_parameters["rope_type"] == "yarn"

@@ -269,6 +269,12 @@ def test_prompts_of_other_models_are_refused(tmp_path: Path) -> None:
         slowllm.load(TINY_BLOOM, prompt=other)
 
 
+def test_a_prefix_is_refused_where_it_would_be_ignored(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    prefix = write(tmp_path, SoftPrompt("prefix", pairs=tuple(torch.ones(2, 4, 3, 16) for _ in range(3))))
+    with pytest.raises(InputError, match="is a prefix of keys and values, but this model takes none"):
+        ModelInfo(tiny("openai-gpt"), prefix)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.support.paths import TINY_BLOOM
@@ -22,6 +23,10 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _ROPE3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}  # fmt: skip
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
 
 # Name of the case: (model type, config).
@@ -46,9 +51,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3": (
         "deepseek_v3",
         {
-            **_LLAMA, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
-            "num_experts_per_tok": 2, "moe_intermediate_size": 32, "q_lora_rank": 16, "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+            **_LLAMA, "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_routed_experts": 16, "n_group": 8,
+            "topk_group": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "q_lora_rank": 16,
+            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+            "rope_parameters": _YARN,
         },
     ),
     "gemma-2-soft-cap": (
@@ -82,7 +88,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_neox",
         {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"},
     ),
-    "gpt-oss": ("gpt_oss", {**_LLAMA, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt-oss": (
+        "gpt_oss",
+        # By default the bias alone would choose the same experts for every token.
+        {
+            **_LLAMA, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.1,
+        },
+    ),
     "granite-scaled-logits": ("granite", {**_LLAMA, "logits_scaling": 3.0, "embedding_multiplier": 2.0}),
     "mamba": ("mamba", {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": VOCAB}),
     "mpt-alibi": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 3, "vocab_size": VOCAB}),
@@ -98,12 +110,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", _LLAMA),
     "qwen3": ("qwen3", {**_LLAMA, "head_dim": 16}),
     "qwen3-moe": ("qwen3_moe", {**_LLAMA, **_EXPERTS, "head_dim": 16, "moe_intermediate_size": 32}),
+    "qwen3-next-hybrid": (
+        "qwen3_next",
+        {
+            **_LLAMA, **_EXPERTS, "head_dim": 16, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_key_head_dim": 8,
+            "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        },
+    ),
     "stablelm": ("stablelm", _LLAMA),
     "xglm-scaled-embedding": (
         "xglm",
         {"d_model": 64, "num_layers": 3, "attention_heads": 4, "ffn_dim": 96, "vocab_size": VOCAB},
     ),
 }  # fmt: skip
+# The cases whose blocks hold experts, of which a token takes some.
+MIXTURES = {"deepseek-v3", "gpt-oss", "mixtral", "olmoe", "qwen3-moe", "qwen3-next-hybrid"}
+
+
+def experts_in(model: nn.Module) -> list[str]:
+    """Return the names of a model's modules of experts: those whose matrices hold one for each expert."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.endswith("experts") and any(matrix.dim() == 3 for matrix in module.parameters(recurse=False))
+    ]
 
 
 def save_tiny(
@@ -113,10 +144,15 @@ def save_tiny(
     model_type, config = FAMILIES[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**config, **overrides}))
+    assert bool(experts_in(model)) == (name in MIXTURES), (
+        f"{name} says that it has experts, or that it has none"
+    )
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms and biases begin as ones and zeros, which would hide a mix-up
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+        # Norms and biases begin as ones and zeros, which would hide a mix-up; so do corrections of a router.
+        corrections = [buffer for key, buffer in model.named_buffers() if key.endswith("correction_bias")]
+        for tensor in (*model.parameters(), *corrections):
+            if tensor.dim() == 1:
+                tensor.add_(torch.randn_like(tensor) * 0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
 
 
