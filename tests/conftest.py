@@ -8,11 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Set before torch is imported. On processors of other makers, MKL's fp32 products round differently by where in
-# memory a matrix begins, for a resident model as well; this asks for one way, so that equal bits can be asked for.
-with open("/proc/cpuinfo", encoding="utf-8") as _cpuinfo:
-    if "GenuineIntel" not in _cpuinfo.read():
-        os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+# Before torch is imported.
+import tests.support.same_rounding  # noqa: F401
 
 # Processes that share a machine's cores, as those of `pytest -n 2` do, get their part of them, and so do those that
 # they start: as many threads in each as the machine has cores spend their time waiting for each other.

@@ -1,4 +1,7 @@
-"""Each benchmark runs on a tiny model, so that it does not rot; what it measures there means nothing."""
+"""Each benchmark runs on a tiny model, so that it does not rot; what it measures there means nothing.
+
+What is made of the measurements is tested with made-up ones in `test_reports`.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,6 @@ def test_forward_pass_reports_limit_measurement_and_ratio(tmp_path: Path, proces
         "full_model_s",
     ):
         assert report[key] > 0, key
-    assert report["limit_s"] == max(report["disk_limit_s"], report["resident_compute_s"])
-    assert report["efficiency"] == report["limit_s"] / report["wall_s"]
     assert report["wait_s"] + report["compute_s"] <= report["wall_s"]
     assert report["resident_bytes"] == 0
     assert report["read_bytes"] >= report["weight_bytes"], "every stop comes from the disk once"
@@ -97,8 +98,6 @@ def test_later_sweeps_read_only_what_is_not_resident(measured: Callable[..., dic
     assert report["mapped"]
     assert report["resident_bytes"] >= report["weight_bytes"]
     assert [sweep["read_bytes"] for sweep in report["later_sweeps"]] == [0, 0]
-    assert report["speedup"] == report["peer_wall_s"] / report["wall_s"]
-    assert report["speedup_later"] > 0
     assert report["peer_same_tokens"] == 1
     assert sum(report["micro_batches"]) == 3
 
@@ -108,8 +107,6 @@ def test_a_warm_pass_is_a_rate_of_memory(measured: Callable[..., dict[str, Any]]
     assert report["page_cache"] == "warm"
     assert not report["capped_by_cgroup"]
     assert report["disk_limit_s"] == 0, "a mapped model in the page cache needs no disk"
-    assert report["gb_per_s"] == report["weight_bytes"] / report["wall_s"] / 1e9
-    assert report["peer_gb_per_s"] == report["weight_bytes"] / report["peer_wall_s"] / 1e9
 
 
 @pytest.mark.parametrize("store", ["lossless", "int8"])
@@ -123,7 +120,6 @@ def test_the_blocks_of_a_store_are_compared_with_the_plain_ones(
     )  # so small, parts are padded
     assert (stored["logits_distance"] == 0) == (store == "lossless")
     assert stored["logits_distance"] < 0.05
-    assert stored["blocks_of_plain"] == stored["blocks_s"] / stored["plain_blocks_s"]
     assert stored["read_bytes"] < report["read_bytes"]
 
 
@@ -133,7 +129,6 @@ def test_a_tuning_step_on_a_store_is_compared_with_the_plain_one(
     report = measured("--store", "int8", "--sentences", "3", "--steps", "2", module=tuning_step)
     assert report["stored"]["loss_change"] == pytest.approx(0, abs=0.01)
     assert report["stored"]["grad_norm_change"] == pytest.approx(0, abs=0.1)
-    assert report["stored"]["later"]["seconds"] > 0
 
 
 def test_mixed_sentences_are_compared_with_both_ways_of_the_peer(
@@ -143,9 +138,7 @@ def test_mixed_sentences_are_compared_with_both_ways_of_the_peer(
     assert (report["tokens"], report["sequences"]) == (1024, 64)
     assert sum(report["micro_batches"]) == 64
     assert report["verified"]
-    assert report["peer_wall_s"] == min(report["peer_padded_s"], report["peer_one_by_one_s"])
-    assert report["peer_one_by_one_measured"] == passes.NUM_ONE_BY_ONE
-    assert report["speedup_one_by_one"] == report["peer_one_by_one_s"] / report["wall_s"]
+    assert report["peer_one_by_one_measured"] == 2
     # Padded on the left on both sides, in other batches: a position off by one would agree nowhere.
     assert report["peer_same_tokens"] > 0.9
 
@@ -159,7 +152,6 @@ def test_many_sentences_are_scored_in_few_sweeps_and_nothing_is_written(
     assert report["num_scored"] == 300 * 19
     assert 1 <= report["num_sweeps"] <= 6
     assert report["written_bytes"] < 1 << 20
-    assert report["gemm_efficiency"] == report["gemm_limit_s"] / report["wall_s"]
     # Of 4,096 tokens with random weights.
     assert -10 < report["mean_log_prob"] < -math.log(4096)
 
@@ -252,7 +244,6 @@ def test_generation_reports_tokens_per_sweep(measured: Callable[..., dict[str, A
     assert report["tokens_per_sweep"] == 6
     assert report["num_sweeps"] == report["predicted_sweeps"] == 3
     assert report["peer_one_by_one_measured_tokens"] == 2
-    assert report["limit_s"] == max(report["disk_limit_s"], report["gemm_limit_s"])
 
 
 def test_a_tuning_step_has_a_limit_and_a_peer(measured: Callable[..., dict[str, Any]]) -> None:
@@ -265,13 +256,8 @@ def test_a_tuning_step_has_a_limit_and_a_peer(measured: Callable[..., dict[str, 
     assert report["micro_batches"] >= 1
     assert not report["mapped"]
     assert report["first"]["read_of_forward"] >= 1
-    assert report["resident_compute_s"] == 3 * report["resident_block_s"] + report["resident_head_s"]
     for name in ("first", "later"):
-        step = report[name]
-        assert step["limit_s"] == max(step["disk_limit_s"], report["resident_compute_s"])
-        assert step["efficiency"] == step["limit_s"] / step["seconds"]
-        assert 0 < step["compute_s"] < step["seconds"]
-    assert report["speedup"] == report["peer_wall_s"] / report["first"]["seconds"]
+        assert 0 < report[name]["compute_s"] < report[name]["seconds"]
 
 
 def test_an_epoch_above_frozen_blocks_is_compared_with_the_first(
