@@ -12,14 +12,14 @@ from slowllm.streaming.lazy_weight import LazyWeight
 
 
 class HostEmbedding(nn.Embedding):
-    """Mixin for an input embedding whose rows are looked up in the host's memory, for a model that is on a device."""
+    """Mixin for an input embedding whose rows are looked up in the host's memory while the model is on a device."""
 
     _device: torch.device
 
     __call__ = nn.Module.__call__
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the rows of ids, which may be anywhere, on the model's device."""
+        """Return the rows of ids, which may be on any device, on the model's device."""
         return super().forward(input.cpu()).to(self._device)
 
 
@@ -34,9 +34,9 @@ def stream_embedding(
         embedding: of the model.
         weight: in the host's memory.
         compute_dtype: of the model.
-        device: where its rows are wanted; None for the processor.
+        device: that the rows are moved to; None for the processor.
     Raises:
-        ArchitectureError: it is no `nn.Embedding`.
+        ArchitectureError: the embedding is no `nn.Embedding`.
     """
     if not isinstance(embedding, nn.Embedding):
         raise ArchitectureError(f"{type(embedding).__name__}: the input embedding is no nn.Embedding")

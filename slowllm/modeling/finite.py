@@ -1,4 +1,4 @@
-"""Refuse NaN and infinity in what a block or the head returns, at positions that hold text."""
+"""Refuse NaN and infinity in the output of a block or the head, at positions that hold text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def check_finite(name: str, values: Tensor, *, infinity_is_legal: bool = False) 
 
     Args:
         name: of the block, for the error.
-        values: (B, T, ...), or anything else, which is then checked as a whole.
-        infinity_is_legal: whether only NaN is an error.
+        values: (B, T, ...); another shape is checked as a whole.
+        infinity_is_legal: whether only NaN is refused.
     Raises:
-        NonFiniteError: with the first position.
+        NonFiniteError: names the first bad position.
     """
     good = ~values.isnan() if infinity_is_legal else values.isfinite()
     if bool(good.all()):
