@@ -19,10 +19,12 @@ from slowllm.entrypoints.progress import duration
 from slowllm.errors import PlanError
 from slowllm.planning.host_plan import least_bytes
 from slowllm.planning.job import Job, Rates
+from slowllm.runtime import rates as rates_module
 from slowllm.runtime import survey
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.rates import disk_rate, quick_rates
 from slowllm.storage.checkpoint import Checkpoint
+from slowllm.storage.manifest import open_checkpoint
 from tests.support.command_line import refused, run
 from tests.support.paths import TINY_BLOOM
 
@@ -135,3 +137,19 @@ def test_a_plan_for_gradients_never_cuts_blocks(
 )
 def test_times_are_said_as_people_say_them(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_a_product_without_a_kernel_is_not_measured_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def slow(products: Any, num_rounds: int) -> list[float]:
+        shapes.extend(tuple(product.args[0].shape) for product in products)
+        return [1.0 if product.args[0].dtype == torch.bfloat16 else 1e-3 for product in products]
+
+    monkeypatch.setattr(rates_module, "_shortest_seconds", slow)
+    with open_checkpoint(TINY_BLOOM) as checkpoint:
+        assert rates_module.choose_dtype("auto", checkpoint) is torch.float32
+    assert shapes == [rates_module.PROBE] * 2
+    # 512 rows of the full width are 8,192 times the work of the probe.
+    assert rates_module._product_seconds(512, torch.bfloat16) == pytest.approx(8192.0)
+    assert shapes == [rates_module.PROBE] * 3
