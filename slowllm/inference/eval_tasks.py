@@ -19,11 +19,8 @@ from slowllm.inference.prompt_templates import Question, missing_package
 
 log = logging.getLogger(__name__)
 
-
 # Two-sided, 95 %.
 _Z = 1.959963984540054
-
-
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 

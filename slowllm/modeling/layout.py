@@ -18,10 +18,9 @@ from transformers import PreTrainedModel
 from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.planning.job import Granularity
 from slowllm.storage.spans import Placement, take_rows
-from slowllm.streaming.reader import ring_bytes_of
+from slowllm.streaming.read_requests import ring_bytes_of
 
 log = logging.getLogger(__name__)
-
 
 # A leaf smaller than this (a router, say) always stays in memory.
 MIN_LEAF_BYTES = 1 << 20

@@ -13,8 +13,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 log = logging.getLogger(__name__)
-
-
 LogitTransform = Callable[[Tensor], Tensor]
 
 

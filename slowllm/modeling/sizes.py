@@ -16,7 +16,7 @@ from slowllm.rounding import ceil_div
 from slowllm.storage.codecs.registry import codec_of
 from slowllm.storage.spans import Placement
 from slowllm.streaming.cast_stops import cast_buffer_bytes
-from slowllm.streaming.reader import ring_bytes_of
+from slowllm.streaming.read_requests import ring_bytes_of
 
 # A row's recurrent states are shared out among this many tokens of it, so rows of fewer are counted too low.
 MIN_ROW_TOKENS = 16

@@ -19,7 +19,6 @@ from slowllm.storage.checkpoint import read_json
 
 log = logging.getLogger(__name__)
 
-
 # A config that names more is damaged; making them all would take hours.
 MAX_BLOCKS = 10_000
 

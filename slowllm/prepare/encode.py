@@ -30,7 +30,8 @@ from slowllm.storage.codecs.registry import CODECS
 from slowllm.storage.manifest import PADDING, StoredFile, StoredTensor, file_from_json, header_sha256
 from slowllm.storage.spans import DTYPE_NAMES, TORCH_DTYPES, Placement, take_rows
 from slowllm.streaming.buffers import PAGE
-from slowllm.streaming.reader import Reader, smallest_ring
+from slowllm.streaming.reader import Reader
+from slowllm.streaming.ring import smallest_ring
 
 # Bytes read, encoded and written at a time; a worker holds about eight times as much.
 PIECE_BYTES = 16 << 20

@@ -22,11 +22,10 @@ from slowllm.planning.job import Rates
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.manifest import open_checkpoint
 from slowllm.storage.spans import Placement, Run
-from slowllm.streaming.reader import Reader, ring_bytes_of
+from slowllm.streaming.read_requests import ring_bytes_of
+from slowllm.streaming.reader import Reader
 
 log = logging.getLogger(__name__)
-
-
 PIECE_BYTES, RING_PIECES = 64 << 20, 4
 # A smaller checkpoint is read in a moment, so that any rate will do.
 WORTH_MEASURING_BYTES = 4 << 30

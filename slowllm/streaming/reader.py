@@ -16,59 +16,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from slowllm.errors import RideError
-from slowllm.storage.spans import Placement, Run, Span
+from slowllm.storage.spans import Placement
 from slowllm.streaming.buffers import PAGE, Buffer, page_up
 from slowllm.streaming.direct_io import Files
-from slowllm.streaming.read_requests import in_file_order
+from slowllm.streaming.read_requests import ReadRequest, in_file_order, lead_of, requests_of, ring_bytes_of
+from slowllm.streaming.ring import LoadedStop, Ring, smallest_ring
 from slowllm.streaming.stops import Weights
 
 log = logging.getLogger(__name__)
 
-
-LARGE_BYTES = 1 << 18
-
-
 # How long closing waits for the reads under way, all together. From a network disk that is gone none returns.
 CLOSE_PATIENCE_SECONDS = 5.0
-
-
-def _lead(placement: Placement) -> int:
-    """Bytes between the start of a tensor's page and its first byte, so that file and memory agree modulo a page."""
-    if not placement.runs:
-        return 0
-    first = placement.runs[0]
-    lead = (first.span.offset + first.source) % PAGE
-    # torch cannot view bf16 at an odd address; such a tensor goes through a bounce buffer instead.
-    return lead if lead % placement.stored_dtype.itemsize == 0 else 0
-
-
-def ring_bytes_of(placement: Placement) -> int:
-    """Return the bytes that a tensor takes in a buffer: whole pages, the bytes around it included.
-
-    Where it is large, as many wherever it begins in a page, so that tensors of one size fit in each other's places.
-    """
-    is_large = placement.num_bytes >= LARGE_BYTES
-    return page_up(placement.num_bytes + (PAGE - 1 if is_large else _lead(placement)))
-
-
-def smallest_ring(stops: Sequence[Sequence[Placement]]) -> int:
-    """Return the smallest ring that never blocks.
-
-    The largest stop, and the largest tensor again: a tensor that does not fit before the ring's end goes to its
-    beginning and leaves a gap that is smaller than itself.
-    """
-    if not any(stops):
-        return PAGE
-    return max(sum(map(ring_bytes_of, stop)) for stop in stops) + max(
-        ring_bytes_of(tensor) for stop in stops for tensor in stop
-    )
 
 
 @dataclass
@@ -85,68 +49,12 @@ class ReadStats:
 
 
 @dataclass(frozen=True)
-class _Request:
-    """One read: the bytes from `begin` to `end` of a span's file, to `region[at:]`; by a bounce buffer or not.
+class _Read:
+    """A read under way, into the region of a tensor of a stop."""
 
-    Of these, `needed` must arrive; the last page of a file may be short.
-    """
-
-    slot: _LoadedStop
-    span: Span
-    begin: int
-    end: int
+    slot: LoadedStop
     region: np.ndarray
-    at: int
-    needed: int
-    bounce: bool
-
-
-@dataclass
-class _LoadedStop:
-    """A stop in memory, or on its way there."""
-
-    stop: int
-    resident: bool
-    unplaced: deque[Placement]
-    requests: deque[_Request] = field(default_factory=deque)
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    regions: list[np.ndarray] = field(default_factory=list)
-    num_in_flight: int = 0
-    held: bool = False
-    error: BaseException | None = None
-
-    @property
-    def ready(self) -> bool:
-        return not (self.unplaced or self.requests or self.num_in_flight)
-
-
-class _Ring:
-    """Allocate extents of one buffer in a circle, first in, first out."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self.buffer = Buffer(num_bytes)
-        self.num_bytes = num_bytes
-        self.extents: deque[tuple[int, int, _LoadedStop]] = deque()
-
-    def allocate(self, num_bytes: int, slot: _LoadedStop) -> np.ndarray | None:
-        if not num_bytes:  # an extent of no bytes would look like a full circle
-            return self.buffer.bytes[:0]
-        start = self._fit(num_bytes)
-        if start is None:
-            return None
-        self.extents.append((start, num_bytes, slot))
-        return self.buffer.bytes[start : start + num_bytes]
-
-    def _fit(self, num_bytes: int) -> int | None:
-        if not self.extents:
-            return 0 if num_bytes <= self.num_bytes else None
-        oldest, (newest, length, _) = self.extents[0][0], self.extents[-1]
-        head = newest + length
-        if head <= oldest:  # the circle has wrapped; free is what lies between
-            return head if head + num_bytes <= oldest else None
-        if head + num_bytes <= self.num_bytes:
-            return head
-        return 0 if num_bytes <= oldest else None
+    request: ReadRequest
 
 
 class Reader:
@@ -183,14 +91,10 @@ class Reader:
         self._request_bytes = page_up(request_bytes)
         self._poison = poison
         self._stop_bytes = [sum(map(ring_bytes_of, stop)) for stop in stops]
-        self._ring = _Ring(ring_bytes)
+        self._ring = Ring(ring_bytes, self._stop_bytes, resident)
         kept_bytes = [self._stop_bytes[index] for index in sorted(resident)]
         self._homes = dict(zip(sorted(resident), itertools.accumulate(kept_bytes, initial=0), strict=False))
         self._kept = Buffer(sum(kept_bytes))
-        self._slots: dict[int, _LoadedStop] = {}
-        self._wanted: list[int] = []
-        self._upcoming: list[int] = []
-        self._started_over: set[int] = set()
         self._files = Files()
         self._changed = threading.Condition()
         self._closing = False
@@ -226,29 +130,29 @@ class Reader:
         assert all(0 <= index < self.num_stops for index in (stop, *upcoming)), "there is no such stop"
         started = time.perf_counter()
         with self._changed:
-            self._upcoming = list(dict.fromkeys(upcoming))
-            self._wanted = list(dict.fromkeys((stop, *upcoming)))
-            for slot in list(self._slots.values()):
+            self._ring.upcoming = list(dict.fromkeys(upcoming))
+            self._ring.wanted = list(dict.fromkeys((stop, *upcoming)))
+            for slot in list(self._ring.loaded.values()):
                 # What half a resident stop has is kept until it comes.
-                if slot.stop not in self._wanted and (slot.error or not (slot.ready or slot.resident)):
-                    self._forget(slot)
+                if slot.stop not in self._ring.wanted and (slot.error or not (slot.ready or slot.resident)):
+                    self._ring.evict(slot)
             # What failed ahead of need may be there by now: it is read once more for whoever comes for it.
-            if (ahead := self._slots.get(stop)) is not None and ahead.error is not None:
-                self._forget(ahead)
+            if (ahead := self._ring.loaded.get(stop)) is not None and ahead.error is not None:
+                self._ring.evict(ahead)
             self._changed.notify_all()
             while True:
                 if self._closing:
                     raise RideError("the model was closed")
                 if self._failure is not None:
                     raise self._failure
-                found = self._slots.get(stop)
+                found = self._ring.loaded.get(stop)
                 if found is not None and (found.ready or found.error):
                     break
                 self._changed.wait()
             slot = found
             if slot.error is not None:
-                self._forget(slot)
-                self._wanted = []  # else it would be read again at once, and fail again before anybody came
+                self._ring.evict(slot)
+                self._ring.wanted = []  # else it would be read again at once, and fail again before anybody came
                 raise slot.error
             slot.held = True
             self.stats.wait_seconds += time.perf_counter() - started
@@ -258,11 +162,11 @@ class Reader:
             with self._changed:
                 slot.held = False
                 # Served: from here on it is wanted only if it comes up again.
-                self._wanted = list(dict.fromkeys(upcoming))
+                self._ring.wanted = list(dict.fromkeys(upcoming))
                 if self._poison and not slot.resident:
                     for region in slot.regions:
                         region.fill(0xFF)  # NaN in every floating-point dtype
-                    self._forget(slot)
+                    self._ring.evict(slot)
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -289,26 +193,17 @@ class Reader:
                 num_left, CLOSE_PATIENCE_SECONDS,
             )  # fmt: skip
             return
-        self._slots.clear()
-        self._ring.extents.clear()
-        self._ring.buffer.release()
+        self._ring.release()
         self._kept.release()
 
     # What follows runs with the lock held, down to `_work`.
 
-    def _forget(self, slot: _LoadedStop) -> None:
-        """Give a stop up. Its extents leave the ring when they are the oldest and no read is under way."""
-        slot.unplaced.clear()
-        slot.requests.clear()
-        if self._slots.get(slot.stop) is slot:
-            del self._slots[slot.stop]
-
-    def _next_request(self) -> _Request | None:
-        for stop in self._wanted:
-            slot = self._slots.get(stop)
+    def _next_read(self) -> _Read | None:
+        for stop in self._ring.wanted:
+            slot = self._ring.loaded.get(stop)
             if slot is None:
-                slot = _LoadedStop(stop, stop in self._resident, deque(self._stops[stop]))
-                self._slots[stop] = slot
+                slot = LoadedStop(stop, stop in self._resident, deque(self._stops[stop]))
+                self._ring.loaded[stop] = slot
                 if slot.ready:  # a stop without weights of its own
                     self._changed.notify_all()
             if slot.error is not None:
@@ -316,13 +211,13 @@ class Reader:
             while slot.unplaced and not slot.requests:
                 if not self._place(slot):
                     # Given up to start over, or waiting for room.
-                    return None if self._slots.get(stop) is slot else self._next_request()
+                    return None if self._ring.loaded.get(stop) is slot else self._next_read()
             if slot.requests:
                 slot.num_in_flight += 1
-                return slot.requests.popleft()
+                return _Read(slot, *slot.requests.popleft())
         return None
 
-    def _place(self, slot: _LoadedStop) -> bool:
+    def _place(self, slot: LoadedStop) -> bool:
         """Give the slot's next tensor a place in memory; return False where there is none yet."""
         placement = slot.unplaced[0]
         num_bytes = ring_bytes_of(placement)
@@ -330,160 +225,33 @@ class Reader:
             start = self._homes[slot.stop] + sum(len(region) for region in slot.regions)
             region = self._kept.bytes[start : start + num_bytes]
         else:
-            while (found := self._ring.allocate(num_bytes, slot)) is None:
-                # Behind a stop that is still wanted, as where the carousel turns, others may be done with.
-                if not self._is_done_with(self._ring.extents[0][2]):
-                    if self._trim():
-                        continue
-                    found = self._reuse(num_bytes, slot)
-                    if found is not None:
-                        break
-                if not self._drop_oldest(slot):
-                    return False
+            found = self._ring.place(num_bytes, slot)
+            if found is None:
+                return False
             region = found
         slot.unplaced.popleft()
         if not slot.unplaced:
-            self._started_over.discard(slot.stop)
-        lead = _lead(placement)
+            self._ring.finish(slot)
+        lead = lead_of(placement)
         flat = torch.from_numpy(region)[lead : lead + placement.num_bytes]
         slot.weights[placement.name] = flat.view(placement.stored_dtype).view(placement.stored_shape)
         slot.regions.append(region)
-        slot.requests.extend(self._requests(slot, placement, region, lead))
+        slot.requests.extend((region, request) for request in requests_of(placement, self._request_bytes))
         if slot.ready:
             self._changed.notify_all()
         return True
-
-    def _trim(self) -> bool:
-        """Take what is done with from the circle's newest end, as the head's chunks are when a sweep has turned."""
-        extents, has_trimmed = self._ring.extents, False
-        while len(extents) > 1 and self._is_done_with(extents[-1][2]):
-            self._forget(extents.pop()[2])
-            has_trimmed = True
-        return has_trimmed
-
-    def _reuse(self, num_bytes: int, newcomer: _LoadedStop) -> np.ndarray | None:
-        """Give the newcomer the place of a tensor that nobody waits for any more, in the middle of the circle.
-
-        Only where it fits well: what is left over of the place is lost until the circle comes round.
-        """
-        if newcomer.stop in self._started_over:
-            return None
-        for index, (start, length, slot) in enumerate(self._ring.extents):
-            if not num_bytes <= length <= num_bytes * 9 // 8 or slot is newcomer:
-                continue
-            if not self._is_done_with(slot):
-                continue
-            self._forget(slot)
-            self._ring.extents[index] = (start, length, newcomer)
-            return self._ring.buffer.bytes[start : start + num_bytes]
-        return None
-
-    def _is_done_with(self, slot: _LoadedStop) -> bool:
-        is_known = self._slots.get(slot.stop) is slot
-        return not (slot.held or slot.num_in_flight or (is_known and slot.stop in self._wanted))
-
-    def _drop_oldest(self, newcomer: _LoadedStop) -> bool:
-        oldest = self._ring.extents[0][2]
-        if oldest is newcomer:
-            # Its places in the middle of the circle may be what it is hemmed in by, so it takes none again.
-            self._started_over.add(newcomer.stop)
-            # Half of it was read ahead, then another stop was wanted sooner and lies behind it. The circle can
-            # only be freed from its oldest end, so the newcomer starts over behind the other.
-            if any(
-                self._is_needed(slot, newcomer) for _, _, slot in self._ring.extents if slot is not newcomer
-            ):
-                return False
-        elif self._is_needed(oldest, newcomer):
-            return False
-        self._forget(oldest)
-        if oldest.num_in_flight:
-            return False
-        while self._ring.extents and self._ring.extents[0][2] is oldest:
-            self._ring.extents.popleft()
-        return oldest is not newcomer
-
-    def _is_needed(self, slot: _LoadedStop, newcomer: _LoadedStop) -> bool:
-        """Whether a slot must stay because it is held, or wanted sooner than the newcomer, or soon after it."""
-        if slot.held:
-            return True
-        if self._slots.get(slot.stop) is not slot or slot.stop not in self._wanted:
-            return False
-        place, own = self._wanted.index(slot.stop), self._wanted.index(newcomer.stop)
-        if place < own:
-            return True
-        # Where a sweep turns, the stop at the turn is wanted again behind a few others. To read it twice takes longer
-        # than to let the newcomer, whom nobody waits for yet, begin when the stop that is held has been passed.
-        return own > 0 and slot.ready and self._can_stay(slot, newcomer)
-
-    def _can_stay(self, slot: _LoadedStop, newcomer: _LoadedStop) -> bool:
-        """Whether a slot fits beside the newcomer, and what is to be read before it is wanted fits in the ring."""
-        later = self._upcoming
-        if slot.stop not in later or newcomer.stop not in later:
-            return False
-        before = later[: later.index(slot.stop)]
-        between = before[before.index(newcomer.stop) + 1 :] if newcomer.stop in before else []
-        beside = [slot.stop, newcomer.stop, *(stop for stop in between if self._is_there(stop))]
-        missing = [stop for stop in before if not self._is_there(stop)]
-        return max(self._bytes_of(beside), self._bytes_of(missing)) <= self._ring.num_bytes
-
-    def _bytes_of(self, stops: Sequence[int]) -> int:
-        return sum(self._stop_bytes[stop] for stop in stops if stop not in self._resident)
-
-    def _is_there(self, stop: int) -> bool:
-        return stop in self._slots and self._slots[stop].ready
-
-    def _requests(
-        self, slot: _LoadedStop, placement: Placement, region: np.ndarray, lead: int
-    ) -> Iterator[_Request]:
-        for number, run in enumerate(placement.runs):
-            begin = run.span.offset + run.source
-            end, shift = begin + run.num_bytes, lead + run.target - begin
-            first, last = number == 0, number == len(placement.runs) - 1
-            if shift % PAGE:
-                yield from self._cut(slot, run, region, shift, begin, end, bounce=True)
-                continue
-            # Pages at the edges also hold the bytes of other tensors. They may be written around the first and
-            # the last byte of this one, which has whole pages to itself, but not over its neighbouring runs.
-            low = begin // PAGE * PAGE if first else page_up(begin)
-            high = page_up(end) if last else end // PAGE * PAGE
-            if low >= high:
-                yield from self._cut(slot, run, region, shift, begin, end, bounce=True)
-                continue
-            if low > begin:
-                yield from self._cut(slot, run, region, shift, begin, low, bounce=True)
-            yield from self._cut(slot, run, region, shift, low, high, bounce=False)
-            if high < end:
-                yield from self._cut(slot, run, region, shift, high, end, bounce=True)
-
-    def _cut(
-        self,
-        slot: _LoadedStop,
-        run: Run,
-        region: np.ndarray,
-        shift: int,
-        begin: int,
-        end: int,
-        *,
-        bounce: bool,
-    ) -> Iterator[_Request]:
-        run_begin = run.span.offset + run.source
-        for low in range(begin, end, self._request_bytes):
-            high = min(low + self._request_bytes, end)
-            needed = min(high, run_begin + run.num_bytes) - low
-            at = shift + low
-            yield _Request(slot, run.span, low, high, region, at, needed, bounce)
 
     def _work(self) -> None:
         try:
             # A request that begins inside a page and ends inside another touches a page more at either end.
             bounce = Buffer(self._request_bytes + 2 * PAGE).bytes
-            while (request := self._wait_for_request()) is not None:
+            while (read := self._wait_for_read()) is not None:
                 error: BaseException | None = None
                 try:
-                    self._read(request, bounce)
+                    self._fill(read.region, read.request, bounce)
                 except BaseException as caught:  # handed to whoever visits this stop
                     error = caught
-                self._finish(request, error)
+                self._finish(read, error)
         except BaseException as caught:  # no memory for a buffer, say: handed to every visitor
             with self._changed:
                 self._failure = caught
@@ -495,21 +263,21 @@ class Reader:
             if is_last:  # not whoever closes, for whom a read may take too long
                 self._files.close()
 
-    def _wait_for_request(self) -> _Request | None:
+    def _wait_for_read(self) -> _Read | None:
         with self._changed:
             while not self._closing:
-                request = self._next_request()
-                if request is not None:
-                    return request
+                read = self._next_read()
+                if read is not None:
+                    return read
                 self._changed.wait()
         return None
 
-    def _finish(self, request: _Request, error: BaseException | None) -> None:
+    def _finish(self, read: _Read, error: BaseException | None) -> None:
         with self._changed:
-            slot = request.slot
+            slot = read.slot
             slot.num_in_flight -= 1
             if error is None:
-                self.stats.read_bytes += request.needed
+                self.stats.read_bytes += read.request.needed
             else:
                 slot.unplaced.clear()
                 slot.requests.clear()
@@ -517,9 +285,9 @@ class Reader:
             if not slot.num_in_flight:  # the stop may be ready, or its extents may be free
                 self._changed.notify_all()
 
-    def _read(self, request: _Request, bounce: np.ndarray) -> None:
+    def _fill(self, region: np.ndarray, request: ReadRequest, bounce: np.ndarray) -> None:
         length = request.end - request.begin
-        target = request.region[request.at : request.at + length]
+        target = region[request.at : request.at + length]
         if not request.bounce:
             self._files.read(request.span, request.begin, target, request.needed)
             return

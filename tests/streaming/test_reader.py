@@ -34,7 +34,9 @@ from slowllm.storage.spans import Placement, Run, Span
 from slowllm.streaming import reader as reader_module
 from slowllm.streaming.buffers import PAGE
 from slowllm.streaming.mapped_stops import MappedStops
-from slowllm.streaming.reader import Reader, ring_bytes_of, smallest_ring
+from slowllm.streaming.read_requests import ring_bytes_of
+from slowllm.streaming.reader import Reader
+from slowllm.streaming.ring import smallest_ring
 from tests.support.properties import num_examples
 
 Stop = tuple[Placement, ...]
