@@ -66,6 +66,14 @@ def test_every_command_and_example_runs(path: Path, processes: Processes, tmp_pa
         assert one["stdout"].strip() or " --out " in one["source"], f"{one['source']} printed nothing"
 
 
+def test_the_readme_counts_the_families_as_their_page_does() -> None:
+    counted = re.search(r"(\d+) of (\d+) architectures", README)
+    families = (ROOT / "docs" / "families.md").read_text()
+    listed = [int(number) for number in re.findall(r"^## .*\((\d+)\)$", families, re.MULTILINE)]
+    assert counted is not None
+    assert (int(counted[1]), int(counted[2])) == (listed[0], sum(listed))
+
+
 def test_the_readme_is_short_and_its_example_too() -> None:
     assert len(README.split()) <= 1200
     (example,) = [source for kind, source, _ in examples_of(README) if kind == "python"]
