@@ -30,15 +30,17 @@ def batch(
     state: options.State = None,
     verbose: options.Verbose = False,
 ) -> None:
-    """Answer a file of requests in OpenAI's batch format, all of them in the same sweeps.
+    """Answer a file of requests in OpenAI's batch format.
 
-    Requests are for /v1/completions or /v1/chat/completions. The answers are written in their order, one line each, to
-    standard output or --out. The defaults are OpenAI's, so tokens are sampled at temperature 1 unless a request says
-    otherwise. A request without a seed gets one that is derived from its custom_id; the prompts of a list count up from
-    it. Without max_tokens a completion gets 16 tokens and a chat 128. The model that a request names is ignored.
+    Requests are for /v1/completions or /v1/chat/completions, and share the same sweeps. The answers are written in
+    their order, one line each, to standard output or --out. The defaults are OpenAI's, so tokens are sampled at
+    temperature 1 unless a request says otherwise. A request without a seed gets one that is derived from its custom_id;
+    the prompts of a list count up from it. Without max_tokens a completion gets 16 tokens and a chat 128. The model
+    that a request names is ignored.
 
-    A request that fails gets an error line, and the others continue. The exit code is 0 when every request was answered,
-    1 when some failed (all lines are written; their number is on standard error), and 2 when nothing was done.
+    A request that fails gets an error line, and the others continue. The exit code is 0 when every request was
+    answered, 1 when some failed (all lines are written; their number is on standard error), and 2 when nothing was
+    done.
 
     With --state, the same command resumes after a crash or kill: finished micro-batches are not computed again, and the
     bytes written are those of a run that was never interrupted.

@@ -50,11 +50,11 @@ def chat(
     resident: options.Resident = True,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
-    """Talk with a model in the terminal; each token of an answer takes a sweep.
+    """Talk with a model in the terminal.
 
-    The expected time of a token is shown before the first question. /help lists the commands. Ctrl-C stops an answer,
-    and what has come of it stays in the conversation; Ctrl-D exits. A model whose tokenizer has no chat template
-    continues a plain transcript.
+    Each token of an answer takes a sweep. The expected time of a token is shown before the first question. /help lists
+    the commands. Ctrl-C stops an answer, and what has come of it stays in the conversation; Ctrl-D exits. A model whose
+    tokenizer has no chat template continues a plain transcript.
     """
     options.log_to_stderr(verbose)
     runner = Runner(model, ram, device, vram, dtype, resident=resident)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 REPORT_SECONDS = 10.0
 
 eval_app = typer.Typer(
-    help="Evaluate a model on BoolQ, on tasks with templates of your own, or on any task of lm-eval.",
+    help="Evaluate a model on BoolQ, tasks of your own, or lm-eval's tasks.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

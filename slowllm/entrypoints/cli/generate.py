@@ -99,7 +99,7 @@ def generate(
     resident: options.Resident = True,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
-    """Continue prompts, with one sweep over the weights for each token of all of them.
+    """Continue prompts; each sweep adds a token to all of them.
 
     Takes the most likely tokens unless --sample or --beams says otherwise. Of the checkpoint's own generation settings
     only the end-of-text tokens are used. On a terminal, the tokens of a single prompt are shown as they come, and

@@ -106,7 +106,10 @@ def verify(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a sentence.")] = False,
 ) -> None:
-    """Compare every file of a store, or of a model in the hub's local cache, with its hash."""
+    """Check the files of a store or of a cached model by their hashes.
+
+    Reads every byte of a store, or of a model in the hub's local cache.
+    """
     from slowllm.entrypoints.progress import byte_progress
     from slowllm.options import format_bytes
     from slowllm.prepare.verify import verify as check
@@ -134,12 +137,12 @@ def download(
         bool, typer.Option("--verify/--no-verify", help="Compare the SHA-256 of LFS files with the hub's.")
     ] = True,
 ) -> None:
-    """Fetch the files of a model on the hub that streaming needs, and print their folder.
+    """Fetch the files of a model on the hub that streaming needs.
 
-    Fetches the safetensors, the tokenizer and the configs, but no pickles and no other copies of the weights. The free
-    space is checked first. After an interrupt, a crash or a lost connection, the same command resumes where it stopped.
-    File sizes are always compared with the hub's. Afterwards `slowllm forward --model REPO` finds the model in the
-    cache; with --to, or with a --revision other than main, give it the folder that is printed.
+    Prints their folder. Fetches the safetensors, the tokenizer and the configs, but no pickles and no other copies of
+    the weights. The free space is checked first. After an interrupt, a crash or a lost connection, the same command
+    resumes where it stopped. File sizes are always compared with the hub's. Afterwards `slowllm forward --model REPO`
+    finds the model in the cache; with --to, or with a --revision other than main, give it the folder that is printed.
 
     For gated models, log in with `hf auth login` or set HF_TOKEN.
     """

@@ -44,7 +44,7 @@ def score(
     per_token: options.PerToken = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Score every line of a JSON Lines file: choices after a context, a continuation, or a text.
+    """Score choices after a context, continuations, or texts.
 
     Prints JSON lines in the order of the file. Each repeats what was read (but for a key `error`, which marks a line
     that failed) and adds, for choices, their `probabilities` against one another, `scores`, `best` (the index of the

@@ -8,7 +8,9 @@ import sys
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from slowllm.entrypoints.cli.app import app
 from tests.support.command_line import run
 from tests.support.paths import ROOT
 
@@ -18,6 +20,14 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 def test_an_unknown_option_exits_with_2(monkeypatch: Any, capsys: Any) -> None:
     assert run(["forward", "x", "--frobnicate"], monkeypatch) == 2
     assert "No such option: --frobnicate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("group", [[], ["eval"]])
+def test_help_cuts_no_verbs_sentence_short(group: list[str]) -> None:
+    shown = CliRunner().invoke(app, [*group, "--help"], terminal_width=80).output
+    verbs = shown.partition("Commands:\n")[2].splitlines()
+    assert len(verbs) > 2
+    assert all(line.endswith(".") and not line.endswith("...") for line in verbs if line)
 
 
 def imported(code: str) -> set[str]:
