@@ -138,7 +138,7 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
     }  # fmt: skip
     for key in ("wall_s", "read_bytes", "wait_s", "compute_s", "peak_rss_bytes", "predicted_s"):
         if key in ours[0]:
-            report[key] = median(ours, key)
+            report[key] = sides.median(ours, key)
     report["gb_per_s"] = report["weight_bytes"] / report["wall_s"] / 1e9
     report["disk_limit_s"] = disk_bytes(report) / report["disk_gb_per_s"] / 1e9
     if task.case == "many":
@@ -161,22 +161,17 @@ def of_store(
 ) -> dict[str, Any]:
     """Return the bytes and the time of a store's blocks, also relative to those of the plain checkpoint."""
     block_bytes, plain_bytes = stored[0]["block_bytes"], plain[0]["block_bytes"]
-    wall_s, plain_s = (num_blocks * median(runs, "block_s") for runs in (stored, plain))
+    wall_s, plain_s = (num_blocks * sides.median(runs, "block_s") for runs in (stored, plain))
     return {
         "block_bytes": block_bytes, "block_bytes_of_plain": block_bytes / plain_bytes,
         "blocks_s": wall_s, "plain_blocks_s": plain_s, "blocks_of_plain": wall_s / plain_s,
-        "blocks_disk_s": block_bytes / disk / 1e9, "head_s": median(stored, "rest_s"),
-        "plain_head_s": median(plain, "rest_s"), "logits_distance": distance,
-        **{key: median(stored, key) for key in ("wall_s", "wait_s", "compute_s", "read_bytes", "peak_rss_bytes")},
+        "blocks_disk_s": block_bytes / disk / 1e9, "head_s": sides.median(stored, "rest_s"),
+        "plain_head_s": sides.median(plain, "rest_s"), "logits_distance": distance,
+        **{key: sides.median(stored, key) for key in ("wall_s", "wait_s", "compute_s", "read_bytes", "peak_rss_bytes")},
         "walls_s": [run["wall_s"] for run in stored],
         "same_tokens": statistics.mean(a == b for a, b in zip(stored[0]["top"], plain[0]["top"], strict=True)),
-        "predicted_s": median(stored, "predicted_s"), "granularity": stored[0]["granularity"],
+        "predicted_s": sides.median(stored, "predicted_s"), "granularity": stored[0]["granularity"],
     }  # fmt: skip
-
-
-def median(runs: list[dict[str, Any]], key: str) -> float:
-    """Return the median of a figure over several runs."""
-    return statistics.median(run[key] for run in runs)
 
 
 def disk_bytes(report: dict[str, Any]) -> float:
@@ -199,7 +194,7 @@ def of_passes(
     resident: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Return the limit that resident blocks set, the later sweeps, and the time of the whole model."""
-    block_s, head_s = median(resident, "block_s"), median(resident, "head_s")
+    block_s, head_s = sides.median(resident, "block_s"), sides.median(resident, "head_s")
     compute_s = arguments.blocks * block_s + head_s
     later = [
         {key: statistics.median(run["sweeps"][n][key] for run in ours) for key in ("wall_s", "read_bytes")}
@@ -213,14 +208,14 @@ def of_passes(
         "limit_s": max(report["disk_limit_s"], compute_s),
         "later_sweeps": later,
         # A first sweep reads every block, so its blocks take as long as those of a model with more blocks.
-        "full_model_s": median(ours, "block_s") * num_model_blocks(arguments.geometry) + median(ours, "rest_s"),
+        "full_model_s": sides.median(ours, "block_s") * num_model_blocks(arguments.geometry) + sides.median(ours, "rest_s"),
     }  # fmt: skip
 
 
 def of_peer(task: Task, report: dict[str, Any], runs: Runs) -> dict[str, Any]:
     """Return the times of the peer, for each way of running it."""
     peers, wall = runs["accelerate"], report["wall_s"]
-    peer_wall = median(peers, "wall_s")
+    peer_wall = sides.median(peers, "wall_s")
     ours_top, peer_top = runs["ours"][0]["top"], peers[0]["top"]
     same = statistics.mean(a == b for a, b in zip(ours_top, peer_top, strict=True))
     # Another batch rounds differently, and random weights have near ties; but not this many.
@@ -230,12 +225,12 @@ def of_peer(task: Task, report: dict[str, Any], runs: Runs) -> dict[str, Any]:
         "peer": "accelerate",
         "peer_wall_s": peer_wall,
         "peer_gb_per_s": report["weight_bytes"] / peer_wall / 1e9,
-        "peer_peak_rss_bytes": median(peers, "peak_rss_bytes"),
+        "peer_peak_rss_bytes": sides.median(peers, "peak_rss_bytes"),
         "peer_same_tokens": same,
     }
     if task.case == "mixed":
         singles = runs["accelerate_one_by_one"]
-        found["peer_padded_s"], found["peer_one_by_one_s"] = peer_wall, median(singles, "wall_s")
+        found["peer_padded_s"], found["peer_one_by_one_s"] = peer_wall, sides.median(singles, "wall_s")
         found["peer_one_by_one_measured"] = singles[0]["measured"]
         found["speedup_padded"] = peer_wall / wall
         found["speedup_one_by_one"] = found["peer_one_by_one_s"] / wall

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -83,6 +84,11 @@ def serve(runners: Mapping[str, Callable[[Any], dict[str, Any]]], kind: Callable
     name, text = sys.argv[2:]
     print(json.dumps({**runners[name](kind(**json.loads(text))), "peak_rss_bytes": peak_rss_bytes()}))
     return True
+
+
+def median(runs: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Return the median of a figure over several runs."""
+    return float(statistics.median(run[key] for run in runs))
 
 
 def peak_rss_bytes() -> int:

@@ -25,6 +25,7 @@ from benchmarks import (
     scoring,
     sentences,
     sides,
+    tuning_sides,
     tuning_step,
 )
 from tests.support.processes import Processes
@@ -75,7 +76,7 @@ def measured(
         "passes": (passes.RUNNERS, sentences.Task),
         "scoring": (scoring.RUNNERS, scoring.Task),
         "generation": (generation.RUNNERS, generation.Task),
-        "tuning_step": (tuning_step.RUNNERS, tuning_step.Task),
+        "tuning_sides": (tuning_sides.RUNNERS, tuning_sides.Task),
     }
 
     def run_side(module: str, name: str, task: dict[str, Any], **_: object) -> dict[str, Any]:

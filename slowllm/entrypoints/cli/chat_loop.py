@@ -30,8 +30,8 @@ from slowllm.streaming.stops import Passage
 
 HELP = """\
 /reset      forget the conversation
-/save FILE  write it to a file, as JSON
-/help       this
+/save FILE  write it to a file as JSON
+/help       show this list
 /quit       leave, as Ctrl-D does
 Ctrl-C stops an answer; what has come of it stays in the conversation."""
 
