@@ -57,7 +57,7 @@ def test_a_process_ends_well_though_a_read_never_returns(end: str, processes: Pr
         import os, sys, threading
         import torch
         import slowllm
-        from slowllm import reader
+        from slowllm.streaming import reader
         from slowllm.errors import RideError
 
         reader.CLOSE_PATIENCE_SECONDS = 0.1

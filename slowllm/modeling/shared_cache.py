@@ -137,4 +137,6 @@ def can_share(config: Any) -> bool:
 def takes_cache(config: Any) -> bool:
     """Return whether a model takes a cache: OpenAI GPT, say, would ignore it."""
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return kind is None or "past_key_values" in inspect.signature(kind.forward).parameters
+    return kind is None or bool(
+        {"past_key_values", "cache_params"} & set(inspect.signature(kind.forward).parameters)
+    )

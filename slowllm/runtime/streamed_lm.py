@@ -107,7 +107,7 @@ class StreamedLM:
         """The model's config."""
         return self.model.config
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer.
 

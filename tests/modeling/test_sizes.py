@@ -94,7 +94,7 @@ def test_a_model_that_does_not_run_without_numbers_gets_full_keys_and_values(
     skeleton = build_skeleton(
         AutoConfig.for_model("llama", **FAMILIES["llama-3-scaled-rope"][1]), Path("nowhere"), torch.float32
     )
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="slowllm"):
         assert measure_cache(skeleton) == CacheSize(3 * 2 * 2 * 16 * 4, 0)
     assert "LlamaForCausalLM: its cache is not measured" in caplog.text
 

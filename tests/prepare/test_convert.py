@@ -73,7 +73,8 @@ def test_leaves_of_a_store_give_what_its_blocks_give(
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("store", NEAR)
-@pytest.mark.parametrize("name", [*SOME, "gpt2", "gpt-oss", "deepseek-v3"])
+# Not gpt-oss, in whose toy rounding sends some tokens to other experts.
+@pytest.mark.parametrize("name", [*SOME, "gpt2", "deepseek-v3"])
 def test_a_lossy_store_is_near_its_source_and_so_are_its_gradients(
     name: str, store: str, dtype: str, tiny: Tiny, tmp_path: Path
 ) -> None:
