@@ -65,6 +65,19 @@ class Terminal:
     def send(self, keys: str) -> None:
         os.write(self.file, keys.encode())
 
+    def interrupt_typing(self, text: str) -> None:
+        """Type, and press Ctrl-C once the prompt waits for more keys.
+
+        CPython's readline looks for signals only where its `select` is interrupted: a Ctrl-C between the prompt and
+        that call shows with the next key.
+        """
+        self.send(text)
+        self.wait_for(text)
+        state = Path(f"/proc/{self.child}/task/{self.child}/stat")
+        while state.read_text().rpartition(")")[2].split()[0] != "S":
+            os.sched_yield()
+        self.send("\x03")
+
     def close(self) -> int:
         """Wait for the end and return the exit code."""
         try:
@@ -115,7 +128,7 @@ def test_a_terminal_stops_answers_keeps_what_came_and_leaves(talkative: Path, tm
     terminal.wait_for("0 messages are in")
     terminal.wait_for("> ")
     # At the prompt Ctrl-C only says how to leave; the arrow brings the last line back.
-    terminal.send("half a line\x03")
+    terminal.interrupt_typing("half a line")
     terminal.wait_for("Ctrl-D or /quit leaves.")
     terminal.wait_for("> ")
     terminal.send("\x1b[A")
