@@ -22,7 +22,6 @@ from tests.support.families import FAMILIES, VOCAB
 from tests.support.paths import TINY_BLOOM
 from tests.support.processes import Processes
 
-NUM_KILLS = 20
 TEXTS = [
     f"The value number {n} is returned as it was given to the caller{' again' * (n % 7)}." for n in range(60)
 ]
@@ -39,17 +38,19 @@ def lives(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_killed_at_twenty_moments_it_gives_the_same_bytes_and_passes_no_stop_twice(
-    tmp_path: Path, processes: Processes
+@pytest.mark.parametrize("num_kills", [5, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_many_moments_it_gives_the_same_bytes_and_passes_no_stop_twice(
+    tmp_path: Path, processes: Processes, num_kills: int
 ) -> None:
-    whole = lives(processes, tmp_path / "whole", 0, 0)
-    killed = lives(processes, tmp_path / "killed", NUM_KILLS, 1)
-    assert killed["codes"] == [-signal.SIGKILL] * NUM_KILLS + [0]
+    texts = TEXTS[: 3 * num_kills]
+    whole = lives(processes, tmp_path / "whole", 0, 0, texts)
+    killed = lives(processes, tmp_path / "killed", num_kills, 1, texts)
+    assert killed["codes"] == [-signal.SIGKILL] * num_kills + [0]
     assert (tmp_path / "killed" / "out.jsonl").read_bytes() == (tmp_path / "whole" / "out.jsonl").read_bytes()
     # A stop is told when everybody has passed it, and saved by then: what a kill costs is the stop under way.
     assert len(whole["lives"]) == 1
     num_passed = sum(map(len, killed["lives"]))
-    assert len(whole["lives"][0]) - NUM_KILLS <= num_passed <= len(whole["lives"][0])
+    assert len(whole["lives"][0]) - num_kills <= num_passed <= len(whole["lives"][0])
 
 
 @pytest.fixture(scope="module")

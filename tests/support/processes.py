@@ -54,8 +54,8 @@ class Process:
         return not select.select([self._told], [], [], 0)[0]
 
     def wait(self) -> Ended:
-        """Wait for its end, at most two minutes."""
-        if not select.select([self._told], [], [], 120)[0]:
+        """Wait for its end, at most five minutes."""
+        if not select.select([self._told], [], [], 300)[0]:
             os.kill(self.pid, signal.SIGKILL)
             raise TimeoutError(f"process {self.pid} has not ended")
         with self._told:
