@@ -53,16 +53,23 @@ def choose_dtype(name: str, checkpoint: Checkpoint, *, is_on_gpu: bool = False) 
     if is_on_gpu:
         log.info("compute dtype bfloat16 (that of the checkpoint)")
         return torch.bfloat16
-    dtypes = (torch.bfloat16, torch.float32)
-    bf16, fp32 = _shortest_seconds([_product(*PROBE, dtype) for dtype in dtypes], num_rounds=3)
-    if bf16 < HOPELESS * fp32:
-        bf16, fp32 = _shortest_seconds([_product(256, 2048, dtype) for dtype in dtypes], num_rounds=6)
+    bf16, fp32 = _product_times()
     name = "bfloat16" if bf16 < fp32 else "float32"
     log.info(
         "compute dtype %s (measured: a matrix product takes %.1f ms in bfloat16 and %.1f ms in float32)",
         name, bf16 * 1e3, fp32 * 1e3,
     )  # fmt: skip
     return cast(torch.dtype, getattr(torch, name))
+
+
+@functools.cache  # of the machine: every model of a process is computed in the same dtype, and waits for this once
+def _product_times() -> tuple[float, float]:
+    """Return the seconds that the same matrix product takes in bfloat16 and in float32."""
+    dtypes = (torch.bfloat16, torch.float32)
+    bf16, fp32 = _shortest_seconds([_product(*PROBE, dtype) for dtype in dtypes], num_rounds=3)
+    if bf16 < HOPELESS * fp32:
+        bf16, fp32 = _shortest_seconds([_product(256, 2048, dtype) for dtype in dtypes], num_rounds=6)
+    return bf16, fp32
 
 
 def _shortest_seconds(products: Sequence[Callable[[], Any]], num_rounds: int) -> list[float]:

@@ -77,7 +77,10 @@ def measured(
 
 
 def test_forward_pass_runs_its_sides_as_processes(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], processes: Processes
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    processes: Processes,
 ) -> None:
     # Each is forked from a process that has paid for the imports, and enters no cgroup.
     monkeypatch.setattr(sides.subprocess, "run", lambda command, **_: processes.run(*command[1:]))
