@@ -62,7 +62,8 @@ def choose_dtype(name: str, checkpoint: Checkpoint, *, is_on_gpu: bool = False) 
     return cast(torch.dtype, getattr(torch, name))
 
 
-@functools.cache  # of the machine: every model of a process is computed in the same dtype, and waits for this once
+# The times are the machine's: cached, they are measured once a process, and all its models get the same compute dtype.
+@functools.cache
 def _product_times() -> tuple[float, float]:
     """Return the seconds that the same matrix product takes in bfloat16 and in float32."""
     dtypes = (torch.bfloat16, torch.float32)

@@ -284,6 +284,8 @@ def test_an_epoch_above_frozen_blocks_is_compared_with_the_first(
     assert report["first_epoch_s"] > report["first"]["seconds"], (
         "the frozen blocks are passed before the first step"
     )
+    assert report["first_of_later"] == report["first_epoch_s"] / report["later_epoch_s"]
+    assert report["later_epoch_s"] == report["later"]["seconds"]
     assert report["without_frozen_s"] > 0
 
 

@@ -147,9 +147,8 @@ def test_a_product_without_a_kernel_is_not_measured_at_full_size(monkeypatch: py
         return [1.0 if product.args[0].dtype == torch.bfloat16 else 1e-3 for product in products]
 
     monkeypatch.setattr(rates_module, "_shortest_seconds", slow)
-    monkeypatch.setattr(
-        rates_module, "_product_times", rates_module._product_times.__wrapped__
-    )  # measured anew
+    # Without its cache: another test of this process may have measured already.
+    monkeypatch.setattr(rates_module, "_product_times", rates_module._product_times.__wrapped__)
     with open_checkpoint(TINY_BLOOM) as checkpoint:
         assert rates_module.choose_dtype("auto", checkpoint) is torch.float32
     assert shapes == [rates_module.PROBE] * 2

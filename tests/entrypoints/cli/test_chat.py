@@ -74,7 +74,9 @@ class Terminal:
         self.send(text)
         self.wait_for(text)
         state = Path(f"/proc/{self.child}/task/{self.child}/stat")
+        deadline = time.monotonic() + 60
         while state.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < deadline, "the prompt never waited for keys"
             os.sched_yield()
         self.send("\x03")
 
