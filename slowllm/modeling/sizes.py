@@ -31,7 +31,7 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
     Args:
         model: a skeleton.
         layout: of it.
-        cache: from `measure_cache`.
+        cache: from `cache_size_of`.
     """
     config = model.config.get_text_config()
     itemsize = max((layout.dtypes[p.name].itemsize for stop in layout.stops for p in stop), default=4)

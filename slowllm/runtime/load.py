@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from slowllm.errors import InputError
 from slowllm.malloc import keep_together
-from slowllm.modeling.cache_sizes import measure_cache
+from slowllm.modeling.cache_sizes import cache_size_of
 from slowllm.modeling.head import stream_head
 from slowllm.modeling.layout import granularities, lay_out
 from slowllm.modeling.logit_transform import find_logit_transform
@@ -127,7 +127,7 @@ def _assemble(
     placements = place(model, checkpoint.spans)
     names = granularities(model, placements) if granularity is None else (granularity,)
     layouts = {name: lay_out(model, placements, name) for name in names}
-    cache = measure_cache(model)
+    cache = cache_size_of(model)
     choices = [sizes_of(model, layout, cache) for layout in layouts.values()]
     logit_transform = find_logit_transform(model)
     device_plan: DevicePlan | None = None
