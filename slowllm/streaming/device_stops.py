@@ -1,27 +1,25 @@
-"""Stops on devices: a layer that copies the next stop to where it is computed, while the last one still computes.
+"""Stops on devices: the next stop is copied to where it is computed, while the last one still computes.
 
-Between the reader, whose stops lie in RAM, and whoever visits. Knows stops, their tensors and devices; knows nothing of
-models, and of CUDA no more than a device says. A thread of its own, the one visitor of the inner stops, copies what
-comes next into a slot of its device. Some stops stay on their device for good. Three things must never happen, and
-are kept apart by marks in the devices' queues: a stop that is computed with before it was copied; a slot that is
-written over while it is still computed with; and memory of the host that is given back before it was copied.
+A layer between the reader, whose stops lie in RAM, and the visitor. Knows stops, their tensors and devices; knows
+nothing of models, and of CUDA no more than a `Device` says. A thread, the one visitor of the inner stops, copies what
+comes next into a slot of its device: a double buffer where there are two slots. Some stops stay on their device for
+good. Events in the devices' queues prevent three races: computing with a stop before it was copied; overwriting a slot
+that is still computed with; and giving memory of the host back before it was copied.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from slowllm.errors import RideError
 from slowllm.rounding import round_up
 from slowllm.storage.spans import Placement
 from slowllm.streaming.devices import Device, Event
+from slowllm.streaming.prefetch import PrefetchedStops
 from slowllm.streaming.stops import Stops, Weights
 
 # Each tensor of a slot begins on such an address, as allocations on a device do.
@@ -35,19 +33,28 @@ def device_bytes_of(placement: Placement) -> int:
 
 @dataclass
 class _DeviceSlot:
-    """A place for one stop on a device, and what is in it."""
+    """Memory for one stop on a device, and the stop that is in it, or on its way there."""
 
     device: Device
     memory: Tensor
     is_kept: bool
     stop: int | None = None
-    is_there: bool = False
+    is_ready: bool = False
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     copied: Event = None
     computed: Event = None
 
 
-class DeviceStops:
+@dataclass(frozen=True)
+class _Copy:
+    """What the thread is to do: copy a stop into a slot, while the inner stops prefetch those that follow."""
+
+    stop: int
+    slot: _DeviceSlot
+    following: Sequence[int]
+
+
+class DeviceStops(PrefetchedStops[_DeviceSlot, _Copy]):
     """Stops whose weights are on devices, as stored. Owns its thread and the devices' memory; close it.
 
     One visitor at a time.
@@ -56,10 +63,10 @@ class DeviceStops:
         stops: in the host's memory; visited by this object's thread only.
         placements: of every tensor of a stop.
         homes: the number of the device at which each stop is computed.
-        devices: of the devices.
-        kept: stops that stay.
+        devices: from `open_devices`.
+        kept: stops that stay on their device.
         num_slots: of each device; at least one where a stop is not kept.
-        poison: write over what a slot holds when its stop is given back, to show whoever still uses it.
+        poison: overwrite a slot when its stop is given back, to expose whoever still uses it.
     Raises:
         PlanError: a device has less memory than was planned for.
     """
@@ -75,10 +82,10 @@ class DeviceStops:
         num_slots: Sequence[int],
         poison: bool = False,
     ) -> None:
-        self.num_stops = stops.num_stops
+        super().__init__(stops.num_stops, ["slowllm-stage"])
         self._stops, self._homes, self._poison = stops, homes, poison
         sizes = [sum(map(device_bytes_of, stop)) for stop in placements]
-        # Copied into on another thread, which need not be in inference mode.
+        # The thread copies into this memory, and need not be in inference mode.
         with torch.inference_mode(False):
             self._kept = {
                 stop: _DeviceSlot(
@@ -93,14 +100,7 @@ class DeviceStops:
                     max((s for i, s in enumerate(sizes) if homes[i] == number and i not in kept), default=0)
                 ]
             ]
-        self._wanted: list[int] = []
-        self._errors: dict[int, BaseException] = {}
-        self._failure: BaseException | None = None
-        self._closing = False
-        self._process = os.getpid()
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="slowllm-stage", daemon=True)
-        self._thread.start()
+        self._start_threads()
 
     @contextlib.contextmanager
     def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
@@ -108,15 +108,12 @@ class DeviceStops:
 
         Raises:
             RideError: the stops were closed.
-            BaseException: what kept the stop from coming.
+            BaseException: what kept the stop from being copied.
         """
-        assert self._has_place(stop), "the plan was that nobody comes to this stop"
+        assert self._has_slot(stop), "the plan was that nobody comes to this stop"
+        upcoming = [s for s in upcoming if self._has_slot(s)]
         with self._changed:
-            self._wanted = [s for s in dict.fromkeys((stop, *upcoming)) if self._has_place(s)]
-            # What failed ahead of need is tried once more for whoever comes for it.
-            self._errors.pop(stop, None)
-            self._changed.notify_all()
-            slot = self._wait_for(stop)
+            slot = self._wait_for(stop, upcoming)
         slot.device.compute_after(slot.copied)
         is_poisoned = self._poison and not slot.is_kept
         try:
@@ -129,68 +126,42 @@ class DeviceStops:
             finally:
                 with self._changed:
                     if is_poisoned:
-                        slot.stop, slot.is_there = None, False
-                    self._wanted = [s for s in dict.fromkeys(upcoming) if self._has_place(s)]
-                    self._changed.notify_all()
+                        slot.stop, slot.is_ready = None, False
+                    self._want(upcoming)
 
     def close(self) -> None:
-        """End the thread, wait for what the devices have under way, and let go of their memory.
+        """End the thread, wait for what the devices have under way, and free their memory.
 
-        Whoever waits for a stop gets a `RideError`. The inner stops are closed first, or the thread may wait for them.
+        A visitor that waits for a stop gets a `RideError`. Close the inner stops first, or the thread may wait for
+        them.
         """
-        # A forked child has no thread to end, and whoever held the lock is not there to give it back.
-        if os.getpid() != self._process:
+        if self._is_forked():
             return
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._end_threads()
         for slot in [*self._kept.values(), *(slot for slots in self._slots for slot in slots)]:
             slot.device.wait(slot.computed)
             slot.weights, slot.memory = {}, slot.memory[:0].clone()
 
-    def _has_place(self, stop: int) -> bool:
-        # None where the job was planned without it; the carousel may still expect it.
+    def _has_slot(self, stop: int) -> bool:
+        # A job may be planned without a stop; the carousel may still expect it.
         return stop in self._kept or bool(self._slots[self._homes[stop]])
 
-    # What follows runs with the lock held, down to `_run`.
-
-    def _wait_for(self, stop: int) -> _DeviceSlot:
-        while True:
-            if self._closing:
-                raise RideError("the model was closed")
-            if self._failure is not None:
-                raise self._failure
-            found = self._find(stop)
-            if found is not None and found.is_there:
-                return found
-            error = self._errors.pop(stop, None)
-            if error is not None:
-                self._wanted = []  # else it would be tried again at once, and fail again before anybody came
-                raise error
-            self._changed.wait()
+    # Called with the lock held, down to `_work`.
 
     def _find(self, stop: int) -> _DeviceSlot | None:
-        if stop in self._kept:
-            return self._kept[stop]
-        return next((slot for slot in self._slots[self._homes[stop]] if slot.stop == stop), None)
+        slots = [self._kept[stop]] if stop in self._kept else self._slots[self._homes[stop]]
+        return next((slot for slot in slots if slot.stop == stop and slot.is_ready), None)
 
-    def _next(self) -> tuple[int, _DeviceSlot, list[int]] | None:
-        """Return the next stop to be copied, its place, and those to be copied after it."""
-        missing = [stop for stop in self._wanted if not self._is_there(stop) and stop not in self._errors]
-        for place, stop in enumerate(missing):
-            slot = self._place_for(stop)
-            if slot is not None:
-                return stop, slot, missing[:place] + missing[place + 1 :]
+    def _next_work(self) -> _Copy | None:
+        missing = [stop for stop in self._wanted if self._find(stop) is None and stop not in self._errors]
+        for number, stop in enumerate(missing):
+            if (slot := self._slot_for(stop)) is not None:
+                slot.stop, slot.is_ready = stop, False
+                return _Copy(stop, slot, missing[:number] + missing[number + 1 :])
         return None
 
-    def _is_there(self, stop: int) -> bool:
-        found = self._find(stop)
-        return found is not None and found.is_there
-
-    def _place_for(self, stop: int) -> _DeviceSlot | None:
-        """Return where a stop is to be copied: over what is wanted last, if that is later than this one."""
+    def _slot_for(self, stop: int) -> _DeviceSlot | None:
+        """Return the slot to copy a stop into: the one whose stop is wanted last, if that is later than this stop."""
         if stop in self._kept:
             return self._kept[stop]
 
@@ -199,55 +170,33 @@ class DeviceStops:
                 return len(self._wanted)
             return self._wanted.index(slot.stop)
 
-        latest = max(self._slots[self._homes[stop]], key=next_use)
-        # What is held is wanted first, so nothing is copied over it.
-        return latest if next_use(latest) > self._wanted.index(stop) else None
+        last = max(self._slots[self._homes[stop]], key=next_use)
+        # The stop that is held is the first of those wanted, so nothing overwrites it.
+        return last if next_use(last) > self._wanted.index(stop) else None
 
-    # The thread.
+    def _work(self) -> None:
+        while (work := self._wait_for_work()) is not None:
+            try:
+                self._copy(work)
+            except BaseException as error:  # handed to whoever visits this stop
+                with self._changed:
+                    work.slot.stop, work.slot.is_ready, work.slot.weights = None, False, {}
+                    self._errors[work.stop] = error
+                    self._changed.notify_all()
+            del work
 
-    def _run(self) -> None:
-        try:
-            while (work := self._wait_for_work()) is not None:
-                stop, slot, following = work
-                error: BaseException | None = None
-                try:
-                    self._copy(stop, slot, following)
-                except BaseException as caught:  # handed to whoever visits this stop
-                    error = caught
-                if error is not None:
-                    with self._changed:
-                        slot.stop, slot.is_there, slot.weights = None, False, {}
-                        self._errors[stop] = error
-                        self._changed.notify_all()
-                del work, slot, error
-        except BaseException as caught:  # a fault of ours: handed to every visitor
-            with self._changed:
-                self._failure = caught
-                self._changed.notify_all()
-
-    def _wait_for_work(self) -> tuple[int, _DeviceSlot, list[int]] | None:
-        with self._changed:
-            while not self._closing:
-                work = self._next()
-                if work is not None:
-                    stop, slot, _ = work
-                    slot.stop, slot.is_there = stop, False
-                    return work
-                self._changed.wait()
-        return None
-
-    def _copy(self, stop: int, slot: _DeviceSlot, following: Sequence[int]) -> None:
-        device = slot.device
-        with self._stops.visit(stop, following) as stored:
+    def _copy(self, work: _Copy) -> None:
+        slot, device = work.slot, work.slot.device
+        with self._stops.visit(work.stop, work.following) as stored:
             device.copy_after(slot.computed)
             try:
                 slot.weights = _copy_into(slot.memory, stored, device)
                 slot.copied = device.copied()
                 with self._changed:
-                    slot.is_there = True
+                    slot.is_ready = True
                     self._changed.notify_all()
             finally:
-                # The host's memory is read by the device until here, whatever went wrong meanwhile.
+                # The device reads the host's memory until here, whatever went wrong meanwhile.
                 device.wait(device.copied())
 
 

@@ -1,7 +1,7 @@
 """Fill buffers with the bytes of a stop, ahead of need, in any order.
 
-Knows files, order and memory; knows nothing about models or compute dtypes. A stop handed out stays valid until
-it is given back. Buffers are allocated once: a ring for the stops that stream, and one kept buffer for each
+Knows files and memory; knows nothing about models or compute dtypes. A stop handed out stays valid until it is given
+back. Buffers are allocated once: a ring for the stops that stream, and one kept buffer for each
 tensor of a resident stop. Reads bypass the page cache (O_DIRECT) where the file system allows, else they are buffered and
 the pages are dropped behind them.
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from slowllm.errors import RideError
 from slowllm.storage.spans import Placement
 from slowllm.streaming.buffers import PAGE, Buffer, page_up
 from slowllm.streaming.direct_io import Files
+from slowllm.streaming.prefetch import PrefetchedStops
 from slowllm.streaming.read_requests import ReadRequest, in_file_order, lead_of, requests_of, ring_bytes_of
 from slowllm.streaming.ring import LoadedStop, Ring, smallest_ring
 from slowllm.streaming.stops import Weights
@@ -57,7 +55,7 @@ class _Read:
     request: ReadRequest
 
 
-class Reader:
+class Reader(PrefetchedStops[LoadedStop, _Read]):
     """Read stops ahead of a visitor, into a ring and into kept buffers.
 
     One visitor at a time. Owns its threads, files and buffers.
@@ -84,8 +82,8 @@ class Reader:
     ) -> None:
         streamed = [stop for index, stop in enumerate(stops) if index not in resident]
         assert ring_bytes >= smallest_ring(streamed), "the ring cannot hold the largest stop"
+        super().__init__(len(stops), [f"slowllm-read-{number}" for number in range(num_threads)])
         self.stats = ReadStats()
-        self.num_stops = len(stops)
         self._stops = [in_file_order(stop) for stop in stops]
         self._resident = resident
         self._request_bytes = page_up(request_bytes)
@@ -96,17 +94,8 @@ class Reader:
         self._homes = dict(zip(sorted(resident), itertools.accumulate(kept_bytes, initial=0), strict=False))
         self._kept = Buffer(sum(kept_bytes))
         self._files = Files()
-        self._changed = threading.Condition()
-        self._closing = False
-        self._failure: BaseException | None = None
-        self._process = os.getpid()
         self._num_working = num_threads
-        self._threads = [
-            threading.Thread(target=self._work, name=f"slowllm-read-{number}", daemon=True)
-            for number in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._start_threads()
 
     @property
     def buffers(self) -> list[np.ndarray]:
@@ -131,29 +120,11 @@ class Reader:
         started = time.perf_counter()
         with self._changed:
             self._ring.upcoming = list(dict.fromkeys(upcoming))
-            self._ring.wanted = list(dict.fromkeys((stop, *upcoming)))
-            for slot in list(self._ring.loaded.values()):
-                # What half a resident stop has is kept until it comes.
-                if slot.stop not in self._ring.wanted and (slot.error or not (slot.ready or slot.resident)):
-                    self._ring.evict(slot)
-            # What failed ahead of need may be there by now: it is read once more for whoever comes for it.
-            if (ahead := self._ring.loaded.get(stop)) is not None and ahead.error is not None:
-                self._ring.evict(ahead)
-            self._changed.notify_all()
-            while True:
-                if self._closing:
-                    raise RideError("the model was closed")
-                if self._failure is not None:
-                    raise self._failure
-                found = self._ring.loaded.get(stop)
-                if found is not None and (found.ready or found.error):
-                    break
-                self._changed.wait()
-            slot = found
-            if slot.error is not None:
-                self._ring.evict(slot)
-                self._ring.wanted = []  # else it would be read again at once, and fail again before anybody came
-                raise slot.error
+            for loaded in list(self._ring.loaded.values()):
+                # The part of a streamed stop that was read in vain is given up; a resident stop keeps its part.
+                if loaded.stop not in (stop, *upcoming) and not (loaded.ready or loaded.resident):
+                    self._ring.evict(loaded)
+            slot = self._wait_for(stop, upcoming)
             slot.held = True
             self.stats.wait_seconds += time.perf_counter() - started
         try:
@@ -161,13 +132,11 @@ class Reader:
         finally:
             with self._changed:
                 slot.held = False
-                # Served: from here on it is wanted only if it comes up again.
-                self._ring.wanted = list(dict.fromkeys(upcoming))
                 if self._poison and not slot.resident:
                     for region in slot.regions:
                         region.fill(0xFF)  # NaN in every floating-point dtype
                     self._ring.evict(slot)
-                self._changed.notify_all()
+                self._want(upcoming)  # the stop that was held only if it comes up again
 
     def close(self) -> None:
         """End the threads and close the files. Weights handed out stay readable.
@@ -175,18 +144,9 @@ class Reader:
         A read that does not return is left to its thread after a while, and with it the files and its buffer, which
         may be written to at any time.
         """
-        # A forked child has no threads to end, and whoever held the lock is not there to give it back.
-        if os.getpid() != self._process:
+        if self._is_forked():
             return
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        # A forgotten reader may be collected, and closed, on one of its own threads.
-        others = [thread for thread in self._threads if thread is not threading.current_thread()]
-        deadline = time.monotonic() + CLOSE_PATIENCE_SECONDS
-        for thread in others:
-            thread.join(max(deadline - time.monotonic(), 0))
-        num_left = sum(thread.is_alive() for thread in others)
+        num_left = self._end_threads(CLOSE_PATIENCE_SECONDS)
         if num_left:
             log.warning(
                 "closing without %d read(s) that have not returned after %g s; what they write to stays in memory",
@@ -196,22 +156,30 @@ class Reader:
         self._ring.release()
         self._kept.release()
 
-    # What follows runs with the lock held, down to `_work`.
+    # Called with the lock held, down to `_work`.
 
-    def _next_read(self) -> _Read | None:
-        for stop in self._ring.wanted:
+    def _want(self, stops: Sequence[int]) -> None:
+        super()._want(stops)
+        self._ring.wanted = self._wanted
+
+    def _find(self, stop: int) -> LoadedStop | None:
+        slot = self._ring.loaded.get(stop)
+        return slot if slot is not None and slot.ready else None
+
+    def _next_work(self) -> _Read | None:
+        for stop in self._wanted:
+            if stop in self._errors:
+                return None
             slot = self._ring.loaded.get(stop)
             if slot is None:
                 slot = LoadedStop(stop, stop in self._resident, deque(self._stops[stop]))
                 self._ring.loaded[stop] = slot
                 if slot.ready:  # a stop without weights of its own
                     self._changed.notify_all()
-            if slot.error is not None:
-                return None
             while slot.unplaced and not slot.requests:
                 if not self._place(slot):
                     # Given up to start over, or waiting for room.
-                    return None if self._ring.loaded.get(stop) is slot else self._next_read()
+                    return None if self._ring.loaded.get(stop) is slot else self._next_work()
             if slot.requests:
                 slot.num_in_flight += 1
                 return _Read(slot, *slot.requests.popleft())
@@ -245,17 +213,14 @@ class Reader:
         try:
             # A request that begins inside a page and ends inside another touches a page more at either end.
             bounce = Buffer(self._request_bytes + 2 * PAGE).bytes
-            while (read := self._wait_for_read()) is not None:
+            while (read := self._wait_for_work()) is not None:
                 error: BaseException | None = None
                 try:
                     self._fill(read.region, read.request, bounce)
                 except BaseException as caught:  # handed to whoever visits this stop
                     error = caught
                 self._finish(read, error)
-        except BaseException as caught:  # no memory for a buffer, say: handed to every visitor
-            with self._changed:
-                self._failure = caught
-                self._changed.notify_all()
+                del read, error
         finally:
             with self._changed:
                 self._num_working -= 1
@@ -263,25 +228,16 @@ class Reader:
             if is_last:  # not whoever closes, for whom a read may take too long
                 self._files.close()
 
-    def _wait_for_read(self) -> _Read | None:
-        with self._changed:
-            while not self._closing:
-                read = self._next_read()
-                if read is not None:
-                    return read
-                self._changed.wait()
-        return None
-
     def _finish(self, read: _Read, error: BaseException | None) -> None:
         with self._changed:
             slot = read.slot
             slot.num_in_flight -= 1
             if error is None:
                 self.stats.read_bytes += read.request.needed
-            else:
-                slot.unplaced.clear()
-                slot.requests.clear()
-                slot.error = error
+            elif self._ring.loaded.get(slot.stop) is slot:
+                self._ring.evict(slot)
+                self._errors[slot.stop] = error
+                self._changed.notify_all()
             if not slot.num_in_flight:  # the stop may be ready, or its extents may be free
                 self._changed.notify_all()
 

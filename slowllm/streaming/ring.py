@@ -45,7 +45,6 @@ class LoadedStop:
         regions: the memory of each.
         num_in_flight: reads under way.
         held: whether a visitor holds it.
-        error: of a read that failed.
     """
 
     stop: int
@@ -56,7 +55,6 @@ class LoadedStop:
     regions: list[np.ndarray] = field(default_factory=list)
     num_in_flight: int = 0
     held: bool = False
-    error: BaseException | None = None
 
     @property
     def ready(self) -> bool:
