@@ -1,11 +1,12 @@
-"""Measure the cache that a model returns, by passes on the meta device, which computes shapes and no numbers.
+"""Measure the cache that a model returns, by forward passes on the meta device, which computes only shapes.
 
 No formula covers it: a cache may hold full keys and values, compressed latents (MLA), windows, recurrent states, or
-nothing for blocks that use the keys and values of another.
+nothing for blocks that use another's keys and values.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections import defaultdict
@@ -26,8 +27,8 @@ from slowllm.rounding import ceil_div
 
 log = logging.getLogger(__name__)
 
-# Tokens of the passes. One more token shows what each token adds; many more, what blocks add that keep one entry for
-# several tokens.
+# Tokens of the passes. One more token shows what each token adds; many more, what is added by blocks that keep one entry
+# for several tokens.
 LENGTHS = (13, 14, 46)
 # Fields of a model's output that hold no part of its cache.
 _NO_CACHE = {"loss", "logits", "last_hidden_state", "hidden_states", "attentions", "router_logits"}
@@ -35,9 +36,9 @@ _NO_CACHE = {"loss", "logits", "last_hidden_state", "hidden_states", "attentions
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Bytes of a model's cache after a call, its tensors' whole storage.
+    """Bytes of a model's cache after a call, by its tensors' storage.
 
-    A block with a window keeps a view of all that it was given, until the next call; so it counts in full.
+    A block with a window keeps a view of all keys and values until the next call, so these count in full.
 
     Attributes:
         token_bytes: that each token of a row adds.
@@ -60,14 +61,14 @@ def cache_size_of(model: PreTrainedModel) -> CacheSize:
 
 
 def measure_cache(model: PreTrainedModel) -> CacheSize:
-    """Return the size of a skeleton's cache, or that of full keys and values where it does not run on meta."""
+    """Return the size of a skeleton's cache; that of full keys and values if the model does not run on meta."""
     blocks_name, blocks = find_blocks(model.eval())
     experts = model.get_experts_implementation()
     can_set_experts = model._can_set_experts_implementation()
-    # The module that owns the blocks knows no images; where it takes no ids, as in BERT, the whole model does.
+    # The module that owns the blocks does not need images; if it takes no ids, as in BERT, the whole model does.
     for module in (model.get_submodule(blocks_name.rpartition(".")[0]), model):
         try:
-            if can_set_experts:  # the default has no meta kernel for float32
+            if can_set_experts:  # transformers' default has no meta kernel for float32
                 model.set_experts_implementation("batched_mm")
             sizes = [_row_bytes(module, blocks, _kinds_of(model, blocks), length) for length in LENGTHS]
             token_bytes = max(sizes[1] - sizes[0], ceil_div(sizes[2] - sizes[1], LENGTHS[2] - LENGTHS[1]))
@@ -94,7 +95,7 @@ def number_of(config: Any, name: str) -> int | None:
 
 
 def _kinds_of(model: PreTrainedModel, blocks: nn.ModuleList) -> list[Any]:
-    """Return for each block a key that it shares with the blocks that cache as much: run one, and all are known."""
+    """Return a key for each block; blocks of one key cache equally much, so one of them is enough."""
 
     def settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
         for key, value in vars(module).items():
@@ -114,12 +115,12 @@ def _kinds_of(model: PreTrainedModel, blocks: nn.ModuleList) -> list[Any]:
 
 
 def _row_bytes(module: nn.Module, blocks: nn.ModuleList, kinds: Sequence[Any], num_tokens: int) -> int:
-    """Return the bytes of the cache of one row.
+    """Return the bytes of the cache after a call with one row.
 
     Args:
-        module: to call, with parameters on the meta device.
-        blocks: in it.
-        kinds: of the blocks; one of each kind is run.
+        module: that is called.
+        blocks: of the module.
+        kinds: of the blocks; the first of each kind is run.
         num_tokens: of the row.
     """
     tensors = {
@@ -132,10 +133,10 @@ def _row_bytes(module: nn.Module, blocks: nn.ModuleList, kinds: Sequence[Any], n
     before = [(inner, {**vars(inner), "_buffers": dict(inner._buffers)}) for inner in module.modules()]
     try:
         for block, kind in zip(blocks, kinds, strict=True):
-            block.forward = _once_for(kind, block.forward, outputs)
+            block.forward = functools.partial(_run_once, kind, block.forward, outputs)
         with torch.no_grad():
             output = functional_call(module, tensors, kwargs={**inputs, "return_dict": True})
-    finally:  # a forward pass may leave tensors of the meta device in its modules
+    finally:  # a forward pass may leave meta tensors in its modules
         for inner, attributes in before:
             vars(inner).clear()
             vars(inner).update(attributes)
@@ -159,10 +160,9 @@ def _storage_bytes(tensors: Sequence[Tensor]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def _once_for(kind: Any, forward: Callable[..., Any], outputs: dict[Any, Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if kind not in outputs:
-            outputs[kind] = forward(*args, **kwargs)
-        return outputs[kind]
-
-    return run
+def _run_once(
+    kind: Any, forward: Callable[..., Any], outputs: dict[Any, Any], *args: Any, **kwargs: Any
+) -> Any:
+    if kind not in outputs:
+        outputs[kind] = forward(*args, **kwargs)
+    return outputs[kind]

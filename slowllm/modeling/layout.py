@@ -1,4 +1,4 @@
-"""Which tensors make which stop: blocks or their leaves, the chunks of the head, and what always stays in memory.
+"""Which tensors make up which stop: blocks or their leaves, and chunks of the head; and which always stay in memory.
 
 Knows transformers' models by their parts, and sizes; reads no weight.
 """
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.planning.job import Granularity
+from slowllm.rounding import ceil_div, round_up
 from slowllm.storage.spans import Placement, take_rows
 from slowllm.streaming.read_requests import ring_bytes_of
 
@@ -36,11 +37,11 @@ class Layout:
         blocks: the list.
         embedding: the input embedding, whose rows are looked up in `embedding_placement`.
         head: the output embedding, cut into `chunks`.
-        modules: the name of the block or leaf that each stop is for, those of the head left out.
-        stops: tensors of each block or leaf, then each chunk of the head.
-        kept: tensors that always stay: norms, position tables, what stands outside the blocks.
-        dtypes: compute dtype of every tensor, by name.
-        streamed_names: parameters that are never filled, because their stops bring them.
+        modules: the name of each stop's block or leaf, without the stops of the head.
+        stops: the tensors of each block or leaf, then each chunk of the head.
+        kept: the tensors that always stay in memory: norms, position tables, whatever is outside the blocks.
+        dtypes: the compute dtype of every tensor, by name.
+        streamed_names: the parameters that stay empty, because their stops bring them.
     """
 
     granularity: Granularity
@@ -69,11 +70,11 @@ def lay_out(
 
     Args:
         model: from `build_skeleton`.
-        placements: from `naming.place`.
-        granularity: what a stop is.
+        placements: from `parameter_map.place`.
+        granularity: of the stops.
     Raises:
-        ArchitectureError: the model has no one list of blocks, or no linear head.
-        CheckpointError: a tensor is missing or stored in a dtype that cannot be computed with.
+        ArchitectureError: the model does not have one list of blocks, or no linear head.
+        CheckpointError: a tensor is missing, or stored as integers where floats are computed with.
     """
     blocks_name, blocks = find_blocks(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -84,18 +85,15 @@ def lay_out(
     embedding_name, head_name = _name_of(model, embedding, placements), _name_of(model, head, placements)
     dtypes = _compute_dtypes(model, placements)
 
-    for number, block in enumerate(blocks):
-        for name, _ in block.named_parameters():
-            if f"{blocks_name}.{number}.{name}" not in placements:
-                raise ArchitectureError(
-                    f"{blocks_name}.{number}.{name}: is tied to a tensor of another name, which is not streamed"
-                )
-    modules = [f"{blocks_name}.{number}" for number in range(len(blocks))]
+    modules = _block_names(model)
+    for name in _names_in(model, blocks_name):
+        if name not in placements:
+            raise ArchitectureError(f"{name}: is tied to a tensor of another name, which is not streamed")
     if granularity == "leaves":
         leaves = _leaves(model, modules, placements)
         if not any(leaves):
             raise ArchitectureError(f"{type(model).__name__}: its blocks have no part that is worth a stop")
-        modules = _in_order_of_use(model, modules, leaves)
+        modules = _in_order_of_use(model, leaves)
     owners = {name: number for number, module in enumerate(modules) for name in _names_in(model, module)}
     groups: list[list[Placement]] = [[] for _ in modules]
     kept: list[Placement] = []
@@ -126,17 +124,19 @@ def lay_out(
 
 def granularities(model: PreTrainedModel, placements: Mapping[str, Placement]) -> tuple[Granularity, ...]:
     """Return how a model can be cut: into blocks, and into leaves where any is worth a stop."""
-    name, blocks = find_blocks(model)
-    leaves = _leaves(model, [f"{name}.{number}" for number in range(len(blocks))], placements)
+    leaves = _leaves(model, _block_names(model), placements)
     return ("blocks", "leaves") if any(leaves) else ("blocks",)
 
 
 def in_order_of_use(model: PreTrainedModel, placements: Mapping[str, Placement]) -> list[str]:
-    """Return the names of the blocks' matrices, each block's in the order in which a forward pass comes to them."""
-    blocks_name, blocks = find_blocks(model)
-    modules = [f"{blocks_name}.{number}" for number in range(len(blocks))]
-    leaves = _leaves(model, modules, placements, least_bytes=0)
-    return [name for leaf in _in_order_of_use(model, modules, leaves) for name in _names_in(model, leaf)]
+    """Return the names of the blocks' matrices, each block's in the order in which a forward pass uses them."""
+    leaves = _leaves(model, _block_names(model), placements, least_bytes=0)
+    return [name for leaf in _in_order_of_use(model, leaves) for name in _names_in(model, leaf)]
+
+
+def _block_names(model: PreTrainedModel) -> list[str]:
+    name, blocks = find_blocks(model)
+    return [f"{name}.{number}" for number in range(len(blocks))]
 
 
 def _names_in(model: PreTrainedModel, module: str) -> Iterator[str]:
@@ -166,53 +166,52 @@ def _leaves(
     return [list(walk(block, model.get_submodule(block))) for block in blocks]
 
 
-def _in_order_of_use(
-    model: PreTrainedModel, blocks: Sequence[str], leaves: Sequence[Sequence[str]]
-) -> list[str]:
-    """Return the leaves in the order in which a forward pass comes to them.
+def _in_order_of_use(model: PreTrainedModel, leaves: Sequence[Sequence[str]]) -> list[str]:
+    """Return the leaves of all blocks, each block's in the order in which a forward pass uses them.
 
-    Found by a pass of two tokens through a model whose every module with parameters only gives zeros. Where a
-    model does not take that, the order is that of their definition, and the reader may read a stop in vain.
+    Found by a pass of two tokens through a model in which each module with parameters returns zeros. If that fails,
+    the order is that of their definition, and the reader may prefetch a stop in vain.
     """
-    defined = [name for block in leaves for name in block]
+    in_order_of_definition = [name for block in leaves for name in block]
     used: list[str] = []
     stubbed: list[nn.Module] = []
 
     def stub(name: str, module: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if name in wanted and name not in used:
+            if name in all_leaves and name not in used:
                 used.append(name)
-            given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            input = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             if isinstance(module, nn.Embedding):
-                return torch.zeros(*given.shape, module.embedding_dim, dtype=model.dtype)
+                return torch.zeros(*input.shape, module.embedding_dim, dtype=model.dtype)
             width = getattr(module, "out_features", None) or getattr(module, "nf", None)
-            return given if width is None else given.new_zeros(*given.shape[:-1], width)
+            return input if width is None else input.new_zeros(*input.shape[:-1], width)
 
         return forward
 
-    wanted = set(defined)
+    all_leaves = set(in_order_of_definition)
     try:
         for name, module in model.named_modules():
-            is_inner = any(prefix in wanted for prefix in _prefixes(name))
+            is_inner = any(prefix in all_leaves for prefix in _prefixes(name))
             if module._parameters and not is_inner:
                 module.forward = stub(name, module)
                 stubbed.append(module)
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
-    except Exception as error:  # whatever a model's forward may trip over on such stubs
+    except Exception as error:  # whatever a model's forward may raise on such stubs
         log.info("%s: %r; its leaves are read in the order of their definition", type(model).__name__, error)
-        return defined
+        return in_order_of_definition
     finally:
         for module in stubbed:
             del module.__dict__["forward"]
     places = {name: number for number, name in enumerate(used)}
-    # Sorting is stable: what the pass did not come to keeps its order, after the others.
+    # Sorting is stable: leaves that the pass did not use keep their order, after the others.
     return [
         name for block in leaves for name in sorted(block, key=lambda name: places.get(name, len(places)))
     ]
 
 
 def _prefixes(name: str) -> Iterator[str]:
+    """Yield the names of the modules that a module is in, the outermost first."""
     parts = name.split(".")
     for length in range(1, len(parts)):
         yield ".".join(parts[:length])
@@ -227,8 +226,7 @@ def block_numbers(layout: Layout) -> list[int]:
 def _compute_dtypes(model: PreTrainedModel, placements: Mapping[str, Placement]) -> dict[str, torch.dtype]:
     """Return the compute dtype of every placed tensor: the model's, or float32 where its class insists."""
     state = model.state_dict()
-    strict = model._keep_in_fp32_modules_strict or ()
-    patterns = [pattern.replace("*", ".*") for pattern in strict]
+    patterns = [pattern.replace("*", ".*") for pattern in model._keep_in_fp32_modules_strict or ()]
     dtypes = {}
     for name, placement in placements.items():
         dtype = state[name].dtype
@@ -236,29 +234,29 @@ def _compute_dtypes(model: PreTrainedModel, placements: Mapping[str, Placement])
             raise CheckpointError(
                 f"{name}: is stored as {placement.dtype}, but the model computes it in {dtype}"
             )
-        keep = dtype in (torch.float16, torch.bfloat16) and any(re.search(p, name) for p in patterns)
-        dtypes[name] = torch.float32 if keep else dtype
+        is_half = dtype in (torch.float16, torch.bfloat16)
+        dtypes[name] = torch.float32 if is_half and any(re.search(p, name) for p in patterns) else dtype
     return dtypes
 
 
 def _name_of(model: PreTrainedModel, module: nn.Module, placements: Mapping[str, Placement]) -> str:
     """Return the name under which the checkpoint has a module's weight: its own, or one that is tied to it."""
-    own: str = next(name for name, candidate in model.named_modules() if candidate is module) + ".weight"
-    if own in placements:
-        return own
+    own_name = next(name for name, candidate in model.named_modules() if candidate is module) + ".weight"
     tied = model.all_tied_weights_keys
-    names = [tied[own]] if own in tied else [target for target, source in tied.items() if source == own]
-    for name in names:
+    tied_names = (
+        [tied[own_name]] if own_name in tied else [n for n, source in tied.items() if source == own_name]
+    )
+    for name in (own_name, *tied_names):
         if name in placements:
             return str(name)
-    raise CheckpointError(f"{own}: missing from the checkpoint")
+    raise CheckpointError(f"{own_name}: missing from the checkpoint")
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of the model's blocks.
+    """Return the name and the list of a model's blocks.
 
     Raises:
-        ArchitectureError: there is no one list of blocks, or blocks share weights.
+        ArchitectureError: there is not one list of blocks, or blocks share weights.
     """
     family = type(model).__name__
     config = model.config.get_text_config()
@@ -268,14 +266,14 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    # Lists inside a block (experts, per-head norms) may happen to be as long.
+    # Lists inside a block (experts, per-head norms) may be as long.
     outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
-    if len(outer) > 1:  # a tower of images may be as deep as the text model
-        outer = [(n, m) for n, m in outer if type(_config_above(model, n)) is type(config)]
+    if len(outer) > 1:  # a vision tower may be as deep as the text model
+        outer = [(n, m) for n, m in outer if type(_config_above(model, n)) is type(config)] or outer
     if len(outer) != 1:
-        found = ", ".join(name for name, _ in outer) or "none"
+        names = ", ".join(name for name, _ in outer) or "none"
         raise ArchitectureError(
-            f"{family}: its {count} blocks should stand in one ModuleList, but the lists of that length are: {found}"
+            f"{family}: its {count} blocks should stand in one ModuleList, but the lists of that length are: {names}"
         )
     name, blocks = outer[0]
     owners: dict[int, int] = {}
@@ -290,10 +288,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def _config_above(model: PreTrainedModel, name: str) -> Any:
     """Return the config of the innermost model that a module is in."""
-    owners = [
-        module for prefix in _prefixes(name) if hasattr(module := model.get_submodule(prefix), "config")
-    ]
-    return owners[-1].config if owners else model.config
+    modules = (model, *map(model.get_submodule, _prefixes(name)))
+    return [module.config for module in modules if hasattr(module, "config")][-1]
 
 
 # The head is not cut into chunks smaller than this: a GEMM of few columns is slow, and its rounding differs from
@@ -304,10 +300,9 @@ MIN_CHUNK_BYTES = 64 << 20
 def cut_head(placement: Placement, max_bytes: int) -> list[Placement]:
     """Cut the head's matrix (V, H) into the fewest equal chunks of rows that are at most `max_bytes`."""
     num_rows = placement.shape[0]
-    num_chunks = max(1, -(-placement.num_bytes // max(max_bytes, MIN_CHUNK_BYTES)))
-    rows = -(-num_rows // num_chunks // 64) * 64
-    starts = range(0, num_rows, rows)
+    num_chunks = max(1, ceil_div(placement.num_bytes, max(max_bytes, MIN_CHUNK_BYTES)))
+    chunk_rows = round_up(ceil_div(num_rows, num_chunks), 64)
     return [
-        take_rows(placement, f"{placement.name}[{start}:]", start, min(start + rows, num_rows))
-        for start in starts
+        take_rows(placement, f"{placement.name}[{start}:]", start, min(start + chunk_rows, num_rows))
+        for start in range(0, num_rows, chunk_rows)
     ]

@@ -75,6 +75,6 @@ def find_logit_transform(model: PreTrainedModel) -> LogitTransform | None:
         log.info("%s: %r; log-probabilities take whole logits", kind.__name__, error)
         return None
     if not separable:
-        log.info("%s: finishes its logits together; log-probabilities take whole logits", kind.__name__)
+        log.info("%s: transforms its logits together; log-probabilities take whole logits", kind.__name__)
         return None
     return transform

@@ -1,4 +1,4 @@
-"""Put what always stays in memory into a model's skeleton: small tensors, and the maps of the embedding and the head.
+"""Fill a model's skeleton with what always stays in memory: small tensors, and the maps of the embedding and the head.
 
 Knows transformers' models by their parts, and checkpoints; knows nothing of stops.
 """
@@ -23,19 +23,20 @@ from slowllm.streaming.reader import Reader
 
 def head_rows(checkpoint: Checkpoint, chunks: Sequence[Placement]) -> RowReader | None:
     """Return a function that reads single rows of the head from its memory map; None where there is no such map."""
-    mapped = [checkpoint.mapped(chunk) for chunk in chunks]
-    rows = max(chunk.shape[0] for chunk in chunks)  # the last chunk may have fewer
+    maps = [checkpoint.mapped(chunk) for chunk in chunks]
+    rows_per_chunk = max(chunk.shape[0] for chunk in chunks)  # the last chunk may have fewer
 
-    def look_up(ids: Tensor) -> Tensor:
-        found = []
+    def read_rows(ids: Tensor) -> Tensor:
+        rows = []
         for token in ids.tolist():
-            checkpoint.check_length(chunks[token // rows])
-            part = mapped[token // rows]
-            assert part is not None, "checked below"
-            found.append(part[token % rows])
-        return torch.stack(found)
+            chunk, row = divmod(token, rows_per_chunk)
+            checkpoint.check_length(chunks[chunk])
+            matrix = maps[chunk]
+            assert matrix is not None, "checked below"
+            rows.append(matrix[row])
+        return torch.stack(rows)
 
-    return look_up if all(part is not None for part in mapped) else None
+    return read_rows if all(matrix is not None for matrix in maps) else None
 
 
 def fill(
@@ -45,31 +46,33 @@ def fill(
     compute_dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> None:
-    """Read the tensors that always stay, map the embedding, and put them into the model.
+    """Read the tensors that always stay, map the embedding, and put both into the model.
 
     Args:
-        model, layout, checkpoint, compute_dtype: what is filled, and from where.
-        device: where rows of the embedding are wanted; None for the processor.
+        model, layout: to fill.
+        checkpoint: to read.
+        compute_dtype: of the model.
+        device: that rows of the embedding are moved to; None for the processor.
     Raises:
-        ArchitectureError: a parameter is left that no stop brings and no tensor filled.
+        ArchitectureError: a parameter is left that no stop brings and that was not read.
     """
     dtypes = dict(layout.dtypes)
-    mapped = checkpoint.mapped(layout.embedding_placement)
-    wanted = list(layout.kept)
-    if mapped is None:  # in pieces, or at an odd address: it has to be read
-        wanted.append(layout.embedding_placement)
+    embedding = checkpoint.mapped(layout.embedding_placement)
+    to_read = list(layout.kept)
+    if embedding is None:  # in pieces, or at an odd address: it has to be read
+        to_read.append(layout.embedding_placement)
         dtypes[layout.embedding_placement.name] = layout.embedding_placement.dtype
     filled: set[int] = set()
     with (
-        contextlib.closing(Reader([wanted], ring_bytes=4096, resident=frozenset([0]))) as reader,
+        contextlib.closing(Reader([to_read], ring_bytes=4096, resident=frozenset([0]))) as reader,
         reader.visit(0) as weights,
     ):
         copies = {name: tensor.to(dtypes[name], copy=True) for name, tensor in weights.items()}
-    if mapped is None:
-        mapped = copies.pop(layout.embedding_placement.name)
+    if embedding is None:
+        embedding = copies.pop(layout.embedding_placement.name)
     head_is_tied = layout.head.weight is layout.embedding.weight
     old = layout.embedding._parameters["weight"]
-    stream_embedding(layout.embedding, mapped, compute_dtype, device)
+    stream_embedding(layout.embedding, embedding, compute_dtype, device)
     _replace(model, old, layout.embedding._parameters["weight"], filled)
     assert head_is_tied == (layout.head.weight is layout.embedding.weight), "tied weights stay tied"
     for name, tensor in copies.items():
@@ -89,7 +92,7 @@ def fill(
 def _replace(
     model: PreTrainedModel, old: nn.Parameter | None, new: nn.Parameter | None, filled: set[int]
 ) -> None:
-    """Put one parameter in another's place, wherever it is tied to."""
+    """Put one parameter in the place of another, in every module that is tied to it."""
     filled.add(id(new))
     for module in model.modules():
         for attribute, parameter in module._parameters.items():

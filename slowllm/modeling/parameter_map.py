@@ -1,9 +1,9 @@
-"""Checkpoint name -> parameter and slice, by transformers' own conversion mapping.
+"""Map checkpoint names to parameters and slices of them, by transformers' own conversion mapping.
 
 Checkpoint names are not parameter names: transformers renames keys, adds or strips the base model's prefix, and
-fuses tensors (Mixtral's experts are single tensors on disk). Its mapping is run here once, on tiny probe tensors
-whose every element says where it came from; the result tells where each span lands, so that the reader can fill
-a parameter straight from the file. Knows transformers; reads no weight.
+fuses tensors (Mixtral's experts are single tensors on disk). We run its conversions once, on small probe tensors
+whose elements are numbered; the result shows where each span's elements go, so that the reader can fill a
+parameter straight from the file. Knows transformers; reads no weight.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from slowllm.storage.spans import Placement, Run, Span
 
 log = logging.getLogger(__name__)
 
-# A probe stands for tensors thousands of times its size; beyond this the shapes have no common divisor worth using.
+# A probe represents tensors thousands of times its size. A larger one means that the shapes have no common divisor.
 MAX_PROBE_ELEMENTS = 1 << 24
-# Slices along an inner dimension are one run a row; more runs than this would be a read of a few bytes each.
+# Slices along an inner dimension are one run a row; more runs than this would be reads of a few bytes each.
 MAX_RUNS = 1 << 18
 
 
@@ -47,18 +47,23 @@ class _Box:
     start: tuple[int, ...]
     extent: tuple[int, ...]
 
+    @property
+    def long_sides(self) -> list[int]:
+        """Its extents without those of one element."""
+        return [extent for extent in self.extent if extent > 1]
+
 
 def place(model: PreTrainedModel, spans: Mapping[str, Span]) -> dict[str, Placement]:
-    """Find, for every parameter and persistent buffer of `model`, the bytes that fill it.
+    """Return, for every parameter and persistent buffer of `model`, the bytes that fill it.
 
     Args:
-        model: with parameters on the meta device; only names and shapes are looked at.
+        model: with parameters on the meta device; only names and shapes are used.
         spans: of the checkpoint, by name on disk.
     Returns:
-        by parameter name. A tied parameter stands once, under the name that the checkpoint has.
+        by parameter name. A tied parameter is listed once, under the name that the checkpoint has.
     Raises:
-        CheckpointError: a parameter is missing, covered twice, or of another shape or dtype; or the
-            checkpoint has blocks that the config does not.
+        CheckpointError: a parameter is missing, filled twice, or of another shape or dtype; or the checkpoint has more
+            blocks than the config says.
         ArchitectureError: a parameter cannot be filled by copying runs of bytes.
     """
     wanted = model.state_dict()
@@ -72,9 +77,7 @@ def place(model: PreTrainedModel, spans: Mapping[str, Span]) -> dict[str, Placem
     unexpected: list[str] = []
     for name in sorted(spans, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
-        if (
-            target not in wanted and name in wanted
-        ):  # a name that is right already and was renamed all the same
+        if target not in wanted and name in wanted:  # a parameter's name already, which a renaming changed
             target, pattern = name, None
         if target not in wanted:
             unexpected.append(name)
@@ -113,18 +116,20 @@ def _check_shape(span: Span, name: str, shape: tuple[int, ...]) -> None:
 
 def _refuse_unexpected_blocks(model: PreTrainedModel, unexpected: list[str]) -> None:
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    left = [name for name in unexpected if not any(pattern.search(name) for pattern in ignored)]
-    # Buffers that older transformers saved are harmless; a further block means that config.json is another model's.
+    unread = [name for name in unexpected if not any(pattern.search(name) for pattern in ignored)]
+    # Buffers that older versions of transformers saved are harmless; another block means a config.json of another model.
     num_blocks = model.config.get_text_config().num_hidden_layers
-    for name in left:
+    for name in unread:
         match = re.search(r"(?:^|\.)(?:h|layers|blocks)\.(\d+)\.", name)
         if match and int(match[1]) >= num_blocks:
             raise CheckpointError(
                 f"{name} belongs to a block beyond the {num_blocks} that config.json names; "
                 "config.json and the weights do not belong together"
             )
-    if left:
-        log.warning("%d tensors belong to no parameter and are not read: %s", len(left), ", ".join(left[:5]))
+    if unread:
+        log.warning(
+            "%d tensors belong to no parameter and are not read: %s", len(unread), ", ".join(unread[:5])
+        )
 
 
 def _refuse_missing(
@@ -144,9 +149,9 @@ def _refuse_missing(
     ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        where = sorted({span.path.name for span in spans.values()})
+        shards = sorted({span.path.name for span in spans.values()})
         raise CheckpointError(
-            f"{missing[0]}{more}: missing from the checkpoint ({where[0]}{' and others' if where[1:] else ''}); "
+            f"{missing[0]}{more}: missing from the checkpoint ({shards[0]}{' and others' if shards[1:] else ''}); "
             "fetch it again, or use a config.json that belongs to it"
         )
 
@@ -158,7 +163,7 @@ def _place_fused(
     sources: list[tuple[str, Span]],
     wanted: Mapping[str, Tensor],
 ) -> Iterator[Placement]:
-    """Run one conversion on probes and read off where each source lands."""
+    """Run one conversion on probes, and yield where each source lands."""
     dtypes = {span.torch_dtype for _, span in sources}
     if len(dtypes) > 1:
         raise CheckpointError(
@@ -167,7 +172,7 @@ def _place_fused(
     dtype = dtypes.pop()
     lengths = [length for _, span in sources for length in span.shape]
     if len(converter.target_patterns) > 1:
-        # One tensor is cut into several: the cut must not fall between the elements of a probe.
+        # One tensor is split into several: the boundary must not fall inside an element of the probe.
         lengths += wanted[target].shape
     scale = _probe_scale(lengths)
     if sum(math.prod(span.shape) // scale ** len(span.shape) for _, span in sources) > MAX_PROBE_ELEMENTS:
@@ -186,7 +191,7 @@ def _place_fused(
         probe_run.add_tensor(target, span.name, pattern, cast(Any, probe))
     try:
         results = probe_run.convert(target, model=model, config=model.config)
-    except Exception as error:  # whatever a conversion of transformers may raise on parts that are missing
+    except Exception as error:  # whatever transformers' conversion may raise where parts are missing
         raise CheckpointError(f"{target}: its {len(sources)} parts do not fit together ({error})") from error
 
     for name, value in results.items():
@@ -199,14 +204,14 @@ def _place_fused(
         runs = []
         for start, (_, span) in zip(firsts, sources, strict=True):
             small = tuple(length // scale for length in span.shape)
-            found = _locate(result, start, small)
-            if found is not None:
-                runs += _runs(name, span, small, *found, tuple(result.shape), shape, dtype.itemsize)
+            located = _locate(result, start, small)
+            if located is not None:
+                runs += _runs(name, span, small, *located, tuple(result.shape), shape, dtype.itemsize)
         yield Placement(name, shape, dtype, _covering(name, runs, math.prod(shape) * dtype.itemsize, sources))
 
 
 def _probe_scale(lengths: list[int]) -> int:
-    """Return the largest common divisor that leaves every side of a probe at least 2 long.
+    """Return the largest common divisor that leaves every side of a probe two elements or more.
 
     A side of one element would hide a transposition.
     """
@@ -217,13 +222,11 @@ def _probe_scale(lengths: list[int]) -> int:
     )
 
 
-def _locate(
-    result: np.ndarray, first: int, small: tuple[int, ...]
-) -> tuple[_Box, _Box, tuple[int, ...]] | None:
-    """Find the elements of one probe in a converted tensor: the box taken, the box filled, the axis of each.
+def _locate(result: np.ndarray, first: int, small: tuple[int, ...]) -> tuple[_Box, _Box, bool] | None:
+    """Find the elements of one probe in a converted tensor: the box read, the box filled, and whether in order.
 
-    Returns None where nothing of the probe is there, and an axes tuple that is empty where it is no rectangle
-    of unbroken rows. In NumPy: a large mixture has ten thousands of parts, and torch takes a millisecond for each.
+    Returns None if no element of the probe is there. In NumPy: a large mixture has tens of thousands of parts, and torch
+    takes a millisecond for each.
     """
     size = math.prod(small)
     index = np.argwhere((result >= first) & (result < first + size))
@@ -232,22 +235,17 @@ def _locate(
     target, rows = _box_around(index)
     values = result[rows] - first
     if values.size != len(index):
-        return target, target, ()
+        return target, target, False
     source, rows = _box_around(
         np.stack(np.unravel_index(values.ravel(), small), 1) if small else np.zeros((1, 0), dtype=int)
     )
-    # The same elements in the same row-major order: no transposition, only new or dropped axes of length one.
-    if not np.array_equal(np.arange(size).reshape(small)[rows].ravel(), values.ravel()):
-        return source, target, ()
-    filled = [axis for axis, extent in enumerate(target.extent) if extent > 1]
-    taken = [axis for axis, extent in enumerate(source.extent) if extent > 1]
-    if [target.extent[a] for a in filled] != [source.extent[a] for a in taken]:
-        return source, target, ()
-    return source, target, tuple(filled)
+    # The same elements in row-major order mean no transposition, only new or dropped axes of length one.
+    is_in_order = np.array_equal(np.arange(size).reshape(small)[rows].ravel(), values.ravel())
+    return source, target, is_in_order and source.long_sides == target.long_sides
 
 
 def _box_around(index: np.ndarray) -> tuple[_Box, tuple[slice, ...]]:
-    """Return the smallest box that holds all elements, as it is and as slices."""
+    """Return the smallest box that contains all elements, as a `_Box` and as slices."""
     low, high = index.min(0).tolist(), (index.max(0) + 1).tolist()
     box = _Box(tuple(low), tuple(b - a for a, b in zip(low, high, strict=True)))
     return box, tuple(slice(a, b) for a, b in zip(low, high, strict=True))
@@ -259,13 +257,13 @@ def _runs(
     small: tuple[int, ...],
     source: _Box,
     target: _Box,
-    axes: tuple[int, ...],
+    is_in_order: bool,
     probe_shape: tuple[int, ...],
     shape: tuple[int, ...],
     itemsize: int,
 ) -> list[Run]:
-    """Scale a found box up to the real shapes and cut it into runs of bytes."""
-    if not axes and math.prod(source.extent) > 1:
+    """Scale a box up to the real shapes, and cut it into runs of bytes."""
+    if not is_in_order:
         raise ArchitectureError(
             f"{name}: transformers reorders {span.name} on loading, which cannot be read in place; "
             "save the model with transformers' save_pretrained(save_original_format=False) first"
@@ -283,7 +281,7 @@ def _runs(
         )
 
     source, target = real(source, span.shape, small), real(target, shape, probe_shape)
-    if [n for n in source.extent if n > 1] != [n for n in target.extent if n > 1]:
+    if source.long_sides != target.long_sides:
         _refuse_parts(name, shape, span)
     source_rows, source_length = _rows(source, span.shape)
     target_rows, target_length = _rows(target, shape)
@@ -302,7 +300,7 @@ def _refuse_parts(name: str, shape: tuple[int, ...], span: Span) -> NoReturn:
 
 
 def _rows(box: _Box, shape: tuple[int, ...]) -> tuple[list[int], int]:
-    """Return the first element of each unbroken row of a box, and the rows' length."""
+    """Return the first element of each contiguous row of a box, and the length of the rows."""
     length, axis = 1, len(shape)
     while axis > 0:
         axis -= 1
@@ -326,10 +324,10 @@ def _split(starts: list[int], length: int, piece: int) -> Iterator[int]:
 
 
 def _covering(name: str, runs: list[Run], num_bytes: int, sources: list[tuple[str, Any]]) -> tuple[Run, ...]:
-    """Check that runs cover a parameter exactly once, and join neighbours.
+    """Check that runs fill a parameter exactly once, and join adjacent ones.
 
     Raises:
-        CheckpointError: a part is missing or stands twice.
+        CheckpointError: a part is missing or is there twice.
         ArchitectureError: the runs are too many.
     """
     runs.sort(key=lambda run: run.target)

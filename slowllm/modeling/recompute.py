@@ -1,4 +1,4 @@
-"""Run a block again for its gradient, from a snapshot of its arguments and cache."""
+"""Run a block again for its gradient (activation recomputation), from a snapshot of its arguments and cache."""
 
 from __future__ import annotations
 
@@ -26,42 +26,46 @@ def hidden_of(output: Any) -> Tensor:
 
 
 def is_cache(value: Any) -> bool:
-    """Tell whether a value is a cache, which the flattening of arguments leaves whole."""
+    """Return whether a value is a cache, which is not flattened with the other arguments."""
     return isinstance(value, Cache)
 
 
 class Recomputable(Protocol):
     """A block that can be run again at its stop; `StreamedBlock` is one."""
 
-    _prefix: str
+    _name: str
 
     def _visit(
         self, direction: Direction, work: Callable[[Weights], Any], *, comes_back: bool = False
     ) -> Any:
-        """Wait for the block's stop, and do some work with its weights."""
+        """Visit the block's stop, and do some work with its weights."""
 
     def _run(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute the block with the weights of its stop."""
+        """Compute the block with its weights."""
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where a tensor stands: the leaf of that number; or, in the cache there, an attribute of a layer, at a key."""
+    """A tensor's place: a leaf of flattened arguments or results; or, in the cache there, a layer's attribute, at a key."""
 
     leaf: int
     layer: int | None = None
     attribute: str = ""
     key: tuple[Any, ...] = ()
 
+    def side(self, arguments: list[Any], results: list[Any]) -> list[Any]:
+        """Return the leaves that an output stands in: a cache is an argument."""
+        return results if self.layer is None else arguments
+
     def get(self, leaves: list[Any]) -> Any:
-        """Return the tensor from a list of flattened arguments."""
+        """Return the tensor from a list of leaves."""
         if self.layer is None:
             return leaves[self.leaf]
         value = getattr(leaves[self.leaf].layers[self.layer], self.attribute)
         return value[self.key[0]] if self.key else value
 
     def put(self, leaves: list[Any], value: Any) -> None:
-        """Put a tensor, or None, in its place."""
+        """Put a tensor, or None, into this place."""
         if self.layer is None:
             leaves[self.leaf] = value
         elif self.key:
@@ -71,19 +75,19 @@ class TensorRef:
 
 
 def _snapshot(cache: Cache) -> Cache:
-    """Copy a cache's layers and their tables, not their tensors: growing caches replace tensors."""
+    """Copy a cache's layers and their tables but not their tensors, which growing caches replace."""
     clone = copy.copy(cache)
     clone.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in clone.layers:
         for attribute, value in vars(layer).items():
-            # Linear attention keeps its states, and whether they are set, in tables of this kind.
+            # Linear attention keeps its states, and whether they are set, in dicts.
             if isinstance(value, dict | list | set):
                 setattr(layer, attribute, copy.copy(value))
     return clone
 
 
 def tensor_refs(leaf: int, cache: Cache) -> Iterator[TensorRef]:
-    """Find the tensors of the cache that is the argument of number `leaf`."""
+    """Yield the places of a cache's tensors; the cache is the leaf of number `leaf`."""
     for number, layer in enumerate(cache.layers):
         for attribute, value in vars(layer).items():
             if isinstance(value, Tensor):
@@ -97,11 +101,14 @@ def tensor_refs(leaf: int, cache: Cache) -> Iterator[TensorRef]:
 
 @dataclass
 class RecordedCall:
-    """One call of a block under autograd: enough to run it again.
+    """One call of a block under autograd, recorded so that it can be run again.
 
     Attributes:
-        leaves: the flattened arguments; caches as they were before the call, tensors taken out after it.
-        inputs: the tensors that want a gradient; `tensors` are all of them.
+        leaves: the flattened arguments; caches as they were before the call, tensors removed after it.
+        live: the flattened arguments themselves, until the call is over.
+        inputs: the tensors among the arguments that want a gradient.
+        tensors: all tensors among the arguments.
+        outputs: the tensors that the call returns or puts into a cache.
     """
 
     block: Recomputable
@@ -115,40 +122,40 @@ class RecordedCall:
 
     @classmethod
     def record(cls, block: Recomputable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall:
-        """Record the arguments of a call that is about to be made."""
+        """Record the arguments before a call."""
         live, spec = tree_flatten((args, kwargs), is_leaf=is_cache)
         leaves = [_snapshot(leaf) if isinstance(leaf, Cache) else leaf for leaf in live]
         tensors = [TensorRef(i) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Cache):
                 tensors += tensor_refs(i, leaf)
-        inputs = [slot for slot in tensors if slot.get(leaves).requires_grad]
+        inputs = [ref for ref in tensors if ref.get(leaves).requires_grad]
         return cls(block, leaves, spec, live, inputs, tensors, [], current_autocasts())
 
     def apply(self) -> Any:
-        """Run the block, and give its results a place in the graph."""
+        """Run the block as one node of autograd's graph; return what the block returns."""
         results: list[Any] = []
-        flat = _Replay.apply(self, results, *(slot.get(self.live) for slot in self.inputs))  # type: ignore[no-untyped-call]
+        flat = _Replay.apply(self, results, *(ref.get(self.live) for ref in self.inputs))  # type: ignore[no-untyped-call]
         out_leaves, out_spec = results.pop()
-        for slot, value in zip(self.outputs, flat, strict=True):
-            slot.put(self.live if slot.layer is not None else out_leaves, value)
-        # From here on the graph keeps the inputs, where a later write into them is noticed; and not the live cache.
+        for ref, value in zip(self.outputs, flat, strict=True):
+            ref.put(ref.side(self.live, out_leaves), value)
+        # From here on autograd keeps the inputs, and notices a later write into them; nothing keeps the live cache.
         self.live = []
         return tree_unflatten(out_leaves, out_spec)
 
     def run_first(self, results: list[Any]) -> tuple[Tensor, ...]:
-        """Run the block on the live arguments. Appends its flattened result to `results`."""
+        """Run the block on the live arguments, and append its flattened result to `results`."""
         args, kwargs = tree_unflatten(self.live, self.spec)
 
         def work(weights: Weights) -> Any:
             output = self.block._run(weights, args, kwargs)
-            check_finite(self.block._prefix.rstrip("."), hidden_of(output))
+            check_finite(self.block._name, hidden_of(output))
             return output
 
         output = self.block._visit("up", work, comes_back=True)
         out_leaves, out_spec = tree_flatten(output, is_leaf=is_cache)
         results.append((out_leaves, out_spec))
-        given = {id(slot.get(self.live)) for slot in self.tensors if slot.layer is None}
+        given = {id(ref.get(self.live)) for ref in self.tensors if ref.layer is None}
         self.outputs = [
             TensorRef(i)
             for i, leaf in enumerate(out_leaves)
@@ -156,34 +163,32 @@ class RecordedCall:
         ]
         for i, leaf in enumerate(self.live):
             if isinstance(leaf, Cache):
-                known = {slot: id(slot.get(self.leaves)) for slot in tensor_refs(i, self.leaves[i])}
+                before = {ref: id(ref.get(self.leaves)) for ref in tensor_refs(i, self.leaves[i])}
                 self.outputs += [
-                    slot
-                    for slot in tensor_refs(i, leaf)
-                    if slot.get(self.live).is_floating_point() and known.get(slot) != id(slot.get(self.live))
+                    ref
+                    for ref in tensor_refs(i, leaf)
+                    if ref.get(self.live).is_floating_point() and before.get(ref) != id(ref.get(self.live))
                 ]
-        return tuple(slot.get(self.live if slot.layer is not None else out_leaves) for slot in self.outputs)
+        return tuple(ref.get(ref.side(self.live, out_leaves)) for ref in self.outputs)
 
     def replay(self, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """Run the block again on copies of its arguments and return the gradient of each input."""
         leaves = [_snapshot(leaf) if isinstance(leaf, Cache) else leaf for leaf in self.leaves]
-        for slot, tensor in zip(self.tensors, saved, strict=True):
-            slot.put(leaves, tensor.detach())
-        inputs = [slot.get(leaves).requires_grad_(True) for slot in self.inputs]
+        for ref, tensor in zip(self.tensors, saved, strict=True):
+            ref.put(leaves, tensor.detach())
+        inputs = [ref.get(leaves).requires_grad_(True) for ref in self.inputs]
         args, kwargs = tree_unflatten(leaves, self.spec)
 
         def work(weights: Weights) -> list[Tensor | None]:
-            # Forward and backward within one visit: the weights may be saved for the one, and are still there.
+            # Forward and backward in one visit: autograd may save the weights, which are valid until the visit ends.
             with torch.enable_grad():
                 out_leaves, _ = tree_flatten(self.block._run(weights, args, kwargs), is_leaf=is_cache)
-            outputs = [slot.get(leaves if slot.layer is not None else out_leaves) for slot in self.outputs]
+            outputs = [ref.get(ref.side(leaves, out_leaves)) for ref in self.outputs]
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
             if not pairs:
                 return [None] * len(inputs)
-            found = torch.autograd.grad(
-                [o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True
-            )
-            return list(found)
+            reached, reached_grads = zip(*pairs, strict=True)
+            return list(torch.autograd.grad(reached, inputs, reached_grads, allow_unused=True))
 
         with contextlib.ExitStack() as stack:
             for autocast in self.autocasts:
@@ -193,22 +198,22 @@ class RecordedCall:
 
 
 class _Replay(torch.autograd.Function):
-    """Forward keeps the arguments of a block; backward visits the block again and recomputes."""
+    """Keep the arguments of a block in forward; visit the block again and recompute in backward."""
 
     @staticmethod
     def forward(ctx: Any, call: RecordedCall, results: list[Any], *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(slot.get(call.leaves) for slot in call.tensors))
+        ctx.save_for_backward(*(ref.get(call.leaves) for ref in call.tensors))
         ctx.call = call
-        versions = [slot.get(call.leaves)._version for slot in call.tensors]
+        versions = [ref.get(call.leaves)._version for ref in call.tensors]
         outputs = call.run_first(results)
-        if versions != [slot.get(call.leaves)._version for slot in call.tensors]:
+        if versions != [ref.get(call.leaves)._version for ref in call.tensors]:
             raise UnsupportedError(
-                f"{call.block._prefix.rstrip('.')} writes into its cache in place, so it cannot be replayed for a "
+                f"{call.block._name} writes into its cache in place, so it cannot be replayed for a "
                 "gradient; pass use_cache=False or a growing cache (DynamicCache)"
             )
-        for slot in call.tensors:
-            slot.put(call.leaves, None)
+        for ref in call.tensors:
+            ref.put(call.leaves, None)
         return outputs
 
     @staticmethod

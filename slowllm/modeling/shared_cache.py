@@ -1,8 +1,8 @@
-"""One rider's keys and values, for riders that go on from them in the same sweep.
+"""Keys and values of one rider, shared with riders that continue its rows in the same sweep.
 
-At every block the rider with the shared beginning passes first, because it boarded first; those that go on from it
-take its keys and values of that block, and when all have, they are dropped. So a shared beginning costs the memory
-of one block's keys and values, not of the whole model's.
+At every block the rider with the shared prefix passes first, because it boarded first; those that continue it take
+its keys and values of that block, and the last one drops them. So a shared prefix costs the memory of one block's keys
+and values, not of the whole model's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class SharedPrefix:
-    """Keys and values of the rows of one rider, by block, until all have taken them.
+    """Keys and values of the rows of one rider, by block, until every taker has taken them.
 
     Args:
         num_takers: riders that will take them, each once at every block.
@@ -30,32 +30,32 @@ class SharedPrefix:
 
     def __init__(self, num_takers: int) -> None:
         self._num_takers = num_takers
-        self._kept: dict[int, tuple[Pair, int]] = {}
+        self._pairs: dict[int, tuple[Pair, int]] = {}
 
     def put(self, block: int, keys: Tensor, values: Tensor) -> None:
-        """Keep what a block made: (B, heads, T, head_dim) each, the rider's own beginning included."""
-        self._kept[block] = ((keys, values), self._num_takers)
+        """Keep a block's keys and values: (B, heads, T, head_dim) each, those that the rider began with included."""
+        self._pairs[block] = ((keys, values), self._num_takers)
 
     def take(self, block: int) -> Pair:
-        """Return what was kept for a block; the last taker takes it away.
+        """Return the keys and values of a block; the last taker drops them.
 
         Raises:
-            RideError: the rider that should have put it there has failed.
+            RideError: the rider that should have put them here has failed.
         """
-        if block not in self._kept:
+        if block not in self._pairs:
             raise RideError("the rider that computes the beginning of these rows has failed")
-        pair, left = self._kept.pop(block)
-        if left > 1:
-            self._kept[block] = (pair, left - 1)
+        pair, num_left = self._pairs.pop(block)
+        if num_left > 1:
+            self._pairs[block] = (pair, num_left - 1)
         return pair
 
 
 class Beginning:
-    """Where the rows of a rider begin: at one position, each after a row of some trunk.
+    """What the rows of a rider continue: one position, each after a row of some shared prefix.
 
     Args:
         length: tokens before the rows' own.
-        rows: for each row a trunk, and the number of its row there.
+        rows: for each row a shared prefix, and the number of its row there.
     """
 
     def __init__(self, length: int, rows: Sequence[tuple[SharedPrefix, int]]) -> None:
@@ -63,24 +63,22 @@ class Beginning:
 
     def take(self, block: int) -> Pair:
         """Return keys and values (B, heads, length, head_dim) of a block."""
-        taken: dict[int, Pair] = {}
-        for trunk, _ in self._rows:
-            if id(trunk) not in taken:
-                taken[id(trunk)] = trunk.take(block)
-        first = self._rows[0]
-        if all(row == first for row in self._rows):
-            # No copy until the rows' own are appended.
-            return tuple(
-                self._row(taken, *first, side).expand(len(self._rows), -1, -1, -1) for side in (0, 1)
-            )  # type: ignore[return-value]
-        return tuple(torch.cat([self._row(taken, *row, side) for row in self._rows]) for side in (0, 1))  # type: ignore[return-value]
+        pairs = {prefix: prefix.take(block) for prefix in dict.fromkeys(prefix for prefix, _ in self._rows)}
+        # No copy of a row that all continue, until their own tokens are appended.
+        are_alike = all(row == self._rows[0] for row in self._rows)
 
-    def _row(self, taken: dict[int, Pair], trunk: SharedPrefix, number: int, side: int) -> Tensor:
-        return taken[id(trunk)][side][number : number + 1, :, : self.length]
+        def rows_of(side: int) -> Tensor:
+            rows = [
+                pairs[prefix][side][number : number + 1, :, : self.length]
+                for prefix, number in (self._rows[:1] if are_alike else self._rows)
+            ]
+            return rows[0].expand(len(self._rows), -1, -1, -1) if are_alike else torch.cat(rows)
+
+        return rows_of(0), rows_of(1)
 
 
 class Begins(Protocol):
-    """What comes before a rider's own tokens."""
+    """What comes before a rider's own tokens: a `Beginning`, or a `PrefixBeginning`."""
 
     length: int
 
@@ -91,18 +89,18 @@ class Begins(Protocol):
 class _Layer(DynamicLayer):
     """A block's part of a `SharedCache`. Keeps nothing: a row passes each block once."""
 
-    def __init__(self, block: int, beginning: Begins | None, trunk: SharedPrefix | None) -> None:
+    def __init__(self, block: int, beginning: Begins | None, shared: SharedPrefix | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._block, self._beginning, self._trunk = block, beginning, trunk
+        self._block, self._beginning, self._shared = block, beginning, shared
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
         if self._beginning is not None:
-            # A soft prompt's are on the processor, wherever the block is.
+            # Those of a soft prompt are on the processor, wherever the block is.
             keys, values = (side.to(key_states.device) for side in self._beginning.take(self._block))
             key_states = torch.cat([keys, key_states], -2)
             value_states = torch.cat([values, value_states], -2)
-        if self._trunk is not None:
-            self._trunk.put(self._block, key_states, value_states)
+        if self._shared is not None:
+            self._shared.put(self._block, key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -113,16 +111,16 @@ class _Layer(DynamicLayer):
 
 
 class SharedCache(Cache):
-    """The cache of a rider that goes on from others, or that others go on from.
+    """The cache of a rider that continues others' rows, or whose rows others continue.
 
     Args:
         num_blocks: of the model.
         beginning: None where its rows begin at position 0.
-        trunk: None where nobody goes on from it.
+        shared: None where no rider continues its rows.
     """
 
-    def __init__(self, num_blocks: int, beginning: Begins | None, trunk: SharedPrefix | None) -> None:
-        super().__init__(layers=[_Layer(block, beginning, trunk) for block in range(num_blocks)])
+    def __init__(self, num_blocks: int, beginning: Begins | None, shared: SharedPrefix | None) -> None:
+        super().__init__(layers=[_Layer(block, beginning, shared) for block in range(num_blocks)])
 
 
 def can_share(config: Any) -> bool:
@@ -135,7 +133,7 @@ def can_share(config: Any) -> bool:
 
 
 def takes_cache(config: Any) -> bool:
-    """Return whether a model takes a cache: OpenAI GPT, say, would ignore it."""
+    """Return whether a model takes a cache; OpenAI GPT, for one, would ignore it."""
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return kind is None or bool(
         {"past_key_values", "cache_params"} & set(inspect.signature(kind.forward).parameters)

@@ -1,7 +1,6 @@
 """The skeleton of a model: transformers' own class, parameters on the meta device, buffers real.
 
-Knows transformers; reads config files and no weights. What transformers may ask of a streamed model, and what
-has no meaning there, is said here in `StreamedModel`.
+Knows transformers; reads config files and no weights.
 """
 
 from __future__ import annotations
@@ -60,9 +59,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
 class _EmptyOnMeta(TorchFunctionMode):
     """Make `torch.empty` give meta tensors: parameters cost nothing, while buffers are computed and real.
 
-    A whole `torch.device("meta")` would leave rotary tables and scales behind that no checkpoint restores. Functions of
-    `torch.nn.init` leave meta tensors as they are; torch would run them through decompositions in Python, which took
-    half the time of loading a small model.
+    Under `torch.device("meta")` rotary tables and scales would be empty as well, and no checkpoint restores them.
+    Functions of `torch.nn.init` leave meta tensors as they are; torch would run them through decompositions in Python,
+    which took half the time of loading a small model.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,11 +76,11 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def build_skeleton(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Make the model that a config describes.
+    """Build the model that a config describes.
 
     Args:
         config: of the checkpoint.
-        folder: where a generation_config.json may lie.
+        folder: that may have a generation_config.json.
         dtype: compute dtype, which buffers may depend on.
     Raises:
         ArchitectureError: transformers has no causal LM for it.

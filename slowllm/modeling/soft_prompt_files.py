@@ -1,4 +1,4 @@
-"""Soft prompts in folders: in PEFT's own format where PEFT has the kind, so that either can be used with the other.
+"""Soft prompts in folders: in PEFT's own format where PEFT has the kind, so that each can use the other's prompts.
 
 A folder has adapter_config.json and adapter_model.safetensors, as PEFT writes them; for a deep prompt, which PEFT does
 not have, soft_prompt.safetensors instead. Beside them slowllm.json says which model it was made for and how.
@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from slowllm.errors import InputError
@@ -27,16 +27,18 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DEEP_WEIGHTS, ABOUT = "soft_prompt.safetensors", "slowllm.json"
 FILES = (CONFIG, WEIGHTS, DEEP_WEIGHTS, ABOUT)
 _KEY = "prompt_embeddings"  # PEFT's
+# What a damaged folder may raise.
+_UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError, ArithmeticError)
 
 
 def save_prompt(prompt: SoftPrompt, folder: Path, base_model: str, about: Mapping[str, Any]) -> None:
-    """Write a prompt, each file at once; those of another kind that lie there are removed.
+    """Write a prompt, each file as a whole; remove files of another kind of prompt.
 
     Args:
-        prompt: to be written, in fp32.
+        prompt: in fp32.
         folder: made where it is missing.
         base_model: name or folder of the model, for PEFT.
-        about: what JSON has of it, `fingerprint` of the model among it.
+        about: what else to write as JSON, the model's `fingerprint` among it.
     Raises:
         InputError: the folder cannot be written.
     """
@@ -55,11 +57,11 @@ def save_prompt(prompt: SoftPrompt, folder: Path, base_model: str, about: Mappin
 
 @contextlib.contextmanager
 def check_folder(folder: Path, *, is_shared: bool) -> Iterator[None]:
-    """Keep a folder for prompts to one run, and refuse one that cannot be written, before hours are spent.
+    """Lock a folder for prompts, and refuse one that cannot be used, before hours are spent.
 
     Args:
         folder: made where it is missing.
-        is_shared: whether each prompt is to have a folder of its own in it.
+        is_shared: whether each prompt gets a folder of its own in it.
     Raises:
         InputError: it cannot be written to, another run writes to it, it holds another prompt, or PEFT is missing.
     """
@@ -92,13 +94,13 @@ def check_folder(folder: Path, *, is_shared: bool) -> Iterator[None]:
 
 
 def _as_files(prompt: SoftPrompt) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a prompt by name, and PEFT's config, empty where PEFT does not have the kind."""
+    """Return the tensors of a prompt by name, and PEFT's config; an empty one where PEFT does not have the kind."""
     import peft
 
     if prompt.kind == "deep":
         assert prompt.embeddings is not None, "a deep prompt has embeddings"
-        width = torch.zeros_like(prompt.embeddings)
-        vectors = torch.stack([width if vector is None else vector.detach() for vector in prompt.vectors])
+        zeros = torch.zeros_like(prompt.embeddings)
+        vectors = torch.stack([zeros if vector is None else vector.detach() for vector in prompt.vectors])
         return {"embeddings": prompt.embeddings.detach().contiguous(), "vectors": vectors}, {}
     common: dict[str, Any] = {
         "task_type": "CAUSAL_LM", "inference_mode": True, "num_virtual_tokens": prompt.num_tokens,
@@ -119,15 +121,15 @@ def _as_files(prompt: SoftPrompt) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _as_json(config: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=sorted))
-    return found
+    as_json: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=sorted))
+    return as_json
 
 
 def load_prompt(folder: str | os.PathLike[str]) -> tuple[SoftPrompt, dict[str, Any]]:
-    """Read a prompt, ours or PEFT's, and what is said about it.
+    """Read a prompt, ours or PEFT's, and what slowllm.json says about it.
 
     Raises:
-        InputError: the folder has none, or it is damaged or of a kind that is not known here.
+        InputError: the folder has none, or one that is damaged or of an unknown kind.
     """
     if not str(folder):
         raise InputError("the name of the soft prompt is empty; --prompt takes its folder")
@@ -139,21 +141,14 @@ def load_prompt(folder: str | os.PathLike[str]) -> tuple[SoftPrompt, dict[str, A
         if (path / CONFIG).is_file():
             return _finite(_from_peft(_read_json(path / CONFIG), path)), about
         if (path / DEEP_WEIGHTS).is_file():
-            tensors = _tensors(path / DEEP_WEIGHTS)
+            tensors = load_file(path / DEEP_WEIGHTS)
             embeddings, vectors = tensors["embeddings"].float(), tensors["vectors"].float()
             if embeddings.dim() != 2 or not len(embeddings) or vectors.shape[1:] != embeddings.shape:
                 raise ValueError("its tensors do not go together")
             return _finite(SoftPrompt("deep", embeddings, tuple(vectors))), about
     except KeyError as error:
         raise InputError(f"{path}: is no soft prompt that can be read (it has no {error})") from error
-    except (
-        OSError,
-        safetensors.SafetensorError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        ArithmeticError,
-    ) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: is no soft prompt that can be read ({error})") from error
     inside = sorted(child.name for child in path.iterdir() if any((child / name).is_file() for name in FILES))
     more = f"; the folders in it have: {', '.join(inside[:4])}" if inside else ""
@@ -161,9 +156,8 @@ def load_prompt(folder: str | os.PathLike[str]) -> tuple[SoftPrompt, dict[str, A
 
 
 def _finite(prompt: SoftPrompt) -> SoftPrompt:
-    for tensor in (prompt.embeddings, *prompt.vectors, *prompt.pairs):
-        if tensor is not None and not bool(tensor.isfinite().all()):
-            raise ValueError("it has numbers that are NaN or infinite")
+    if not all(bool(tensor.isfinite().all()) for tensor in prompt.tensors):
+        raise ValueError("it has numbers that are NaN or infinite")
     return prompt
 
 
@@ -175,7 +169,7 @@ def _from_peft(config: Mapping[str, Any], path: Path) -> SoftPrompt:
         )
     if not (path / WEIGHTS).is_file():
         raise ValueError(f"there is no {WEIGHTS}")
-    weights = _tensors(path / WEIGHTS)[_KEY].float()
+    weights = load_file(path / WEIGHTS)[_KEY].float()
     if weights.dim() != 2 or not len(weights):
         raise ValueError(f"{_KEY} has shape {tuple(weights.shape)}")
     if kind != "PREFIX_TUNING":
@@ -185,16 +179,11 @@ def _from_peft(config: Mapping[str, Any], path: Path) -> SoftPrompt:
     return SoftPrompt("prefix", pairs=tuple(stacked.permute(1, 2, 3, 0, 4).contiguous()))
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    with safetensors.safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        table = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(table, dict):
         raise InputError(f"{path}: is no JSON object")
-    return found
+    return table

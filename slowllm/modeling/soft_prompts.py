@@ -30,10 +30,10 @@ Kind = Literal["shallow", "deep", "prefix"]
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """A soft prompt of P virtual tokens for a model of N blocks.
+    """A soft prompt of P virtual tokens.
 
     Attributes:
-        kind: which of the others are there.
+        kind: which of the other attributes it has.
         embeddings: (P, H) of a shallow or deep prompt.
         vectors: (P, H) for each block of a deep prompt, None where nothing is added.
         pairs: for each block of a prefix (2, heads, P, head_dim), keys and values.
@@ -46,24 +46,29 @@ class SoftPrompt:
 
     @property
     def num_tokens(self) -> int:
-        """The positions that it takes before a text."""
+        """The number of positions that it takes before a text."""
         return self.pairs[0].shape[2] if self.embeddings is None else len(self.embeddings)
 
     def digest(self) -> str:
-        """Return a hash of its numbers, to know it again."""
-        found = hashlib.sha256(self.kind.encode())
-        for tensor in (self.embeddings, *self.vectors, *self.pairs):
-            if tensor is not None:
-                found.update(tensor.detach().contiguous().numpy().tobytes())
-        return found.hexdigest()
+        """Return a hash of its numbers."""
+        digest = hashlib.sha256(self.kind.encode())
+        for tensor in self.tensors:
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its numbers."""
+        tensors = (self.embeddings, *self.vectors, *self.pairs)
+        return [tensor for tensor in tensors if tensor is not None]
 
     @property
     def virtual_ids(self) -> tuple[int, ...]:
-        """What stands for its tokens among the ids of a text: -1 to -P; a prefix has none there."""
+        """The ids of its tokens, before those of a text: -1 to -P; a prefix has none."""
         return () if self.embeddings is None else tuple(range(-1, -len(self.embeddings) - 1, -1))
 
     def embed(self, model: Any, ids: Tensor) -> Tensor:
-        """Return the embeddings (B, T, H) of ids (B, T), virtual ones among them, on the model's device."""
+        """Return the embeddings (B, T, H) of ids (B, T), which may be virtual, on the model's device."""
         assert self.embeddings is not None, "a prefix has no embeddings"
         text: Tensor = model.get_input_embeddings()(ids.clamp(min=0))
         ids = ids.to(text.device)
@@ -72,11 +77,11 @@ class SoftPrompt:
 
     @contextlib.contextmanager
     def applied(self, model: Any, ids: Tensor, mask: Tensor) -> Iterator[dict[str, Any]]:
-        """Yield the inputs of a call of the model, which must be made inside the context.
+        """Yield the inputs of a call of the model; the call must be made inside the context.
 
         Args:
             model: a streamed model.
-            ids: (B, T), each row beginning with the `virtual_ids`, padded on the right.
+            ids: (B, T), padded on the right; each row begins with the `virtual_ids`.
             mask: (B, T), 1 where there is a token.
         """
         inputs: dict[str, Any] = {"attention_mask": mask}
@@ -91,7 +96,7 @@ class SoftPrompt:
 
     @contextlib.contextmanager
     def adding(self, start: int, width: int) -> Iterator[None]:
-        """Have a deep prompt's vectors added in calls of `width` positions, the first of which is `start`."""
+        """Add a deep prompt's vectors in calls of `width` positions, the first of which is `start`."""
         is_in = self.kind == "deep" and start < self.num_tokens
         edit_input = functools.partial(self._add_vectors, start, width) if is_in else None
         with call_context(edit_input=edit_input):
@@ -110,7 +115,7 @@ class SoftPrompt:
         return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
 
     def passing_cache(self, config: Any, batch: int, dtype: torch.dtype) -> Cache:
-        """Return a cache that begins with the prefix, for one pass; it keeps nothing more where the model allows it."""
+        """Return a cache that begins with the prefix, for one pass. If the model allows it, the pass adds nothing."""
         if not can_share(config):
             return self.growing_cache(config, batch, dtype)
         return Cache(
@@ -118,7 +123,7 @@ class SoftPrompt:
         )
 
     def growing_cache(self, config: Any, batch: int, dtype: torch.dtype) -> DynamicCache:
-        """Return a cache that begins with the prefix and grows as texts pass."""
+        """Return a cache that begins with the prefix and grows with each call."""
         cache = DynamicCache(config=config.get_text_config())
         for block in range(len(self.pairs)):
             cache.update(*self.pair(block, batch, dtype), block)
@@ -126,7 +131,7 @@ class SoftPrompt:
 
 
 class PrefixBeginning:
-    """A prefix in the place of a `sharing.Beginning`: where the rows of a rider begin."""
+    """A prefix as what the rows of a rider continue, in the place of a `shared_cache.Beginning`."""
 
     def __init__(self, prompt: SoftPrompt, batch: int, dtype: torch.dtype) -> None:
         self.length = prompt.num_tokens
@@ -140,7 +145,7 @@ class PrefixBeginning:
 class _PrefixLayer(DynamicLayer):
     """Keys and values of a prefix, put before those of each call. Keeps no others: a text passes each block once.
 
-    The tensors are attributes, so that a streamed block finds them among what it may be asked a gradient of.
+    The tensors are attributes, so that a streamed block finds them when it looks for tensors that want a gradient.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -149,8 +154,7 @@ class _PrefixLayer(DynamicLayer):
         self.keys, self.values, self.is_initialized = keys, values, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
-        assert self.keys is not None, "set on construction"
-        assert self.values is not None, "set on construction"
+        assert self.keys is not None and self.values is not None, "set on construction"  # noqa: PT018
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
 
     def get_seq_length(self) -> int:
@@ -161,32 +165,26 @@ class _PrefixLayer(DynamicLayer):
 def hook_inputs(blocks: nn.ModuleList) -> None:
     """Make the blocks of a streamed model edit their input where the `CallContext` says so, as deep prompts do."""
     for number, block in enumerate(blocks):
-        block.register_forward_pre_hook(_InputEditor(number), with_kwargs=True)
+        block.register_forward_pre_hook(functools.partial(_edit_input, number), with_kwargs=True)
 
 
-class _InputEditor:
-    """The forward pre-hook of a block."""
-
-    def __init__(self, block: int) -> None:
-        self._block = block
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        edit_input = current_call().edit_input
-        if edit_input is None:
-            return None
-        hidden = edit_input(self._block, args[0] if args else kwargs["hidden_states"])
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+def _edit_input(block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    edit_input = current_call().edit_input
+    if edit_input is None:
+        return None
+    hidden = edit_input(block, args[0] if args else kwargs["hidden_states"])
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
 def check_fits(prompt: SoftPrompt, config: Any, name: str) -> None:
     """Refuse a prompt that was made for a model of other sizes.
 
     Args:
-        prompt: any.
+        prompt: to check.
         config: of the model.
         name: of the prompt, for the error.
     Raises:
-        InputError: its width or its number of blocks is another.
+        InputError: the model has another width or number of blocks or heads, or takes no prefix.
     """
     text = config.get_text_config()
     if prompt.embeddings is not None:
@@ -195,18 +193,18 @@ def check_fits(prompt: SoftPrompt, config: Any, name: str) -> None:
             raise InputError(
                 f"{name}: was made for a model of width {prompt.embeddings.shape[1]}, but this one has {width}"
             )
-    found = len(prompt.vectors) or len(prompt.pairs)
-    if found and found != text.num_hidden_layers:
+    num_blocks = len(prompt.vectors) or len(prompt.pairs)
+    if num_blocks and num_blocks != text.num_hidden_layers:
         raise InputError(
-            f"{name}: was made for a model of {found} blocks, but this one has {text.num_hidden_layers}"
+            f"{name}: was made for a model of {num_blocks} blocks, but this one has {text.num_hidden_layers}"
         )
-    if prompt.pairs and not takes_cache(config):
-        raise InputError(f"{name}: is a prefix of keys and values, but this model takes none")
     if prompt.pairs:
-        heads, head_dim = prompt.pairs[0].shape[1], prompt.pairs[0].shape[3]
-        own = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if head_dim != own or text.num_attention_heads % heads:
+        if not takes_cache(config):
+            raise InputError(f"{name}: is a prefix of keys and values, but this model takes none")
+        _, heads, _, head_dim = prompt.pairs[0].shape
+        model_head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if head_dim != model_head_dim or text.num_attention_heads % heads:
             raise InputError(
                 f"{name}: was made for a model with {heads} heads of {head_dim} numbers, but this one has "
-                f"{text.num_attention_heads} of {own}"
+                f"{text.num_attention_heads} of {model_head_dim}"
             )

@@ -1,12 +1,11 @@
-"""StreamedBlock: a transformers block whose weights are bound when its stop comes round; or those of its leaves.
+"""A transformers block whose weights are bound while its stop is visited; or the leaves of one.
 
-A streamed block gets whatever transformers passes and returns what the block returned. It makes no mask, no
-rotary table and no cache of its own. Gradients: an autograd Function keeps the block's inputs; backward visits
-the stop again and recomputes, from a snapshot of the cache as it was. Blocks always compute in eval mode, and no
-weight ever requires grad.
+A streamed block gets whatever transformers passes and returns what the block returned. It makes no mask, no rotary
+table and no cache. Gradients: an autograd Function keeps the block's inputs; its backward visits the stop again and
+recomputes the block (`recompute`). Blocks always compute in eval mode, and no weight ever requires grad.
 
 Where memory is too small for whole blocks, a block runs its own code on its rider's thread, and each of its leaves
-(linears, fused experts) is a stop: a `LeafwiseBlock` of `StreamedLeaf`s. That way is forward only.
+(linears, fused experts) is a stop: a `LeafwiseBlock` of `StreamedLeaf`s, which has no backward.
 """
 
 from __future__ import annotations
@@ -32,23 +31,23 @@ from slowllm.streaming.stops import Direction, Weights
 
 
 class _Streamed(nn.Module):
-    """What stands in a module's place, and binds its weights when their stop comes.
+    """A module's replacement, which binds the module's weights while their stop is visited.
 
     It shares the module's submodules, whose parameters are on the meta device, so names, counts and hooks are
     those of transformers. Subclasses also derive from the module's own class.
     """
 
-    # Not the module's own __call__, which in some releases of transformers checkpoints: blocks are replayed anyway.
+    # Not the module's own __call__, which in some releases of transformers checkpoints activations.
     __call__ = nn.Module.__call__
 
     _plain: nn.Module
     _carousel: Carousel
     _stop: int
-    _prefix: str
-    _names: tuple[str, ...]
+    _name: str
+    _parameter_names: tuple[str, ...]
 
     def train(self, mode: bool = True) -> _Streamed:
-        """Set the flag, but leave the submodules in eval mode: what is streamed has no dropout."""
+        """Set the flag, but leave the submodules in eval mode: a streamed module has no dropout."""
         self.training = mode
         return self
 
@@ -58,22 +57,22 @@ class _Streamed(nn.Module):
         return self._carousel.visit(self._stop, direction, work, comes_back=comes_back)
 
     def _run(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if tuple(name for name, _ in self._plain.named_parameters()) != self._names:
+        if tuple(name for name, _ in self._plain.named_parameters()) != self._parameter_names:
             raise UnsupportedError(
-                f"{self._prefix.rstrip('.')} was changed after loading: adapters inside streamed blocks (LoRA and "
+                f"{self._name} was changed after loading: adapters inside streamed blocks (LoRA and "
                 "its like) are not supported; use prompt tuning or prefix tuning"
             )
-        bound = {name: weights[self._prefix + name] for name in self._names}
+        bound = {name: weights[f"{self._name}.{name}"] for name in self._parameter_names}
         return functional_call(self._plain, bound, args, kwargs)
 
 
 @dataclass(frozen=True)
 class Home:
-    """The device at which a block is computed, where the model is not all on the processor.
+    """Where a block is computed, if the model is not all on the processor.
 
     Attributes:
-        device: to which what the block is given is moved, its own layer of a cache included.
-        after: where its output goes; None where it stays for the next block.
+        device: that the block's arguments are moved to, its own layer of a cache included.
+        after: that its output is moved to; None if the next block is computed on the same device.
     """
 
     device: torch.device
@@ -81,42 +80,39 @@ class Home:
 
 
 class StreamedBlock(_Streamed):
-    """What stands in the model in a block's place; made by `stream_block`."""
+    """A block's replacement in the model; made by `stream_block`."""
 
-    _replays = True
+    _recomputes = True
     _home: Home | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Pass through the block when its stop comes; see the block's own class for arguments and result."""
+        """Compute the block at its stop; see the block's own class for arguments and result."""
         return _at_home(self._home, self._stop, self._pass, args, kwargs)
 
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self._compute(args, kwargs)
-        if self._stop < current_call().journal.num_frozen:  # nothing below it wants a gradient
+        if self._stop < current_call().journal.num_frozen:  # nothing below the block wants a gradient
             with torch.no_grad():
                 return self._compute(args, kwargs)
-        if not self._replays:
-            return self._compute(args, kwargs)
-        call = RecordedCall.record(self, args, kwargs)
-        if not call.inputs:
-            return self._compute(args, kwargs)
-        return call.apply()
+        if torch.is_grad_enabled() and self._recomputes:
+            call = RecordedCall.record(self, args, kwargs)
+            if call.inputs:
+                return call.apply()
+        return self._compute(args, kwargs)
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def work(weights: Weights) -> Any:
             output = self._run(weights, args, kwargs)
-            check_finite(self._prefix.rstrip("."), hidden_of(output))
+            check_finite(self._name, hidden_of(output))
             return output
 
-        return _unless_in_journal(self._stop, lambda: self._visit("up", work))
+        return _unless_in_journal(self._stop, self._visit, "up", work)
 
 
 class StreamedLeaf(_Streamed):
-    """What stands in a block in a leaf's place; made by `stream_leaves`."""
+    """A leaf's replacement in a block; made by `stream_leaves`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Pass through the leaf when its stop comes; see the leaf's own class for arguments and result.
+        """Compute the leaf at its stop; see the leaf's own class for arguments and result.
 
         Raises:
             UnsupportedError: a gradient is wanted.
@@ -125,7 +121,7 @@ class StreamedLeaf(_Streamed):
             isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())
         ):
             raise UnsupportedError(
-                f"{self._prefix.rstrip('.')}: this budget streams blocks in parts, which cannot run backward; "
+                f"{self._name}: this budget streams blocks in parts, which cannot run backward; "
                 "allow enough memory for whole blocks (`slowllm plan` says how much)"
             )
         return self._visit("up", lambda weights: self._run(weights, args, kwargs))
@@ -135,10 +131,6 @@ class LeafwiseBlock(nn.Module):
     """Mixin for the class of a block whose leaves are streamed; made by `stream_leaves`."""
 
     __call__ = nn.Module.__call__
-
-    _name: str
-    _number: int
-    _home: Home | None = None
 
     def train(self, mode: bool = True) -> LeafwiseBlock:
         """Set the flag, but leave the submodules in eval mode, as `StreamedBlock` does."""
@@ -157,12 +149,12 @@ def stream_leaves(
     """Turn the leaves of a block into stops, in place.
 
     Args:
-        block: parameters of its leaves on the meta device, all else real.
+        block: with the parameters of its leaves on the meta device, and all else real.
         carousel: that brings the weights.
         stops: the number of each leaf's stop, by its full name.
         name: of the block in the model.
         number: of the block.
-        home: where it is computed; None where all is on the processor.
+        home: where it is computed; None if the model is all on the processor.
     """
     block.requires_grad_(False).eval()
     for leaf_name, stop in stops.items():
@@ -174,20 +166,16 @@ def stream_leaves(
     kind = type(block)
 
     def forward(self: LeafwiseBlock, *args: Any, **kwargs: Any) -> Any:
-        def pass_leaves(*args: Any, **kwargs: Any) -> Any:
+        def compute(*args: Any, **kwargs: Any) -> Any:
             output = kind.forward(self, *args, **kwargs)
-            check_finite(self._name, hidden_of(output))
+            check_finite(name, hidden_of(output))
             return output
 
-        def work(*args: Any, **kwargs: Any) -> Any:
-            return _unless_in_journal(self._number, lambda: pass_leaves(*args, **kwargs))
-
-        return _at_home(self._home, self._number, work, args, kwargs)
+        work = functools.partial(_unless_in_journal, number, compute)
+        return _at_home(home, number, work, args, kwargs)
 
     names = {"forward": functools.wraps(kind.forward)(forward), "__module__": __name__}
     block.__class__ = type(f"Streamed{kind.__name__}", (LeafwiseBlock, kind), names)
-    streamed = cast(LeafwiseBlock, block)
-    streamed._name, streamed._number, streamed._home = name, number, home
 
 
 def stream_block(
@@ -196,23 +184,23 @@ def stream_block(
     stop: int,
     name: str,
     *,
-    replays: bool = True,
+    recomputes: bool = True,
     home: Home | None = None,
 ) -> StreamedBlock:
     """Return the streamed form of a block.
 
     Args:
-        block: parameters on the meta device, buffers real.
+        block: with parameters on the meta device and real buffers.
         carousel: that brings its weights.
-        stop: its number there.
+        stop: the number of its stop there.
         name: of the block in the model; weights come under their full names.
-        replays: whether a backward pass computes the block again, at its stop; else autograd keeps what the block has
-            computed and its weights, which must then stay where they are.
-        home: where it is computed; None where all is on the processor.
+        recomputes: whether a backward pass computes the block again, at its stop; else autograd keeps its activations
+            and its weights, which must then stay where they are.
+        home: where it is computed; None if the model is all on the processor.
     """
     block.requires_grad_(False).eval()
     streamed = cast(StreamedBlock, _shell(StreamedBlock, block, carousel, stop, name))
-    streamed._replays, streamed._home = replays, home
+    streamed._recomputes, streamed._home = recomputes, home
     return streamed
 
 
@@ -225,15 +213,15 @@ def _shell(mixin: type[_Streamed], plain: nn.Module, carousel: Carousel, stop: i
         # Submodules, parameters and buffers are shared; hooks are not, or they would run twice.
         shell.__dict__[key] = copy.copy(value) if "_hooks" in key else value
     shell.__dict__["_plain"] = plain  # past nn.Module's __setattr__: it is not a submodule
-    shell._carousel, shell._stop, shell._prefix = carousel, stop, f"{name}."
-    shell._names = tuple(parameter for parameter, _ in plain.named_parameters())
+    shell._carousel, shell._stop, shell._name = carousel, stop, name
+    shell._parameter_names = tuple(parameter for parameter, _ in plain.named_parameters())
     return shell
 
 
 def _at_home(
     home: Home | None, layer: int, work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Do the work of a block on what it is given, moved to where it is computed."""
+    """Compute a block on its arguments, moved to the device where it is computed."""
     if home is None:
         return work(*args, **kwargs)
     args, kwargs = _moved((args, kwargs), home.device, layer)
@@ -242,25 +230,25 @@ def _at_home(
 
 
 def _moved(value: Any, device: torch.device, layer: int | None = None) -> Any:
-    """Return tensors moved to a device; in caches those of one layer are moved in place."""
+    """Return the tensors of a value moved to a device; those of one layer of a cache are moved in place."""
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.to(device)
         if isinstance(leaf, Cache) and layer is not None:
-            for slot in tensor_refs(0, leaf):
-                if slot.layer == layer:
-                    slot.put([leaf], slot.get([leaf]).to(device))
+            for ref in tensor_refs(0, leaf):
+                if ref.layer == layer:
+                    ref.put([leaf], ref.get([leaf]).to(device))
         return leaf
 
     return tree_map(move, value, is_leaf=is_cache)
 
 
-def _unless_in_journal(block: int, work: Callable[[], Any]) -> Any:
-    """Do the work of a block, unless the call's journal has its output."""
+def _unless_in_journal(block: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return the output of a block from the call's journal, or compute it."""
     journal = current_call().journal
     output = journal.output_of(block)
     if output is None:
-        output = work()
+        output = work(*args, **kwargs)
         journal.pass_block(block, output)
     return output

@@ -1,4 +1,4 @@
-"""Make a model's class refuse what has no meaning on streamed weights."""
+"""The class of a streamed model, which refuses what has no meaning on streamed weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class StreamedModel(PreTrainedModel):
-    """Mixin for the class of a streamed model: what transformers may ask of it, and what has no meaning here."""
+    """Mixin for the class of a streamed model: answers what transformers asks of it, and refuses the rest."""
 
     _folder: Path
     _compute_dtype: torch.dtype
@@ -33,11 +33,11 @@ class StreamedModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong, and where a sweep begins and ends; those from elsewhere are moved there."""
+        """The device where a sweep begins and ends; inputs on another are moved there."""
         return self._device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # to(), cuda(), half() and the like end here. What changes nothing passes: Trainer calls to("cpu").
+        # Called by to(), cuda(), half() and the like. A call that changes nothing is allowed: Trainer calls to("cpu").
         probe = torch.empty(0, dtype=self._compute_dtype, device=self._device)
         moved = fn(probe)
         if moved.dtype != probe.dtype or moved.device != probe.device:
@@ -47,14 +47,14 @@ class StreamedModel(PreTrainedModel):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Refuse to train weights: a streamed one has no gradient, and the few others would train in silence."""
+        """Refuse to train weights: streamed ones have no gradient, and the few others would train unnoticed."""
         if requires_grad:
             raise UnsupportedError("a streamed model's weights are not trained; use prompt or prefix tuning")
         return super().requires_grad_(False)
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer and PEFT ask for checkpointing by this. A streamed block keeps its inputs only and recomputes in any
-        # case; transformers' checkpoint around it would visit each block once more: 3 visits a step, not 2.
+        # Called by Trainer and PEFT. A streamed block keeps only its inputs and recomputes anyway; with transformers'
+        # checkpoint around it each block would be visited once more: 3 visits a step, not 2.
         log.info("activations are recomputed in any case; checkpointing adds nothing")
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -93,8 +93,8 @@ def make_streamed(
         mask = kwargs.get("attention_mask")
         if mask is None and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 2:
             mask = args[1]
-        known = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-        with call_context(text_mask=mask if known else UNKNOWN_MASK):
+        is_readable = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        with call_context(text_mask=mask if is_readable else UNKNOWN_MASK):
             return kind.forward(self, *args, **kwargs)
 
     # The same module and name: transformers looks up by str(class) which outputs it can record.

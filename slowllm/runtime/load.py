@@ -179,7 +179,7 @@ def _assemble(
         home = None if placement is None else placement.homes[index]
         if layout.granularity == "blocks":
             layout.blocks[index] = stream_block(
-                block, lm._carousel, index, name, replays=not plan.keeps_graph, home=home
+                block, lm._carousel, index, name, recomputes=not plan.keeps_graph, home=home
             )
         else:
             leaves = {m: stop for stop, m in enumerate(layout.modules) if m.startswith(f"{name}.")}

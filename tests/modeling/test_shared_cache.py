@@ -96,7 +96,7 @@ def test_a_trunk_is_dropped_when_all_have_taken_it() -> None:
     assert torch.equal(taken, keys[[1, 0, 1], :, :4])
     assert torch.equal(values, keys[[1, 0, 1], :, :4] + 1)
     Beginning(5, [(trunk, 0)]).take(0)
-    assert not trunk._kept
+    assert not trunk._pairs
     with pytest.raises(RideError, match="the rider that computes the beginning of these rows has failed"):
         beginning.take(0)
 
@@ -129,7 +129,7 @@ def test_a_shared_load_waits_for_an_empty_carousel(tiny: Callable[..., Path]) ->
         def watched(self: SharedPrefix, block: int, *pair: torch.Tensor) -> None:
             nonlocal most
             put(self, block, *pair)
-            most = max(most, len(self._kept))
+            most = max(most, len(self._pairs))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(SharedPrefix, "put", watched)

@@ -28,6 +28,8 @@ RULES = {
     "times and rates of a step": (r'"(seconds|read_bytes)": [0-9.e+-]+', r'"\1": N'),
     "when a batch began": (r'"created": [0-9]+', '"created": N'),
     "ids that depend on the versions": (r'"system_fingerprint": "[^"]*"', '"system_fingerprint": "N"'),
+    "the time of a step in a table": (r"[0-9.]+ s  (?=[0-9.]+ .?B read)", "N s  "),
+    "progress between tokens on a terminal": (r"\x1b\[2m \[sweep [^]]*\]\x1b\[0m\x1b\[[0-9]+D\x1b\[K", ""),
     "the version that wrote a store": (r'"slowllm": "[^"]*"', '"slowllm": "N"'),
 }
 # On stderr, figures are times, rates and sizes of a process; where a terminal breaks a line depends on them.
@@ -215,7 +217,9 @@ def main() -> None:
         (out / "stderr").write_text(clean(errors, folder, STDERR_RULES))
     for name in names:  # at the end, because later commands read the stores
         for path in (folder / name).rglob("*"):
-            if path.is_file():
+            if path.name.startswith("events.out.tfevents"):  # its name is a time, and so is what is in it
+                path.unlink()
+            elif path.is_file():
                 keep(path, folder)
 
 
