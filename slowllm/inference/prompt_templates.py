@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError, first_line
+from slowllm.files import system_errors
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +75,8 @@ def read_templates(path: Path) -> list[Template]:
     for tag in ("!Template", "!TemplateMetadata"):
         Loader.add_constructor(tag, lambda loader, node: loader.construct_mapping(node, deep=True))
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
+        with system_errors(InputError, path):
+            document = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: is no templates file of promptsource ({reason[:200]})") from error

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 from slowllm.errors import StateError
-from slowllm.files import lock, replace_file, replacing, shown, system_errors
+from slowllm.files import lock, part_of, replace_file, replacing, shown, system_errors
 from slowllm.streaming.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -280,8 +280,8 @@ def read_job(folder: Path, kind: str | None = None) -> dict[str, Any] | None:
             raise StateError(f"{folder}: is no folder")
         path = folder / "job.json"
         if not path.exists():
-            own_names = {"riders", "lock", "job.json.part", "results.jsonl"}
-            names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+            own_names = {"riders", "lock", part_of(path).name, "results.jsonl"}
+            names = {file.name for file in folder.iterdir()} if folder.exists() else set()
             if strangers := sorted(names - own_names):
                 raise StateError(
                     f"{folder}: is no state of slowllm (it has {strangers[0]}); name an empty folder"

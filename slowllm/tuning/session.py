@@ -150,7 +150,7 @@ class Session:
             self.activations = pass_frozen_blocks(
                 lm, trials, first_block=self.first_block, max_rider_tokens=self.max_rider_tokens,
                 memory_bytes=memory_bytes, state_folder=self.state_folder,
-                key_parts=[lm.fingerprint(), self.first_block, self.dtype],
+                key_parts=[lm.fingerprint(), self.first_block, str(lm.model.dtype)],
             )  # fmt: skip
         return trials, state
 

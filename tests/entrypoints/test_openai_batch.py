@@ -426,7 +426,7 @@ def test_the_state_of_another_verb_is_refused(lm: Any, begun: dict[str, Any]) ->
 
 def main(folder: Path, name: str, num_kills: int) -> None:
     """Run the command in forked children, each killed at a stop of its own, but for the last."""
-    dice = random.Random(7)
+    generator = random.Random(7)
     told = {"codes": [], "num_passages": [], "num_begun": [], "num_ended": 0}
     for number in range(num_kills + 1):
         reading, writing = os.pipe()
@@ -434,7 +434,7 @@ def main(folder: Path, name: str, num_kills: int) -> None:
             os.close(reading)
             live(folder, name, writing)
         os.close(writing)
-        until = dice.randint(24, 60) if number < num_kills else 1 << 30
+        until = generator.randint(24, 60) if number < num_kills else 1 << 30
         events = b""
         while events.count(b"s") < until and (more := os.read(reading, 1)):
             events += more

@@ -82,7 +82,7 @@ class SimulatedDevice(HostDevice):
 
     def __init__(self, seed: int, eagerness: float) -> None:
         super().__init__()
-        self._dice, self._eagerness = random.Random(seed), eagerness
+        self._random, self._eagerness = random.Random(seed), eagerness
         self._queues: dict[str, deque[Any]] = {"copy": deque(), "compute": deque()}
         self._pushed = {"copy": 0, "compute": 0}
         self._done = {"copy": 0, "compute": 0}
@@ -92,7 +92,7 @@ class SimulatedDevice(HostDevice):
         with self._lock:
             self._queues[queue].append(work)
             self._pushed[queue] += 1
-            while self._dice.random() < self._eagerness and self._step():
+            while self._random.random() < self._eagerness and self._step():
                 pass
 
     def _can_run(self, queue: str) -> bool:
@@ -107,7 +107,7 @@ class SimulatedDevice(HostDevice):
             able = [only]
         if not able:
             return False
-        queue = self._dice.choice(able)
+        queue = self._random.choice(able)
         work = self._queues[queue].popleft()
         if callable(work):
             work()

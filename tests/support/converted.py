@@ -76,7 +76,7 @@ def main() -> None:
         for child in shares:
             wait(child)
     else:
-        dice = random.Random(int(numbers[1]))
+        generator = random.Random(int(numbers[1]))
         for _ in range(int(numbers[0])):
             before = finished[-1] if finished else 0
             child = fork(lambda: slowly(Path(out)))
@@ -86,7 +86,7 @@ def main() -> None:
                 and not os.waitpid(child, os.WNOHANG)[0]
             ):
                 time.sleep(0.001)
-            time.sleep(dice.uniform(0, 0.05))
+            time.sleep(generator.uniform(0, 0.05))
             os.kill(child, signal.SIGKILL)
             wait(child)
     print(json.dumps({"codes": codes, "finished": finished}))

@@ -40,7 +40,7 @@ def live(arguments: list[str], told: int) -> None:
 def main() -> None:
     """Kill and start again."""
     checkpoint, file, folder, num_kills, seed = sys.argv[1:]
-    dice = random.Random(int(seed))
+    generator = random.Random(int(seed))
     out = Path(folder) / "out.jsonl"
     arguments = [
         "forward", file, "--model", checkpoint, "--dtype", "fp32", "--ram", "2GiB", "--stream-all", "--out", str(out),
@@ -63,7 +63,7 @@ def main() -> None:
                 sys.stderr.flush()
                 os._exit(code)
         os.close(told)
-        until = dice.randint(1, 6) if number < int(num_kills) else 1 << 30
+        until = generator.randint(1, 6) if number < int(num_kills) else 1 << 30
         stops = b""
         while len(stops) < until and (more := os.read(reading, 1)):
             stops += more

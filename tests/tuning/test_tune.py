@@ -53,12 +53,12 @@ EXACT = 1e-6  # relative to the norm: sums in another order
 
 
 def examples(count: int, low: int = 4, high: int = 9, seed: int = 0) -> tuple[Example, ...]:
-    dice = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
     def ids(n: int) -> tuple[int, ...]:
-        return tuple(torch.randint(5, VOCAB, (n,), generator=dice).tolist())
+        return tuple(torch.randint(5, VOCAB, (n,), generator=generator).tolist())
 
-    lengths = torch.randint(low, high, (count,), generator=dice).tolist()
+    lengths = torch.randint(low, high, (count,), generator=generator).tolist()
     return tuple(Example(f"example {n}", ids(length - 2), ids(1 + n % 3)) for n, length in enumerate(lengths))
 
 
@@ -68,9 +68,9 @@ def resident(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def moved(trial: Trial) -> Trial:
     """Away from the beginning, where a deep prompt's vectors are all zero."""
-    dice = torch.Generator().manual_seed(9)
+    generator = torch.Generator().manual_seed(9)
     for value in trial.values.values():
-        value.data += 0.1 * torch.randn(value.shape, generator=dice)
+        value.data += 0.1 * torch.randn(value.shape, generator=generator)
     return trial
 
 
@@ -170,11 +170,11 @@ def corpus() -> list[str]:
 
 def ordered(lines: Sequence[str], seed: int = 0) -> list[dict[str, str]]:
     """Sentences, and the same words in another order."""
-    dice = random.Random(seed)
+    shuffler = random.Random(seed)
     rows = []
     for line in lines:
         words = line.split()
-        dice.shuffle(words)
+        shuffler.shuffle(words)
         rows += [{"prompt": line, "label": " yes"}, {"prompt": " ".join(words), "label": " no"}]
     return rows
 

@@ -88,10 +88,10 @@ def test_lossless_keeps_all_65_536_numbers(team: Team) -> None:
 def test_lossless_gives_any_rows_bit_for_bit(
     num_rows: int, width: int, share: float, seed: int, cuts: tuple[float, float]
 ) -> None:
-    dice = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(num_rows, width, generator=dice).mul_(0.02).bfloat16()
-    anything = ALL_BITS[torch.randint(1 << 16, (num_rows, width), generator=dice)]
-    matrix = torch.where(torch.rand(num_rows, width, generator=dice) < share, anything, matrix)
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(num_rows, width, generator=generator).mul_(0.02).bfloat16()
+    anything = ALL_BITS[torch.randint(1 << 16, (num_rows, width), generator=generator)]
+    matrix = torch.where(torch.rand(num_rows, width, generator=generator) < share, anything, matrix)
     first, last = sorted(round(cut * num_rows) for cut in cuts)
     with_team = Team(2)
     try:
@@ -187,9 +187,9 @@ def test_without_numba_int4_is_encoded_as_well(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 5, 47, 48, 130])
 def test_int8_products_are_those_of_the_integers(num_rows: int, dtype: torch.dtype, team: Team) -> None:
-    dice = torch.Generator().manual_seed(4)
-    matrix = torch.randn(90, 256, generator=dice).bfloat16()
-    x = torch.randn(num_rows, 256, generator=dice).to(dtype)
+    generator = torch.Generator().manual_seed(4)
+    matrix = torch.randn(90, 256, generator=generator).bfloat16()
+    x = torch.randn(num_rows, 256, generator=generator).to(dtype)
     x[0, 7], x[-1, 200] = 40.0, -9.0  # outliers
     data, coding = stored("int8", matrix)
     parts = Parts.of(data, coding, (90, 256))
@@ -208,10 +208,10 @@ def test_int8_products_are_those_of_the_integers(num_rows: int, dtype: torch.dty
 
 
 def test_an_outlier_coarsens_no_other_row(team: Team) -> None:
-    dice = torch.Generator().manual_seed(5)
-    data, coding = stored("int8", torch.randn(64, 128, generator=dice).bfloat16())
+    generator = torch.Generator().manual_seed(5)
+    data, coding = stored("int8", torch.randn(64, 128, generator=generator).bfloat16())
     parts = Parts.of(data, coding, (64, 128))
-    x = torch.randn(3, 128, generator=dice).bfloat16()
+    x = torch.randn(3, 128, generator=generator).bfloat16()
     alone = CODECS["int8"].multiply(x, parts, 0, 64, team)
     x[1, 5] = 1000.0
     beside = CODECS["int8"].multiply(x, parts, 0, 64, team)
@@ -231,12 +231,12 @@ def test_few_rows_times_int4_are_those_of_the_decoded_matrix(
     num_rows: int, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "TILE_BYTES", 10_000)  # several tiles
-    dice = torch.Generator().manual_seed(6)
-    data, coding = stored("int4", torch.randn(90, 200, generator=dice).bfloat16())
+    generator = torch.Generator().manual_seed(6)
+    data, coding = stored("int4", torch.randn(90, 200, generator=generator).bfloat16())
     parts = Parts.of(data, coding, (90, 200))
     whole = torch.empty(90, 200, dtype=torch.bfloat16)
     CODECS["int4"].decode(parts, whole, 0, 90, team)
-    x = torch.randn(num_rows, 200, generator=dice).bfloat16()
+    x = torch.randn(num_rows, 200, generator=generator).bfloat16()
     found = CODECS["int4"].multiply(x, parts, 5, 85, team)
     assert found is not None
     wanted = x.float() @ whole[5:85].float().T
@@ -247,10 +247,10 @@ def test_few_rows_times_int4_are_those_of_the_decoded_matrix(
 @num_examples(40)
 @given(seed=st.integers(0, 1 << 16))
 def test_damaged_parts_write_nowhere_else(seed: int) -> None:
-    dice = torch.Generator().manual_seed(seed)
-    data, coding = stored("lossless", torch.randn(9, 8000, generator=dice).bfloat16())
+    generator = torch.Generator().manual_seed(seed)
+    data, coding = stored("lossless", torch.randn(9, 8000, generator=generator).bfloat16())
     begin = next(part.offset for part in coding.parts if part.name == "starts")
-    data[begin:] = torch.randint(256, (len(data) - begin,), generator=dice).to(torch.uint8)
+    data[begin:] = torch.randint(256, (len(data) - begin,), generator=generator).to(torch.uint8)
     parts = Parts.of(data, coding, (9, 8000))
     room = torch.full((9 * 8000 + 128,), 7.0, dtype=torch.bfloat16)
     with_team = Team(1)
