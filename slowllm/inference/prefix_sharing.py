@@ -19,14 +19,14 @@ from slowllm.planning.packing import pack
 # Rows are cut at multiples of this: contexts of like length then go on at the same place, without gaps between.
 CUT_TOKENS = 8
 
-# Depths at which rows are tried to be cut, how many may be chosen, and how many are tried for each choice after the
+# How many depths are candidates for a cut, how many may be chosen, and how many are tried for each choice after the
 # first: 2,400 queries take 0.7 s so, and 5.6 s with all of them.
 MAX_DEPTHS, MAX_CHOSEN, NUM_TRIED = 24, 8, 6
 
 # Rows by which it is decided where to cut; what pays for these pays for the others, and is found sooner.
 SAMPLE_ROWS = 1000
 
-# A token of a parent, of which a row holds keys and values, weighs so much of a token that is computed.
+# The cost of a parent's token, whose keys and values a row holds, relative to a token that is computed.
 # In BLOOM the keys and values of a token and a copy of each are an eighth of the scratch memory of a block.
 PARENT_WEIGHT = 0.25
 

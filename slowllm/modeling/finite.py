@@ -27,7 +27,7 @@ def check_finite(name: str, values: Tensor, *, infinity_is_legal: bool = False) 
         return
     bad = ~good.flatten(2).all(-1) if values.dim() >= 3 else ~good
     mask = current_call().text_mask
-    if mask is UNKNOWN_MASK:
+    if mask is UNKNOWN_MASK:  # padding may be NaN, so only a tensor without a good position is surely damaged
         if not bool(bad.all()):
             return
     elif mask is not None and bad.dim() == 2 and len(mask) == len(bad) and mask.shape[1] >= bad.shape[1]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from slowllm.planning.job import Job, Rates, Sizes, StopSize
 from slowllm.rounding import ceil_div
 
+# Steps of a repeated job (tuning) over which its time is averaged, the first one with its cold reads among them.
 REPEATS = 10
 
 

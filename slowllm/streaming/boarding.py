@@ -141,7 +141,7 @@ class Boarding:
         Guests may be served while a rider runs, because the rider may be blocked on that very guest: a guest at
         the stop of `course`, where the carousel is, at once; others only after a timeout, because the carousel may
         have to come back for riders that are still to pass here. Without a course, wait until there is a visit.
-        The lock is held exactly once, so that it can be released while a job is drawn.
+        The lock must not be held recursively, so that it can be released while a job is drawn.
         """
         while self.over is None:
             self._end_parties()

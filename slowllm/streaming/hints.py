@@ -17,7 +17,7 @@ class Reach:
     """Which stops a thread will visit. Without it, stops would be read that no rider waits for.
 
     Attributes:
-        first: the lowest stop that it visits, except for a first visit to those below.
+        first: the lowest stop that it visits more than once; those below it are visited at most once.
         end: the number of stops from 0 that it visits on the way up; None for all.
         turn: the number of stops from 0 that it visits again on the way down, if it comes down; None for all.
         again: whether it, or another after it, goes up again after coming down.

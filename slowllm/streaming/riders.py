@@ -32,8 +32,8 @@ class Sized:
     Attributes:
         job: called in its turn.
         num_tokens: held from boarding to leaving.
-        starts_load: whether it boards only after those before it have left, because those after it need it beside
-            them.
+        starts_load: whether it starts a load, riders that must share one sweep: it boards only after all riders
+            before it have left.
     """
 
     job: Callable[[], Any]

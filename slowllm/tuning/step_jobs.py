@@ -42,7 +42,7 @@ def frozen_job(plans: Sequence[TrialPlan], max_rider_tokens: int) -> Job:
 
 
 def step_job(plans: Sequence[TrialPlan], first_block: int, max_rider_tokens: int) -> Job:
-    """Return the job of one step of all trials, in which a prefix counts as tokens: a batch holds less of it."""
+    """Return the job of one step of all trials, in which a prefix counts as tokens: fewer examples then fit a micro-batch."""
     longest = max(max(row_tokens(task, recipe)) for _, task, recipe in plans)
     total = sum(_step_tokens(task, recipe, max_rider_tokens) for _, task, recipe in plans)
     rider = max(rider_tokens(task, recipe, max_rider_tokens) for _, task, recipe in plans)
