@@ -11,7 +11,7 @@ from typing import Any, overload
 from slowllm.errors import InputError
 from slowllm.inference.choices import Item, Normalize, choose, encode_item
 from slowllm.inference.generation import generate
-from slowllm.inference.generation_types import Continuation, Prompt, Settings
+from slowllm.inference.generation_types import Continuation, Settings, encode_prompt
 from slowllm.inference.likelihood import Likelihood
 from slowllm.inference.scoring import score_queries
 from slowllm.inference.text import Query, encode_pair
@@ -147,8 +147,7 @@ class LM(StreamedLM):
         if wrong := sorted(set(settings) - set(known)):
             raise InputError(f"no such setting: {', '.join(wrong)}; there are {', '.join(known)}")
         chosen = Settings(**settings)
-        encoded = [self.tokenizer(text, verbose=False)["input_ids"] for text in prompts]
-        return list(generate(self, [Prompt(tuple(ids), chosen) for ids in encoded]))
+        return list(generate(self, [encode_prompt(self, text, chosen) for text in prompts]))
 
 
 def load(

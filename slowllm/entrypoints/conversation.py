@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError
+from slowllm.inference.text import encode_text
 
 USER, ASSISTANT = "User:", "Assistant:"
 
@@ -59,7 +60,7 @@ class Conversation:
             InputError: the chat template refuses the messages.
         """
         if not self.has_template:
-            return tuple(self._tokenizer(self.transcript(), verbose=False)["input_ids"])
+            return encode_text(self._tokenizer, self.transcript())
         try:
             found = self._tokenizer.apply_chat_template(
                 self.messages, add_generation_prompt=True, tokenize=True, return_dict=True

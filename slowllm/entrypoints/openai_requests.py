@@ -15,7 +15,7 @@ from typing import Any
 from slowllm.errors import InputError
 from slowllm.files import parse_object, shown
 from slowllm.inference.generation_types import Prompt, Settings, check_prompt
-from slowllm.inference.text import TextSide, max_line_tokens
+from slowllm.inference.text import TextSide, encode_text, max_line_tokens
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 # OpenAI's limit for completions is 16 where a request names none. Theirs for chats is what the model takes, which
@@ -215,7 +215,7 @@ def _request(lm: TextSide, number: int, line: Mapping[str, Any]) -> Request:
 
 def _prompt_ids(lm: TextSide, prompt: str | list[int]) -> tuple[int, ...]:
     if isinstance(prompt, str):
-        return tuple(lm.tokenizer(prompt, verbose=False)["input_ids"])
+        return encode_text(lm.tokenizer, prompt)
     return tuple(prompt)
 
 

@@ -102,7 +102,8 @@ def encode_item(
     if normalize == "tokens":
         weights = [1 / len(query.continuation) for query in queries]
     elif normalize == "characters":
-        weights = [1 / len(choice) for choice in item.choices]
+        # Without the blank that parts a choice from its context, as in lm-eval's acc_norm.
+        weights = [1 / max(1, len(choice.lstrip())) for choice in item.choices]
     elif normalize == "unconditional":
         queries += [encode_pair(side, "", choice) for choice in item.choices]
     return Encoded(tuple(queries), tuple(weights))

@@ -73,7 +73,7 @@ def continue_prompts(
         if settings.num_beams > 1:
             sources = output.beam_indices[row]
             length = width + int((sources >= 0).sum())
-        ended = bool(detector.has_ended(sequence[None, :length]))
+        ended = bool(detector.has_ended(sequence[None, :length], width))
         ids = without_eos(sequence[width:length].tolist(), tokens)
         prompt = prompts[row // settings.num_return_sequences]
         continuations.append(make_continuation(lm, prompt, ids, ended, _logits_of(output, sources)))
@@ -177,7 +177,6 @@ def text_of(lm: TextSide, prompt: Prompt, ids: Sequence[int]) -> str:
     ends = [
         place
         for stop in prompt.settings.stop
-        # A stop string may begin in the prompt, but not end there.
-        if (place := whole.find(stop, max(0, start - len(stop) + 1))) >= 0
+        if (place := whole.find(stop, start)) >= 0  # one that begins in the prompt does not count
     ]
     return whole[start : max(start, min(ends, default=len(whole)))]

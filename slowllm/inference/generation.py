@@ -8,7 +8,6 @@ one boards. A prompt whose tokens are sampled rides alone, so that its tokens do
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from slowllm.errors import InputError, NonFiniteError, SlowLLMError
 from slowllm.inference.continuation import continue_prompts, with_own_defaults
 from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, check_prompt
 from slowllm.inference.text import TextSide
+from slowllm.modeling.batching import batch_rule
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.planning.job import Job, Rates
 from slowllm.planning.packing import pack
@@ -51,7 +51,7 @@ def job_of(lm: TextSide, prompts: Iterable[Prompt], rates: Rates | None = None) 
     for number, prompt in enumerate(prompts, 1):
         check_prompt(lm, prompt, f"prompt {number}")
     padding = padding_worth(rates or Rates())
-    groups = _group(prompts, MAX_RIDER_TOKENS, 1 << 62, padding, can_mask=_can_pad(lm))
+    groups = _group(lm, prompts, MAX_RIDER_TOKENS, 1 << 62, padding)
     return Job(
         num_tokens=sum(_held_tokens([prompts[n] for n in group]) for group in groups),
         # A rider takes a prompt with all its rows, or not at all.
@@ -71,19 +71,21 @@ def _held_tokens(prompts: Sequence[Prompt]) -> int:
 
 def _can_pad(lm: TextSide) -> bool:
     """Whether rows of one batch may begin in different columns; vectors or keys of a soft prompt would not move along."""
-    return lm.soft_prompt is None or lm.soft_prompt.kind == "shallow"
+    return (lm.soft_prompt is None or lm.soft_prompt.kind == "shallow") and batch_rule(lm.config).pads_left
 
 
 def _group(
-    prompts: Sequence[Prompt], rider_tokens: int, sweep_tokens: int, padding_tokens: int, *, can_mask: bool
+    lm: TextSide, prompts: Sequence[Prompt], rider_tokens: int, sweep_tokens: int, padding_tokens: int
 ) -> list[list[int]]:
     """Divide prompts into micro-batches; return the prompts' numbers, each exactly once."""
+    can_pad, rule = _can_pad(lm), batch_rule(lm.config)
     alike: dict[Hashable, list[int]] = {}
     for number, prompt in enumerate(prompts):
         key: Hashable = number
-        if not prompt.settings.do_sample:
+        if not (prompt.settings.do_sample or rule.rides_alone):
             # Without sampling the seed makes no difference.
-            key = (replace(prompt.settings, seed=None), 0 if can_mask else len(prompt.ids))
+            width_class = rule.growing_class(prompt.width, prompt.settings.max_new_tokens)
+            key = (replace(prompt.settings, seed=None), width_class if can_pad else len(prompt.ids))
         alike.setdefault(key, []).append(number)
     groups = []
     for numbers in alike.values():
@@ -158,8 +160,9 @@ def ride_prompts(
         rider: continues a group.
         tree_tokens: most tokens that a rider drafts; each prompt then rides alone.
     """
-    plan = lm.plan
-    can_mask = "attention_mask" in inspect.signature(lm.model.forward).parameters and _can_pad(lm)
+    plan, rule = lm.plan, batch_rule(lm.config)
+    for reason in rule.reasons():
+        log.info("%s: %s", lm.config.model_type, reason)
     windows = _windows(lm, prompts)
     first_window = next(
         windows, []
@@ -170,9 +173,7 @@ def ride_prompts(
         for window in itertools.chain([first_window], windows):
             groups = [[n] for n in range(len(window))]
             if not tree_tokens:
-                groups = _group(
-                    window, plan.rider_tokens, plan.sweep_tokens, plan.padding_tokens, can_mask=can_mask
-                )
+                groups = _group(lm, window, plan.rider_tokens, plan.sweep_tokens, plan.padding_tokens)
             for group in groups:
                 numbers, members = [num_before + n for n in group], [window[n] for n in group]
                 job = functools.partial(_run_rider, rider, numbers, members)
@@ -181,7 +182,7 @@ def ride_prompts(
 
     finished: dict[int, tuple[Continuation, ...] | Exception] = {}
     num_yielded = 0
-    for job, result in lm.stream(jobs(), MAX_RIDERS, plan.sweep_tokens):
+    for job, result in lm.stream(jobs(), 1 if rule.takes_turns else MAX_RIDERS, plan.sweep_tokens):
         if isinstance(result, Exception):
             log.warning("%s: no continuation: %s", _names(job.numbers), result)
             finished.update(dict.fromkeys(job.numbers, result))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slowllm.errors import InputError
-from slowllm.inference.text import TextSide, max_line_tokens
+from slowllm.inference.text import TextSide, encode_text, max_line_tokens
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,10 @@ def encode_prompt(lm: TextSide, text: str, settings: Settings) -> Prompt:
     Raises:
         InputError: the tokenizer makes no tokens of it.
     """
-    ids = lm.tokenizer(text, verbose=False)["input_ids"]
+    ids = encode_text(lm.tokenizer, text)
     if not ids:
         raise InputError("a prompt is empty: the tokenizer makes no tokens of it")
-    return Prompt(tuple(ids), settings)
+    return Prompt(ids, settings)
 
 
 def check_prompt(lm: TextSide, prompt: Prompt, name: str) -> None:
@@ -166,7 +166,8 @@ def check_prompt(lm: TextSide, prompt: Prompt, name: str) -> None:
     if not prompt.ids:
         raise InputError(f"{name} is empty; give at least one token")
     if not 0 <= min(prompt.ids) <= max(prompt.ids) < vocabulary:
-        raise InputError(f"{name}: token {max(prompt.ids)} is not one of the model's {vocabulary}")
+        wrong = min(prompt.ids) if min(prompt.ids) < 0 else max(prompt.ids)
+        raise InputError(f"{name}: token {wrong} is not one of the model's {vocabulary}")
     if len(prompt.ids) + prompt.settings.max_new_tokens > limit:
         raise InputError(
             f"{name} has {len(prompt.ids)} tokens and is to get {prompt.settings.max_new_tokens} more, "

@@ -20,7 +20,7 @@ from typing import Any
 from slowllm.errors import InputError, StateError
 from slowllm.inference.likelihood import Likelihood, safe_exp
 from slowllm.inference.scoring import score_keyed
-from slowllm.inference.text import Query, TextSide
+from slowllm.inference.text import Query, TextSide, max_line_tokens, plain_ids
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.planning.job import Job, Rates
 from slowllm.planning.packing import pack
@@ -82,7 +82,7 @@ def encode(
     """
     vocabulary = lm.config.get_text_config().vocab_size
     for number, text in texts:
-        ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = plain_ids(lm.tokenizer, text)
         if not ids:
             raise InputError(f"line {number}: the tokenizer makes no tokens of it")
         if max(ids) >= vocabulary:
@@ -91,8 +91,8 @@ def encode(
             )
         if len(ids) > max_tokens and not truncate:
             raise InputError(
-                f"line {number} has {len(ids)} tokens but the limit is {max_tokens}; "
-                "use --truncate to cut such lines, or --max-tokens to raise the limit"
+                f"line {number} has {len(ids)} tokens but the limit is {max_tokens}; use --truncate to cut such lines"
+                + (", or --max-tokens to raise the limit" if len(ids) < max_line_tokens(lm) else "")
             )
         yield Line(number, text, tuple(ids[:max_tokens]), len(ids) > max_tokens)
 

@@ -73,18 +73,23 @@ class Segment:
     targets: list[Target] = field(default_factory=list)
 
 
-def merge(queries: Sequence[Query]) -> list[PackedRow]:
+def merge(queries: Sequence[Query | None]) -> list[PackedRow]:
     """Return the rows that answer all queries, in lexicographic order.
 
     A query whose tokens begin another row is answered by that row: so one row serves all choices of a single token
     after one context.
+
+    Args:
+        queries: all of them, because targets have their numbers; None for one that is not to be answered.
     """
-    asked = [number for number, query in enumerate(queries) if query.continuation]
-    order = sorted(asked, key=lambda number: queries[number].ids)
+    asked = {
+        number: query for number, query in enumerate(queries) if query is not None and query.continuation
+    }
+    order = sorted(asked, key=lambda number: asked[number].ids)
     rows: list[PackedRow] = []
     # From the last to the first: what begins another row begins the one that follows it in this order.
     for number in reversed(order):
-        query = queries[number]
+        query = asked[number]
         ids = query.ids
         if not rows or rows[-1].ids[: len(ids)] != ids:
             rows.append(PackedRow(ids))

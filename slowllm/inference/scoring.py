@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +22,7 @@ from slowllm.errors import InputError
 from slowllm.inference.likelihood import Likelihood
 from slowllm.inference.prefix_sharing import (
     Load,
+    PackedRow,
     Segment,
     batches_of,
     choose_depths,
@@ -30,6 +33,7 @@ from slowllm.inference.prefix_sharing import (
     padded_tokens,
 )
 from slowllm.inference.text import Query, TextSide
+from slowllm.modeling.batching import BatchRule, batch_rule
 from slowllm.modeling.log_probs import log_probs_at
 from slowllm.modeling.shared_cache import Beginning, SharedCache, SharedPrefix, can_share
 from slowllm.modeling.soft_prompts import PrefixBeginning
@@ -40,6 +44,8 @@ from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.call_context import call_context
 from slowllm.streaming.journal import Journal
 from slowllm.streaming.riders import Sized
+
+log = logging.getLogger(__name__)
 
 # Rows are packed within a window of this many sweeps' tokens, so that any number of queries can stream through.
 WINDOW_SWEEPS = 4
@@ -62,14 +68,15 @@ def job_of_queries(queries: Sequence[Query], lm: TextSide, rates: Rates, *, shar
     Raises:
         InputError: there is nothing to score.
     """
-    rows = merge(_with_virtual_tokens(lm, queries))
-    if not rows:
+    padding, longest, num_tokens, rule = padding_worth(rates), 0, 0, batch_rule(lm.config)
+    most_tokens = 1 if rule.rides_alone else MAX_RIDER_TOKENS
+    for rows, may_share in _rows_of_classes(lm, queries, rule):
+        is_shared = share and may_share and can_share(lm.config)
+        segments = cut(rows, choose_depths(rows, most_tokens, padding) if is_shared else ())
+        longest = max(longest, *(len(row.ids) + _num_prefix_positions(lm) for row in rows))
+        num_tokens += padded_tokens(segments, batches_of(segments, most_tokens, padding))
+    if not longest:
         raise InputError("there is nothing to score")
-    padding = padding_worth(rates)
-    depths = choose_depths(rows, MAX_RIDER_TOKENS, padding) if share and can_share(lm.config) else ()
-    segments = cut(rows, depths)
-    longest = max(len(row.ids) for row in rows) + _num_prefix_positions(lm)
-    num_tokens = padded_tokens(segments, batches_of(segments, MAX_RIDER_TOKENS, padding))
     return Job(num_tokens=max(longest, num_tokens), longest=longest, forward_only=True, keeps_results=False)
 
 
@@ -83,6 +90,24 @@ def _with_virtual_tokens(lm: TextSide, queries: Sequence[Query]) -> Sequence[Que
     """Put the virtual tokens of a soft prompt before each query."""
     leading = () if lm.soft_prompt is None else lm.soft_prompt.virtual_ids
     return [Query(leading + query.context, query.continuation) for query in queries] if leading else queries
+
+
+def _rows_of_classes(
+    lm: TextSide, queries: Sequence[Query], rule: BatchRule
+) -> Iterator[tuple[list[PackedRow], bool]]:
+    """Yield the rows that answer queries, and whether they may share prefixes: for each class of lengths.
+
+    A query is answered by a longer row, and a prefix is shared, only where the model computes both alike; see
+    `batching`.
+    """
+    num_before = _num_prefix_positions(lm)
+    members: dict[Hashable, list[Query | None]] = {}
+    for number, query in enumerate(_with_virtual_tokens(lm, queries)):
+        key = rule.length_class(num_before + len(query.ids))
+        members.setdefault(key, [None] * len(queries))[number] = query
+    for key, of_class in members.items():
+        if rows := merge(of_class):
+            yield rows, rule.may_share(key)
 
 
 def score_queries(
@@ -142,23 +167,26 @@ def _jobs(
     state: State | None,
 ) -> Iterator[_MicroBatch[K]]:
     """Yield the micro-batches of all queries, window by window."""
-    plan, num_before, number = lm.plan, _num_prefix_positions(lm), 0
+    plan, num_before, number, rule = lm.plan, _num_prefix_positions(lm), 0, batch_rule(lm.config)
+    rider_tokens = 1 if rule.rides_alone else plan.rider_tokens
+    for reason in rule.reasons():
+        log.info("%s: %s", lm.config.model_type, reason)
     for keyed in _windows(queries, plan):
         window = [_PendingQuery(key, query.continuation) for key, query in keyed]
-        rows = merge(_with_virtual_tokens(lm, [query for _, query in keyed]))
-        for row in rows:
-            _refuse_too_long(lm, len(row.ids) + num_before)
-        if not rows:  # nothing to compute, but these queries are answered in their turn
+        rows_of_classes = list(_rows_of_classes(lm, [query for _, query in keyed], rule))
+        for rows, _ in rows_of_classes:
+            for row in rows:
+                _refuse_too_long(lm, len(row.ids) + num_before)
+        if not rows_of_classes:  # nothing to compute, but these queries are answered in their turn
             yield _MicroBatch(list, number=None, segments=[], window=window, opens_window=True)
         opens_window = True
-        for load in loads(
-            rows,
-            plan.rider_tokens,
-            plan.sweep_tokens,
-            plan.padding_tokens,
-            share=share,
-            max_batches=max_riders,
-        ):
+        for load in itertools.chain.from_iterable(
+            loads(
+                rows, rider_tokens, plan.sweep_tokens, plan.padding_tokens,
+                share=share and may_share, max_batches=max_riders,
+            )
+            for rows, may_share in rows_of_classes
+        ):  # fmt: skip
             for members, (beginning, shared) in zip(load.batches, _prefixes(load, num_before), strict=True):
                 segments = [load.segments[member] for member in members]
                 num_tokens = len(members) * max(len(segment.ids) for segment in segments)

@@ -34,6 +34,7 @@ from slowllm.inference.speculative_loop import (
     continue_with_draft,
 )
 from slowllm.inference.text import TextSide, max_line_tokens
+from slowllm.modeling.batching import batch_rule
 from slowllm.modeling.shared_cache import takes_cache
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates
@@ -72,6 +73,23 @@ def refuse_uncroppable(lm: TextSide) -> None:
         raise InputError(
             f"{config.model_type}: its cache ({names}) cannot take back tokens, so it works without --draft only"
         )
+
+
+def refuse_changing_tables(lm: TextSide, prompts: Iterable[Prompt]) -> None:
+    """Refuse prompts whose continuation changes a rotary table: tokens verified together would all take the last one.
+
+    Raises:
+        InputError: a prompt, its continuation and what may be drafted behind it do not take one table.
+    """
+    rule = batch_rule(lm.config)
+    for number, prompt in enumerate(prompts, 1):
+        length, most = prompt.width, prompt.width + prompt.settings.max_new_tokens + MAX_DEPTH
+        if rule.length_class(length) != rule.length_class(most):
+            limits = ", ".join(str(limit) for _, limit in rule.tables)
+            raise InputError(
+                f"prompt {number}: {lm.config.model_type} changes its rotary table beyond {limits} tokens, and this "
+                f"prompt may reach {most} with a draft, so it works without --draft only"
+            )
 
 
 def check_draft(lm: TextSide, draft: TextSide) -> None:
@@ -120,6 +138,7 @@ def job_of(lm: TextSide, prompts: Iterable[Prompt], rates: Rates | None = None) 
         InputError: as for `generation.job_of`.
     """
     rates, prompts = rates or Rates(), list(prompts)
+    refuse_changing_tables(lm, prompts)
     job = generation.job_of(lm, prompts, rates)
     # Tokens whose compute is hidden behind reading weights of two bytes each, divided among the prompts.
     tree = max(MAX_DEPTH, min(MAX_TREE_TOKENS, int(rates.compute / rates.disk) // len(prompts)))
@@ -189,6 +208,7 @@ def generate(
     prompts, counts, rates = list(prompts), counts or Acceptance(), rates or Rates()
     for prompt in prompts:
         check_settings(prompt.settings)
+    refuse_changing_tables(lm, prompts)
     if isinstance(draft, str):
         if draft != "lookup":
             raise InputError(f"a draft is a loaded model or 'lookup', not {draft!r}")

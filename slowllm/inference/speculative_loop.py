@@ -163,7 +163,7 @@ def continue_with_draft(
             counts.num_accepted += place < len(accepted) - 1  # the last one is the model's own
             if settings.top_log_probs is not None:
                 logits_of_tokens.append(logits[row, place].clone())
-            if ended := bool(detector.has_ended(torch.tensor([ids]))):
+            if ended := bool(detector.has_ended(torch.tensor([ids]), start)):
                 break
         num_unseen = 1
         if on_tokens is not None:

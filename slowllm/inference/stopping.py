@@ -60,6 +60,7 @@ class EndDetector:
 
     def __init__(self, lm: TextSide, settings: Settings, tokens: SpecialTokens) -> None:
         self._eos = torch.tensor(tokens.eos, dtype=torch.int64)
+        self._tokenizer, self._stop = lm.tokenizer, settings.stop
         self._strings: StopStringCriteria | None = None
         if settings.stop:
             try:
@@ -67,12 +68,34 @@ class EndDetector:
             except ValueError as error:  # no tokens of this tokenizer can make any of them
                 log.info("stop strings %s: %s", settings.stop, error)
 
-    def has_ended(self, ids: Tensor) -> Tensor:
-        """Return (B,) bool: whether the last token of each sequence (B, T) ends it."""
+    def has_ended(self, ids: Tensor, width: int) -> Tensor:
+        """Return (B,) bool: whether the last token of each sequence (B, T) ends it.
+
+        Args:
+            ids: of prompts and continuations.
+            width: of the prompts: a stop string that begins in one does not count.
+        """
         ended = torch.isin(ids[:, -1], self._eos.to(ids.device))
         if self._strings is not None:
-            ended |= self._strings(ids, None)
+            for row in self._strings(ids, None).nonzero().flatten().tolist():
+                text = new_text(self._tokenizer, ids[row].tolist(), width)
+                ended[row] |= any(stop in text for stop in self._stop)
         return ended
+
+
+def new_text(tokenizer: Any, ids: Sequence[int], width: int) -> str:
+    """Return the text of the tokens behind the first `width`, decoded behind the last of those.
+
+    A tokenizer may drop the blank before the first token that it decodes.
+    """
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = str(tokenizer.decode(list(ids[width - 1 : width]), **options)) if width else ""
+    whole = str(tokenizer.decode(list(ids[max(0, width - 1) :]), **options))
+    return (
+        whole[len(before) :]
+        if whole.startswith(before)
+        else str(tokenizer.decode(list(ids[width:]), **options))
+    )
 
 
 class RowMonitor(StoppingCriteria):
@@ -115,11 +138,11 @@ class RowMonitor(StoppingCriteria):
             # Candidates of all prompts, likeliest first; how many rows each prompt has is up to transformers.
             firsts = range(0, num_rows, num_rows // len(self._numbers))
             self._report(input_ids, {row: (place, 0) for place, row in enumerate(firsts)})
-            return self._detector.has_ended(input_ids)
+            return self._detector.has_ended(input_ids, self._width)
         going = [row for row in range(num_rows) if row not in self.lengths]
         # With a draft several tokens come at once; the first that ends a row counts.
         for end in range(self._num_seen + 1, length + 1):
-            for row in self._detector.has_ended(input_ids[:, :end]).nonzero().flatten().tolist():
+            for row in self._detector.has_ended(input_ids[:, :end], self._width).nonzero().flatten().tolist():
                 self.lengths.setdefault(row, end)
         if self._on_pass is not None:
             self._on_pass(self.lengths.get(0, length) - self._num_seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +27,13 @@ class Query:
     def ids(self) -> tuple[int, ...]:
         """What the model has to see: all but the last token, of which nothing follows."""
         return (self.context + self.continuation)[:-1] if self.continuation else self.context
+
+
+# What configs call the longest row; the first that is there counts.
+_LIMIT_NAMES = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx",
+    "max_target_positions",
+)  # fmt: skip
 
 
 class TextSide(Protocol):
@@ -71,18 +79,67 @@ def max_line_tokens(lm: TextSide) -> int:
         InputError: the config's limit is no length.
     """
     config = lm.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    # ALiBi has no limit of its own; BLOOM was trained on 2,048.
-    limit = limit or 2048
+    limit = next((value for name in _LIMIT_NAMES if (value := getattr(config, name, None))), None)
+    # ALiBi has no limit of its own, nor has XLNet, which says -1; BLOOM was trained on 2,048.
+    limit = 2048 if limit in (None, 0, -1) else limit
     if not isinstance(limit, int) or limit < 2:
         raise InputError(f"config.json: {limit!r} is no length that the model could take")
-    return limit - lm.num_virtual_tokens
+    return int(limit * _stretch_of(config)) - lm.num_virtual_tokens
 
 
+def _stretch_of(config: Any) -> float:
+    """Return how many times its training length dynamic NTK stretches a model's rotary table; 1 without it."""
+    table = getattr(config, "rope_parameters", None)
+    if not isinstance(table, dict) or table.get("rope_type") != "dynamic":
+        return 1.0
+    factor = table.get("factor")
+    return float(factor) if isinstance(factor, int | float) and 1 <= factor <= 1e6 else 1.0
+
+
+def encode_text(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Return the token ids of a text, with the special tokens that the tokenizer puts around it by itself.
+
+    A text that begins with BOS, or with the first special token that would be put there, gets none, as in lm-eval.
+
+    Raises:
+        InputError: the text cannot be encoded as UTF-8.
+    """
+    _refuse_surrogates(text)
+    options = {"add_special_tokens": False} if _begins_with_special(tokenizer, text) else {}
+    return tuple(tokenizer(text, verbose=False, **options)["input_ids"])
+
+
+def plain_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Return the token ids of a text without special tokens around it.
+
+    Raises:
+        InputError: the text cannot be encoded as UTF-8.
+    """
+    _refuse_surrogates(text)
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{_short(text)}: cannot be encoded as UTF-8 ({error.reason})") from error
+
+
+@functools.lru_cache(maxsize=16)
 def leading_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Return what the tokenizer by itself puts before a text: BOS, or nothing."""
-    ids = tokenizer("", verbose=False)["input_ids"]
-    return tuple(token for token in ids[:1] if token == tokenizer.bos_token_id)
+    """Return what the tokenizer by itself puts before a text: BOS, several special tokens, or nothing."""
+    probe = "a"
+    inner, whole = plain_ids(tokenizer, probe), tuple(tokenizer(probe, verbose=False)["input_ids"])
+    for start in range(len(whole) - len(inner) + 1):
+        if inner and whole[start : start + len(inner)] == inner:
+            return whole[:start]
+    return tuple(token for token in whole[:1] if token == tokenizer.bos_token_id)
+
+
+def _begins_with_special(tokenizer: Any, text: str) -> bool:
+    ids = [*leading_ids(tokenizer)[:1], tokenizer.bos_token_id]
+    return any(text.startswith(tokenizer.decode([token])) for token in ids if token is not None)
 
 
 def encode_pair(
@@ -95,8 +152,9 @@ def encode_pair(
 ) -> Query:
     """Turn a context and its continuation into a query.
 
-    As lm-eval does: blanks at the end of the context go to the continuation, because tokens begin with them; both
-    are tokenized as one string, and parted after as many tokens as the context alone has.
+    As lm-eval does: blanks at the end of the context go to the continuation, because tokens begin with them, and both
+    are tokenized as one string. It is parted before the first token that reaches into the continuation: a token that
+    spans the join is scored as a whole, so that no part of the continuation is left out.
 
     Args:
         side: whose tokenizer and vocabulary.
@@ -111,15 +169,14 @@ def encode_pair(
     blanks = len(context) - len(context.rstrip())
     whole = context + continuation
     context = context[: len(context) - blanks]
-    tokenize = functools.partial(side.tokenizer, add_special_tokens=False, verbose=False)
-    before = tuple(tokenize(context)["input_ids"]) if context else ()
-    after = tuple(tokenize(whole)["input_ids"])[len(before) :]
+    tokenizer = side.tokenizer
+    before, after = _parted(tokenizer, whole, context)
     if not after:
         raise InputError(f"{_short(continuation)}: the tokenizer makes no tokens of it")
-    if context:
-        before = (leading_ids(side.tokenizer) if leading is None else leading) + before
-    else:
-        before = (prefix_id(side.tokenizer, vocabulary),)
+    if context and not _begins_with_special(tokenizer, context):
+        before = (leading_ids(tokenizer) if leading is None else leading) + before
+    if not before:
+        before = (prefix_id(tokenizer, vocabulary),)
     if max(*before, *after) >= vocabulary:
         raise InputError(f"token {max(*before, *after)} is beyond the model's vocabulary of {vocabulary}")
     too_many = len(before) + len(after) - 1 - max_line_tokens(side)
@@ -130,6 +187,22 @@ def encode_pair(
             )
         before = before[too_many:]
     return Query(before, after)
+
+
+def _parted(tokenizer: Any, whole: str, context: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens of a text that end within the context that it begins with, and the others."""
+    if not context:
+        return (), plain_ids(tokenizer, whole)
+    if not tokenizer.is_fast:  # it does not say where tokens begin and end
+        ids, alone = plain_ids(tokenizer, whole), plain_ids(tokenizer, context)
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, alone, strict=False))
+        count = sum(1 for _ in pairs)
+        return ids[:count], ids[count:]
+    _refuse_surrogates(whole)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, ends = tuple(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
+    count = next((number for number, end in enumerate(ends) if end > len(context)), len(ends))
+    return ids[:count], ids[count:]
 
 
 def _short(text: str) -> str:

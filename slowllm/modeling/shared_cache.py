@@ -128,6 +128,8 @@ def can_share(config: Any) -> bool:
 
     Windows, recurrent states and indices of a cache are not handed from rider to rider.
     """
+    if getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_is_stateful", False):
+        return False
     layers = DynamicCache(config=config.get_text_config()).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers) and takes_cache(config)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from slowllm.errors import InputError
 from slowllm.malloc import keep_together
+from slowllm.modeling.batching import forget_rotary_tables
 from slowllm.modeling.cache_sizes import cache_size_of
 from slowllm.modeling.head import stream_head
 from slowllm.modeling.layout import granularities, lay_out
@@ -124,6 +125,7 @@ def _assemble(
     is_shared: bool,
 ) -> L:
     """Plan the memory, open the stops, and put the streamed parts into the model."""
+    forget_rotary_tables(model)
     placements = place(model, checkpoint.spans)
     names = granularities(model, placements) if granularity is None else (granularity,)
     layouts = {name: lay_out(model, placements, name) for name in names}

@@ -15,7 +15,7 @@ from typing import Any
 
 from slowllm.errors import InputError
 from slowllm.files import read_raw_lines
-from slowllm.inference.text import TextSide, encode_pair, leading_ids, max_line_tokens, prefix_id
+from slowllm.inference.text import TextSide, encode_pair, leading_ids, max_line_tokens, plain_ids, prefix_id
 
 RawExample = str | Mapping[str, Any]
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines")
@@ -129,12 +129,8 @@ def _label_ids(
                 f"{example.name}: the tokenizer makes other tokens of the label {labels[example.label]!r} here than "
                 "elsewhere; begin labels with a blank, or end every prompt alike"
             )
-    before = side.tokenizer("", verbose=False)["input_ids"]
     return tuple(
-        by_label[n]
-        if n in by_label
-        else tuple(side.tokenizer(label, verbose=False)["input_ids"][len(before) :])
-        for n, label in enumerate(labels)
+        by_label[n] if n in by_label else plain_ids(side.tokenizer, label) for n, label in enumerate(labels)
     )
 
 
@@ -152,9 +148,9 @@ def _encoded(
             raise InputError(f"{where}: {'is empty' if prompt is None else 'has an empty answer'}")
         try:
             if prompt is None:
-                ids = side.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+                ids = plain_ids(side.tokenizer, answer)
                 before: tuple[int, ...] = (prefix_id(side.tokenizer, vocabulary),)
-                example = Example(where, before, tuple(ids))
+                example = Example(where, before, ids)
                 if not ids or max(ids) >= vocabulary:
                     raise InputError("the tokenizer makes no tokens of it that the model knows")
             else:

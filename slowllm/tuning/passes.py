@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slowllm.errors import InputError, NonFiniteError, SlowLLMError, TuningError
+from slowllm.modeling.batching import batch_rule
 from slowllm.modeling.losses import choice_logits, token_losses
 from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.options import format_bytes
-from slowllm.planning.packing import pack
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.call_context import call_context
 from slowllm.streaming.hints import Reach
@@ -32,7 +32,7 @@ from slowllm.streaming.riders import Sized
 from slowllm.tuning.examples import Example, Task
 from slowllm.tuning.frozen_activations import FrozenActivations
 from slowllm.tuning.rows import NumberedExample, all_rows, validation_rows
-from slowllm.tuning.step_jobs import PADDING_TOKENS, pack_rows
+from slowllm.tuning.step_jobs import pack_alike, pack_rows
 from slowllm.tuning.trial import Trial
 
 # The most riders at a time.
@@ -67,13 +67,14 @@ def step_of(
     lm: StreamedLM, trial: Trial, activations: FrozenActivations | None, max_rider_tokens: int, hint: Reach
 ) -> TrialStep:
     """Return the riders of a trial's next step, and of the validation that is due."""
-    task, recipe = trial.task, trial.recipe
+    task, recipe, rule = trial.task, trial.recipe, batch_rule(lm.config)
     train = [NumberedExample(task.train[number], number) for number in trial.batch()]
     validation = validation_rows(task) if trial.validates else []
     total = len(train) if task.compares else sum(len(row.example.answer) for row in train)
 
     def batches(rows: Sequence[NumberedExample]) -> Iterator[tuple[list[int], list[NumberedExample], int]]:
-        for batch, num_tokens in pack_rows([row.example for row in rows], task, recipe, max_rider_tokens):
+        examples = [row.example for row in rows]
+        for batch, num_tokens in pack_rows(examples, task, recipe, max_rider_tokens, rule):
             yield batch, [rows[n] for n in batch], num_tokens
 
     learn_jobs = [
@@ -177,7 +178,7 @@ def pass_frozen_blocks(
         by_key[key] = by_name[trial.name] = activations
         if activations.is_filled:
             continue
-        batches = pack(lengths, max(max_rider_tokens, *lengths), PADDING_TOKENS)
+        batches = pack_alike(lengths, max(max_rider_tokens, *lengths), batch_rule(lm.config))
         jobs = [
             Sized(
                 functools.partial(_fill_rider, lm, prompt, [rows[n] for n in batch], first_block),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from slowllm.modeling.batching import BatchRule
 from slowllm.planning.job import Job
 from slowllm.planning.packing import pack
 from slowllm.tuning.examples import Example, Task
@@ -58,12 +59,18 @@ def rider_tokens(task: Task, recipe: Recipe, max_rider_tokens: int) -> int:
 
 
 def pack_rows(
-    examples: Sequence[Example], task: Task, recipe: Recipe, max_rider_tokens: int
+    examples: Sequence[Example], task: Task, recipe: Recipe, max_rider_tokens: int, rule: BatchRule
 ) -> Iterator[tuple[list[int], int]]:
     """Yield the micro-batches of some examples: the indices of each, and its tokens with padding."""
     lengths = [recipe.num_tokens + len(example.ids) for example in examples]
-    for batch in pack(lengths, rider_tokens(task, recipe, max_rider_tokens), PADDING_TOKENS):
+    for batch in pack_alike(lengths, rider_tokens(task, recipe, max_rider_tokens), rule):
         yield batch, len(batch) * lengths[batch[0]]  # the longest comes first
+
+
+def pack_alike(lengths: Sequence[int], rider_tokens: int, rule: BatchRule) -> list[list[int]]:
+    """Divide rows into micro-batches of rows that the model computes as each alone; see `packing.pack`."""
+    classes = [rule.length_class(length) for length in lengths]
+    return pack(lengths, 1 if rule.rides_alone else rider_tokens, PADDING_TOKENS, classes=classes)
 
 
 def _longest_step(task: Task, recipe: Recipe) -> list[int]:

@@ -87,7 +87,7 @@ def test_choices_are_weighed_as_plain_transformers_would(
         if normalize == "tokens":
             score /= len(ids)
         elif normalize == "characters":
-            score /= len(option)
+            score /= len(option.strip())
         elif normalize == "unconditional":
             score -= float(plain_log_probs(lm, [1], lm.tokenizer(option)["input_ids"]).sum())
         scores.append(score)

@@ -7,13 +7,13 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 
 import slowllm
@@ -110,12 +110,15 @@ def test_text_ends_before_a_stop_string(tiny_bloom: slowllm.StreamedLM, plain_bl
     assert any(" the" in tiny_bloom.tokenizer.decode(one.ids) for one in found), "one was cut"
 
 
-def test_a_stop_string_may_begin_in_the_prompt_but_not_end_there(tiny_bloom: slowllm.StreamedLM) -> None:
-    prompt = encode_prompt(tiny_bloom, "Returns the number of", Settings(stop=("number of bytes",)))
-    (bytes_,) = tiny_bloom.tokenizer(" bytes")["input_ids"]
-    assert text_of(tiny_bloom, prompt, [bytes_]) == ""
-    other = replace(prompt, settings=Settings(stop=("number",)))
-    assert text_of(tiny_bloom, other, [bytes_]) == " bytes"
+def test_a_stop_string_that_begins_in_the_prompt_ends_nothing(tiny_bloom: slowllm.StreamedLM) -> None:
+    text = "Returns the number of"
+    ((free,),) = generate(tiny_bloom, [encode_prompt(tiny_bloom, text, Settings(4))])
+    across = encode_prompt(tiny_bloom, text, Settings(4, stop=(f"of{free.text[:3]}", "number")))
+    assert next(iter(generate(tiny_bloom, [across]))) == (free,)
+    assert text_of(tiny_bloom, across, free.ids) == free.text
+    inside = encode_prompt(tiny_bloom, text, Settings(4, stop=(free.text[1:4],)))
+    ((ended,),) = generate(tiny_bloom, [inside])
+    assert (ended.text, ended.finish_reason) == (free.text[:1], "stop")
 
 
 def test_log_probs_are_the_models_own(tiny_bloom: slowllm.StreamedLM, plain_bloom: Any) -> None:
@@ -347,10 +350,10 @@ def test_no_more_is_held_than_the_plan_counts(family: str, tiny: Callable[..., P
         assert held / 21 <= sizes.result_token_bytes - logits <= 8 * held / 21
 
 
-def test_groups_have_equal_settings_and_fit() -> None:
+def test_groups_have_equal_settings_and_fit(tiny_bloom: slowllm.StreamedLM) -> None:
     kinds = [Settings(4), Settings(4, num_beams=3), Settings(9), Settings(4, do_sample=True, seed=1)]
     prompts = [Prompt((5,) * (1 + n * 7 % 13), kinds[n % 4]) for n in range(40)]
-    groups = generation._group(prompts, 40, 80, 64, can_mask=True)
+    groups = generation._group(tiny_bloom, prompts, 40, 80, 64)
     assert sorted(n for group in groups for n in group) == list(range(40))
     for group in groups:
         settings = {prompts[n].settings for n in group}
@@ -360,7 +363,8 @@ def test_groups_have_equal_settings_and_fit() -> None:
         assert len(group) == 1 or len(group) * one.num_rows * width <= 40
         assert len(group) == 1 or generation._held_tokens([prompts[n] for n in group]) <= 80
     assert len(groups) < 40
-    equal = generation._group(prompts, 40, 80, 64, can_mask=False)
+    recurrent: Any = SimpleNamespace(config=AutoConfig.for_model("mamba"), soft_prompt=None)
+    equal = generation._group(recurrent, prompts, 40, 80, 64)
     assert all(len({len(prompts[n].ids) for n in group}) == 1 for group in equal)
     assert pack([3, 2], 6) == [[0, 1]]
 

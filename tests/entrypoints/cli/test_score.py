@@ -55,7 +55,7 @@ def test_choices_are_normalised(normalize: Any, tmp_path: Path, monkeypatch: Any
         assert found["probabilities"] == pytest.approx(lm.choose("The value is", words, normalize), abs=1e-6)
     scores = [likelihood("The value is", word) for word in words]
     if normalize == "characters":
-        scores = [score / len(word) for score, word in zip(scores, words, strict=True)]
+        scores = [score / len(word.strip()) for score, word in zip(scores, words, strict=True)]
         assert found["scores"] == pytest.approx(scores, abs=TOLERANCE)
     if normalize == "unconditional":
         scores = [score - likelihood("", word) for score, word in zip(scores, words, strict=True)]
