@@ -226,7 +226,8 @@ def block_numbers(layout: Layout) -> list[int]:
 def _compute_dtypes(model: PreTrainedModel, placements: Mapping[str, Placement]) -> dict[str, torch.dtype]:
     """Return the compute dtype of every placed tensor: the model's, or float32 where its class insists."""
     state = model.state_dict()
-    patterns = [pattern.replace("*", ".*") for pattern in model._keep_in_fp32_modules_strict or ()]
+    strict = [pattern.replace("*", ".*") for pattern in model._keep_in_fp32_modules_strict or ()]
+    in_float16 = [pattern.replace("*", ".*") for pattern in model._keep_in_fp32_modules or ()]
     dtypes = {}
     for name, placement in placements.items():
         dtype = state[name].dtype
@@ -234,8 +235,8 @@ def _compute_dtypes(model: PreTrainedModel, placements: Mapping[str, Placement])
             raise CheckpointError(
                 f"{name}: is stored as {placement.dtype}, but the model computes it in {dtype}"
             )
-        is_half = dtype in (torch.float16, torch.bfloat16)
-        dtypes[name] = torch.float32 if is_half and any(re.search(p, name) for p in patterns) else dtype
+        patterns = {torch.float16: strict + in_float16, torch.bfloat16: strict}.get(dtype, [])
+        dtypes[name] = torch.float32 if any(re.search(p, name) for p in patterns) else dtype
     return dtypes
 
 

@@ -118,10 +118,14 @@ def _refuse_unexpected_blocks(model: PreTrainedModel, unexpected: list[str]) -> 
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     unread = [name for name in unexpected if not any(pattern.search(name) for pattern in ignored)]
     # Buffers that older versions of transformers saved are harmless; another block means a config.json of another model.
-    num_blocks = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    num_blocks = config.num_hidden_layers
+    # Blocks behind the last that predict further tokens (DeepSeek-V3, GLM-4.5); transformers does not use them either.
+    num_predicting = getattr(config, "num_nextn_predict_layers", None)
+    num_known = num_blocks + (num_predicting if isinstance(num_predicting, int) else 0)
     for name in unread:
         match = re.search(r"(?:^|\.)(?:h|layers|blocks)\.(\d+)\.", name)
-        if match and int(match[1]) >= num_blocks:
+        if match and int(match[1]) >= num_known:
             raise CheckpointError(
                 f"{name} belongs to a block beyond the {num_blocks} that config.json names; "
                 "config.json and the weights do not belong together"

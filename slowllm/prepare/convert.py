@@ -106,7 +106,7 @@ def convert(
         raise InputError(f"{out}: {getattr(error, 'strerror', None) or error}") from error
     if out == source or source in out.parents or out in source.parents:
         raise InputError(f"{out}: lies in the source, or around it; name another folder")
-    with _open_source(source) as checkpoint:
+    with _open_source(source, checks=rank == 0) as checkpoint:
         config: Any = read_config(source)
         model = build_skeleton(config, source, torch.bfloat16)
         placements = place(model, checkpoint.spans)
@@ -131,12 +131,15 @@ def convert(
     return Converted(out, manifest, source_bytes, was_there)
 
 
-def _open_source(folder: Path) -> Checkpoint:
+def _open_source(folder: Path, *, checks: bool) -> Checkpoint:
     if is_store(folder):
         raise StoreError(f"{folder}: is a store already; convert the checkpoint that it was made from")
     has_safetensors = any(folder.glob("*.safetensors"))
     if pickles.is_pickled(folder) and not has_safetensors:
-        return pickles.open_pickled(folder)
+        checkpoint = pickles.open_pickled(folder)
+        if checks:
+            pickles.check_crcs(folder)
+        return checkpoint
     return open_checkpoint(folder)
 
 

@@ -25,7 +25,7 @@ from slowllm.storage.spans import Placement, Span
 
 # Samples that identify a shard: the weights of two fine-tunings of one model differ everywhere.
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Checkpoint:
@@ -55,15 +55,25 @@ class Checkpoint:
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
         spans: dict[str, Span] = {}
-        for path in _shards(folder):
+        elsewhere: dict[str, str] = {}
+        # transformers, too, prefers a single file to an index that an earlier save may have left beside it.
+        weight_map = None if (folder / SINGLE).is_file() else read_weight_map(folder / INDEX)
+        for path in _shards(folder, weight_map):
             for name, span in read_header(path).items():
+                if weight_map is not None and weight_map.get(name, path.name) != path.name:
+                    elsewhere[name] = path.name  # the index says which of two shards counts
+                    continue
                 if name in spans:
                     raise CheckpointError(
                         f"{name} stands in {spans[name].path.name} and again in {path.name}; "
                         "fetch both shards and the index again"
                     )
                 spans[name] = span
-        _check_index(folder, spans)
+        for name, file in (weight_map or {}).items():
+            if name not in spans and name in elsewhere:
+                raise CheckpointError(f"{name}: {INDEX} names {file} but it lies in {elsewhere[name]}")
+            if name not in spans:
+                raise CheckpointError(f"{file}: {name} is missing, though {INDEX} names it there")
         if not spans:
             raise CheckpointError(f"{folder}: its shards hold no tensors")
         return cls(folder, spans)
@@ -187,10 +197,9 @@ def read_weight_map(index: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _shards(folder: Path) -> list[Path]:
-    weight_map = read_weight_map(folder / INDEX)
+def _shards(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
     if weight_map is None:
-        single = folder / "model.safetensors"
+        single = folder / SINGLE
         if single.is_file():
             return [single]
         _refuse_other_formats(folder)
@@ -210,14 +219,6 @@ def _shards(folder: Path) -> list[Path]:
             raise CheckpointError(f"{file}: named by {INDEX} but missing; fetch this shard")
         paths.append(folder / file)
     return paths
-
-
-def _check_index(folder: Path, spans: Mapping[str, Span]) -> None:
-    for name, file in (read_weight_map(folder / INDEX) or {}).items():
-        if name not in spans:
-            raise CheckpointError(f"{file}: {name} is missing, though {INDEX} names it there")
-        if spans[name].path.name != file:
-            raise CheckpointError(f"{name}: {INDEX} names {file} but it lies in {spans[name].path.name}")
 
 
 def _refuse_other_formats(folder: Path) -> None:

@@ -60,8 +60,20 @@ def test_a_sound_folder_is_opened(folder: Path) -> None:
 
 def test_shards_that_the_index_does_not_name_are_left_alone(folder: Path) -> None:
     (folder / "consolidated.safetensors").write_bytes(b"not read")
-    (folder / "model.safetensors").write_bytes(b"not read")
     assert len(Checkpoint.open(folder).spans) == 3
+
+
+def test_one_file_counts_and_not_an_index_that_an_earlier_save_left(folder: Path) -> None:
+    shutil.copy(folder / TWO, folder / "model.safetensors")
+    assert {span.path.name for span in Checkpoint.open(folder).spans.values()} == {"model.safetensors"}
+    remove(folder, TWO, ONE)
+    assert Checkpoint.open(folder).spans.keys() == {"c"}
+
+
+def test_the_index_decides_between_two_shards_that_hold_a_tensor(folder: Path) -> None:
+    save_over(TWO, a=torch.zeros(2, 3), c=torch.zeros(3))(folder)
+    spans = Checkpoint.open(folder).spans
+    assert (spans["a"].path.name, spans["c"].path.name) == (ONE, TWO)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter.safetensors"])
@@ -137,7 +149,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index is cut": (text_index('{"weight_map": {'), r"index\.json: is not valid JSON"),
     "index is endless": (text_index("[" * 100_000), r"index\.json: is not valid JSON \(.*recursion"),
     "twice": (
-        save_over(TWO, a=torch.zeros(2, 3), c=torch.zeros(3)),
+        lambda folder: (
+            save_over(TWO, a=torch.zeros(2, 3), c=torch.zeros(3))(folder), break_index(b=ONE, c=TWO)(folder)
+        ),
         r"a stands in one\.safetensors and again in two\.safetensors; fetch both shards and the index again",
     ),
     "short": (resize(ONE, -1), r"one\.safetensors: \w ends at byte (\d+) but the file has \d+\. The download is inc"),

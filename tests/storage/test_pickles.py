@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 import slowllm
 from slowllm.errors import CheckpointError
+from slowllm.storage.pickles import open_pickled
 from tests.support.stores import make_store, passed
 
 Tiny = Callable[..., Path]
@@ -52,6 +54,55 @@ def test_pickled_checkpoints_are_converted_and_nothing_in_them_is_run(
     assert torch.equal(passed(tmp_path / "store")[0], passed(source)[0])
 
 
+def repack(
+    path: Path,
+    method: int = zipfile.ZIP_STORED,
+    edit: Callable[[str, bytes], bytes] = lambda name, data: data,
+) -> None:
+    """Pack an archive anew, without torch's alignment, and with another file before the others."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr(f"{next(iter(records)).partition('/')[0]}/readme", b"packed by somebody else")
+        for name, data in records.items():
+            archive.writestr(name, edit(name, data))
+
+
+def flip_a_bit(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        record = max(archive.infolist(), key=lambda record: record.file_size)
+    content = bytearray(path.read_bytes())
+    content[record.header_offset + record.file_size // 2 + 100] ^= 16
+    path.write_bytes(content)
+
+
+def test_an_archive_that_was_packed_anew_is_read_as_torch_reads_it(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny("bloom", torch.bfloat16)
+    save_pickled(source, tmp_path / "pickled", 1)
+    path = tmp_path / "pickled" / "pytorch_model.bin"
+    repack(path)
+    wanted = torch.load(path, weights_only=True)
+    for name, span in open_pickled(tmp_path / "pickled").spans.items():
+        content = path.read_bytes()[span.offset : span.offset + span.num_bytes]
+        assert content == wanted[name].view(torch.uint8).numpy().tobytes()
+    make_store(tmp_path / "pickled", tmp_path / "store", "lossless")
+    assert torch.equal(passed(tmp_path / "store")[0], passed(source)[0])
+
+
+def test_tensors_that_share_a_storage_lie_where_torch_says(tmp_path: Path) -> None:
+    whole = torch.arange(60.0)
+    torch.save(
+        {"a": whole[:12].view(3, 4), "b": whole[20:50], "c": torch.ones(2, dtype=torch.int8)},
+        tmp_path / "pytorch_model.bin",
+    )
+    (tmp_path / "config.json").write_text("{}")
+    spans = open_pickled(tmp_path).spans
+    content = (tmp_path / "pytorch_model.bin").read_bytes()
+    for name, tensor in {"a": whole[:12], "b": whole[20:50], "c": torch.ones(2, dtype=torch.int8)}.items():
+        span = spans[name]
+        assert content[span.offset : span.offset + span.num_bytes] == tensor.numpy().tobytes()
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.system, ("touch /tmp/slowllm-was-run",))
@@ -82,6 +133,12 @@ def test_bad_pickles_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     refused(lambda p: (p / first).write_bytes(b"PK\x03\x04 no"), rf"^{first}: its tensors cannot be read")
     refused(lambda p: (p / first).unlink(), rf"^{first}: named by pytorch_model.bin.index.json but missing")
     refused(lambda p: os.truncate(p / first, 5000), rf"^{first}: its tensors cannot be read")
+    refused(lambda p: repack(p / first, zipfile.ZIP_DEFLATED), rf"^{first}: is compressed")
+    refused(
+        lambda p: repack(p / first, edit=lambda name, data: b"big" if name.endswith("byteorder") else data),
+        rf"^{first}: was written on a big-endian machine",
+    )
+    refused(lambda p: flip_a_bit(p / first), rf"^{first}: .*data/\d+ is damaged \(its checksum differs\)")
     old = {"_use_new_zipfile_serialization": False}
     refused(lambda p: torch.save({"a": torch.ones(3)}, p / first, **old), rf"^{first}: ")
     refused(
