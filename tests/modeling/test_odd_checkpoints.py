@@ -47,6 +47,7 @@ def test_blocks_that_predict_further_tokens_are_left_aside(name: str, tmp_path: 
     last = {k: v for k, v in weights.items() if f"layers.{count - 1}." in k}
     more = {k.replace(f"layers.{count - 1}.", f"layers.{count}."): v.clone() for k, v in last.items()}
     save_file({**weights, **more}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    add_to_config(tmp_path, num_nextn_predict_layers=0)
     with pytest.raises(CheckpointError, match="belongs to a block beyond the 3 that config"):
         slowllm.load(tmp_path)
     add_to_config(tmp_path, num_nextn_predict_layers=1)

@@ -48,7 +48,7 @@ def batch(
     options.log_to_stderr(verbose)
     lines = read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
     runner = Runner(model, ram, device, vram, dtype, resident=resident, state=state, kind="batch")
-    out = options.check_output(out, file)
+    out = runner.check_output(out, file)
     from slowllm.entrypoints import openai_batch as requests
     from slowllm.entrypoints.openai_requests import Request, read_requests
     from slowllm.entrypoints.openai_responses import refused

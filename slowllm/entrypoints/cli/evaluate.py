@@ -89,9 +89,9 @@ def boolq(
     over the weights. Prints the accuracy of each template and of all of them together, with Wilson's 95 % interval.
     """
     options.log_to_stderr(verbose)
-    out = _predictions_file(out, data)
     options.check_normalize(normalize)
     runner = Runner(model, ram, device, vram, dtype, prompt=prompt)
+    out = runner.check_output(out, data, template_file)
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import (
         boolq_templates,
@@ -138,9 +138,9 @@ def task(
     The target of a template is one of its answer choices.
     """
     options.log_to_stderr(verbose)
-    out = _predictions_file(out, data)
     options.check_normalize(normalize)
     runner = Runner(model, ram, device, vram, dtype, prompt=prompt)
+    out = runner.check_output(out, data, template_file)
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import make_questions, read_templates, select_templates
 
@@ -168,10 +168,6 @@ def lm(context: typer.Context) -> None:
     from slowllm.entrypoints import lm_eval_model
 
     lm_eval_model.main(context.args)
-
-
-def _predictions_file(out: Path | None, data: str) -> Path | None:
-    return options.check_output(out, data if Path(data).expanduser().is_file() else "-")
 
 
 def _evaluate(

@@ -75,7 +75,7 @@ def forward(
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, resident=resident, state=state, kind="forward"
     )
-    out = options.check_output(out, file)
+    out = runner.check_output(out, file)
     from slowllm.entrypoints.progress import progress
     from slowllm.inference.lines import Lines, ScoreTotals, encode, job_of, opened_state, score_lines
     from slowllm.inference.text import max_line_tokens, prefix_id

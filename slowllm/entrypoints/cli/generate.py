@@ -111,7 +111,7 @@ def generate(
     # Before the model is opened: an unreadable file should not cost a wait.
     texts = list(enumerate(prompts or [], 1)) if file is None else read_lines(file)
     runner = Runner(model, ram, device, vram, dtype, prompt=prompt, resident=resident)
-    out = options.check_output(out, "-" if file is None else file)
+    out = runner.check_output(out, "-" if file is None else file)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if sampling and not sample:

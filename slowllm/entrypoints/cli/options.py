@@ -93,12 +93,12 @@ def check_normalize(normalize: str) -> None:
         raise InputError(f"--normalize {normalize!r} is unknown; use one of {', '.join(NORMALIZE)}")
 
 
-def check_output(out: Path | None, file: str) -> Path | None:
+def check_output(out: Path | None, *files: str | Path | None) -> Path | None:
     """Return the file to write with links resolved, None where there is none.
 
     Args:
         out: the file to write.
-        file: the input file, which must not be overwritten; ``-`` for standard input.
+        files: the input files, which must not be overwritten; ``-`` for standard input.
     Raises:
         InputError: it cannot be written, or writing it would destroy something.
     """
@@ -113,8 +113,10 @@ def check_output(out: Path | None, file: str) -> Path | None:
         for target in (out, part_of(out)):
             if target.exists() and not target.is_file():
                 raise InputError(f"{target}: is no ordinary file; leave out --out to print")
-            if file != "-" and target.exists() and target.samefile(file):
-                raise InputError(f"{target}: is the input; name another file")
+            for file in files:
+                given = None if file is None or str(file) == "-" else Path(file).expanduser()
+                if given is not None and given.is_file() and target.exists() and target.samefile(given):
+                    raise InputError(f"{target}: is the input; name another file")
     except (OSError, RuntimeError) as error:
         raise InputError(f"{out}: {getattr(error, 'strerror', None) or error}") from error
     return out

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slowllm.entrypoints.cli.options import check_output
 from slowllm.errors import InputError
 from slowllm.options import parse_bytes, parse_devices, parse_dtype
 
@@ -53,7 +54,8 @@ class Runner:
             raise InputError("--vram is for a GPU; name one with --device cuda, or leave it out")
         parse_dtype(dtype)
         self.ram, self.device, self.vram, self.dtype, self.resident = ram, device, vram, dtype, resident
-        self._model, self._prompt = model, prompt
+        self._model, self._prompt, self._state = model, prompt, state
+        self._out: Path | None = None
         self.begun: Mapping[str, Any] | None = None
         if state is not None:
             from slowllm.runtime.state import read_job
@@ -61,6 +63,19 @@ class Runner:
             self.begun = read_job(state, kind)
             if self.begun is not None and dtype == "auto":
                 self.dtype = str(self.begun.get("dtype"))
+
+    def check_output(self, out: Path | None, *files: str | Path | None) -> Path | None:
+        """Return the file to write; see `options.check_output`. No file of the model, prompt or state is one.
+
+        Raises:
+            InputError: it cannot be written, or writing it would destroy something.
+        """
+        out = check_output(out, *files)
+        _refuse_file_of(self._prompt, out)
+        if self._state is not None and out is not None and self._state.expanduser().resolve() in out.parents:
+            raise InputError(f"{out}: lies in the folder of --state; name another file")
+        self._out = out
+        return out
 
     @functools.cached_property
     def info(self) -> ModelInfo:
@@ -70,7 +85,9 @@ class Runner:
         transformers.logging.set_verbosity_error()
         from slowllm.runtime.description import ModelInfo
 
-        return ModelInfo(embedded_model() if self._model is None else self._model, self._prompt)
+        info = ModelInfo(embedded_model() if self._model is None else self._model, self._prompt)
+        _refuse_file_of(info.folder, self._out)
+        return info
 
     @functools.cached_property
     def rates(self) -> Rates:
@@ -106,6 +123,15 @@ class Runner:
             with progress(lm, job):
                 yield lm
             print(f"{sweeps_of(lm)} in {time.perf_counter() - started:.2f} s", file=sys.stderr)
+
+
+def _refuse_file_of(folder: str | Path | None, out: Path | None) -> None:
+    """Refuse to replace a file of a folder; results of an earlier run, JSON lines, may lie there."""
+    if folder is None or out is None:
+        return
+    inside = Path(folder).expanduser().resolve() in out.parents
+    if inside and out.exists() and out.suffix != ".jsonl":
+        raise InputError(f"{out}: is a file of {folder}; name another file")
 
 
 def sweeps_of(lm: StreamedLM) -> str:

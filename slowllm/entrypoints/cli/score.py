@@ -56,9 +56,9 @@ def score(
     """
     options.log_to_stderr(verbose)
     lines = read_raw_lines(file)
-    out = options.check_output(out, file)
     options.check_normalize(normalize)
     runner = Runner(model, ram, device, vram, dtype, prompt=prompt)
+    out = runner.check_output(out, file)
     from slowllm.inference import scoring
 
     info = runner.info

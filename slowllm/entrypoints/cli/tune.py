@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -118,6 +118,9 @@ def tune(
     ] = None,
     resident: options.Resident = True,
     state: options.State = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the prompt and the log of an earlier run in --out.")
+    ] = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -170,6 +173,7 @@ def tune(
         for number in range(trials)
     ]  # fmt: skip
     folder = Path(out).expanduser()
+    _refuse_to_replace(folder, info.folder, [*data, *(validation or [])], overwrite or _is_begun(state))
     with contextlib.ExitStack() as stack:
         status = stack.enter_context(contextlib.ExitStack())
         log = stack.enter_context(_log(folder))
@@ -239,6 +243,33 @@ def _announce(lm: StreamedLM, job: Job, what: str, peak_bytes: int, status: cont
     )
     status.close()
     status.enter_context(steps(lm, what))
+
+
+# What a run writes at the top of its folder.
+_OWN_FILES = ("log.jsonl", "slowllm.json", "adapter_config.json", "adapter_model.safetensors")
+
+
+def _is_begun(state: Path | None) -> bool:
+    return state is not None and (state.expanduser() / "job.json").is_file()
+
+
+def _refuse_to_replace(out: Path, model: Path, data: Sequence[str], may_replace: bool) -> None:
+    """Refuse a folder in which a run would replace what is not its own.
+
+    Raises:
+        InputError: it is the model's, the data lie where the log goes, or an earlier run is there.
+    """
+    if out.resolve() == model.resolve():
+        raise InputError(f"{out}: is the model's own folder; name another one")
+    for file in data:
+        if Path(file).expanduser().resolve() == (out / "log.jsonl").resolve():
+            raise InputError(f"{file}: lies where the log goes; name another folder with --out")
+    there = [name for name in _OWN_FILES if (out / name).exists()]
+    if there and not may_replace:
+        raise InputError(
+            f"{out}: has {there[0]} of an earlier run; name another folder, go on with that run's --state, or replace it "
+            "with --overwrite"
+        )
 
 
 @contextlib.contextmanager

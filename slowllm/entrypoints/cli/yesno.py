@@ -40,13 +40,13 @@ def yesno(
     """
     options.log_to_stderr(verbose)
     lines = read_lines(file)
-    out = options.check_output(out, file)
     if "{question}" not in template:
         raise InputError(f"--template {template!r} has no {{question}}")
     pattern = template.replace("\\n", "\n")
     if not yes.strip() or not no.strip() or yes.strip() == no.strip():
         raise InputError(f"--yes {yes!r} and --no {no!r} must be two different words, neither of them empty")
     runner = Runner(model, ram, device, vram, dtype, prompt=prompt)
+    out = runner.check_output(out, file)
     from slowllm.inference import choices
 
     blank = "" if pattern[-1].isspace() else " "
