@@ -53,7 +53,25 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{folder}/config.json: names {count} blocks")
     if getattr(config, "is_encoder_decoder", False):
         raise ArchitectureError(f"model type {kind!r} is an encoder-decoder; only decoders are streamed")
+    config.return_dict = True  # what is computed here is looked up by name
+    _take_built_in_kernels(config)
     return cast(PreTrainedConfig, config)
+
+
+# What runs here; other names are of packages, or of repositories whose code transformers would fetch and run.
+_ATTENTIONS = (None, "eager", "sdpa")
+
+
+def _take_built_in_kernels(config: PreTrainedConfig) -> None:
+    """Leave attention and experts to transformers' own code, whatever a config.json asks for."""
+    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()]
+    for part in (config, *(part for part in inner if isinstance(part, PreTrainedConfig))):
+        if part._attn_implementation not in _ATTENTIONS:
+            log.warning(
+                "config.json asks for the attention %s; transformers' own is used", part._attn_implementation
+            )
+            part._attn_implementation_internal = None
+        part._experts_implementation_internal = None
 
 
 class _EmptyOnMeta(TorchFunctionMode):

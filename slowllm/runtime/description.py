@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
@@ -15,6 +16,7 @@ from slowllm.errors import CheckpointError, InputError, first_line
 from slowllm.modeling.skeleton import read_config
 from slowllm.modeling.soft_prompt_files import load_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt, check_fits
+from slowllm.storage.checkpoint import LFS_POINTER
 
 
 class ModelInfo:
@@ -77,13 +79,38 @@ class ModelInfo:
         try:
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a damaged tokenizer may raise anything
-            raise CheckpointError(
-                f"{self.folder}: its tokenizer cannot be loaded ({first_line(error)})"
-            ) from error
+            reason = _what_is_wrong_with_tokenizer(self.folder) or first_line(error)
+            raise CheckpointError(f"{self.folder}: its tokenizer cannot be loaded ({reason})") from error
+
+
+# Of which one must be there, with what it needs beside it.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
+    "tokenizer_config.json",
+)  # fmt: skip
+
+
+def _what_is_wrong_with_tokenizer(folder: Path) -> str | None:
+    """Return in words why a folder has no tokenizer, where the files themselves show it."""
+    for name in _TOKENIZER_FILES:
+        path = folder / name
+        if path.is_symlink() and not path.exists():
+            return f"{name} is a link to {os.readlink(path)}, which is not there"
+        if path.is_file():
+            with open(path, "rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    return (
+                        f"{name} is a Git LFS pointer and not the file itself; fetch it with `git lfs pull`"
+                    )
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES[:-1]):
+        return f"there is none of {', '.join(_TOKENIZER_FILES[:-1])}; fetch the tokenizer's files"
+    return None
 
 
 def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     """Return the folder of a checkpoint: as given, or a hub id's snapshot in the local cache.
+
+    Behind a hub id, ``@`` and a revision may stand: a branch, a tag or a commit.
 
     Raises:
         CheckpointError: neither is there.
@@ -107,13 +134,53 @@ def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
         )
     if text.count("/") > 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(f"{text}: no such folder")
+    hub_id, _, revision = text.partition("@")
     try:
         # Without a pattern, the hub's client refuses a snapshot that was fetched in part, such as one without pickles.
         return Path(
-            huggingface_hub.snapshot_download(text, local_files_only=True, allow_patterns=["config.json"])
+            huggingface_hub.snapshot_download(
+                hub_id, revision=revision or None, local_files_only=True, allow_patterns=["config.json"]
+            )
         )
     except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError) as error:
+        commit = _commit_of(hub_id, revision or "main")
+        if commit is not None:
+            return commit
+        if others := _revisions(hub_id):
+            raise CheckpointError(
+                f"{text}: this revision is not in the Hugging Face cache, which has {', '.join(others)}; name one of "
+                f"them as {hub_id}@REVISION"
+            ) from error
         raise CheckpointError(
             f"{text}: no such folder, and no such model in the Hugging Face cache; "
-            f"if it is a hub id, fetch it with `slowllm download {text}`"
+            f"if it is a hub id, fetch it with `slowllm download {hub_id}`"
         ) from error
+
+
+def _cached(hub_id: str) -> Path:
+    return Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+
+
+def _commit_of(hub_id: str, name: str) -> Path | None:
+    """Return the snapshot of a branch or tag whose file was written by hand, with a newline at its end."""
+    try:
+        commit = (_cached(hub_id) / "refs" / name).read_text(encoding="utf-8").strip()
+        folder = _cached(hub_id) / "snapshots" / commit
+        return folder if commit and (folder / "config.json").exists() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _revisions(hub_id: str) -> list[str]:
+    """Return the branches, tags and commits of a model that the Hugging Face cache has."""
+    snapshots, refs = _cached(hub_id) / "snapshots", _cached(hub_id) / "refs"
+    try:
+        commits = sorted(path.name for path in snapshots.iterdir() if (path / "config.json").exists())
+        names = sorted(
+            str(path.relative_to(refs))
+            for path in (refs.rglob("*") if refs.is_dir() else ())
+            if path.is_file() and path.read_text().strip() in commits
+        )
+    except (OSError, ValueError):
+        return []
+    return [*names, *commits][:9]

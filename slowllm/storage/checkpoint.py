@@ -25,6 +25,9 @@ from slowllm.storage.spans import Placement, Span
 
 # Samples that identify a shard: the weights of two fine-tunings of one model differ everywhere.
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
+# An index of a million tensors has 100 MB.
+MAX_JSON_BYTES = 1 << 28
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -175,7 +178,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         with system_errors(CheckpointError, path):
-            table = json.loads(path.read_text(encoding="utf-8"))
+            if (size := path.stat().st_size) > MAX_JSON_BYTES:
+                raise CheckpointError(f"{path.name}: has {size:,} bytes, too many for a JSON file of a model")
+            content = path.read_bytes()
+        if content.startswith(LFS_POINTER):
+            raise CheckpointError(
+                f"{path.name}: is a Git LFS pointer and not the file itself; fetch it with `git lfs pull` or "
+                "`slowllm download`"
+            )
+        table = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: is not valid JSON ({error})") from error
     if not isinstance(table, dict):

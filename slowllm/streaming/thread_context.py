@@ -30,9 +30,12 @@ def with_this_context() -> Callable[..., Any]:
     """
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     autocasts, cache_enabled = current_autocasts(), torch.is_autocast_cache_enabled()
-    context = contextvars.copy_context()
+    context, num_threads = contextvars.copy_context(), torch.get_num_threads()
 
     def run(work: Callable[..., Any], *args: Any) -> Any:
+        # Each thread has a number of its own, and takes the process's only with its first parallel operation.
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.set_grad_enabled(grad))

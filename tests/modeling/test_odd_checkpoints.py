@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import slowllm
 from slowllm.errors import CheckpointError
+from slowllm.runtime.description import find_folder
 from tests.support.families import FAMILIES, VOCAB, resident, save_tiny
+from tests.support.paths import TINY_BLOOM
 
 Tiny = Callable[..., Path]
 IDS = torch.randint(5, VOCAB, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -58,3 +63,101 @@ def test_blocks_that_predict_further_tokens_are_left_aside(name: str, tmp_path: 
 def test_norms_that_transformers_keeps_in_fp32_beside_fp16_are_kept(name: str, tmp_path: Path) -> None:
     save_tiny(name, tmp_path)
     assert same_as_plain(tmp_path, torch.float16)
+
+
+def test_a_config_that_wants_tuples_gives_what_others_give(tmp_path: Path) -> None:
+    save_tiny("llama-2", tmp_path)
+    wanted = resident(tmp_path)(IDS).logits
+    add_to_config(tmp_path, return_dict=False)
+    with slowllm.load(tmp_path, dtype="fp32") as lm, torch.no_grad():
+        assert torch.equal(lm.model(IDS).logits, wanted)
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_a_pointer_in_the_place_of_a_file_is_said_to_be_one(name: str, tmp_path: Path) -> None:
+    shutil.copytree(TINY_BLOOM, tmp_path / "model")
+    (tmp_path / "model" / name).write_text(POINTER)
+    with pytest.raises(
+        CheckpointError, match=f"{name}(:| is) .*Git LFS pointer|{name}: is a Git LFS pointer"
+    ):
+        _ = slowllm.load(tmp_path / "model").tokenizer
+
+
+def test_what_a_folder_without_a_tokenizer_lacks_is_named(tmp_path: Path) -> None:
+    save_tiny("llama-2", tmp_path)
+    with pytest.raises(CheckpointError, match=r"there is none of tokenizer\.json, tokenizer\.model"):
+        _ = slowllm.load(tmp_path).tokenizer
+    (tmp_path / "tokenizer.json").symlink_to("/nowhere")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a link to /nowhere, which is not there"):
+        _ = slowllm.load(tmp_path).tokenizer
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize(
+    "value", ["some/repo", "flash_attention_2", "flex_attention", "kernels-community/x:y"]
+)
+def test_no_code_is_fetched_for_what_a_config_names(
+    key: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    class Kernels(ModuleType):
+        """A stand-in for the package that fetches code from the hub."""
+
+        def __getattr__(self, name: str) -> object:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return lambda *arguments, **options: calls.append(f"{name}{arguments}")
+
+    monkeypatch.setitem(sys.modules, "kernels", Kernels("kernels"))
+    save_tiny("mixtral", tmp_path)
+    wanted = resident(tmp_path)(IDS).logits
+    add_to_config(tmp_path, **{key: value})
+    with slowllm.load(tmp_path, dtype="fp32") as lm, torch.no_grad():
+        assert torch.equal(lm.model(IDS).logits, wanted)
+    assert not [call for call in calls if "get_kernel" in call or "/" in call]
+
+
+def test_a_first_pass_takes_the_number_of_threads_that_was_set(tmp_path: Path) -> None:
+    save_tiny("llama-2", tmp_path)
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    try:
+        for number in (1, 2, 1):
+            torch.set_num_threads(number)
+            with slowllm.load(tmp_path, dtype="fp32") as lm, torch.no_grad():
+                lm.model.model.layers[1]._plain.register_forward_pre_hook(
+                    lambda *_: seen.append(torch.get_num_threads())
+                )
+                lm.model(IDS)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2, 1]
+
+
+def test_a_revision_in_the_cache_is_found_by_branch_and_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--acme--tiny"
+    shutil.copytree(TINY_BLOOM, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    find = find_folder
+    assert find(f"acme/tiny@{commit}").name == commit
+    for name in ("acme/tiny", "acme/tiny@step1000", "acme/tiny@" + "f" * 40):
+        with pytest.raises(CheckpointError, match=f"this revision is not in .* cache, which has {commit}"):
+            find(name)
+    (folder / "refs" / "step1000").write_text(commit)
+    assert find("acme/tiny@step1000").name == commit
+    with pytest.raises(
+        CheckpointError, match=f"which has step1000, {commit}; name one of them as acme/tiny@REV"
+    ):
+        find("acme/tiny")
+    (folder / "refs" / "main").write_text(f"{commit}\n")
+    assert find("acme/tiny").name == commit
+    with pytest.raises(CheckpointError, match=r"fetch it with `slowllm download acme/other`"):
+        find("acme/other@main")
