@@ -153,7 +153,7 @@ class LM(StreamedLM):
 def load(
     path_or_hub_id: str | os.PathLike[str] | ModelInfo,
     *,
-    ram: str | int | Budget = "16GiB",
+    ram: str | int | Budget = "auto",
     dtype: str = "auto",
     device: str = "cpu",
     vram: str | int | None = None,
@@ -169,7 +169,8 @@ def load(
     Args:
         path_or_hub_id: a folder with config.json and safetensors, or a hub id that is in the local cache; or its
             `ModelInfo`.
-        ram: budget for the whole process, such as ``16GiB``; or a `Budget` that several models share.
+        ram: budget for the whole process, such as ``16GiB``; ``auto`` is what the machine and its container allow, less
+            a reserve; or a `Budget` that several models share.
         dtype: compute dtype: ``auto``, ``bfloat16`` or ``float32`` (also ``bf16``, ``fp32``).
         device: where blocks are computed: ``cpu``, ``cuda``, ``cuda:1``, or several, which take turns, as in
             ``cuda:0,cuda:1``.

@@ -79,7 +79,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
     def __init__(
         self,
         pretrained: str | Path | StreamedLM,
-        ram: str = "16GiB",
+        ram: str = "auto",
         dtype: str = "auto",
         prompt: str | None = None,
         device: str | None = None,

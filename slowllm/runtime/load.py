@@ -32,6 +32,7 @@ from slowllm.planning.host_plan import keep_graph, make_plan, widen
 from slowllm.planning.job import Granularity, Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement, make_plans, move_kept, place_stops
+from slowllm.runtime.memory import budget_bytes
 from slowllm.runtime.rates import choose_dtype
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.storage.checkpoint import Checkpoint
@@ -52,7 +53,7 @@ def open_model(
     kind: type[L],
     path_or_hub_id: str | os.PathLike[str] | ModelInfo,
     *,
-    ram: str | int | Budget = "16GiB",
+    ram: str | int | Budget = "auto",
     dtype: str = "auto",
     device: str = "cpu",
     vram: str | int | None = None,
@@ -67,7 +68,7 @@ def open_model(
 
     Reads headers and small tensors only. `slowllm.load` says what the options mean and what is raised.
     """
-    ram_bytes = ram.total_bytes if isinstance(ram, Budget) else parse_bytes(ram)
+    ram_bytes = ram.total_bytes if isinstance(ram, Budget) else budget_bytes(ram)
     options = Options(
         ram_bytes=ram_bytes, dtype=parse_dtype(dtype), device=device,
         vram_bytes=None if vram is None else parse_bytes(vram), keep_resident=keep_resident,
@@ -77,11 +78,6 @@ def open_model(
     devices = open_devices(parse_devices(options.device))
     if devices and isinstance(ram, Budget):
         ram.take(max(0, psutil.Process().memory_info().rss - before))
-    memory = psutil.virtual_memory().total
-    if ram_bytes > memory:
-        log.warning(
-            "the budget is %s, but this machine has %s", format_bytes(ram_bytes), format_bytes(memory)
-        )
     if granularity not in (None, "blocks", "leaves"):
         raise InputError(f"granularity {granularity!r} is unknown; use 'blocks' or 'leaves'")
     if not isinstance(job, Job | None):

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from slowllm.options import parse_bytes, parse_dtype
+from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates, least_host_bytes
 from slowllm.planning.forecast import forecast_of
 from slowllm.planning.host_plan import Plan, advise, least_bytes, make_plan, with_smaller_weights
@@ -21,6 +22,7 @@ from slowllm.planning.job import Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
 from slowllm.runtime.load import open_model
+from slowllm.runtime.memory import AUTO, memory_limit
 from slowllm.runtime.rates import quick_rates
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.call_context import call_context
@@ -114,9 +116,11 @@ def survey(
         PlanError: the job cannot run in the budget; the message names the smallest that would do.
     """
     rates = quick_rates(info.folder, parse_dtype(dtype))
-    ram_bytes, process_bytes = parse_bytes(ram), psutil.Process().memory_info().rss
+    # Perhaps of another machine: an explicit budget is taken as it is.
+    ram_bytes = memory_limit().auto_bytes if ram == AUTO else parse_bytes(ram)
+    process_bytes = psutil.Process().memory_info().rss
     with open_model(
-        StreamedLM, info, ram=ram, device=device, vram=vram, dtype=dtype, job=job, rates=rates,
+        StreamedLM, info, ram=Budget(ram_bytes, process_bytes), device=device, vram=vram, dtype=dtype, job=job, rates=rates,
         keep_resident=keep_resident, granularity=None if job.forward_only else "blocks",
     ) as lm:  # fmt: skip
         placement = lm.device_placement

@@ -26,11 +26,12 @@ from torch import Tensor
 from slowllm.errors import PlanError, SlowLLMError, StateError, TuningError
 from slowllm.modeling.soft_prompt_files import check_folder, save_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt
-from slowllm.options import parse_bytes, parse_dtype
+from slowllm.options import parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.job import Job
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
+from slowllm.runtime.memory import budget_bytes
 from slowllm.runtime.rates import quick_rates
 from slowllm.runtime.run_identity import run_identity
 from slowllm.runtime.state import State, read_job
@@ -78,7 +79,7 @@ class Tuned:
 class RunOptions:
     """The options of `tune` that say how a run computes, and where its results go."""
 
-    ram: str | int = "16GiB"
+    ram: str | int = "auto"
     device: str = "cpu"
     vram: str | int | None = None
     dtype: str = "auto"
@@ -94,7 +95,7 @@ class Session:
 
     def __init__(self, info: ModelInfo, plans: Sequence[TrialPlan], options: RunOptions) -> None:
         self.info, self.plans, self.options = info, list(plans), options
-        self.ram_bytes, self.dtype = parse_bytes(options.ram), options.dtype
+        self.ram_bytes, self.dtype = budget_bytes(options.ram), options.dtype
         self.out = None if options.out is None else Path(options.out).expanduser()
         self.state_folder = None if options.state is None else Path(options.state).expanduser()
         config, top = info.config.get_text_config(), plans[0][2].top

@@ -23,7 +23,7 @@ def tune(
     *,
     labels: Sequence[str] = (),
     recipes: Recipe | Sequence[Recipe] | None = None,
-    ram: str | int = "16GiB",
+    ram: str | int = "auto",
     device: str = "cpu",
     vram: str | int | None = None,
     dtype: str = "auto",
@@ -43,7 +43,8 @@ def tune(
         validation: as `data`; the prompt that does best on it is kept.
         labels: words of which one follows each example, if the task has labels.
         recipes: one for each trial; by default one, made of `settings`.
-        ram: budget for the whole process, such as ``16GiB``.
+        ram: budget for the whole process, such as ``16GiB``; ``auto`` is what the machine and its container allow, less
+            a reserve.
         device: where blocks are computed; see `load`. Prompts and their optimizer stay on the processor.
         vram: budget on each GPU; see `load`.
         dtype: compute dtype; see `load`. Prompts are always float32.

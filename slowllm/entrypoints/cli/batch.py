@@ -21,7 +21,7 @@ def batch(
         str, typer.Argument(help="JSON Lines file in OpenAI's batch format; - reads standard input.")
     ],
     model: options.Model = None,
-    ram: options.Ram = "16GiB",
+    ram: options.Ram = "auto",
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",

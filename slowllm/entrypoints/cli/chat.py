@@ -14,7 +14,7 @@ from slowllm.planning.job import Job
 
 def chat(
     model: options.Model = None,
-    ram: options.Ram = "16GiB",
+    ram: options.Ram = "auto",
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",

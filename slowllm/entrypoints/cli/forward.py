@@ -30,7 +30,7 @@ def forward(
         str, typer.Argument(help="Text file whose lines are scored, one by one; - reads standard input.")
     ],
     model: options.Model = None,
-    ram: options.Ram = "16GiB",
+    ram: options.Ram = "auto",
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",

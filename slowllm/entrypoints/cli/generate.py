@@ -17,7 +17,6 @@ from slowllm.entrypoints.cli.output import json_writer, printable, prints_text, 
 from slowllm.entrypoints.cli.runner import Runner, sweeps_of
 from slowllm.errors import InputError
 from slowllm.files import read_lines
-from slowllm.options import parse_bytes
 
 if TYPE_CHECKING:
     from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings
@@ -36,7 +35,7 @@ def generate(
         typer.Option("--prompts", help="Text file, one prompt a line; - reads standard input."),
     ] = None,
     model: options.Model = None,
-    ram: options.Ram = "16GiB",
+    ram: options.Ram = "auto",
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",
@@ -186,10 +185,11 @@ def _open(
     from slowllm.inference.speculative_loop import Acceptance
     from slowllm.planning.budget import Budget
     from slowllm.runtime.description import ModelInfo
+    from slowllm.runtime.memory import budget_bytes
 
     info, rates = runner.info, runner.rates
     with contextlib.ExitStack() as stack:
-        budget = Budget(parse_bytes(runner.ram), psutil.Process().memory_info().rss)
+        budget = Budget(budget_bytes(runner.ram), psutil.Process().memory_info().rss)
         if draft is None:
             job = generation.job_of(info, prompts, rates)
             yield _Work(stack.enter_context(runner.open(job, budget)), prompts, job, rates, None, None)

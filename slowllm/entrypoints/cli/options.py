@@ -23,7 +23,13 @@ Model = Annotated[
         show_default="the embedded tiny-bloom",
     ),
 ]
-Ram = Annotated[str, typer.Option("--ram", help="Memory budget for the whole process.")]
+Ram = Annotated[
+    str,
+    typer.Option(
+        "--ram",
+        help="Memory budget for the whole process, such as 16GiB; auto is what the machine and its container allow, less a reserve.",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(

@@ -25,7 +25,7 @@ def plan(
         str,
         typer.Argument(help="Folder of a checkpoint or store, or hub id of a model in the local cache."),
     ],
-    ram: options.Ram = "16GiB",
+    ram: options.Ram = "auto",
     device: options.Device = "cpu",
     vram: options.Vram = None,
     tokens: Annotated[int, typer.Option(help="Number of tokens of the whole job.", min=1, max=10**12)] = 1024,

@@ -47,7 +47,8 @@ class Runner:
         self, model: str | None, ram: str, device: str, vram: str | None, dtype: str, *,
         prompt: str | None = None, resident: bool = True, state: Path | None = None, kind: str = "",
     ) -> None:  # fmt: skip
-        parse_bytes(ram)
+        if ram != "auto":
+            parse_bytes(ram)
         if vram is not None:
             parse_bytes(vram)
         if parse_devices(device) == ("cpu",) and vram is not None:

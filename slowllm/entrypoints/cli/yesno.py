@@ -17,7 +17,7 @@ from slowllm.files import read_lines
 def yesno(
     file: Annotated[str, typer.Argument(help="Text file, one question a line; - reads standard input.")],
     model: options.Model = None,
-    ram: options.Ram = "16GiB",
+    ram: options.Ram = "auto",
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",
