@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -53,9 +54,36 @@ def run() -> None:
 
     An interrupt exits with 130 and a closed pipe with 1, as in click.
     """
+    if sys.stdout is None:
+        _leave("standard output is closed")
     keep_together()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # else what cannot be written would fail when Python ends, with another exit code
+    except BrokenPipeError:
+        raise  # whoever read stdout has left
     except SlowLLMError as error:
-        print(f"slowllm: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(str(error))
+    except OSError as error:
+        if not _stdout_fails():
+            raise
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python writes what is left when it ends
+        _leave(f"standard output: {error.strerror or error}")
+
+
+def _leave(reason: str) -> NoReturn:
+    print(f"slowllm: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _stdout_fails() -> bool:
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.command_line import refused, run
-from tests.support.paths import TINY_BLOOM
+from tests.support.paths import ROOT, TINY_BLOOM
+from tests.support.processes import Processes
 
 TEMPLATES = """\
 dataset: mine
@@ -91,3 +95,26 @@ def test_tuning_replaces_an_earlier_run_only_on_request(
     log = out / "log.jsonl"
     says = refused(["tune", log, "--out", out, "--steps", "1", "--overwrite"], monkeypatch, capsys)
     assert "lies where the log goes" in says
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--version", "--help", "verify --help", "plan weights/tiny-bloom --dtype fp32"]
+)
+def test_a_full_disk_behind_stdout_is_one_sentence(arguments: str, processes: Processes) -> None:
+    with open("/dev/full", "w") as full:
+        ended = processes.run("-m", "slowllm", *arguments.split(), stdout=full.fileno())
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == "slowllm: standard output: No space left on device"
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_closed_stdout_is_one_sentence() -> None:
+    done = subprocess.run(
+        f"exec {shlex.quote(sys.executable)} -m slowllm --version >&-",
+        shell=True, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "slowllm: standard output is closed\n")
+
+
+def test_an_argument_that_is_not_utf_8_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert "cannot be encoded as UTF-8" in refused(["generate", "a\udcff"], monkeypatch, capsys)
