@@ -36,6 +36,10 @@ _UNITS = {
 }
 
 
+# As a memory budget: what the machine and its container allow, less a reserve.
+AUTO = "auto"
+
+
 def parse_bytes(size: str | int) -> int:
     """Return the bytes meant by a size such as ``16GiB``, ``500MB``, ``8g`` or a plain number.
 

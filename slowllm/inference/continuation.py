@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -15,7 +14,14 @@ from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings
-from slowllm.inference.stopping import EndDetector, RowMonitor, SpecialTokens, special_tokens, without_eos
+from slowllm.inference.stopping import (
+    EndDetector,
+    RowMonitor,
+    SpecialTokens,
+    new_text,
+    special_tokens,
+    without_eos,
+)
 from slowllm.inference.text import TextSide
 from slowllm.runtime.streamed_lm import StreamedLM
 
@@ -165,18 +171,7 @@ def make_continuation(
 
 
 def text_of(lm: TextSide, prompt: Prompt, ids: Sequence[int]) -> str:
-    """Return the text of a continuation, cut before the first stop string."""
-    decode = functools.partial(
-        lm.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    before, whole = str(decode(prompt.ids)), str(decode([*prompt.ids, *ids]))
-    # Decoded together, because a tokenizer may drop the blank before its first token.
-    start = len(before)
-    if not whole.startswith(before):  # the prompt ends inside a letter
-        whole, start = str(decode(list(ids))), 0
-    ends = [
-        place
-        for stop in prompt.settings.stop
-        if (place := whole.find(stop, start)) >= 0  # one that begins in the prompt does not count
-    ]
-    return whole[start : max(start, min(ends, default=len(whole)))]
+    """Return the text of a continuation, cut before the first stop string; one that begins in the prompt does not count."""
+    text = new_text(lm.tokenizer, [*prompt.ids, *ids], len(prompt.ids))
+    ends = [place for stop in prompt.settings.stop if (place := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))]

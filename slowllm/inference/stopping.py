@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,18 +85,15 @@ class EndDetector:
 
 
 def new_text(tokenizer: Any, ids: Sequence[int], width: int) -> str:
-    """Return the text of the tokens behind the first `width`, decoded behind the last of those.
+    """Return the text of the tokens behind the first `width`.
 
-    A tokenizer may drop the blank before the first token that it decodes.
+    All are decoded together, because a tokenizer may drop the blank before the first token that it decodes.
     """
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    before = str(tokenizer.decode(list(ids[width - 1 : width]), **options)) if width else ""
-    whole = str(tokenizer.decode(list(ids[max(0, width - 1) :]), **options))
-    return (
-        whole[len(before) :]
-        if whole.startswith(before)
-        else str(tokenizer.decode(list(ids[width:]), **options))
-    )
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    before, whole = str(decode(list(ids[:width]))), str(decode(list(ids)))
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return str(decode(list(ids[width:])))  # the prompt ends inside a letter
 
 
 class RowMonitor(StoppingCriteria):

@@ -130,12 +130,19 @@ def _tables(config: Any) -> Iterator[tuple[str, int]]:
 def forget_rotary_tables(model: PreTrainedModel) -> None:
     """Let rotary tables depend on the call alone: what a longer row of an earlier call left there is taken back.
 
+    Only dynamic NTK keeps something from call to call; LongRoPE chooses its table in each.
+
     Args:
         model: as built, before its first call.
     """
     for module in model.modules():
-        if isinstance(getattr(module, "rope_type", None), str | dict):
-            attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        kind = getattr(module, "rope_type", None)  # one, or one for each type of layer
+        if any("dynamic" in str(name) for name in (kind.values() if isinstance(kind, dict) else [kind])):
+            attributes = {
+                name: value
+                for name, value in vars(module).items()
+                if not name.startswith("_") and name != "training"
+            }
             restore = functools.partial(_restore, attributes, dict(module._buffers))
             module.register_forward_pre_hook(restore)
 

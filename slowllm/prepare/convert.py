@@ -138,7 +138,7 @@ def _open_source(folder: Path, *, checks: bool) -> Checkpoint:
     if pickles.is_pickled(folder) and not has_safetensors:
         checkpoint = pickles.open_pickled(folder)
         if checks:
-            pickles.check_crcs(folder)
+            pickles.check_crcs(checkpoint)
         return checkpoint
     return open_checkpoint(folder)
 

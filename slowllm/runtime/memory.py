@@ -9,11 +9,10 @@ from pathlib import Path
 
 import psutil
 
-from slowllm.options import format_binary, parse_bytes
+from slowllm.options import AUTO, format_binary, parse_bytes
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
 # What `auto` leaves of a machine to others: an eighth, within these bounds. In a container it leaves a twentieth.
 MIN_RESERVE_BYTES, MAX_RESERVE_BYTES = 1 << 29, 1 << 32
 _CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -55,7 +54,7 @@ def budget_bytes(ram: str | int) -> int:
         InputError: it is no size.
     """
     limit = memory_limit()
-    if isinstance(ram, str) and ram.strip().lower() == AUTO:
+    if ram == AUTO:
         return limit.auto_bytes
     num_bytes = parse_bytes(ram)
     if num_bytes <= limit.num_bytes:

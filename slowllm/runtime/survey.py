@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from slowllm.options import parse_bytes, parse_dtype
+from slowllm.options import AUTO, parse_bytes, parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates, least_host_bytes
 from slowllm.planning.forecast import forecast_of
@@ -22,7 +22,7 @@ from slowllm.planning.job import Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
 from slowllm.runtime.load import open_model
-from slowllm.runtime.memory import AUTO, memory_limit
+from slowllm.runtime.memory import memory_limit
 from slowllm.runtime.rates import quick_rates
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.call_context import call_context

@@ -8,6 +8,7 @@ the zip's headers. Later the weights are read like those of any shard.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import struct
 import zipfile
@@ -22,6 +23,8 @@ from slowllm.errors import CheckpointError, first_line
 from slowllm.storage.checkpoint import Checkpoint, read_weight_map
 from slowllm.storage.shard import stamp_of
 from slowllm.storage.spans import DTYPE_NAMES, Span
+
+log = logging.getLogger(__name__)
 
 INDEX, SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
@@ -141,15 +144,16 @@ def _begin_of(file: BinaryIO, record: zipfile.ZipInfo) -> int:
     return record.header_offset + 30 + int(name_bytes) + int(extra_bytes)
 
 
-def check_crcs(folder: Path) -> None:
-    """Read every tensor of a folder of `pytorch_model*.bin` files, and compare it with its checksum in the archive.
+def check_crcs(checkpoint: Checkpoint) -> None:
+    """Read the files of a checkpoint from `open_pickled`, and compare every record with its checksum in the archive.
 
     An archive that torch wrote without checksums has zeros there, which are passed by.
 
     Raises:
         CheckpointError: a tensor's bytes are not those that were written.
     """
-    for path in sorted(folder.glob("pytorch_model*.bin")):
+    for path in sorted({span.path for span in checkpoint.spans.values()}):
+        log.info("%s: comparing its checksums", path.name)
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             for record in archive.infolist():
                 file.seek(_begin_of(file, record))

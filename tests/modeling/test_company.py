@@ -53,7 +53,7 @@ def save_stretched(name: str, folder: Path) -> Path:
     kind, changes = STRETCHED[name]
     config = {**FAMILIES["llama-2"][1], **changes}
     torch.manual_seed(0)
-    model = slowllm_model(kind, config)
+    model = make_model(kind, config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -63,7 +63,7 @@ def save_stretched(name: str, folder: Path) -> Path:
     return folder
 
 
-def slowllm_model(kind: str, config: dict[str, object]) -> torch.nn.Module:
+def make_model(kind: str, config: dict[str, object]) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))  # type: ignore[no-any-return]

@@ -161,3 +161,13 @@ def test_a_revision_in_the_cache_is_found_by_branch_and_commit(
     assert find("acme/tiny").name == commit
     with pytest.raises(CheckpointError, match=r"fetch it with `slowllm download acme/other`"):
         find("acme/other@main")
+
+
+def test_a_config_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    save_tiny("llama-2", tmp_path)
+    with open(tmp_path / "config.json", "r+b") as file:
+        file.truncate(1 << 33)  # a sparse file
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: has 8,589,934,592 bytes, too many for a JSON file"
+    ):
+        slowllm.load(tmp_path)

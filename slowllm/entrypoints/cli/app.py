@@ -62,16 +62,15 @@ def run() -> None:
             app()
         finally:
             sys.stdout.flush()  # else what cannot be written would fail when Python ends, with another exit code
-    except BrokenPipeError:
-        raise  # whoever read stdout has left
     except SlowLLMError as error:
         _leave(str(error))
     except OSError as error:
         if not _stdout_fails():
             raise
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python writes what is left when it ends
+        # Python writes what is left when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)  # whoever read has left, and needs no sentence
         _leave(f"standard output: {error.strerror or error}")
 
 
@@ -82,8 +81,7 @@ def _leave(reason: str) -> NoReturn:
 
 def _stdout_fails() -> bool:
     try:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        sys.stdout.flush()  # fails again with what could not be written
     except OSError:
         return True
     return False

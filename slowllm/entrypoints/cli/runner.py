@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from slowllm.entrypoints.cli.options import check_output
 from slowllm.errors import InputError
-from slowllm.options import parse_bytes, parse_devices, parse_dtype
+from slowllm.options import AUTO, parse_bytes, parse_devices, parse_dtype
 
 if TYPE_CHECKING:
     from slowllm.inference.text import Query
@@ -47,7 +47,7 @@ class Runner:
         self, model: str | None, ram: str, device: str, vram: str | None, dtype: str, *,
         prompt: str | None = None, resident: bool = True, state: Path | None = None, kind: str = "",
     ) -> None:  # fmt: skip
-        if ram != "auto":
+        if ram != AUTO:
             parse_bytes(ram)
         if vram is not None:
             parse_bytes(vram)

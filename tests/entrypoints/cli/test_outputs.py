@@ -13,20 +13,9 @@ from typing import Any
 import pytest
 
 from tests.support.command_line import refused, run
+from tests.support.likelihoods import TEMPLATES
 from tests.support.paths import ROOT, TINY_BLOOM
 from tests.support.processes import Processes
-
-TEMPLATES = """\
-dataset: mine
-templates:
-  a: !Template
-    answer_choices: no ||| yes
-    id: a
-    jinja: "{{ question }}? ||| {% if answer %}yes{% else %}no{% endif %}"
-    metadata: !TemplateMetadata {}
-    name: plain
-    reference: ''
-"""
 
 
 @pytest.fixture
@@ -118,3 +107,12 @@ def test_a_closed_stdout_is_one_sentence() -> None:
 
 def test_an_argument_that_is_not_utf_8_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert "cannot be encoded as UTF-8" in refused(["generate", "a\udcff"], monkeypatch, capsys)
+
+
+def test_a_reader_that_leaves_at_once_is_no_error() -> None:
+    done = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m slowllm --help | true; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), "it may have written all before the reader left"
+    assert done.stderr == ""
