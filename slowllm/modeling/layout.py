@@ -37,6 +37,8 @@ class Layout:
         blocks: the list.
         embedding: the input embedding, whose rows are looked up in `embedding_placement`.
         head: the output embedding, cut into `chunks`.
+        head_parameter: the name of its matrix in the model.
+        head_name: the name of its matrix in the checkpoint.
         modules: the name of each stop's block or leaf, without the stops of the head.
         stops: the tensors of each block or leaf, then each chunk of the head.
         kept: the tensors that always stay in memory: norms, position tables, whatever is outside the blocks.
@@ -50,12 +52,20 @@ class Layout:
     embedding: nn.Module
     embedding_placement: Placement
     head: nn.Linear
+    head_parameter: str
+    head_name: str
     chunks: tuple[Placement, ...]
     modules: tuple[str, ...]
     stops: tuple[tuple[Placement, ...], ...]
     kept: tuple[Placement, ...]
     dtypes: Mapping[str, torch.dtype]
     streamed_names: frozenset[str]
+
+    @property
+    def absent_names(self) -> frozenset[str]:
+        """The streamed parameters, without a head whose matrix is the embedding's, which is mapped."""
+        is_mapped = self.head_name == self.embedding_placement.name
+        return self.streamed_names - ({self.head_parameter} if is_mapped else set())
 
     @property
     def weight_bytes(self) -> int:
@@ -105,7 +115,7 @@ def lay_out(
     largest = max(ring_bytes_of(placement) for group in groups for placement in group)
     chunks = cut_head(placements[head_name], largest)
     dtypes.update({chunk.name: dtypes[head_name] for chunk in chunks})
-    streamed = {*owners, next(name for name, module in model.named_modules() if module is head) + ".weight"}
+    head_parameter = next(name for name, module in model.named_modules() if module is head) + ".weight"
     return Layout(
         granularity=granularity,
         blocks_name=blocks_name,
@@ -113,12 +123,14 @@ def lay_out(
         embedding=embedding,
         embedding_placement=placements[embedding_name],
         head=head,
+        head_parameter=head_parameter,
+        head_name=head_name,
         chunks=tuple(chunks),
         modules=tuple(modules),
         stops=(*map(tuple, groups), *((chunk,) for chunk in chunks)),
         kept=tuple(kept),
         dtypes=dtypes,
-        streamed_names=frozenset(streamed),
+        streamed_names=frozenset((*owners, head_parameter)),
     )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from slowllm.errors import InputError
 from slowllm.malloc import keep_together
+from slowllm.modeling.absent_weight import mark_absent
 from slowllm.modeling.batching import forget_rotary_tables
 from slowllm.modeling.cache_sizes import cache_size_of
 from slowllm.modeling.head import stream_head
@@ -184,6 +185,7 @@ def _assemble(
             stream_leaves(block, lm._carousel, leaves, name, index, home)
     chunk_rows = head_rows(checkpoint, layout.chunks)
     stream_head(layout.head, lm._carousel, layout.chunks, len(layout.modules), logit_transform, chunk_rows)
+    mark_absent(model, layout.absent_names)
     hook_inputs(layout.blocks)
     make_streamed(model, checkpoint.folder, compute_dtype, torch_devices[0])
     log.info(

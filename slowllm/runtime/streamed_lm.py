@@ -16,10 +16,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from slowllm.errors import InputError
+from slowllm.modeling.absent_weight import AbsentWeight
 from slowllm.modeling.layout import Layout
 from slowllm.planning.budget import Budget
 from slowllm.planning.host_plan import Plan, sizes_for
@@ -32,7 +36,7 @@ from slowllm.streaming.cast_stops import CastStops
 from slowllm.streaming.mapped_stops import MappedStops
 from slowllm.streaming.reader import Reader
 from slowllm.streaming.rng_state import SharedGenerators
-from slowllm.streaming.stops import Passage, Stops
+from slowllm.streaming.stops import Passage, Stops, Weights
 
 T = TypeVar("T")
 JobT = TypeVar("JobT", bound=Callable[[], Any])
@@ -152,6 +156,38 @@ class StreamedLM:
         return self._checkpoint.fingerprint(
             json.dumps(config, sort_keys=True, default=str), of_source=of_source
         )
+
+    def weights(self, name: str) -> Tensor:
+        """Return a copy of a parameter in the compute dtype and in the processor's memory, which the budget does not count.
+
+        A streamed parameter is read at its stop, a head at all of its stops.
+
+        Args:
+            name: as in ``lm.model.named_parameters()``.
+        Raises:
+            InputError: the model has no parameter of that name.
+        """
+        try:
+            parameter = self.model.get_parameter(name)
+        except AttributeError as error:
+            raise InputError(f"{self.name}: has no parameter {name!r}") from error
+        if not isinstance(parameter, AbsentWeight):
+            return cast(Tensor, parameter).detach().clone().cpu()
+        first_chunk = self.num_stops - len(self.layout.chunks)
+        if name == self.layout.head_parameter:
+            places = [(first_chunk + number, chunk.name) for number, chunk in enumerate(self.layout.chunks)]
+        else:
+            stops = enumerate(self.layout.stops[:first_chunk])
+            places = [(stop, name) for stop, group in stops if any(name == one.name for one in group)]
+
+        def read(stop: int, key: str) -> Tensor:
+            def copied(weights: Weights) -> Tensor:
+                return weights[key].to(self.layout.dtypes[key], copy=True).cpu()
+
+            return self._carousel.visit(stop, "up", copied)
+
+        parts = [read(stop, key) for stop, key in places]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def ride(self, jobs: Iterable[Callable[[], T]], max_riders: int | None = None) -> list[T]:
         """Run each job as a rider of shared sweeps and return the results in order.
