@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError
+from slowllm.inference.chat_templates import chat_ids
 from slowllm.inference.text import encode_text
 
 USER, ASSISTANT = "User:", "Assistant:"
@@ -62,12 +63,9 @@ class Conversation:
         if not self.has_template:
             return encode_text(self._tokenizer, self.transcript())
         try:
-            found = self._tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
+            return chat_ids(self._tokenizer, self.messages)
         except Exception as error:  # the template is a program, and raises what it likes
             raise InputError(f"the model's chat template refuses the conversation ({error})") from error
-        return tuple(found["input_ids"])
 
     def transcript(self) -> str:
         """Return the conversation as plain text that ends where the next answer is to begin."""

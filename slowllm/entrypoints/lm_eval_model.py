@@ -18,6 +18,7 @@ from slowllm.entrypoints.lm_eval_settings import checkpoint_options, settings_of
 from slowllm.entrypoints.progress import progress
 from slowllm.errors import InputError
 from slowllm.inference import generation, scoring
+from slowllm.inference.chat_templates import chat_text
 from slowllm.inference.generation_types import Prompt
 from slowllm.inference.likelihood import Likelihood
 from slowllm.inference.text import Query, prefix_id
@@ -327,14 +328,12 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         """Return a conversation as one text, by the tokenizer's chat template."""
 
         def apply(history: list[dict[str, str]]) -> str:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                    **self.chat_template_args,
-                )
+            return chat_text(
+                self.tokenizer,
+                history,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+                **self.chat_template_args,
             )
 
         try:

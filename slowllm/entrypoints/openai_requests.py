@@ -14,6 +14,7 @@ from typing import Any
 
 from slowllm.errors import InputError
 from slowllm.files import parse_object, shown
+from slowllm.inference.chat_templates import chat_ids
 from slowllm.inference.generation_types import Prompt, Settings, check_prompt
 from slowllm.inference.text import TextSide, encode_text, max_line_tokens
 
@@ -227,12 +228,9 @@ def _chat_ids(lm: TextSide, messages: list[Any]) -> tuple[int, ...]:
             "unsupported_value",
         )
     try:
-        found = lm.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        return chat_ids(lm.tokenizer, messages)
     except Exception as error:  # the template is a program, and raises what it likes
         raise _Wrong(f"the model's chat template refuses the messages ({error})", "messages") from error
-    return tuple(found["input_ids"])
 
 
 def _checked(lm: TextSide, prompt: Prompt, param: str) -> Prompt:

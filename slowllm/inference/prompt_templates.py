@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 
 from slowllm.errors import InputError, first_line
 from slowllm.files import system_errors
+from slowllm.inference.bounded_calls import BoundedCalls
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +197,8 @@ class Renderer:
         try:
             choices = _parts(self._choices.render(example))
             parts = _parts(self._prompt.render({**example, "answer_choices": list(choices)}))
+        except MemoryError as error:
+            raise InputError(f"{where}: it takes too much memory") from error
         except Exception as error:  # TemplateError, and whatever its expressions raise
             raise InputError(f"{where}: it does not render ({first_line(error)})") from error
         if parts == ("",):
@@ -224,11 +228,20 @@ def make_questions(
     """Return every example through every template, those of one example together: they share their passage.
 
     Raises:
-        InputError: a template does not render, or there are no questions.
+        InputError: a template does not render within limits of time and memory, or there are no questions.
     """
-    renderers = [Renderer(template) for template in templates]
-    rendered = (renderer.render(number, example) for number, example in examples for renderer in renderers)
-    questions = [question for question in rendered if question is not None]
+    renderers: list[Renderer] = []
+
+    def render(numbered: tuple[int, Mapping[str, Any]]) -> list[Question]:
+        # Made in the child: jinja computes constants when it compiles.
+        renderers.extend(Renderer(template) for template in templates[len(renderers) :])
+        found = (renderer.render(*numbered) for renderer in renderers)
+        return [question for question in found if question is not None]
+
+    with contextlib.closing(BoundedCalls(render)) as bounded:
+        questions = [
+            question for numbered in examples for question in bounded(numbered, f"example {numbered[0]}")
+        ]
     if not questions:
         raise InputError("the data has no example to which a template applies")
     return questions
