@@ -17,6 +17,8 @@ from typing import IO, Any
 from slowllm.errors import InputError, SlowLLMError
 
 MAX_SHOWN_LETTERS = 60
+# Descriptions of models, tokenizers and templates are smaller; a sparse file of gigabytes is not read.
+MAX_DESCRIPTION_BYTES = 256 << 20
 
 
 @contextlib.contextmanager
@@ -26,6 +28,23 @@ def system_errors(kind: type[SlowLLMError], where: object, advice: str = "") -> 
         yield
     except OSError as error:
         raise kind(f"{where}: {error.strerror or error}{advice}") from error
+
+
+def read_description(path: Path, kind: type[SlowLLMError]) -> bytes:
+    """Return the bytes of a file that describes something, after a look at its size.
+
+    Raises:
+        SlowLLMError: of class `kind`, where it cannot be read or is larger than `MAX_DESCRIPTION_BYTES`.
+    """
+    with system_errors(kind, path):
+        refuse_large(path, kind)
+        return path.read_bytes()
+
+
+def refuse_large(path: Path, kind: type[SlowLLMError]) -> None:
+    """Raise an error of class `kind` for a file that is larger than `MAX_DESCRIPTION_BYTES`."""
+    if (size := path.stat().st_size) > MAX_DESCRIPTION_BYTES:
+        raise kind(f"{path}: has {size:,} bytes, too many for a file of its kind")
 
 
 def part_of(path: Path, process: int | None = None) -> Path:

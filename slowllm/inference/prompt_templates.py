@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError, first_line
-from slowllm.files import system_errors
+from slowllm.files import read_description
 from slowllm.inference.bounded_calls import BoundedCalls
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,7 @@ def read_templates(path: Path) -> list[Template]:
     for tag in ("!Template", "!TemplateMetadata"):
         Loader.add_constructor(tag, lambda loader, node: loader.construct_mapping(node, deep=True))
     try:
-        with system_errors(InputError, path):
-            document = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        document = yaml.load(read_description(path, InputError).decode("utf-8"), Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: is no templates file of promptsource ({reason[:200]})") from error

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from slowllm.errors import InputError
-from slowllm.files import lock, replace_file, system_errors
+from slowllm.files import lock, read_description, replace_file, system_errors
 from slowllm.modeling.soft_prompts import SoftPrompt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -181,8 +181,8 @@ def _from_peft(config: Mapping[str, Any], path: Path) -> SoftPrompt:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        table = json.loads(read_description(path, InputError))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if not isinstance(table, dict):
         raise InputError(f"{path}: is no JSON object")

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
 from slowllm.errors import CheckpointError, InputError, first_line
+from slowllm.files import refuse_large, system_errors
 from slowllm.modeling.skeleton import read_config
 from slowllm.modeling.soft_prompt_files import load_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt, check_fits
@@ -76,12 +77,20 @@ class ModelInfo:
         Raises:
             CheckpointError: the folder has none that transformers can load.
         """
+        for path in (file for pattern in _READ_BY_TRANSFORMERS for file in self.folder.glob(pattern)):
+            with system_errors(CheckpointError, path):
+                refuse_large(path, CheckpointError)
         try:
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a damaged tokenizer may raise anything
             reason = _what_is_wrong_with_tokenizer(self.folder) or first_line(error)
             raise CheckpointError(f"{self.folder}: its tokenizer cannot be loaded ({reason})") from error
 
+
+_READ_BY_TRANSFORMERS = (
+    "*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "chat_template.json", "additional_chat_templates/*",
+    "*.tiktoken",
+)  # fmt: skip
 
 # Of which one must be there, with what it needs beside it.
 _TOKENIZER_FILES = (

@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from slowllm.errors import CheckpointError
-from slowllm.files import system_errors
+from slowllm.files import read_description
 from slowllm.storage.shard import open_shard, read_header, refuse_short
 from slowllm.storage.spans import Placement, Span
 
 # Samples that identify a shard: the weights of two fine-tunings of one model differ everywhere.
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
-# An index of a million tensors has 100 MB.
-MAX_JSON_BYTES = 1 << 28
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -177,10 +175,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or is not an object.
     """
     try:
-        with system_errors(CheckpointError, path):
-            if (size := path.stat().st_size) > MAX_JSON_BYTES:
-                raise CheckpointError(f"{path.name}: has {size:,} bytes, too many for a JSON file of a model")
-            content = path.read_bytes()
+        content = read_description(path, CheckpointError)
         if content.startswith(LFS_POINTER):
             raise CheckpointError(
                 f"{path.name}: is a Git LFS pointer and not the file itself; fetch it with `git lfs pull` or "
