@@ -3,6 +3,11 @@
 The command line prints them without a traceback and exits with code 2.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class SlowLLMError(Exception):
     """Base of every error that names something the user, a file or the machine got wrong."""
@@ -56,6 +61,19 @@ class TuningError(SlowLLMError):
 
 class DownloadError(SlowLLMError):
     """The hub cannot be reached or refuses, the disk is too small, or a file differs from the hub's."""
+
+
+@contextlib.contextmanager
+def forward_errors(model: object) -> Iterator[None]:
+    """Raise what fails inside a model's forward or backward pass as an ArchitectureError in one sentence."""
+    try:
+        yield
+    except (SlowLLMError, MemoryError):
+        raise
+    except Exception as error:  # whatever transformers and torch may raise on a config that does not fit
+        raise ArchitectureError(
+            f"{type(model).__name__}: its pass fails ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

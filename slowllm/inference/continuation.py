@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
+from slowllm.errors import forward_errors
 from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings
 from slowllm.inference.stopping import (
     EndDetector,
@@ -66,7 +67,8 @@ def continue_prompts(
     if settings.do_sample and settings.seed is not None:
         torch.manual_seed(settings.seed)  # of this rider only: the generator changes hands with the baton
     soft_prompt = lm.soft_prompt
-    with contextlib.nullcontext() if soft_prompt is None else soft_prompt.adding(0, width):
+    adding = contextlib.nullcontext() if soft_prompt is None else soft_prompt.adding(0, width)
+    with forward_errors(lm.model), adding:
         output = model.generate(
             **inputs,
             generation_config=_generation_config(settings, tokens, **extra),

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from slowllm.errors import InputError
+from slowllm.errors import InputError, forward_errors
 from slowllm.inference.likelihood import Likelihood
 from slowllm.inference.prefix_sharing import (
     Load,
@@ -344,7 +344,7 @@ def _score_batch(
         shared_cache = SharedCache(len(lm.layout.blocks), first, shared)
         inputs |= {"past_key_values": shared_cache, "use_cache": True}
     adding = contextlib.nullcontext() if prompt is None else prompt.adding(start, width)
-    with call_context(journal=journal), adding:
+    with forward_errors(lm.model), call_context(journal=journal), adding:
         found = log_probs_at(lm.model, rows, positions, tokens, relative=relative, **inputs)
     counts = [len(segment.targets) for segment in segments]
     split = zip(found.log_probs.split(counts), found.is_likeliest.split(counts), strict=True)

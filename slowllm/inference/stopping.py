@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria, StopStringCriteria
 
+from slowllm.errors import CheckpointError
+from slowllm.files import shown
 from slowllm.inference.generation_types import OnTokens, Settings
 from slowllm.inference.text import TextSide
+
+# A vocabulary of more tokens is damaged; tables of it would take gigabytes.
+_MAX_TOKENS = 1 << 23
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +37,11 @@ class SpecialTokens:
 
 
 def special_tokens(lm: TextSide) -> SpecialTokens:
-    """Return the EOS tokens of generation_config.json, else of config.json, else of the tokenizer."""
+    """Return the EOS tokens of generation_config.json, else of config.json, else of the tokenizer.
+
+    Raises:
+        CheckpointError: one of them is no token id.
+    """
     generation_config = getattr(getattr(lm, "model", None), "generation_config", None)
     for source in (generation_config, lm.config.get_text_config()):
         eos = getattr(source, "eos_token_id", None)
@@ -42,6 +51,11 @@ def special_tokens(lm: TextSide) -> SpecialTokens:
         eos = lm.tokenizer.eos_token_id
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     pad = getattr(generation_config, "pad_token_id", None)
+    for name, ids in (("eos_token_id", eos_ids), ("pad_token_id", () if pad is None else (pad,))):
+        if not all(type(token) is int and abs(token) < _MAX_TOKENS for token in ids):
+            raise CheckpointError(
+                f"the checkpoint's {name} is {shown(ids[0] if len(ids) == 1 else ids)}, no token id"
+            )
     return SpecialTokens(eos_ids, pad if pad is not None and pad >= 0 else eos_ids[0] if eos_ids else 0)
 
 
@@ -64,6 +78,8 @@ class EndDetector:
         self._tokenizer, self._stop = lm.tokenizer, settings.stop
         self._strings: StopStringCriteria | None = None
         if settings.stop:
+            if (last := max(lm.tokenizer.get_vocab().values(), default=0)) >= _MAX_TOKENS:
+                raise CheckpointError(f"the tokenizer has a token {last}, beyond any vocabulary")
             try:
                 self._strings = StopStringCriteria(lm.tokenizer, list(settings.stop))
             except ValueError as error:  # no tokens of this tokenizer can make any of them

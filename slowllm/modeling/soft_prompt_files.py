@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from slowllm.errors import InputError
+from slowllm.errors import InputError, first_line
 from slowllm.files import lock, read_description, replace_file, system_errors
 from slowllm.modeling.soft_prompts import SoftPrompt
 
@@ -149,7 +149,7 @@ def load_prompt(folder: str | os.PathLike[str]) -> tuple[SoftPrompt, dict[str, A
     except KeyError as error:
         raise InputError(f"{path}: is no soft prompt that can be read (it has no {error})") from error
     except _UNREADABLE as error:
-        raise InputError(f"{path}: is no soft prompt that can be read ({error})") from error
+        raise InputError(f"{path}: is no soft prompt that can be read ({first_line(error)})") from error
     inside = sorted(child.name for child in path.iterdir() if any((child / name).is_file() for name in FILES))
     more = f"; the folders in it have: {', '.join(inside[:4])}" if inside else ""
     raise InputError(f"{path}: has no soft prompt; there is neither {CONFIG} nor {DEEP_WEIGHTS}{more}")

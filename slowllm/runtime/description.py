@@ -81,7 +81,10 @@ class ModelInfo:
             with system_errors(CheckpointError, path):
                 refuse_large(path, CheckpointError)
         try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            found = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            if not isinstance(length := found.model_max_length, int | float):
+                raise ValueError(f"its model_max_length is a {type(length).__name__}")
+            return found
         except Exception as error:  # a damaged tokenizer may raise anything
             reason = _what_is_wrong_with_tokenizer(self.folder) or first_line(error)
             raise CheckpointError(f"{self.folder}: its tokenizer cannot be loaded ({reason})") from error

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from slowllm.errors import forward_errors
 from slowllm.options import AUTO, parse_bytes, parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates, least_host_bytes
@@ -60,7 +61,13 @@ def _first_block_seconds(lm: StreamedLM, num_tokens: int) -> float:
     width = max(1, min(64, num_tokens))
     ids = torch.zeros(max(1, num_tokens // width), width, dtype=torch.int64)
     before, started = lm.report.wait_seconds, time.perf_counter()
-    with call_context(journal=StopAfterBlocks(1)), torch.no_grad(), contextlib.suppress(StopForward):
+    journal = StopAfterBlocks(1)
+    with (
+        forward_errors(lm.model),
+        call_context(journal=journal),
+        torch.no_grad(),
+        contextlib.suppress(StopForward),
+    ):
         lm.model(ids, use_cache=False)
     return time.perf_counter() - started - (lm.report.wait_seconds - before)
 

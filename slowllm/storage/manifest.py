@@ -130,7 +130,7 @@ def read_manifest(folder: Path) -> Manifest:
             str(table["store"]), str(table["slowllm"]), str(table["source_name"]), str(table["source_hash"]),
             table["is_exact"] is True, files, {str(k): str(v) for k, v in table["small_files"].items()},
         )  # fmt: skip
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise StoreError(
             f"{folder}: its manifest is damaged ({error!r}); delete the store and convert the model again"
         ) from error
@@ -140,7 +140,7 @@ def file_from_json(entry: Mapping[str, Any]) -> StoredFile:
     """Return a file's entry in a manifest, or its record.
 
     Raises:
-        KeyError, TypeError, AttributeError, ValueError: the entry is damaged.
+        KeyError, TypeError, AttributeError, ValueError, OverflowError: the entry is damaged.
     """
     tensors = {
         name: StoredTensor(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from slowllm.errors import InputError
+from slowllm.errors import InputError, forward_errors
 from slowllm.modeling.head import last_hidden
 from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.rounding import ceil_div
@@ -66,7 +66,8 @@ def _pairs_rider(lm: StreamedLM, ids: Tensor) -> tuple[Tensor, ...]:
     """Return the keys and values of each block for some tokens. Runs as a rider."""
     cache = DynamicCache(config=lm.model.config.get_text_config())
     # The head has no keys and values.
-    with call_context(reach=Reach(end=len(lm.layout.blocks))), torch.no_grad():
+    reach = Reach(end=len(lm.layout.blocks))
+    with forward_errors(lm.model), call_context(reach=reach), torch.no_grad():
         last_hidden(lm.model, {"input_ids": ids[None], "past_key_values": cache, "use_cache": True})
     pairs = []
     for layer in cache.layers:

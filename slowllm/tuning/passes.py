@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slowllm.errors import InputError, NonFiniteError, SlowLLMError, TuningError
+from slowllm.errors import InputError, NonFiniteError, SlowLLMError, TuningError, forward_errors
 from slowllm.modeling.batching import batch_rule
 from slowllm.modeling.losses import choice_logits, token_losses
 from slowllm.modeling.soft_prompts import SoftPrompt
@@ -198,6 +198,7 @@ def _fill_rider(lm: StreamedLM, prompt: SoftPrompt, rows: Sequence[Example], num
     journal = StopAfterBlocks(num_blocks)
     ids, mask = _inputs_of(prompt, rows)
     with (
+        forward_errors(lm.model),
         call_context(reach=Reach(end=num_blocks), journal=journal),
         torch.no_grad(),
         contextlib.suppress(StopForward),
@@ -242,7 +243,11 @@ def _losses(
         for place, token in enumerate(example.answer)
     ]
     target_rows, positions, tokens = torch.tensor(targets, dtype=torch.int64).unbind(1)
-    with call_context(journal=journal), prompt.applied(lm.model, ids, mask) as inputs:
+    with (
+        forward_errors(lm.model),
+        call_context(journal=journal),
+        prompt.applied(lm.model, ids, mask) as inputs,
+    ):
         if task.compares:
             choices = torch.tensor([label[0] for label in task.label_ids])
             logits = choice_logits(lm.model, target_rows, positions, choices, inputs)
