@@ -177,7 +177,7 @@ def check(name: str, count: int, base: Callable[[str, int], Path], tmp_path: Pat
     assert not wrong, wrong
     assert found["right"] + found["refused"] == count
     assert found["right"]
-    assert found["refused"]
+    assert found["refused"] or count < NUM_LONG
 
 
 @pytest.mark.parametrize("name", CHECKS)

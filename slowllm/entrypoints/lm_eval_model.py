@@ -352,8 +352,11 @@ def _special(add: bool | None) -> dict[str, bool]:
 
 
 def _covers(planned: Job | None, job: Job) -> bool:
+    tokens = job.num_tokens or 0
     return (
         planned is not None
+        and bool(planned.rows) == bool(job.rows)
+        and planned.most_logits(tokens, tokens) >= job.most_logits(tokens, tokens)
         and planned.keeps_results == job.keeps_results
         and planned.num_passes >= job.num_passes
         and planned.longest >= job.longest

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from slowllm.errors import forward_errors
+
 
 class BranchingLayer(DynamicLayer):
     """Keys and values of one accepted row, and behind them those of many short rows, the branches.
@@ -79,9 +81,10 @@ class CachedModel:
         # A token that only the other model's padded vocabulary has is replaced; it can only cost acceptance.
         rows = rows.clamp(max=self._vocabulary - 1)
         extra = {"logits_to_keep": num_last} if self._can_keep_last else {}
-        output = self._model(
-            input_ids=rows, past_key_values=Cache(layers=list(self._layers)), use_cache=True, **extra
-        )
+        with forward_errors(self._model):
+            output = self._model(
+                input_ids=rows, past_key_values=Cache(layers=list(self._layers)), use_cache=True, **extra
+            )
         logits: Tensor = output.logits[:, -num_last:].float().cpu()
         return logits
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -28,13 +29,21 @@ from slowllm.runtime.streamed_lm import StreamedLM
 
 
 def with_own_defaults(lm: StreamedLM) -> Any:
-    """Return the model with an empty generation config, sharing all its parts.
+    """Return the model with an empty generation config and with errors of its passes in one sentence, sharing all parts.
 
     transformers fills what a call leaves open from the model's own config, where a checkpoint may put anything
     (Llama's says do_sample=True and a temperature of 0.6).
     """
     model = copy.copy(lm.model)
     model.generation_config = GenerationConfig()
+    plain = model.forward
+
+    @functools.wraps(plain)  # generate() looks at the signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with forward_errors(lm.model):
+            return plain(*args, **kwargs)
+
+    model.forward = forward
     return model
 
 
@@ -68,7 +77,7 @@ def continue_prompts(
         torch.manual_seed(settings.seed)  # of this rider only: the generator changes hands with the baton
     soft_prompt = lm.soft_prompt
     adding = contextlib.nullcontext() if soft_prompt is None else soft_prompt.adding(0, width)
-    with forward_errors(lm.model), adding:
+    with adding:
         output = model.generate(
             **inputs,
             generation_config=_generation_config(settings, tokens, **extra),

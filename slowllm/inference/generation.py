@@ -10,16 +10,18 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from slowllm.errors import InputError, NonFiniteError, SlowLLMError
 from slowllm.inference.continuation import continue_prompts, with_own_defaults
-from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, check_prompt
+from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings, check_prompt
+from slowllm.inference.stopping import stop_criteria
 from slowllm.inference.text import TextSide
 from slowllm.modeling.batching import batch_rule
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
-from slowllm.planning.job import Job, Rates
+from slowllm.planning.job import ContinuedRow, Job, Rates
 from slowllm.planning.packing import pack
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.riders import Sized
@@ -52,14 +54,35 @@ def job_of(lm: TextSide, prompts: Iterable[Prompt], rates: Rates | None = None) 
         check_prompt(lm, prompt, f"prompt {number}")
     padding = padding_worth(rates or Rates())
     groups = _group(lm, prompts, MAX_RIDER_TOKENS, 1 << 62, padding)
+    rows: Counter[ContinuedRow] = Counter()
+    for prompt in prompts:
+        rows[row_of(prompt.width, prompt.settings)] += prompt.settings.num_rows
+    # Made here, where the plan finds their tables in the process's memory.
+    for stop in {prompt.settings.stop for prompt in prompts}:
+        stop_criteria(lm.tokenizer, stop)
     return Job(
         num_tokens=sum(_held_tokens([prompts[n] for n in group]) for group in groups),
         # A rider takes a prompt with all its rows, or not at all.
         longest=max(prompt.num_tokens for prompt in prompts),
         forward_only=True,
-        keeps_results=True,
+        keeps_results=False,
+        rows=tuple(rows.items()),
         num_passes=max(prompt.settings.max_new_tokens for prompt in prompts),
     )
+
+
+def row_of(width: int, settings: Settings) -> ContinuedRow:
+    """Return what is held of a row that is continued: the copies of its logits that transformers' `generate` makes.
+
+    Float32 logits, scores and probabilities stay until those of the next token replace them. Sorting for top_p takes
+    values, and indices of eight bytes.
+    """
+    num_held, num_scratch = (3, 9) if settings.do_sample else (2, 4)
+    if settings.num_beams > 1:
+        num_held, num_scratch = 3, 6
+    if settings.top_log_probs is not None:
+        num_held += settings.max_new_tokens
+    return ContinuedRow(width, width + settings.max_new_tokens, num_held, num_scratch)
 
 
 def _held_tokens(prompts: Sequence[Prompt]) -> int:

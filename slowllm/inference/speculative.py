@@ -143,7 +143,8 @@ def job_of(lm: TextSide, prompts: Iterable[Prompt], rates: Rates | None = None) 
     # Tokens whose compute is hidden behind reading weights of two bytes each, divided among the prompts.
     tree = max(MAX_DEPTH, min(MAX_TREE_TOKENS, int(rates.compute / rates.disk) // len(prompts)))
     num_tokens = sum(prompt.num_tokens + tree for prompt in prompts)
-    return replace(job, num_tokens=num_tokens, longest=job.longest + tree)
+    # Logits of every drafted token are looked at.
+    return replace(job, num_tokens=num_tokens, longest=job.longest + tree, keeps_results=True, rows=())
 
 
 def load_draft(

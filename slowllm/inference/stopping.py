@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,11 @@ from slowllm.inference.text import TextSide
 
 # A vocabulary of more tokens is damaged; tables of it would take gigabytes.
 _MAX_TOKENS = 1 << 23
+# Criteria of different stop strings that are kept for a tokenizer; transformers keeps as many tables.
+_MAX_CRITERIA = 8
+_criteria: weakref.WeakKeyDictionary[Any, dict[tuple[str, ...], StopStringCriteria | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +70,32 @@ def without_eos(ids: Sequence[int], tokens: SpecialTokens) -> tuple[int, ...]:
     return tuple(ids[:-1] if ids and ids[-1] in tokens.eos else ids)
 
 
+def stop_criteria(tokenizer: Any, stop: tuple[str, ...]) -> StopStringCriteria | None:
+    """Return transformers' criteria for stop strings, made once; None where no tokens can make any of them.
+
+    Their tables grow with the vocabulary: tens of megabytes for 250,000 tokens.
+
+    Raises:
+        CheckpointError: the tokenizer has a token beyond any vocabulary.
+    """
+    made = _criteria.setdefault(tokenizer, {})
+    if stop not in made:
+        made[stop] = _make_criteria(tokenizer, stop) if stop else None
+        if len(made) > _MAX_CRITERIA:
+            del made[next(iter(made))]
+    return made[stop]
+
+
+def _make_criteria(tokenizer: Any, stop: tuple[str, ...]) -> StopStringCriteria | None:
+    if (last := max(tokenizer.get_vocab().values(), default=0)) >= _MAX_TOKENS:
+        raise CheckpointError(f"the tokenizer has a token {last}, beyond any vocabulary")
+    try:
+        return StopStringCriteria(tokenizer, list(stop))
+    except ValueError as error:  # no tokens of this tokenizer can make any of them
+        log.info("stop strings %s: %s", stop, error)
+        return None
+
+
 class EndDetector:
     """Detects whether token ids end in EOS or a stop string.
 
@@ -76,14 +108,7 @@ class EndDetector:
     def __init__(self, lm: TextSide, settings: Settings, tokens: SpecialTokens) -> None:
         self._eos = torch.tensor(tokens.eos, dtype=torch.int64)
         self._tokenizer, self._stop = lm.tokenizer, settings.stop
-        self._strings: StopStringCriteria | None = None
-        if settings.stop:
-            if (last := max(lm.tokenizer.get_vocab().values(), default=0)) >= _MAX_TOKENS:
-                raise CheckpointError(f"the tokenizer has a token {last}, beyond any vocabulary")
-            try:
-                self._strings = StopStringCriteria(lm.tokenizer, list(settings.stop))
-            except ValueError as error:  # no tokens of this tokenizer can make any of them
-                log.info("stop strings %s: %s", settings.stop, error)
+        self._strings = stop_criteria(lm.tokenizer, settings.stop)
 
     def has_ended(self, ids: Tensor, width: int) -> Tensor:
         """Return (B,) bool: whether the last token of each sequence (B, T) ends it.

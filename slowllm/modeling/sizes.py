@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -59,6 +60,9 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
         attention_token_bytes=scores_bytes,
         rider_token_bytes=itemsize * (6 * hidden + inside) + 1024,
         result_token_bytes=cache_bytes + itemsize * layout.head.out_features,
+        cache_token_bytes=cache_bytes,
+        logits_bytes=4 * layout.head.out_features,
+        returns_all_logits="logits_to_keep" not in inspect.signature(model.forward).parameters,
         checkpoint_token_bytes=itemsize * len(layout.blocks) * hidden,
         # What autograd keeps of one block, and its gradients (measured: 1.2 MB a token for Llama-70B).
         replay_token_bytes=4 * itemsize * activations,

@@ -26,6 +26,8 @@ MAX_RIDER_TOKENS = 1024
 MAX_SWEEP_TOKENS = 8192
 # What the allocator, thread stacks and the interpreter take beyond what is counted here (measured: up to 250 MB).
 SLACK_BYTES = 288 * MIB
+# The size of a process differs by as much from one start to the next (measured: up to 17 MB).
+START_BYTES = 24 * MIB
 # Stops smaller than a block must bring the time down to this share, or handing them over is not worth it.
 LEAVES_GAIN = 0.95
 
@@ -147,6 +149,12 @@ def working_bytes(sizes: Sizes, job: Job, rider_tokens: int, sweep_tokens: int) 
     """Return the memory of a sweep's riders, one of which computes."""
     waiting = sizes.rider_token_bytes + (sizes.result_token_bytes if job.keeps_results else 0)
     scratch = sizes.scratch_bytes(rider_tokens, job.longest)
+    if job.rows:
+        waiting += sizes.cache_token_bytes
+        num_logits = job.most_logits(rider_tokens, sweep_tokens)
+        if sizes.returns_all_logits:
+            num_logits += 2 * rider_tokens
+        scratch += num_logits * sizes.logits_bytes
     if not job.forward_only:
         waiting += sizes.checkpoint_token_bytes
         scratch += rider_tokens * (sizes.replay_token_bytes + job.longest * sizes.replay_attention_bytes)
@@ -179,7 +187,7 @@ def _refusal(
     tokens, outside = least_rider_tokens(job), total_bytes - free_bytes
     working, fixed = _least_working(sizes, job), sizes.kept_bytes + SLACK_BYTES
     least = least_bytes(sizes, job, keep_resident)
-    smallest = round_up(outside + least, MIB)
+    smallest = round_up(outside + least + START_BYTES, MIB)
     length = ", as many as the longest sequence has" if tokens == job.longest > MIN_RIDER_TOKENS else ""
     return (
         f"a budget of {format_binary(total_bytes)} is too small for this model: "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from slowllm.errors import InputError
+from slowllm.rounding import ceil_div
 
 Granularity = Literal["blocks", "leaves"]
 
@@ -47,6 +49,9 @@ class Sizes:
         replay_token_bytes: further scratch memory of a token inside a block that runs backward.
         replay_attention_bytes: the same for every token of its sequence, if attention scores are materialised.
         num_head_stops: how many of the stops are chunks of the head.
+        cache_token_bytes: of `result_token_bytes`, keys and values.
+        logits_bytes: logits of one position in float32.
+        returns_all_logits: whether a call of the model computes logits of all positions, whatever is asked for.
     """
 
     granularity: Granularity
@@ -60,6 +65,9 @@ class Sizes:
     replay_token_bytes: int = 0
     replay_attention_bytes: int = 0
     num_head_stops: int = 0
+    cache_token_bytes: int = 0
+    logits_bytes: int = 0
+    returns_all_logits: bool = False
 
     @property
     def all_bytes(self) -> int:
@@ -82,6 +90,23 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class ContinuedRow:
+    """A row of a batch that is continued token by token.
+
+    Attributes:
+        width: its tokens before the first new one.
+        length: its tokens at the end.
+        num_held: copies of the logits of one position in float32 that it holds while its rider waits.
+        num_scratch: further copies while its next token is chosen.
+    """
+
+    width: int
+    length: int
+    num_held: int
+    num_scratch: int
+
+
+@dataclass(frozen=True)
 class Job:
     """The job that a model is opened for.
 
@@ -96,6 +121,8 @@ class Job:
         turns: whether each sweep comes down again from the last block, as in tuning.
         first_stop: the lowest stop that the job visits.
         rider_tokens: of a micro-batch, fixed because rounding depends on it.
+        rows: in generation, the rows that are continued, alike ones together, each with their number. Such a job
+            keeps keys and values, and logits of its last positions only.
     Raises:
         InputError: these are no numbers of tokens.
     """
@@ -110,6 +137,7 @@ class Job:
     turns: bool = False
     first_stop: int = 0
     rider_tokens: int | None = None
+    rows: tuple[tuple[ContinuedRow, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_passes, int) or self.num_passes < 1:
@@ -121,10 +149,32 @@ class Job:
         ):
             raise InputError(f"a job cannot have {self.num_tokens!r} tokens and a sequence of {self.longest}")
 
+    def most_logits(self, rider_tokens: int, sweep_tokens: int) -> int:
+        """Return the most copies of one position's logits that a sweep holds, one of whose riders chooses tokens.
+
+        Args:
+            rider_tokens: of a micro-batch, before the first new token.
+            sweep_tokens: of all riders, at their end.
+        """
+        held = _most(((row.length, row.num_held, count) for row, count in self.rows), sweep_tokens)
+        return held + _most(((row.width, row.num_scratch, count) for row, count in self.rows), rider_tokens)
+
     @property
     def planned_tokens(self) -> int:
         """Tokens of the job, assumed ones if their number is unknown."""
         return max(ASSUMED_TOKENS, self.longest) if self.num_tokens is None else self.num_tokens
+
+
+def _most(rows: Iterable[tuple[int, int, int]], num_tokens: int) -> int:
+    """Return the most copies that rows of so many tokens in all hold; each row is its tokens, copies and number."""
+    total = 0
+    for tokens, copies, count in sorted(rows, key=lambda row: -row[1] / row[0]):
+        taken = min(count, ceil_div(num_tokens, tokens))
+        total += taken * copies
+        num_tokens -= taken * tokens
+        if num_tokens <= 0:
+            break
+    return total
 
 
 @dataclass(frozen=True)

@@ -336,7 +336,10 @@ def test_a_job_counts_what_is_held_and_how_often_it_passes() -> None:
     prompts = [Prompt((5,) * 8, Settings(4)), Prompt((5,) * 6, Settings(4, num_beams=3))]
     job = generation.job_of(known, prompts)
     assert job.num_tokens == 12 + 3 * 10
-    assert (job.longest, job.num_passes, job.keeps_results) == (30, 4, True)
+    assert (job.longest, job.num_passes, job.keeps_results) == (30, 4, False)
+    assert [(row.width, row.length, count) for row, count in job.rows] == [(8, 12, 1), (6, 10, 3)]
+    assert job.most_logits(14, 12) == 3 * 2 + 3 * 6
+    assert job.most_logits(26, 42) == 3 * 3 + 2 + 3 * 6 + 4
 
 
 @pytest.mark.parametrize("family", ["bloom", "llama-3-scaled-rope", "falcon-multi-query", "deepseek-v3"])

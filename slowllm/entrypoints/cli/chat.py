@@ -60,6 +60,7 @@ def chat(
     runner = Runner(model, ram, device, vram, dtype, resident=resident)
     from slowllm.entrypoints.cli.chat_loop import converse
     from slowllm.entrypoints.conversation import Conversation
+    from slowllm.inference.generation import row_of
     from slowllm.inference.generation_types import Settings
     from slowllm.inference.text import max_line_tokens
 
@@ -75,8 +76,8 @@ def chat(
     if system is not None and len(info.tokenizer(system, verbose=False)["input_ids"]) >= context:
         raise InputError(f"--system alone takes all {context} tokens of the conversation")
     job = Job(
-        num_tokens=context, longest=context, repeated=True, forward_only=True, keeps_results=True,
-        num_passes=min(settings.max_new_tokens, context),
+        num_tokens=context, longest=context, repeated=True, forward_only=True, keeps_results=False,
+        num_passes=min(settings.max_new_tokens, context), rows=((row_of(1, settings), 1),),
     )  # fmt: skip
     with runner.open(job) as lm:
         converse(lm, conversation, settings, context=context, rates=runner.rates)
