@@ -55,6 +55,18 @@ class StateError(SlowLLMError):
     """A state folder belongs to another job or process, is damaged, or cannot be written."""
 
 
+class OtherJobError(StateError):
+    """A state folder belongs to another job.
+
+    Attributes:
+        difference: what the two jobs differ in, with both values.
+    """
+
+    def __init__(self, folder: object, difference: str, advice: str) -> None:
+        super().__init__(f"{folder}: is the state of another job ({difference}); {advice}")
+        self.difference = difference
+
+
 class TuningError(SlowLLMError):
     """A soft prompt cannot be tuned further: a loss or gradient is NaN or grows without bound."""
 

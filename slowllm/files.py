@@ -52,6 +52,12 @@ def part_of(path: Path, process: int | None = None) -> Path:
     return path.with_name(path.name + ("" if process is None else f".{process}") + ".part")
 
 
+def state_of(path: Path) -> Path:
+    """Return the folder that keeps the work behind `part_of(path)` until the file gets its name."""
+    partial = part_of(path)
+    return partial.with_name(partial.name + ".state")
+
+
 def sync(file: IO[Any]) -> None:
     """Write what is in Python's and the system's buffers to the disk."""
     file.flush()

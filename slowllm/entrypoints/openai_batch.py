@@ -9,18 +9,18 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
 from typing import Any
 
-from slowllm.entrypoints.openai_requests import Refusal, Request, digest_of
+from slowllm.entrypoints.openai_requests import CHAT, Refusal, Request
 from slowllm.entrypoints.openai_responses import ResponseMeta, answered, failed, refused
 from slowllm.errors import StateError
 from slowllm.inference.continuation import continue_prompts, with_own_defaults
-from slowllm.inference.generation import ContinueGroup, job_of, ride_prompts
+from slowllm.inference.generation import job_of, ride_prompts
 from slowllm.inference.generation_types import Continuation, Prompt
+from slowllm.inference.saved_continuations import saved_in
 from slowllm.inference.text import TextSide
 from slowllm.planning.job import Job, Rates
-from slowllm.runtime.run_identity import run_identity, saved_packing
+from slowllm.runtime.run_identity import batch_identity, digest_of
 from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
 
@@ -38,13 +38,11 @@ def plan_of(
     Raises:
         StateError: the state is another version's.
     """
-    job = job_of(lm, _prompts(entries), rates)
-    if begun is None:
-        return job
-    packing = saved_packing(begun)
-    if packing is None or type(begun.get("created")) is not int:
-        raise StateError("the state is another job's or version's, or damaged; name another folder")
-    return replace(job, packing=packing)
+    if begun is not None and type(begun.get("created")) is not int:
+        raise StateError(
+            "the state is another job's or version's, or damaged; name another folder, or delete it"
+        )
+    return job_of(lm, _prompts(entries), rates, begun)
 
 
 def _prompts(entries: Iterable[Request | Refusal]) -> list[Prompt]:
@@ -55,12 +53,25 @@ def describe(
     lm: StreamedLM, entries: Iterable[Request | Refusal], begun: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return what the answers depend on, for `State`; ``created`` is the time at which the job was begun."""
-    return run_identity(
+    entries = list(entries)
+    return batch_identity(
         "batch", lm,
-        requests=digest_of([[entry.number, entry.digest] for entry in entries]),
-        packing=[lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens],
+        requests=digest_of([entry.number, entry.digest] for entry in entries),
+        prompts=digest_of(prompt.ids for prompt in _prompts(entries)),
         created=int(time.time()) if begun is None else begun["created"],
     )  # fmt: skip
+
+
+def rendered_chats(entries: Iterable[Request | Refusal]) -> dict[str, list[int]]:
+    """Return the token ids of every chat by the number of its line, for the `inputs` of a `State`.
+
+    A chat template may name the time of day, so that it would make other ids in a later process.
+    """
+    return {
+        str(entry.number): list(entry.prompts[0].ids)
+        for entry in entries
+        if isinstance(entry, Request) and entry.url == CHAT
+    }
 
 
 def other_models(lm: StreamedLM, entries: Iterable[Request | Refusal]) -> list[str]:
@@ -85,10 +96,8 @@ def answer(
     """
     fingerprint = digest_of([job["versions"], job["model"], job["dtype"]])
     meta = ResponseMeta(lm.name, job["created"], f"fp_{fingerprint[:10]}")
-    rider: ContinueGroup = functools.partial(continue_prompts, lm, with_own_defaults(lm), on_tokens=None)
-    if state is not None:
-        rider = functools.partial(_resume_or_continue, rider, state)
-    results = ride_prompts(lm, _prompts(entries), rider)
+    rider = functools.partial(continue_prompts, lm, with_own_defaults(lm), on_tokens=None)
+    results = ride_prompts(lm, _prompts(entries), saved_in(state, rider))
     for entry in entries:
         if isinstance(entry, Refusal):
             yield refused(entry)
@@ -104,36 +113,3 @@ def answer(
             yield failed(entry, 500, "server_error", str(errors[0]))
         else:
             yield answered(lm, entry, continuations, meta)
-
-
-def _resume_or_continue(
-    rider: ContinueGroup, state: State, numbers: Sequence[int], prompts: Sequence[Prompt]
-) -> list[tuple[Continuation, ...]]:
-    """Continue a micro-batch unless an earlier process did; runs as a rider.
-
-    Micro-batches are made of all prompts, finished ones included, so that each is the same as before, to the bit.
-    """
-    saved = state.result(numbers[0])
-    if saved is not None:
-        return [tuple(_from_json(one) for one in continuations) for continuations in saved]
-    results = rider(numbers, prompts)
-    state.finish(numbers[0], [[_to_json(one) for one in continuations] for continuations in results])
-    return results
-
-
-def _to_json(continuation: Continuation) -> dict[str, Any]:
-    tops = continuation.top_log_probs
-    # JSON has only strings as keys.
-    pairs = None if tops is None else [list(top.items()) for top in tops]
-    return {**asdict(continuation), "top_log_probs": pairs}
-
-
-def _from_json(saved: Mapping[str, Any]) -> Continuation:
-    log_probs, tops = saved["log_probs"], saved["top_log_probs"]
-    return Continuation(
-        ids=tuple(saved["ids"]),
-        text=saved["text"],
-        finish_reason=saved["finish_reason"],
-        log_probs=None if log_probs is None else tuple(log_probs),
-        top_log_probs=None if tops is None else tuple(dict(map(tuple, top)) for top in tops),
-    )

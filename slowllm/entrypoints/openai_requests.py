@@ -7,7 +7,6 @@ nothing, or refused by its name.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from slowllm.files import parse_object, shown
 from slowllm.inference.chat_templates import chat_ids
 from slowllm.inference.generation_types import Prompt, Settings, check_prompt
 from slowllm.inference.text import TextSide, encode_text, max_line_tokens
+from slowllm.runtime.run_identity import digest_of
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 # OpenAI's limit for completions is 16 where a request names none. Theirs for chats is what the model takes, which
@@ -27,18 +27,28 @@ MOST_LOG_PROBS = {COMPLETIONS: 5, CHAT: 20}
 # Fields of OpenAI's that are understood, but not done unless they ask for nothing: null, or one of these.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "stream": (False,),
-    "stream_options": (),
+    "stream_options": ({}, {"include_usage": False}),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
     "suffix": ("",),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "audio": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
 }
-# Fields that change no answer.
-IGNORED = ("user", "metadata")
+# Fields that change no answer: who asks, what OpenAI is to keep, and how soon and at what price it answers. Whether
+# tools may be called in parallel changes nothing either, because there are none.
+IGNORED = (
+    "user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key", "prompt_cache_retention",
+    "prediction", "parallel_tool_calls",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,11 +105,19 @@ class _Wrong(Exception):
         self.param, self.code = param, code or ("invalid_value" if param else "invalid_request")
 
 
-def read_requests(lm: TextSide, lines: Iterable[tuple[int, str]]) -> list[Request | Refusal]:
+def read_requests(
+    lm: TextSide, lines: Iterable[tuple[int, str]], rendered: Mapping[str, Any] | None = None
+) -> list[Request | Refusal]:
     """Turn numbered lines into requests, and those that cannot be done into refusals, in their order.
 
     Lines that share a custom_id are all refused: nobody could tell their answers apart.
+
+    Args:
+        lm: the model, or its `ModelInfo`.
+        lines: of the file.
+        rendered: token ids of chats, by the number of the line, as an earlier process made them.
     """
+    rendered = rendered or {}
     lines = list(lines)
     documents: list[dict[str, Any] | _Wrong] = []
     for _, text in lines:
@@ -124,7 +142,7 @@ def read_requests(lm: TextSide, lines: Iterable[tuple[int, str]]) -> list[Reques
                     f"custom_id {custom_id!r} is that of lines {', '.join(map(str, same))}; give each its own",
                     code="duplicate_custom_id",
                 )
-            read.append(_request(lm, number, found))
+            read.append(_request(lm, number, found, rendered.get(str(number))))
         except _Wrong as wrong:
             message = f"line {number}: {wrong}"
             read.append(
@@ -133,12 +151,7 @@ def read_requests(lm: TextSide, lines: Iterable[tuple[int, str]]) -> list[Reques
     return read
 
 
-def digest_of(value: Any) -> str:
-    """Return the SHA-256 of what JSON has, as hexadecimal digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _request(lm: TextSide, number: int, line: Mapping[str, Any]) -> Request:
+def _request(lm: TextSide, number: int, line: Mapping[str, Any], rendered: Any) -> Request:
     custom_id, method, url, body = (line.get(name) for name in ("custom_id", "method", "url", "body"))
     if not isinstance(custom_id, str) or not custom_id:
         raise _Wrong("has no custom_id, which must be a string", code="missing_required_parameter")
@@ -192,7 +205,10 @@ def _request(lm: TextSide, number: int, line: Mapping[str, Any]) -> Request:
             "unsupported_parameter",
         )
     fields.end()
-    rows = [_chat_ids(lm, given)] if url == CHAT else [_prompt_ids(lm, prompt) for prompt in given]
+    if url == CHAT:
+        rows = [tuple(rendered) if _are_ids(rendered) else _chat_ids(lm, given)]
+    else:
+        rows = [_prompt_ids(lm, prompt) for prompt in given]
     param = "messages" if url == CHAT else "prompt"
     if seed is None:
         # Of its own name, so that a request gets the same answer in whatever file it stands.
@@ -242,6 +258,10 @@ def _checked(lm: TextSide, prompt: Prompt, param: str) -> Prompt:
     return prompt
 
 
+def _is_same(value: Any, other: Any) -> bool:
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
 class _Fields:
     """The body of a request; each field is taken out once, and nothing may be left."""
 
@@ -251,7 +271,7 @@ class _Fields:
             self._left.pop(name, None)
         for name, harmless in NEUTRAL.items():
             value = self._left.pop(name, None)
-            if value is not None and not any(value == other for other in harmless):
+            if value is not None and not any(_is_same(value, other) for other in harmless):
                 raise _Wrong(f"{name} {shown(value)} is not supported", name, "unsupported_parameter")
 
     def end(self) -> None:
@@ -297,7 +317,7 @@ class _Fields:
         if url == COMPLETIONS:
             return self.whole("logprobs", 0, MOST_LOG_PROBS[url])
         wanted, number = self.flag("logprobs"), self.whole("top_logprobs", 0, MOST_LOG_PROBS[url])
-        if number is not None and not wanted:
+        if number and not wanted:
             raise _Wrong("top_logprobs needs logprobs to be true", "top_logprobs")
         return (number or 0) if wanted else None
 
@@ -329,6 +349,10 @@ def _are_ids(value: Any) -> bool:
 
 
 def _message(message: Any) -> dict[str, str]:
+    if isinstance(message, dict):
+        # What an answer of OpenAI's has beside its text, where it has only text.
+        empty = {"refusal", "annotations", "tool_calls", "function_call", "audio"}
+        message = {name: value for name, value in message.items() if value or name not in empty}
     if not isinstance(message, dict) or not message.keys() <= {"role", "content", "name"}:
         raise _Wrong(f"a message has role, content and name, not {shown(message)}", "messages")
     content = message.get("content")

@@ -14,6 +14,7 @@ from slowllm.errors import InputError
 from slowllm.inference.likelihood import Likelihood
 from slowllm.inference.scoring import score_keyed
 from slowllm.inference.text import Query, TextSide, encode_pair, leading_ids
+from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
 
 Normalize = Literal["none", "tokens", "characters", "unconditional"]
@@ -109,16 +110,19 @@ def encode_item(
     return Encoded(tuple(queries), tuple(weights))
 
 
-def choose(lm: StreamedLM, items: Iterable[Encoded], *, relative: bool = False) -> Iterator[Chosen]:
+def choose(
+    lm: StreamedLM, items: Iterable[Encoded], *, relative: bool = False, state: State | None = None
+) -> Iterator[Chosen]:
     """Yield what a model makes of any number of items, in order, in as few sweeps as the plan allows.
 
     Args:
         lm: a loaded model.
         items: from `encode_item`; drawn on the carousel's thread, so it must not call the model.
         relative: whether all of them are `Encoded.is_relative`.
+        state: as for `score_keyed`.
     """
     queries = ((item, query) for item in items for query in item.queries)
-    scored = score_keyed(lm, queries, relative=relative)
+    scored = score_keyed(lm, queries, relative=relative, state=state)
     for item, first in scored:
         others = [next(scored)[1] for _ in item.queries[1:]]
         yield judge(item, [first, *others])

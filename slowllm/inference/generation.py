@@ -11,18 +11,22 @@ import functools
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from slowllm.errors import InputError, NonFiniteError, SlowLLMError
 from slowllm.inference.continuation import continue_prompts, with_own_defaults
 from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings, check_prompt
+from slowllm.inference.saved_continuations import ContinueGroup, saved_in
 from slowllm.inference.stopping import stop_criteria
 from slowllm.inference.text import TextSide
 from slowllm.modeling.batching import batch_rule
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.planning.job import ContinuedRow, Job, Rates
 from slowllm.planning.packing import pack
+from slowllm.runtime.run_identity import packed_as_begun
+from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.riders import Sized
 
@@ -33,19 +37,23 @@ MAX_RIDERS = 256
 # Prompts are packed within a window of this many sweeps' tokens, so that any number of prompts can stream through.
 WINDOW_SWEEPS = 4
 
-# Called as a rider with the numbers of its prompts (from 0), and the prompts.
-ContinueGroup = Callable[[Sequence[int], Sequence[Prompt]], list[tuple[Continuation, ...]]]
 
-
-def job_of(lm: TextSide, prompts: Iterable[Prompt], rates: Rates | None = None) -> Job:
+def job_of(
+    lm: TextSide,
+    prompts: Iterable[Prompt],
+    rates: Rates | None = None,
+    begun: Mapping[str, Any] | None = None,
+) -> Job:
     """Return the job that the plan is made for, once every prompt is checked.
 
     Args:
         lm: the model, or its `ModelInfo`.
         prompts: of the whole job.
         rates: of the machine, which say how much padding is worth a micro-batch.
+        begun: from `state.read_job`: prompts then share micro-batches as they did when the job was begun.
     Raises:
         InputError: there are no prompts, or one cannot be continued.
+        StateError: the state is another version's.
     """
     prompts = [replace(prompt, num_virtual=lm.num_virtual_tokens) for prompt in prompts]
     if not prompts:
@@ -60,7 +68,7 @@ def job_of(lm: TextSide, prompts: Iterable[Prompt], rates: Rates | None = None) 
     # Made here, where the plan finds their tables in the process's memory.
     for stop in {prompt.settings.stop for prompt in prompts}:
         stop_criteria(lm.tokenizer, stop)
-    return Job(
+    job = Job(
         num_tokens=sum(_held_tokens([prompts[n] for n in group]) for group in groups),
         # A rider takes a prompt with all its rows, or not at all.
         longest=max(prompt.num_tokens for prompt in prompts),
@@ -69,6 +77,7 @@ def job_of(lm: TextSide, prompts: Iterable[Prompt], rates: Rates | None = None) 
         rows=tuple(rows.items()),
         num_passes=max(prompt.settings.max_new_tokens for prompt in prompts),
     )
+    return packed_as_begun(job, begun)
 
 
 def row_of(width: int, settings: Settings) -> ContinuedRow:
@@ -124,7 +133,11 @@ def _group(
 
 
 def generate(
-    lm: StreamedLM, prompts: Iterable[Prompt], *, on_tokens: OnTokens | None = None
+    lm: StreamedLM,
+    prompts: Iterable[Prompt],
+    *,
+    on_tokens: OnTokens | None = None,
+    state: State | None = None,
 ) -> Iterator[tuple[Continuation, ...]]:
     """Yield the continuations of every prompt, in order, in as few sweeps as the plan allows.
 
@@ -136,11 +149,12 @@ def generate(
         lm: a loaded model.
         prompts: drawn here for the first window, then on the carousel's thread, so it must not call the model.
         on_tokens: called as tokens come; must not call the model.
+        state: keeps finished micro-batches, and returns those that an earlier process finished.
     Raises:
         InputError: a prompt is empty, or with its continuation longer than the model or the plan takes.
     """
     rider = functools.partial(continue_prompts, lm, with_own_defaults(lm), on_tokens=on_tokens)
-    return raise_at_end(ride_prompts(lm, prompts, rider))
+    return raise_at_end(ride_prompts(lm, prompts, saved_in(state, rider)))
 
 
 def raise_at_end(

@@ -8,23 +8,21 @@ line's score does not depend on its neighbours beyond rounding.
 from __future__ import annotations
 
 import array
-import contextlib
 import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from slowllm.errors import InputError, StateError
+from slowllm.errors import InputError
 from slowllm.inference.likelihood import Likelihood, safe_exp
 from slowllm.inference.scoring import score_keyed
 from slowllm.inference.text import Query, TextSide, max_line_tokens, plain_ids
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.planning.job import Job, Rates
 from slowllm.planning.packing import pack
-from slowllm.runtime.run_identity import run_identity, saved_packing
+from slowllm.runtime.run_identity import batch_identity, packed_as_begun, saved_packing
 from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
 
@@ -166,39 +164,19 @@ def job_of(
     if lines.longest is None:
         raise InputError("there are no lines to score")
     extra = num_virtual_tokens + (0 if prefix is None else 1)
-    packing = None if begun is None else saved_packing(begun)
-    if begun is not None and packing is None:
-        raise StateError("the state is another version's, or damaged; delete its folder")
-    return Job(
+    packing = saved_packing(begun or {})
+    job = Job(
         num_tokens=lines.padded_tokens(extra, packing[2] if packing else padding_worth(rates)),
         longest=len(lines.longest.ids) + extra,
         forward_only=True,
         keeps_results=False,
-        packing=packing,
     )
+    return packed_as_begun(job, begun)
 
 
-@contextlib.contextmanager
-def opened_state(
-    folder: Path | None, lm: StreamedLM, lines: Lines, prefix: int | None, save_seconds: float
-) -> Iterator[State | None]:
-    """Open the state of a scoring job: everything that its results depend on must be as it was.
-
-    Raises:
-        StateError: see `State`.
-    """
-    if folder is None:
-        yield None
-        return
-    job = run_identity(
-        "forward", lm,
-        prompt=None if lm.soft_prompt is None else lm.soft_prompt.digest(),
-        lines=lines.digest(),
-        prefix=prefix,
-        packing=[lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens],
-    )  # fmt: skip
-    with State(folder, job, save_seconds) as state:
-        yield state
+def describe(lm: StreamedLM, lines: Lines, prefix: int | None) -> dict[str, Any]:
+    """Return what the likelihoods of lines depend on, for `State`."""
+    return batch_identity("forward", lm, lines=lines.digest(), prefix=prefix)
 
 
 def score_lines(

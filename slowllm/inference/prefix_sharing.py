@@ -252,6 +252,24 @@ class Load:
     batches: tuple[tuple[int, ...], ...]
     is_shared: bool
 
+    @property
+    def places(self) -> dict[int, tuple[int, int]]:
+        """The micro-batch of each segment, and its row there."""
+        return {
+            member: (number, row)
+            for number, batch in enumerate(self.batches)
+            for row, member in enumerate(batch)
+        }
+
+    def computed(self, is_saved: Sequence[bool]) -> set[int]:
+        """Return the micro-batches to be computed: those whose results are not saved, and those that they continue."""
+        places, computed = self.places, set[int]()
+        for number, batch in reversed(list(enumerate(self.batches))):
+            if number in computed or not is_saved[number]:
+                parents = [self.segments[member].parent for member in batch]
+                computed |= {number, *(places[parent][0] for parent in parents if parent is not None)}
+        return computed
+
 
 def loads(
     rows: Sequence[PackedRow],

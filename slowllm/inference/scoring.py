@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -39,6 +39,7 @@ from slowllm.modeling.shared_cache import Beginning, SharedCache, SharedPrefix, 
 from slowllm.modeling.soft_prompts import PrefixBeginning
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, Plan, padding_worth
 from slowllm.planning.job import Job, Rates
+from slowllm.runtime.run_identity import batch_identity, digest_of, packed_as_begun, saved_packing
 from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.call_context import call_context
@@ -57,18 +58,29 @@ MAX_RIDERS = 64
 K = TypeVar("K")
 
 
-def job_of_queries(queries: Sequence[Query], lm: TextSide, rates: Rates, *, share: bool = True) -> Job:
+def job_of_queries(
+    queries: Sequence[Query],
+    lm: TextSide,
+    rates: Rates,
+    begun: Mapping[str, Any] | None = None,
+    *,
+    share: bool = True,
+) -> Job:
     """Return the job that the plan is made for.
 
     Args:
         queries: all of them.
         lm: the model, or its `ModelInfo`.
         rates: of the machine.
+        begun: from `state.read_job`: micro-batches are then packed as when the job was begun.
         share: as for `score_keyed`.
     Raises:
         InputError: there is nothing to score.
+        StateError: the state is another version's.
     """
-    padding, longest, num_tokens, rule = padding_worth(rates), 0, 0, batch_rule(lm.config)
+    packing = saved_packing(begun or {})
+    padding = packing[2] if packing else padding_worth(rates)
+    longest, num_tokens, rule = 0, 0, batch_rule(lm.config)
     most_tokens = 1 if rule.rides_alone else MAX_RIDER_TOKENS
     for rows, may_share in _rows_of_classes(lm, queries, rule):
         is_shared = share and may_share and can_share(lm.config)
@@ -77,7 +89,30 @@ def job_of_queries(queries: Sequence[Query], lm: TextSide, rates: Rates, *, shar
         num_tokens += padded_tokens(segments, batches_of(segments, most_tokens, padding))
     if not longest:
         raise InputError("there is nothing to score")
-    return Job(num_tokens=max(longest, num_tokens), longest=longest, forward_only=True, keeps_results=False)
+    job = Job(num_tokens=max(longest, num_tokens), longest=longest, forward_only=True, keeps_results=False)
+    return packed_as_begun(job, begun)
+
+
+def describe(
+    kind: str,
+    lm: StreamedLM,
+    queries: Sequence[Query],
+    begun: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Return what the answers to queries depend on, for `State`; see `run_identity`.
+
+    With `begun`, from `state.read_job`, prefixes are shared only if they were when the job was begun.
+    """
+    shares = _shares_prefixes(lm) and (begun is None or bool(begun.get("shares_prefixes")))
+    tokens = digest_of((query.context, query.continuation) for query in queries)
+    return batch_identity(kind, lm, **settings, tokens=tokens, shares_prefixes=shares)
+
+
+def _shares_prefixes(lm: StreamedLM) -> bool:
+    """Return whether rows may continue from other rows' keys and values."""
+    # Between the leaves of a block every rider would hold the keys and values that it took from another.
+    return lm.plan.granularity == "blocks" and can_share(lm.config)
 
 
 def _num_prefix_positions(lm: TextSide) -> int:
@@ -111,11 +146,16 @@ def _rows_of_classes(
 
 
 def score_queries(
-    lm: StreamedLM, queries: Iterable[Query], *, relative: bool = False, share: bool = True
+    lm: StreamedLM,
+    queries: Iterable[Query],
+    *,
+    relative: bool = False,
+    share: bool = True,
+    state: State | None = None,
 ) -> Iterator[Likelihood]:
     """Yield the likelihood of each query's continuation, in order; see `score_keyed`."""
-    for _, likelihood in score_keyed(lm, ((None, q) for q in queries), relative=relative, share=share):
-        yield likelihood
+    keyed = ((None, query) for query in queries)
+    yield from (found for _, found in score_keyed(lm, keyed, relative=relative, share=share, state=state))
 
 
 def score_keyed(
@@ -134,14 +174,14 @@ def score_keyed(
             carousel's thread as riders leave, so the iterable must not call the model.
         relative: whether it is enough to compare the tokens asked for after one context with each other; see
             `log_probs_at`. `is_greedy` is then false.
-        share: whether rows may continue from other rows' keys and values; not together with `state`.
-        state: keeps finished micro-batches, and returns those that an earlier process finished.
+        share: whether rows may continue from other rows' keys and values; with a state, only if its job says so.
+        state: keeps finished micro-batches, and returns those that an earlier process finished; keeps activations
+            of those under way, too, unless they share keys and values.
     Raises:
         InputError: a query is longer than the model was loaded for.
         StateError: the state cannot be written.
     """
-    # Between the leaves of a block every rider would hold the keys and values that it took from another.
-    share = share and state is None and lm.plan.granularity == "blocks" and can_share(lm.config)
+    share = share and _shares_prefixes(lm) and (state is None or bool(state.job.get("shares_prefixes")))
     max_riders = max(lm.plan.sweep_tokens // lm.plan.rider_tokens, MAX_RIDERS)
     jobs = _jobs(lm, queries, max_riders, relative, share, state)
     pending: deque[_PendingQuery[K]] = deque()
@@ -187,16 +227,16 @@ def _jobs(
             )
             for rows, may_share in rows_of_classes
         ):  # fmt: skip
-            for members, (beginning, shared) in zip(load.batches, _prefixes(load, num_before), strict=True):
+            saved = [None if state is None else state.result(number + n) for n in range(len(load.batches))]
+            computed = load.computed([finished is not None for finished in saved])
+            prefixes, first = _prefixes(load, num_before, computed), min(computed, default=-1)
+            for place, members in enumerate(load.batches):
                 segments = [load.segments[member] for member in members]
                 num_tokens = len(members) * max(len(segment.ids) for segment in segments)
-                job = functools.partial(
-                    _score_batch, lm, segments, beginning, shared, relative, state, number
-                )
-                starts_load = load.is_shared and members is load.batches[0]
-                finished = None if state is None else state.result(number)
-                if finished is not None:
-                    job, num_tokens, starts_load = functools.partial(list, finished), 0, False
+                job = functools.partial(_score_batch, lm, segments, *prefixes[place], relative, state, number)
+                starts_load = load.is_shared and place == first
+                if place not in computed:
+                    job, num_tokens = functools.partial(list, saved[place]), 0
                 yield _MicroBatch(
                     job, num_tokens, starts_load,
                     number=number, segments=segments, window=window, opens_window=opens_window,
@@ -277,24 +317,28 @@ def _windows(queries: Iterable[tuple[K, Query]], plan: Plan) -> Iterator[list[tu
         yield window
 
 
-def _prefixes(load: Load, num_before: int) -> list[tuple[Beginning | None, SharedPrefix | None]]:
+def _prefixes(
+    load: Load, num_before: int, computed: Set[int]
+) -> list[tuple[Beginning | None, SharedPrefix | None]]:
     """Return for each micro-batch the shared rows that it continues, and the prefix that it shares with others.
 
     Args:
         load: of segments.
         num_before: positions before the first token of a row.
+        computed: micro-batches that pass through the model; the others take nothing.
     """
-    places = {
-        member: (number, row) for number, batch in enumerate(load.batches) for row, member in enumerate(batch)
-    }
+    places = load.places
     takers: dict[int, set[int]] = {}  # micro-batches that continue each
     for member, (number, _) in places.items():
         parent = load.segments[member].parent
-        if parent is not None:
+        if parent is not None and number in computed:
             takers.setdefault(places[parent][0], set()).add(number)
     shared = {number: SharedPrefix(len(numbers)) for number, numbers in takers.items()}
-    prefixes = []
+    prefixes = list[tuple[Beginning | None, SharedPrefix | None]]()
     for number, batch in enumerate(load.batches):
+        if number not in computed:
+            prefixes.append((None, None))
+            continue
         segments = [load.segments[member] for member in batch]
         parents = [places[segment.parent] for segment in segments if segment.parent is not None]
         rows = [(shared[parent], row) for parent, row in parents]
@@ -317,8 +361,10 @@ def _score_batch(
     Returns:
         for each segment, the log-probability of each of its targets and whether it is the likeliest.
     """
-    # Read only now that the rider runs: a journal may hold the output of a block.
-    journal = Journal() if state is None else state.journal(number)
+    # Read only now that the rider runs: a journal may hold the output of a block. A rider that skips blocks neither
+    # takes keys and values there nor has any to share.
+    shares = beginning is not None or shared is not None
+    journal = Journal() if state is None or shares else state.journal(number)
     start, num_before = segments[0].start, _num_prefix_positions(lm)
     width = max(len(segment.ids) for segment in segments)
     ids = torch.zeros(len(segments), width, dtype=torch.int64)

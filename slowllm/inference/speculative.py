@@ -12,9 +12,9 @@ With ``lookup`` there is no draft model: transformers' prompt look-up proposes t
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig
@@ -26,6 +26,7 @@ from slowllm.inference.continuation import continue_prompts, with_own_defaults
 from slowllm.inference.draft_trees import MAX_TREE_TOKENS, Costs
 from slowllm.inference.generation import MAX_RIDERS, raise_at_end, ride_prompts
 from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings
+from slowllm.inference.saved_continuations import saved_in
 from slowllm.inference.speculative_loop import (
     MAX_DEPTH,
     MAX_WIDTH,
@@ -41,6 +42,7 @@ from slowllm.planning.device_plan import device_rates
 from slowllm.planning.job import Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
+from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
 
 # Tokens that prompt look-up proposes.
@@ -129,17 +131,19 @@ def check_settings(settings: Settings) -> None:
         raise InputError("a draft only goes with greedy decoding: leave out --draft, or --sample and --beams")
 
 
-def job_of(lm: TextSide, prompts: Iterable[Prompt], rates: Rates | None = None) -> Job:
-    """Return the job that the plan is made for, with room for draft trees.
+def job_of(
+    lm: TextSide,
+    prompts: Iterable[Prompt],
+    rates: Rates | None = None,
+    begun: Mapping[str, Any] | None = None,
+) -> Job:
+    """Return the job that the plan is made for, with room for draft trees; see `generation.job_of`.
 
     It has as many passes as without drafts: how many are saved is known only afterwards.
-
-    Raises:
-        InputError: as for `generation.job_of`.
     """
     rates, prompts = rates or Rates(), list(prompts)
     refuse_changing_tables(lm, prompts)
-    job = generation.job_of(lm, prompts, rates)
+    job = generation.job_of(lm, prompts, rates, begun)
     # Tokens whose compute is hidden behind reading weights of two bytes each, divided among the prompts.
     tree = max(MAX_DEPTH, min(MAX_TREE_TOKENS, int(rates.compute / rates.disk) // len(prompts)))
     num_tokens = sum(prompt.num_tokens + tree for prompt in prompts)
@@ -193,6 +197,7 @@ def generate(
     rates: Rates | None = None,
     counts: Acceptance | None = None,
     on_tokens: OnTokens | None = None,
+    state: State | None = None,
 ) -> Iterator[tuple[Continuation, ...]]:
     """Yield the continuations of every prompt, in order, several tokens a sweep; see `generation.generate`.
 
@@ -203,6 +208,7 @@ def generate(
         rates: of this machine. Where they were measured, drafting is switched off while it does not pay.
         counts: counts drafted and accepted tokens.
         on_tokens: called as tokens come; must not call a model.
+        state: as for `generation.generate`.
     Raises:
         InputError: settings or models do not go with drafts.
     """
@@ -213,7 +219,7 @@ def generate(
     if isinstance(draft, str):
         if draft != "lookup":
             raise InputError(f"a draft is a loaded model or 'lookup', not {draft!r}")
-        return _generate_with_lookup(lm, prompts, counts, on_tokens)
+        return _generate_with_lookup(lm, prompts, counts, on_tokens, state)
     check_draft(lm, draft)
     if draft.plan.ring_bytes:
         raise _no_room(draft.name)
@@ -225,8 +231,14 @@ def generate(
             f"of {longest} tokens"
         )
     max_riders = max(1, min(len(prompts), MAX_RIDERS, plan.sweep_tokens // (longest + MAX_DEPTH)))
+    num_unfinished = len(prompts) - (0 if state is None else state.num_resumed)
     stats = DraftStats(
-        costs, rates.measured, len(prompts), max_riders, counts, MAX_DEPTH * draft.weight_bytes / rates.memory
+        costs,
+        rates.measured,
+        num_unfinished,
+        max_riders,
+        counts,
+        MAX_DEPTH * draft.weight_bytes / rates.memory,
     )
     # Tokens that the plan leaves to a rider beside its prompt and continuation.
     max_tree_tokens = max(1, min(plan.sweep_tokens // max_riders - longest, plan.rider_tokens - longest))
@@ -239,11 +251,16 @@ def generate(
         finally:
             stats.num_unfinished -= 1
 
-    return raise_at_end(ride_prompts(lm, prompts, continue_one, tree_tokens=max_tree_tokens))
+    rider = saved_in(state, continue_one)
+    return raise_at_end(ride_prompts(lm, prompts, rider, tree_tokens=max_tree_tokens))
 
 
 def _generate_with_lookup(
-    lm: StreamedLM, prompts: Sequence[Prompt], counts: Acceptance, on_tokens: OnTokens | None
+    lm: StreamedLM,
+    prompts: Sequence[Prompt],
+    counts: Acceptance,
+    on_tokens: OnTokens | None,
+    state: State | None,
 ) -> Iterator[tuple[Continuation, ...]]:
     refuse_uncroppable(lm)
 
@@ -255,4 +272,4 @@ def _generate_with_lookup(
         continue_prompts, lm, with_own_defaults(lm), on_tokens=on_tokens, on_pass=on_pass,
         prompt_lookup_num_tokens=LOOKUP_TOKENS,
     )  # fmt: skip
-    return raise_at_end(ride_prompts(lm, prompts, rider, tree_tokens=LOOKUP_TOKENS))
+    return raise_at_end(ride_prompts(lm, prompts, saved_in(state, rider), tree_tokens=LOOKUP_TOKENS))

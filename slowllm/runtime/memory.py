@@ -57,8 +57,9 @@ def budget_bytes(ram: str | int) -> int:
     if ram == AUTO:
         return limit.auto_bytes
     num_bytes = parse_bytes(ram)
-    if num_bytes <= limit.num_bytes:
-        return num_bytes
+    # The system rounds limits to pages.
+    if num_bytes <= limit.num_bytes + (1 << 20):
+        return min(num_bytes, limit.num_bytes)
     log.warning(
         "the budget is %s, but this %s has %s; %s are used", format_binary(num_bytes),
         "container" if limit.is_container else "machine", format_binary(limit.num_bytes),

@@ -3,6 +3,7 @@
 Knows files and tensors; knows nothing of models or text. A state folder belongs to one job, which `job.json`
 describes. `results.jsonl` has a line for every finished piece of work, and `riders/` the activations of each unfinished
 rider at a stop that it passed. What a dying process wrote only in part is recognised by its checksum and done again.
+`inputs.json`, where there is one, holds inputs that cannot be made again, such as prompts that name the time of day.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -24,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
-from slowllm.errors import StateError
+from slowllm.errors import OtherJobError, StateError
 from slowllm.files import lock, part_of, replace_file, replacing, shown, system_errors
 from slowllm.streaming.journal import Journal
 
@@ -42,14 +45,21 @@ class State:
     Args:
         folder: made if it is missing.
         job: what the results depend on, from `run_identity`.
-        save_seconds: least time between two saves of a rider's activations.
+        save_seconds: least time between two saves of a rider's activations; infinity for none.
+        inputs: of a new job, as JSON has them, for `read_inputs` of later processes.
+        is_new: whether to begin anew, whatever job the folder belongs to.
     Attributes:
+        job: as JSON has it.
         num_resumed: results of earlier processes.
     Raises:
-        StateError: the folder belongs to another job, another process uses it, or it cannot be written.
+        OtherJobError: the folder belongs to another job.
+        StateError: another process uses the folder, or it cannot be written.
     """
 
-    def __init__(self, folder: Path, job: Mapping[str, Any], save_seconds: float = SAVE_SECONDS) -> None:
+    def __init__(
+        self, folder: Path, job: Mapping[str, Any], save_seconds: float = SAVE_SECONDS, *,
+        inputs: Any = None, is_new: bool = False,
+    ) -> None:  # fmt: skip
         self.folder, self.save_seconds = folder, save_seconds
         with system_errors(StateError, folder):
             (folder / "riders").mkdir(parents=True, exist_ok=True)
@@ -57,10 +67,14 @@ class State:
         try:
             with system_errors(StateError, folder):
                 lock(self._lock.fileno(), StateError(f"{folder}: another run is using this state"))
-                job = json.loads(json.dumps(job))
+                self.job: Mapping[str, Any] = json.loads(json.dumps(job))
                 # It is part of every checksum, so that files copied from another job's folder are never used.
-                self._seed = zlib.crc32(json.dumps(job, sort_keys=True).encode())
-                self._write_or_compare(job)
+                self._seed = zlib.crc32(json.dumps(self.job, sort_keys=True).encode())
+                saved = read_job(folder)
+                if saved is None or is_new:
+                    self._begin(inputs)
+                else:
+                    self._compare(saved)
                 self._results = open(folder / "results.jsonl", "ab+")  # noqa: SIM115 (closed with the state)
                 self._places = self._read_results()
                 self.num_resumed = len(self._places)
@@ -68,23 +82,28 @@ class State:
             self._lock.close()
             raise
 
-    def _write_or_compare(self, job: Mapping[str, Any]) -> None:
-        """Write `job.json`, or compare it with the job."""
-        saved = read_job(self.folder)
-        if saved is None:
-            # Without a job.json it is unknown to which job these belong.
-            (self.folder / "results.jsonl").unlink(missing_ok=True)
-            for rider in (self.folder / "riders").iterdir():
-                rider.unlink()
-            with system_errors(StateError, self.folder, _FREE_SPACE):
-                replace_file(self.folder / "job.json", json.dumps(job, indent=1))
-            return
+    def _begin(self, inputs: Any) -> None:
+        """Write `job.json`, and the inputs before it: a folder with a job has its inputs."""
+        # First, because without a job.json it is unknown to which job the others belong.
+        for name in ("job.json", "results.jsonl", "inputs.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        for rider in (self.folder / "riders").iterdir():
+            rider.unlink()
+        with system_errors(StateError, self.folder, _FREE_SPACE):
+            if inputs is not None:
+                replace_file(self.folder / "inputs.json", json.dumps(inputs))
+            replace_file(self.folder / "job.json", json.dumps(self.job, indent=1))
+
+    def _compare(self, saved: Mapping[str, Any]) -> None:
+        """Refuse another job than this one."""
+        job = self.job
         other = next((key for key in {**saved, **job} if saved.get(key) != job.get(key)), None)
         if other is not None:
             key, was, now = _difference(other, saved.get(other), job.get(other))
-            raise StateError(
-                f"{self.folder}: is the state of another job ({key} was {shown(was)} and is {shown(now)}); "
-                "name another folder, or delete this one"
+            raise OtherJobError(
+                self.folder,
+                f"{key} was {shown(was)} and is {shown(now)}",
+                "name another folder, or delete this one",
             )
 
     def _read_results(self) -> dict[int, tuple[int, int]]:
@@ -148,9 +167,13 @@ class State:
             self._path_of(name), lambda tensors, metadata: (tensors, dict(json.loads(metadata["about"])))
         )
 
-    def journal(self, number: int) -> ResumeJournal:
+    def journal(self, number: int) -> Journal:
         """Return the journal of a rider, resumed if an earlier process saved it."""
-        return ResumeJournal(self, number)
+        return Journal() if self.save_seconds == math.inf else ResumeJournal(self, number)
+
+    def delete(self) -> None:
+        """Delete the folder, once the results are kept elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path_of(self, rider: int | str) -> Path:
         name = rider if isinstance(rider, str) else f"{rider:08d}"
@@ -273,14 +296,18 @@ def read_job(folder: Path, kind: str | None = None) -> dict[str, Any] | None:
         folder: of the state.
         kind: of the job that is to be resumed.
     Raises:
-        StateError: the folder holds something else, or the state of a job of another kind.
+        OtherJobError: the folder holds the state of a job of another kind.
+        StateError: it holds something else.
     """
     try:
         if folder.exists() and not folder.is_dir():
             raise StateError(f"{folder}: is no folder")
         path = folder / "job.json"
         if not path.exists():
-            own_names = {"riders", "lock", part_of(path).name, "results.jsonl"}
+            inputs = folder / "inputs.json"
+            own_names = {
+                "riders", "lock", part_of(path).name, "results.jsonl", inputs.name, part_of(inputs).name,
+            }  # fmt: skip
             names = {file.name for file in folder.iterdir()} if folder.exists() else set()
             if strangers := sorted(names - own_names):
                 raise StateError(
@@ -293,10 +320,16 @@ def read_job(folder: Path, kind: str | None = None) -> dict[str, Any] | None:
     if not isinstance(job, dict) or not job:
         raise StateError(f"{folder}: its job.json is damaged; delete the folder")
     if kind is not None and job.get("kind") != kind:
-        raise StateError(
-            f"{folder}: is the state of another job (slowllm {job.get('kind')}, not {kind}); name another folder"
-        )
+        raise OtherJobError(folder, f"slowllm {job.get('kind')}, not {kind}", "name another folder")
     return job
+
+
+def read_inputs(folder: Path) -> Any:
+    """Return the inputs that a state folder's job was begun with; None if there are none, or they are damaged."""
+    try:
+        return json.loads((folder / "inputs.json").read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:

@@ -245,6 +245,11 @@ BAD = [
     (line("a", **GOOD, stream=True), "unsupported_parameter", "stream true is not supported"),
     (line("a", **GOOD, presence_penalty=0.5), "unsupported_parameter", "presence_penalty 0.5"),
     (line("a", **GOOD, logit_bias={"5": 1}), "unsupported_parameter", "logit_bias"),
+    (line("a", **GOOD, reasoning_effort="high"), "unsupported_parameter", 'reasoning_effort "high" is not supported'),
+    (line("a", **GOOD, verbosity="low"), "unsupported_parameter", "verbosity"),
+    (line("a", **GOOD, response_format={"type": "json_object"}), "unsupported_parameter", "response_format"),
+    (line("a", **GOOD, frequency_penalty=False), "unsupported_parameter", "frequency_penalty"),
+    (line("a", **GOOD, tools=[{"type": "function"}]), "unsupported_parameter", "tools"),
     (line("a", **GOOD, beams=3, wings=2), "unknown_parameter", "beams, wings: unknown in the body"),
     (line("a", "/v1/chat/completions", messages=[]), "invalid_value", "messages must be a list"),
     (line("a", "/v1/chat/completions", messages=[{"role": "user"}]), "invalid_value", "a content of text"),
@@ -287,12 +292,39 @@ def test_a_bad_line_is_refused_with_its_reason(lm: Any, given: Any, code: str, m
 def test_fields_that_ask_for_nothing_are_taken(lm: Any) -> None:
     harmless = {
         "model": "any", "stream": False, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "user": "me",
-        "best_of": 2, "n": 2, "stop": None, "logprobs": None, "suffix": None,
+        "best_of": 2, "n": 2, "stop": None, "logprobs": None, "suffix": None, "stream_options": None, "store": True,
+        "metadata": {"a": "b"}, "service_tier": "flex", "safety_identifier": "x", "prompt_cache_key": "y",
+        "parallel_tool_calls": True, "tools": [], "tool_choice": "none", "response_format": {"type": "text"},
+        "modalities": ["text"], "reasoning_effort": None, "verbosity": None, "echo": False,
     }  # fmt: skip
     [plainly, decorated] = read(lm, line("a", **GOOD, n=2), line("b", **GOOD, seed=1, **harmless))
     assert isinstance(decorated, Request)
+    assert isinstance(plainly, Request)
     assert plainly.prompts[0].ids == decorated.prompts[0].ids
     assert openai_batch.other_models(lm, [plainly, decorated]) == ["any"]
+
+
+def test_messages_may_have_the_empty_fields_of_an_answer(lm: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(lm.tokenizer, "chat_template", "{% for m in messages %}{{ m.content }} {% endfor %}")
+    message = {
+        "role": "assistant",
+        "content": "the value",
+        "refusal": None,
+        "annotations": [],
+        "tool_calls": None,
+    }
+    chat = functools.partial(line, url="/v1/chat/completions", top_logprobs=0, logprobs=False)
+    bare, whole, called = read(
+        lm,
+        chat("a", messages=[{"role": "assistant", "content": "the value"}]),
+        chat("b", messages=[message]),
+        chat("c", messages=[{**message, "tool_calls": [{"id": "x"}]}]),
+    )
+    assert isinstance(bare, Request)
+    assert isinstance(whole, Request)
+    assert bare.prompts[0].ids == whole.prompts[0].ids
+    assert isinstance(called, Refusal)
+    assert "a message has role, content and name" in called.message
 
 
 def test_requests_that_share_a_custom_id_are_all_refused(lm: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,6 +113,24 @@ def test_loads_carry_every_wish_and_keep_parents_first(
         if load.is_shared and len(load.segments) > 2:
             assert padded_tokens(load.segments, load.batches) <= sweep_tokens or _rows(load) == 1
     assert found == wanted(asked)
+
+
+@given(queries, st.integers(1, 40), st.randoms(use_true_random=False))
+@num_examples(200)
+def test_a_resumed_load_computes_what_is_not_saved_and_what_that_continues(
+    asked: list[Query], rider_tokens: int, chance: Any
+) -> None:
+    for load in loads(merge(asked), rider_tokens, 60, 0, share=True):
+        is_saved = [chance.random() < 0.7 for _ in load.batches]
+        needed = {load.places[n][0] for n in load.places if not is_saved[load.places[n][0]]}
+        while True:
+            members = [member for number in needed for member in load.batches[number]]
+            parents = [load.segments[member].parent for member in members]
+            more = needed | {load.places[parent][0] for parent in parents if parent is not None}
+            if more == needed:
+                break
+            needed = more
+        assert load.computed(is_saved) == needed
 
 
 def _rows(load: Load) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,9 +14,9 @@ import pytest
 import torch
 
 import slowllm
-from slowllm.errors import StateError
+from slowllm.errors import SlowLLMError, StateError
 from slowllm.inference.lines import Line, Lines, job_of, score_lines
-from slowllm.runtime.state import ResumeJournal, State, read_job
+from slowllm.runtime.state import ResumeJournal, State, read_inputs, read_job
 from slowllm.streaming.call_context import current_call
 from slowllm.streaming.journal import Journal
 from tests.support.families import FAMILIES, VOCAB
@@ -33,7 +34,11 @@ def lives(
 ) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     (folder / "in.txt").write_text("\n".join(texts))
-    done = processes.run("-m", "tests.support.killed", TINY_BLOOM, folder / "in.txt", folder, num_kills, seed)
+    done = processes.run(
+        "-m", "tests.support.killed", "stops", num_kills, seed,
+        "forward", folder / "in.txt", "--model", TINY_BLOOM, "--dtype", "fp32", "--ram", "2GiB", "--stream-all",
+        "--out", folder / "out.jsonl", "--state", folder / "state", "--save-every", 0,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -127,6 +132,42 @@ def test_the_state_of_another_job_is_refused(tmp_path: Path, other: dict[str, An
     ):
         State(tmp_path, {**JOB, **other})
     State(tmp_path, JOB).close()
+
+
+def test_inputs_belong_to_the_job_that_was_begun_with_them(tmp_path: Path) -> None:
+    assert read_inputs(tmp_path) is None
+    State(tmp_path, JOB, inputs={"1": [5, 6]}).close()
+    State(tmp_path, JOB, inputs={"1": [7]}).close()
+    assert read_inputs(tmp_path) == {"1": [5, 6]}
+    (tmp_path / "inputs.json").write_text("{")
+    assert read_inputs(tmp_path) is None
+    # A process that died before it named the job leaves its inputs to nobody.
+    (tmp_path / "job.json").unlink()
+    assert read_job(tmp_path) is None
+    State(tmp_path, JOB).close()
+    assert not (tmp_path / "inputs.json").exists()
+
+
+def test_a_state_can_be_begun_anew_and_deleted(tmp_path: Path) -> None:
+    with State(tmp_path / "s", JOB, inputs=[1]) as state:
+        state.finish(0, "of the first job")
+    with State(tmp_path / "s", {**JOB, "model": "b"}, is_new=True) as state:
+        assert state.result(0) is None
+        assert read_inputs(state.folder) is None
+        assert type(state.journal(0)) is ResumeJournal
+        state.delete()
+    assert not (tmp_path / "s").exists()
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.tex").write_text("years of work")
+    with pytest.raises(StateError, match=r"is no state of slowllm"):
+        State(tmp_path / "s", JOB, is_new=True)
+
+
+def test_without_saves_a_rider_leaves_nothing_behind(tmp_path: Path) -> None:
+    with State(tmp_path, JOB, math.inf) as state:
+        state.journal(0).pass_block(0, torch.zeros(1))
+        assert state.journal(0).output_of(0) is None
+        assert not list((tmp_path / "riders").iterdir())
 
 
 def test_two_processes_cannot_share_a_state(state: State, tmp_path: Path, processes: Processes) -> None:
@@ -232,7 +273,7 @@ def test_results_that_are_a_folder_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("begun", [{}, {"packing": [True, True, 1]}, {"packing": [1, 1, 1], "dtype": None}])
 def test_a_packing_that_is_damaged_is_refused(begun: dict[str, Any]) -> None:
     lines = Lines([Line(1, "", (5, 6))])
-    with pytest.raises(StateError, match="another version's, or damaged"):
+    with pytest.raises(StateError, match="another job's or version's, or damaged"):
         job_of(lines, None, slowllm.Rates(), begun)
 
 
@@ -242,7 +283,7 @@ def test_a_rider_is_saved_no_more_often_than_asked(tmp_path: Path) -> None:
         assert state.journal(0).output_of(0) is None
 
 
-class Killed(Exception):
+class Killed(SlowLLMError):
     pass
 
 

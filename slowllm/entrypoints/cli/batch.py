@@ -28,6 +28,7 @@ def batch(
     out: options.Out = None,
     resident: options.Resident = True,
     state: options.State = None,
+    overwrite: options.Overwrite = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Answer a file of requests in OpenAI's batch format.
@@ -42,26 +43,28 @@ def batch(
     answered, 1 when some failed (all lines are written; their number is on standard error), and 2 when nothing was
     done.
 
-    With --state, the same command resumes after a crash or kill: finished micro-batches are not computed again, and the
-    bytes written are those of a run that was never interrupted.
+    With --out or --state, the same command resumes after a crash or kill: finished micro-batches are not computed again,
+    and the bytes written are those of a run that was never interrupted.
     """
     options.log_to_stderr(verbose)
     lines = read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
-    runner = Runner(model, ram, device, vram, dtype, resident=resident, state=state, kind="batch")
+    runner = Runner(
+        model, ram, device, vram, dtype, resident=resident, state=state, kind="batch", overwrite=overwrite
+    )
     out = runner.check_output(out, file)
     from slowllm.entrypoints import openai_batch as requests
     from slowllm.entrypoints.openai_requests import Request, read_requests
     from slowllm.entrypoints.openai_responses import refused
     from slowllm.entrypoints.progress import duration, progress
-    from slowllm.runtime.state import State
 
     started = time.perf_counter()
     # Every request is checked before the first byte of weights is read.
-    entries = read_requests(runner.info, lines)
+    entries = read_requests(runner.info, lines, runner.inputs())
     refusals = [entry for entry in entries if not isinstance(entry, Request)]
     num_failed, cost = 0, ""
     with contextlib.ExitStack() as stack:
         if len(refusals) == len(entries):
+            runner.refuse_begun()
             answers: Iterator[dict[str, Any]] = map(refused, refusals)
             write = stack.enter_context(json_writer(out))
         else:
@@ -71,7 +74,8 @@ def batch(
                 more = ", ..." if len(others) > 3 else ""
                 print(f"{lm.name} answers requests for {', '.join(others[:3])}{more}", file=sys.stderr)
             described = requests.describe(lm, entries, runner.begun)
-            saved = None if state is None else stack.enter_context(State(state, described))
+            chats = requests.rendered_chats(entries)
+            saved = stack.enter_context(runner.resuming(lambda: described, inputs=chats or None))
             answers = requests.answer(lm, entries, described, saved)
             write = stack.enter_context(json_writer(out))
             stack.enter_context(progress(lm, job, saved))

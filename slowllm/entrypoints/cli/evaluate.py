@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +20,7 @@ from slowllm.errors import InputError
 
 if TYPE_CHECKING:
     from slowllm.inference.choices import Encoded
-    from slowllm.inference.prompt_templates import Question
+    from slowllm.inference.prompt_templates import Question, Template
     from slowllm.runtime.description import ModelInfo
 
 # Interval between reports of the accuracy so far.
@@ -81,6 +81,8 @@ def boolq(
     truncate: TruncateOption = False,
     out: PredictionsOption = None,
     as_json: JsonOption = False,
+    state: options.State = None,
+    overwrite: options.Overwrite = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Measure a model's accuracy on BoolQ with templates.
@@ -90,7 +92,9 @@ def boolq(
     """
     options.log_to_stderr(verbose)
     options.check_normalize(normalize)
-    runner = Runner(model, ram, device, vram, dtype, prompt=prompt)
+    runner = Runner(
+        model, ram, device, vram, dtype, prompt=prompt, state=state, kind="eval boolq", overwrite=overwrite
+    )
     out = runner.check_output(out, data, template_file)
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import (
@@ -110,7 +114,8 @@ def boolq(
     questions = make_questions(chosen, eval_tasks.boolq_examples(data, rows))
     items, cut = _encode(info, questions, normalize, truncate)
     about = {"task": "boolq", "data": data, "templates_from": source, "normalize": normalize}
-    _evaluate(runner, questions, items, cut, about, out, as_json)
+    options_given = {"subset": subset, "split": split, "limit": limit, "truncate": truncate}
+    _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json)
 
 
 @eval_app.command()
@@ -131,6 +136,8 @@ def task(
     truncate: TruncateOption = False,
     out: PredictionsOption = None,
     as_json: JsonOption = False,
+    state: options.State = None,
+    overwrite: options.Overwrite = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Measure a model's accuracy on any dataset with templates of your own.
@@ -139,7 +146,9 @@ def task(
     """
     options.log_to_stderr(verbose)
     options.check_normalize(normalize)
-    runner = Runner(model, ram, device, vram, dtype, prompt=prompt)
+    runner = Runner(
+        model, ram, device, vram, dtype, prompt=prompt, state=state, kind="eval task", overwrite=overwrite
+    )
     out = runner.check_output(out, data, template_file)
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import make_questions, read_templates, select_templates
@@ -151,7 +160,8 @@ def task(
     )
     items, cut = _encode(info, questions, normalize, truncate)
     about = {"data": data, "templates_from": str(template_file), "normalize": normalize}
-    _evaluate(runner, questions, items, cut, about, out, as_json)
+    options_given = {"subset": subset, "split": split, "limit": limit, "truncate": truncate}
+    _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json)
 
 
 @eval_app.command(
@@ -172,23 +182,35 @@ def lm(context: typer.Context) -> None:
 
 def _evaluate(
     runner: Runner,
+    templates: Sequence[Template],
     questions: Sequence[Question],
     items: Sequence[Encoded],
     cut: set[int],
     about: Mapping[str, Any],
+    options_given: Mapping[str, Any],
     out: Path | None,
     as_json: bool,
 ) -> None:
     """Answer all questions; write each prediction, and print the accuracy of each template."""
     from slowllm.inference import choices, eval_tasks
+    from slowllm.runtime.run_identity import digest_of
 
     queries = [query for item in items for query in item.queries]
     relative = all(item.is_relative for item in items)
     tally, reported_at = eval_tasks.Tally(), time.monotonic()
+
+    def settings() -> dict[str, Any]:
+        return {
+            **about,
+            **options_given,
+            "templates": digest_of(asdict(template) for template in templates),
+            "questions": digest_of([asdict(question), n in cut] for n, question in enumerate(questions)),
+        }
+
     with contextlib.ExitStack() as stack:
+        lm, saved = stack.enter_context(runner.open_for_queries(queries, settings))
         write = None if out is None else stack.enter_context(json_writer(out))
-        lm = stack.enter_context(runner.open_for_queries(queries))
-        judgements = choices.choose(lm, items, relative=relative)
+        judgements = choices.choose(lm, items, relative=relative, state=saved)
         for number, (question, judged) in enumerate(zip(questions, judgements, strict=True)):
             tally.add(question, judged.best)
             if write is not None:

@@ -56,6 +56,7 @@ def forward(
     ] = False,
     resident: options.Resident = True,
     state: options.State = None,
+    overwrite: options.Overwrite = False,
     save_every: Annotated[
         float,
         typer.Option(
@@ -73,11 +74,12 @@ def forward(
     options.log_to_stderr(verbose)
     texts = read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
     runner = Runner(
-        model, ram, device, vram, dtype, prompt=prompt, resident=resident, state=state, kind="forward"
-    )
+        model, ram, device, vram, dtype, prompt=prompt, resident=resident, state=state, kind="forward",
+        overwrite=overwrite,
+    )  # fmt: skip
     out = runner.check_output(out, file)
     from slowllm.entrypoints.progress import progress
-    from slowllm.inference.lines import Lines, ScoreTotals, encode, job_of, opened_state, score_lines
+    from slowllm.inference.lines import Lines, ScoreTotals, describe, encode, job_of, score_lines
     from slowllm.inference.text import max_line_tokens, prefix_id
 
     info = runner.info
@@ -88,7 +90,7 @@ def forward(
     # All lines are checked before the first byte of weights is read: a line too long is refused at once.
     lines = Lines(encode(info, texts, max_tokens=max_tokens or limit, truncate=truncate))
     job = job_of(lines, before, runner.rates, runner.begun, info.num_virtual_tokens)
-    with runner.open(job) as lm, opened_state(state, lm, lines, before, save_every) as saved:
+    with runner.open(job) as lm, runner.resuming(lambda: describe(lm, lines, before), save_every) as saved:
         started = time.perf_counter()
         totals = ScoreTotals()
         with _writer(lm, out, as_json, per_token) as write, progress(lm, job, saved):

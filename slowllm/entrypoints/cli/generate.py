@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings
     from slowllm.inference.speculative_loop import Acceptance
     from slowllm.planning.job import Job, Rates
+    from slowllm.runtime.state import State
     from slowllm.runtime.streamed_lm import StreamedLM
     from slowllm.streaming.stops import Passage
 
@@ -96,6 +97,8 @@ def generate(
     out: options.Out = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
     resident: options.Resident = True,
+    state: options.State = None,
+    overwrite: options.Overwrite = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Continue prompts; each sweep adds a token to all of them.
@@ -109,7 +112,10 @@ def generate(
         raise InputError("give the prompts as arguments, or with --prompts FILE")
     # Before the model is opened: an unreadable file should not cost a wait.
     texts = list(enumerate(prompts or [], 1)) if file is None else read_lines(file)
-    runner = Runner(model, ram, device, vram, dtype, prompt=prompt, resident=resident)
+    runner = Runner(
+        model, ram, device, vram, dtype, prompt=prompt, resident=resident, state=state, kind="generate",
+        overwrite=overwrite,
+    )  # fmt: skip
     out = runner.check_output(out, "-" if file is None else file)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -132,7 +138,9 @@ def generate(
         check_prompt(runner.info, encoded[-1], f"prompt {number}")
     with _open(runner, encoded, settings, draft) as work:
         started = time.perf_counter()
-        if len(encoded) == 1 and settings.num_rows == 1 and prints_text(out, as_json):
+        # Tokens of a continuation that is taken from a state do not come one by one.
+        is_shown = len(encoded) == 1 and settings.num_rows == 1 and prints_text(out, as_json)
+        if is_shown and work.state is None:
             _show_one(work)
         else:
             _write_all(work, texts, out, as_json)
@@ -141,7 +149,7 @@ def generate(
 
 @dataclass
 class _Work:
-    """The prompts of one call of the verb, the model that continues them, and what drafts for it, if anything does."""
+    """The prompts of one call of the verb, the model that continues them, what drafts for it, and the job's state."""
 
     lm: StreamedLM
     prompts: Sequence[Prompt]
@@ -149,16 +157,18 @@ class _Work:
     rates: Rates
     draft: StreamedLM | Literal["lookup"] | None
     counts: Acceptance | None
+    state: State | None
 
     def run(self, on_tokens: OnTokens | None = None) -> Iterator[tuple[Continuation, ...]]:
         """Yield the continuations of all prompts."""
         from slowllm.inference import generation, speculative
 
         if self.draft is None:
-            return generation.generate(self.lm, self.prompts, on_tokens=on_tokens)
+            return generation.generate(self.lm, self.prompts, on_tokens=on_tokens, state=self.state)
         return speculative.generate(
-            self.lm, self.prompts, self.draft, rates=self.rates, counts=self.counts, on_tokens=on_tokens
-        )
+            self.lm, self.prompts, self.draft, rates=self.rates, counts=self.counts, on_tokens=on_tokens,
+            state=self.state,
+        )  # fmt: skip
 
     def summarise(self, seconds: float) -> None:
         """Print to stderr what it cost."""
@@ -178,7 +188,7 @@ class _Work:
 def _open(
     runner: Runner, prompts: Sequence[Prompt], settings: Settings, draft: str | None
 ) -> Iterator[_Work]:
-    """Open the model, and the draft model if one is named, within one budget."""
+    """Open the model, and the draft model if one is named, within one budget; and the job's state."""
     import psutil
 
     from slowllm.inference import generation, speculative
@@ -186,18 +196,33 @@ def _open(
     from slowllm.planning.budget import Budget
     from slowllm.runtime.description import ModelInfo
     from slowllm.runtime.memory import budget_bytes
+    from slowllm.runtime.run_identity import batch_identity, digest_of
 
     info, rates = runner.info, runner.rates
+
+    def opened_state(lm: StreamedLM, drafter: StreamedLM | str | None) -> State | None:
+        def describe() -> dict[str, Any]:
+            name = drafter if drafter is None or isinstance(drafter, str) else drafter.fingerprint()
+            return batch_identity(
+                "generate", lm,
+                prompts=digest_of(prompt.ids for prompt in prompts),
+                settings=asdict(settings),
+                draft=name,
+            )  # fmt: skip
+
+        return stack.enter_context(runner.resuming(describe))
+
     with contextlib.ExitStack() as stack:
         budget = Budget(budget_bytes(runner.ram), psutil.Process().memory_info().rss)
         if draft is None:
-            job = generation.job_of(info, prompts, rates)
-            yield _Work(stack.enter_context(runner.open(job, budget)), prompts, job, rates, None, None)
+            job = generation.job_of(info, prompts, rates, runner.begun)
+            lm = stack.enter_context(runner.open(job, budget))
+            yield _Work(lm, prompts, job, rates, None, None, opened_state(lm, None))
             return
         speculative.check_settings(settings)
         speculative.refuse_soft_prompt(info)
         speculative.refuse_uncroppable(info)
-        job = speculative.job_of(info, prompts, rates)
+        job = speculative.job_of(info, prompts, rates, runner.begun)
         drafter: StreamedLM | Literal["lookup"] = "lookup"
         if draft != "lookup":
             # First, because the streamed model takes all the memory that is left.
@@ -205,7 +230,7 @@ def _open(
                 speculative.load_draft(info, ModelInfo(draft), prompts, budget, runner.dtype)
             )
         lm = stack.enter_context(runner.open(job, budget))
-        yield _Work(lm, prompts, job, rates, drafter, Acceptance())
+        yield _Work(lm, prompts, job, rates, drafter, Acceptance(), opened_state(lm, drafter))
 
 
 def _show_one(work: _Work) -> None:
@@ -256,7 +281,7 @@ def _write_all(work: _Work, texts: Sequence[tuple[int, str]], out: Path | None, 
 
     with contextlib.ExitStack() as stack:
         write = None if prints_text(out, as_json) else stack.enter_context(json_writer(out))
-        stack.enter_context(progress(work.lm, work.job))
+        stack.enter_context(progress(work.lm, work.job, work.state))
         for (_, text), continuations in zip(texts, work.run(), strict=True):
             if write is not None:
                 rows = [_row(work.lm.tokenizer, continuation) for continuation in continuations]

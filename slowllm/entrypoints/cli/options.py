@@ -67,7 +67,20 @@ State = Annotated[
         help="Save finished work in this folder; after a crash or kill, the same command resumes from it.",
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Write the results to this file as JSON lines.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help="Write the results to this file as JSON lines; after an interrupt or kill, the same command resumes.",
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Begin anew where --out's partial file, FILE.part, holds lines of another job that was not finished.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
 PerToken = Annotated[
     bool, typer.Option("--per-token", help="Also give every scored token with its log-probability.")

@@ -27,7 +27,7 @@ def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None
     """Yield a function that writes one row as a JSON line: to a file, or to stdout.
 
     A file gets its name only when it is complete. Until then, and after an interrupt, its complete lines are in a file
-    of that name with ``.part`` appended.
+    of that name with ``.part`` appended, from which `Runner.resuming` lets the same command go on.
 
     Raises:
         InputError: the file or stdout cannot be written.
@@ -70,7 +70,10 @@ def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None
         ) from error
     except KeyboardInterrupt:
         if partial is not None:
-            print(f"slowllm: interrupted; the lines done so far are in {partial}", file=sys.stderr)
+            print(
+                f"slowllm: interrupted; the lines done so far are in {partial}, and the same command goes on from there",
+                file=sys.stderr,
+            )
         raise
 
 

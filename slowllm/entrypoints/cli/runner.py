@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slowllm.entrypoints.cli.options import check_output
-from slowllm.errors import InputError
+from slowllm.errors import InputError, OtherJobError
+from slowllm.files import part_of, state_of
 from slowllm.options import AUTO, parse_bytes, parse_devices, parse_dtype
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from slowllm.planning.budget import Budget
     from slowllm.planning.job import Job, Rates
     from slowllm.runtime.description import ModelInfo
+    from slowllm.runtime.state import State
     from slowllm.runtime.streamed_lm import StreamedLM
 
 
@@ -33,8 +36,10 @@ class Runner:
         dtype: compute dtype.
         prompt: folder of a soft prompt.
         resident: whether blocks that fit the budget stay in memory.
-        state: folder in which a job keeps its finished work.
+        state: folder in which a job keeps its finished work; by default a job with an output file has one beside it,
+            as long as the file is not complete.
         kind: of that job.
+        overwrite: whether to begin anew beside the lines of another job.
     Attributes:
         begun: what the state folder says about its job, None where no process began one.
         dtype: that of a begun job instead of ``auto``, which might come out otherwise when it is measured again.
@@ -46,6 +51,7 @@ class Runner:
     def __init__(
         self, model: str | None, ram: str, device: str, vram: str | None, dtype: str, *,
         prompt: str | None = None, resident: bool = True, state: Path | None = None, kind: str = "",
+        overwrite: bool = False,
     ) -> None:  # fmt: skip
         if ram != AUTO:
             parse_bytes(ram)
@@ -55,28 +61,118 @@ class Runner:
             raise InputError("--vram is for a GPU; name one with --device cuda, or leave it out")
         parse_dtype(dtype)
         self.ram, self.device, self.vram, self.dtype, self.resident = ram, device, vram, dtype, resident
-        self._model, self._prompt, self._state = model, prompt, state
+        self._model, self._prompt, self._state, self._kind = model, prompt, state, kind
         self._out: Path | None = None
+        self._overwrites, self._is_new = overwrite, False
         self.begun: Mapping[str, Any] | None = None
         if state is not None:
-            from slowllm.runtime.state import read_job
+            self._read_begun(state)
 
-            self.begun = read_job(state, kind)
-            if self.begun is not None and dtype == "auto":
-                self.dtype = str(self.begun.get("dtype"))
+    def _read_begun(self, folder: Path) -> None:
+        from slowllm.runtime.state import read_job
+
+        self.begun = read_job(folder, self._kind)
+        if self.begun is not None and self.dtype == "auto":
+            self.dtype = str(self.begun.get("dtype"))
 
     def check_output(self, out: Path | None, *files: str | Path | None) -> Path | None:
         """Return the file to write; see `options.check_output`. No file of the model, prompt or state is one.
 
+        Without `state`, the job's state is from now on the one beside the file.
+
         Raises:
-            InputError: it cannot be written, or writing it would destroy something.
+            InputError: it cannot be written, or writing it would destroy something, such as lines of another job.
         """
         out = check_output(out, *files)
         _refuse_file_of(self._prompt, out)
         if self._state is not None and out is not None and self._state.expanduser().resolve() in out.parents:
             raise InputError(f"{out}: lies in the folder of --state; name another file")
         self._out = out
+        if out is not None and self._kind:
+            self._find_unfinished(out)
         return out
+
+    def _find_unfinished(self, out: Path) -> None:
+        """Find out whether the partial file is this job's, another's, or there is none."""
+        partial, folder = part_of(out), state_of(out)
+        work = (partial, folder / "results.jsonl")
+        has_work = partial.exists() and any(file.exists() and file.stat().st_size for file in work)
+        if self._state is not None:
+            if has_work and self.begun is None and not self._overwrites:
+                raise self._other_job(f"{self._state} has none of them")
+            return
+        self._state = folder
+        # Without a partial file the folder is what was left of a job that is done.
+        self._is_new = self._overwrites or not has_work
+        if self._is_new:
+            return
+        try:
+            self._read_begun(folder)
+        except OtherJobError as error:
+            raise self._other_job(error.difference) from error
+        if self.begun is None:
+            raise self._other_job("which one is not known")
+
+    def _other_job(self, difference: str) -> InputError:
+        assert self._out is not None
+        return InputError(
+            f"{part_of(self._out)}: has lines of another job that was not finished ({difference}); run that job's "
+            "command to go on with it, name another --out, or begin anew with --overwrite"
+        )
+
+    @contextlib.contextmanager
+    def resuming(
+        self, describe: Callable[[], Mapping[str, Any]], save_seconds: float | None = None, inputs: Any = None
+    ) -> Iterator[State | None]:
+        """Open the state of the job, None where there is none; say after an interrupt how to go on.
+
+        The state beside an output file keeps finished micro-batches only, and is deleted when the file is complete.
+
+        Args:
+            describe: returns the job's `run_identity`; called only if there is a state.
+            save_seconds: as for `State`.
+            inputs: as for `State`.
+        Raises:
+            InputError: the partial file has lines of another job.
+            StateError: see `State`.
+        """
+        from slowllm.runtime.state import SAVE_SECONDS, State
+
+        if self._state is None:
+            yield None
+            return
+        is_beside = self._out is not None and self._state == state_of(self._out)
+        seconds = math.inf if is_beside else SAVE_SECONDS if save_seconds is None else save_seconds
+        try:
+            state = State(self._state, describe(), seconds, inputs=inputs, is_new=self._is_new)
+        except OtherJobError as error:
+            if not is_beside:
+                raise
+            raise self._other_job(error.difference) from error
+        with state:
+            try:
+                yield state
+            except KeyboardInterrupt:
+                if self._out is None:
+                    print("slowllm: interrupted; the same command goes on from there", file=sys.stderr)
+                raise
+            if is_beside:
+                state.delete()
+
+    def refuse_begun(self) -> None:
+        """Refuse to write a file for which no model is asked, where lines of a job that asks one would be lost.
+
+        Raises:
+            InputError: there are such lines.
+        """
+        if self.begun is not None and self._out is not None:
+            raise self._other_job("it has lines that can be scored or continued")
+
+    def inputs(self) -> Any:
+        """Return the inputs with which the job was begun, from its state; None where there are none."""
+        from slowllm.runtime.state import read_inputs
+
+        return None if self.begun is None or self._state is None else read_inputs(self._state)
 
     @functools.cached_property
     def info(self) -> ModelInfo:
@@ -113,16 +209,27 @@ class Runner:
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def open_for_queries(self, queries: Sequence[Query]) -> Iterator[StreamedLM]:
-        """Open the model to answer queries, show the progress, and say at the end what they cost."""
+    def open_for_queries(
+        self, queries: Sequence[Query], settings: Callable[[], Mapping[str, Any]]
+    ) -> Iterator[tuple[StreamedLM, State | None]]:
+        """Open the model to answer queries, and the job's state; show the progress, and say what the answers cost.
+
+        Args:
+            queries: all of them.
+            settings: returns what else the results depend on, by name, for the state.
+        """
         from slowllm.entrypoints.progress import progress
         from slowllm.inference import scoring
 
-        job = scoring.job_of_queries(queries, self.info, self.rates)
+        job = scoring.job_of_queries(queries, self.info, self.rates, self.begun)
         with self.open(job) as lm:
+
+            def describe() -> dict[str, Any]:
+                return scoring.describe(self._kind, lm, queries, self.begun, **settings())
+
             started = time.perf_counter()
-            with progress(lm, job):
-                yield lm
+            with self.resuming(describe) as state, progress(lm, job, state):
+                yield lm, state
             print(f"{sweeps_of(lm)} in {time.perf_counter() - started:.2f} s", file=sys.stderr)
 
 

@@ -42,6 +42,8 @@ def score(
     out: options.Out = None,
     normalize: options.Normalize = "none",
     per_token: options.PerToken = False,
+    state: options.State = None,
+    overwrite: options.Overwrite = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Score choices after a context, continuations, or texts.
@@ -57,19 +59,30 @@ def score(
     options.log_to_stderr(verbose)
     lines = read_raw_lines(file)
     options.check_normalize(normalize)
-    runner = Runner(model, ram, device, vram, dtype, prompt=prompt)
+    runner = Runner(
+        model, ram, device, vram, dtype, prompt=prompt, state=state, kind="score", overwrite=overwrite
+    )
     out = runner.check_output(out, file)
     from slowllm.inference import scoring
+    from slowllm.runtime.run_identity import digest_of
 
     info = runner.info
     # All lines are checked before the first byte of weights is read.
     rows = [_read_row(info, number, raw, normalize) for number, raw in lines]
     queries = [query for row in rows for query in row.queries]
-    with json_writer(out) as write, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         likelihoods: Iterator[Likelihood] = iter(())
         if queries:
-            lm = stack.enter_context(runner.open_for_queries(queries))
-            likelihoods = scoring.score_queries(lm, queries)
+
+            def settings() -> dict[str, Any]:
+                texts = ([number, raw.decode(errors="surrogateescape")] for number, raw in lines)
+                return {"lines": digest_of(texts), "normalize": normalize}
+
+            lm, saved = stack.enter_context(runner.open_for_queries(queries, settings))
+            likelihoods = scoring.score_queries(lm, queries, state=saved)
+        else:
+            runner.refuse_begun()
+        write = stack.enter_context(json_writer(out))
         for row in rows:
             if row.error is not None:
                 write({"line": row.number, "error": row.error})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +32,8 @@ def yesno(
             help=r"Prompt that contains {question}; \n is a line break. The answer follows it after a blank."
         ),
     ] = r"Question: {question}\nAnswer:",
+    state: options.State = None,
+    overwrite: options.Overwrite = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Answer the questions of a text file with yes or no.
@@ -45,9 +47,12 @@ def yesno(
     pattern = template.replace("\\n", "\n")
     if not yes.strip() or not no.strip() or yes.strip() == no.strip():
         raise InputError(f"--yes {yes!r} and --no {no!r} must be two different words, neither of them empty")
-    runner = Runner(model, ram, device, vram, dtype, prompt=prompt)
+    runner = Runner(
+        model, ram, device, vram, dtype, prompt=prompt, state=state, kind="yesno", overwrite=overwrite
+    )
     out = runner.check_output(out, file)
     from slowllm.inference import choices
+    from slowllm.runtime.run_identity import digest_of
 
     blank = "" if pattern[-1].isspace() else " "
     items = []
@@ -60,10 +65,16 @@ def yesno(
     queries = [query for item in items for query in item.queries]
     relative = all(item.is_relative for item in items)
     cells = []
+
+    def settings() -> dict[str, Any]:
+        words = {"template": pattern, "yes": yes.strip(), "no": no.strip()}
+        return {**words, "lines": digest_of(lines)}
+
     with contextlib.ExitStack() as stack:
+        lm, saved = stack.enter_context(runner.open_for_queries(queries, settings))
         write = None if prints_text(out, as_json) else stack.enter_context(json_writer(out))
-        lm = stack.enter_context(runner.open_for_queries(queries))
-        for (number, text), judged in zip(lines, choices.choose(lm, items, relative=relative), strict=True):
+        answers = choices.choose(lm, items, relative=relative, state=saved)
+        for (number, text), judged in zip(lines, answers, strict=True):
             answer, p_yes = (yes, no)[judged.best].strip(), judged.probabilities[0]
             if write is None:
                 cells.append((str(number), f"{p_yes:.4f}", answer, text))

@@ -235,16 +235,21 @@ def test_a_short_shard_is_named(sentences: Path, tmp_path: Path, monkeypatch: An
 
 
 def test_a_full_disk_leaves_whole_lines_and_no_result(tmp_path: Path, processes: Processes) -> None:
-    # A limit on the size of files stands for a disk with 3,000 bytes left: the write fails in the same place.
+    # A limit on the size of files stands for a disk that gets full: the write fails in the same place.
     file, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
     file.write_text("A value is returned.\n" * 200)
-    done = processes.run(*FORWARD, file, "--out", out, file_bytes=3000)
+    command = (*FORWARD, file, "--per-token", "--out", out)
+    done = processes.run(*command, file_bytes=60_000)
     assert done.returncode == 2
     assert f"slowllm: {out}: File too large; the lines written so far are in out.jsonl.part" in done.stderr
     assert not out.exists()
     lines = (tmp_path / "out.jsonl.part").read_text().splitlines()
     assert len(lines) > 5
     assert all(json.loads(line)["num_tokens"] for line in lines)
+    again = processes.run(*command)
+    assert "1 micro-batches were done before" in again.stderr
+    assert out.read_text().splitlines()[: len(lines)] == lines
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.jsonl"]
 
 
 def test_a_full_standard_output_is_one_sentence(sentences: Path, processes: Processes) -> None:
@@ -281,7 +286,7 @@ def test_an_interrupt_ends_cleanly_with_whole_lines(tmp_path: Path, processes: P
     done = started.end(signal.SIGINT)
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
-    assert f"slowllm: interrupted; the lines done so far are in {partial}" in done.stderr
+    assert f"the lines done so far are in {partial}, and the same command goes on from there" in done.stderr
     assert not out.exists()
     rows = [json.loads(line) for line in partial.read_text().splitlines()]
     assert [row["line"] for row in rows] == list(range(1, len(rows) + 1))
