@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
@@ -153,11 +153,22 @@ def _refuse_missing(
     ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        if wrapper := _wrapper_of(spans):
+            raise CheckpointError(
+                f"the names of the checkpoint's tensors begin with {wrapper}, as a wrapper of torch "
+                "(DistributedDataParallel, torch.compile) makes them; save the model that is inside the wrapper"
+            )
         shards = sorted({span.path.name for span in spans.values()})
         raise CheckpointError(
             f"{missing[0]}{more}: missing from the checkpoint ({shards[0]}{' and others' if shards[1:] else ''}); "
             "fetch it again, or use a config.json that belongs to it"
         )
+
+
+def _wrapper_of(names: Iterable[str]) -> str | None:
+    """Return the prefix that wrappers of torch put before the names of a module, if all names have it."""
+    prefixes = {match[0] if (match := re.match(r"(?:module\.|_orig_mod\.)+", name)) else "" for name in names}
+    return prefixes.pop() or None if len(prefixes) == 1 else None
 
 
 def _place_fused(

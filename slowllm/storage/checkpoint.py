@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import torch
@@ -60,9 +60,10 @@ class Checkpoint:
         # transformers, too, prefers a single file to an index that an earlier save may have left beside it.
         weight_map = None if (folder / SINGLE).is_file() else read_weight_map(folder / INDEX)
         for path in _shards(folder, weight_map):
+            file = path.relative_to(folder).as_posix()
             for name, span in read_header(path).items():
-                if weight_map is not None and weight_map.get(name, path.name) != path.name:
-                    elsewhere[name] = path.name  # the index says which of two shards counts
+                if weight_map is not None and weight_map.get(name, file) != file:
+                    elsewhere[name] = file  # the index says which of two shards counts
                     continue
                 if name in spans:
                     raise CheckpointError(
@@ -219,7 +220,8 @@ def _shards(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
         return shards
     paths = []
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
+        # In a folder below, as transformers allows, but nowhere else.
+        if not file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise CheckpointError(f"{INDEX}: names {file!r}, which is not a file beside it")
         if not os.path.isfile(folder / file):  # Path.is_file would raise on a name that is too long
             raise CheckpointError(f"{file}: named by {INDEX} but missing; fetch this shard")
