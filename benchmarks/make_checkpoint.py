@@ -24,51 +24,31 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from slowllm.runtime.known_models import KNOWN_MODELS
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 5_000_000_000
 POOL_ELEMENTS = (1 << 25) + 12_289  # odd, so that the rows of a matrix do not repeat in step
 
-LLAMA_3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
+# Name on the command line: the hub id of a model whose published shape is taken.
+PUBLISHED = {
+    "bloom-176b": "bigscience/bloom",
+    "llama-70b": "meta-llama/Llama-3.1-70B",
+    "llama-405b": "meta-llama/Llama-3.1-405B",
+    "mixtral-8x22b": "mistralai/Mixtral-8x22B-Instruct-v0.1",
+    "falcon-180b": "tiiuae/falcon-180B",
+}
+
+
+def _published(hub_id: str) -> tuple[str, int, dict[str, Any]]:
+    known = KNOWN_MODELS[hub_id]
+    options = dict(known.options)
+    return known.model_type, options.pop("num_hidden_layers"), options
+
 
 # Model type, number of blocks of the whole model, and its published configuration.
 GEOMETRIES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "bloom-176b": ("bloom", 70, {"hidden_size": 14336, "n_head": 112, "vocab_size": 250880}),
-    "llama-70b": (
-        "llama",
-        80,
-        {
-            "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
-            "vocab_size": 128256, "max_position_embeddings": 131072, "rope_parameters": LLAMA_3_ROPE,
-        },
-    ),
-    "llama-405b": (
-        "llama",
-        126,
-        {
-            "hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_key_value_heads": 8,
-            "vocab_size": 128256, "max_position_embeddings": 131072,
-            "rope_parameters": LLAMA_3_ROPE,
-        },
-    ),
-    "mixtral-8x22b": (
-        "mixtral",
-        56,
-        {
-            "hidden_size": 6144, "intermediate_size": 16384, "num_attention_heads": 48, "num_key_value_heads": 8,
-            "vocab_size": 32768, "num_local_experts": 8, "max_position_embeddings": 65536,
-        },
-    ),
-    "falcon-180b": (
-        "falcon",
-        80,
-        {
-            "hidden_size": 14848, "num_attention_heads": 232, "num_kv_heads": 8, "vocab_size": 65024,
-            "new_decoder_architecture": True, "bias": False, "alibi": False, "tie_word_embeddings": False,
-        },
-    ),
+    **{name: _published(hub_id) for name, hub_id in PUBLISHED.items()},
     # For the tests of the benchmarks.
     "tiny": (
         "llama",

@@ -23,16 +23,19 @@ MAX_BLOCKS = 10_000
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Return the config of a checkpoint's folder.
+    """Return the config of a checkpoint's folder, or of a config file itself.
 
     Raises:
         CheckpointError: config.json cannot be used, or the weights are quantised already.
         ArchitectureError: this version of transformers does not know the model type.
     """
-    if not (folder / "config.json").is_file():
+    file = folder if folder.is_file() else folder / "config.json"
+    if not file.is_file():
         raise CheckpointError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
-    table = read_json(folder / "config.json")
+    table = read_json(file)
     kind = table.get("model_type")
+    if kind is None and file == folder:  # transformers would guess it from the file's path
+        raise CheckpointError(f"{file}: names no model_type")
     if table.get("quantization_config"):
         method = table["quantization_config"]
         method = method.get("quant_method", "?") if isinstance(method, dict) else method
@@ -44,13 +47,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers' validation may raise on a config
         if kind is None:
-            raise CheckpointError(f"{folder}/config.json: names no model_type") from error
+            raise CheckpointError(f"{file}: names no model_type") from error
         raise ArchitectureError(
             f"model type {kind!r} cannot be used by this version of transformers ({first_line(error)})"
         ) from error
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(count, int) and not 1 <= count <= MAX_BLOCKS:
-        raise CheckpointError(f"{folder}/config.json: names {count} blocks")
+        raise CheckpointError(f"{file}: names {count} blocks")
     if getattr(config, "is_encoder_decoder", False):
         raise ArchitectureError(f"model type {kind!r} is an encoder-decoder; only decoders are streamed")
     config.return_dict = True  # what is computed here is looked up by name

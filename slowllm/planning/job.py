@@ -185,10 +185,14 @@ class Rates:
         disk: bytes a second that the reader gets.
         memory: bytes of weights a second in a matrix product with few rows.
         compute: floating-point operations a second of a block with many rows, work beside the products included.
-        measured: whether the rates are measured.
+        measured: whether any of them is.
+        disk_measured: whether the disk's rate is.
+        compute_measured: whether the rate with many rows is.
     """
 
     disk: float = 2e9
     memory: float = 12e9
     compute: float = 1e12
     measured: bool = False
+    disk_measured: bool = False
+    compute_measured: bool = False

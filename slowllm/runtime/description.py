@@ -77,17 +77,26 @@ class ModelInfo:
         Raises:
             CheckpointError: the folder has none that transformers can load.
         """
-        for path in (file for pattern in _READ_BY_TRANSFORMERS for file in self.folder.glob(pattern)):
-            with system_errors(CheckpointError, path):
-                refuse_large(path, CheckpointError)
-        try:
-            found = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-            if not isinstance(length := found.model_max_length, int | float):
-                raise ValueError(f"its model_max_length is a {type(length).__name__}")
-            return found
-        except Exception as error:  # a damaged tokenizer may raise anything
-            reason = _what_is_wrong_with_tokenizer(self.folder) or first_line(error)
-            raise CheckpointError(f"{self.folder}: its tokenizer cannot be loaded ({reason})") from error
+        return load_tokenizer(self.folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer in a folder.
+
+    Raises:
+        CheckpointError: the folder has none that transformers can load.
+    """
+    for path in (file for pattern in _READ_BY_TRANSFORMERS for file in folder.glob(pattern)):
+        with system_errors(CheckpointError, path):
+            refuse_large(path, CheckpointError)
+    try:
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not isinstance(length := found.model_max_length, int | float):
+            raise ValueError(f"its model_max_length is a {type(length).__name__}")
+        return found
+    except Exception as error:  # a damaged tokenizer may raise anything
+        reason = _what_is_wrong_with_tokenizer(folder) or first_line(error)
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
 
 
 _READ_BY_TRANSFORMERS = (

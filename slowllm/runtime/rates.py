@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,17 +38,23 @@ WIDTH = 8192
 # without AVX-512, it multiplies in plain loops, 200 times slower than fp32 (0.3 GFLOP/s): a product of 256 x 2048 x
 # 2048 then takes 7 s.
 PROBE = (16, 512)
+SECOND_PROBE = (64, 2048)
 HOPELESS = 8
 MOST_SECONDS = 5.0
 
 
 def choose_dtype(name: str, checkpoint: Checkpoint, *, is_on_gpu: bool = False) -> torch.dtype:
     """Return the compute dtype; log the choice and its reason if `name` is ``auto``."""
+    largest = max(checkpoint.spans.values(), key=lambda span: span.num_bytes)
+    return dtype_for(name, largest.dtype, is_on_gpu=is_on_gpu)
+
+
+def dtype_for(name: str, stored: str, *, is_on_gpu: bool = False) -> torch.dtype:
+    """Return the compute dtype for weights stored in a dtype of safetensors' names; log an ``auto`` choice."""
     if name != "auto":
         return cast(torch.dtype, getattr(torch, name))
-    largest = max(checkpoint.spans.values(), key=lambda span: span.num_bytes)
-    if largest.dtype != "BF16":
-        log.info("compute dtype float32 (the checkpoint is %s)", largest.dtype)
+    if stored != "BF16":
+        log.info("compute dtype float32 (the checkpoint is %s)", stored)
         return torch.float32
     if is_on_gpu:
         log.info("compute dtype bfloat16 (that of the checkpoint)")
@@ -140,14 +146,19 @@ def quick_rates(folder: Path, dtype: DTypeName) -> Rates:
             return Rates()
         disk = disk_rate(checkpoint, 8 * PIECE_BYTES).bytes_per_second
         compute_dtype = choose_dtype(dtype, checkpoint)
-    few, many = _product_seconds(1, compute_dtype), _product_seconds(512, compute_dtype)
+    return replace(processor_rates(compute_dtype), disk=disk, disk_measured=True)
+
+
+def processor_rates(dtype: torch.dtype) -> Rates:
+    """Return this machine's rates with the processor's measured in a moment, and the disk's assumed."""
+    few, many = _product_seconds(1, dtype), _product_seconds(512, dtype)
     give_back()  # or the plan would count these matrices as memory of the process
     weights = WIDTH * WIDTH
     return Rates(
-        disk=disk,
-        memory=weights * compute_dtype.itemsize / few,
+        memory=weights * dtype.itemsize / few,
         compute=2 * 512 * weights / many / OTHER_WORK,
         measured=True,
+        compute_measured=True,
     )
 
 
@@ -158,9 +169,21 @@ def _product(rows: int, width: int, dtype: torch.dtype) -> Callable[[], Any]:
 
 
 def _product_seconds(rows: int, dtype: torch.dtype) -> float:
-    # Where the rate of a small product says that the large one would take too long, it is not measured.
-    (probe,) = _shortest_seconds([_product(*PROBE, dtype)], num_rounds=3)
-    expected = probe * (rows * WIDTH**2) / (PROBE[0] * PROBE[1] ** 2)
+    # Where the rate of a small product says that the large one would take too long, it is not measured. The smallest
+    # one looks as slow where another process takes a core from it for a moment; the next one has 64 times the work.
+    expected = _expected_seconds(PROBE, rows, dtype)
+    if MOST_SECONDS < expected <= MOST_SECONDS * _work(rows, WIDTH) / _work(*SECOND_PROBE):
+        expected = _expected_seconds(SECOND_PROBE, rows, dtype)
     if expected > MOST_SECONDS:
         return expected
     return _shortest_seconds([_product(rows, WIDTH, dtype)], num_rounds=3)[0]
+
+
+def _expected_seconds(probe: tuple[int, int], rows: int, dtype: torch.dtype) -> float:
+    """Return how long a product of the full width would take at the rate of a smaller one."""
+    (seconds,) = _shortest_seconds([_product(*probe, dtype)], num_rounds=3)
+    return seconds * _work(rows, WIDTH) / _work(*probe)
+
+
+def _work(rows: int, width: int) -> int:
+    return rows * width**2

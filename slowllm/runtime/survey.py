@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,13 +20,16 @@ from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates, least_host_bytes
 from slowllm.planning.forecast import forecast_of
 from slowllm.planning.host_plan import Plan, advise, least_bytes, make_plan, with_smaller_weights
-from slowllm.planning.job import Job, Rates
+from slowllm.planning.job import Job, Rates, Sizes
+from slowllm.runtime.blueprint import Blueprint, measure_blueprint, stored_dtype_of
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
 from slowllm.runtime.load import open_model
 from slowllm.runtime.memory import memory_limit
-from slowllm.runtime.rates import quick_rates
+from slowllm.runtime.rates import WORTH_MEASURING_BYTES, dtype_for, processor_rates, quick_rates
 from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.storage.manifest import is_store, read_manifest
+from slowllm.storage.spans import DTYPE_NAMES
 from slowllm.streaming.call_context import call_context
 from slowllm.streaming.journal import StopAfterBlocks, StopForward
 
@@ -53,7 +57,7 @@ def block_rates(lm: StreamedLM, rates: Rates) -> Rates:
     many_seconds = _first_block_seconds(lm, many)
     if many_seconds <= few_seconds:  # too small a model to tell
         return rates
-    return replace(rates, compute=many * flops / (many_seconds - few_seconds))
+    return replace(rates, compute=many * flops / (many_seconds - few_seconds), compute_measured=True)
 
 
 def _first_block_seconds(lm: StreamedLM, num_tokens: int) -> float:
@@ -90,6 +94,8 @@ class Survey:
         larger: budgets that would be faster, with the seconds that the job would then take.
         halved_seconds: how long the job would take if weights had half the bytes.
         devices: for each GPU its name, the bytes that are taken there, and the number of stops that stay there.
+        store: the kind of the store, None where the model is none.
+        planned_from: what the sizes are taken from where the weights are not there, None where they are.
     """
 
     name: str
@@ -105,6 +111,8 @@ class Survey:
     larger: tuple[tuple[int, float], ...]
     halved_seconds: float
     devices: tuple[tuple[str, int, int], ...] = ()
+    store: str | None = None
+    planned_from: str | None = None
 
 
 def survey(
@@ -116,47 +124,97 @@ def survey(
     dtype: str,
     job: Job,
     keep_resident: bool = True,
+    reserved_bytes: int = 0,
 ) -> Survey:
     """Measure the disk under a checkpoint and the processor, or a GPU, on its first block, and plan a job.
 
+    Args:
+        info: of the checkpoint.
+        ram: the budget, which may be that of another machine.
+        device: as for `load`.
+        vram: as for `load`.
+        dtype: as for `load`.
+        job: to be planned.
+        keep_resident: whether stops that fit the budget stay in memory.
+        reserved_bytes: of the budget, what the job holds beside this model.
     Raises:
         PlanError: the job cannot run in the budget; the message names the smallest that would do.
     """
     rates = quick_rates(info.folder, parse_dtype(dtype))
-    # Perhaps of another machine: an explicit budget is taken as it is.
-    ram_bytes = memory_limit().auto_bytes if ram == AUTO else parse_bytes(ram)
-    process_bytes = psutil.Process().memory_info().rss
+    ram_bytes = _budget_bytes(ram)
+    process_bytes = psutil.Process().memory_info().rss + reserved_bytes
     with open_model(
         StreamedLM, info, ram=Budget(ram_bytes, process_bytes), device=device, vram=vram, dtype=dtype, job=job, rates=rates,
         keep_resident=keep_resident, granularity=None if job.forward_only else "blocks",
     ) as lm:  # fmt: skip
         placement = lm.device_placement
-        rates = block_rates(lm, rates if placement is None else device_rates(rates))
+        rates = rates if placement is None else device_rates(rates)
+        if not lm.plan.unused:  # otherwise the first block is not there
+            rates = block_rates(lm, rates)
         return Survey(
             name=lm.name, weight_bytes=lm.weight_bytes, num_stops=lm.num_stops,
             dtype=str(lm.model.dtype).removeprefix("torch."), ram_bytes=ram_bytes, process_bytes=process_bytes,
-            job=job, rates=rates,
+            job=job, rates=rates, store=read_manifest(info.folder).store if is_store(info.folder) else None,
             **(
-                _planned(lm, ram_bytes, process_bytes, job, rates, keep_resident)
+                _planned(lm.choices, ram_bytes, process_bytes, job, rates, keep_resident)
                 if placement is None
                 else _planned_on(lm, placement, process_bytes, job, rates)
             ),
         )  # fmt: skip
 
 
+def survey_blueprint(
+    blueprint: Blueprint,
+    *,
+    ram: str | int,
+    dtype: str,
+    job: Job,
+    keep_resident: bool = True,
+    reserved_bytes: int = 0,
+) -> Survey:
+    """Plan a job of a model whose weights are not on this machine; the processor is measured, the disk assumed.
+
+    Raises:
+        PlanError: as for `survey`.
+        ArchitectureError: the model does not fit the carousel.
+    """
+    stored_dtype = stored_dtype_of(blueprint)
+    compute_dtype = dtype_for(parse_dtype(dtype), DTYPE_NAMES[stored_dtype])
+    sizes = measure_blueprint(blueprint, stored_dtype, compute_dtype, forward_only=job.forward_only)
+    rates = processor_rates(compute_dtype) if sizes.weight_bytes >= WORTH_MEASURING_BYTES else Rates()
+    ram_bytes, process_bytes = _budget_bytes(ram), psutil.Process().memory_info().rss + reserved_bytes
+    planned = _planned(sizes.choices, ram_bytes, process_bytes, job, rates, keep_resident)
+    return Survey(
+        name=blueprint.name, weight_bytes=sizes.weight_bytes,
+        num_stops=sizes.num_stops[planned["plan"].granularity], dtype=str(compute_dtype).removeprefix("torch."),
+        ram_bytes=ram_bytes, process_bytes=process_bytes, job=job, rates=rates, planned_from=blueprint.source,
+        **planned,
+    )  # fmt: skip
+
+
+def _budget_bytes(ram: str | int) -> int:
+    """Return the bytes of a budget, which may be that of another machine and is taken as it is."""
+    return memory_limit().auto_bytes if ram == AUTO else parse_bytes(ram)
+
+
 def _planned(
-    lm: StreamedLM, ram_bytes: int, process_bytes: int, job: Job, rates: Rates, keep_resident: bool
+    choices: Sequence[Sizes],
+    ram_bytes: int,
+    process_bytes: int,
+    job: Job,
+    rates: Rates,
+    keep_resident: bool,
 ) -> dict[str, Any]:
-    """Plan a job anew by measured rates; return the attributes of a `Survey` that follow from the plan."""
+    """Plan a job by measured rates; return the attributes of a `Survey` that follow from the plan."""
     budget: dict[str, Any] = {"free_bytes": ram_bytes - process_bytes, "total_bytes": ram_bytes}
-    plan = make_plan(lm.choices, job=job, rates=rates, keep_resident=keep_resident, **budget)
-    halved_sizes = [with_smaller_weights(sizes, 0.5) for sizes in lm.choices]
+    plan = make_plan(choices, job=job, rates=rates, keep_resident=keep_resident, **budget)
+    halved_sizes = [with_smaller_weights(sizes, 0.5) for sizes in choices]
     halved = make_plan(halved_sizes, job=job, rates=rates, keep_resident=keep_resident, **budget)
-    smallest = min(least_bytes(sizes, job, keep_resident) for sizes in lm.choices)
+    smallest = min(least_bytes(sizes, job, keep_resident) for sizes in choices)
     return {
         "plan": plan,
         "smallest_bytes": process_bytes + smallest,
-        "larger": tuple(advise(lm.choices, plan, job=job, rates=rates, **budget)),
+        "larger": tuple(advise(choices, plan, job=job, rates=rates, **budget)),
         "halved_seconds": halved.forecast.seconds,
     }
 

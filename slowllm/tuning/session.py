@@ -28,7 +28,7 @@ from slowllm.modeling.soft_prompt_files import check_folder, save_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.options import parse_dtype
 from slowllm.planning.budget import Budget
-from slowllm.planning.job import Job
+from slowllm.planning.job import Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.memory import budget_bytes
@@ -90,6 +90,21 @@ class RunOptions:
     on_record: Callable[[Record], Any] | None = None
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run for which the model is opened anew.
+
+    Attributes:
+        name: in words.
+        jobs: of one of which it consists, the one with the largest micro-batches first; the first that fits counts.
+        reserved_bytes: of the budget, what the run holds beside the model.
+    """
+
+    name: str
+    jobs: tuple[Job, ...]
+    reserved_bytes: int
+
+
 class Session:
     """One run of `tune_tasks`."""
 
@@ -107,11 +122,33 @@ class Session:
             if self.dtype == "auto":
                 self.dtype = str(saved_job.get("dtype"))  # a new measurement might choose the other one
             self._fix_packing(saved_job.get("rider_tokens"))
-        self.rates = quick_rates(info.folder, parse_dtype(self.dtype))
         self.records: dict[str, list[Record]] = {name: [] for name, _, _ in plans}
         self.num_records = 0
         self.saved_at = -math.inf  # the first step already replaces an earlier run's prompt
         self.activations: dict[str, FrozenActivations] = {}
+
+    @functools.cached_property
+    def rates(self) -> Rates:
+        """The rates of this machine, measured when the model is first opened."""
+        return quick_rates(self.info.folder, parse_dtype(self.dtype))
+
+    def phases(self) -> list[Phase]:
+        """Return the phases of the run."""
+        choices = (self.max_rider_tokens,) if self.is_packing_fixed else RIDER_TOKENS
+        held_bytes = trial_bytes(self.plans, self.hidden_size, self.num_blocks, self.first_block)
+        steps = tuple(step_job(self.plans, self.first_block, tokens) for tokens in choices)
+        phases = [Phase("steps", steps, held_bytes)]
+        if self.first_block:
+            passes = tuple(frozen_job(self.plans, tokens) for tokens in choices)
+            phases.insert(0, Phase("the frozen blocks", passes, held_bytes + self._frozen_bytes()))
+        return phases
+
+    def _frozen_bytes(self) -> int:
+        """Return what the output of the frozen blocks may take of the budget."""
+        if self.state_folder is not None:
+            return 0
+        num_tokens = sum(sum(row_tokens(task, recipe)) for _, task, recipe in self.plans)
+        return min(num_tokens * self.hidden_size * 4, int(FROZEN_SHARE * self.ram_bytes))
 
     def run(self) -> list[Tuned]:
         """Tune all trials and return their outcomes."""
@@ -138,19 +175,14 @@ class Session:
 
     def _pass_frozen_blocks(self, stack: contextlib.ExitStack) -> tuple[list[Trial], State | None]:
         """Begin all trials, and pass their examples through the frozen blocks."""
-        # In memory it is not yet there when the model is opened, and is when it is opened again.
-        most_bytes = (
-            sum(sum(row_tokens(task, recipe)) for _, task, recipe in self.plans) * self.hidden_size * 4
-        )
-        memory_bytes = int(FROZEN_SHARE * self.ram_bytes)
-        reserved_bytes = 0 if self.state_folder is not None else min(most_bytes, memory_bytes)
         job_of = functools.partial(frozen_job, self.plans)
-        with self._opened_for("the frozen blocks", job_of, reserved_bytes) as lm:
+        # In memory their output is not yet there when the model is opened, and is when it is opened again.
+        with self._opened_for("the frozen blocks", job_of, self._frozen_bytes()) as lm:
             state = self._open_state(stack, lm)
             trials = self._make_trials(lm, state)
             self.activations = pass_frozen_blocks(
                 lm, trials, first_block=self.first_block, max_rider_tokens=self.max_rider_tokens,
-                memory_bytes=memory_bytes, state_folder=self.state_folder,
+                memory_bytes=int(FROZEN_SHARE * self.ram_bytes), state_folder=self.state_folder,
                 key_parts=[lm.fingerprint(), self.first_block, str(lm.model.dtype)],
             )  # fmt: skip
         return trials, state

@@ -13,7 +13,7 @@ from slowllm.runtime.description import ModelInfo
 from slowllm.tuning.examples import RawExample as Text
 from slowllm.tuning.examples import Task, make_tasks
 from slowllm.tuning.recipe import Recipe, make_trials
-from slowllm.tuning.session import OnOpen, Record, RunOptions, Session, Tuned
+from slowllm.tuning.session import OnOpen, Phase, Record, RunOptions, Session, Tuned
 
 
 def tune(
@@ -62,18 +62,46 @@ def tune(
     """
     chosen = _recipes(recipes, settings)
     info = model if isinstance(model, ModelInfo) else ModelInfo(model)
+    options = RunOptions(ram, device, vram, dtype, keep_resident, out, state, on_open, on_record)
+    return tune_tasks(info, _tasks(info, data, validation, labels, chosen), chosen, options)
+
+
+def phases_of(
+    info: ModelInfo,
+    data: Any,
+    validation: Any,
+    *,
+    labels: Sequence[str],
+    recipes: Sequence[Recipe],
+    options: RunOptions,
+) -> list[Phase]:
+    """Return the phases of a call of `tune` with the same arguments, and do nothing.
+
+    Raises:
+        InputError: an example or a setting cannot be used.
+    """
+    return _session(info, _tasks(info, data, validation, labels, recipes), recipes, options).phases()
+
+
+def _tasks(
+    info: ModelInfo, data: Any, validation: Any, labels: Sequence[str], recipes: Sequence[Recipe]
+) -> list[Task]:
     if info.soft_prompt is not None:
         raise InputError("the model has a soft prompt already; tune begins with a new one")
-    longest_prompt = max(recipe.num_tokens for recipe in chosen)
-    tasks = make_tasks(info, data, validation, labels, longest_prompt)
-    options = RunOptions(ram, device, vram, dtype, keep_resident, out, state, on_open, on_record)
-    return tune_tasks(info, tasks, chosen, options)
+    longest_prompt = max(recipe.num_tokens for recipe in recipes)
+    return make_tasks(info, data, validation, labels, longest_prompt)
 
 
 def tune_tasks(
     info: ModelInfo, tasks: Sequence[Task], recipes: Sequence[Recipe], options: RunOptions
 ) -> list[Tuned]:
     """Tune a prompt by every recipe on every task, all in the same sweeps; `tune` says what is raised."""
+    return _session(info, tasks, recipes, options).run()
+
+
+def _session(
+    info: ModelInfo, tasks: Sequence[Task], recipes: Sequence[Recipe], options: RunOptions
+) -> Session:
     parse_dtype(options.dtype)
     num_blocks = int(info.config.get_text_config().num_hidden_layers)
     for recipe in recipes:
@@ -85,7 +113,7 @@ def tune_tasks(
     out, state = options.out, options.state
     if out is not None and state is not None and Path(out).resolve() == Path(state).resolve():
         raise InputError(f"{out}: cannot be both the folder of the prompt and that of the state; name two")
-    return Session(info, plans, options).run()
+    return Session(info, plans, options)
 
 
 def _recipes(recipes: Recipe | Sequence[Recipe] | None, settings: Mapping[str, Any]) -> list[Recipe]:

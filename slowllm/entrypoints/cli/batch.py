@@ -13,6 +13,7 @@ import typer
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.output import json_writer
 from slowllm.entrypoints.cli.runner import Runner, sweeps_of
+from slowllm.errors import InputError
 from slowllm.files import read_lines
 
 
@@ -29,6 +30,7 @@ def batch(
     resident: options.Resident = True,
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Answer a file of requests in OpenAI's batch format.
@@ -49,7 +51,16 @@ def batch(
     options.log_to_stderr(verbose)
     lines = read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
     runner = Runner(
-        model, ram, device, vram, dtype, resident=resident, state=state, kind="batch", overwrite=overwrite
+        model,
+        ram,
+        device,
+        vram,
+        dtype,
+        resident=resident,
+        state=state,
+        kind="batch",
+        overwrite=overwrite,
+        dry_run=dry_run,
     )
     out = runner.check_output(out, file)
     from slowllm.entrypoints import openai_batch as requests
@@ -61,6 +72,11 @@ def batch(
     # Every request is checked before the first byte of weights is read.
     entries = read_requests(runner.info, lines, runner.inputs())
     refusals = [entry for entry in entries if not isinstance(entry, Request)]
+    if dry_run:
+        if len(refusals) == len(entries):
+            raise InputError(f"{file}: no request can be answered")
+        runner.print_plan(requests.plan_of(runner.info, entries, runner.rates, runner.begun))
+        return
     num_failed, cost = 0, ""
     with contextlib.ExitStack() as stack:
         if len(refusals) == len(entries):

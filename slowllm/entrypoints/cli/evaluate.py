@@ -83,6 +83,7 @@ def boolq(
     as_json: JsonOption = False,
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Measure a model's accuracy on BoolQ with templates.
@@ -93,7 +94,16 @@ def boolq(
     options.log_to_stderr(verbose)
     options.check_normalize(normalize)
     runner = Runner(
-        model, ram, device, vram, dtype, prompt=prompt, state=state, kind="eval boolq", overwrite=overwrite
+        model,
+        ram,
+        device,
+        vram,
+        dtype,
+        prompt=prompt,
+        state=state,
+        kind="eval boolq",
+        overwrite=overwrite,
+        dry_run=dry_run,
     )
     out = runner.check_output(out, data, template_file)
     from slowllm.inference import eval_tasks
@@ -138,6 +148,7 @@ def task(
     as_json: JsonOption = False,
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Measure a model's accuracy on any dataset with templates of your own.
@@ -147,7 +158,16 @@ def task(
     options.log_to_stderr(verbose)
     options.check_normalize(normalize)
     runner = Runner(
-        model, ram, device, vram, dtype, prompt=prompt, state=state, kind="eval task", overwrite=overwrite
+        model,
+        ram,
+        device,
+        vram,
+        dtype,
+        prompt=prompt,
+        state=state,
+        kind="eval task",
+        overwrite=overwrite,
+        dry_run=dry_run,
     )
     out = runner.check_output(out, data, template_file)
     from slowllm.inference import eval_tasks
@@ -196,6 +216,9 @@ def _evaluate(
     from slowllm.runtime.run_identity import digest_of
 
     queries = [query for item in items for query in item.queries]
+    if runner.dry_run:
+        runner.print_plan_of_queries(queries, as_json=as_json)
+        return
     relative = all(item.is_relative for item in items)
     tally, reported_at = eval_tasks.Tally(), time.monotonic()
 

@@ -63,6 +63,7 @@ def forward(
             "--save-every", help="With --state: maximum number of seconds of work that a kill may cost.", min=0.0
         ),
     ] = 30.0,
+    dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Print the likelihood of every non-empty line of a file.
@@ -75,7 +76,7 @@ def forward(
     texts = read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, resident=resident, state=state, kind="forward",
-        overwrite=overwrite,
+        overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
     out = runner.check_output(out, file)
     from slowllm.entrypoints.progress import progress
@@ -90,6 +91,9 @@ def forward(
     # All lines are checked before the first byte of weights is read: a line too long is refused at once.
     lines = Lines(encode(info, texts, max_tokens=max_tokens or limit, truncate=truncate))
     job = job_of(lines, before, runner.rates, runner.begun, info.num_virtual_tokens)
+    if dry_run:
+        runner.print_plan(job, as_json=as_json)
+        return
     with runner.open(job) as lm, runner.resuming(lambda: describe(lm, lines, before), save_every) as saved:
         started = time.perf_counter()
         totals = ScoreTotals()

@@ -99,6 +99,7 @@ def generate(
     resident: options.Resident = True,
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Continue prompts; each sweep adds a token to all of them.
@@ -114,7 +115,7 @@ def generate(
     texts = list(enumerate(prompts or [], 1)) if file is None else read_lines(file)
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, resident=resident, state=state, kind="generate",
-        overwrite=overwrite,
+        overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
     out = runner.check_output(out, "-" if file is None else file)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -136,6 +137,9 @@ def generate(
         except InputError as error:
             raise InputError(f"prompt {number}: {error}") from error
         check_prompt(runner.info, encoded[-1], f"prompt {number}")
+    if dry_run:
+        _print_plan(runner, encoded, settings, draft, as_json)
+        return
     with _open(runner, encoded, settings, draft) as work:
         started = time.perf_counter()
         # Tokens of a continuation that is taken from a state do not come one by one.
@@ -219,10 +223,7 @@ def _open(
             lm = stack.enter_context(runner.open(job, budget))
             yield _Work(lm, prompts, job, rates, None, None, opened_state(lm, None))
             return
-        speculative.check_settings(settings)
-        speculative.refuse_soft_prompt(info)
-        speculative.refuse_uncroppable(info)
-        job = speculative.job_of(info, prompts, rates, runner.begun)
+        job = _speculative_job(runner, prompts, settings)
         drafter: StreamedLM | Literal["lookup"] = "lookup"
         if draft != "lookup":
             # First, because the streamed model takes all the memory that is left.
@@ -231,6 +232,44 @@ def _open(
             )
         lm = stack.enter_context(runner.open(job, budget))
         yield _Work(lm, prompts, job, rates, drafter, Acceptance(), opened_state(lm, drafter))
+
+
+def _speculative_job(runner: Runner, prompts: Sequence[Prompt], settings: Settings) -> Job:
+    """Return the job with drafts.
+
+    Raises:
+        InputError: nothing can be drafted with these settings or this model.
+    """
+    from slowllm.inference import speculative
+
+    speculative.check_settings(settings)
+    speculative.refuse_soft_prompt(runner.info)
+    speculative.refuse_uncroppable(runner.info)
+    return speculative.job_of(runner.info, prompts, runner.rates, runner.begun)
+
+
+def _print_plan(
+    runner: Runner, prompts: Sequence[Prompt], settings: Settings, draft: str | None, as_json: bool
+) -> None:
+    """Print the plan of the job; a draft model is opened for it, because it takes a part of the budget."""
+    import psutil
+
+    from slowllm.inference import generation, speculative
+    from slowllm.planning.budget import Budget
+    from slowllm.runtime.description import ModelInfo
+    from slowllm.runtime.memory import budget_bytes
+
+    if draft is None:
+        runner.print_plan(
+            generation.job_of(runner.info, prompts, runner.rates, runner.begun), as_json=as_json
+        )
+        return
+    job, reserved_bytes = _speculative_job(runner, prompts, settings), 0
+    if draft != "lookup":
+        budget = Budget(budget_bytes(runner.ram), psutil.Process().memory_info().rss)
+        with speculative.load_draft(runner.info, ModelInfo(draft), prompts, budget, runner.dtype) as drafter:
+            reserved_bytes = drafter.plan.peak_bytes
+    runner.print_plan(job, as_json=as_json, reserved_bytes=reserved_bytes)
 
 
 def _show_one(work: _Work) -> None:

@@ -60,6 +60,10 @@ Resident = Annotated[
         help="Keep the blocks that fit the budget in memory, or read every block in every sweep.",
     ),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check the input and print the job's plan, as `plan` does; do nothing else."),
+]  # fmt: skip
 State = Annotated[
     Path | None,
     typer.Option(

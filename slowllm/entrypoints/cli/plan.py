@@ -1,38 +1,69 @@
-"""`slowllm plan`: say what a job takes on this machine before it starts."""
+"""`slowllm plan`: say what a job takes on this machine before it starts, and before the model is downloaded."""
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.runner import Runner
-from slowllm.entrypoints.progress import duration
-from slowllm.errors import InputError
-from slowllm.options import format_binary, format_bytes
-from slowllm.planning.job import Job
+from slowllm.entrypoints.cli.survey_output import print_survey
+from slowllm.errors import CheckpointError, InputError
+from slowllm.files import read_lines
+from slowllm.options import parse_devices
+from slowllm.planning.job import Job, Rates
+from slowllm.rounding import ceil_div
 
 if TYPE_CHECKING:
-    from slowllm.planning.forecast import Forecast
-    from slowllm.runtime.survey import Survey
+    from slowllm.inference.text import TextSide
+
+DEFAULT_TOKENS = 1024
+# For a text without a tokenizer. Vocabularies of 32,000 to 250,000 tokens make one of 3 to 5 bytes of European languages.
+BYTES_PER_TOKEN = 3
 
 
 def plan(
     model: Annotated[
-        str,
-        typer.Argument(help="Folder of a checkpoint or store, or hub id of a model in the local cache."),
-    ],
+        str | None,
+        typer.Argument(
+            help="Folder of a checkpoint or store, hub id of a model in the local cache, or name of a known model, such as "
+            "bigscience/bloom, whose weights need not be here.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="Plan from this config.json, or a folder with one, without any weights; an index beside it is used.",
+            show_default=False,
+        ),
+    ] = None,
     ram: options.Ram = "auto",
     device: options.Device = "cpu",
     vram: options.Vram = None,
-    tokens: Annotated[int, typer.Option(help="Number of tokens of the whole job.", min=1, max=10**12)] = 1024,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of tokens of the whole job.", min=1, max=10**12, show_default=str(DEFAULT_TOKENS)
+        ),
+    ] = None,
     longest: Annotated[
         int | None,
         typer.Option(
             help="Number of tokens of the longest sequence.", min=1, show_default="512, or all of a smaller job"
+        ),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            help="Plan the scoring of this text file's lines, as `forward` does it, instead of --tokens and --longest.",
+            show_default=False,
         ),
     ] = None,
     gradients: Annotated[
@@ -50,119 +81,77 @@ def plan(
     Measures the disk under the model's folder, and the processor on the model's first block (a few seconds). Prints
     what stays in memory, how many sweeps the job takes, how long they take, and what would make the job faster. A job
     that does not fit the budget is refused with the smallest budget that suffices.
+
+    The weights need not be there: a known model, a folder with a config.json only, or --config is planned from its
+    shapes, with the processor measured and the disk's rate assumed. Nothing is downloaded.
     """
     options.log_to_stderr(verbose)
+    if (model is None) == (config is None):
+        raise InputError("give a model or --config, and not both")
+    if file is not None and not (tokens is None and longest is None):
+        raise InputError("--file says how many tokens there are; leave --tokens and --longest out")
+    texts = None if file is None else read_lines(file)
     runner = Runner(model, ram, device, vram, dtype)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    from slowllm.runtime import survey
+    from slowllm.runtime.blueprint import find_blueprint
+
+    blueprint = find_blueprint(model, config)
+    if blueprint is not None and parse_devices(device) != ("cpu",):
+        raise InputError("a model without its weights is planned for the processor; leave --device out")
+    side = runner.info if blueprint is None else blueprint
+    if texts is None:
+        job = _job_of_numbers(side, tokens, longest)
+    else:
+        job = _job_of_lines(side, texts, runner.rates if blueprint is None else Rates())
+    if gradients:
+        job = Job(job.num_tokens, job.longest, keeps_results=False, turns=True)
+    if blueprint is None:
+        surveyed = survey.survey(runner.info, ram=ram, device=device, vram=vram, dtype=dtype, job=job)
+    else:
+        surveyed = survey.survey_blueprint(blueprint, ram=ram, dtype=dtype, job=job)
+    print_survey(surveyed, as_json=as_json)
+
+
+def _job_of_numbers(side: TextSide, tokens: int | None, longest: int | None) -> Job:
+    from slowllm.inference.text import max_line_tokens
+
+    tokens = DEFAULT_TOKENS if tokens is None else tokens
     longest = min(tokens, 512) if longest is None else longest
     if longest > tokens:
         raise InputError(f"--longest {longest} is more than all {tokens} tokens of the job")
-
-    from slowllm.inference.text import max_line_tokens
-    from slowllm.runtime import survey
-
-    job = Job(
-        num_tokens=tokens, longest=longest, forward_only=not gradients, keeps_results=False, turns=gradients
-    )
-    if longest > (limit := max_line_tokens(runner.info)):
+    if longest > (limit := max_line_tokens(side)):
         raise InputError(f"--longest {longest} is more than the {limit} that this model takes")
-    surveyed = survey.survey(runner.info, ram=ram, device=device, vram=vram, dtype=dtype, job=job)
-    if as_json:
-        print(json.dumps(_document(surveyed)))
-    else:
-        _print_table(surveyed)
+    return Job(num_tokens=tokens, longest=longest, forward_only=True, keeps_results=False)
 
 
-def _document(survey: Survey) -> dict[str, Any]:
-    plan, forecast, rates, job = survey.plan, survey.plan.forecast, survey.rates, survey.job
-    document: dict[str, Any] = {
-        "model": survey.name,
-        "weight_bytes": survey.weight_bytes,
-        "num_stops": survey.num_stops,
-        "compute_dtype": survey.dtype,
-        "ram_bytes": survey.ram_bytes,
-        "tokens": job.num_tokens,
-        "longest": job.longest,
-        "disk_bytes_per_second": rates.disk,
-        "memory_bytes_per_second": rates.memory,
-        "flops_per_second": rates.compute,
-        "rates_measured": rates.measured,
-        "stops": plan.granularity,
-        "resident_stops": sorted(plan.resident),
-        "resident_bytes": plan.resident_bytes,
-        "ring_bytes": plan.ring_bytes,
-        "rider_tokens": plan.rider_tokens,
-        "sweep_tokens": plan.sweep_tokens,
-        "num_sweeps": forecast.num_sweeps,
-        "first_sweep_seconds": forecast.first_seconds,
-        "later_sweep_seconds": forecast.later_seconds,
-        "seconds": forecast.seconds,
-        "peak_ram_bytes": survey.process_bytes + plan.peak_bytes,
-        "smallest_ram_bytes": survey.smallest_bytes,
-        "more_ram": [{"ram_bytes": ram, "seconds": seconds} for ram, seconds in survey.larger],
-        "half_the_bytes_seconds": survey.halved_seconds,
-    }
-    if survey.devices:
-        names = ("device", "vram_bytes", "num_stops")
-        document["devices"] = [dict(zip(names, device, strict=True)) for device in survey.devices]
-    return document
+def _job_of_lines(side: TextSide, texts: Sequence[tuple[int, str]], rates: Rates) -> Job:
+    """Return the job of scoring the lines of a file; say on stderr how its tokens were counted."""
+    from slowllm.inference.lines import Lines, encode, job_of
+    from slowllm.inference.text import max_line_tokens, prefix_id
 
-
-def _print_table(survey: Survey) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for row in _rows(survey):
-        table.add_row(*map(Text, row))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _rows(survey: Survey) -> list[tuple[str, str]]:
-    plan, forecast, rates, job = survey.plan, survey.plan.forecast, survey.rates, survey.job
-    peak_bytes = survey.process_bytes + plan.peak_bytes
-    how = "measured" if rates.measured else "assumed: so small a model is not worth measuring"
-    rows = [
-        ("model", f"{survey.name}: {format_bytes(survey.weight_bytes)} a sweep in {survey.num_stops} stops"),
-        ("job", f"{job.num_tokens:,} tokens, sequences of up to {job.longest:,}, computed in {survey.dtype}"),
-        (
-            "this machine",
-            f"disk {format_bytes(rates.disk)}/s, processor {rates.compute / 1e12:.3g} TFLOP/s ({how})",
-        ),
-        ("memory", f"{format_binary(peak_bytes)} at the peak, of {format_binary(survey.ram_bytes)}"),
-    ]
-    for name, num_bytes, num_stops in survey.devices:
-        rows.append((name, f"{format_binary(num_bytes)} at the peak; {num_stops} stops stay there"))
-    if plan.ring_bytes:
-        what = "whole blocks" if plan.granularity == "blocks" else "parts of blocks (forward only)"
-        rows += [
-            ("streamed", f"{what} through a ring of {format_bytes(plan.ring_bytes)}"),
-            (
-                "resident",
-                f"{len(plan.resident)} of {survey.num_stops} stops, {format_bytes(plan.resident_bytes)}, not read again",
-            ),
-        ]
-    else:
-        rows.append(("resident", "everything, mapped from the page cache"))
-    rows += [
-        ("micro-batch", f"{plan.rider_tokens:,} tokens; {plan.sweep_tokens:,} tokens a sweep"),
-        ("time", _time_of(forecast)),
-        ("limited by", "the disk" if forecast.read_seconds > forecast.compute_seconds else "the processor"),
-    ]
-    rows += [("faster", f"--ram {format_binary(ram)}: {duration(seconds)}") for ram, seconds in survey.larger]
-    if survey.halved_seconds < 0.95 * forecast.seconds:
-        rows.append(
-            ("faster", f"weights of half the bytes (a store of 8 bits): {duration(survey.halved_seconds)}")
+    limit = max_line_tokens(side) - 1
+    try:
+        tokenizer = side.tokenizer
+    except CheckpointError:
+        lengths = [min(limit, ceil_div(len(text.encode()), BYTES_PER_TOKEN)) + 1 for _, text in texts]
+        if not lengths:
+            raise InputError("there are no lines to score") from None
+        print(
+            f"about {sum(lengths):,} tokens in {len(lengths):,} lines: there is no tokenizer here, so a token is counted "
+            f"for every {BYTES_PER_TOKEN} bytes of a line and one before it",
+            file=sys.stderr,
         )
-    return [*rows, ("smallest", f"--ram {format_binary(survey.smallest_bytes)} would do")]
-
-
-def _time_of(forecast: Forecast) -> str:
-    if forecast.num_sweeps == 1:
-        return f"{duration(forecast.seconds)} in one sweep"
-    return (
-        f"{duration(forecast.seconds)} in {forecast.num_sweeps} sweeps: the first {duration(forecast.first_seconds)}, "
-        f"each later one {duration(forecast.later_seconds)}"
+        return Job(sum(lengths), max(lengths), forward_only=True, keeps_results=False)
+    lines = Lines(encode(side, texts, max_tokens=limit, truncate=True))
+    cut = (
+        f"; {lines.num_truncated} are longer than the model takes and counted as cut"
+        if lines.num_truncated
+        else ""
     )
+    print(
+        f"{lines.num_tokens:,} tokens in {len(lines):,} lines, by the model's tokenizer{cut}", file=sys.stderr
+    )
+    return job_of(lines, prefix_id(tokenizer, side.config.get_text_config().vocab_size), rates)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slowllm.entrypoints.cli.options import check_output
-from slowllm.errors import InputError, OtherJobError
+from slowllm.errors import InputError, OtherJobError, PlanError
 from slowllm.files import part_of, state_of
 from slowllm.options import AUTO, parse_bytes, parse_devices, parse_dtype
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slowllm.inference.text import Query
     from slowllm.planning.budget import Budget
     from slowllm.planning.job import Job, Rates
+    from slowllm.runtime.blueprint import Blueprint
     from slowllm.runtime.description import ModelInfo
     from slowllm.runtime.state import State
     from slowllm.runtime.streamed_lm import StreamedLM
@@ -40,6 +41,7 @@ class Runner:
             as long as the file is not complete.
         kind: of that job.
         overwrite: whether to begin anew beside the lines of another job.
+        dry_run: whether the verb only prints the plan of its job.
     Attributes:
         begun: what the state folder says about its job, None where no process began one.
         dtype: that of a begun job instead of ``auto``, which might come out otherwise when it is measured again.
@@ -51,7 +53,7 @@ class Runner:
     def __init__(
         self, model: str | None, ram: str, device: str, vram: str | None, dtype: str, *,
         prompt: str | None = None, resident: bool = True, state: Path | None = None, kind: str = "",
-        overwrite: bool = False,
+        overwrite: bool = False, dry_run: bool = False,
     ) -> None:  # fmt: skip
         if ram != AUTO:
             parse_bytes(ram)
@@ -61,6 +63,7 @@ class Runner:
             raise InputError("--vram is for a GPU; name one with --device cuda, or leave it out")
         parse_dtype(dtype)
         self.ram, self.device, self.vram, self.dtype, self.resident = ram, device, vram, dtype, resident
+        self.dry_run = dry_run
         self._model, self._prompt, self._state, self._kind = model, prompt, state, kind
         self._out: Path | None = None
         self._overwrites, self._is_new = overwrite, False
@@ -189,9 +192,61 @@ class Runner:
     @functools.cached_property
     def rates(self) -> Rates:
         """The rates of this machine, measured on the model's own files."""
+        from slowllm.planning.job import Rates
         from slowllm.runtime.rates import quick_rates
 
+        if self._blueprint is not None:
+            return Rates()
         return quick_rates(self.info.folder, parse_dtype(self.dtype))
+
+    @functools.cached_property
+    def _blueprint(self) -> Blueprint | None:
+        """What a dry run plans by where the weights are not there."""
+        if not self.dry_run or self._model is None:
+            return None
+        from slowllm.runtime.blueprint import find_blueprint
+
+        return find_blueprint(self._model, None)
+
+    def print_plan(self, *jobs: Job, as_json: bool = False, reserved_bytes: int = 0) -> None:
+        """Print the plan of a job instead of doing it.
+
+        Args:
+            jobs: the first of them that fits the budget is planned.
+            as_json: as JSON instead of a table.
+            reserved_bytes: of the budget, what the job holds beside the model.
+        Raises:
+            PlanError: none of them fits.
+        """
+        from slowllm.entrypoints.cli.survey_output import print_survey
+        from slowllm.runtime.memory import budget_bytes
+        from slowllm.runtime.survey import survey, survey_blueprint
+
+        ram = budget_bytes(self.ram)
+        for job in jobs:
+            try:
+                if self._blueprint is not None:
+                    found = survey_blueprint(
+                        self._blueprint, ram=ram, dtype=self.dtype, job=job, keep_resident=self.resident,
+                        reserved_bytes=reserved_bytes,
+                    )  # fmt: skip
+                else:
+                    found = survey(
+                        self.info, ram=ram, device=self.device, vram=self.vram, dtype=self.dtype, job=job,
+                        keep_resident=self.resident, reserved_bytes=reserved_bytes,
+                    )  # fmt: skip
+            except PlanError:
+                if job is jobs[-1]:
+                    raise
+                continue
+            print_survey(found, as_json=as_json)
+            return
+
+    def print_plan_of_queries(self, queries: Sequence[Query], *, as_json: bool = False) -> None:
+        """Print the plan of answering queries instead of answering them."""
+        from slowllm.inference import scoring
+
+        self.print_plan(scoring.job_of_queries(queries, self.info, self.rates, self.begun), as_json=as_json)
 
     def open(self, job: Job, budget: Budget | None = None) -> StreamedLM:
         """Open the model for a job; the caller closes it.

@@ -44,6 +44,7 @@ def score(
     per_token: options.PerToken = False,
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Score choices after a context, continuations, or texts.
@@ -60,7 +61,16 @@ def score(
     lines = read_raw_lines(file)
     options.check_normalize(normalize)
     runner = Runner(
-        model, ram, device, vram, dtype, prompt=prompt, state=state, kind="score", overwrite=overwrite
+        model,
+        ram,
+        device,
+        vram,
+        dtype,
+        prompt=prompt,
+        state=state,
+        kind="score",
+        overwrite=overwrite,
+        dry_run=dry_run,
     )
     out = runner.check_output(out, file)
     from slowllm.inference import scoring
@@ -70,6 +80,11 @@ def score(
     # All lines are checked before the first byte of weights is read.
     rows = [_read_row(info, number, raw, normalize) for number, raw in lines]
     queries = [query for row in rows for query in row.queries]
+    if dry_run:
+        if not queries:
+            raise InputError(f"{file}: no line can be scored")
+        runner.print_plan_of_queries(queries)
+        return
     with contextlib.ExitStack() as stack:
         likelihoods: Iterator[Likelihood] = iter(())
         if queries:

@@ -121,6 +121,7 @@ def tune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the prompt and the log of an earlier run in --out.")
     ] = False,
+    dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -138,7 +139,9 @@ def tune(
     Use the prompt with --prompt OUT of forward, score, yesno, eval and generate, or in PEFT.
     """
     options.log_to_stderr(verbose)
-    runner = Runner(model, ram, device, vram, dtype)
+    runner = Runner(
+        model, ram, device, vram, dtype, resident=resident, state=state, kind="tune", dry_run=dry_run
+    )
     if validation and len(validation) != len(data):
         raise InputError(
             f"give as many files with --validation as of examples: {len(data)}, not {len(validation)}"
@@ -160,7 +163,8 @@ def tune(
         raise InputError("--patience and --eval-every need --validation")
     info = runner.info
     from slowllm.tuning.recipe import Recipe
-    from slowllm.tuning.tune import tune
+    from slowllm.tuning.session import RunOptions
+    from slowllm.tuning.tune import phases_of, tune
 
     recipes = [
         Recipe(
@@ -172,6 +176,16 @@ def tune(
         for rate in lr or [0.03]
         for number in range(trials)
     ]  # fmt: skip
+    if dry_run:
+        phases = phases_of(
+            info, dict(zip(names, data, strict=True)), dict(zip(names, validation or [], strict=False)),
+            labels=label or (), recipes=recipes,
+            options=RunOptions(ram, device, vram, dtype, resident, state=state),
+        )  # fmt: skip
+        for phase in phases:
+            print(f"plan of {phase.name}:", file=sys.stderr)
+            runner.print_plan(*phase.jobs, as_json=as_json, reserved_bytes=phase.reserved_bytes)
+        return
     folder = Path(out).expanduser()
     _refuse_to_replace(folder, info.folder, [*data, *(validation or [])], overwrite or _is_begun(state))
     with contextlib.ExitStack() as stack:

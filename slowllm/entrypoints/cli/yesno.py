@@ -34,6 +34,7 @@ def yesno(
     ] = r"Question: {question}\nAnswer:",
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Answer the questions of a text file with yes or no.
@@ -48,7 +49,16 @@ def yesno(
     if not yes.strip() or not no.strip() or yes.strip() == no.strip():
         raise InputError(f"--yes {yes!r} and --no {no!r} must be two different words, neither of them empty")
     runner = Runner(
-        model, ram, device, vram, dtype, prompt=prompt, state=state, kind="yesno", overwrite=overwrite
+        model,
+        ram,
+        device,
+        vram,
+        dtype,
+        prompt=prompt,
+        state=state,
+        kind="yesno",
+        overwrite=overwrite,
+        dry_run=dry_run,
     )
     out = runner.check_output(out, file)
     from slowllm.inference import choices
@@ -63,6 +73,9 @@ def yesno(
         except InputError as error:
             raise InputError(f"{file}: line {number}: {error}") from error
     queries = [query for item in items for query in item.queries]
+    if dry_run:
+        runner.print_plan_of_queries(queries, as_json=as_json)
+        return
     relative = all(item.is_relative for item in items)
     cells = []
 

@@ -1,0 +1,132 @@
+"""Print a plan: as a table, or as one JSON document."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from slowllm.entrypoints.progress import duration
+from slowllm.options import format_binary, format_bytes
+
+if TYPE_CHECKING:
+    from slowllm.planning.forecast import Forecast
+    from slowllm.runtime.survey import Survey
+
+
+def print_survey(survey: Survey, *, as_json: bool) -> None:
+    """Print a plan as a table, or as one JSON document."""
+    if as_json:
+        print(json.dumps(_document(survey)))
+    else:
+        _print_table(survey)
+
+
+def _document(survey: Survey) -> dict[str, Any]:
+    plan, forecast, rates, job = survey.plan, survey.plan.forecast, survey.rates, survey.job
+    document: dict[str, Any] = {
+        "model": survey.name,
+        "weights_are_here": survey.planned_from is None,
+        "weight_bytes": survey.weight_bytes,
+        "num_stops": survey.num_stops,
+        "compute_dtype": survey.dtype,
+        "ram_bytes": survey.ram_bytes,
+        "tokens": job.num_tokens,
+        "longest": job.longest,
+        "disk_bytes_per_second": rates.disk,
+        "memory_bytes_per_second": rates.memory,
+        "flops_per_second": rates.compute,
+        "rates_measured": rates.disk_measured and rates.compute_measured,
+        "disk_measured": rates.disk_measured,
+        "processor_measured": rates.compute_measured,
+        "stops": plan.granularity,
+        "resident_stops": sorted(plan.resident),
+        "resident_bytes": plan.resident_bytes,
+        "ring_bytes": plan.ring_bytes,
+        "rider_tokens": plan.rider_tokens,
+        "sweep_tokens": plan.sweep_tokens,
+        "num_sweeps": forecast.num_sweeps,
+        "first_sweep_seconds": forecast.first_seconds,
+        "later_sweep_seconds": forecast.later_seconds,
+        "seconds": forecast.seconds,
+        "peak_ram_bytes": survey.process_bytes + plan.peak_bytes,
+        "smallest_ram_bytes": survey.smallest_bytes,
+        "more_ram": [{"ram_bytes": ram, "seconds": seconds} for ram, seconds in survey.larger],
+        "half_the_bytes_seconds": survey.halved_seconds,
+    }
+    if survey.devices:
+        names = ("device", "vram_bytes", "num_stops")
+        document["devices"] = [dict(zip(names, device, strict=True)) for device in survey.devices]
+    return document
+
+
+def _print_table(survey: Survey) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in _rows(survey):
+        table.add_row(*map(Text, row))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _rows(survey: Survey) -> list[tuple[str, str]]:
+    plan, forecast, rates, job = survey.plan, survey.plan.forecast, survey.rates, survey.job
+    peak_bytes = survey.process_bytes + plan.peak_bytes
+    rows = [
+        ("model", f"{survey.name}: {format_bytes(survey.weight_bytes)} a sweep in {survey.num_stops} stops"),
+    ]
+    if survey.planned_from is not None:
+        rows.append(
+            ("weights", f"not on this machine, or not all of them; planned from {survey.planned_from}")
+        )
+    rows += [
+        ("job", f"{job.num_tokens:,} tokens, sequences of up to {job.longest:,}, computed in {survey.dtype}"),
+        (
+            "this machine",
+            f"disk {format_bytes(rates.disk)}/s ({_how(rates.disk_measured)}), processor "
+            f"{rates.compute / 1e12:.3g} TFLOP/s ({_how(rates.compute_measured)})",
+        ),
+        ("memory", f"{format_binary(peak_bytes)} at the peak, of {format_binary(survey.ram_bytes)}"),
+    ]
+    for name, num_bytes, num_stops in survey.devices:
+        rows.append((name, f"{format_binary(num_bytes)} at the peak; {num_stops} stops stay there"))
+    if plan.ring_bytes:
+        what = "whole blocks" if plan.granularity == "blocks" else "parts of blocks (forward only)"
+        rows += [
+            ("streamed", f"{what} through a ring of {format_bytes(plan.ring_bytes)}"),
+            (
+                "resident",
+                f"{len(plan.resident)} of {survey.num_stops} stops, {format_bytes(plan.resident_bytes)}, not read again",
+            ),
+        ]
+    else:
+        rows.append(("resident", "everything, mapped from the page cache"))
+    rows += [
+        ("micro-batch", f"{plan.rider_tokens:,} tokens; {plan.sweep_tokens:,} tokens a sweep"),
+        ("time", _time_of(forecast)),
+        ("limited by", "the disk" if forecast.read_seconds > forecast.compute_seconds else "the processor"),
+    ]
+    rows += [("faster", f"--ram {format_binary(ram)}: {duration(seconds)}") for ram, seconds in survey.larger]
+    # A coded store has no more than three quarters of the bytes already.
+    if survey.store in (None, "bf16") and survey.halved_seconds < 0.95 * forecast.seconds:
+        rows.append(
+            ("faster", f"weights of half the bytes (a store of 8 bits): {duration(survey.halved_seconds)}")
+        )
+    return [*rows, ("smallest", f"--ram {format_binary(survey.smallest_bytes)} would do")]
+
+
+def _how(is_measured: bool) -> str:
+    return "measured" if is_measured else "assumed"
+
+
+def _time_of(forecast: Forecast) -> str:
+    if forecast.num_sweeps == 1:
+        return f"{duration(forecast.seconds)} in one sweep"
+    return (
+        f"{duration(forecast.seconds)} in {forecast.num_sweeps} sweeps: the first {duration(forecast.first_seconds)}, "
+        f"each later one {duration(forecast.later_seconds)}"
+    )

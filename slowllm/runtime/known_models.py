@@ -1,0 +1,114 @@
+"""The published shapes of well-known models, so that they can be planned before anything of them is downloaded.
+
+Each entry has what its config.json on the hub says, as far as the sizes of weights, activations and caches depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """The shape of a published model.
+
+    Attributes:
+        model_type: transformers' name of the architecture.
+        dtype: of the weights on the hub, as torch calls it.
+        options: of transformers' config.
+    """
+
+    model_type: str
+    dtype: str
+    options: Mapping[str, Any]
+
+
+_LLAMA_3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def _bloom(num_blocks: int, hidden_size: int, num_heads: int, dtype: str = "float16") -> KnownModel:
+    options = {"num_hidden_layers": num_blocks, "hidden_size": hidden_size, "n_head": num_heads}
+    return KnownModel("bloom", dtype, {**options, "vocab_size": 250880})
+
+
+def _llama(num_blocks: int, hidden_size: int, intermediate_size: int, num_heads: int) -> KnownModel:
+    options = {
+        "num_hidden_layers": num_blocks, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
+        "num_attention_heads": num_heads, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 131072, "rope_parameters": _LLAMA_3_ROPE, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return KnownModel("llama", "bfloat16", options)
+
+
+def _mixtral(num_blocks: int, hidden_size: int, intermediate_size: int, num_heads: int, vocab_size: int, longest: int) -> KnownModel:  # fmt: skip
+    options = {
+        "num_hidden_layers": num_blocks, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
+        "num_attention_heads": num_heads, "num_key_value_heads": 8, "vocab_size": vocab_size,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": longest,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return KnownModel("mixtral", "bfloat16", options)
+
+
+def _falcon(num_blocks: int, hidden_size: int, num_heads: int, **options: Any) -> KnownModel:
+    shape = {"num_hidden_layers": num_blocks, "hidden_size": hidden_size, "num_attention_heads": num_heads}
+    return KnownModel(
+        "falcon", "bfloat16", {**shape, "vocab_size": 65024, "bias": False, "alibi": False, **options}
+    )
+
+
+_BLOOM = {
+    "bloom-560m": _bloom(24, 1024, 16),
+    "bloom-1b1": _bloom(24, 1536, 16),
+    "bloom-1b7": _bloom(24, 2048, 16),
+    "bloom-3b": _bloom(30, 2560, 32),
+    "bloom-7b1": _bloom(30, 4096, 32),
+    "bloom": _bloom(70, 14336, 112, "bfloat16"),
+}
+_LLAMA = {
+    "8B": _llama(32, 4096, 14336, 32),
+    "70B": _llama(80, 8192, 28672, 64),
+    "405B": _llama(126, 16384, 53248, 128),
+}
+_MIXTRAL_8X7B = _mixtral(32, 4096, 14336, 32, 32000, 32768)
+_FALCON_7B = _falcon(32, 4544, 71, new_decoder_architecture=False, multi_query=True, parallel_attn=True)
+_FALCON_40B = _falcon(60, 8192, 128, num_kv_heads=8, new_decoder_architecture=True)
+_FALCON_180B = _falcon(
+    80, 14848, 232, num_kv_heads=8, new_decoder_architecture=True, tie_word_embeddings=False
+)
+
+# By hub id.
+KNOWN_MODELS: Mapping[str, KnownModel] = {
+    **{f"bigscience/{name}": model for name, model in _BLOOM.items()},
+    **{f"bigscience/{name.replace('bloom', 'bloomz')}": model for name, model in _BLOOM.items()},
+    **{f"meta-llama/Llama-3.1-{name}": model for name, model in _LLAMA.items()},
+    **{f"meta-llama/Llama-3.1-{name}-Instruct": model for name, model in _LLAMA.items()},
+    "mistralai/Mixtral-8x7B-v0.1": _MIXTRAL_8X7B,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": _MIXTRAL_8X7B,
+    "mistralai/Mixtral-8x22B-v0.1": _mixtral(56, 6144, 16384, 48, 32000, 65536),
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": _mixtral(56, 6144, 16384, 48, 32768, 65536),
+    "tiiuae/falcon-7b": _FALCON_7B,
+    "tiiuae/falcon-7b-instruct": _FALCON_7B,
+    "tiiuae/falcon-40b": _FALCON_40B,
+    "tiiuae/falcon-40b-instruct": _FALCON_40B,
+    "tiiuae/falcon-180B": _FALCON_180B,
+    "tiiuae/falcon-180B-chat": _FALCON_180B,
+}
+
+
+def find_known(name: str) -> tuple[str, KnownModel] | None:
+    """Return the hub id and the shape of a known model; None where the name is not known.
+
+    Args:
+        name: a hub id, or its last part; upper and lower case are alike.
+    """
+    wanted = name.lower()
+    for hub_id, model in KNOWN_MODELS.items():
+        if wanted in (hub_id.lower(), hub_id.rpartition("/")[2].lower()):
+            return hub_id, model
+    return None
