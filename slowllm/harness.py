@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from slowllm.entrypoints.lm_eval_model import SlowLM, main
+from slowllm.entrypoints.lm_eval_command import run_lm_eval, stay_offline
 from slowllm.errors import SlowLLMError
+
+if __name__ == "__main__":  # before huggingface_hub is imported
+    stay_offline(sys.argv[1:])
+
+from slowllm.entrypoints.lm_eval_model import SlowLM, main
 
 __all__ = ["SlowLM", "main"]
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        run_lm_eval(sys.argv[1:])
     except SlowLLMError as error:
         print(f"slowllm: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slowllm.entrypoints.lm_eval_command import ALLOW_DOWNLOADS, check_arguments
 from slowllm.entrypoints.lm_eval_settings import checkpoint_options, settings_of
 from slowllm.entrypoints.progress import progress
-from slowllm.errors import InputError
+from slowllm.errors import InputError, first_line
 from slowllm.inference import generation, scoring
 from slowllm.inference.chat_templates import chat_text
 from slowllm.inference.generation_types import Prompt
@@ -79,7 +80,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        pretrained: str | Path | StreamedLM,
+        pretrained: str | Path | StreamedLM | None = None,
         ram: str = "auto",
         dtype: str = "auto",
         prompt: str | None = None,
@@ -99,6 +100,8 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         **unknown: Any,
     ) -> None:
         super().__init__()
+        if pretrained is None:
+            raise InputError("no model is named; give its folder with --model_args pretrained=DIR")
         if unknown:
             raise InputError(f"slowllm's model has no argument {', '.join(sorted(unknown))}")
         if trust_remote_code:
@@ -365,26 +368,29 @@ def _covers(planned: Job | None, job: Job) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run lm-eval's command line, with this model where none is named by --model or a --config.
+    """Run lm-eval's command line with this model; `lm_eval_command.run_lm_eval` also keeps it offline.
 
     Args:
         arguments: of lm-eval's command line, such as ``--tasks boolq --model_args pretrained=DIR,ram=16GiB``.
     Raises:
-        InputError: lm-eval refuses its arguments, such as a task that it does not have.
+        InputError: another model is named, or lm-eval refuses its arguments, such as a task that it does not have; or
+            data of a task are not on this machine.
     """
     from lm_eval.__main__ import cli_evaluate  # type: ignore[import-untyped]
 
-    arguments = list(arguments)
-    names = {argument.partition("=")[0] for argument in arguments}
-    runs = bool(names & {"--tasks", "-t"}) and arguments[0] not in ("ls", "validate")
-    if runs and not names & {"--model", "-M", "--config", "-C"}:
-        arguments += ["--model", "slowllm"]
-        if "--device" not in names:
-            arguments += ["--device", "cpu"]  # lm-eval would name a GPU by itself
-    before, sys.argv = sys.argv, ["lm-eval", *arguments]  # where lm-eval looks for them
+    before, sys.argv = sys.argv, ["lm-eval", *check_arguments(arguments)]  # where lm-eval looks for them
     try:
         cli_evaluate()
-    except (ValueError, FileNotFoundError) as error:
+    except ConnectionError as error:
+        log.debug("lm-eval's own words:", exc_info=True)
+        advice = ""
+        if "OfflineModeIsEnabled" in str(error):
+            advice = (
+                f"; nothing is downloaded without {ALLOW_DOWNLOADS}: give it once to fetch what the task needs, or use "
+                "a task whose data are local files"
+            )
+        raise InputError(f"lm-eval: {first_line(error)}{advice}") from error
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         log.debug("lm-eval's own words:", exc_info=True)
         raise InputError(f"lm-eval: {error}") from error
     finally:

@@ -6,7 +6,7 @@ prompts are made, and all answers checked, before a model is asked.
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
 import math
 from collections import Counter
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError, first_line
+from slowllm.files import parse_object, read_raw_lines, shown
 from slowllm.inference.prompt_templates import Question, missing_package
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ def read_examples(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the examples of a dataset with their numbers, from 1. Nothing is downloaded.
 
+    JSON Lines are read here, and their examples numbered by their lines; everything else is read by `datasets`.
+
     Args:
         data: a JSON Lines, JSON, Parquet or CSV file; a folder that `datasets` can load; or the hub id of a dataset
             in its cache.
@@ -38,17 +41,19 @@ def read_examples(
     Raises:
         InputError: there is no such dataset, or it cannot be read.
     """
+    path = Path(data).expanduser()
+    is_file = _is_file(path)
+    if is_file and (split is not None or subset is not None):
+        raise InputError(f"{data}: a file has no splits and no subsets; leave --split and --subset out")
+    if is_file and path.suffix == ".jsonl":
+        yield from itertools.islice(_json_lines(data, path), limit)
+        return
     try:
         import datasets  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise missing_package("datasets", error) from error
-    path = Path(data).expanduser()
     try:
-        if path.is_file():
-            if split is not None or subset is not None:
-                raise InputError(
-                    f"{data}: a file has no splits and no subsets; leave --split and --subset out"
-                )
+        if is_file:
             if path.suffix not in _READERS:
                 raise InputError(f"{data}: is none of {', '.join(_READERS)}, by its name")
             # Streamed: without it `datasets` would write a second copy into its cache.
@@ -66,24 +71,27 @@ def read_examples(
     except InputError:
         raise
     except Exception as error:  # of pyarrow, pandas, fsspec or datasets, as the file may be wrong
-        raise InputError(f"{data}: cannot be read ({_bad_line(path) or first_line(error)})") from error
+        raise InputError(f"{data}: cannot be read ({first_line(error)})") from error
 
 
-def _bad_line(path: Path) -> str | None:
-    """Name the first line of a JSON Lines file that is none; the libraries that read it do not."""
-    if path.suffix != ".jsonl":
-        return None
+def _is_file(path: Path) -> bool:
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    json.loads(line or "null")
-                except ValueError as error:
-                    if line.strip():
-                        return f"line {number} is not JSON: {error}"
-    except (OSError, ValueError):
-        pass
-    return None
+        return path.is_file()
+    except OSError:  # too long a name
+        return False
+
+
+def _json_lines(data: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, raw in read_raw_lines(path):
+        try:
+            yield number, parse_object(raw, "is JSON, but no object with columns")
+        except InputError as error:
+            raise InputError(f"{data}: line {number} {error}") from error
+
+
+def place_of(data: str, number: int) -> str:
+    """Return in words where an example stands: its line in a file of JSON Lines, otherwise its number."""
+    return f"{data}: {'line' if data.endswith('.jsonl') else 'example'} {number}"
 
 
 def _cached_dataset(name: str, subset: str | None, split: str) -> Any:
@@ -120,30 +128,43 @@ def boolq_examples(
         data: their name, for errors.
         examples: from `read_examples`.
     Raises:
-        InputError: a column is missing, or an answer is neither true nor false.
+        InputError: a column is missing, or an answer means neither true nor false.
     """
     for number, example in examples:
+        where = place_of(data, number)
         for column in ("question", "passage"):
             if column not in example:
                 raise InputError(
-                    f"{data}: has no column {column!r}, only {', '.join(example)}; BoolQ has question, passage and "
-                    "answer (or label)"
+                    f"{where} has no {column!r}, only {', '.join(example)}; BoolQ has question, passage and answer (or "
+                    "label)"
                 )
             if not isinstance(example[column], str):
-                raise InputError(f"{data}: example {number}: {column} is {example[column]!r}, no text")
-        answer, label = example.get("answer"), example.get("label")
-        if answer is None and label is None:
+                raise InputError(f"{where}: {column} is {shown(example[column])}, no text")
+        answers = {
+            name: _truth(where, name, example[name])
+            for name in ("answer", "label")
+            if example.get(name) is not None
+        }
+        if not answers:
+            raise InputError(f"{where} has neither answer nor label, which are true or false")
+        if len(set(answers.values())) > 1:
             raise InputError(
-                f"{data}: example {number} has neither answer (true or false) nor label (1 or 0)"
+                f"{where}: answer is {shown(example['answer'])} but label is {shown(example['label'])}"
             )
-        if answer is not None and type(answer) is not bool:
-            raise InputError(f"{data}: example {number}: answer is {answer!r}, neither true nor false")
-        if label is not None and (type(label) is not int or label not in (0, 1)):
-            raise InputError(f"{data}: example {number}: label is {label!r}, neither 0 nor 1")
-        if answer is not None and label is not None and answer != bool(label):
-            raise InputError(f"{data}: example {number}: answer is {answer!r} but label is {label!r}")
-        truth = bool(label if answer is None else answer)
+        truth = next(iter(answers.values()))
         yield number, {**example, "answer": truth, "label": int(truth)}
+
+
+_WORDS = {"yes": True, "true": True, "no": False, "false": False}
+
+
+def _truth(where: str, name: str, value: Any) -> bool:
+    """Return what an answer means: a boolean, 0 or 1, or one of the words yes, no, true and false."""
+    if isinstance(value, str) and (word := value.strip().lower()) in _WORDS:
+        return _WORDS[word]
+    if isinstance(value, bool | int) and value in (0, 1):
+        return bool(value)
+    raise InputError(f"{where}: {name} is {shown(value)}, none of true, false, 1, 0, yes and no")
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,16 +181,17 @@ class Renderer:
         except TemplateError as error:
             raise InputError(f"template {template.name!r} is not jinja: {first_line(error)}") from error
 
-    def render(self, number: int, example: Mapping[str, Any]) -> Question | None:
+    def render(self, number: int, example: Mapping[str, Any], place: str | None = None) -> Question | None:
         """Return the question that an example makes; None where the template renders to nothing for it.
 
         Raises:
             InputError: it does not render, or its target is none of its choices.
         """
-        where = f"example {number}, template {self.name!r}"
+        place = f"example {number}" if place is None else place
+        where = f"{place}, template {self.name!r}"
         if "answer_choices" in example:
             raise InputError(
-                f"example {number} has a column answer_choices, a name that templates need for themselves"
+                f"{place} has a column answer_choices, a name that templates need for themselves"
             )
         self._random.seed(f"{number} {self.name}")
         try:
@@ -222,10 +223,16 @@ def _parts(rendered: str) -> tuple[str, ...]:
 
 
 def make_questions(
-    templates: Sequence[Template], examples: Iterable[tuple[int, Mapping[str, Any]]]
+    templates: Sequence[Template],
+    examples: Iterable[tuple[int, Mapping[str, Any]]],
+    place_of: Callable[[int], str] = "example {}".format,
 ) -> list[Question]:
     """Return every example through every template, those of one example together: they share their passage.
 
+    Args:
+        templates: that are applied.
+        examples: with their numbers.
+        place_of: says in words where an example stands, for errors.
     Raises:
         InputError: a template does not render within limits of time and memory, or there are no questions.
     """
@@ -234,12 +241,12 @@ def make_questions(
     def render(numbered: tuple[int, Mapping[str, Any]]) -> list[Question]:
         # Made in the child: jinja computes constants when it compiles.
         renderers.extend(Renderer(template) for template in templates[len(renderers) :])
-        found = (renderer.render(*numbered) for renderer in renderers)
+        found = (renderer.render(*numbered, place_of(numbered[0])) for renderer in renderers)
         return [question for question in found if question is not None]
 
     with contextlib.closing(BoundedCalls(render)) as bounded:
         questions = [
-            question for numbered in examples for question in bounded(numbered, f"example {numbered[0]}")
+            question for numbered in examples for question in bounded(numbered, place_of(numbered[0]))
         ]
     if not questions:
         raise InputError("the data has no example to which a template applies")

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from slowllm.errors import ArchitectureError, CheckpointError, first_line
-from slowllm.storage.checkpoint import read_json
+from slowllm.storage.checkpoint import read_json, refuse_gguf
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """
     file = folder if folder.is_file() else folder / "config.json"
     if not file.is_file():
+        refuse_gguf(folder)
         raise CheckpointError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
     table = read_json(file)
     kind = table.get("model_type")

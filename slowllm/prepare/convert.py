@@ -26,6 +26,7 @@ from slowllm.modeling.skeleton import build_skeleton, read_config
 from slowllm.options import format_bytes
 from slowllm.prepare.encode import FileTask, finished, record_path
 from slowllm.prepare.hub import is_small
+from slowllm.prepare.pickle_check import check_against_torch
 from slowllm.prepare.store_plan import is_exact, plan_files, refuse_other_dtypes
 from slowllm.prepare.workers import Progress, write_files
 from slowllm.storage import pickles
@@ -84,14 +85,15 @@ def convert(
         source: a Hugging Face folder of safetensors or `pytorch_model*.bin` files.
         out: new, empty, or left by an earlier run of the same conversion.
         store: ``bf16``, ``lossless``, ``int8`` or ``int4``.
-        workers: number of processes that encode; by default one for each core.
+        workers: number of processes that encode; by default one for each 2 GiB of weights, at most one for each core.
         rank: which share of the files this run writes; the run that ends last writes the manifest.
         world_size: number of shares.
         name: of the checkpoint, for messages; by default the folder's.
         on_progress: called at the start and after every file.
     Raises:
         CheckpointError: the source cannot be read, or is a store itself.
-        StoreError: the folder holds something else, another run writes the same files, or the disk is full.
+        StoreError: the folder holds something else, another run writes the same files, the disk is full, or pickled
+            weights were read otherwise than torch.load reads them.
         InputError: an option cannot be used.
     """
     if store not in STORES:
@@ -126,7 +128,9 @@ def convert(
             _copy_small_files(source, out)
             share = tasks[rank::world_size]
             _check_space(out, share)
-            write_files(share, workers or os.cpu_count() or 1, on_progress)
+            write_files(share, workers, on_progress)
+            if _has_only_pickles(source):
+                check_against_torch(share)
         manifest = _end(out, tasks, job, is_exact(store, placements))
     return Converted(out, manifest, source_bytes, was_there)
 
@@ -134,13 +138,16 @@ def convert(
 def _open_source(folder: Path, *, checks: bool) -> Checkpoint:
     if is_store(folder):
         raise StoreError(f"{folder}: is a store already; convert the checkpoint that it was made from")
-    has_safetensors = any(folder.glob("*.safetensors"))
-    if pickles.is_pickled(folder) and not has_safetensors:
+    if _has_only_pickles(folder):
         checkpoint = pickles.open_pickled(folder)
         if checks:
             pickles.check_crcs(checkpoint)
         return checkpoint
     return open_checkpoint(folder)
+
+
+def _has_only_pickles(folder: Path) -> bool:
+    return pickles.is_pickled(folder) and not any(folder.glob("*.safetensors"))
 
 
 def _begin(out: Path, job: Mapping[str, Any]) -> None:

@@ -18,7 +18,11 @@ from dataclasses import dataclass
 import torch
 
 from slowllm.errors import StoreError
+from slowllm.options import GIB
 from slowllm.prepare.encode import FileTask, finished, write_file
+
+# Weights that are worth a process of their own: it imports torch for several seconds before it encodes anything.
+WORKER_BYTES = 2 * GIB
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,20 @@ class Progress:
     is_start: bool = False
 
 
+def choose_workers(num_bytes: int, num_cores: int) -> int:
+    """Return how many processes encode so many bytes of weights."""
+    return max(1, min(num_cores, num_bytes // WORKER_BYTES))
+
+
 def write_files(
-    tasks: Sequence[FileTask], num_workers: int, on_progress: Callable[[Progress], None] | None
+    tasks: Sequence[FileTask], num_workers: int | None, on_progress: Callable[[Progress], None] | None
 ) -> None:
     """Write the files that are not finished yet, several at a time.
 
+    Args:
+        tasks: the files.
+        num_workers: number of processes; None to choose it by the size of the source.
+        on_progress: called at the start and after every file.
     Raises:
         StoreError: a file could not be written; those that other processes have begun are finished first.
     """
@@ -58,6 +71,8 @@ def write_files(
             done_bytes = sum(task.source_bytes for task in done)
             on_progress(Progress(len(done), len(tasks), done_bytes, source_bytes, to_write, is_start))
 
+    if num_workers is None:
+        num_workers = choose_workers(sum(task.source_bytes for task in left), os.cpu_count() or 1)
     report(is_start=True)
     for task in _written(left, min(num_workers, len(left))):
         done.append(task)

@@ -17,7 +17,7 @@ from slowllm.files import refuse_large, system_errors
 from slowllm.modeling.skeleton import read_config
 from slowllm.modeling.soft_prompt_files import load_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt, check_fits
-from slowllm.storage.checkpoint import LFS_POINTER
+from slowllm.storage.checkpoint import LFS_POINTER, refuse_gguf
 
 
 class ModelInfo:
@@ -95,7 +95,11 @@ def load_tokenizer(folder: Path) -> Any:
             raise ValueError(f"its model_max_length is a {type(length).__name__}")
         return found
     except Exception as error:  # a damaged tokenizer may raise anything
+        refuse_gguf(folder)
         reason = _what_is_wrong_with_tokenizer(folder) or first_line(error)
+        if reason.rstrip().endswith(":"):  # the first line of a list of ways that were tried
+            there = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+            reason = f"transformers cannot make one of {', '.join(there)} alone; fetch tokenizer.json"
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
 
 

@@ -53,6 +53,7 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
+        refuse_gguf(folder)
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
         spans: dict[str, Span] = {}
@@ -229,15 +230,25 @@ def _shards(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
     return paths
 
 
+def refuse_gguf(folder: Path) -> None:
+    """Refuse a folder whose weights are GGUF files only.
+
+    Raises:
+        CheckpointError: they are.
+    """
+    if any(folder.glob("*.gguf")) and not any(
+        any(folder.glob(pattern)) for pattern in ("*.safetensors", INDEX, "pytorch_model*.bin")
+    ):
+        raise CheckpointError(
+            f"{folder}: has only GGUF files, which are not read; fetch the original safetensors checkpoint with "
+            "`slowllm download`, or load the GGUF file in transformers with gguf_file= and save it with save_pretrained()"
+        )
+
+
 def _refuse_other_formats(folder: Path) -> None:
     if list(folder.glob("pytorch_model*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
         raise CheckpointError(
             f"{folder}: has only pickled weights (pytorch_model*.bin), which are never loaded here because a "
             "pickle can run code. Make a store of it with `slowllm convert`, which reads only tensors from it, "
             "or fetch the safetensors revision."
-        )
-    if list(folder.glob("*.gguf")):
-        raise CheckpointError(
-            f"{folder}: has only GGUF files. Fetch the original safetensors checkpoint, "
-            "or load it in transformers with gguf_file= and save_pretrained()."
         )

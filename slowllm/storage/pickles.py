@@ -144,6 +144,22 @@ def _begin_of(file: BinaryIO, record: zipfile.ZipInfo) -> int:
     return record.header_offset + 30 + int(name_bytes) + int(extra_bytes)
 
 
+def load_mapped(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file as torch's own `torch.load` gives them, on a memory map of the file.
+
+    Raises:
+        CheckpointError: torch cannot map it.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever torch may raise on an archive that it does not like
+        raise CheckpointError(
+            f"{path.name}: torch.load cannot map it ({first_line(error)}), so the store cannot be compared with what torch "
+            "reads; load it with torch.load and save it again with torch.save"
+        ) from error
+    return dict(tensors)
+
+
 def check_crcs(checkpoint: Checkpoint) -> None:
     """Read the files of a checkpoint from `open_pickled`, and compare every record with its checksum in the archive.
 

@@ -370,7 +370,7 @@ def test_the_command_line_is_lm_evals(
     assert "acc,none" in found["results"]["mine"]
     assert found["config"]["model"] == "slowllm"
     with pytest.raises(InputError, match=r"lm-eval: Tasks not found: nothing"):
-        lm_eval_model.main(["run", "--tasks", "nothing"])
+        lm_eval_model.main(["run", "--tasks", "nothing", "--model_args", model_args])
     with pytest.raises(SystemExit):
         lm_eval_model.main(["--help"])
     assert "lm-eval run" in capsys.readouterr().out

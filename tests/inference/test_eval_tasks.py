@@ -216,7 +216,7 @@ def test_installed_promptsource_is_used(tmp_path: Path, monkeypatch: Any) -> Non
     [
         ("yaml", boolq_templates),
         ("jinja2", lambda: Renderer(template())),
-        ("datasets", lambda: next(eval_tasks.read_examples("x.jsonl"))),
+        ("datasets", lambda: next(eval_tasks.read_examples("x.json"))),
     ],
 )
 def test_a_package_that_is_not_there_is_named(package: str, call: Any, monkeypatch: Any) -> None:
@@ -244,6 +244,26 @@ def test_files_are_read_by_datasets(suffix: str, tmp_path: Path) -> None:
         save_jsonl(file, ROWS)
     assert list(eval_tasks.read_examples(str(file))) == list(enumerate(ROWS, 1))
     assert list(eval_tasks.read_examples(str(file), limit=2)) == list(enumerate(ROWS[:2], 1))
+
+
+def test_json_lines_need_no_datasets_and_have_the_numbers_of_their_lines(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n\n".join(json.dumps(row) for row in ROWS))
+    assert list(eval_tasks.read_examples(str(file))) == list(zip((1, 3, 5), ROWS, strict=True))
+    assert list(eval_tasks.read_examples(str(file), limit=2)) == list(zip((1, 3), ROWS, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("value", "truth"),
+    [(True, True), (0, False), (1, True), ("Yes", True), ("no", False), (" TRUE", True), ("false", False)],
+)
+def test_answers_may_be_words(value: Any, truth: bool) -> None:
+    for name in ("answer", "label"):
+        ((_, row),) = eval_tasks.boolq_examples("x", [(1, {"question": "q", "passage": "p", name: value})])
+        assert (row["answer"], row["label"]) == (truth, int(truth))
 
 
 def test_a_folder_has_splits(tmp_path: Path) -> None:
@@ -280,8 +300,8 @@ def test_the_cache_of_datasets_is_read_without_the_hub(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("x.jsonl", '{"a": 1}\n{"a": ', "cannot be read"),
-        ("x.jsonl", "", "cannot be read|no example"),
+        ("x.jsonl", '{"question": "q", "label": 1}\n\n{"a": ', r"x\.jsonl: line 3 is not JSON"),
+        ("x.jsonl", "", "has no non-empty line"),
         ("x.parquet", "no parquet", "cannot be read"),
         ("x.txt", "a", "is none of .jsonl, .json, .parquet, .csv"),
         (None, "", "no such file or folder"),
@@ -316,14 +336,14 @@ def test_both_columns_of_answers_become_both() -> None:
 @pytest.mark.parametrize(
     ("row", "match"),
     [
-        ({"passage": "p", "answer": True}, "x: has no column 'question', only passage, answer"),
-        ({"question": "q", "answer": True}, "has no column 'passage'"),
-        ({"question": "q", "passage": None, "answer": True}, "example 1: passage is None, no text"),
+        ({"passage": "p", "answer": True}, "x: example 1 has no 'question', only passage, answer"),
+        ({"question": "q", "answer": True}, "has no 'passage'"),
+        ({"question": "q", "passage": None, "answer": True}, "example 1: passage is null, no text"),
         ({"question": "q", "passage": "p"}, "has neither answer"),
-        ({"question": "q", "passage": "p", "answer": "yes"}, "answer is 'yes', neither true nor false"),
-        ({"question": "q", "passage": "p", "label": -1}, "label is -1, neither 0 nor 1"),
-        ({"question": "q", "passage": "p", "label": True}, "label is True, neither 0 nor 1"),
-        ({"question": "q", "passage": "p", "label": 0, "answer": True}, "answer is True but label is 0"),
+        ({"question": "q", "passage": "p", "answer": "ja"}, 'answer is "ja", none of true, false, 1, 0, yes and no'),
+        ({"question": "q", "passage": "p", "label": -1}, "label is -1, none of"),
+        ({"question": "q", "passage": "p", "label": 1.5}, "label is 1.5, none of"),
+        ({"question": "q", "passage": "p", "label": 0, "answer": True}, "answer is true but label is 0"),
     ],
 )  # fmt: skip
 def test_examples_that_are_not_boolqs_are_refused(row: dict[str, Any], match: str) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import slowllm
 from slowllm.errors import CheckpointError
-from slowllm.runtime.description import find_folder
+from slowllm.runtime.description import ModelInfo, find_folder
 from tests.support.families import FAMILIES, VOCAB, resident, save_tiny
 from tests.support.paths import TINY_BLOOM
 
@@ -171,3 +171,22 @@ def test_a_config_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> N
         CheckpointError, match=r"config\.json: has 8,589,934,592 bytes, too many for a file of its kind"
     ):
         slowllm.load(tmp_path)
+
+
+def test_a_folder_with_half_of_a_tokenizer_is_told_what_it_has(tmp_path: Path) -> None:
+    shutil.copytree(TINY_BLOOM, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    (tmp_path / "model" / "vocab.json").write_text('{"a": 1}')
+    with pytest.raises(
+        CheckpointError, match=r"cannot make one of vocab\.json, tokenizer_config\.json alone; fetch"
+    ):
+        _ = slowllm.load(tmp_path / "model").tokenizer
+
+
+def test_a_folder_of_gguf_says_so_before_its_config_or_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match="has only GGUF files, which are not read"):
+        ModelInfo(tmp_path)
+    shutil.copy(TINY_BLOOM / "config.json", tmp_path)
+    with pytest.raises(CheckpointError, match="has only GGUF files, which are not read"):
+        _ = ModelInfo(tmp_path).tokenizer

@@ -25,7 +25,7 @@ from slowllm.modeling import layout
 from slowllm.options import MIB
 from slowllm.prepare import store_plan
 from slowllm.prepare.convert import convert
-from slowllm.prepare.workers import Progress
+from slowllm.prepare.workers import Progress, choose_workers
 from slowllm.storage import manifest
 from slowllm.storage.codecs import layout_constants
 from slowllm.storage.shard import read_header
@@ -454,3 +454,11 @@ def test_an_int8_store_on_a_device_without_integer_products_is_one_sentence(
         slowllm.load(embedded("int8"))
     with slowllm.load(embedded("int4")) as lm:
         assert math.isfinite(lm.score(["The value is"])[0].log_likelihood)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "num_cores", "chosen"),
+    [(7_500_000, 2, 1), (0, 8, 1), (4 << 30, 2, 2), (9 << 30, 8, 4), (352 * 10**9, 2, 2)],
+)
+def test_a_small_checkpoint_is_encoded_by_few_processes(num_bytes: int, num_cores: int, chosen: int) -> None:
+    assert choose_workers(num_bytes, num_cores) == chosen

@@ -7,6 +7,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import safetensors.torch
 import torch
 
 import slowllm
-from slowllm.errors import CheckpointError
+from slowllm.errors import CheckpointError, StoreError
+from slowllm.storage import pickles
 from slowllm.storage.pickles import open_pickled
+from slowllm.storage.spans import Span
 from tests.support.stores import make_store, passed
 
 Tiny = Callable[..., Path]
@@ -144,3 +147,32 @@ def test_bad_pickles_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     refused(
         lambda p: torch.save({"a": torch.ones(3)}, p / first), r"is missing, though pytorch_model.bin.index"
     )
+
+
+def test_a_store_is_compared_with_what_torch_loads(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pickled(tiny("mixtral", torch.bfloat16), tmp_path / "pickled")
+    read = pickles._read_spans
+
+    def shifted(path: Path) -> dict[str, Span]:
+        """Read as a reader with a fault would: one tensor from the place of another of its shape."""
+        spans = read(path)
+        for name, span in spans.items():
+            if name.endswith("layers.1.input_layernorm.weight"):
+                other = next(s for n, s in spans.items() if n != name and s.shape == span.shape)
+                spans[name] = replace(
+                    span, offset=other.offset + 2 if other.offset == span.offset else other.offset
+                )
+        return spans
+
+    monkeypatch.setattr(pickles, "_read_spans", shifted)
+    source = {path: torch.load(path) for path in (tmp_path / "pickled").glob("*.bin")}
+    for path, tensors in source.items():  # a norm of ones would hide a wrong place
+        torch.save({name: torch.randn_like(t) for name, t in tensors.items()}, path)
+    with pytest.raises(
+        StoreError, match=r"layers\.1\.input_layernorm\.weight: was read otherwise than torch\.load"
+    ):
+        make_store(tmp_path / "pickled", tmp_path / "store", "bf16")
+    monkeypatch.setattr(pickles, "_read_spans", read)
+    assert make_store(tmp_path / "pickled", tmp_path / "other", "bf16").manifest is not None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ import typer
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.output import json_writer, print_table
 from slowllm.entrypoints.cli.runner import Runner
+from slowllm.entrypoints.lm_eval_command import ALLOW_DOWNLOADS, run_lm_eval
 from slowllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -121,8 +123,9 @@ def boolq(
         available, source = read_templates(template_file), str(template_file)
     rows = eval_tasks.read_examples(data, subset=subset, split=split, limit=limit)
     chosen = select_templates(available, templates)
-    questions = make_questions(chosen, eval_tasks.boolq_examples(data, rows))
-    items, cut = _encode(info, questions, normalize, truncate)
+    place_of = functools.partial(eval_tasks.place_of, data)
+    questions = make_questions(chosen, eval_tasks.boolq_examples(data, rows), place_of)
+    items, cut = _encode(info, questions, place_of, normalize, truncate)
     about = {"task": "boolq", "data": data, "templates_from": source, "normalize": normalize}
     options_given = {"subset": subset, "split": split, "limit": limit, "truncate": truncate}
     _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json)
@@ -175,10 +178,10 @@ def task(
 
     info = runner.info
     chosen = select_templates(read_templates(template_file), templates)
-    questions = make_questions(
-        chosen, eval_tasks.read_examples(data, subset=subset, split=split, limit=limit)
-    )
-    items, cut = _encode(info, questions, normalize, truncate)
+    place_of = functools.partial(eval_tasks.place_of, data)
+    rows = eval_tasks.read_examples(data, subset=subset, split=split, limit=limit)
+    questions = make_questions(chosen, rows, place_of)
+    items, cut = _encode(info, questions, place_of, normalize, truncate)
     about = {"data": data, "templates_from": str(template_file), "normalize": normalize}
     options_given = {"subset": subset, "split": split, "limit": limit, "truncate": truncate}
     _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json)
@@ -189,15 +192,30 @@ def task(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
 )
-def lm(context: typer.Context) -> None:
-    """Run lm-eval's command line with `--model slowllm`.
+def lm(
+    context: typer.Context,
+    allow_downloads: Annotated[
+        bool,
+        typer.Option(
+            ALLOW_DOWNLOADS,
+            help="Let lm-eval fetch the data sets and metrics of tasks that are not on this machine.",
+        ),
+    ] = False,
+) -> None:
+    """Run lm-eval's command line with slowllm's model.
 
     All requests of a kind share as few sweeps as possible. For example: slowllm eval lm --tasks boolq
     --model_args pretrained=DIR,ram=16GiB
-    """
-    from slowllm.entrypoints import lm_eval_model
 
-    lm_eval_model.main(context.args)
+    All other options are lm-eval's own, which `slowllm eval lm run --help` prints. --model_args takes pretrained (a
+    folder, or a model of the local cache), ram, dtype, device, vram, prompt and max_length.
+
+    Nothing is downloaded without --allow-downloads: a task whose data are not on this machine ends in a sentence.
+    """
+    if not context.args or context.args in (["-h"], ["--help"]):
+        typer.echo(context.get_help())
+        return
+    run_lm_eval([*context.args, *([ALLOW_DOWNLOADS] if allow_downloads else [])])
 
 
 def _evaluate(
@@ -261,7 +279,11 @@ def _evaluate(
 
 
 def _encode(
-    info: ModelInfo, questions: Sequence[Question], normalize: Any, truncate: bool
+    info: ModelInfo,
+    questions: Sequence[Question],
+    place_of: Callable[[int], str],
+    normalize: Any,
+    truncate: bool,
 ) -> tuple[list[Encoded], set[int]]:
     """Return the questions as queries, and the numbers of those whose prompts were cut."""
     from slowllm.inference.choices import Item, encode_item
@@ -273,7 +295,7 @@ def _encode(
         try:
             encoded = encode_item(info, item, normalize)
         except InputError as error:
-            where = f"example {question.example}, template {question.template!r}"
+            where = f"{place_of(question.example)}, template {question.template!r}"
             try:
                 encoded = encode_item(info, item, normalize, truncate=True)
             except InputError:

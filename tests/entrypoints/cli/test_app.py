@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from slowllm.entrypoints.cli.app import app
@@ -56,3 +58,16 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = slowllm.nonsense
+
+
+VERBS = [[name] for name in typer.main.get_command(app).commands]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "verb", [[], *VERBS, ["eval", "boolq"], ["eval", "task"], ["eval", "lm"]], ids=" ".join
+)
+def test_help_prints_no_markup(verb: list[str]) -> None:
+    shown = CliRunner().invoke(app, [*verb, "--help"], terminal_width=80)
+    assert shown.exit_code == 0
+    assert shown.output.startswith("Usage: ")
+    assert not re.search(r"\\b|[\b\f]|\[/?(bold|dim)|``", shown.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from slowllm.entrypoints.cli import evaluate
 from slowllm.inference import choices, eval_tasks
 from tests.support.command_line import refused, run
 from tests.support.likelihoods import BOOLQ, TEMPLATES, TOLERANCE, likelihood, plain, printed, save, softmax
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, TINY_BLOOM
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,9 @@ from tests.support.paths import ROOT
         (["eval", "boolq", "--data", "{tmp}/boolq.jsonl", "--templates", "x"], "no template is called 'x'; there are"),
         (["eval", "boolq", "--data", "{tmp}/boolq.jsonl", "--template-file", "{tmp}/a"], "is no templates file|has no templates"),
         (["eval", "boolq", "--data", "{tmp}/boolq.jsonl", "--split", "test"], "a file has no splits"),
-        (["eval", "boolq", "--data", "{tmp}/other.jsonl"], "has no column 'question', only a"),
-        (["eval", "boolq", "--data", "{tmp}/bad.jsonl"], "example 1: label is 2"),
+        (["eval", "boolq", "--data", "{tmp}/other.jsonl"], "line 1 has no 'question', only a"),
+        (["eval", "boolq", "--data", "{tmp}/bad.jsonl"], "bad.jsonl: line 1: label is 2, none of true, false, 1, 0, yes and no"),
+        (["eval", "boolq", "--data", "{tmp}/words.jsonl"], "words.jsonl: line 3: answer is \"perhaps\", none of"),
         (["eval", "boolq", "--data", "{tmp}/boolq.jsonl", "--out", "{tmp}/boolq.jsonl"], "is the input"),
         (["eval", "boolq", "--data", "{tmp}/boolq.jsonl", "--normalize", "x"], "--normalize 'x' is unknown"),
         (["eval", "task", "--data", "{tmp}/other.jsonl", "--template-file", "{tmp}/t.yaml"], "does not render ('passage' is undefined)"),
@@ -43,6 +45,8 @@ def test_what_cannot_be_done_is_one_sentence(
     save(tmp_path / "boolq.jsonl", BOOLQ)
     save(tmp_path / "other.jsonl", [{"a": 1}])
     save(tmp_path / "bad.jsonl", [{"question": "q", "passage": "p", "label": 2}])
+    words = [f'{{"question": "q", "passage": "p", "answer": "{word}"}}' for word in ("yes", "perhaps")]
+    save(tmp_path / "words.jsonl", [words[0], "", words[1]])
     (tmp_path / "t.yaml").write_text(TEMPLATES)
     before = set(tmp_path.iterdir())
     found = refused([one.replace("{tmp}", str(tmp_path)) for one in arguments], monkeypatch, capsys)
@@ -141,7 +145,7 @@ def test_long_prompts_are_refused_or_cut_from_the_left(tmp_path: Path, monkeypat
         "plain",
     ]
     found = refused([*arguments, "--out", out], monkeypatch, capsys)
-    assert "example 2, template 'plain': " in found
+    assert "dev.jsonl: line 2, template 'plain': " in found
     assert "use --truncate to cut such prompts from the left" in found
     assert not out.exists()
     assert run([*arguments, "--truncate", "--out", out, "--dtype", "fp32"], monkeypatch) == 0
@@ -178,6 +182,83 @@ def test_predictions_made_before_an_error_are_kept(tmp_path: Path, monkeypatch: 
     assert "slowllm: the disk is gone" in capsys.readouterr().err
     assert not out.exists()
     assert len([json.loads(line) for line in (tmp_path / "out.jsonl.part").read_text().splitlines()]) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tasks", "boolq"], "no model is named; give its folder with --model_args pretrained=DIR"),
+        (["--tasks", "boolq", "--model_args", "ram=4GiB"], "no model is named"),
+        (
+            ["--tasks", "boolq", "--model", "hf", "--model_args", "pretrained=x"],
+            "--model hf: `slowllm eval lm` runs",
+        ),
+        (
+            ["run", "-t", "boolq", "--model=vllm", "-a", "pretrained=x"],
+            "--model vllm: `slowllm eval lm` runs",
+        ),
+        (["-Mhf", "-t", "boolq"], "--model hf: "),
+    ],
+)
+def test_lm_eval_runs_slowllms_model_or_none(
+    options: list[str], words: str, monkeypatch: Any, capsys: Any
+) -> None:
+    assert words in refused(["eval", "lm", *options], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        (["-t", "a", "-a", "pretrained=x"], ["--model", "slowllm", "--device", "cpu"]),
+        (
+            ["-t", "a", "--model_args", "ram=4GiB", "pretrained=x", "--device", "cuda:0"],
+            ["--model", "slowllm"],
+        ),
+        (["-t", "a", "--model_args", '{"pretrained": "x"}', "--model", "slowllm"], []),
+        (["--config", "file.yaml"], ["--model", "slowllm"]),
+        (["ls", "tasks"], []),
+        (["run", "--tasks", "a", "--help"], []),
+    ],
+)
+def test_the_model_is_added_to_lm_evals_arguments(given: list[str], passed: list[str]) -> None:
+    from slowllm.entrypoints.lm_eval_command import check_arguments
+
+    assert check_arguments(given) == [*given, *passed]
+
+
+def test_the_hub_is_shut_off_unless_downloads_are_allowed(monkeypatch: Any) -> None:
+    from slowllm.entrypoints.lm_eval_command import stay_offline
+
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
+    for name in names:
+        monkeypatch.setenv(name, "0")
+    assert stay_offline(["--tasks", "a", "--allow-downloads"]) == ["--tasks", "a"]
+    assert [os.environ[name] for name in names] == ["0"] * 3
+    assert stay_offline(["--tasks", "a"]) == ["--tasks", "a"]
+    assert [os.environ[name] for name in names] == ["1"] * 3
+
+
+def test_data_that_are_not_there_are_named_at_once(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+    task = {
+        "task": "far", "dataset_path": "nobody/nothing", "test_split": "test", "output_type": "multiple_choice",
+        "doc_to_text": "{{a}}", "doc_to_choice": ["x", "y"], "doc_to_target": "b",
+    }  # fmt: skip
+    (tmp_path / "far.yaml").write_text(json.dumps(task))
+    options = ["--tasks", tmp_path / "far.yaml", "--model_args", f"pretrained={TINY_BLOOM}"]
+    said = refused(["eval", "lm", *options], monkeypatch, capsys)
+    assert "Couldn't reach 'nobody/nothing' on the Hub" in said
+    assert "nothing is downloaded without --allow-downloads" in said
+
+
+def test_help_of_lm_is_slowllms(monkeypatch: Any, capsys: Any) -> None:
+    for options in ([], ["-h"], ["--help"]):
+        assert run(["eval", "lm", *options], monkeypatch) == 0
+        shown = capsys.readouterr().out
+        assert "--allow-downloads" in shown
+        assert "slowllm eval lm run --help" in shown
 
 
 def test_lm_evals_options_pass_through(monkeypatch: Any, capsys: Any) -> None:
