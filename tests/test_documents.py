@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -89,6 +91,26 @@ def test_what_a_document_names_exists(path: Path) -> None:
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
     for name in re.findall(r"`((?:slowllm|tests|benchmarks|scripts)/[\w/.-]+\.\w+)`", text):
         assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+INPUT = re.compile(r"[\w./-]+\.(?:txt|jsonl|json|yaml|parquet|csv)")
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: path.name)
+def test_every_file_that_a_command_reads_is_in_the_repository(path: Path) -> None:
+    for kind, command, _ in examples_of(path.read_text()):
+        words = shlex.split(command) if kind == "slowllm" else [command]
+        written = {after for before, after in itertools.pairwise(words) if before == "--out"}
+        read = {word for word in words if INPUT.fullmatch(word)} if kind != "python" else set()
+        for file in read - written:
+            assert (ROOT / file).is_file(), f"{path.name}: {command} reads {file}"
+
+
+def test_every_example_is_used_by_a_document() -> None:
+    commands = "".join(path.read_text() for path in DOCUMENTS)
+    for file in (ROOT / "examples").rglob("*"):
+        used = f"examples/{file.relative_to(ROOT / 'examples').parts[0]}"
+        assert file.name == "README.md" or used in commands, f"no document uses {file.name}"
 
 
 def options_of(command: click.Command, name: str = "slowllm") -> Iterator[tuple[str, set[str]]]:

@@ -2,8 +2,8 @@
 
     python -m tests.support.documents DOCUMENT FOLDER
 
-In a block marked `console`, a line that begins with `$ slowllm` is a command of the command line, and `$ cat FILE` shows a
-file, which is written with the lines that follow. Each block marked `python` is a program. All runs in this process, which
+In a block marked `console`, a line that begins with `$ slowllm` is a command of the command line, and `$ cat FILE` shows
+the first lines of a file of the repository. Each block marked `python` is a program. All runs in this process, which
 so imports torch and transformers once. Prints one JSON list of `Done`.
 """
 
@@ -24,38 +24,6 @@ from pathlib import Path
 from tests.support.paths import ROOT
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_TEMPLATE = """\
-dataset: reviews
-templates:
-  1a2b3c4d-0000-4000-8000-000000000001: !Template
-    answer_choices: bad ||| good
-    id: 1a2b3c4d-0000-4000-8000-000000000001
-    jinja: '{{ text }} This is ||| {{ answer_choices[label] }}'
-    name: plain
-    metadata: !TemplateMetadata
-      original_task: true
-    reference: ''
-"""
-_TASK = """\
-task: my_task
-dataset_path: json
-dataset_kwargs: {data_files: {test: reviews.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: '{{text}} This is'
-doc_to_choice: [bad, good]
-doc_to_target: label
-metric_list: [{metric: acc}]
-"""
-# Files that documents use but do not show, by name.
-FILES = {
-    "prompts.txt": "The value is\nReturn the number\n",
-    "test.jsonl": '{"prompt": "Is the value a buffer?", "label": " yes"}\n{"prompt": "Is it?", "label": " no"}\n',
-    "boolq.jsonl": '{"question": "is water wet", "passage": "Water wets things.", "answer": true}\n',
-    "reviews.jsonl": '{"text": "The value is returned.", "label": 1}\n{"text": "value returned is.", "label": 0}\n',
-    "templates.yaml": _TEMPLATE,
-    "tasks/my_task.yaml": _TASK,
-}
 
 
 @dataclass(frozen=True)
@@ -98,16 +66,15 @@ def _run(kind: str, source: str) -> None:
 
 def run_document(path: Path, folder: Path) -> list[Done]:
     """Run all that a document shows in a folder, in order."""
-    for name, content in FILES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content)
-    for name in ("weights", "sentences.txt", "scripts"):
+    for name in ("weights", "examples", "sentences.txt", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     os.chdir(folder)
     done = []
     for kind, source, content in examples_of(path.read_text()):
         if kind == "file":
-            Path(source).write_text(content)
+            assert Path(source).read_text().startswith(content), (
+                f"{source} does not begin as {path.name} shows"
+            )
             continue
         out, err, code = io.StringIO(), io.StringIO(), 0
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
