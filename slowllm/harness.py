@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from slowllm.entrypoints.lm_eval_command import run_lm_eval, stay_offline
+from slowllm.entrypoints.lm_eval_command import stay_offline
 from slowllm.errors import SlowLLMError
 
 if __name__ == "__main__":  # before huggingface_hub is imported
-    stay_offline(sys.argv[1:])
+    sys.argv[1:] = stay_offline(sys.argv[1:])
 
 from slowllm.entrypoints.lm_eval_model import SlowLM, main
 
@@ -16,7 +16,7 @@ __all__ = ["SlowLM", "main"]
 
 if __name__ == "__main__":
     try:
-        run_lm_eval(sys.argv[1:])
+        main(sys.argv[1:])
     except SlowLLMError as error:
         print(f"slowllm: {error}", file=sys.stderr)
         sys.exit(2)

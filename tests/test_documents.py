@@ -134,7 +134,7 @@ def test_verbs_and_options_that_a_document_names_exist(path: Path) -> None:
             assert named[0] in verbs, f"{path.name}: {code}"
         if code.startswith(("--", "slowllm ")):
             for option in re.findall(r"(?<!\w)--[a-z][\w-]*", code):
-                assert option in known | {"--version", "--model_args"}, f"{path.name}: {code}"
+                assert option in known | {"--version", "--help", "--model_args"}, f"{path.name}: {code}"
 
 
 def test_the_table_shows_what_forward_prints() -> None:

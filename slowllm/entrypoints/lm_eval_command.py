@@ -1,6 +1,6 @@
-"""lm-eval's command line with slowllm's model: its arguments are checked, and the hub is shut off, before lm-eval is imported.
+"""The arguments of lm-eval's command line, and the hub shut off, before anything of lm-eval is imported.
 
-Imports nothing heavy by itself: huggingface_hub and datasets read whether they are offline as they are imported.
+huggingface_hub and datasets read whether they are offline as they are imported, so nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -72,17 +72,3 @@ def _values_of(arguments: Sequence[str], name: str, letter: str) -> Iterator[str
         elif argument.startswith(letter) and not argument.startswith("--"):
             yield argument[len(letter) :].removeprefix("=")
         is_inside = False
-
-
-def run_lm_eval(arguments: Sequence[str]) -> None:
-    """Run lm-eval's command line with slowllm's model, offline unless ``--allow-downloads`` is among the arguments.
-
-    Args:
-        arguments: such as ``--tasks boolq --model_args pretrained=DIR,ram=16GiB``.
-    Raises:
-        InputError: an argument cannot be used, lm-eval refuses it, or data of a task are not on this machine.
-    """
-    checked = check_arguments(stay_offline(arguments))
-    from slowllm.entrypoints import lm_eval_model
-
-    lm_eval_model.main(checked)

@@ -368,7 +368,7 @@ def _covers(planned: Job | None, job: Job) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run lm-eval's command line with this model; `lm_eval_command.run_lm_eval` also keeps it offline.
+    """Run lm-eval's command line with this model; `lm_eval_command.stay_offline` shuts off the hub before.
 
     Args:
         arguments: of lm-eval's command line, such as ``--tasks boolq --model_args pretrained=DIR,ram=16GiB``.

@@ -7,9 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from slowllm.entrypoints.cli import options
-from slowllm.entrypoints.cli.runner import Runner
+from slowllm.entrypoints.cli.runner import Runner, is_embedded
 from slowllm.errors import InputError
 from slowllm.planning.job import Job
+
+TOY = (
+    "This is the embedded toy model, trained on sentences of reference manuals: it finishes such sentences, answers no "
+    "questions, and often ends at once. Name another with --model."
+)
 
 
 def chat(
@@ -80,4 +85,6 @@ def chat(
         num_passes=min(settings.max_new_tokens, context), rows=((row_of(1, settings), 1),),
     )  # fmt: skip
     with runner.open(job) as lm:
+        if is_embedded(info.folder):
+            print(TOY)
         converse(lm, conversation, settings, context=context, rates=runner.rates)

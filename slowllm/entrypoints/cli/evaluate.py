@@ -17,7 +17,7 @@ import typer
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.output import json_writer, print_table
 from slowllm.entrypoints.cli.runner import Runner
-from slowllm.entrypoints.lm_eval_command import ALLOW_DOWNLOADS, run_lm_eval
+from slowllm.entrypoints.lm_eval_command import ALLOW_DOWNLOADS, check_arguments, stay_offline
 from slowllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -215,7 +215,11 @@ def lm(
     if not context.args or context.args in (["-h"], ["--help"]):
         typer.echo(context.get_help())
         return
-    run_lm_eval([*context.args, *([ALLOW_DOWNLOADS] if allow_downloads else [])])
+    switch = [ALLOW_DOWNLOADS] if allow_downloads else []
+    arguments = check_arguments(stay_offline([*context.args, *switch]))
+    from slowllm.entrypoints import lm_eval_model
+
+    lm_eval_model.main(arguments)
 
 
 def _evaluate(

@@ -44,7 +44,14 @@ Vram = Annotated[
         "--vram", help="Memory budget on each GPU.", show_default="the memory that is free there, less a reserve"
     ),
 ]  # fmt: skip
-DType = Annotated[str, typer.Option("--dtype", help="Compute dtype: auto, bf16, fp32 or fp16.")]
+DType = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Dtype that weights are computed in: bf16, fp32, fp16, or auto, which takes bf16 for a bf16 checkpoint if it "
+        "is the faster one here, and otherwise fp32.",
+    ),
+]
 Prompt = Annotated[
     str | None,
     typer.Option(

@@ -19,16 +19,35 @@ def convert(
         str, typer.Argument(help="Folder of a checkpoint, or hub id of a model in the local cache.")
     ],
     out: Annotated[Path, typer.Argument(help="New or empty folder for the store.")],
-    store: Annotated[str, typer.Option("--store", help="Kind of store: bf16, lossless, int8 or int4.")],
+    store: Annotated[
+        str,
+        typer.Option(
+            "--store",
+            help="How the matrices of blocks are stored, in bits a weight: bf16 (16), lossless (about 12), int8 (8) or int4 "
+            "(about 4.5).",
+            metavar="bf16|lossless|int8|int4",
+        ),
+    ],
     workers: Annotated[
         int | None,
-        typer.Option("--workers", help="Number of processes that encode.", show_default="one for each core"),
+        typer.Option(
+            "--workers",
+            help="Number of processes that encode, each of which takes a few times 16 MiB.",
+            show_default="one for each 2 GiB of weights, at most one for each core",
+        ),
     ] = None,
     rank: Annotated[
-        int, typer.Option("--rank", help="With --world-size: number of the share that this run does, from 0.")
+        int,
+        typer.Option(
+            "--rank", help="Which of the --world-size shares of the files this run writes, counted from 0."
+        ),
     ] = 0,
     world_size: Annotated[
-        int, typer.Option("--world-size", help="Number of shares of the work, each done by a run of its own.")
+        int,
+        typer.Option(
+            "--world-size",
+            help="Number of shares that the files are divided into, each written by a run of its own on the same disk.",
+        ),
     ] = 1,
     verbose: options.Verbose = False,
 ) -> None:

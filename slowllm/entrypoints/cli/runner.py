@@ -303,6 +303,14 @@ def sweeps_of(lm: StreamedLM) -> str:
     return f"{num_sweeps:.3g} sweep{'' if num_sweeps == 1 else 's'}"
 
 
+def is_embedded(folder: Path) -> bool:
+    """Whether a folder is that of the small BLOOM that comes with the package."""
+    try:
+        return folder.resolve() == embedded_model().resolve()
+    except InputError:
+        return False
+
+
 def embedded_model() -> Path:
     """Return the folder of the small BLOOM that comes with the package."""
     package = Path(__file__).resolve().parents[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 
 from slowllm.entrypoints.cli import app
-from tests.support.paths import ROOT
+from tests.support.command_line import run
+from tests.support.paths import ROOT, TINY_BLOOM
 
 
 def test_a_system_message_that_leaves_no_room_is_refused(monkeypatch: Any, capsys: Any) -> None:
@@ -23,6 +25,13 @@ def test_a_system_message_that_leaves_no_room_is_refused(monkeypatch: Any, capsy
     with pytest.raises(SystemExit, match="2"):
         app.run()
     assert "--system alone takes all 20 tokens" in capsys.readouterr().err
+
+
+def test_the_embedded_model_says_that_it_is_a_toy(talkative: Path, monkeypatch: Any, capsys: Any) -> None:
+    for model, is_toy in [([], True), (["--model", TINY_BLOOM], True), (["--model", talkative], False)]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+        assert run(["chat", *model], monkeypatch) == 0
+        assert ("This is the embedded toy model" in capsys.readouterr().out) == is_toy
 
 
 SLOWLY = """
