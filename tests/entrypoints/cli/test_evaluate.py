@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -242,6 +243,8 @@ def test_data_that_are_not_there_are_named_at_once(tmp_path: Path, monkeypatch: 
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+    # lm-eval's log may still go to the closed stderr of another test of this process.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     task = {
         "task": "far", "dataset_path": "nobody/nothing", "test_split": "test", "output_type": "multiple_choice",
         "doc_to_text": "{{a}}", "doc_to_choice": ["x", "y"], "doc_to_target": "b",
