@@ -87,6 +87,8 @@ def load_tokenizer(folder: Path) -> Any:
         CheckpointError: the folder has none that transformers can load.
     """
     for path in (file for pattern in _READ_BY_TRANSFORMERS for file in folder.glob(pattern)):
+        if not path.exists():  # a link to nowhere, which is named below
+            continue
         with system_errors(CheckpointError, path):
             refuse_large(path, CheckpointError)
     try:
