@@ -52,7 +52,8 @@ def tune(
     label: Annotated[
         list[str] | None,
         typer.Option(
-            help="Word that may follow a prompt, with the blank that it begins with; give two or more.",
+            help="Word that may follow a prompt, written as in the examples, with the blank that it begins with; give two "
+            "or more.",
             show_default=False,
         ),
     ] = None,
