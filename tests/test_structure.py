@@ -39,7 +39,7 @@ ONLY_IN = {
     "pyarrow": {"tables"},
     "safetensors": {"modeling", "runtime", "prepare"},
     "numba": {"storage.codecs.cpu_kernels"},
-    "huggingface_hub": {"prepare", "runtime.description"},
+    "huggingface_hub": {"prepare", "runtime.model_folder"},
     "psutil": {"runtime", "tuning", "entrypoints"},
     "datasets": {"inference.eval_tasks"},
     "jinja2": {"inference.prompt_templates"},

@@ -13,6 +13,9 @@ from typing import Literal
 from slowllm.errors import InputError
 from slowllm.inference.text import TextSide, encode_text, max_line_tokens
 
+# Settings that say how tokens are drawn.
+SAMPLING = ("temperature", "top_k", "top_p")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -72,6 +75,9 @@ class Settings:
                 raise InputError(f"{name} must be a number of at least 0.0001, not {getattr(self, name)!r}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must lie above 0 and be at most 1, not {self.top_p!r}")
+        for name in () if self.do_sample else ("temperature", "top_p"):
+            if getattr(self, name) != 1:
+                raise InputError(f"{name} needs do_sample=True")
         if self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"min_new_tokens {self.min_new_tokens} is more than {self.max_new_tokens} at most"

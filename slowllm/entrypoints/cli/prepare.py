@@ -49,7 +49,7 @@ def convert(
     """
     options.log_to_stderr(verbose)
     from slowllm.options import format_bytes
-    from slowllm.runtime.description import find_folder
+    from slowllm.runtime.model_folder import find_folder
     from slowllm.storage.manifest import STORES
 
     if store not in STORES:
@@ -113,7 +113,7 @@ def verify(
     from slowllm.entrypoints.progress import byte_progress
     from slowllm.options import format_bytes
     from slowllm.prepare.verify import verify as check
-    from slowllm.runtime.description import find_folder
+    from slowllm.runtime.model_folder import find_folder
 
     folder = find_folder(model)
     with byte_progress("reading") as tell:

@@ -191,7 +191,7 @@ def tune(
         results = tune(
             info, dict(zip(names, data, strict=True)), dict(zip(names, validation or [], strict=False)),
             labels=label or (), recipes=recipes, ram=ram, device=device, vram=vram, dtype=dtype,
-            keep_resident=resident, out=folder, state=state, on_open=on_open, on_record=on_record,
+            resident=resident, out=folder, state=state, on_open=on_open, on_record=on_record,
         )  # fmt: skip
     for result in results:
         losses = [record["loss"] for record in result.records if "loss" in record]
