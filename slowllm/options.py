@@ -27,6 +27,9 @@ DTYPE_ALIASES: dict[str, DTypeName] = {
     "float16": "float16",
 }
 
+# Of soft prompts.
+PromptKind = Literal["shallow", "deep", "prefix"]
+
 _UNITS = {
     "": 1,
     "B": 1,

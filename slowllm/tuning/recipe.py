@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from slowllm.errors import InputError
-from slowllm.modeling.soft_prompts import Kind
+from slowllm.options import PromptKind
 from slowllm.rounding import ceil_div
 from slowllm.tuning.examples import Task, check_text
 
@@ -44,7 +44,7 @@ class Recipe:
         InputError: a value is out of its range, or two do not go together.
     """
 
-    kind: Kind = "shallow"
+    kind: PromptKind = "shallow"
     num_tokens: int = 8
     init: Init = "vocab"
     init_text: str | None = None
@@ -63,7 +63,7 @@ class Recipe:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name, words in (("kind", Kind), ("init", Init), ("schedule", Schedule)):
+        for name, words in (("kind", PromptKind), ("init", Init), ("schedule", Schedule)):
             if getattr(self, name) not in get_args(words):
                 raise InputError(
                     f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(get_args(words))}"

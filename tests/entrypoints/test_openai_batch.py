@@ -207,7 +207,7 @@ GOOD = {"prompt": "The value"}
 BAD = [
     ("[1]", "invalid_json_line", "line 1: is JSON but no object"),
     ('{"custom_id": "a"', "invalid_json_line", "line 1: is not JSON"),
-    ('{"custom_id": "\\ud800"}', "invalid_json_line", "surrogates not allowed"),
+    ('{"custom_id": "\\ud800"}', "invalid_json_line", "half of a surrogate pair"),
     ('{"custom_id": "a", "body": {"seed": NaN}}', "invalid_json_line", "NaN is no number"),
     ("[" * 100_000, "invalid_json_line", "recursion"),
     ({"method": "POST"}, "missing_required_parameter", "has no custom_id"),

@@ -58,6 +58,7 @@ def chat(
     """
     options.log_to_stderr(verbose)
     runner = Runner(model, ram, device, vram, dtype, resident=resident)
+    runner.load_libraries()
     from slowllm.entrypoints.cli.chat_loop import converse
     from slowllm.entrypoints.conversation import Conversation
     from slowllm.inference.generation import row_of
@@ -79,5 +80,6 @@ def chat(
         num_tokens=context, longest=context, repeated=True, forward_only=True, keeps_results=False,
         num_passes=min(settings.max_new_tokens, context), rows=((row_of(1, settings), 1),),
     )  # fmt: skip
+    runner.name_settings_left_aside()
     with runner.open(job) as lm:
         converse(lm, conversation, settings, context=context, rates=runner.rates)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slowllm.entrypoints.cli import options
-from slowllm.entrypoints.cli.output import json_writer, print_table
+from slowllm.entrypoints.cli.inputs import check_installed
+from slowllm.entrypoints.cli.output import STDOUT, json_writer, print_table
 from slowllm.entrypoints.cli.runner import Runner
-from slowllm.errors import InputError
+from slowllm.errors import InputError, counted
 
 if TYPE_CHECKING:
     from slowllm.inference.choices import Encoded
@@ -52,7 +53,8 @@ TruncateOption = Annotated[
     typer.Option("--truncate", help="Cut prompts that are too long from the left, instead of refusing them."),
 ]
 PredictionsOption = Annotated[
-    Path | None, typer.Option("--out", help="Write every prediction to this file as JSON lines.")
+    Path | None,
+    typer.Option("--out", help="Write every prediction to this file as JSON lines; - is standard output."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -96,6 +98,7 @@ def boolq(
         model, ram, device, vram, dtype, prompt=prompt, state=state, kind="eval boolq", overwrite=overwrite
     )
     out = runner.check_output(out, data, template_file)
+    check_installed("datasets", "jinja2", "yaml")
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import (
         boolq_templates,
@@ -104,7 +107,6 @@ def boolq(
         select_templates,
     )
 
-    info = runner.info
     if template_file is None:
         available, source = boolq_templates()
     else:
@@ -112,7 +114,8 @@ def boolq(
     rows = eval_tasks.read_examples(data, subset=subset, split=split, limit=limit)
     chosen = select_templates(available, templates)
     questions = make_questions(chosen, eval_tasks.boolq_examples(data, rows))
-    items, cut = _encode(info, questions, normalize, truncate)
+    runner.load_libraries()
+    items, cut = _encode(runner.info, questions, normalize, truncate)
     about = {"task": "boolq", "data": data, "templates_from": source, "normalize": normalize}
     options_given = {"subset": subset, "split": split, "limit": limit, "truncate": truncate}
     _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json)
@@ -150,15 +153,16 @@ def task(
         model, ram, device, vram, dtype, prompt=prompt, state=state, kind="eval task", overwrite=overwrite
     )
     out = runner.check_output(out, data, template_file)
+    check_installed("datasets", "jinja2", "yaml")
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import make_questions, read_templates, select_templates
 
-    info = runner.info
     chosen = select_templates(read_templates(template_file), templates)
     questions = make_questions(
         chosen, eval_tasks.read_examples(data, subset=subset, split=split, limit=limit)
     )
-    items, cut = _encode(info, questions, normalize, truncate)
+    runner.load_libraries()
+    items, cut = _encode(runner.info, questions, normalize, truncate)
     about = {"data": data, "templates_from": str(template_file), "normalize": normalize}
     options_given = {"subset": subset, "split": split, "limit": limit, "truncate": truncate}
     _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json)
@@ -175,6 +179,7 @@ def lm(context: typer.Context) -> None:
     All requests of a kind share as few sweeps as possible. For example: slowllm eval lm --tasks boolq
     --model_args pretrained=DIR,ram=16GiB
     """
+    check_installed("lm_eval")
     from slowllm.entrypoints import lm_eval_model
 
     lm_eval_model.main(context.args)
@@ -208,11 +213,13 @@ def _evaluate(
         }
 
     with contextlib.ExitStack() as stack:
-        lm, saved = stack.enter_context(runner.open_for_queries(queries, settings))
+        opened = runner.open_for_queries(queries, settings, "question", len(questions))
+        lm, saved, count = stack.enter_context(opened)
         write = None if out is None else stack.enter_context(json_writer(out))
         judgements = choices.choose(lm, items, relative=relative, state=saved)
         for number, (question, judged) in enumerate(zip(questions, judgements, strict=True)):
             tally.add(question, judged.best)
+            count(0)
             if write is not None:
                 write(_prediction(question, judged, number in cut))
             if time.monotonic() - reported_at >= REPORT_SECONDS:
@@ -220,8 +227,8 @@ def _evaluate(
                 print(f"{number + 1} of {len(questions)}: accuracy {tally.accuracy:.4f}", file=sys.stderr)
     rows = tally.rows()
     if cut:
-        print(f"{len(cut)} prompts were cut from the left", file=sys.stderr)
-    if as_json or not sys.stdout.isatty():
+        print(f"{counted(len(cut), 'prompt was', 'prompts were')} cut from the left", file=sys.stderr)
+    if as_json or out == STDOUT or not sys.stdout.isatty():
         document = {"model": runner.info.name, **about, "num_truncated": len(cut)}
         print(json.dumps({**document, "templates": rows[:-1], "all": rows[-1]}, ensure_ascii=False))
         return

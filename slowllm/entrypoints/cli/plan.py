@@ -11,7 +11,7 @@ import typer
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.progress import duration
-from slowllm.errors import InputError
+from slowllm.errors import InputError, counted
 from slowllm.options import format_binary, format_bytes
 from slowllm.planning.job import Job
 
@@ -56,7 +56,7 @@ def plan(
     longest = min(tokens, 512) if longest is None else longest
     if longest > tokens:
         raise InputError(f"--longest {longest} is more than all {tokens} tokens of the job")
-
+    runner.load_libraries()
     from slowllm.inference.text import max_line_tokens
     from slowllm.runtime import survey
 
@@ -125,8 +125,14 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
     peak_bytes = survey.process_bytes + plan.peak_bytes
     how = "measured" if rates.measured else "assumed: so small a model is not worth measuring"
     rows = [
-        ("model", f"{survey.name}: {format_bytes(survey.weight_bytes)} a sweep in {survey.num_stops} stops"),
-        ("job", f"{job.num_tokens:,} tokens, sequences of up to {job.longest:,}, computed in {survey.dtype}"),
+        (
+            "model",
+            f"{survey.name}: {format_bytes(survey.weight_bytes)} a sweep in {counted(survey.num_stops, 'stop')}",
+        ),
+        (
+            "job",
+            f"{counted(job.num_tokens or 0, 'token')}, sequences of up to {job.longest:,}, computed in {survey.dtype}",
+        ),
         (
             "this machine",
             f"disk {format_bytes(rates.disk)}/s, processor {rates.compute / 1e12:.3g} TFLOP/s ({how})",
@@ -134,20 +140,23 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         ("memory", f"{format_binary(peak_bytes)} at the peak, of {format_binary(survey.ram_bytes)}"),
     ]
     for name, num_bytes, num_stops in survey.devices:
-        rows.append((name, f"{format_binary(num_bytes)} at the peak; {num_stops} stops stay there"))
+        rows.append((name, f"{format_binary(num_bytes)} at the peak; {counted(num_stops, 'stop')} there"))
     if plan.ring_bytes:
         what = "whole blocks" if plan.granularity == "blocks" else "parts of blocks (forward only)"
         rows += [
             ("streamed", f"{what} through a ring of {format_bytes(plan.ring_bytes)}"),
             (
                 "resident",
-                f"{len(plan.resident)} of {survey.num_stops} stops, {format_bytes(plan.resident_bytes)}, not read again",
+                f"{len(plan.resident)} of {counted(survey.num_stops, 'stop')}, {format_bytes(plan.resident_bytes)}, not read again",
             ),
         ]
     else:
         rows.append(("resident", "everything, mapped from the page cache"))
     rows += [
-        ("micro-batch", f"{plan.rider_tokens:,} tokens; {plan.sweep_tokens:,} tokens a sweep"),
+        (
+            "micro-batch",
+            f"{counted(plan.rider_tokens, 'token')}; {counted(plan.sweep_tokens, 'token')} a sweep",
+        ),
         ("time", _time_of(forecast)),
         ("limited by", "the disk" if forecast.read_seconds > forecast.compute_seconds else "the processor"),
     ]
