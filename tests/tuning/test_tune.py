@@ -738,6 +738,15 @@ def test_a_prompt_is_tuned_on_lines_of_text_and_used_by_every_verb(tmp_path: Pat
         (["list.jsonl"], "list.jsonl: line 1 is JSON, but no object"),
         (["empty.txt"], "empty.txt: has no examples"),
         (["a.txt", "--out", "a.txt"], "a.txt: File exists"),
+        (["a.txt", "--out", "-"], "--out - is no folder"),
+        (
+            ["a.txt", "--steps", "2", "--epochs", "1"],
+            "--steps and --epochs contradict each other; give one of them",
+        ),
+        (
+            ["a.txt", "--lr", "0.1", "--lr", "0.2", "--trials", "200"],
+            "400 trials (every --lr with every seed",
+        ),
     ],
 )
 def test_what_cannot_be_tuned_is_one_sentence(

@@ -20,7 +20,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Folder of a checkpoint or store, or hub id of a model in the local cache.",
+        help="Folder of a checkpoint or store, hub id of a model in the local cache, or embedded:tiny-bloom.",
         show_default="the embedded tiny-bloom",
     ),
 ]

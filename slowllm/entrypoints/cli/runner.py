@@ -236,10 +236,11 @@ class Runner:
 
         file = self.info.folder / "generation_config.json"
         own = read_json(file) if file.is_file() else {}
+        # True is equal to 1, but has an effect.
         aside = {
-            name: own[name]
-            for name in sorted(own)
-            if name not in _USED_SETTINGS and own[name] not in _NEUTRAL
+            name: value
+            for name, value in sorted(own.items())
+            if name not in _USED_SETTINGS and (value is True or value not in _NEUTRAL)
         }
         if aside:
             named = ", ".join(f"{name}={shown(value)}" for name, value in aside.items())

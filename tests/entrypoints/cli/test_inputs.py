@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from slowllm.entrypoints.cli.inputs import check_installed
 from slowllm.errors import InputError
 from tests.support.command_line import refused, run
 from tests.support.likelihoods import printed, save
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, TINY_BLOOM
 
 VALUE = "The value is returned."
 
@@ -191,6 +192,19 @@ def test_a_dash_behind_out_is_standard_output(verb: str, folder: Path, monkeypat
     assert run([verb, *given, "--out", "-"], monkeypatch) == 0
     assert len(printed(capsys)) == 1
     assert not (folder / "-").exists()
+
+
+def test_settings_of_the_checkpoint_that_are_not_used_are_named(
+    folder: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    shutil.copytree(TINY_BLOOM, folder / "bloom")
+    own = {"do_sample": True, "temperature": 0.6, "top_k": None, "repetition_penalty": 1.0, "eos_token_id": 2}
+    (folder / "bloom" / "generation_config.json").write_text(json.dumps(own))
+    assert run(["generate", "The value", "--model", "bloom"], monkeypatch) == 0
+    says = "generation_config.json of bloom is left aside but for EOS and padding: do_sample=true, temperature=0.6\n"
+    assert says in capsys.readouterr().err
+    assert run(["generate", "The value", "--model", "embedded:tiny-bloom"], monkeypatch) == 0
+    assert "left aside" not in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
