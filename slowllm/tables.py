@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from slowllm.errors import InputError
+from slowllm.errors import InputError, counted
 from slowllm.files import read_text_bytes, system_errors
 
 Kind = Literal["json", "csv", "parquet", "text"]
@@ -76,7 +76,7 @@ def _csv_rows(file: str | Path, lists: Collection[str]) -> Iterator[tuple[int, d
                 continue
             if len(cells) != len(header):
                 raise InputError(
-                    f"{file}: line {number} has {len(cells)} cells, but the header has {len(header)}"
+                    f"{file}: line {number} has {counted(len(cells), 'cell')}, but the header has {len(header)}"
                 )
             row: dict[str, Any] = dict(zip(header, cells, strict=True))
             for name in lists:

@@ -43,7 +43,7 @@ def test_a_cell_may_be_a_list_in_json(tmp_path: Path) -> None:
         (b"text,id\n", "has no rows"),
         (b"id,name\n1,a\n", "has none of the columns text, prompt; there are id, name"),
         (b"text,text\na,b\n", "has the column 'text' twice"),
-        (b"text,id\na\n", "line 2 has 1 cells, but the header has 2"),
+        (b"text,id\na\n", "line 2 has 1 cell, but the header has 2"),
         (b'text\n"a" b\n', r"is not CSV at line 2 \("),
         (b"text\ncaf\xe9\n", r"is not UTF-8 \(byte 9 is 0xe9\)"),
         (b"text\na\x00\n", "is a binary file"),

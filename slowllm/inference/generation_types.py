@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from slowllm.errors import InputError
+from slowllm.errors import InputError, counted
 from slowllm.inference.text import TextSide, encode_text, max_line_tokens
 
 # Settings that say how tokens are drawn.
-SAMPLING = ("temperature", "top_k", "top_p")
+SAMPLING = ("temperature", "top_k", "top_p", "seed")
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,6 @@ def check_prompt(lm: TextSide, prompt: Prompt, name: str) -> None:
         raise InputError(f"{name}: token {wrong} is not one of the model's {vocabulary}")
     if len(prompt.ids) + prompt.settings.max_new_tokens > limit:
         raise InputError(
-            f"{name} has {len(prompt.ids)} tokens and is to get {prompt.settings.max_new_tokens} more, "
+            f"{name} has {counted(len(prompt.ids), 'token')} and is to get {prompt.settings.max_new_tokens} more, "
             f"but the model takes {limit}"
         )

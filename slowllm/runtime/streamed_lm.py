@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slowllm.errors import InputError
+from slowllm.errors import InputError, counted
 from slowllm.modeling.absent_weight import AbsentWeight
 from slowllm.modeling.layout import Layout
 from slowllm.options import format_binary, format_bytes
@@ -225,9 +225,9 @@ class StreamedLM:
             if self.plan.ring_bytes
             else "all in memory"
         )
-        prompt = f", soft prompt of {self.num_virtual_tokens} tokens" if self.soft_prompt else ""
+        prompt = f", soft prompt of {counted(self.num_virtual_tokens, 'token')}" if self.soft_prompt else ""
         return (
-            f"<{type(self).__name__} {self.name}: {type(self.model).__name__}, {len(self.layout.blocks)} blocks, "
+            f"<{type(self).__name__} {self.name}: {type(self.model).__name__}, {counted(len(self.layout.blocks), 'block')}, "
             f"{str(self.model.dtype).removeprefix('torch.')}, {format_bytes(self.weight_bytes)} a sweep, budget "
             f"{format_binary(self._budget_bytes)}, {held}{prompt}>"
         )

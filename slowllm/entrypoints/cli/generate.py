@@ -57,11 +57,13 @@ def generate(
         bool, typer.Option("--sample", help="Sample the tokens instead of taking the most likely ones.")
     ] = False,
     seed: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="With --sample: seed; gives the tokens of plain transformers after torch.manual_seed.", min=0
+            help="With --sample: seed; gives the tokens of plain transformers after torch.manual_seed.",
+            min=0,
+            show_default="0",
         ),
-    ] = 0,
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="With --sample: sampling temperature.", show_default="1.0")
     ] = None,
@@ -122,15 +124,17 @@ def generate(
         overwrite=overwrite,
     )  # fmt: skip
     out = runner.check_output(out, *(file or ()))
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if sampling and not sample:
         raise InputError(f"--{next(iter(sampling)).replace('_', '-')} needs --sample")
+    if sample:
+        sampling.setdefault("seed", 0)
     from slowllm.inference.generation_types import Settings, check_prompt, encode_prompt
 
     settings = Settings(
         max_new_tokens=max_new_tokens, num_beams=beams, num_return_sequences=num_sequences, do_sample=sample,
-        seed=seed if sample else None, repetition_penalty=repetition_penalty, stop=tuple(stop or ()),
+        repetition_penalty=repetition_penalty, stop=tuple(stop or ()),
         top_log_probs=log_probs, **sampling,
     )  # fmt: skip
     runner.load_libraries()
