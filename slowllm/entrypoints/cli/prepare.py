@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli.output import STDOUT
 from slowllm.errors import InputError, counted
 
 
@@ -51,6 +52,7 @@ def convert(
     from slowllm.options import format_bytes
     from slowllm.runtime.model_folder import find_folder
 
+    _refuse_stdout(out)
     folder = find_folder(model)
     from slowllm.storage.manifest import STORES
 
@@ -148,6 +150,13 @@ def download(
 
     For gated models, log in with `hf auth login` or set HF_TOKEN.
     """
+    _refuse_stdout(to)
     from slowllm.prepare.download import download as fetch
 
     typer.echo(fetch(repo, revision=revision, to=to, verify=verify))
+
+
+def _refuse_stdout(folder: Path | None) -> None:
+    """Refuse the name by which other verbs mean standard output."""
+    if folder == STDOUT:
+        raise InputError("- is standard output and no folder; name a folder")

@@ -79,6 +79,8 @@ def test_standard_input_is_read_where_nothing_is_named(
         (["score", "bad.csv"], "bad.csv: has none of the columns context, choices, continuation, text; there are id"),
         (["score", "empty.csv"], "empty.csv: has no rows"),
         (["yesno", "half.jsonl"], "half.jsonl: line 2 has no question"),
+        (["convert", "a", "-", "--store", "int8"], "- is standard output and no folder; name a folder"),
+        (["download", "a/b", "--to", "-"], "- is standard output and no folder; name a folder"),
     ],
 )  # fmt: skip
 def test_inputs_that_cannot_be_taken_are_one_sentence(
@@ -185,9 +187,9 @@ def test_lines_that_json_cannot_hold_are_named(
     assert f"slowllm: q.jsonl: line 1: {reason}\n" in captured.err
 
 
-@pytest.mark.parametrize("verb", ["forward", "yesno", "generate"])
+@pytest.mark.parametrize("verb", ["forward", "yesno", "generate", "score"])
 def test_a_dash_behind_out_is_standard_output(verb: str, folder: Path, monkeypatch: Any, capsys: Any) -> None:
-    given = ["--prompts", "b.txt"] if verb == "generate" else ["b.txt"]
+    given = {"generate": ["a"], "score": ["--text", "a"]}.get(verb, ["b.txt"])
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert run([verb, *given, "--out", "-"], monkeypatch) == 0
     assert len(printed(capsys)) == 1
