@@ -74,8 +74,9 @@ class _LinesAbove:
 
     def close(self) -> None:
         """Write the rest; the file itself stays open."""
-        self._put(self._rest)
-        self._rest = ""
+        rest, self._rest = self._rest, ""
+        if rest:
+            self._put(rest)
 
     def _put(self, text: str) -> None:
         self._file.write(text)

@@ -40,7 +40,7 @@ def forward(
         list[str] | None,
         typer.Argument(
             help="Text files whose lines are scored, one by one; - or nothing reads standard input.",
-            metavar="[FILE]...",
+            metavar="FILE",
             show_default=False,
         ),
     ] = None,

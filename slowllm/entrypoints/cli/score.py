@@ -37,7 +37,7 @@ def score(
         typer.Argument(
             help='JSON Lines files of {"context", "choices"}, {"context", "continuation"} or {"text"}; or CSV or Parquet '
             "files with such columns, in CSV with choices as a list in JSON. - or nothing reads standard input.",
-            metavar="[FILE]...",
+            metavar="FILE",
             show_default=False,
         ),
     ] = None,

@@ -21,7 +21,7 @@ def yesno(
         typer.Argument(
             help="Text files, one question a line; or CSV, Parquet or JSON Lines with questions in `question`. - or "
             "nothing reads standard input.",
-            metavar="[FILE]...",
+            metavar="FILE",
             show_default=False,
         ),
     ] = None,
