@@ -93,7 +93,11 @@ def score(
 
             def settings() -> dict[str, Any]:
                 texts = (
-                    [file if len(files) > 1 else "", number, raw.decode(errors="surrogateescape") if isinstance(raw, bytes) else raw]
+                    [
+                        file if len(files) > 1 else "",
+                        number,
+                        raw.decode(errors="surrogateescape") if isinstance(raw, bytes) else raw,
+                    ]
                     for file, number, raw in lines
                 )
                 return {"lines": digest_of(texts), "normalize": normalize}

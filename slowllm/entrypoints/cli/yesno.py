@@ -83,7 +83,12 @@ def yesno(
 
     def settings() -> dict[str, Any]:
         words = {"template": pattern, "yes": yes.strip(), "no": no.strip()}
-        return {**words, "lines": digest_of([entry.file if len(files) > 1 else "", entry.number, entry.text] for entry in entries)}
+        return {
+            **words,
+            "lines": digest_of(
+                [entry.file if len(files) > 1 else "", entry.number, entry.text] for entry in entries
+            ),
+        }
 
     with contextlib.ExitStack() as stack:
         opened = runner.open_for_queries(queries, settings, "question", len(entries))
