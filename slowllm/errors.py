@@ -91,3 +91,8 @@ def forward_errors(model: object) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, to quote it in a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, in the plural (by default with an s) unless it is 1: ``1 line``, ``1,024 tokens``."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -116,16 +117,20 @@ def lock(file: int, refusal: SlowLLMError) -> None:
         raise refusal from error
 
 
-def read_lines(file: str | Path) -> list[tuple[int, str]]:
+_NO_LINE = "has no non-empty line"
+
+
+def read_lines(file: str | Path, missing: str = _NO_LINE) -> list[tuple[int, str]]:
     """Return the non-empty lines of a text file with their numbers, stripped of surrounding blanks.
 
     Args:
         file: its path; the string ``-`` is standard input.
+        missing: what is said of a file without such a line.
     Raises:
-        InputError: it cannot be read, has no such line, or a line is not UTF-8.
+        InputError: it cannot be read, is binary, has no such line, or a line is not UTF-8.
     """
     lines = []
-    for number, raw in read_raw_lines(file):
+    for number, raw in read_raw_lines(file, missing):
         try:
             text = raw.decode("utf-8").strip()
         except UnicodeDecodeError as error:
@@ -136,24 +141,40 @@ def read_lines(file: str | Path) -> list[tuple[int, str]]:
         if text:
             lines.append((number, text))
     if not lines:
-        raise InputError(f"{_name_of(file)}: has no non-empty line")
+        raise InputError(f"{_name_of(file)}: {missing}")
     return lines
 
 
-def read_raw_lines(file: str | Path, missing: str = "has no non-empty line") -> list[tuple[int, bytes]]:
+def read_raw_lines(file: str | Path, missing: str = _NO_LINE) -> list[tuple[int, bytes]]:
     """Return the lines of a file that are not blank, as bytes, with their numbers.
 
     Raises:
-        InputError: the file cannot be read, or has no such line, which `missing` says.
+        InputError: the file cannot be read, is binary, or has no such line, which `missing` says.
     """
-    with system_errors(InputError, _name_of(file)):
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    data = read_text_bytes(file)
     # Not splitlines(): a form feed or a Unicode separator inside a line does not end it.
     numbered = enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
     lines = [(number, raw) for number, raw in numbered if raw.strip()]
     if not lines:
         raise InputError(f"{_name_of(file)}: {missing}")
     return lines
+
+
+def read_text_bytes(file: str | Path) -> bytes:
+    """Return the bytes of a text file.
+
+    Args:
+        file: its path; the string ``-`` is standard input.
+    Raises:
+        InputError: it cannot be read, or is binary: a byte of it is zero, as in UTF-16, or in no text at all.
+    """
+    with system_errors(InputError, _name_of(file)):
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    if (zero := data.find(0)) >= 0:
+        raise InputError(
+            f"{_name_of(file)}: is a binary file and not text in UTF-8 (byte {zero + 1:,} is zero)"
+        )
+    return data
 
 
 def _name_of(file: str | Path) -> str:
@@ -164,23 +185,50 @@ def parse_object(text: str | bytes, otherwise: str) -> dict[str, Any]:
     """Return the JSON object in a text of UTF-8.
 
     Raises:
-        InputError: it is not JSON, as with NaN and infinities, or it is no object, which `otherwise` says.
+        InputError: it is not JSON, as with NaN, infinities and numbers that a float cannot hold; it has a key twice, or
+            half of a surrogate pair; or it is no object, which `otherwise` says.
     """
-
-    def refuse_constant(name: str) -> Any:
-        raise ValueError(f"{name} is no number")
-
     try:
         # Not json.loads(bytes), which guesses UTF-16 and UTF-32.
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(text, parse_constant=refuse_constant)
+        value = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            object_pairs_hook=_without_repeats,
+        )
         # Half of a surrogate pair can be written in JSON, but neither tokenized nor written as UTF-8.
         json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise InputError(
+            f"has \\u{half:04x}, half of a surrogate pair, which alone is no character"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{otherwise}: {shown(value)}")
     return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite_float(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text[:MAX_SHOWN_LETTERS]} is too large a number")
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; Python would keep the last value of a key that stands in it twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise InputError(f"has the key {shown(key)} twice")
+        found[key] = value
+    return found
 
 
 def shown(value: Any) -> str:

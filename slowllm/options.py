@@ -6,9 +6,10 @@ Knows nothing about files or models.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from slowllm.errors import InputError
 from slowllm.rounding import ceil_div
@@ -25,6 +26,9 @@ DTYPE_ALIASES: dict[str, DTypeName] = {
     "fp16": "float16",
     "float16": "float16",
 }
+
+# Of soft prompts.
+PromptKind = Literal["shallow", "deep", "prefix"]
 
 _UNITS = {
     "": 1,
@@ -131,3 +135,17 @@ def parse_dtype(name: str) -> DTypeName:
         return DTYPE_ALIASES[str(name).removeprefix("torch.").lower()]
     except KeyError:
         raise InputError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPE_ALIASES)}") from None
+
+
+def by_field_name(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return settings under the names of fields, where some were given under those of the command line's options.
+
+    Args:
+        settings: by either name.
+        names: of fields, by the options' names.
+    Raises:
+        InputError: a setting is given under both names.
+    """
+    if twice := [name for name in settings if names.get(name) in settings]:
+        raise InputError(f"{twice[0]} and {names[twice[0]]} are one setting; give it once")
+    return {names.get(name, name): value for name, value in settings.items()}

@@ -189,6 +189,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_lines(str(tmp_path / "b.txt"))
 
 
+@pytest.mark.parametrize("content", [b"PAR1\x00\x15", "a line\n".encode("utf-16")])
+def test_a_binary_file_is_no_text(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "b.bin").write_bytes(content)
+    with pytest.raises(InputError, match=r"b\.bin: is a binary file .* \(byte \d is zero\)"):
+        read_lines(tmp_path / "b.bin")
+
+
 def test_a_dash_is_standard_input_but_a_path_of_that_name_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +219,11 @@ def test_an_object_is_read_from_bytes_and_text() -> None:
         ("{bad", r"^is not JSON \(Expecting"),
         ('{"a": NaN}', r"^is not JSON \(NaN is no number\)"),
         ('{"a": -Infinity}', r"^is not JSON \(-Infinity is no number\)"),
-        ('{"a": "\\ud800"}', r"^is not JSON \(.*surrogates not allowed"),
+        ('{"a": "\\ud800"}', r"^has \\ud800, half of a surrogate pair, which alone is no character$"),
+        ('{"a": 1e999}', r"^is not JSON \(1e999 is too large a number\)"),
+        ('{"a": [-1e400]}', r"^is not JSON \(-1e400 is too large a number\)"),
+        ('{"a": {"b": 1, "b": 2}}', r'^has the key "b" twice$'),
+        ('{"\\ud800": 1, "\\ud800": 2}', r"^has"),
         ("[" * 100_000, r"^is not JSON \("),
         ('{"a": 1}'.encode("utf-16"), r"^is not JSON \("),
         (b'{"a": "\xe9"}', r"^is not JSON \(.*can't decode byte 0xe9"),

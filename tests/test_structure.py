@@ -19,7 +19,7 @@ PACKAGE = ROOT / "slowllm"
 MAY_IMPORT: dict[str, set[str]] = {}
 for _level in (
     {"errors", "malloc", "files", "rounding", "version"},
-    {"options", "storage"},
+    {"options", "storage", "tables"},
     {"planning", "streaming"},
     {"modeling"},
     {"runtime", "prepare"},
@@ -36,9 +36,10 @@ MAY_IMPORT |= {"files": {"errors"}}
 ONLY_IN = {
     "transformers": {"modeling", "runtime", "prepare", "inference", "tuning", "entrypoints"},
     "peft": {"modeling.soft_prompt_files"},
+    "pyarrow": {"tables"},
     "safetensors": {"modeling", "runtime", "prepare"},
     "numba": {"storage.codecs.cpu_kernels"},
-    "huggingface_hub": {"prepare", "runtime.description"},
+    "huggingface_hub": {"prepare", "runtime.model_folder"},
     "psutil": {"runtime", "tuning", "entrypoints"},
     "datasets": {"inference.eval_tasks"},
     "jinja2": {"inference.prompt_templates"},

@@ -11,16 +11,22 @@ from typing import Any, overload
 from slowllm.errors import InputError
 from slowllm.inference.choices import Item, Normalize, choose, encode_item
 from slowllm.inference.generation import generate
-from slowllm.inference.generation_types import Continuation, Settings, encode_prompt
+from slowllm.inference.generation_types import SAMPLING, Continuation, Settings, encode_prompt
 from slowllm.inference.likelihood import Likelihood
 from slowllm.inference.scoring import score_queries
 from slowllm.inference.text import Query, encode_pair
 from slowllm.modeling.soft_prompts import SoftPrompt
+from slowllm.options import by_field_name
 from slowllm.planning.budget import Budget
 from slowllm.planning.job import Granularity, Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
+
+# What options of `slowllm generate` are called in `Settings`, where transformers' names are used.
+_OPTIONS = {
+    "beams": "num_beams", "sample": "do_sample", "num_sequences": "num_return_sequences", "log_probs": "top_log_probs",
+}  # fmt: skip
 
 
 class LM(StreamedLM):
@@ -136,28 +142,35 @@ class LM(StreamedLM):
 
         Args:
             prompts: any number of them; BOS is put before each where the tokenizer does so by itself.
-            settings: fields of `Settings`, such as ``max_new_tokens``.
+            settings: fields of `Settings`, such as ``max_new_tokens``, or the options of `slowllm generate` that have
+                other names: ``beams``, ``sample``, ``num_sequences``, ``log_probs``.
         Raises:
-            InputError: a setting cannot be used, or a prompt is empty or too long.
+            InputError: a setting cannot be used or needs sampling, or a prompt is empty or too long.
             NonFiniteError: NaN came out of the model for a prompt; `generation.generate` hands over the others' results
                 before that.
         """
         _refuse_other_than_texts(prompts, "prompts")
+        settings = by_field_name(settings, _OPTIONS)
         known = [field.name for field in fields(Settings)]
         if wrong := sorted(set(settings) - set(known)):
             raise InputError(f"no such setting: {', '.join(wrong)}; there are {', '.join(known)}")
         chosen = Settings(**settings)
+        if (given := next((name for name in SAMPLING if name in settings), None)) and not settings.get(
+            "do_sample"
+        ):
+            raise InputError(f"{given} needs do_sample=True")
         return list(generate(self, [encode_prompt(self, text, chosen) for text in prompts]))
 
 
 def load(
-    path_or_hub_id: str | os.PathLike[str] | ModelInfo,
+    model: str | os.PathLike[str] | ModelInfo,
     *,
     ram: str | int | Budget = "auto",
     dtype: str = "auto",
     device: str = "cpu",
     vram: str | int | None = None,
-    keep_resident: bool = True,
+    resident: bool = True,
+    keep_resident: bool | None = None,
     job: Job | None = None,
     rates: Rates | None = None,
     granularity: Granularity | None = None,
@@ -167,15 +180,16 @@ def load(
     """Open a Hugging Face checkpoint for streaming. Reads headers and small tensors only.
 
     Args:
-        path_or_hub_id: a folder with config.json and safetensors, or a hub id that is in the local cache; or its
-            `ModelInfo`.
+        model: a folder with config.json and safetensors, or a hub id that is in the local cache; ``embedded:tiny-bloom``
+            for the small model that comes with the package; or a `ModelInfo`.
         ram: budget for the whole process, such as ``16GiB``; ``auto`` is what the machine and its container allow, less
             a reserve; or a `Budget` that several models share.
         dtype: compute dtype: ``auto``, ``bfloat16`` or ``float32`` (also ``bf16``, ``fp32``).
         device: where blocks are computed: ``cpu``, ``cuda``, ``cuda:1``, or several, which take turns, as in
             ``cuda:0,cuda:1``.
         vram: budget on each GPU; by default what is free there, less a reserve.
-        keep_resident: whether stops that fit the budget stay in memory.
+        resident: whether stops that fit the budget stay in memory.
+        keep_resident: the former name of `resident`.
         job: what the model is opened for; by default a session of any calls, gradients among them.
         rates: of this machine, for the plan; assumed where nobody measured.
         granularity: stream whole ``blocks``, or their ``leaves``, which takes less memory and cannot run backward;
@@ -191,12 +205,12 @@ def load(
     """
     return open_model(
         LM,
-        path_or_hub_id,
+        model,
         ram=ram,
         dtype=dtype,
         device=device,
         vram=vram,
-        keep_resident=keep_resident,
+        keep_resident=resident if keep_resident is None else keep_resident,
         job=job,
         rates=rates,
         granularity=granularity,

@@ -8,8 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.spinner import Spinner
+from rich.text import Text
 
+from slowllm.entrypoints.live import LiveLine
+from slowllm.errors import counted
 from slowllm.options import format_bytes
 
 if TYPE_CHECKING:
@@ -18,47 +23,77 @@ if TYPE_CHECKING:
     from slowllm.runtime.streamed_lm import StreamedLM
     from slowllm.streaming.stops import Passage
 
+# Called with each result of a job and the number of its new tokens, for their rate.
+CountResult = Callable[[int], None]
+# On a terminal narrower than this the bar is short.
+WIDE_COLUMNS = 110
+
 
 @contextlib.contextmanager
-def progress(lm: StreamedLM, job: Job, state: State | None = None) -> Iterator[None]:
-    """Print what a job takes; on a terminal, then show sweep, stop, rate and the expected end."""
+def progress(
+    lm: StreamedLM, job: Job, state: State | None = None, *, noun: str = "", total: int = 0
+) -> Iterator[CountResult]:
+    """Print what a job takes; on a terminal, then show sweep, stop, results, times and rates.
+
+    Args:
+        lm: opened for the job.
+        job: what the plan was made for.
+        state: in which an earlier process may have left results.
+        noun: what a result is, in the singular; empty where none are counted.
+        total: number of results.
+    """
     console = Console(stderr=True)
     plan, forecast = lm.plan, lm.plan.forecast
     num_sweeps = forecast.num_sweeps
     held = "all of it fits in memory"
     if plan.ring_bytes:
-        held = f"{len(lm.resident)} of {lm.num_stops} stops stay in memory"
+        held = f"{len(lm.resident)} of {counted(lm.num_stops, 'stop')} stay in memory"
     is_new = state is None or not state.num_resumed
     about = f", about {duration(forecast.seconds)}" if plan.ring_bytes and is_new else ""
     # Continuations may end before their last token.
     how_many = "about" if job.num_passes == 1 else "at most"
-    resumed = f"; {state.num_resumed} micro-batches were done before" if state and state.num_resumed else ""
+    resumed = ""
+    if state is not None and state.num_resumed:
+        how_many_done = counted(state.num_resumed, "micro-batch was", "micro-batches were")
+        resumed = f"; {how_many_done} done before"
     console.print(
-        f"{lm.name}: {format_bytes(lm.weight_bytes)} a sweep, {held}; {job.num_tokens:,} tokens with padding in "
+        f"{lm.name}: {format_bytes(lm.weight_bytes)} a sweep, {held}; {counted(job.num_tokens or 0, 'token')} with padding in "
         f"{'one sweep' if num_sweeps == 1 else f'{how_many} {num_sweeps} sweeps'}{about}{resumed}",
         style="dim",
         highlight=False,
     )
-    bar = _bar("{task.fields[stops]}  {task.fields[rate]}", console)
     before, started = lm.report, time.perf_counter()
-    total = num_sweeps * lm.num_stops
-    task = bar.add_task("sweep 1", total=total, stops=f"stop 0/{lm.num_stops}", rate="")
+    num_results = num_new_tokens = 0
+    num_planned = num_sweeps * lm.num_stops
 
-    def on_passage(passage: Passage) -> None:
-        report = lm.report
-        done = report.num_passages - before.num_passages
-        num_bytes = report.read_bytes - before.read_bytes
-        bar.update(
-            task,
-            completed=done,
-            total=max(total, done),
-            description=f"sweep {(done - 1) // lm.num_stops + 1}",
-            stops=f"stop {passage.stop + 1}/{lm.num_stops}",
-            rate=f"{format_bytes(num_bytes / (time.perf_counter() - started))}/s" if num_bytes else "",
-        )
+    def facts(done: int, stop: int) -> tuple[list[str], list[str]]:
+        seconds, num_bytes = time.perf_counter() - started, lm.report.read_bytes - before.read_bytes
+        # Of one sweep, all tokens pass every stop; of several, it is known how many came out.
+        num_tokens = (job.num_tokens or 0) * done / num_planned if job.num_passes == 1 else num_new_tokens
+        counts = [f"stop {stop} of {lm.num_stops}"]
+        counts += [f"{num_results:,} of {counted(total, noun)}"] if noun else []
+        rates = [f"{num_tokens / seconds:,.0f} tokens/s"] if num_tokens and is_new else []
+        rates += [f"{format_bytes(num_bytes / seconds)}/s read"] if num_bytes else []
+        return counts, rates
 
-    with lm.watching(on_passage), bar:
-        yield
+    def count(num_tokens: int) -> None:
+        nonlocal num_results, num_new_tokens
+        num_results += 1
+        num_new_tokens += num_tokens
+
+    with _bar(f"sweep 1 of {num_sweeps}", console, num_planned, facts(0, 0)) as update:
+
+        def on_passage(passage: Passage) -> None:
+            done = lm.report.num_passages - before.num_passages
+            update(
+                completed=done,
+                total=max(num_planned, done),
+                description=f"sweep {(done - 1) // lm.num_stops + 1} of {max(num_sweeps, (done - 1) // lm.num_stops + 1)}",
+                facts=facts(done, passage.stop + 1),
+            )
+
+        with lm.watching(on_passage):
+            yield count
 
 
 @contextlib.contextmanager
@@ -66,43 +101,76 @@ def steps(lm: StreamedLM, what: str) -> Iterator[None]:
     """Show the stop and direction of a tuning step's sweeps, on a terminal only."""
     console = Console(stderr=True)
     before, started = lm.report, time.perf_counter()
-
-    def on_passage(passage: Passage) -> None:
-        num_bytes = lm.report.read_bytes - before.read_bytes
-        rate = f", {format_bytes(num_bytes / (time.perf_counter() - started))}/s read" if num_bytes else ""
-        status.update(f"{what}: stop {passage.stop + 1} of {lm.num_stops}, {passage.direction}{rate}")
-
-    if not console.is_terminal:
+    if not _can_move(console):
         yield
         return
-    with console.status(what) as status, lm.watching(on_passage):
-        yield
+    spinner = Spinner("dots", text=what)
+    with LiveLine(
+        Live(spinner, console=console, transient=True, redirect_stdout=False, refresh_per_second=12.5)
+    ) as line:
+
+        def on_passage(passage: Passage) -> None:
+            seconds, num_bytes = time.perf_counter() - started, lm.report.read_bytes - before.read_bytes
+            rate = f", {format_bytes(num_bytes / seconds)}/s read" if num_bytes else ""
+            text = f"{what}: stop {passage.stop + 1} of {lm.num_stops}, {passage.direction}{rate}, {duration(seconds)} elapsed"
+            line.update(lambda: spinner.update(text=text))
+
+        with lm.watching(on_passage):
+            yield
 
 
 @contextlib.contextmanager
 def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a function that shows how many bytes of how many are done, on a terminal only."""
-    bar = _bar("{task.fields[size]}", Console(stderr=True))
-    task = bar.add_task(what, total=None, size="")
-
-    def show(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total, size=f"{format_bytes(done)} of {format_bytes(total)}")
-
-    with bar:
-        yield show
+    with _bar(what, Console(stderr=True), None, ([], [])) as update:
+        yield lambda done, total: update(
+            completed=done, total=total, facts=([f"{format_bytes(done)} of {format_bytes(total)}"], [])
+        )
 
 
-def _bar(fields: str, console: Console) -> Progress:
-    return Progress(
+@contextlib.contextmanager
+def _bar(
+    what: str, console: Console, total: int | None, facts: tuple[list[str], list[str]]
+) -> Iterator[Callable[..., None]]:
+    """Show a bar on a terminal; yield a function that changes the fields of its task."""
+    if not _can_move(console):
+        yield lambda **_: None
+        return
+    bar = Progress(
         TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        TextColumn(fields),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        BarColumn(20 if console.width >= WIDE_COLUMNS else 8),
+        _Facts(console.width - len(what) - (24 if console.width >= WIDE_COLUMNS else 12)),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        redirect_stdout=False,
     )
+    task: TaskID = bar.add_task(what, total=total, facts=facts)
+    with LiveLine(bar.live) as line:
+        yield lambda **fields: line.update(lambda: bar.update(task, **fields))
+
+
+def _can_move(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+class _Facts(ProgressColumn):
+    """Counts, elapsed and remaining time, and rates of a task: as many of them, in this order, as there is room for."""
+
+    def __init__(self, num_columns: int) -> None:
+        super().__init__()
+        self._num_columns = num_columns
+
+    def render(self, task: Task) -> Text:
+        """Return the text of the column."""
+        counts, rates = task.fields["facts"]
+        times = [f"{duration(task.elapsed or 0.0)} elapsed"]
+        times += [f"{duration(task.time_remaining)} left"] if task.time_remaining is not None else []
+        shown = ""
+        for fact in (*counts, *times, *rates):
+            if len(longer := f"{shown}, {fact}" if shown else fact) > self._num_columns:
+                break
+            shown = longer
+        return Text(shown, no_wrap=True, overflow="ellipsis")
 
 
 def duration(seconds: float) -> str:

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from slowllm.errors import InputError
+from slowllm.errors import InputError, counted
 from slowllm.inference.text import TextSide, encode_text, max_line_tokens
+
+# Settings that say how tokens are drawn.
+SAMPLING = ("temperature", "top_k", "top_p", "seed")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class Settings:
                 raise InputError(f"{name} must be a number of at least 0.0001, not {getattr(self, name)!r}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must lie above 0 and be at most 1, not {self.top_p!r}")
+        for name in () if self.do_sample else ("temperature", "top_p"):
+            if getattr(self, name) != 1:
+                raise InputError(f"{name} needs do_sample=True")
         if self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"min_new_tokens {self.min_new_tokens} is more than {self.max_new_tokens} at most"
@@ -170,6 +176,6 @@ def check_prompt(lm: TextSide, prompt: Prompt, name: str) -> None:
         raise InputError(f"{name}: token {wrong} is not one of the model's {vocabulary}")
     if len(prompt.ids) + prompt.settings.max_new_tokens > limit:
         raise InputError(
-            f"{name} has {len(prompt.ids)} tokens and is to get {prompt.settings.max_new_tokens} more, "
+            f"{name} has {counted(len(prompt.ids), 'token')} and is to get {prompt.settings.max_new_tokens} more, "
             f"but the model takes {limit}"
         )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from slowllm.errors import InputError
-from slowllm.modeling.soft_prompts import SoftPrompt
+
+if TYPE_CHECKING:
+    from slowllm.modeling.soft_prompts import SoftPrompt
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,13 +21,22 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from slowllm.errors import InputError, first_line
-from slowllm.files import lock, read_description, replace_file, system_errors
+from slowllm.files import lock, read_description, replace_file, shown, system_errors
 from slowllm.modeling.soft_prompts import SoftPrompt
+
+log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DEEP_WEIGHTS, ABOUT = "soft_prompt.safetensors", "slowllm.json"
 FILES = (CONFIG, WEIGHTS, DEEP_WEIGHTS, ABOUT)
 _KEY = "prompt_embeddings"  # PEFT's
+# Values of PEFT's config that are used here, name things, or count only while a prompt is tuned.
+_KNOWN_VALUES = {
+    "peft_type", "task_type", "num_layers", "num_attention_heads", "token_dim", "num_virtual_tokens", "inference_mode",
+    "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "tokenizer_name_or_path", "tokenizer_kwargs",
+    "prompt_tuning_init", "prompt_tuning_init_text", "prefix_projection", "encoder_reparameterization_type",
+    "encoder_hidden_size", "encoder_num_layers", "encoder_dropout", "init_weights",
+}  # fmt: skip
 # What a damaged folder may raise.
 _UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, RuntimeError, ArithmeticError)
 
@@ -169,7 +179,15 @@ def _from_peft(config: Mapping[str, Any], path: Path) -> SoftPrompt:
         )
     if not (path / WEIGHTS).is_file():
         raise ValueError(f"there is no {WEIGHTS}")
-    weights = load_file(path / WEIGHTS)[_KEY].float()
+    tensors = load_file(path / WEIGHTS)
+    weights = tensors[_KEY].float()
+    ignored = [
+        f"{name}={shown(value)}" for name, value in config.items() if value and name not in _KNOWN_VALUES
+    ]
+    ignored = [text for text in ignored if text != "num_transformer_submodules=1"]
+    if ignored or len(tensors) > 1:
+        ignored += [f"the tensor {name}" for name in tensors if name != _KEY]
+        log.warning("%s: is used without what slowllm does not know: %s", path, ", ".join(ignored))
     if weights.dim() != 2 or not len(weights):
         raise ValueError(f"{_KEY} has shape {tuple(weights.shape)}")
     if kind != "PREFIX_TUNING":

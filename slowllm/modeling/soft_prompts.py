@@ -14,7 +14,7 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from slowllm.errors import InputError
 from slowllm.modeling.shared_cache import Pair, can_share, takes_cache
+from slowllm.options import PromptKind
 from slowllm.streaming.call_context import call_context, current_call
 
-Kind = Literal["shallow", "deep", "prefix"]
+Kind = PromptKind
 
 
 @dataclass(frozen=True)

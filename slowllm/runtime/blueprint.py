@@ -23,7 +23,8 @@ from slowllm.modeling.layout import granularities, lay_out
 from slowllm.modeling.sizes import sizes_of
 from slowllm.modeling.skeleton import build_skeleton, read_config
 from slowllm.planning.job import Granularity, Sizes
-from slowllm.runtime.description import find_folder, load_tokenizer
+from slowllm.runtime.description import , load_tokenizer
+from slowllm.runtime.model_folder import find_folder
 from slowllm.runtime.known_models import find_known
 from slowllm.storage.checkpoint import INDEX, read_json, read_weight_map
 from slowllm.storage.manifest import is_store

@@ -7,9 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub import constants
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
 from slowllm.errors import CheckpointError, InputError, first_line
@@ -17,6 +14,7 @@ from slowllm.files import refuse_large, system_errors
 from slowllm.modeling.skeleton import read_config
 from slowllm.modeling.soft_prompt_files import load_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt, check_fits
+from slowllm.runtime.model_folder import EMBEDDED, find_folder
 from slowllm.storage.checkpoint import LFS_POINTER, refuse_gguf
 
 
@@ -43,7 +41,7 @@ class ModelInfo:
         prompt: str | os.PathLike[str] | SoftPrompt | None = None,
     ) -> None:
         self.folder = find_folder(path_or_hub_id)
-        is_path = Path(path_or_hub_id).expanduser() == self.folder
+        is_path = Path(path_or_hub_id).expanduser() == self.folder or str(path_or_hub_id).startswith(EMBEDDED)
         self.name = self.folder.resolve().name if is_path else str(path_or_hub_id)
         self.config: Any = read_config(self.folder)
         self.soft_prompt = prompt if isinstance(prompt, SoftPrompt) else None
@@ -132,82 +130,3 @@ def _what_is_wrong_with_tokenizer(folder: Path) -> str | None:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES[:-1]):
         return f"there is none of {', '.join(_TOKENIZER_FILES[:-1])}; fetch the tokenizer's files"
     return None
-
-
-def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
-    """Return the folder of a checkpoint: as given, or a hub id's snapshot in the local cache.
-
-    Behind a hub id, ``@`` and a revision may stand: a branch, a tag or a commit.
-
-    Raises:
-        CheckpointError: neither is there.
-        InputError: this is no name.
-    """
-    if not isinstance(path_or_hub_id, str | os.PathLike):
-        raise InputError(f"a model is given by its folder or hub id, not as {type(path_or_hub_id).__name__}")
-    text = str(path_or_hub_id)
-    if not text:
-        raise CheckpointError("the name of the model is empty")
-    try:
-        folder = Path(path_or_hub_id).expanduser()
-        exists, is_folder = folder.exists(), folder.is_dir()
-    except (OSError, RuntimeError) as error:  # too long a name, a folder without permission, no such home
-        raise CheckpointError(f"{text}: {getattr(error, 'strerror', None) or error}") from error
-    if is_folder:
-        return folder
-    if exists:
-        raise CheckpointError(
-            f"{text}: is a file; give the folder that holds config.json and the safetensors"
-        )
-    if text.count("/") > 1 or text.startswith((".", "/", "~")):
-        raise CheckpointError(f"{text}: no such folder")
-    hub_id, _, revision = text.partition("@")
-    try:
-        # Without a pattern, the hub's client refuses a snapshot that was fetched in part, such as one without pickles.
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, revision=revision or None, local_files_only=True, allow_patterns=["config.json"]
-            )
-        )
-    except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError) as error:
-        commit = _commit_of(hub_id, revision or "main")
-        if commit is not None:
-            return commit
-        if others := _revisions(hub_id):
-            raise CheckpointError(
-                f"{text}: this revision is not in the Hugging Face cache, which has {', '.join(others)}; name one of "
-                f"them as {hub_id}@REVISION"
-            ) from error
-        raise CheckpointError(
-            f"{text}: no such folder, and no such model in the Hugging Face cache; "
-            f"if it is a hub id, fetch it with `slowllm download {hub_id}`"
-        ) from error
-
-
-def _cached(hub_id: str) -> Path:
-    return Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
-
-
-def _commit_of(hub_id: str, name: str) -> Path | None:
-    """Return the snapshot of a branch or tag whose file was written by hand, with a newline at its end."""
-    try:
-        commit = (_cached(hub_id) / "refs" / name).read_text(encoding="utf-8").strip()
-        folder = _cached(hub_id) / "snapshots" / commit
-        return folder if commit and (folder / "config.json").exists() else None
-    except (OSError, ValueError):
-        return None
-
-
-def _revisions(hub_id: str) -> list[str]:
-    """Return the branches, tags and commits of a model that the Hugging Face cache has."""
-    snapshots, refs = _cached(hub_id) / "snapshots", _cached(hub_id) / "refs"
-    try:
-        commits = sorted(path.name for path in snapshots.iterdir() if (path / "config.json").exists())
-        names = sorted(
-            str(path.relative_to(refs))
-            for path in (refs.rglob("*") if refs.is_dir() else ())
-            if path.is_file() and path.read_text().strip() in commits
-        )
-    except (OSError, ValueError):
-        return []
-    return [*names, *commits][:9]

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slowllm.errors import InputError
+from slowllm.errors import InputError, counted
 from slowllm.modeling.absent_weight import AbsentWeight
 from slowllm.modeling.layout import Layout
+from slowllm.options import format_binary, format_bytes
 from slowllm.planning.budget import Budget
 from slowllm.planning.host_plan import Plan, sizes_for
 from slowllm.planning.job import Sizes
@@ -96,7 +97,7 @@ class StreamedLM:
         self.layout, self.device_placement, self.num_stops = layout, device_placement, stops.num_stops
         self.weight_bytes = layout.weight_bytes
         self._watchers: list[Callable[[Passage], None]] = []
-        self._source, self._checkpoint = source, checkpoint
+        self._source, self._checkpoint, self._budget_bytes = source, checkpoint, budget.total_bytes
         devices = [] if device_placement is None else device_placement.devices
         generators = SharedGenerators([device.generator for device in devices])
         self._carousel = Carousel(stops, functools.partial(_report_passage, weakref.ref(self)), generators)
@@ -215,6 +216,21 @@ class StreamedLM:
             yield
         finally:
             self._watchers.remove(watcher)
+
+    def __repr__(self) -> str:
+        if not self._finalizer.alive:
+            return f"<{type(self).__name__} {self.name}, closed>"
+        held = (
+            f"{len(self.resident)} of {self.num_stops} stops resident"
+            if self.plan.ring_bytes
+            else "all in memory"
+        )
+        prompt = f", soft prompt of {counted(self.num_virtual_tokens, 'token')}" if self.soft_prompt else ""
+        return (
+            f"<{type(self).__name__} {self.name}: {type(self.model).__name__}, {counted(len(self.layout.blocks), 'block')}, "
+            f"{str(self.model.dtype).removeprefix('torch.')}, {format_bytes(self.weight_bytes)} a sweep, budget "
+            f"{format_binary(self._budget_bytes)}, {held}{prompt}>"
+        )
 
     def close(self) -> None:
         """Join threads, close files and give the memory back. Idempotent."""

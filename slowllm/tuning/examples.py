@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError
-from slowllm.files import read_raw_lines
+from slowllm.files import parse_object, read_raw_lines
 from slowllm.inference.text import TextSide, encode_pair, leading_ids, max_line_tokens, plain_ids, prefix_id
+from slowllm.tables import kind_of, read_table
 
 RawExample = str | Mapping[str, Any]
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines")
+COLUMNS = ("prompt", "answer", "label", "text")
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ def make_task(
 
     An example is a text, or has the key ``text``: all of its tokens are learned after BOS (or EOS if there is none). Or
     it has the keys ``prompt`` and ``answer``, of which the answer is learned; or ``prompt`` and ``label``. Answers and
-    labels follow their prompt as they are, with the blank that they begin with.
+    labels follow their prompt as they are written, with the blank that they begin with.
 
     Args:
         side: the model, or its description, with tokenizer and vocabulary.
         name: of the task.
         train: examples that are learned.
         validation: examples that the prompt is validated on.
-        labels: words, if every example has one of them; a ``label`` may be a word or its number.
+        labels: words, if every example has one of them; a ``label`` is a word as it is written here, or its number.
         num_tokens: of the soft prompt, which takes positions from the examples.
     Raises:
         InputError: an example is empty, too long, without an answer or with another label; the message names it.
@@ -190,11 +191,13 @@ def _label(where: str, row: Mapping[str, Any], labels: tuple[str, ...]) -> tuple
         raise InputError(f"{where}: has no label")
     # Words are tried before numbers, or the label 0 of " 1" and " 0" would be the first of them. And true is no 1.
     for number, word in enumerate(labels):
-        if not isinstance(label, bool) and str(label).strip() == word.strip():
+        if label == word or (type(label) is int and str(label) == word.strip()):
             return word, number
     if type(label) is int and 0 <= label < len(labels):
         return labels[label], label
-    raise InputError(f"{where}: label {label!r} is none of {', '.join(map(repr, labels))}")
+    is_near = isinstance(label, str) and label.strip() in [word.strip() for word in labels]
+    hint = "; words are compared as they are written, blanks included" if is_near else ""
+    raise InputError(f"{where}: label {label!r} is none of {', '.join(map(repr, labels))}{hint}")
 
 
 def _text(where: str, row: Mapping[str, Any], key: str) -> str:
@@ -226,27 +229,39 @@ def _refuse_surrogates(what: str, text: str) -> None:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[RawExample]:
-    """Return the examples of a file: JSON Lines if its name ends in .jsonl or the like, else one text a line.
+    """Return the examples of a file: JSON Lines, CSV or Parquet by the end of its name, else one text a line.
 
     Raises:
-        InputError: it cannot be read, or a line is not JSON.
+        InputError: it cannot be read, a line is not JSON, or a table has none of the columns of an example.
     """
     path = Path(path)
+    kind = kind_of(path)
+    if kind in ("csv", "parquet"):
+        return [{**_with_number(row), "line": number} for number, row in read_table(path, COLUMNS)]
     rows: list[RawExample] = []
     for number, raw in read_raw_lines(path, missing="has no examples"):
         try:
-            text = raw.decode("utf-8")
-            row = json.loads(text) if path.suffix.lower() in JSON_SUFFIXES else {"text": text.strip()}
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: line {number} cannot be read ({error})") from error
-        if not rows and path.suffix.lower() not in JSON_SUFFIXES and _is_example(text):
+            if kind == "json":
+                row = parse_object(raw, "is JSON, but no object with prompt and answer")
+            else:
+                row = {"text": raw.decode("utf-8").strip()}
+        except (InputError, ValueError) as error:
+            reason = str(error) if str(error).startswith("is JSON") else f"cannot be read ({error})"
+            raise InputError(f"{path}: line {number} {reason}") from error
+        if not rows and kind == "text" and _is_example(row["text"]):
             raise InputError(
                 f"{path}: line {number} is JSON, but only files named .jsonl are read as such; rename the file"
             )
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: line {number} is JSON, but no object with prompt and answer")
         rows.append({**row, "line": number})
     return rows
+
+
+def _with_number(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of a table whose label is a number where it is written as one: CSV has only texts."""
+    label = row.get("label")
+    if isinstance(label, str) and label.isascii() and label.isdecimal():
+        return {**row, "label": int(label)}
+    return row
 
 
 def _is_example(line: str) -> bool:
@@ -255,7 +270,7 @@ def _is_example(line: str) -> bool:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and bool(value.keys() & {"prompt", "answer", "label", "text"})
+    return isinstance(value, dict) and bool(value.keys() & set(COLUMNS))
 
 
 def make_tasks(

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from slowllm.errors import InputError
-from slowllm.modeling.soft_prompts import Kind
+from slowllm.errors import InputError, counted
+from slowllm.options import PromptKind
 from slowllm.rounding import ceil_div
 from slowllm.tuning.examples import Task, check_text
 
@@ -44,7 +44,7 @@ class Recipe:
         InputError: a value is out of its range, or two do not go together.
     """
 
-    kind: Kind = "shallow"
+    kind: PromptKind = "shallow"
     num_tokens: int = 8
     init: Init = "vocab"
     init_text: str | None = None
@@ -63,7 +63,7 @@ class Recipe:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name, words in (("kind", Kind), ("init", Init), ("schedule", Schedule)):
+        for name, words in (("kind", PromptKind), ("init", Init), ("schedule", Schedule)):
             if getattr(self, name) not in get_args(words):
                 raise InputError(
                     f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(get_args(words))}"
@@ -96,7 +96,9 @@ class Recipe:
                 "top goes with a deep prompt or a prefix: a shallow one is all below the first block"
             )
         if self.num_epochs is None and self.warmup_steps >= self.num_steps:
-            raise InputError(f"warmup_steps {self.warmup_steps} leave none of the {self.num_steps} steps")
+            raise InputError(
+                f"warmup_steps {self.warmup_steps} leave none of the {counted(self.num_steps, 'step')}"
+            )
 
     @property
     def step_examples(self) -> int:
@@ -124,7 +126,9 @@ def make_trials(tasks: Sequence[Task], recipes: Sequence[Recipe]) -> Iterator[tu
     for task in tasks:
         for number, recipe in enumerate(recipes, 1):
             if recipe.warmup_steps >= (num_steps := recipe.num_updates(task)):
-                raise InputError(f"warmup_steps {recipe.warmup_steps} leave none of the {num_steps} steps")
+                raise InputError(
+                    f"warmup_steps {recipe.warmup_steps} leave none of the {counted(num_steps, 'step')}"
+                )
             parts = [task.name] if len(tasks) > 1 else []
             parts += [f"lr-{recipe.learning_rate}"] if len(rates) > 1 else []
             parts += [f"seed-{recipe.seed}"] if len(seeds) > 1 else []

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError
-from slowllm.options import parse_dtype
+from slowllm.options import by_field_name, parse_dtype
 from slowllm.runtime.description import ModelInfo
 from slowllm.tuning.examples import RawExample as Text
 from slowllm.tuning.examples import Task, make_tasks
 from slowllm.tuning.recipe import Recipe, make_trials
 from slowllm.tuning.session import OnOpen, Phase, Record, RunOptions, Session, Tuned
+
+# What options of `slowllm tune` are called in `Recipe`.
+_OPTIONS = {
+    "tokens": "num_tokens", "steps": "num_steps", "epochs": "num_epochs", "lr": "learning_rate", "warmup": "warmup_steps",
+}  # fmt: skip
 
 
 def tune(
@@ -27,7 +32,8 @@ def tune(
     device: str = "cpu",
     vram: str | int | None = None,
     dtype: str = "auto",
-    keep_resident: bool = True,
+    resident: bool = True,
+    keep_resident: bool | None = None,
     out: str | os.PathLike[str] | None = None,
     state: str | os.PathLike[str] | None = None,
     on_open: OnOpen | None = None,
@@ -48,12 +54,14 @@ def tune(
         device: where blocks are computed; see `load`. Prompts and their optimizer stay on the processor.
         vram: budget on each GPU; see `load`.
         dtype: compute dtype; see `load`. Prompts are always float32.
-        keep_resident: whether stops that fit the budget stay in memory.
+        resident: whether stops that fit the budget stay in memory.
+        keep_resident: the former name of `resident`.
         out: folder for the prompts, with a folder in it for each trial if there are several.
         state: folder that keeps what is done: after a kill, the same call resumes with the same numbers.
         on_open: called before each phase; see `OnOpen`.
         on_record: called with each step and each validation.
-        settings: fields of `Recipe`.
+        settings: fields of `Recipe`, or the options of `slowllm tune` that have other names: ``tokens``, ``steps``,
+            ``epochs``, ``lr``, ``warmup``.
     Raises:
         InputError: an example, a setting or a folder cannot be used.
         PlanError: a step does not fit the budget; the message names the smallest that would do.
@@ -62,6 +70,7 @@ def tune(
     """
     chosen = _recipes(recipes, settings)
     info = model if isinstance(model, ModelInfo) else ModelInfo(model)
+    keep_resident = resident if keep_resident is None else keep_resident
     options = RunOptions(ram, device, vram, dtype, keep_resident, out, state, on_open, on_record)
     return tune_tasks(info, _tasks(info, data, validation, labels, chosen), chosen, options)
 
@@ -120,6 +129,7 @@ def _recipes(recipes: Recipe | Sequence[Recipe] | None, settings: Mapping[str, A
     if recipes is not None and settings:
         raise InputError(f"give recipes or settings, not both ({', '.join(settings)})")
     if recipes is None:
+        settings = by_field_name(settings, _OPTIONS)
         names = list(Recipe.__dataclass_fields__)
         if wrong := sorted(set(settings) - set(names)):
             raise InputError(f"no such setting: {', '.join(wrong)}; there are {', '.join(names)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import slowllm
-from slowllm.errors import InputError
+from slowllm.errors import CheckpointError, InputError
 from slowllm.inference import choices, scoring
 from slowllm.inference.text import Query
 from tests.support.families import resident
@@ -225,6 +226,9 @@ def test_a_text_that_memory_was_not_planned_for_is_refused_and_takes_a_job() -> 
         ({"stop": "END"}, "stop must be a list of strings"),
         ({"temperature": "hot"}, "temperature must be a number, not 'hot'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1"),
+        ({"temperature": 0.5}, "^temperature needs do_sample=True$"),
+        ({"top_k": 50, "sample": False}, "^top_k needs do_sample=True$"),
+        ({"beams": 2, "num_beams": 2}, "beams and num_beams are one setting; give it once"),
     ],
 )
 def test_settings_of_the_wrong_kind_are_refused(
@@ -232,6 +236,31 @@ def test_settings_of_the_wrong_kind_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         lm.generate(["The value"], **settings)
+
+
+def test_settings_may_have_the_names_of_the_command_lines_options(lm: slowllm.LM) -> None:
+    by_option = lm.generate(["The value"], sample=True, seed=3, top_k=9, num_sequences=2, log_probs=1)
+    by_field = {"do_sample": True, "num_return_sequences": 2, "top_log_probs": 1}
+    assert by_option == lm.generate(["The value"], seed=3, top_k=9, **by_field)
+
+
+def test_a_loaded_model_says_what_it_is(lm: slowllm.LM) -> None:
+    assert repr(lm).startswith("<LM tiny-bloom: BloomForCausalLM, 10 blocks, float32, 7.5 MB")
+    assert re.search(r" a sweep, budget [\d.]+GiB, 0 of \d+ stops resident>$", repr(lm))
+    with slowllm.load("embedded:tiny-bloom-draft", ram="4GiB", resident=True) as small:
+        assert repr(small).endswith("budget 4GiB, all in memory>")
+    assert repr(small) == "<LM tiny-bloom-draft, closed>"
+
+
+def test_a_model_has_to_be_named() -> None:
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'model'"):
+        slowllm.load()  # type: ignore[call-arg]
+    with pytest.raises(InputError, match="not as NoneType; the embedded one is called embedded:tiny-bloom"):
+        slowllm.load(None)  # type: ignore[arg-type]
+    with pytest.raises(
+        CheckpointError, match="no such embedded model; there are tiny-bloom, tiny-bloom-draft"
+    ):
+        slowllm.load("embedded:bloom")
 
 
 def test_stop_strings_may_be_a_list(lm: slowllm.LM) -> None:

@@ -207,7 +207,7 @@ GOOD = {"prompt": "The value"}
 BAD = [
     ("[1]", "invalid_json_line", "line 1: is JSON but no object"),
     ('{"custom_id": "a"', "invalid_json_line", "line 1: is not JSON"),
-    ('{"custom_id": "\\ud800"}', "invalid_json_line", "surrogates not allowed"),
+    ('{"custom_id": "\\ud800"}', "invalid_json_line", "half of a surrogate pair"),
     ('{"custom_id": "a", "body": {"seed": NaN}}', "invalid_json_line", "NaN is no number"),
     ("[" * 100_000, "invalid_json_line", "recursion"),
     ({"method": "POST"}, "missing_required_parameter", "has no custom_id"),
@@ -223,7 +223,7 @@ BAD = [
     (line("a", prompt=""), "invalid_value", "the prompt is empty"),
     (line("a", prompt=["x", ""]), "invalid_value", "the prompt is empty"),
     (line("a", prompt=[4096]), "invalid_value", "token 4096 is not one of the model's 4096"),
-    (line("a", prompt=[1] * 2048), "context_length_exceeded", "has 2048 tokens and is to get 16 more"),
+    (line("a", prompt=[1] * 2048), "context_length_exceeded", "has 2,048 tokens and is to get 16 more"),
     (line("a", **GOOD, max_tokens=2048), "context_length_exceeded", "the model takes 2048"),
     (line("a", **GOOD, max_tokens=0), "invalid_value", "max_tokens must be a whole number of at least 1, not 0"),
     (line("a", **GOOD, max_tokens=1.5), "invalid_value", "max_tokens must be a whole number"),

@@ -287,7 +287,7 @@ def test_what_fails_in_one_rider_costs_the_others_nothing(tiny_bloom: slowllm.St
     [
         (Prompt(()), "prompt 2 is empty"),
         (Prompt((4096,)), "prompt 2: token 4096 is not one of the model's 4096"),
-        (Prompt((5,) * 2047), "prompt 2 has 2047 tokens and is to get 2 more, but the model takes 2048"),
+        (Prompt((5,) * 2047), "prompt 2 has 2,047 tokens and is to get 2 more, but the model takes 2048"),
         (Prompt((5,) * 900, Settings(2, num_beams=4)), "prompt 2 takes 3608 tokens .* was loaded for 1024"),
     ],
 )
@@ -435,8 +435,9 @@ def test_every_option_reaches_the_model(plain_bloom: Any) -> None:
         (["x", "--prompts", "y"], "give the prompts as arguments, or with --prompts FILE"),
         (["x", "--temperature", "0.5"], "--temperature needs --sample"),
         (["x", "--top-k", "5"], "--top-k needs --sample"),
+        (["x", "--seed", "5"], "--seed needs --sample"),
         (["fine", ""], "prompt 2: a prompt is empty"),
-        (["x", "--max-new-tokens", "2048"], "prompt 1 has 1 tokens and is to get 2048 more"),
+        (["x", "--max-new-tokens", "2048"], "prompt 1 has 1 token and is to get 2048 more"),
         (["x", "--num-sequences", "2"], "need as many beams, or sampling"),
         (["--prompts", "/no/such/file"], "/no/such/file: No such file"),
     ],

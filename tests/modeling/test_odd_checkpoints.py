@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import slowllm
 from slowllm.errors import CheckpointError
-from slowllm.runtime.description import ModelInfo, find_folder
+from slowllm.runtime.description import ModelInfo
+from slowllm.runtime.model_folder import find_folder
 from tests.support.families import FAMILIES, VOCAB, resident, save_tiny
 from tests.support.paths import TINY_BLOOM
 

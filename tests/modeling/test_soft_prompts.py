@@ -310,6 +310,19 @@ def test_a_prompt_with_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
         load_prompt(good)
 
 
+def test_values_of_pefts_config_that_are_not_used_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write(tmp_path, SoftPrompt("shallow", torch.ones(2, 8)))
+    load_prompt(folder)
+    assert not caplog.text
+    config = json.loads((folder / "adapter_config.json").read_text())
+    own = {"num_transformer_submodules": 2, "modules_to_save": ["lm_head"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **own}))
+    load_prompt(folder)
+    assert 'does not know: modules_to_save=["lm_head"], num_transformer_submodules=2' in caplog.text
+
+
 def test_a_prompt_takes_room_from_the_text() -> None:
     from slowllm.inference.text import max_line_tokens
 

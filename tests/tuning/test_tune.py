@@ -32,7 +32,7 @@ from slowllm.modeling.layout import find_blocks
 from slowllm.runtime.description import ModelInfo
 from slowllm.streaming.hints import Reach
 from slowllm.tuning import session
-from slowllm.tuning.examples import Example, Task, make_task
+from slowllm.tuning.examples import Example, Task, make_task, read_rows
 from slowllm.tuning.initialization import starts_of
 from slowllm.tuning.passes import learn_rider
 from slowllm.tuning.recipe import Recipe
@@ -440,6 +440,11 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
         ([{"prompt": 3, "answer": "a"}], (), "example 1: its prompt is no text"),
         ([{"prompt": "a", "label": " x"}], (), "has a label, but no labels are given"),
         ([{"prompt": "a", "label": " x"}], (" y", " z"), "label ' x' is none of ' y', ' z'"),
+        (
+            [{"prompt": "a", "label": "y"}],
+            (" y", " z"),
+            "label 'y' is none of ' y', ' z'; words are compared as they are",
+        ),
         ([{"prompt": "a", "label": True}], (" y", " z"), "label True is none of"),
         ([{"prompt": "a", "label": 2}], (" y", " z"), "label 2 is none of"),
         ([{"prompt": "a"}], (" y", " z"), "has no label"),
@@ -468,6 +473,35 @@ def test_examples_that_cannot_be_learned_are_refused(
 def test_data_that_is_none_is_refused(data: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         tune(TINY_BLOOM, data)
+
+
+def test_labels_stay_as_they_are_written() -> None:
+    rows = [{"prompt": "a b", "label": "yes"}, {"prompt": "b a", "answer": " no"}]
+    task = make_task(ModelInfo(TINY_BLOOM), "t", rows, labels=["yes", " no"])
+    assert task.labels == ("yes", " no")
+    assert [example.label for example in task.train] == [0, 1]
+    with pytest.raises(InputError, match=r"label 'yes' is none of ' yes', ' no'; .* blanks included"):
+        make_task(ModelInfo(TINY_BLOOM), "t", rows, labels=[" yes", " no"])
+
+
+def test_examples_are_read_from_csv_and_parquet(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    (tmp_path / "a.csv").write_text("prompt,label,id\nIs it?, yes,1\nIs it not?,1,2\n")
+    rows: list[Any] = [
+        {"prompt": "Is it?", "label": " yes", "id": "1", "line": 2},
+        {"prompt": "Is it not?", "label": 1, "id": "2", "line": 3},
+    ]
+    assert read_rows(tmp_path / "a.csv") == rows
+    table = pyarrow.table({"prompt": ["a"], "answer": [" b"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert read_rows(tmp_path / "a.parquet") == [{"prompt": "a", "answer": " b", "line": 1}]
+    (tmp_path / "b.csv").write_text("question\nIs it?\n")
+    with pytest.raises(
+        InputError, match=r"b\.csv: has none of the columns prompt, answer, label, text; there are"
+    ):
+        read_rows(tmp_path / "b.csv")
 
 
 def test_a_label_that_is_a_number_is_first_of_all_a_word() -> None:
@@ -704,6 +738,15 @@ def test_a_prompt_is_tuned_on_lines_of_text_and_used_by_every_verb(tmp_path: Pat
         (["list.jsonl"], "list.jsonl: line 1 is JSON, but no object"),
         (["empty.txt"], "empty.txt: has no examples"),
         (["a.txt", "--out", "a.txt"], "a.txt: File exists"),
+        (["a.txt", "--out", "-"], "--out - is no folder"),
+        (
+            ["a.txt", "--steps", "2", "--epochs", "1"],
+            "--steps and --epochs contradict each other; give one of them",
+        ),
+        (
+            ["a.txt", "--lr", "0.1", "--lr", "0.2", "--trials", "200"],
+            "400 trials (every --lr with every seed",
+        ),
     ],
 )
 def test_what_cannot_be_tuned_is_one_sentence(

@@ -10,17 +10,21 @@ from typing import Annotated, Any
 
 import typer
 
-from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli import inputs, options
 from slowllm.entrypoints.cli.output import json_writer
 from slowllm.entrypoints.cli.runner import Runner, sweeps_of
-from slowllm.errors import InputError
+from slowllm.errors import InputError, counted
 from slowllm.files import read_lines
 
 
 def batch(
     file: Annotated[
-        str, typer.Argument(help="JSON Lines file in OpenAI's batch format; - reads standard input.")
-    ],
+        str | None,
+        typer.Argument(
+            help="JSON Lines file in OpenAI's batch format; - or nothing reads standard input.",
+            show_default=False,
+        ),
+    ] = None,
     model: options.Model = None,
     ram: options.Ram = "auto",
     device: options.Device = "cpu",
@@ -49,6 +53,10 @@ def batch(
     and the bytes written are those of a run that was never interrupted.
     """
     options.log_to_stderr(verbose)
+    if file is None:
+        if not inputs.has_piped_input():
+            raise InputError("give a file of requests, or pipe it into standard input")
+        file = "-"
     lines = read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
     runner = Runner(
         model,
@@ -63,6 +71,7 @@ def batch(
         dry_run=dry_run,
     )
     out = runner.check_output(out, file)
+    runner.load_libraries()
     from slowllm.entrypoints import openai_batch as requests
     from slowllm.entrypoints.openai_requests import Request, read_requests
     from slowllm.entrypoints.openai_responses import refused
@@ -94,15 +103,18 @@ def batch(
             saved = stack.enter_context(runner.resuming(lambda: described, inputs=chats or None))
             answers = requests.answer(lm, entries, described, saved)
             write = stack.enter_context(json_writer(out))
-            stack.enter_context(progress(lm, job, saved))
+            num_good = len(entries) - len(refusals)
+            count = stack.enter_context(progress(lm, job, saved, noun="request", total=num_good))
         for line in answers:
             write(line)
             num_failed += line["error"] is not None
+            if line["error"] is None:
+                count(line["response"]["body"]["usage"]["completion_tokens"])
         if len(refusals) < len(entries):
             cost = f" in {sweeps_of(lm)}"
-    failed = f"; {num_failed} of {len(entries)} lines failed" if num_failed else ""
+    failed = f"; {num_failed} of {counted(len(entries), 'line')} failed" if num_failed else ""
     print(
-        f"{len(entries) - num_failed} requests answered{cost}, {duration(time.perf_counter() - started)}"
+        f"{counted(len(entries) - num_failed, 'request')} answered{cost}, {duration(time.perf_counter() - started)}"
         f"{failed}",
         file=sys.stderr,
     )

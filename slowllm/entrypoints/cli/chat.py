@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from slowllm.entrypoints.cli import options
-from slowllm.entrypoints.cli.runner import Runner, is_embedded
+from slowllm.entrypoints.cli.runner import Runner
 from slowllm.errors import InputError
 from slowllm.planning.job import Job
+from slowllm.runtime.model_folder import DEFAULT, find_folder
 
 TOY = (
     "This is the embedded toy model, trained on sentences of reference manuals: it finishes such sentences, answers no "
@@ -63,6 +64,7 @@ def chat(
     """
     options.log_to_stderr(verbose)
     runner = Runner(model, ram, device, vram, dtype, resident=resident)
+    runner.load_libraries()
     from slowllm.entrypoints.cli.chat_loop import converse
     from slowllm.entrypoints.conversation import Conversation
     from slowllm.inference.generation import row_of
@@ -84,7 +86,8 @@ def chat(
         num_tokens=context, longest=context, repeated=True, forward_only=True, keeps_results=False,
         num_passes=min(settings.max_new_tokens, context), rows=((row_of(1, settings), 1),),
     )  # fmt: skip
+    runner.name_settings_left_aside()
     with runner.open(job) as lm:
-        if is_embedded(info.folder):
+        if info.folder == find_folder(DEFAULT):
             print(TOY)
         converse(lm, conversation, settings, context=context, rates=runner.rates)

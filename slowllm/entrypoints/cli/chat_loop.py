@@ -17,7 +17,7 @@ from typing import Any, cast
 from slowllm.entrypoints.cli.screen import Screen
 from slowllm.entrypoints.conversation import ASSISTANT, USER, Conversation, Incoming
 from slowllm.entrypoints.progress import duration
-from slowllm.errors import InputError, NonFiniteError
+from slowllm.errors import InputError, NonFiniteError, counted
 from slowllm.inference.continuation import text_of
 from slowllm.inference.generation import generate
 from slowllm.inference.generation_types import Prompt, Settings
@@ -157,7 +157,7 @@ def _take_turn(
                 for continuation in itertools.chain.from_iterable(continuations):
                     screen.write(incoming.add(text_of(lm, plain, continuation.ids)) + incoming.finish())
                     if continuation.finish_reason == "length":
-                        screen.line(f"(cut at {settings.max_new_tokens} tokens)")
+                        screen.line(f"(cut at {counted(settings.max_new_tokens, 'token')})")
         if not incoming.text:
             screen.line("(the model ended at once; the question is taken back)")
     except KeyboardInterrupt:

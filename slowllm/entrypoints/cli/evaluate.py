@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slowllm.entrypoints.cli import options
-from slowllm.entrypoints.cli.output import json_writer, print_table
+from slowllm.entrypoints.cli.inputs import check_installed
+from slowllm.entrypoints.cli.output import STDOUT, json_writer, print_table
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.lm_eval_command import ALLOW_DOWNLOADS, check_arguments, stay_offline
-from slowllm.errors import InputError
+from slowllm.errors import InputError, counted
 
 if TYPE_CHECKING:
     from slowllm.inference.choices import Encoded
@@ -54,7 +55,8 @@ TruncateOption = Annotated[
     typer.Option("--truncate", help="Cut prompts that are too long from the left, instead of refusing them."),
 ]
 PredictionsOption = Annotated[
-    Path | None, typer.Option("--out", help="Write every prediction to this file as JSON lines.")
+    Path | None,
+    typer.Option("--out", help="Write every prediction to this file as JSON lines; - is standard output."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -108,6 +110,7 @@ def boolq(
         dry_run=dry_run,
     )
     out = runner.check_output(out, data, template_file)
+    check_installed("datasets", "jinja2", "yaml")
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import (
         boolq_templates,
@@ -116,7 +119,6 @@ def boolq(
         select_templates,
     )
 
-    info = runner.info
     if template_file is None:
         available, source = boolq_templates()
     else:
@@ -125,7 +127,8 @@ def boolq(
     chosen = select_templates(available, templates)
     place_of = functools.partial(eval_tasks.place_of, data)
     questions = make_questions(chosen, eval_tasks.boolq_examples(data, rows), place_of)
-    items, cut = _encode(info, questions, place_of, normalize, truncate)
+    runner.load_libraries()
+    items, cut = _encode(runner.info, questions, place_of, normalize, truncate)
     about = {"task": "boolq", "data": data, "templates_from": source, "normalize": normalize}
     options_given = {"subset": subset, "split": split, "limit": limit, "truncate": truncate}
     _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json)
@@ -173,15 +176,16 @@ def task(
         dry_run=dry_run,
     )
     out = runner.check_output(out, data, template_file)
+    check_installed("datasets", "jinja2", "yaml")
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import make_questions, read_templates, select_templates
 
-    info = runner.info
     chosen = select_templates(read_templates(template_file), templates)
     place_of = functools.partial(eval_tasks.place_of, data)
     rows = eval_tasks.read_examples(data, subset=subset, split=split, limit=limit)
     questions = make_questions(chosen, rows, place_of)
-    items, cut = _encode(info, questions, place_of, normalize, truncate)
+    runner.load_libraries()
+    items, cut = _encode(runner.info, questions, place_of, normalize, truncate)
     about = {"data": data, "templates_from": str(template_file), "normalize": normalize}
     options_given = {"subset": subset, "split": split, "limit": limit, "truncate": truncate}
     _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json)
@@ -217,6 +221,7 @@ def lm(
         return
     switch = [ALLOW_DOWNLOADS] if allow_downloads else []
     arguments = check_arguments(stay_offline([*context.args, *switch]))
+    check_installed("lm_eval")
     from slowllm.entrypoints import lm_eval_model
 
     lm_eval_model.main(arguments)
@@ -253,11 +258,13 @@ def _evaluate(
         }
 
     with contextlib.ExitStack() as stack:
-        lm, saved = stack.enter_context(runner.open_for_queries(queries, settings))
+        opened = runner.open_for_queries(queries, settings, "question", len(questions))
+        lm, saved, count = stack.enter_context(opened)
         write = None if out is None else stack.enter_context(json_writer(out))
         judgements = choices.choose(lm, items, relative=relative, state=saved)
         for number, (question, judged) in enumerate(zip(questions, judgements, strict=True)):
             tally.add(question, judged.best)
+            count(0)
             if write is not None:
                 write(_prediction(question, judged, number in cut))
             if time.monotonic() - reported_at >= REPORT_SECONDS:
@@ -265,8 +272,8 @@ def _evaluate(
                 print(f"{number + 1} of {len(questions)}: accuracy {tally.accuracy:.4f}", file=sys.stderr)
     rows = tally.rows()
     if cut:
-        print(f"{len(cut)} prompts were cut from the left", file=sys.stderr)
-    if as_json or not sys.stdout.isatty():
+        print(f"{counted(len(cut), 'prompt was', 'prompts were')} cut from the left", file=sys.stderr)
+    if as_json or out == STDOUT or not sys.stdout.isatty():
         document = {"model": runner.info.name, **about, "num_truncated": len(cut)}
         print(json.dumps({**document, "templates": rows[:-1], "all": rows[-1]}, ensure_ascii=False))
         return

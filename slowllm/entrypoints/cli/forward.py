@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slowllm.entrypoints.cli import options
-from slowllm.entrypoints.cli.output import finite, json_writer, printable, prints_text, token_rows
+from slowllm.entrypoints.cli import inputs, options
+from slowllm.entrypoints.cli.output import (
+    finite,
+    json_writer,
+    print_tokens,
+    printable,
+    prints_text,
+    token_rows,
+)
 from slowllm.entrypoints.cli.runner import Runner, sweeps_of
-from slowllm.errors import InputError
-from slowllm.files import read_lines
+from slowllm.errors import InputError, counted
 from slowllm.options import format_bytes
 
 if TYPE_CHECKING:
     from slowllm.inference.likelihood import Likelihood
     from slowllm.inference.lines import Line, ScoreTotals
+    from slowllm.runtime.description import ModelInfo
     from slowllm.runtime.streamed_lm import StreamedLM
+
+    Write = Callable[[inputs.Entry, Line, Likelihood], None]
 
 
 def forward(
-    file: Annotated[
-        str, typer.Argument(help="Text file whose lines are scored, one by one; - reads standard input.")
-    ],
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Text files whose lines are scored, one by one; - or nothing reads standard input.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    text: inputs.Texts = None,
     model: options.Model = None,
     ram: options.Ram = "auto",
     device: options.Device = "cpu",
@@ -66,21 +82,25 @@ def forward(
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
-    """Print the likelihood of every non-empty line of a file.
+    """Print the likelihood of every non-empty line of text files.
 
     Log-likelihoods are in nats; the perplexity is exp of the mean negative log-likelihood of a token. A line longer
     than the limit is refused, unless --truncate cuts it. All lines are scored in as few sweeps over the weights as the
     budget allows.
     """
     options.log_to_stderr(verbose)
-    texts = read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
+    files = inputs.choose_files(files, text, "a file")
+    for file in files:
+        inputs.warn_of_parts(file, "scored", "`slowllm score` reads its parts: text, context, choices")
+    entries = inputs.read_entries(files, text)
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, resident=resident, state=state, kind="forward",
         overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
-    out = runner.check_output(out, file)
+    out = runner.check_output(out, *files)
+    runner.load_libraries()
     from slowllm.entrypoints.progress import progress
-    from slowllm.inference.lines import Lines, ScoreTotals, describe, encode, job_of, score_lines
+    from slowllm.inference.lines import Lines, ScoreTotals, describe, job_of, score_lines
     from slowllm.inference.text import max_line_tokens, prefix_id
 
     info = runner.info
@@ -89,7 +109,7 @@ def forward(
         raise InputError(f"--max-tokens {max_tokens} is more than the {limit} that this model takes")
     before = prefix_id(info.tokenizer, info.config.get_text_config().vocab_size) if prefix else None
     # All lines are checked before the first byte of weights is read: a line too long is refused at once.
-    lines = Lines(encode(info, texts, max_tokens=max_tokens or limit, truncate=truncate))
+    lines = Lines(_encoded(info, entries, max_tokens or limit, truncate))
     job = job_of(lines, before, runner.rates, runner.begun, info.num_virtual_tokens)
     if dry_run:
         runner.print_plan(job, as_json=as_json)
@@ -97,28 +117,52 @@ def forward(
     with runner.open(job) as lm, runner.resuming(lambda: describe(lm, lines, before), save_every) as saved:
         started = time.perf_counter()
         totals = ScoreTotals()
-        with _writer(lm, out, as_json, per_token) as write, progress(lm, job, saved):
-            for line, likelihood in score_lines(lm, lines, prefix=before, state=saved):
-                write(line, likelihood)
+        with (
+            _writer(lm, out, as_json, per_token, names_files=len(files) > 1) as write,
+            progress(lm, job, saved, noun="line", total=len(entries)) as count,
+        ):
+            scored = score_lines(lm, lines, prefix=before, state=saved)
+            for entry, (line, likelihood) in zip(entries, scored, strict=True):
+                write(entry, line, likelihood)
                 totals.add(likelihood)
+                count(len(line.ids))
         _summarise(lm, totals, time.perf_counter() - started, lines.num_truncated)
+
+
+def _encoded(
+    info: ModelInfo, entries: Sequence[inputs.Entry], max_tokens: int, truncate: bool
+) -> Iterator[Line]:
+    """Yield the token ids of all lines; what is wrong with one is said with its file."""
+    from slowllm.inference.lines import encode
+
+    for file, group in itertools.groupby(entries, lambda entry: entry.file):
+        texts = ((entry.number, entry.text) for entry in group)
+        try:
+            yield from encode(info, texts, max_tokens=max_tokens, truncate=truncate)
+        except InputError as error:
+            raise InputError(f"{inputs.shown_name(file)}: {error}") from error
 
 
 @contextlib.contextmanager
 def _writer(
-    lm: StreamedLM, out: Path | None, as_json: bool, per_token: bool
-) -> Iterator[Callable[[Line, Likelihood], None]]:
+    lm: StreamedLM, out: Path | None, as_json: bool, per_token: bool, *, names_files: bool
+) -> Iterator[Write]:
     """Yield a function that writes the likelihood of one line: as a row of a table on a terminal, else as a JSON line."""
     if prints_text(out, as_json):
-        with _table(lm, per_token) as write:
+        with _table(lm, per_token, names_files) as write:
             yield write
         return
     with json_writer(out) as write_row:
-        yield lambda line, likelihood: write_row(_row(lm, line, likelihood, per_token))
+
+        def write_line(entry: inputs.Entry, line: Line, likelihood: Likelihood) -> None:
+            file = {"file": entry.file} if names_files else {}
+            write_row({**file, **_row(lm, line, likelihood, per_token)})
+
+        yield write_line
 
 
 @contextlib.contextmanager
-def _table(lm: StreamedLM, per_token: bool) -> Iterator[Callable[[Line, Likelihood], None]]:
+def _table(lm: StreamedLM, per_token: bool, names_files: bool) -> Iterator[Write]:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -128,24 +172,24 @@ def _table(lm: StreamedLM, per_token: bool) -> Iterator[Callable[[Line, Likeliho
     for name in ("line", "tokens", "log-likelihood", "mean NLL", "perplexity"):
         table.add_column(name, justify="right", no_wrap=True)
     # The text gets the width that is left, or rich would squeeze the numbers to show more of it.
-    table.add_column(
-        "text", overflow="ellipsis", no_wrap=not per_token, max_width=max(12, console.width - 56)
-    )
+    table.add_column("text", overflow="ellipsis", no_wrap=True, max_width=max(12, console.width - 56))
+    tokens: list[tuple[str, list[dict[str, Any]]]] = []
 
-    def write(line: Line, likelihood: Likelihood) -> None:
-        text = line.text
-        if per_token:
-            rows = _tokens(lm, line, likelihood)
-            text = "  ".join(f"{row['token']!r} {_number(row['log_prob'])}" for row in rows)
+    def write(entry: inputs.Entry, line: Line, likelihood: Likelihood) -> None:
+        number = f"{entry.file}:{line.number}" if names_files else str(line.number)
         table.add_row(
-            str(line.number), str(len(line.ids)), f"{likelihood.log_likelihood:.3f}",
-            _number(likelihood.mean_nll), _number(likelihood.perplexity), Text(printable(text)),
+            number, str(len(line.ids)), f"{likelihood.log_likelihood:.3f}",
+            _number(likelihood.mean_nll), _number(likelihood.perplexity), Text(printable(line.text)),
         )  # fmt: skip
+        if per_token:
+            tokens.append((f"line {number}", _tokens(lm, line, likelihood)))
 
     try:
         yield write
     finally:
         console.print(table)
+        for title, rows in tokens:
+            print_tokens(f"{title}: log-probability of each token", rows)
 
 
 def _number(value: float | None) -> str:
@@ -181,7 +225,7 @@ def _summarise(lm: StreamedLM, totals: ScoreTotals, seconds: float, num_truncate
         disk = f"read {format_bytes(report.read_bytes)} at {format_bytes(report.read_bytes / seconds)}/s"
     cut = f", {num_truncated} of them cut" if num_truncated else ""
     print(
-        f"{totals.num_lines} lines{cut}, {totals.num_scored} tokens scored in "
+        f"{counted(totals.num_lines, 'line')}{cut}, {counted(totals.num_scored, 'token')} scored in "
         f"{str(lm.model.dtype).removeprefix('torch.')}, corpus perplexity {_number(totals.perplexity)}\n"
         f"{sweeps_of(lm)} in {seconds:.2f} s: {disk}, waiting {report.wait_seconds:.2f} s, "
         f"computing {report.compute_seconds:.2f} s, peak RSS {format_bytes(report.peak_rss_bytes)}",

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from slowllm.entrypoints.cli import options
-from slowllm.entrypoints.cli.output import json_writer, printable, prints_text, token_rows
+from slowllm.entrypoints.cli import inputs, options
+from slowllm.entrypoints.cli.output import json_writer, print_tokens, printable, prints_text, token_rows
 from slowllm.entrypoints.cli.runner import Runner, sweeps_of
 from slowllm.errors import InputError
 from slowllm.files import read_lines
@@ -26,14 +26,22 @@ if TYPE_CHECKING:
     from slowllm.runtime.streamed_lm import StreamedLM
     from slowllm.streaming.stops import Passage
 
+# In place of a file's name, where prompts are arguments.
+ARGUMENTS = ""
+
 
 def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Texts to continue.", show_default=False)
     ] = None,
     file: Annotated[
-        str | None,
-        typer.Option("--prompts", help="Text file, one prompt a line; - reads standard input."),
+        list[str] | None,
+        typer.Option(
+            "--prompts",
+            help="Text file, one prompt a line; - reads standard input, as does giving no prompt at all. May be given "
+            "several times.",
+            show_default=False,
+        ),
     ] = None,
     model: options.Model = None,
     ram: options.Ram = "auto",
@@ -49,11 +57,13 @@ def generate(
         bool, typer.Option("--sample", help="Sample the tokens instead of taking the most likely ones.")
     ] = False,
     seed: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="With --sample: seed; gives the tokens of plain transformers after torch.manual_seed.", min=0
+            help="With --sample: seed; gives the tokens of plain transformers after torch.manual_seed.",
+            min=0,
+            show_default="0",
         ),
-    ] = 0,
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="With --sample: sampling temperature.", show_default="1.0")
     ] = None,
@@ -109,37 +119,39 @@ def generate(
     several prompts when each is complete; a pipe, --json and --out get JSON lines.
     """
     options.log_to_stderr(verbose)
-    if bool(prompts) == (file is not None):
-        raise InputError("give the prompts as arguments, or with --prompts FILE")
-    # Before the model is opened: an unreadable file should not cost a wait.
-    texts = list(enumerate(prompts or [], 1)) if file is None else read_lines(file)
+    entries = _entries(prompts, file)
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, resident=resident, state=state, kind="generate",
         overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
-    out = runner.check_output(out, "-" if file is None else file)
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    out = runner.check_output(out, *(file or ()))
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if sampling and not sample:
         raise InputError(f"--{next(iter(sampling)).replace('_', '-')} needs --sample")
+    if sample:
+        sampling.setdefault("seed", 0)
     from slowllm.inference.generation_types import Settings, check_prompt, encode_prompt
 
     settings = Settings(
         max_new_tokens=max_new_tokens, num_beams=beams, num_return_sequences=num_sequences, do_sample=sample,
-        seed=seed if sample else None, repetition_penalty=repetition_penalty, stop=tuple(stop or ()),
+        repetition_penalty=repetition_penalty, stop=tuple(stop or ()),
         top_log_probs=log_probs, **sampling,
     )  # fmt: skip
+    runner.load_libraries()
     # All prompts are checked before the first byte of weights is read.
     encoded = []
-    for number, text in texts:
+    for entry in entries:
+        name = f"prompt {entry.number}" if entry.file == ARGUMENTS else entry.where
         try:
-            encoded.append(encode_prompt(runner.info, text, settings))
+            encoded.append(encode_prompt(runner.info, entry.text, settings))
         except InputError as error:
-            raise InputError(f"prompt {number}: {error}") from error
-        check_prompt(runner.info, encoded[-1], f"prompt {number}")
+            raise InputError(f"{name}: {error}") from error
+        check_prompt(runner.info, encoded[-1], name)
     if dry_run:
         _print_plan(runner, encoded, settings, draft, as_json)
         return
+    runner.name_settings_left_aside()
     with _open(runner, encoded, settings, draft) as work:
         started = time.perf_counter()
         # Tokens of a continuation that is taken from a state do not come one by one.
@@ -147,8 +159,31 @@ def generate(
         if is_shown and work.state is None:
             _show_one(work)
         else:
-            _write_all(work, texts, out, as_json)
+            _write_all(work, [entry.text for entry in entries], out, as_json)
         work.summarise(time.perf_counter() - started)
+
+
+def _entries(prompts: Sequence[str] | None, files: Sequence[str] | None) -> list[inputs.Entry]:
+    """Return the prompts: of the command line, of files, or of standard input where nothing is named."""
+    wanted = "give the prompts as arguments, or with --prompts FILE"
+    if prompts and files:
+        raise InputError(wanted)
+    for text in prompts or ():
+        with contextlib.suppress(OSError, ValueError):  # too long for a name, or no name at all
+            if Path(text).is_file():
+                inputs.warn(
+                    f"{text} is a file, but its name is continued; --prompts {text} continues its lines"
+                )
+    if prompts:
+        return [inputs.Entry(ARGUMENTS, number, text) for number, text in enumerate(prompts, 1)]
+    if not files:
+        if not inputs.has_piped_input():
+            raise InputError(wanted)
+        lines = read_lines("-", missing=f"has no non-empty line; {wanted}")
+        return [inputs.Entry("-", number, text) for number, text in lines]
+    for file in inputs.choose_files(files, None, ""):
+        inputs.warn_of_parts(file, "continued", "`slowllm batch` answers requests in JSON Lines")
+    return inputs.read_entries(files, None)
 
 
 @dataclass
@@ -307,27 +342,37 @@ def _show_one(work: _Work) -> None:
 
     try:
         with lm.watching(on_passage):
-            for _ in work.run(on_tokens):
-                screen.write(incoming.finish())
+            (continuations,) = work.run(on_tokens)
+            screen.write(incoming.finish())
     finally:
         screen.end_status()
         screen.end_line()
+    for continuation in continuations:
+        _print_tokens(lm.tokenizer, continuation)
 
 
-def _write_all(work: _Work, texts: Sequence[tuple[int, str]], out: Path | None, as_json: bool) -> None:
+def _write_all(work: _Work, texts: Sequence[str], out: Path | None, as_json: bool) -> None:
     """Write every prompt with its continuations when it is complete."""
     from slowllm.entrypoints.progress import progress
 
     with contextlib.ExitStack() as stack:
         write = None if prints_text(out, as_json) else stack.enter_context(json_writer(out))
-        stack.enter_context(progress(work.lm, work.job, work.state))
-        for (_, text), continuations in zip(texts, work.run(), strict=True):
+        count = stack.enter_context(progress(work.lm, work.job, work.state, noun="prompt", total=len(texts)))
+        for text, continuations in zip(texts, work.run(), strict=True):
+            count(sum(len(continuation.ids) for continuation in continuations))
             if write is not None:
                 rows = [_row(work.lm.tokenizer, continuation) for continuation in continuations]
                 write({"prompt": text, "continuations": rows})
                 continue
             for continuation in continuations:
                 print(printable(text + continuation.text, keep="\n"))
+                _print_tokens(work.lm.tokenizer, continuation)
+
+
+def _print_tokens(tokenizer: Any, continuation: Continuation) -> None:
+    if rows := _row(tokenizer, continuation).get("tokens"):
+        print_tokens("log-probability of each new token, and the likeliest in its place", rows)
+        print()
 
 
 def _row(tokenizer: Any, continuation: Continuation) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
+from slowllm.entrypoints.cli.output import STDOUT
 from slowllm.errors import InputError
 from slowllm.files import part_of
 
@@ -19,7 +20,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Folder of a checkpoint or store, or hub id of a model in the local cache.",
+        help="Folder of a checkpoint or store, hub id of a model in the local cache, or embedded:tiny-bloom.",
         show_default="the embedded tiny-bloom",
     ),
 ]
@@ -82,7 +83,8 @@ Out = Annotated[
     Path | None,
     typer.Option(
         "--out",
-        help="Write the results to this file as JSON lines; after an interrupt or kill, the same command resumes.",
+        help="Write the results to this file as JSON lines; after an interrupt or kill, the same command resumes. - is "
+        "standard output.",
     ),
 ]
 Overwrite = Annotated[
@@ -107,9 +109,17 @@ Normalize = Annotated[
 ]
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is at the time: while a bar is shown, to what prints above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def log_to_stderr(verbose: bool) -> None:
     """Log warnings to stderr; with `verbose`, also what slowllm chooses by itself, and why."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(handlers=[_StderrHandler()], format="%(message)s", level=logging.WARNING)
     logging.getLogger("slowllm").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
@@ -124,7 +134,7 @@ def check_normalize(normalize: str) -> None:
 
 
 def check_output(out: Path | None, *files: str | Path | None) -> Path | None:
-    """Return the file to write with links resolved, None where there is none.
+    """Return the file to write with links resolved, `STDOUT` for ``-``, None where there is none.
 
     Args:
         out: the file to write.
@@ -132,8 +142,8 @@ def check_output(out: Path | None, *files: str | Path | None) -> Path | None:
     Raises:
         InputError: it cannot be written, or writing it would destroy something.
     """
-    if out is None:
-        return None
+    if out is None or out == STDOUT:
+        return out
     try:
         out = out.expanduser().resolve()
         if not out.parent.is_dir():

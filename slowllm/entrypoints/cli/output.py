@@ -16,6 +16,9 @@ from typing import IO, Any
 from slowllm.errors import InputError
 from slowllm.files import part_of, replacing_alone
 
+# As --out: standard output, in JSON lines.
+STDOUT = Path("-")
+
 
 def prints_text(out: Path | None, as_json: bool) -> bool:
     """Return whether results are text for a person: they go to a terminal, and JSON was not asked for."""
@@ -24,7 +27,7 @@ def prints_text(out: Path | None, as_json: bool) -> bool:
 
 @contextlib.contextmanager
 def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield a function that writes one row as a JSON line: to a file, or to stdout.
+    """Yield a function that writes one row as a JSON line: to a file, or to stdout (None, or `STDOUT`).
 
     A file gets its name only when it is complete. Until then, and after an interrupt, its complete lines are in a file
     of that name with ``.part`` appended, from which `Runner.resuming` lets the same command go on.
@@ -32,6 +35,7 @@ def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None
     Raises:
         InputError: the file or stdout cannot be written.
     """
+    out = None if out == STDOUT else out
     partial = part_of(out) if out is not None else None
     num_good_bytes = 0
     try:
@@ -47,8 +51,10 @@ def json_writer(out: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None
             def write_line(row: Mapping[str, Any]) -> None:
                 nonlocal num_good_bytes
                 line = json.dumps(row, ensure_ascii=False) + "\n"
-                file.write(line)
-                file.flush()
+                # While a bar is shown on the same terminal, stdout is another object, which makes it give way.
+                target = sys.stdout if out is None else file
+                target.write(line)
+                target.flush()
                 num_good_bytes += len(line.encode())
 
             yield write_line
@@ -97,6 +103,27 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def finite(value: float) -> float | None:
     """Return a number, None where it is NaN or infinite, which JSON cannot have."""
     return value if math.isfinite(value) else None
+
+
+def print_tokens(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the tokens of `token_rows` below a title, one a line: log-probability, text, and the likeliest ones, if any."""
+    print(f"\n{printable(title)}")
+    cells = [
+        (
+            _log_prob(row),
+            repr(row["token"]),
+            *(f"{top['token']!r} {_log_prob(top)}" for top in row.get("top", ())),
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*(cell[:2] for cell in cells), strict=True)]
+    for log_prob, token, *tops in cells:
+        likeliest = "  ".join(tops)
+        print(printable(f"  {log_prob:>{widths[0]}}  {token:<{widths[1]}}  {likeliest}".rstrip()))
+
+
+def _log_prob(row: Mapping[str, Any]) -> str:
+    return "-" if row["log_prob"] is None else f"{row['log_prob']:.3f}"
 
 
 def token_rows(tokenizer: Any, ids: Sequence[int], log_probs: Sequence[float | None]) -> list[dict[str, Any]]:

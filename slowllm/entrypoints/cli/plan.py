@@ -91,10 +91,8 @@ def plan(
     if file is not None and not (tokens is None and longest is None):
         raise InputError("--file says how many tokens there are; leave --tokens and --longest out")
     texts = None if file is None else read_lines(file)
-    runner = Runner(model, ram, device, vram, dtype)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
+    runner = Runner(model, ram, device, vram, dtype, dry_run=True)
+    runner.load_libraries()
     from slowllm.runtime import survey
     from slowllm.runtime.blueprint import find_blueprint
 

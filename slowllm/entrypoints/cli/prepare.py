@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from slowllm.entrypoints.cli import options
-from slowllm.errors import InputError
+from slowllm.entrypoints.cli.output import STDOUT
+from slowllm.errors import InputError, counted
 
 
 def convert(
@@ -68,7 +69,10 @@ def convert(
     """
     options.log_to_stderr(verbose)
     from slowllm.options import format_bytes
-    from slowllm.runtime.description import find_folder
+    from slowllm.runtime.model_folder import find_folder
+
+    _refuse_stdout(out)
+    folder = find_folder(model)
     from slowllm.storage.manifest import STORES
 
     if store not in STORES:
@@ -86,13 +90,12 @@ def convert(
         def on_progress(progress: Progress) -> None:
             if progress.is_start:
                 print(
-                    f"{store} store: {progress.num_files} files from {format_bytes(progress.source_bytes)}, about "
+                    f"{store} store: {counted(progress.num_files, 'file')} from {format_bytes(progress.source_bytes)}, about "
                     f"{format_bytes(progress.estimated_bytes)} to write",
                     file=sys.stderr,
                 )
             tell(progress.done_bytes, progress.source_bytes)
 
-        folder = find_folder(model)
         try:
             done = make(
                 folder, out, store=store, workers=workers, rank=rank, world_size=world_size,
@@ -129,12 +132,13 @@ def verify(
 
     Reads every byte of a store, or of a model in the hub's local cache.
     """
-    from slowllm.entrypoints.progress import byte_progress
     from slowllm.options import format_bytes
-    from slowllm.prepare.verify import verify as check
-    from slowllm.runtime.description import find_folder
+    from slowllm.runtime.model_folder import find_folder
 
     folder = find_folder(model)
+    from slowllm.entrypoints.progress import byte_progress
+    from slowllm.prepare.verify import verify as check
+
     with byte_progress("reading") as tell:
         checked = check(folder, tell)
     if as_json:
@@ -142,7 +146,7 @@ def verify(
         typer.echo(json.dumps(document))
     else:
         size = format_bytes(checked.num_bytes)
-        typer.echo(f"{folder}: {checked.num_files} files, {size}, all as they should be")
+        typer.echo(f"{folder}: {counted(checked.num_files, 'file')}, {size}, all as they should be")
 
 
 def download(
@@ -165,6 +169,13 @@ def download(
 
     For gated models, log in with `hf auth login` or set HF_TOKEN.
     """
+    _refuse_stdout(to)
     from slowllm.prepare.download import download as fetch
 
     typer.echo(fetch(repo, revision=revision, to=to, verify=verify))
+
+
+def _refuse_stdout(folder: Path | None) -> None:
+    """Refuse the name by which other verbs mean standard output."""
+    if folder == STDOUT:
+        raise InputError("- is standard output and no folder; name a folder")

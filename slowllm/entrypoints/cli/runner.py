@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slowllm.entrypoints.cli.options import check_output
-from slowllm.errors import InputError, OtherJobError, PlanError
-from slowllm.files import part_of, state_of
+from slowllm.entrypoints.cli.output import STDOUT
+from slowllm.errors import CheckpointError, InputError, OtherJobError, PlanError
+from slowllm.files import part_of, shown, state_of
 from slowllm.options import AUTO, parse_bytes, parse_devices, parse_dtype
+from slowllm.runtime.model_folder import DEFAULT, EMBEDDED, find_folder
 
 if TYPE_CHECKING:
+    from slowllm.entrypoints.progress import CountResult
     from slowllm.inference.text import Query
     from slowllm.planning.budget import Budget
     from slowllm.planning.job import Job, Rates
@@ -25,12 +28,23 @@ if TYPE_CHECKING:
     from slowllm.runtime.state import State
     from slowllm.runtime.streamed_lm import StreamedLM
 
+# Settings of a generation_config.json that are used, or that say nothing about tokens; and values without an effect.
+_USED_SETTINGS = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "_from_model_config",
+    "use_cache",
+}
+_NEUTRAL: tuple[object, ...] = (None, False, 0, 1, "", [], {})
+
 
 class Runner:
     """One call of a verb: which model it opens, where, and in how much memory.
 
     Args:
-        model: folder or hub id; the embedded model by default.
+        model: folder, hub id or embedded model; the embedded tiny-bloom by default.
         ram: memory budget for the whole process.
         device: where the blocks are computed.
         vram: memory budget on each GPU.
@@ -41,13 +55,10 @@ class Runner:
             as long as the file is not complete.
         kind: of that job.
         overwrite: whether to begin anew beside the lines of another job.
-        dry_run: whether the verb only prints the plan of its job.
-    Attributes:
-        begun: what the state folder says about its job, None where no process began one.
-        dtype: that of a begun job instead of ``auto``, which might come out otherwise when it is measured again.
+        dry_run: whether the verb only prints the plan of its job, for which the weights need not be there.
     Raises:
         InputError: an option cannot be read, or does not go with another.
-        StateError: the state folder belongs to a job of another kind, or is damaged.
+        CheckpointError: there is no such model.
     """
 
     def __init__(
@@ -62,21 +73,51 @@ class Runner:
         if parse_devices(device) == ("cpu",) and vram is not None:
             raise InputError("--vram is for a GPU; name one with --device cuda, or leave it out")
         parse_dtype(dtype)
-        self.ram, self.device, self.vram, self.dtype, self.resident = ram, device, vram, dtype, resident
+        self.ram, self.device, self.vram, self.resident = ram, device, vram, resident
         self.dry_run = dry_run
-        self._model, self._prompt, self._state, self._kind = model, prompt, state, kind
+        self._model, self._prompt, self._state = DEFAULT if model is None else model, prompt, state
+        self._dtype, self._kind = dtype, kind
         self._out: Path | None = None
         self._overwrites, self._is_new = overwrite, False
-        self.begun: Mapping[str, Any] | None = None
-        if state is not None:
-            self._read_begun(state)
+        if not dry_run:
+            folder = find_folder(self._model)
+            if not (folder / "config.json").is_file():
+                raise CheckpointError(
+                    f"{folder}: has no config.json, so it is not a Hugging Face model folder"
+                )
+        if prompt and not Path(prompt).expanduser().is_dir():
+            raise InputError(f"{prompt}: no such folder; --prompt takes the folder of a soft prompt")
 
-    def _read_begun(self, folder: Path) -> None:
+    def load_libraries(self) -> None:
+        """Load torch and transformers, which takes seconds, and say so on a terminal.
+
+        To be called when everything that can be checked without them is checked.
+        """
+        if sys.stderr.isatty():
+            print(f"loading {self._model.removeprefix(EMBEDDED)}", file=sys.stderr)
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+
+    @functools.cached_property
+    def begun(self) -> Mapping[str, Any] | None:
+        """What the state folder says about its job, None where no process began one.
+
+        Raises:
+            StateError: the folder belongs to a job of another kind, or is damaged.
+        """
+        if self._state is None or self._is_new:
+            return None
         from slowllm.runtime.state import read_job
 
-        self.begun = read_job(folder, self._kind)
-        if self.begun is not None and self.dtype == "auto":
-            self.dtype = str(self.begun.get("dtype"))
+        return read_job(self._state, self._kind)
+
+    @property
+    def dtype(self) -> str:
+        """The compute dtype: a begun job's instead of ``auto``, which might come out otherwise when measured again."""
+        return (
+            str(self.begun.get("dtype")) if self.begun is not None and self._dtype == "auto" else self._dtype
+        )
 
     def check_output(self, out: Path | None, *files: str | Path | None) -> Path | None:
         """Return the file to write; see `options.check_output`. No file of the model, prompt or state is one.
@@ -88,11 +129,16 @@ class Runner:
         """
         out = check_output(out, *files)
         _refuse_file_of(self._prompt, out)
-        if self._state is not None and out is not None and self._state.expanduser().resolve() in out.parents:
+        if (
+            self._state is not None
+            and out is not None
+            and out != STDOUT
+            and self._state.expanduser().resolve() in out.parents
+        ):
             raise InputError(f"{out}: lies in the folder of --state; name another file")
-        self._out = out
-        if out is not None and self._kind:
-            self._find_unfinished(out)
+        self._out = None if out == STDOUT else out
+        if self._out is not None and self._kind:
+            self._find_unfinished(self._out)
         return out
 
     def _find_unfinished(self, out: Path) -> None:
@@ -110,10 +156,10 @@ class Runner:
         if self._is_new:
             return
         try:
-            self._read_begun(folder)
+            is_known = self.begun is not None
         except OtherJobError as error:
             raise self._other_job(error.difference) from error
-        if self.begun is None:
+        if not is_known:
             raise self._other_job("which one is not known")
 
     def _other_job(self, difference: str) -> InputError:
@@ -180,14 +226,34 @@ class Runner:
     @functools.cached_property
     def info(self) -> ModelInfo:
         """What the checkpoint and its soft prompt say about themselves; no weight is read."""
-        import transformers
-
-        transformers.logging.set_verbosity_error()
         from slowllm.runtime.description import ModelInfo
 
-        info = ModelInfo(embedded_model() if self._model is None else self._model, self._prompt)
+        info = ModelInfo(self._model, self._prompt)
         _refuse_file_of(info.folder, self._out)
         return info
+
+    def name_settings_left_aside(self) -> None:
+        """Print which settings of the checkpoint's generation_config.json are not used, if there are any.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        from slowllm.storage.checkpoint import read_json
+
+        file = self.info.folder / "generation_config.json"
+        own = read_json(file) if file.is_file() else {}
+        # True is equal to 1, but has an effect.
+        aside = {
+            name: value
+            for name, value in sorted(own.items())
+            if name not in _USED_SETTINGS and (value is True or value not in _NEUTRAL)
+        }
+        if aside:
+            named = ", ".join(f"{name}={shown(value)}" for name, value in aside.items())
+            print(
+                f"{file.name} of {self.info.name} is left aside but for EOS and padding: {named}",
+                file=sys.stderr,
+            )
 
     @functools.cached_property
     def rates(self) -> Rates:
@@ -202,7 +268,7 @@ class Runner:
     @functools.cached_property
     def _blueprint(self) -> Blueprint | None:
         """What a dry run plans by where the weights are not there."""
-        if not self.dry_run or self._model is None:
+        if not self.dry_run:
             return None
         from slowllm.runtime.blueprint import find_blueprint
 
@@ -265,13 +331,15 @@ class Runner:
 
     @contextlib.contextmanager
     def open_for_queries(
-        self, queries: Sequence[Query], settings: Callable[[], Mapping[str, Any]]
-    ) -> Iterator[tuple[StreamedLM, State | None]]:
+        self, queries: Sequence[Query], settings: Callable[[], Mapping[str, Any]], noun: str, total: int
+    ) -> Iterator[tuple[StreamedLM, State | None, CountResult]]:
         """Open the model to answer queries, and the job's state; show the progress, and say what the answers cost.
 
         Args:
             queries: all of them.
             settings: returns what else the results depend on, by name, for the state.
+            noun: what a result is, in the singular.
+            total: number of results.
         """
         from slowllm.entrypoints.progress import progress
         from slowllm.inference import scoring
@@ -283,14 +351,17 @@ class Runner:
                 return scoring.describe(self._kind, lm, queries, self.begun, **settings())
 
             started = time.perf_counter()
-            with self.resuming(describe) as state, progress(lm, job, state):
-                yield lm, state
+            with (
+                self.resuming(describe) as state,
+                progress(lm, job, state, noun=noun, total=total) as count,
+            ):
+                yield lm, state, count
             print(f"{sweeps_of(lm)} in {time.perf_counter() - started:.2f} s", file=sys.stderr)
 
 
 def _refuse_file_of(folder: str | Path | None, out: Path | None) -> None:
     """Refuse to replace a file of a folder; results of an earlier run, JSON lines, may lie there."""
-    if folder is None or out is None:
+    if folder is None or out is None or out == STDOUT:
         return
     inside = Path(folder).expanduser().resolve() in out.parents
     if inside and out.exists() and out.suffix != ".jsonl":
@@ -301,20 +372,3 @@ def sweeps_of(lm: StreamedLM) -> str:
     """Return how many sweeps a model has made, in words."""
     num_sweeps = lm.report.num_passages / lm.num_stops
     return f"{num_sweeps:.3g} sweep{'' if num_sweeps == 1 else 's'}"
-
-
-def is_embedded(folder: Path) -> bool:
-    """Whether a folder is that of the small BLOOM that comes with the package."""
-    try:
-        return folder.resolve() == embedded_model().resolve()
-    except InputError:
-        return False
-
-
-def embedded_model() -> Path:
-    """Return the folder of the small BLOOM that comes with the package."""
-    package = Path(__file__).resolve().parents[2]
-    for folder in (package / "weights" / "tiny-bloom", package.parent / "weights" / "tiny-bloom"):
-        if folder.is_dir():
-            return folder
-    raise InputError("this installation has no embedded model; name one with --model")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli import inputs, options
 from slowllm.entrypoints.cli.output import finite, json_writer, token_rows
 from slowllm.entrypoints.cli.runner import Runner
-from slowllm.errors import InputError
+from slowllm.errors import InputError, counted
 from slowllm.files import parse_object, read_raw_lines
+from slowllm.tables import kind_of, read_table
 
 if TYPE_CHECKING:
     from slowllm.inference.choices import Encoded
@@ -23,16 +25,23 @@ if TYPE_CHECKING:
     from slowllm.runtime.description import ModelInfo
 
 KEYS = ("context", "choices", "continuation", "text")
+RESULT_KEYS = {
+    "line", "error", "probabilities", "scores", "best", "best_choice", "log_likelihood", "perplexity", "num_tokens",
+    "is_greedy", "tokens",
+}  # fmt: skip
 
 
 def score(
-    file: Annotated[
-        str,
+    files: Annotated[
+        list[str] | None,
         typer.Argument(
-            help='JSON Lines file of {"context", "choices"}, {"context", "continuation"} or {"text"}; - reads standard '
-            "input."
+            help='JSON Lines files of {"context", "choices"}, {"context", "continuation"} or {"text"}; or CSV or Parquet '
+            "files with such columns, in CSV with choices as a list in JSON. - or nothing reads standard input.",
+            metavar="FILE",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    text: inputs.Texts = None,
     model: options.Model = None,
     ram: options.Ram = "auto",
     device: options.Device = "cpu",
@@ -49,8 +58,8 @@ def score(
 ) -> None:
     """Score choices after a context, continuations, or texts.
 
-    Prints JSON lines in the order of the file. Each repeats what was read (but for a key `error`, which marks a line
-    that failed) and adds, for choices, their `probabilities` against one another, `scores`, `best` (the index of the
+    Prints JSON lines in the order of the input. Each repeats what was read, but for keys that results have, which are
+    left out and named on standard error; and adds, for choices, their `probabilities` against one another, `scores`, `best` (the index of the
     best one) and `best_choice`; otherwise `log_likelihood` (nats), `perplexity` and `num_tokens`. Choices and
     continuations are appended to their context as they are, so they must begin with the blank that separates them from
     it. An empty context stands for the beginning of a text.
@@ -58,7 +67,12 @@ def score(
     A line that cannot be scored gets {"line", "error"} in its place, the others are scored, and the exit code is 1.
     """
     options.log_to_stderr(verbose)
-    lines = read_raw_lines(file)
+    files = inputs.choose_files(files, text, "a file")
+    lines: list[tuple[str, int, Any]] = [
+        (inputs.TEXTS_NAME, n, {"text": one}) for n, one in enumerate(text or (), 1)
+    ]
+    for file in files:
+        lines += [(file, number, content) for number, content in _read_file(file)]
     options.check_normalize(normalize)
     runner = Runner(
         model,
@@ -72,13 +86,16 @@ def score(
         overwrite=overwrite,
         dry_run=dry_run,
     )
-    out = runner.check_output(out, file)
+    out = runner.check_output(out, *files)
+    runner.load_libraries()
     from slowllm.inference import scoring
     from slowllm.runtime.run_identity import digest_of
 
     info = runner.info
     # All lines are checked before the first byte of weights is read.
-    rows = [_read_row(info, number, raw, normalize) for number, raw in lines]
+    rows = [_read_row(info, *line, normalize) for line in lines]
+    taken = RESULT_KEYS | ({"file"} if len(files) > 1 else set())
+    _name_lost_keys(rows, taken)
     queries = [query for row in rows for query in row.queries]
     if dry_run:
         if not queries:
@@ -90,25 +107,36 @@ def score(
         if queries:
 
             def settings() -> dict[str, Any]:
-                texts = ([number, raw.decode(errors="surrogateescape")] for number, raw in lines)
+                texts = (
+                    [
+                        file if len(files) > 1 else "",
+                        number,
+                        raw.decode(errors="surrogateescape") if isinstance(raw, bytes) else raw,
+                    ]
+                    for file, number, raw in lines
+                )
                 return {"lines": digest_of(texts), "normalize": normalize}
 
-            lm, saved = stack.enter_context(runner.open_for_queries(queries, settings))
+            num_good = sum(row.error is None for row in rows)
+            opened = runner.open_for_queries(queries, settings, "line", num_good)
+            lm, saved, count = stack.enter_context(opened)
             likelihoods = scoring.score_queries(lm, queries, state=saved)
         else:
             runner.refuse_begun()
         write = stack.enter_context(json_writer(out))
         for row in rows:
+            where = {"file": row.file, "line": row.number} if len(files) > 1 else {"line": row.number}
             if row.error is not None:
-                write({"line": row.number, "error": row.error})
+                write({**where, "error": row.error})
                 continue
             result = _result(info, row, [next(likelihoods) for _ in row.queries], per_token)
-            read = {key: value for key, value in row.content.items() if key != "error"}
-            write({**read, "line": row.number, **result})
+            count(0)
+            read = {key: value for key, value in row.content.items() if key not in taken}
+            write({**read, **where, **result})
     failed = [row for row in rows if row.error is not None]
-    print(f"scored {len(rows) - len(failed)} of {len(rows)} lines", file=sys.stderr)
+    print(f"scored {len(rows) - len(failed)} of {counted(len(rows), 'line')}", file=sys.stderr)
     for row in failed[:10]:
-        print(f"slowllm: {file}: line {row.number}: {row.error}", file=sys.stderr)
+        print(f"slowllm: {inputs.Entry(row.file, row.number, '').where}: {row.error}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
 
@@ -117,6 +145,7 @@ def score(
 class _Row:
     """One line of the input: its content and its queries, or the reason why it cannot be scored."""
 
+    file: str
     number: int
     content: Mapping[str, Any] = field(default_factory=dict)
     queries: tuple[Query, ...] = ()
@@ -124,12 +153,34 @@ class _Row:
     error: str | None = None
 
 
-def _read_row(info: ModelInfo, number: int, raw: bytes, normalize: Any) -> _Row:
+def _read_file(file: str) -> list[tuple[int, Any]]:
+    """Return the rows of a table, or the lines of another file as they are."""
+    if kind_of(file) in ("csv", "parquet"):
+        return list(read_table(file, KEYS, lists=("choices",)))
+    return list(read_raw_lines(file))
+
+
+def _name_lost_keys(rows: Sequence[_Row], taken: AbstractSet[str]) -> None:
+    """Say which keys of the input are left out because results have keys of these names."""
+    lost = sorted({key for row in rows if row.error is None for key in row.content if key in taken})
+    if lost:
+        inputs.warn(
+            f"the input's keys {', '.join(lost)} are left out, because results have keys of these names"
+        )
+
+
+def _read_row(
+    info: ModelInfo, file: str, number: int, raw: bytes | Mapping[str, Any], normalize: Any
+) -> _Row:
     from slowllm.inference.choices import Item, encode_item
     from slowllm.inference.text import encode_pair
 
     try:
-        content = parse_object(raw, "is JSON, but no object with text or choices")
+        content: Mapping[str, Any] = (
+            parse_object(raw, "is JSON, but no object with text or choices")
+            if isinstance(raw, bytes)
+            else raw
+        )
         if "choices" in content:
             _refuse(content, "text", "continuation")
             context, choices = content.get("context", ""), content["choices"]
@@ -138,7 +189,7 @@ def _read_row(info: ModelInfo, number: int, raw: bytes, normalize: Any) -> _Row:
             if not choices or not all(isinstance(choice, str) and choice for choice in choices):
                 raise InputError("choices must be a list of one string or more, none empty")
             encoded = encode_item(info, Item(context, tuple(choices)), normalize)
-            return _Row(number, content, encoded.queries, encoded)
+            return _Row(file, number, content, encoded.queries, encoded)
         if "continuation" in content:
             _refuse(content, "text")
             pair = (content.get("context", ""), content["continuation"])
@@ -149,9 +200,9 @@ def _read_row(info: ModelInfo, number: int, raw: bytes, normalize: Any) -> _Row:
             raise InputError("needs context and choices, context and continuation, or text")
         if not all(isinstance(text, str) for text in pair):
             raise InputError("text, context and continuation must be strings")
-        return _Row(number, content, (encode_pair(info, *pair),))
+        return _Row(file, number, content, (encode_pair(info, *pair),))
     except InputError as error:
-        return _Row(number, error=str(error))
+        return _Row(file, number, error=str(error))
 
 
 def _refuse(content: Mapping[str, Any], *names: str) -> None:

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from slowllm.entrypoints.progress import duration
+from slowllm.errors import counted
 from slowllm.options import format_binary, format_bytes
 
 if TYPE_CHECKING:
@@ -77,14 +78,20 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
     plan, forecast, rates, job = survey.plan, survey.plan.forecast, survey.rates, survey.job
     peak_bytes = survey.process_bytes + plan.peak_bytes
     rows = [
-        ("model", f"{survey.name}: {format_bytes(survey.weight_bytes)} a sweep in {survey.num_stops} stops"),
+        (
+            "model",
+            f"{survey.name}: {format_bytes(survey.weight_bytes)} a sweep in {counted(survey.num_stops, 'stop')}",
+        ),
     ]
     if survey.planned_from is not None:
         rows.append(
             ("weights", f"not on this machine, or not all of them; planned from {survey.planned_from}")
         )
     rows += [
-        ("job", f"{job.num_tokens:,} tokens, sequences of up to {job.longest:,}, computed in {survey.dtype}"),
+        (
+            "job",
+            f"{counted(job.num_tokens or 0, 'token')}, sequences of up to {job.longest:,}, computed in {survey.dtype}",
+        ),
         (
             "this machine",
             f"disk {format_bytes(rates.disk)}/s ({_how(rates.disk_measured)}), processor "
@@ -93,20 +100,23 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         ("memory", f"{format_binary(peak_bytes)} at the peak, of {format_binary(survey.ram_bytes)}"),
     ]
     for name, num_bytes, num_stops in survey.devices:
-        rows.append((name, f"{format_binary(num_bytes)} at the peak; {num_stops} stops stay there"))
+        rows.append((name, f"{format_binary(num_bytes)} at the peak; {counted(num_stops, 'stop')} there"))
     if plan.ring_bytes:
         what = "whole blocks" if plan.granularity == "blocks" else "parts of blocks (forward only)"
         rows += [
             ("streamed", f"{what} through a ring of {format_bytes(plan.ring_bytes)}"),
             (
                 "resident",
-                f"{len(plan.resident)} of {survey.num_stops} stops, {format_bytes(plan.resident_bytes)}, not read again",
+                f"{len(plan.resident)} of {counted(survey.num_stops, 'stop')}, {format_bytes(plan.resident_bytes)}, not read again",
             ),
         ]
     else:
         rows.append(("resident", "everything, mapped from the page cache"))
     rows += [
-        ("micro-batch", f"{plan.rider_tokens:,} tokens; {plan.sweep_tokens:,} tokens a sweep"),
+        (
+            "micro-batch",
+            f"{counted(plan.rider_tokens, 'token')}; {counted(plan.sweep_tokens, 'token')} a sweep",
+        ),
         ("time", _time_of(forecast)),
         ("limited by", "the disk" if forecast.read_seconds > forecast.compute_seconds else "the processor"),
     ]

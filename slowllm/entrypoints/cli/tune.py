@@ -12,14 +12,19 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli.inputs import check_installed
 from slowllm.entrypoints.cli.output import prints_text
 from slowllm.entrypoints.cli.runner import Runner
-from slowllm.errors import InputError
+from slowllm.errors import InputError, counted
+from slowllm.files import system_errors
 from slowllm.options import format_binary, format_bytes
 
 if TYPE_CHECKING:
     from slowllm.planning.job import Job
     from slowllm.runtime.streamed_lm import StreamedLM
+
+# Each trial holds a prompt and an optimizer, and every step of it is computed.
+MAX_TRIALS = 256
 
 
 def tune(
@@ -27,7 +32,7 @@ def tune(
         list[str],
         typer.Argument(
             help='Files of examples, each a task of its own: JSON Lines of {"prompt", "answer"}, {"prompt", "label"} '
-            'or {"text"} in a file named .jsonl; otherwise one text a line.',
+            'or {"text"} in a file named .jsonl; CSV or Parquet with such columns; otherwise one text a line.',
             show_default=False,
         ),
     ],
@@ -52,7 +57,8 @@ def tune(
     label: Annotated[
         list[str] | None,
         typer.Option(
-            help="Word that may follow a prompt, with the blank that it begins with; give two or more.",
+            help="Word that may follow a prompt, written as in the examples, with the blank that it begins with; give two "
+            "or more.",
             show_default=False,
         ),
     ] = None,
@@ -81,10 +87,13 @@ def tune(
         ),
     ] = None,
     steps: Annotated[
-        int, typer.Option(help="Number of updates; each takes a sweep up and a sweep down.", min=1)
-    ] = 100,
+        int | None,
+        typer.Option(
+            help="Number of updates; each takes a sweep up and a sweep down.", min=1, show_default="100"
+        ),
+    ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Number of passes over the examples, instead of --steps.", min=1)
+        int | None, typer.Option(help="Number of passes over the examples, in place of --steps.", min=1)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Number of examples of a batch.", min=1)] = 8,
     accumulate: Annotated[int, typer.Option(help="Number of batches of an update.", min=1)] = 1,
@@ -107,7 +116,11 @@ def tune(
     ] = 0,
     trials: Annotated[
         int,
-        typer.Option(help="Number of seeds to try, counted up from --seed; all in the same sweeps.", min=1),
+        typer.Option(
+            help="Number of seeds to try, counted up from --seed; all in the same sweeps.",
+            min=1,
+            max=MAX_TRIALS,
+        ),
     ] = 1,
     eval_every: Annotated[
         int | None,
@@ -139,9 +152,8 @@ def tune(
     Use the prompt with --prompt OUT of forward, score, yesno, eval and generate, or in PEFT.
     """
     options.log_to_stderr(verbose)
-    runner = Runner(
-        model, ram, device, vram, dtype, resident=resident, state=state, kind="tune", dry_run=dry_run
-    )
+    if steps is not None and epochs is not None:
+        raise InputError("--steps and --epochs contradict each other; give one of them")
     if validation and len(validation) != len(data):
         raise InputError(
             f"give as many files with --validation as of examples: {len(data)}, not {len(validation)}"
@@ -161,14 +173,23 @@ def tune(
         init = "text"
     if not validation and (patience is not None or eval_every is not None):
         raise InputError("--patience and --eval-every need --validation")
-    info = runner.info
+    if out == "-":
+        raise InputError("--out - is no folder; a prompt is a folder of files, so name one")
+    for file in (*data, *(validation or ())):
+        with system_errors(InputError, file), open(file, "rb"):
+            pass
+    num_trials = len(lr or [0.03]) * trials * len(data)
+    if num_trials > MAX_TRIALS:
+        raise InputError(
+            f"{num_trials:,} trials (every --lr with every seed on every file) are too many for one run, which takes "
+            f"{MAX_TRIALS}"
+        )
+    check_installed("peft")
     from slowllm.tuning.recipe import Recipe
-    from slowllm.tuning.session import RunOptions
-    from slowllm.tuning.tune import phases_of, tune
 
     recipes = [
         Recipe(
-            kind=kind, num_tokens=tokens, init=init, init_text=init_text, top=top, num_steps=steps, num_epochs=epochs,  # type: ignore[arg-type]
+            kind=kind, num_tokens=tokens, init=init, init_text=init_text, top=top, num_steps=steps or 100, num_epochs=epochs,  # type: ignore[arg-type]
             batch_size=batch_size, accumulate=accumulate, learning_rate=rate, weight_decay=weight_decay,
             schedule=schedule, warmup_steps=warmup, max_grad_norm=max_grad_norm, seed=seed + number,  # type: ignore[arg-type]
             eval_every=eval_every, patience=patience,
@@ -176,6 +197,14 @@ def tune(
         for rate in lr or [0.03]
         for number in range(trials)
     ]  # fmt: skip
+    runner = Runner(
+        model, ram, device, vram, dtype, resident=resident, state=state, kind="tune", dry_run=dry_run
+    )
+    runner.load_libraries()
+    info = runner.info
+    from slowllm.tuning.session import RunOptions
+    from slowllm.tuning.tune import phases_of, tune
+
     if dry_run:
         phases = phases_of(
             info, dict(zip(names, data, strict=True)), dict(zip(names, validation or [], strict=False)),
@@ -204,7 +233,7 @@ def tune(
         results = tune(
             info, dict(zip(names, data, strict=True)), dict(zip(names, validation or [], strict=False)),
             labels=label or (), recipes=recipes, ram=ram, device=device, vram=vram, dtype=dtype,
-            keep_resident=resident, out=folder, state=state, on_open=on_open, on_record=on_record,
+            resident=resident, out=folder, state=state, on_open=on_open, on_record=on_record,
         )  # fmt: skip
     for result in results:
         losses = [record["loss"] for record in result.records if "loss" in record]
@@ -217,7 +246,7 @@ def tune(
     where = "the prompt is" if len(results) == 1 else f"{len(results)} prompts are"
     print(f"{where} in {folder}", file=sys.stderr)
     if num_failed := sum(result.failure is not None for result in results):
-        print(f"slowllm: {num_failed} of {len(results)} trials failed", file=sys.stderr)
+        print(f"slowllm: {num_failed} of {counted(len(results), 'trial')} failed", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -238,7 +267,7 @@ def _announce(lm: StreamedLM, job: Job, what: str, peak_bytes: int, status: cont
     held, about = "all that is used fits in memory", ""
     if plan.ring_bytes:
         num_used = lm.num_stops - len(plan.unused)
-        held = f"{len(lm.resident - plan.unused)} of {num_used} stops stay in memory"
+        held = f"{len(lm.resident - plan.unused)} of {counted(num_used, 'stop')} stay in memory"
     if job.turns:
         if plan.ring_bytes:
             later = forecast.later_seconds * max(1, forecast.num_sweeps)
@@ -246,11 +275,11 @@ def _announce(lm: StreamedLM, job: Job, what: str, peak_bytes: int, status: cont
                 f"; about {duration(forecast.first_seconds)} for the first step and "
                 f"{duration(later)} for each later one"
             )
-        line = f"steps of up to {job.num_tokens:,} tokens{about}"
+        line = f"steps of up to {counted(job.num_tokens or 0, 'token')}{about}"
     else:
         if plan.ring_bytes:
             about = f", about {duration(forecast.seconds)}"
-        line = f"{what}: {job.num_tokens:,} tokens, once{about}"
+        line = f"{what}: {counted(job.num_tokens or 0, 'token')}, once{about}"
     print(
         f"{lm.name}: {format_bytes(lm.weight_bytes)} of weights, {held}; {line}; at most {format_binary(peak_bytes)} of RAM",
         file=sys.stderr,
@@ -334,7 +363,7 @@ def _record_printer(as_json: bool, *, many: bool) -> Callable[[dict[str, Any]], 
         if "loss" in record:
             parts += [
                 f"loss {record['loss']:.4f}", f"gradient {record['grad_norm']:.3g}",
-                f"rate {record['learning_rate']:.3g}", f"{record['num_tokens']:,} tokens",
+                f"rate {record['learning_rate']:.3g}", f"{counted(record['num_tokens'], 'token')}",
                 f"{record['seconds']:.2f} s", f"{format_bytes(record['read_bytes'])} read",
             ]  # fmt: skip
         else:

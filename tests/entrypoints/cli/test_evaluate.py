@@ -152,7 +152,7 @@ def test_long_prompts_are_refused_or_cut_from_the_left(tmp_path: Path, monkeypat
     assert run([*arguments, "--truncate", "--out", out, "--dtype", "fp32"], monkeypatch) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["num_truncated"] == 1
-    assert "1 prompts were cut from the left" in captured.err
+    assert "1 prompt was cut from the left" in captured.err
     short, cut = [json.loads(line) for line in out.read_text().splitlines()]
     assert "truncated" not in short
     assert cut["truncated"] is True

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.command_line import refused, run
 from tests.support.paths import ROOT, TINY_BLOOM
 from tests.support.processes import Processes
+from tests.support.terminal import run_on_terminal
 
 FORWARD = ["-m", "slowllm", "forward"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -190,22 +188,15 @@ def test_an_empty_model_name_is_refused(sentences: Path, monkeypatch: Any, capsy
 
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_table_shows_numbers_on_a_narrow_terminal(columns: int, processes: Processes) -> None:
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (30, columns))
-    started = processes.start(
-        *FORWARD, "sentences.txt", stdin=theirs, stdout=theirs, stderr=theirs, env={"TERM": "xterm"}
-    )
-    os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # which is how a terminal ends
-        while part := os.read(ours, 4096):
-            shown += part
-    os.close(ours)
-    assert started.wait().returncode == 0
-    rows = [row for row in shown.decode().splitlines() if "On the right is" in row]
+    ended, written = run_on_terminal(processes, "forward", "sentences.txt", "--per-token", columns=columns)
+    assert ended.returncode == 0
+    rows = [row for row in written.splitlines() if "On the right is" in row]
     assert len(rows) == 1
     assert rows[0].split()[:2] == ["2", "14"]
     assert len(rows[0].split()) > 6
+    tokens = written.partition("line 2: log-probability of each token")[2].splitlines()[1:15]
+    assert tokens[0].split()[1:] == ["'On'"]
+    assert sum(float(row.split()[0]) for row in tokens) == pytest.approx(float(rows[0].split()[2]), abs=0.01)
 
 
 def test_a_nan_in_the_weights_is_named(

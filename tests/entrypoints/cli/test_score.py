@@ -65,7 +65,7 @@ def test_choices_are_normalised(normalize: Any, tmp_path: Path, monkeypatch: Any
 BAD_LINES = {
     "{bad": "is not JSON",
     '{"text": NaN}': "is not JSON",
-    '{"text": "\\ud800"}': "is not JSON",
+    '{"text": "\\ud800"}': "half of a surrogate pair",
     '["text"]': "is JSON, but no object",
     "{}": "needs context and choices",
     '{"context": "x", "choices": []}': "one string or more",
