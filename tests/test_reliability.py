@@ -22,6 +22,7 @@ import slowllm
 from benchmarks import machine
 from slowllm.errors import CheckpointError, PlanError
 from slowllm.options import parse_bytes
+from slowllm.planning.host_plan import START_BYTES
 from tests.support.families import save_tiny
 from tests.support.paths import ROOT, TINY_BLOOM
 from tests.support.processes import Processes
@@ -228,7 +229,11 @@ def test_the_budget_that_a_refusal_names_loads_and_runs_and_a_smaller_one_does_n
     with slowllm.load(TINY_BLOOM, ram=slowllm.Budget(smallest, used), keep_resident=keep_resident) as lm:
         assert logits(lm).isfinite().all()
     with pytest.raises(PlanError, match="the smallest that would do is"):
-        slowllm.load(TINY_BLOOM, ram=slowllm.Budget(smallest - (1 << 20), used), keep_resident=keep_resident)
+        slowllm.load(
+            TINY_BLOOM,
+            ram=slowllm.Budget(smallest - START_BYTES - (1 << 20), used),
+            keep_resident=keep_resident,
+        )
 
 
 def test_forty_riders_stay_within_the_plan(processes: Processes) -> None:

@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from slowllm.errors import CheckpointError, InputError
+from slowllm.errors import CheckpointError
 from slowllm.modeling.cache_sizes import cache_size_of
 from slowllm.modeling.layout import granularities, lay_out
 from slowllm.modeling.sizes import sizes_of
 from slowllm.modeling.skeleton import build_skeleton, read_config
 from slowllm.planning.job import Granularity, Sizes
-from slowllm.runtime.description import , load_tokenizer
-from slowllm.runtime.model_folder import find_folder
-from slowllm.runtime.known_models import find_known
+from slowllm.runtime.description import load_tokenizer
+from slowllm.runtime.known_models import KnownModel, find_folder_or_known
 from slowllm.storage.checkpoint import INDEX, read_json, read_weight_map
 from slowllm.storage.manifest import is_store
 from slowllm.storage.spans import DTYPE_NAMES, Placement, Run, Span
@@ -87,14 +86,9 @@ def find_blueprint(model: str | None, config: str | os.PathLike[str] | None) -> 
     if config is not None:
         return _from_file(Path(config).expanduser(), None)
     assert model is not None, "a model or its config is given"
-    try:
-        folder = find_folder(model)
-    except CheckpointError as error:
-        if (found := _from_table(model)) is not None:
-            return found
-        raise InputError(
-            f"{error}; to plan it without its weights, name its {CONFIG} with --config"
-        ) from error
+    folder = find_folder_or_known(model)
+    if not isinstance(folder, Path):
+        return _from_table(*folder)
     if not _lacks_weights(folder):
         return None
     is_path = Path(model).expanduser() == folder
@@ -112,11 +106,7 @@ def _lacks_weights(folder: Path) -> bool:
     return not any(any(folder.glob(pattern)) for pattern in others)
 
 
-def _from_table(name: str) -> Blueprint | None:
-    found = find_known(name)
-    if found is None:
-        return None
-    hub_id, known = found
+def _from_table(hub_id: str, known: KnownModel) -> Blueprint:
     config: Any = AutoConfig.for_model(known.model_type, **known.options)
     config.return_dict = True
     return Blueprint(hub_id, config, getattr(torch, known.dtype), "its published shape")

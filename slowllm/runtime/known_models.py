@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from slowllm.errors import CheckpointError, InputError
+from slowllm.runtime.model_folder import find_folder
 
 
 @dataclass(frozen=True)
@@ -112,3 +116,19 @@ def find_known(name: str) -> tuple[str, KnownModel] | None:
         if wanted in (hub_id.lower(), hub_id.rpartition("/")[2].lower()):
             return hub_id, model
     return None
+
+
+def find_folder_or_known(model: str) -> Path | tuple[str, KnownModel]:
+    """Return the folder of a model; or, where it is not on this machine, its hub id and shape from the table.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        return find_folder(model)
+    except CheckpointError as error:
+        if (found := find_known(model)) is not None:
+            return found
+        raise InputError(
+            f"{error}; to plan it without its weights, name its config.json with --config"
+        ) from error

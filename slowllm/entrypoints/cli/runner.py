@@ -16,6 +16,7 @@ from slowllm.entrypoints.cli.output import STDOUT
 from slowllm.errors import CheckpointError, InputError, OtherJobError, PlanError
 from slowllm.files import part_of, shown, state_of
 from slowllm.options import AUTO, parse_bytes, parse_devices, parse_dtype
+from slowllm.runtime.known_models import find_folder_or_known
 from slowllm.runtime.model_folder import DEFAULT, EMBEDDED, find_folder
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ class Runner:
         self._dtype, self._kind = dtype, kind
         self._out: Path | None = None
         self._overwrites, self._is_new = overwrite, False
-        if not dry_run:
+        if dry_run:
+            find_folder_or_known(self._model)
+        else:
             folder = find_folder(self._model)
             if not (folder / "config.json").is_file():
                 raise CheckpointError(

@@ -238,7 +238,7 @@ def test_a_full_disk_leaves_whole_lines_and_no_result(tmp_path: Path, processes:
     assert len(lines) > 5
     assert all(json.loads(line)["num_tokens"] for line in lines)
     again = processes.run(*command)
-    assert "1 micro-batches were done before" in again.stderr
+    assert "1 micro-batch was done before" in again.stderr
     assert out.read_text().splitlines()[: len(lines)] == lines
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.jsonl"]
 
