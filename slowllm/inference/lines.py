@@ -71,16 +71,29 @@ class ScoreTotals:
 
 
 def encode(
-    lm: TextSide, texts: Iterable[tuple[int, str]], *, max_tokens: int, truncate: bool
+    lm: TextSide,
+    texts: Iterable[tuple[int, str]],
+    *,
+    max_tokens: int,
+    truncate: bool,
+    prefix: int | None = None,
 ) -> Iterator[Line]:
     """Turn numbered texts into lines of token ids, without special tokens.
 
+    Args:
+        lm: the model, or its description.
+        texts: with their numbers.
+        max_tokens: of a line.
+        truncate: whether to cut longer lines.
+        prefix: token that is put before every line, if any; a line that begins with it gets no second one.
     Raises:
         InputError: a line has more than `max_tokens` tokens and `truncate` is false.
     """
     vocabulary = lm.config.get_text_config().vocab_size
     for number, text in texts:
         ids = plain_ids(lm.tokenizer, text)
+        if ids[:1] == (prefix,) and len(ids) > 1:
+            ids = ids[1:]
         if not ids:
             raise InputError(f"line {number}: the tokenizer makes no tokens of it")
         if max(ids) >= vocabulary:

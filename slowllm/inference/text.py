@@ -160,7 +160,8 @@ def encode_pair(
 
     Args:
         side: whose tokenizer and vocabulary.
-        context: may be empty; the continuation then follows BOS, or EOS where there is no BOS.
+        context: may be empty; the continuation then follows BOS, or EOS where there is no BOS. One that begins with
+            that token follows its own.
         continuation: whose tokens are scored.
         leading: token ids before the context; what the tokenizer puts there by itself, by default.
         truncate: whether to cut a context that is too long, from its beginning.
@@ -179,6 +180,8 @@ def encode_pair(
         before = (leading_ids(tokenizer) if leading is None else leading) + before
     if not before:
         before = (prefix_id(tokenizer, vocabulary),)
+        if after[:1] == before and len(after) > 1:  # the continuation begins with it
+            after = after[1:]
     if max(*before, *after) >= vocabulary:
         raise InputError(f"token {max(*before, *after)} is beyond the model's vocabulary of {vocabulary}")
     too_many = len(before) + len(after) - 1 - max_line_tokens(side)

@@ -76,9 +76,21 @@ class StreamedModel(PreTrainedModel):
 
 
 def make_streamed(
-    model: PreTrainedModel, folder: Path, compute_dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel,
+    folder: Path,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    check: Callable[[], None],
 ) -> None:
-    """Give a model whose parts are streamed the class of a streamed model, under its own class's name."""
+    """Give a model whose parts are streamed the class of a streamed model, under its own class's name.
+
+    Args:
+        model: whose blocks and head are streamed.
+        folder: of its checkpoint.
+        compute_dtype: of its blocks.
+        device: where a sweep begins and ends.
+        check: called before each call of the model, to refuse it.
+    """
     kind = type(model)
     is_elsewhere = device.type != "cpu"
 
@@ -87,6 +99,7 @@ def make_streamed(
 
     @functools.wraps(kind.forward)  # generate() and Trainer look at the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check()
         if is_elsewhere:
             args = tuple(map(moved, args))
             kwargs = {name: moved(value) for name, value in kwargs.items()}

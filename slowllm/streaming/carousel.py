@@ -74,7 +74,7 @@ class Carousel:
                 a forked process.
             BaseException: whatever `work` raised, or what kept the weights from coming.
         """
-        self._refuse_if_forked()
+        self.refuse_if_forked()
         if threading.current_thread() is self._thread:
             raise RideError("the model was called inside a block, a watcher or the iterable of jobs")
         local = self._boarding.local
@@ -125,7 +125,7 @@ class Carousel:
         self, jobs: Iterator[RiderJob], max_riders: int, is_stream: bool, max_tokens: float = math.inf
     ) -> Generator[tuple[Any, Any], None, None]:
         assert max_riders > 0, "a ride needs at least one rider at a time"
-        self._refuse_if_forked()
+        self.refuse_if_forked()
         if self._is_ours():
             raise RideError("ride() was called inside a rider; call the model directly there")
         party = Party(jobs, max_riders, is_stream, max_tokens)
@@ -157,7 +157,8 @@ class Carousel:
     def _is_forked(self) -> bool:
         return os.getpid() != self._process
 
-    def _refuse_if_forked(self) -> None:
+    def refuse_if_forked(self) -> None:
+        """Raise a RideError in a process that was forked after the model was loaded."""
         # Before the lock is asked for: the thread that held it at the fork is not there to release it.
         if self._is_forked():
             raise RideError(

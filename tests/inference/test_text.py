@@ -9,7 +9,8 @@ import pytest
 
 from slowllm.errors import InputError
 from slowllm.inference.generation_types import Settings, encode_prompt
-from slowllm.inference.text import encode_pair, encode_text, leading_ids
+from slowllm.inference.lines import encode as encode_lines
+from slowllm.inference.text import encode_pair, encode_text, leading_ids, prefix_id
 from tests.support.tokenizers import LEADING, MANNERS
 
 PAIRS = [
@@ -99,3 +100,16 @@ def test_a_lone_surrogate_is_one_sentence(manner: str) -> None:
     ):
         with pytest.raises(InputError, match="cannot be encoded as UTF-8"):
             encode()
+
+
+def test_a_text_that_begins_with_the_prefix_gets_no_second_one(manner: str) -> None:
+    side = Side(manner)
+    prefix = prefix_id(side.tokenizer)
+    query = encode_pair(side, "", side.tokenizer.decode([prefix]) + "the cat")
+    assert query.context == (prefix,)
+    assert prefix not in query.continuation
+    texts = [(1, side.tokenizer.decode([prefix]) + "the cat")]
+    (line,) = encode_lines(side, texts, max_tokens=9, truncate=True, prefix=prefix)
+    assert line.ids == query.continuation
+    (without,) = encode_lines(side, texts, max_tokens=9, truncate=True)
+    assert without.ids == (prefix, *query.continuation)

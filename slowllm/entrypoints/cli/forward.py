@@ -109,7 +109,7 @@ def forward(
         raise InputError(f"--max-tokens {max_tokens} is more than the {limit} that this model takes")
     before = prefix_id(info.tokenizer, info.config.get_text_config().vocab_size) if prefix else None
     # All lines are checked before the first byte of weights is read: a line too long is refused at once.
-    lines = Lines(_encoded(info, entries, max_tokens or limit, truncate))
+    lines = Lines(_encoded(info, entries, max_tokens or limit, truncate, before))
     job = job_of(lines, before, runner.rates, runner.begun, info.num_virtual_tokens)
     if dry_run:
         runner.print_plan(job, as_json=as_json)
@@ -130,7 +130,7 @@ def forward(
 
 
 def _encoded(
-    info: ModelInfo, entries: Sequence[inputs.Entry], max_tokens: int, truncate: bool
+    info: ModelInfo, entries: Sequence[inputs.Entry], max_tokens: int, truncate: bool, before: int | None
 ) -> Iterator[Line]:
     """Yield the token ids of all lines; what is wrong with one is said with its file."""
     from slowllm.inference.lines import encode
@@ -138,7 +138,7 @@ def _encoded(
     for file, group in itertools.groupby(entries, lambda entry: entry.file):
         texts = ((entry.number, entry.text) for entry in group)
         try:
-            yield from encode(info, texts, max_tokens=max_tokens, truncate=truncate)
+            yield from encode(info, texts, max_tokens=max_tokens, truncate=truncate, prefix=before)
         except InputError as error:
             raise InputError(f"{inputs.shown_name(file)}: {error}") from error
 

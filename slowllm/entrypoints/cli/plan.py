@@ -143,7 +143,8 @@ def _job_of_lines(side: TextSide, texts: Sequence[tuple[int, str]], rates: Rates
             file=sys.stderr,
         )
         return Job(sum(lengths), max(lengths), forward_only=True, keeps_results=False)
-    lines = Lines(encode(side, texts, max_tokens=limit, truncate=True))
+    before = prefix_id(tokenizer, side.config.get_text_config().vocab_size)
+    lines = Lines(encode(side, texts, max_tokens=limit, truncate=True, prefix=before))
     cut = (
         f"; {lines.num_truncated} are longer than the model takes and counted as cut"
         if lines.num_truncated
@@ -152,4 +153,4 @@ def _job_of_lines(side: TextSide, texts: Sequence[tuple[int, str]], rates: Rates
     print(
         f"{lines.num_tokens:,} tokens in {len(lines):,} lines, by the model's tokenizer{cut}", file=sys.stderr
     )
-    return job_of(lines, prefix_id(tokenizer, side.config.get_text_config().vocab_size), rates)
+    return job_of(lines, before, rates)
