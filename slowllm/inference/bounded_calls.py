@@ -10,6 +10,7 @@ import contextlib
 import os
 import resource
 import signal
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -43,6 +44,7 @@ class BoundedCalls(Generic[A, R]):
         self, function: Callable[[A], R], max_seconds: int = MAX_SECONDS, max_bytes: int = MAX_BYTES
     ) -> None:
         self._function, self._max_seconds, self._max_bytes = function, max_seconds, max_bytes
+        self._lock = threading.Lock()
         self._child: tuple[ForkProcess, Connection] | None = None
         self._finalizer: Callable[[], Any] = lambda: None
 
@@ -56,10 +58,17 @@ class BoundedCalls(Generic[A, R]):
             InputError: the call took too long, or too much memory.
             SlowLLMError: what the function raises; any other error comes as an InputError with its message.
         """
+        with self._lock:
+            is_returned, value = self._ask(argument, name)
+        if is_returned:
+            return value  # type: ignore[no-any-return]
+        raise value
+
+    def _ask(self, argument: A, name: str) -> tuple[bool, Any]:
         process, connection = self._child or self._fork()
         try:
             connection.send(argument)
-            is_returned, value = connection.recv()
+            return connection.recv()  # type: ignore[no-any-return]
         except (EOFError, ConnectionError):
             process.join()
             self.close()
@@ -68,9 +77,9 @@ class BoundedCalls(Generic[A, R]):
             raise InputError(
                 f"{name} ended its process (exit code {process.exitcode}), or takes too much memory"
             ) from None
-        if is_returned:
-            return value  # type: ignore[no-any-return]
-        raise value
+        except BaseException:  # an interrupt: the answer to this call must not be taken for that of the next
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the child. Idempotent; a later call forks another."""

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import machine
+from slowllm.options import parse_bytes
 
 LARGE_VOCABULARY = 250_000
 _SIDES: dict[str, Any] = {
@@ -34,16 +35,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "first_k_dense_replace": 1},
     ),
 }  # fmt: skip
-PROMPT_JOBS: dict[str, tuple[str, ...]] = {
-    "greedy": ("generate", "--prompts", "prompts.txt", "--max-new-tokens", "2"),
-    "sampled": ("generate", "--prompts", "prompts.txt", "--max-new-tokens", "3", "--sample", "--num-sequences", "8", "--seed", "1"),
-    "penalised": (
-        "generate", "--prompts", "prompts.txt", "--max-new-tokens", "3", "--repetition-penalty", "1.2",
-    ),
-    "beams": ("generate", "--prompts", "prompts.txt", "--max-new-tokens", "3", "--beams", "4"),
-    "stop": ("generate", "--prompts", "prompts.txt", "--max-new-tokens", "3", "--stop", "zz", "--stop", "the end of it"),
-    "log-probs": ("generate", "--prompts", "prompts.txt", "--max-new-tokens", "8", "--log-probs", "2"),
-    "batch": ("batch", "batch.jsonl", "--out", "batch.out"),
+_MANY, _FEW = ("generate", "--prompts", "prompts.txt"), ("generate", "--prompts", "few.txt")
+JOBS: dict[str, tuple[str, ...]] = {
+    "greedy": (*_MANY, "--max-new-tokens", "2"),
+    "sampled": (*_FEW, "--max-new-tokens", "3", "--sample", "--num-sequences", "8", "--top-p", "0.9"),
+    "penalised": (*_MANY, "--max-new-tokens", "2", "--repetition-penalty", "1.2"),
+    "beams": (*_FEW, "--max-new-tokens", "3", "--beams", "4"),
+    "stop": (*_FEW, "--max-new-tokens", "3", "--stop", "zz", "--stop", "the end of it"),
+    "log-probs": (*_FEW, "--max-new-tokens", "8", "--log-probs", "2"),
+    "batch": ("batch", "batch.jsonl", "--out", "batch.out", "--overwrite"),
     "forward": ("forward", "lines.txt"),
     "score": ("score", "pairs.jsonl"),
     "tune": ("tune", "data.jsonl", "--out", "prompt", "--steps", "2", "--overwrite"),
@@ -72,13 +72,14 @@ def write_inputs(folder: Path) -> None:
     """Write what the jobs read: many short prompts and lines, a few long ones, pairs, requests and examples."""
     prompts = [f"p{number}" for number in range(300)]
     (folder / "prompts.txt").write_text("\n".join(prompts))
+    (folder / "few.txt").write_text("\n".join(prompts[:16]))
     (folder / "lines.txt").write_text("\n".join([*prompts, *("long " * 100 for _ in range(8))]))
     rows = [{"context": prompt, "continuation": " yes"} for prompt in prompts]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     body = {"model": "m", "max_tokens": 3, "n": 4, "temperature": 1.0, "seed": 1}
     requests = [
         {"custom_id": prompt, "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": prompt}}
-        for prompt in prompts[:100]
+        for prompt in prompts[:16]
     ]
     (folder / "batch.jsonl").write_text("\n".join(map(json.dumps, requests)))
     examples = [{"prompt": f"{prompt} is", "answer": " good."} for prompt in prompts[:40]]
@@ -100,15 +101,11 @@ class Measured:
     stderr: str
 
 
-def run_in_budget(model: Path, job: Sequence[str], folder: Path, budget: int) -> Measured:
-    """Run a job with `--ram` in a memory cgroup of exactly that size.
-
-    Raises:
-        RuntimeError: no memory cgroup can be made here.
-    """
+def run_in_budget(model: Path, job: Sequence[str], folder: Path, budget: int) -> Measured | None:
+    """Run a job with `--ram` in a memory cgroup of exactly that size; return None where none can be made."""
     cgroup = machine.memory_cgroup(f"slowllm-test-{os.getpid()}", budget)
     if cgroup is None:
-        raise RuntimeError("no memory cgroup can be made here")
+        return None
     command = [sys.executable, "-m", "slowllm", *job, "--model", str(model), "--ram", str(budget)]
     peak = folder / "peak"
     program = (
@@ -136,6 +133,4 @@ def smallest_budget(model: Path, job: Sequence[str], folder: Path) -> int:
     found = re.search(r"smallest that would do is ([0-9.]+[KMG]iB)", said)
     if found is None:
         raise RuntimeError(said)
-    from slowllm.options import parse_bytes
-
     return parse_bytes(found[1])
