@@ -110,7 +110,7 @@ def boolq(
         dry_run=dry_run,
     )
     out = runner.check_output(out, data, template_file)
-    check_installed("datasets", "jinja2", "yaml")
+    check_installed("jinja2", "yaml", *(() if Path(data).suffix == ".jsonl" else ("datasets",)))
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import (
         boolq_templates,
@@ -176,7 +176,7 @@ def task(
         dry_run=dry_run,
     )
     out = runner.check_output(out, data, template_file)
-    check_installed("datasets", "jinja2", "yaml")
+    check_installed("jinja2", "yaml", *(() if Path(data).suffix == ".jsonl" else ("datasets",)))
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import make_questions, read_templates, select_templates
 

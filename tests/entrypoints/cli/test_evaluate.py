@@ -56,6 +56,7 @@ def test_what_cannot_be_done_is_one_sentence(
 
 
 def test_boolq_is_evaluated_in_one_sweep(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
     data, out = save(tmp_path / "dev.jsonl", BOOLQ), tmp_path / "predictions.jsonl"
     file = tmp_path / "templates.yaml"
     file.write_text(TEMPLATES)
