@@ -27,6 +27,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Identifies one state of a file: device, inode, size, and time of the last change.
 Stamp = tuple[int, int, int, int]
 
+# Of memory that torch allocates.
+ALIGNMENT = 64
+
 
 @dataclass(frozen=True)
 class Part:
@@ -141,6 +144,14 @@ class Placement:
     def num_bytes(self) -> int:
         """Bytes of the parameter as stored."""
         return self.decoded_bytes if self.coding is None else sum(run.num_bytes for run in self.runs)
+
+    @property
+    def needs_alignment(self) -> bool:
+        """Whether the rounding of products with it depends on its address modulo `ALIGNMENT`.
+
+        Experts in float32, by MKL's products of a few rows; resident ones begin on a cache line.
+        """
+        return len(self.shape) == 3 and self.dtype == torch.float32 and self.coding is None
 
     @property
     def stored_dtype(self) -> torch.dtype:

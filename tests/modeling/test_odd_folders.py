@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -303,3 +304,30 @@ def test_a_folder_is_what_transformers_makes_of_it(
         found = lm.model(IDS).logits
     assert wanted is not None, "transformers refuses it or makes up weights, and so should slowllm"
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("rest", [0, 8, 24, 56])
+def test_experts_begin_on_a_cache_line_wherever_they_begin_in_the_file(
+    rest: int, resident: bool, tmp_path: Path
+) -> None:
+    """Products with experts in float32 round otherwise at other addresses, but not in the mode of MKL that tests set."""
+    save_tiny("gpt-oss", tmp_path, shard="1GB")
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = content[8 : 8 + length].rstrip()
+    header += b" " * ((rest - 8 - len(header)) % 64)
+    file.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    with slowllm.load(tmp_path, dtype="fp32", keep_resident=resident) as lm:
+        for stop, placements in enumerate(lm.layout.stops):
+            experts = [placement.name for placement in placements if len(placement.shape) == 3]
+
+            def addresses(weights: Any, names: list[str] = experts) -> list[int]:
+                return [weights[name].data_ptr() % 64 for name in names]
+
+            assert not any(lm._carousel.visit(stop, "up", addresses))
+        wanted = logits_of_transformers(tmp_path)
+        with torch.no_grad():
+            assert wanted is not None
+            assert torch.equal(lm.model(IDS).logits, wanted)
