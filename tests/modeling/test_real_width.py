@@ -52,7 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.long), torch.float32], ids=str
+)
 def test_a_block_of_real_width_gives_the_resident_models_bits(folder: Path, dtype: torch.dtype) -> None:
     plain = resident(folder, dtype)
     ids = [
