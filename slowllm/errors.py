@@ -89,8 +89,11 @@ def forward_errors(model: object) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, to quote it in a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """Return the first line of an error's message, to quote it in a sentence; the second, too, if the first ends in a colon."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -49,7 +49,8 @@ def progress(
     if plan.ring_bytes:
         held = f"{len(lm.resident)} of {counted(lm.num_stops, 'stop')} stay in memory"
     is_new = state is None or not state.num_resumed
-    about = f", about {duration(forecast.seconds)}" if plan.ring_bytes and is_new else ""
+    is_known = plan.ring_bytes and is_new and forecast.is_measured
+    about = f", about {duration(forecast.seconds)}" if is_known else ""
     # Continuations may end before their last token.
     how_many = "about" if job.num_passes == 1 else "at most"
     resumed = ""

@@ -236,18 +236,21 @@ def make_questions(
     Raises:
         InputError: a template does not render within limits of time and memory, or there are no questions.
     """
-    renderers: list[Renderer] = []
+    renderers: dict[int, Renderer] = {}
 
-    def render(numbered: tuple[int, Mapping[str, Any]]) -> list[Question]:
-        # Made in the child: jinja computes constants when it compiles.
-        renderers.extend(Renderer(template) for template in templates[len(renderers) :])
-        found = (renderer.render(*numbered, place_of(numbered[0])) for renderer in renderers)
-        return [question for question in found if question is not None]
+    def render(asked: tuple[int, int, Mapping[str, Any]]) -> Question | None:
+        which, number, example = asked
+        if which not in renderers:  # made in the child: jinja computes constants when it compiles
+            renderers[which] = Renderer(templates[which])
+        return renderers[which].render(number, example, place_of(number))
 
     with contextlib.closing(BoundedCalls(render)) as bounded:
-        questions = [
-            question for numbered in examples for question in bounded(numbered, place_of(numbered[0]))
+        rendered = [
+            bounded((which, number, example), f"{place_of(number)}, template {template.name!r}")
+            for number, example in examples
+            for which, template in enumerate(templates)
         ]
+    questions = [question for question in rendered if question is not None]
     if not questions:
         raise InputError("the data has no example to which a template applies")
     return questions

@@ -40,8 +40,7 @@ class AbsentWeight(Tensor):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedError(
-            f"{self.parameter_name} is streamed: it has values only while the model reads it; "
-            f"`lm.weights({self.parameter_name!r})` reads it and returns a copy"
+            f"{self.parameter_name} has values only while the model reads it; `lm.weights({self.parameter_name!r})` reads it and returns a copy"
         )
 
     # These do not pass through torch's dispatcher.

@@ -11,7 +11,14 @@ from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from slowllm.errors import ArchitectureError, CheckpointError, first_line
 from slowllm.storage.checkpoint import read_json, refuse_gguf
@@ -49,6 +56,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     except Exception as error:  # whatever transformers' validation may raise on a config
         if kind is None:
             raise CheckpointError(f"{file}: names no model_type") from error
+        if kind in CONFIG_MAPPING:
+            raise CheckpointError(f"{file}: cannot be used ({first_line(error)})") from error
         raise ArchitectureError(
             f"model type {kind!r} cannot be used by this version of transformers ({first_line(error)})"
         ) from error

@@ -79,6 +79,8 @@ def check_folder(folder: Path, *, is_shared: bool) -> Iterator[None]:
         import peft  # noqa: F401
     except ImportError as error:
         raise InputError("prompts are written in PEFT's format: pip install peft") from error
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file; a prompt is a folder of files, so name a folder")
     with system_errors(InputError, folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -28,6 +28,8 @@ class Forecast:
         read_seconds: of a later sweep's bytes at the disk's rate.
         compute_seconds: of a later sweep's tokens, on weights already in memory.
         read_bytes: of a later sweep.
+        is_measured: whether the rates of disk and processor are measured. By assumed ones, a small model would be said to
+            take a hundredth of its time.
     """
 
     num_sweeps: int
@@ -37,6 +39,7 @@ class Forecast:
     read_seconds: float
     compute_seconds: float
     read_bytes: int
+    is_measured: bool = False
 
 
 def compute_seconds(stop: StopSize, rates: Rates, rider: int, sweep: int) -> float:
@@ -84,6 +87,7 @@ def forecast_of(
         read_seconds=read_bytes / rates.disk,
         compute_seconds=computing,
         read_bytes=read_bytes,
+        is_measured=rates.disk_measured and rates.compute_measured,
     )
 
 

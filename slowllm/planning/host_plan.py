@@ -194,7 +194,8 @@ def _refusal(
         f"the smallest that would do is {format_binary(smallest)} "
         f"({format_binary(outside)} for the process as it is, "
         f"{format_binary(fixed)} always in memory, {format_binary(least - fixed - working)} for the weights passing "
-        f"through and {format_binary(working)} for {tokens} tokens{length})"
+        f"through, {format_binary(working)} for {tokens} tokens{length}, and {format_binary(START_BYTES)} by which "
+        "processes differ from start to start)"
     )
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
 import zlib
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 # The most work that is lost when the process dies. Writing costs about as much as reading as many bytes.
 SAVE_SECONDS = 30.0
+# What stands for texts and files in the description of a job.
+_HASH = re.compile("[0-9a-f]{64}")
 _FREE_SPACE = "; free some space and run it again"
 
 
@@ -100,9 +103,10 @@ class State:
         other = next((key for key in {**saved, **job} if saved.get(key) != job.get(key)), None)
         if other is not None:
             key, was, now = _difference(other, saved.get(other), job.get(other))
+            hashes = all(isinstance(value, str) and _HASH.fullmatch(value) for value in (was, now))
             raise OtherJobError(
                 self.folder,
-                f"{key} was {shown(was)} and is {shown(now)}",
+                f"other {key}" if hashes else f"{key} was {shown(was)} and is {shown(now)}",
                 "name another folder, or delete this one",
             )
 

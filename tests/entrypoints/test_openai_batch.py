@@ -447,7 +447,7 @@ def test_the_state_of_other_requests_is_refused(tmp_path: Path, monkeypatch: Any
     arguments = ["--dtype", "fp32", "--state", tmp_path / "state"]
     assert run([write(tmp_path / "a", line("a", **GOOD, max_tokens=1)), *arguments], monkeypatch) == 0
     assert run([write(tmp_path / "b", line("a", **GOOD, max_tokens=2)), *arguments], monkeypatch) == 2
-    assert "is the state of another job (requests was" in capsys.readouterr().err
+    assert "is the state of another job (other requests" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("begun", [{}, {"packing": [1, 1, 1], "dtype": "float32"}, {"packing": [0, 1, 1]}])

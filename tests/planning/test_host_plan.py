@@ -149,13 +149,16 @@ LEAVES = Sizes("leaves", (LEAF,) * 175, GIB, 2 * MIB, 1024, 256 * KIB)
 def test_a_refusal_has_all_numbers() -> None:
     words = (
         r"^a budget of 4GiB is too small for this model: the smallest that would do is 8\.94GiB "
-        r"\(512MiB for the process as it is, 1\.29GiB always in memory, 7GiB for the weights passing through "
-        r"and 136MiB for 64 tokens\)$"
+        r"\(512MiB for the process as it is, 1\.29GiB always in memory, 7GiB for the weights passing through, "
+        r"136MiB for 64 tokens, and 24MiB by which processes differ from start to start\)$"
     )
     job = Job(num_tokens=1000, longest=64)
     with pytest.raises(PlanError, match=words):
         make_plan([BLOCKS], free_bytes=4 * GIB - 512 * MIB, total_bytes=4 * GIB, job=job)
-    with pytest.raises(PlanError, match=r"for 900 tokens, as many as the longest sequence has\)$"):
+    with pytest.raises(
+        PlanError,
+        match=r"for 900 tokens, as many as the longest sequence has, and 24MiB by which processes differ",
+    ):
         make_plan([BLOCKS], free_bytes=GIB, total_bytes=GIB, job=Job(num_tokens=1000, longest=900))
 
 

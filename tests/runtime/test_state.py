@@ -82,7 +82,7 @@ def test_other_lines_are_another_job(finished: Path, tmp_path: Path, processes: 
         "-m", "slowllm", "forward", other, "--dtype", "fp32", "--ram", "2GiB", "--state", finished / "state"
     )
     assert done.returncode == 2
-    assert "is the state of another job (lines was" in done.stderr
+    assert "is the state of another job (other lines" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

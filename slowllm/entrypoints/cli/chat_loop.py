@@ -56,9 +56,13 @@ def converse(
         rates: those of the machine, for the forecast.
     """
     screen, forecast = Screen(sys.stdout), token_forecast(lm, rates)
+    cost = "a sweep a token"
+    if forecast.is_measured:
+        cost = (
+            f"about {duration(forecast.later_seconds)} a token, the first {duration(forecast.first_seconds)}"
+        )
     screen.line(
-        f"{lm.name}, {format_bytes(lm.weight_bytes)}: about {duration(forecast.later_seconds)} a token, the first "
-        f"{duration(forecast.first_seconds)}. /help lists the commands, Ctrl-D leaves."
+        f"{lm.name}, {format_bytes(lm.weight_bytes)}: {cost}. /help lists the commands, Ctrl-D leaves."
     )
     if not conversation.has_template:
         screen.line(
@@ -180,9 +184,8 @@ def _status(lm: StreamedLM, screen: Screen, forecast: Forecast) -> Iterator[None
         sweep = (lm.report.num_passages - before - 1) // lm.num_stops
         # Only the very first sweep reads what stays in memory.
         seconds = forecast.later_seconds if before or sweep else forecast.first_seconds
-        screen.status(
-            f" token {sweep + 1}, about {duration(seconds)}: stop {passage.stop + 1}/{lm.num_stops}"
-        )
+        about = f", about {duration(seconds)}" if forecast.is_measured else ""
+        screen.status(f" token {sweep + 1}{about}: stop {passage.stop + 1}/{lm.num_stops}")
 
     with lm.watching(on_passage):
         yield

@@ -316,11 +316,12 @@ def _show_one(work: _Work) -> None:
     from slowllm.inference.generation_types import Prompt
 
     lm, forecast, (prompt,) = work.lm, work.lm.plan.forecast, work.prompts
-    print(
-        f"{lm.name}: about {duration(forecast.first_seconds)} for the first token, "
-        f"{duration(forecast.later_seconds)} for each later one",
-        file=sys.stderr,
-    )
+    if forecast.is_measured:
+        print(
+            f"{lm.name}: about {duration(forecast.first_seconds)} for the first token, "
+            f"{duration(forecast.later_seconds)} for each later one",
+            file=sys.stderr,
+        )
     screen, incoming = Screen(sys.stdout), Incoming(prompt.settings.stop)
     screen.write(lm.tokenizer.decode(prompt.ids, skip_special_tokens=True))
     plain = Prompt(prompt.ids)  # without the stop strings, at which `Incoming` cuts the text

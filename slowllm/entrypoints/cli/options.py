@@ -150,6 +150,8 @@ def check_output(out: Path | None, *files: str | Path | None) -> Path | None:
             raise InputError(f"{out.parent}: no such folder to write {out.name} to")
         if out.is_dir():
             raise InputError(f"{out}: is a folder; name a file")
+        if out.name.endswith(".part"):
+            raise InputError(f"{out}: has the name of an unfinished file; name it otherwise")
         for target in (out, part_of(out)):
             if target.exists() and not target.is_file():
                 raise InputError(f"{target}: is no ordinary file; leave out --out to print")

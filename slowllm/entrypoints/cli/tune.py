@@ -269,7 +269,7 @@ def _announce(lm: StreamedLM, job: Job, what: str, peak_bytes: int, status: cont
         num_used = lm.num_stops - len(plan.unused)
         held = f"{len(lm.resident - plan.unused)} of {counted(num_used, 'stop')} stay in memory"
     if job.turns:
-        if plan.ring_bytes:
+        if plan.ring_bytes and forecast.is_measured:
             later = forecast.later_seconds * max(1, forecast.num_sweeps)
             about = (
                 f"; about {duration(forecast.first_seconds)} for the first step and "
@@ -277,7 +277,7 @@ def _announce(lm: StreamedLM, job: Job, what: str, peak_bytes: int, status: cont
             )
         line = f"steps of up to {counted(job.num_tokens or 0, 'token')}{about}"
     else:
-        if plan.ring_bytes:
+        if plan.ring_bytes and forecast.is_measured:
             about = f", about {duration(forecast.seconds)}"
         line = f"{what}: {counted(job.num_tokens or 0, 'token')}, once{about}"
     print(

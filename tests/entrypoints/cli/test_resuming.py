@@ -234,8 +234,8 @@ CHANGES: dict[str, list[tuple[Callable[[Path], None], list[str], str]]] = {
     "score": [
         (change_nothing, ["--normalize", "tokens"], 'normalize was "none" and is "tokens"'),
         (change_nothing, ["--dtype", "bf16"], 'dtype was "float32" and is "bfloat16"'),
-        (change_lines, [], "lines was"),
-        (change_tokenizer, [], "tokenizer was"),
+        (change_lines, [], "other lines"),
+        (change_tokenizer, [], "other tokenizer"),
     ],
     "yesno": [
         (
@@ -244,18 +244,18 @@ CHANGES: dict[str, list[tuple[Callable[[Path], None], list[str], str]]] = {
             r'template was "Question: {question}\nAnswer:" and is',
         ),
         (change_nothing, ["--no", "never"], 'no was "not at all" and is "never"'),
-        (change_model, [], "model was"),
+        (change_model, [], "other model"),
     ],
     "generate": [
         (change_nothing, ["--seed", "8"], "seed was 7 and is 8"),
         (change_nothing, ["--max-new-tokens", "4"], "max_new_tokens was 3 and is 4"),
-        (change_lines, [], "prompts was"),
+        (change_lines, [], "other prompts"),
     ],
     "eval": [
         (change_nothing, ["--limit", "3"], "limit was null and is 3"),
         (change_nothing, ["--truncate"], "truncate was false and is true"),
-        (change_templates, [], "templates was"),
-        (change_lines, [], "questions was"),
+        (change_templates, [], "other templates"),
+        (change_lines, [], "other questions"),
     ],
 }
 
@@ -323,7 +323,7 @@ def test_a_chat_that_names_the_time_of_day_is_the_same_when_resumed(
     # Without the rendered prompts nobody can tell what was asked.
     capsys.readouterr()
     (state / "inputs.json").unlink()
-    assert "another job (prompts was" in refused(command, monkeypatch, capsys)
+    assert "another job (other prompts" in refused(command, monkeypatch, capsys)
     with open(model / "chat_template.jinja", "a") as template:
         template.write("!")
     assert "another job (tokenizer was" in refused(command, monkeypatch, capsys)
