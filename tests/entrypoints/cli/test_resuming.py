@@ -326,4 +326,4 @@ def test_a_chat_that_names_the_time_of_day_is_the_same_when_resumed(
     assert "another job (other prompts" in refused(command, monkeypatch, capsys)
     with open(model / "chat_template.jinja", "a") as template:
         template.write("!")
-    assert "another job (tokenizer was" in refused(command, monkeypatch, capsys)
+    assert "another job (other tokenizer" in refused(command, monkeypatch, capsys)
