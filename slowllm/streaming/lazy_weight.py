@@ -107,6 +107,15 @@ class LazyWeight(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight({tuple(self.shape)}, {self.stored.dtype} as {self.dtype})"
 
+    # These do not pass through torch's dispatcher.
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return an array of the weight's values in the compute dtype."""
+        return self.detach().clone().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """Return the weight's values as nested lists."""
+        return self.detach().clone().tolist()
+
     def cast(self, offset: int = 0) -> Tensor:
         """Return the weight in the compute dtype, at `offset` bytes of the cast buffer."""
         if self.coded is not None:

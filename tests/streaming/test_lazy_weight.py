@@ -347,3 +347,9 @@ def test_a_swapped_weight_says_what_it_is() -> None:
     assert repr(weight) == "LazyWeight((4, 2), torch.bfloat16 as torch.float32)"
     assert (weight.dtype, weight.itemsize, weight.is_contiguous()) == (torch.float32, 4, True)
     assert math.prod(weight.shape) == weight.numel() == 8
+
+
+def test_values_leave_torch_in_the_compute_dtype() -> None:
+    stored = torch.randn(3, 4).bfloat16()
+    weight = LazyWeight(stored, torch.float32, torch.empty(0, dtype=torch.uint8))
+    assert weight.numpy().tolist() == weight.tolist() == stored.float().tolist()
