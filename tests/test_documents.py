@@ -30,7 +30,11 @@ WITH_EXAMPLES = [path for path in DOCUMENTS if any(examples_of(path.read_text())
 FETCHING = {"plan-and-download.md", "stores.md"}
 
 
-@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.long] * (path.name in FETCHING)) for path in WITH_EXAMPLES],
+    ids=lambda path: path.name,
+)
 def test_every_command_and_example_runs(path: Path, processes: Processes, tmp_path: Path) -> None:
     module = ("tests.support.documents", path, tmp_path / "folder")
     (tmp_path / "folder").mkdir()

@@ -106,6 +106,22 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _settle_rescaling(model: PreTrainedModel) -> None:
+    """Refuse a model that divides its weights in place at its first call (RWKV); weights on disk stay as they are.
+
+    In the first `rescale_every` blocks it divides by one, which is left out.
+    """
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", None) is False:
+            every, count = getattr(model.config, "rescale_every", 0), model.config.num_hidden_layers
+            if every and count > every:
+                raise ArchitectureError(
+                    f"{type(model).__name__}: divides weights in place behind every {every} of its {count} blocks, which "
+                    "is not streamed; set rescale_every to 0 in config.json, which leaves that out"
+                )
+            module.layers_are_rescaled = True  # type: ignore[assignment]
+
+
 def build_skeleton(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model that a config describes.
 
@@ -135,6 +151,7 @@ def build_skeleton(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -
             raise ArchitectureError(
                 f"{type(model).__name__}: its buffer {name} is not computed on construction"
             )
+    _settle_rescaling(model)
     if (folder / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

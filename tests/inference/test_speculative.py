@@ -50,6 +50,7 @@ def begun(lm: Any, settings: Settings, *, every: int, words: int = 2) -> list[Pr
     return [encode_prompt(lm, " ".join(line.split()[:words]), settings) for line in HELD_OUT[::every]]
 
 
+@pytest.mark.long
 def test_a_sweep_gives_four_tokens_of_text_never_seen(
     tiny_bloom: slowllm.StreamedLM, small: slowllm.StreamedLM
 ) -> None:

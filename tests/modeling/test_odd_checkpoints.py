@@ -13,9 +13,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import slowllm
-from slowllm.errors import CheckpointError
+from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.model_folder import find_folder
 from tests.support.families import FAMILIES, VOCAB, resident, save_tiny
@@ -191,3 +192,22 @@ def test_a_folder_of_gguf_says_so_before_its_config_or_tokenizer(tmp_path: Path)
     shutil.copy(TINY_BLOOM / "config.json", tmp_path)
     with pytest.raises(CheckpointError, match="has only GGUF files, which are not read"):
         _ = ModelInfo(tmp_path).tokenizer
+
+
+def test_weights_that_would_be_divided_in_place_are_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "rwkv",
+        hidden_size=64,
+        attention_hidden_size=64,
+        num_hidden_layers=3,
+        vocab_size=VOCAB,
+        rescale_every=2,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ArchitectureError, match=r"set rescale_every to 0 in config\.json"):
+        slowllm.load(tmp_path)
+    add_to_config(tmp_path, rescale_every=0)
+    assert same_as_plain(tmp_path)
+    add_to_config(tmp_path, rescale_every=3)
+    assert same_as_plain(tmp_path)

@@ -67,7 +67,7 @@ def test_a_block_of_real_width_gives_the_resident_models_bits(folder: Path, dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("num_rows", [1, 7, 37, 300])
+@pytest.mark.parametrize("num_rows", [1, 7, 37, pytest.param(300, marks=pytest.mark.long)])
 def test_a_head_in_chunks_gives_the_bits_of_the_whole(dtype: torch.dtype, num_rows: int) -> None:
     span = Span("lm_head.weight", Path("x"), "BF16", (VOCAB, WIDTH), 0, VOCAB * WIDTH * 2)
     whole = Placement("lm_head.weight", span.shape, torch.bfloat16, (Run(span, 0, 0, span.num_bytes),))

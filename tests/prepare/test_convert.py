@@ -219,6 +219,7 @@ def converted(*arguments: object) -> dict[str, list[int]]:
     return found
 
 
+@pytest.mark.long
 def test_workers_and_ranks_make_the_same_store(embedded: Callable[[str], Path], tmp_path: Path) -> None:
     wanted = digests(embedded("int4"))
     make_store(TINY_BLOOM, tmp_path / "workers", "int4", workers=2)

@@ -179,6 +179,7 @@ def ordered(lines: Sequence[str], seed: int = 0) -> list[dict[str, str]]:
     return rows
 
 
+@pytest.mark.long
 def test_a_prompt_learns_to_tell_sentences_from_shuffled_ones() -> None:
     lines = corpus()
     (tuned,) = tune(

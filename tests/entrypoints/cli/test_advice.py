@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.command_line import refused, run
-from tests.support.likelihoods import BOOLQ, save
+from tests.support.likelihoods import save
 from tests.support.paths import TINY_BLOOM
 
 LONG = "The value is returned. " * 600
@@ -32,9 +32,6 @@ CASES: dict[str, Case] = {
     "overwrite another job's lines": (
         ["forward", "{tmp}/short.txt", "--out", "{tmp}/of-another.jsonl"], "begin anew with --overwrite", ["--overwrite"],
     ),
-    "truncate a passage": (
-        ["eval", "boolq", "--data", "{tmp}/boolq.jsonl"], "--truncate", ["--truncate"],
-    ),
 }  # fmt: skip
 
 
@@ -42,7 +39,6 @@ def prepare(folder: Path) -> None:
     (folder / "long.txt").write_text(LONG)
     (folder / "short.txt").write_text("The value is returned.")
     save(folder / "data.jsonl", [{"prompt": "The value is", "answer": " returned."}])
-    save(folder / "boolq.jsonl", [{**row, "passage": LONG} for row in BOOLQ])
     shutil.copytree(TINY_BLOOM, folder / "nobos")
     config = json.loads((folder / "nobos" / "tokenizer_config.json").read_text())
     config.update(bos_token=None, eos_token=None)
