@@ -174,7 +174,7 @@ def check(name: str, count: int, base: Callable[[str, int], Path], tmp_path: Pat
         except Exception as error:
             wrong[seed] = str(error)
     bounded.close()
-    assert not wrong, wrong
+    assert not wrong, "\n".join(f"{seed}: {what}" for seed, what in wrong.items())
     assert found["right"] + found["refused"] == count
     assert found["right"]
     assert found["refused"] or count < NUM_LONG

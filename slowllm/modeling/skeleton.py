@@ -56,7 +56,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     except Exception as error:  # whatever transformers' validation may raise on a config
         if kind is None:
             raise CheckpointError(f"{file}: names no model_type") from error
-        if kind in CONFIG_MAPPING:
+        if isinstance(kind, str) and kind in CONFIG_MAPPING:
             raise CheckpointError(f"{file}: cannot be used ({first_line(error)})") from error
         raise ArchitectureError(
             f"model type {kind!r} cannot be used by this version of transformers ({first_line(error)})"
