@@ -205,7 +205,7 @@ def parse_object(text: str | bytes, otherwise: str) -> dict[str, Any]:
             f"has \\u{half:04x}, half of a surrogate pair, which alone is no character"
         ) from error
     except RecursionError as error:
-        raise InputError("is not JSON that can be read (it is nested too deeply)") from error
+        raise InputError("is not JSON (it is nested too deeply)") from error
     except ValueError as error:
         reason = "a number has too many digits" if "int_max_str_digits" in str(error) else error
         raise InputError(f"is not JSON ({reason})") from error

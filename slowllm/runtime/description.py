@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # a damaged tokenizer may raise anything
         refuse_gguf(folder)
         reason = _what_is_wrong_with_tokenizer(folder) or first_line(error)
-        if reason.rstrip().endswith(":"):  # the first line of a list of ways that were tried
+        if ": (1) " in reason:  # the first line of a list of ways that were tried
             there = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
             reason = f"transformers cannot make one of {', '.join(there)} alone; fetch tokenizer.json"
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error

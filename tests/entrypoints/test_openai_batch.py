@@ -209,7 +209,7 @@ BAD = [
     ('{"custom_id": "a"', "invalid_json_line", "line 1: is not JSON"),
     ('{"custom_id": "\\ud800"}', "invalid_json_line", "half of a surrogate pair"),
     ('{"custom_id": "a", "body": {"seed": NaN}}', "invalid_json_line", "NaN is no number"),
-    ("[" * 100_000, "invalid_json_line", "recursion"),
+    ("[" * 100_000, "invalid_json_line", "nested too deeply"),
     ({"method": "POST"}, "missing_required_parameter", "has no custom_id"),
     ({**line(3), "body": GOOD}, "missing_required_parameter", "has no custom_id"),
     ({**line("a"), "method": "GET"}, "invalid_method", 'must be POST, not "GET"'),

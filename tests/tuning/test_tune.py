@@ -738,7 +738,7 @@ def test_a_prompt_is_tuned_on_lines_of_text_and_used_by_every_verb(tmp_path: Pat
         (["bad.jsonl"], "bad.jsonl: line 2 cannot be read"),
         (["list.jsonl"], "list.jsonl: line 1 is JSON, but no object"),
         (["empty.txt"], "empty.txt: has no examples"),
-        (["a.txt", "--out", "a.txt"], "a.txt: File exists"),
+        (["a.txt", "--out", "a.txt"], "a.txt: is a file; a prompt is a folder"),
         (["a.txt", "--out", "-"], "--out - is no folder"),
         (
             ["a.txt", "--steps", "2", "--epochs", "1"],
