@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from slowllm.errors import RideError
+from slowllm.errors import CheckpointError, RideError, first_line
 
 Pair = tuple[Tensor, Tensor]
 
@@ -127,10 +127,16 @@ def can_share(config: Any) -> bool:
     """Return whether a model's cache is keys and values of every token at every block, and nothing else.
 
     Windows, recurrent states and indices of a cache are not handed from rider to rider.
+
+    Raises:
+        CheckpointError: transformers can make no cache by the config.
     """
     if getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_is_stateful", False):
         return False
-    layers = DynamicCache(config=config.get_text_config()).layers
+    try:
+        layers = DynamicCache(config=config.get_text_config()).layers
+    except Exception as error:  # whatever transformers and torch may raise on a config
+        raise CheckpointError(f"config.json: no cache can be made by it ({first_line(error)})") from error
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers) and takes_cache(config)
 
 

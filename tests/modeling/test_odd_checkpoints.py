@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import slowllm
-from slowllm.errors import ArchitectureError, CheckpointError
+from slowllm.errors import ArchitectureError, CheckpointError, SlowLLMError
+from slowllm.inference.scoring import score_queries
+from slowllm.inference.text import Query
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.model_folder import find_folder
 from tests.support.families import FAMILIES, VOCAB, resident, save_tiny
@@ -211,3 +213,11 @@ def test_weights_that_would_be_divided_in_place_are_refused(tmp_path: Path) -> N
     assert same_as_plain(tmp_path)
     add_to_config(tmp_path, rescale_every=3)
     assert same_as_plain(tmp_path)
+
+
+def test_a_window_beyond_any_number_of_tokens_is_one_sentence(tmp_path: Path) -> None:
+    save_tiny("gemma-3-sliding", tmp_path)
+    add_to_config(tmp_path, sliding_window=10**30)
+    with pytest.raises(SlowLLMError) as caught, slowllm.load(tmp_path, dtype="fp32") as lm:
+        list(score_queries(lm, [Query((5,), (6, 7))]))
+    assert "\n" not in str(caught.value)
