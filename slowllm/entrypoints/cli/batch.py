@@ -59,17 +59,9 @@ def batch(
         file = "-"
     lines = read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
     runner = Runner(
-        model,
-        ram,
-        device,
-        vram,
-        dtype,
-        resident=resident,
-        state=state,
-        kind="batch",
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
+        model, ram, device, vram, dtype, resident=resident, state=state, kind="batch",
+        overwrite=overwrite, dry_run=dry_run,
+    )  # fmt: skip
     out = runner.check_output(out, file)
     runner.load_libraries()
     from slowllm.entrypoints import openai_batch as requests

@@ -98,19 +98,11 @@ def boolq(
     options.log_to_stderr(verbose)
     options.check_normalize(normalize)
     runner = Runner(
-        model,
-        ram,
-        device,
-        vram,
-        dtype,
-        prompt=prompt,
-        state=state,
-        kind="eval boolq",
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
+        model, ram, device, vram, dtype, prompt=prompt, state=state, kind="eval boolq",
+        overwrite=overwrite, dry_run=dry_run,
+    )  # fmt: skip
     out = runner.check_output(out, data, template_file)
-    check_installed("jinja2", "yaml", *(() if Path(data).suffix == ".jsonl" else ("datasets",)))
+    _check_packages(data)
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import (
         boolq_templates,
@@ -164,19 +156,11 @@ def task(
     options.log_to_stderr(verbose)
     options.check_normalize(normalize)
     runner = Runner(
-        model,
-        ram,
-        device,
-        vram,
-        dtype,
-        prompt=prompt,
-        state=state,
-        kind="eval task",
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
+        model, ram, device, vram, dtype, prompt=prompt, state=state, kind="eval task",
+        overwrite=overwrite, dry_run=dry_run,
+    )  # fmt: skip
     out = runner.check_output(out, data, template_file)
-    check_installed("jinja2", "yaml", *(() if Path(data).suffix == ".jsonl" else ("datasets",)))
+    _check_packages(data)
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import make_questions, read_templates, select_templates
 
@@ -225,6 +209,11 @@ def lm(
     from slowllm.entrypoints import lm_eval_model
 
     lm_eval_model.main(arguments)
+
+
+def _check_packages(data: str) -> None:
+    """Refuse to go on without the packages that read templates, and data of other kinds than JSON Lines."""
+    check_installed("jinja2", "yaml", *(() if Path(data).suffix == ".jsonl" else ("datasets",)))
 
 
 def _evaluate(

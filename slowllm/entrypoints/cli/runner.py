@@ -31,13 +31,8 @@ if TYPE_CHECKING:
 
 # Settings of a generation_config.json that are used, or that say nothing about tokens; and values without an effect.
 _USED_SETTINGS = {
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "transformers_version",
-    "_from_model_config",
-    "use_cache",
-}
+    "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache",
+}  # fmt: skip
 _NEUTRAL: tuple[object, ...] = (None, False, 0, 1, "", [], {})
 
 

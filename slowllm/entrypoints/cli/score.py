@@ -58,11 +58,11 @@ def score(
 ) -> None:
     """Score choices after a context, continuations, or texts.
 
-    Prints JSON lines in the order of the input. Each repeats what was read, but for keys that results have, which are
-    left out and named on standard error; and adds, for choices, their `probabilities` against one another, `scores`, `best` (the index of the
-    best one) and `best_choice`; otherwise `log_likelihood` (nats), `perplexity` and `num_tokens`. Choices and
-    continuations are appended to their context as they are, so they must begin with the blank that separates them from
-    it. An empty context stands for the beginning of a text.
+    Prints JSON lines in the order of the input. Each repeats what was read; keys that results have as well are left out
+    and named on standard error. Choices add their `probabilities` against one another, `scores`, `best` (the index of
+    the best one) and `best_choice`; continuations and texts add `log_likelihood` (nats), `perplexity` and `num_tokens`.
+    Choices and continuations are appended to their context as they are, so they must begin with the blank that
+    separates them from it. An empty context stands for the beginning of a text.
 
     A line that cannot be scored gets {"line", "error"} in its place, the others are scored, and the exit code is 1.
     """
@@ -75,17 +75,9 @@ def score(
         lines += [(file, number, content) for number, content in _read_file(file)]
     options.check_normalize(normalize)
     runner = Runner(
-        model,
-        ram,
-        device,
-        vram,
-        dtype,
-        prompt=prompt,
-        state=state,
-        kind="score",
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
+        model, ram, device, vram, dtype, prompt=prompt, state=state, kind="score",
+        overwrite=overwrite, dry_run=dry_run,
+    )  # fmt: skip
     out = runner.check_output(out, *files)
     runner.load_libraries()
     from slowllm.inference import scoring

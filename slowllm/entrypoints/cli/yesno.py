@@ -62,17 +62,9 @@ def yesno(
     if not yes.strip() or not no.strip() or yes.strip() == no.strip():
         raise InputError(f"--yes {yes!r} and --no {no!r} must be two different words, neither of them empty")
     runner = Runner(
-        model,
-        ram,
-        device,
-        vram,
-        dtype,
-        prompt=prompt,
-        state=state,
-        kind="yesno",
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
+        model, ram, device, vram, dtype, prompt=prompt, state=state, kind="yesno",
+        overwrite=overwrite, dry_run=dry_run,
+    )  # fmt: skip
     out = runner.check_output(out, *files)
     runner.load_libraries()
     from slowllm.inference import choices
