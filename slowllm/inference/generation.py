@@ -19,7 +19,7 @@ from slowllm.errors import InputError, NonFiniteError, SlowLLMError
 from slowllm.inference.continuation import continue_prompts, with_own_defaults
 from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings, check_prompt
 from slowllm.inference.saved_continuations import ContinueGroup, saved_in
-from slowllm.inference.stopping import stop_criteria
+from slowllm.inference.stopping import MAX_CRITERIA, stop_criteria
 from slowllm.inference.text import TextSide
 from slowllm.modeling.batching import batch_rule
 from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
@@ -66,7 +66,7 @@ def job_of(
     for prompt in prompts:
         rows[row_of(prompt.width, prompt.settings)] += prompt.settings.num_rows
     # Made here, where the plan finds their tables in the process's memory.
-    for stop in {prompt.settings.stop for prompt in prompts}:
+    for stop in list(dict.fromkeys(prompt.settings.stop for prompt in prompts))[:MAX_CRITERIA]:
         stop_criteria(lm.tokenizer, stop)
     job = Job(
         num_tokens=sum(_held_tokens([prompts[n] for n in group]) for group in groups),

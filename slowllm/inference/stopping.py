@@ -21,7 +21,7 @@ from slowllm.inference.text import TextSide
 # A vocabulary of more tokens is damaged; tables of it would take gigabytes.
 _MAX_TOKENS = 1 << 23
 # Criteria of different stop strings that are kept for a tokenizer; transformers keeps as many tables.
-_MAX_CRITERIA = 8
+MAX_CRITERIA = 8
 _criteria: weakref.WeakKeyDictionary[Any, dict[tuple[str, ...], StopStringCriteria | None]] = (
     weakref.WeakKeyDictionary()
 )
@@ -81,7 +81,7 @@ def stop_criteria(tokenizer: Any, stop: tuple[str, ...]) -> StopStringCriteria |
     made = _criteria.setdefault(tokenizer, {})
     if stop not in made:
         made[stop] = _make_criteria(tokenizer, stop) if stop else None
-        if len(made) > _MAX_CRITERIA:
+        if len(made) > MAX_CRITERIA:
             del made[next(iter(made))]
     return made[stop]
 
