@@ -43,8 +43,8 @@ from slowllm.runtime.run_identity import batch_identity, digest_of, packed_as_be
 from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.call_context import call_context
-from slowllm.streaming.journal import Journal
 from slowllm.streaming.riders import Sized
+from slowllm.streaming.way import Way
 
 log = logging.getLogger(__name__)
 
@@ -361,10 +361,10 @@ def _score_batch(
     Returns:
         for each segment, the log-probability of each of its targets and whether it is the likeliest.
     """
-    # Read only now that the rider runs: a journal may hold the output of a block. A rider that skips blocks neither
+    # Read only now that the rider runs: a way may hold the output of a block. A rider that skips blocks neither
     # takes keys and values there nor has any to share.
     shares = beginning is not None or shared is not None
-    journal = Journal() if state is None or shares else state.journal(number)
+    way = Way() if state is None or shares else state.way(number)
     start, num_before = segments[0].start, _num_prefix_positions(lm)
     width = max(len(segment.ids) for segment in segments)
     ids = torch.zeros(len(segments), width, dtype=torch.int64)
@@ -390,7 +390,7 @@ def _score_batch(
         shared_cache = SharedCache(len(lm.layout.blocks), first, shared)
         inputs |= {"past_key_values": shared_cache, "use_cache": True}
     adding = contextlib.nullcontext() if prompt is None else prompt.adding(start, width)
-    with forward_errors(lm.model), call_context(journal=journal), adding:
+    with forward_errors(lm.model), call_context(way=way), adding:
         found = log_probs_at(lm.model, rows, positions, tokens, relative=relative, **inputs)
     counts = [len(segment.targets) for segment in segments]
     split = zip(found.log_probs.split(counts), found.is_likeliest.split(counts), strict=True)

@@ -108,9 +108,9 @@ class StreamedHead(nn.Linear):
         softmax = OnlineSoftmax(len(hidden), rows, tokens)
         likeliest = torch.zeros_like(softmax.highest, dtype=torch.int64)
         sums = (softmax.highest, softmax.total, likeliest, softmax.token_logits)
-        journal = current_call().journal
+        way = current_call().way
         for chunk, stop in enumerate(self.stops if len(tokens) else ()):
-            if saved_sums := journal.sums_of(chunk):
+            if saved_sums := way.sums_of(chunk):
                 for ours, saved in zip(sums, saved_sums, strict=True):
                     ours.copy_(saved)
                 continue
@@ -125,7 +125,7 @@ class StreamedHead(nn.Linear):
                     softmax.add(logits, first, best.values)
 
             self.carousel.visit(stop, "up", work)
-            journal.pass_chunk(chunk, sums)
+            way.pass_chunk(chunk, sums)
         log_probs = softmax.token_logits - softmax.normalizers()[rows]
         check_finite("the head", log_probs, infinity_is_legal=True)
         return TokenScores(log_probs, tokens == likeliest[rows])

@@ -164,16 +164,19 @@ class _PrefixLayer(DynamicLayer):
 
 
 def hook_inputs(blocks: nn.ModuleList) -> None:
-    """Make the blocks of a streamed model edit their input where the `CallContext` says so, as deep prompts do."""
+    """Make the blocks of a streamed model take another input where the `CallContext` says so: its way, or a deep prompt."""
     for number, block in enumerate(blocks):
         block.register_forward_pre_hook(functools.partial(_edit_input, number), with_kwargs=True)
 
 
 def _edit_input(block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    edit_input = current_call().edit_input
-    if edit_input is None:
+    call = current_call()
+    given, edit_input = call.way.input_of(block), call.edit_input
+    if given is None and edit_input is None:
         return None
-    hidden = edit_input(block, args[0] if args else kwargs["hidden_states"])
+    hidden = (args[0] if args else kwargs["hidden_states"]) if given is None else given
+    if edit_input is not None:
+        hidden = edit_input(block, hidden)
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 

@@ -90,22 +90,25 @@ class StreamedBlock(_Streamed):
         return _at_home(self._home, self._stop, self._pass, args, kwargs)
 
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
-        if self._stop < current_call().journal.num_frozen:  # nothing below the block wants a gradient
+        return _unless_known(self._stop, self._compute, *args, **kwargs)
+
+    def _compute(self, *args: Any, **kwargs: Any) -> Any:
+        if self._stop < current_call().way.num_frozen:  # nothing below the block wants a gradient
             with torch.no_grad():
-                return self._compute(args, kwargs)
+                return self._compute_alone(args, kwargs)
         if torch.is_grad_enabled() and self._recomputes:
             call = RecordedCall.record(self, args, kwargs)
             if call.inputs:
                 return call.apply()
-        return self._compute(args, kwargs)
+        return self._compute_alone(args, kwargs)
 
-    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _compute_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def work(weights: Weights) -> Any:
             output = self._run(weights, args, kwargs)
             check_finite(self._name, hidden_of(output))
             return output
 
-        return _unless_in_journal(self._stop, self._visit, "up", work)
+        return self._visit("up", work)
 
 
 class StreamedLeaf(_Streamed):
@@ -171,7 +174,7 @@ def stream_leaves(
             check_finite(name, hidden_of(output))
             return output
 
-        work = functools.partial(_unless_in_journal, number, compute)
+        work = functools.partial(_unless_known, number, compute)
         return _at_home(home, number, work, args, kwargs)
 
     names = {"forward": functools.wraps(kind.forward)(forward), "__module__": __name__}
@@ -244,11 +247,11 @@ def _moved(value: Any, device: torch.device, layer: int | None = None) -> Any:
     return tree_map(move, value, is_leaf=is_cache)
 
 
-def _unless_in_journal(block: int, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return the output of a block from the call's journal, or compute it."""
-    journal = current_call().journal
-    output = journal.output_of(block)
+def _unless_known(block: int, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return the output of a block that the call's way knows, or compute it."""
+    way = current_call().way
+    output = way.output_of(block)
     if output is None:
-        output = work(*args, **kwargs)
-        journal.pass_block(block, output)
+        output = compute(*args, **kwargs)
+        way.pass_block(block, output)
     return output

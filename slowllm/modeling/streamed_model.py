@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from slowllm.errors import UnsupportedError
 from slowllm.modeling.finite import UNKNOWN_MASK
-from slowllm.streaming.call_context import call_context
+from slowllm.streaming.call_context import OwnerCall, call_context
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class StreamedModel(PreTrainedModel):
 
 def make_streamed(
     model: PreTrainedModel,
+    blocks_name: str,
     folder: Path,
     compute_dtype: torch.dtype,
     device: torch.device,
@@ -84,35 +86,65 @@ def make_streamed(
 ) -> None:
     """Give a model whose parts are streamed the class of a streamed model, under its own class's name.
 
+    The module that owns the blocks tells them of each of its calls, whether it is called by the model or by itself.
+
     Args:
         model: whose blocks and head are streamed.
+        blocks_name: of the list of blocks.
         folder: of its checkpoint.
         compute_dtype: of its blocks.
         device: where a sweep begins and ends.
         check: called before each call of the model, to refuse it.
     """
-    kind = type(model)
+    owner = model.get_submodule(blocks_name.rpartition(".")[0])
+    if owner is not model:
+        _replace_forward(owner, (), lambda forward: _watched(forward, is_owner=True, check=check))
     is_elsewhere = device.type != "cpu"
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
-    @functools.wraps(kind.forward)  # generate() and Trainer look at the signature
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        check()
-        if is_elsewhere:
-            args = tuple(map(moved, args))
-            kwargs = {name: moved(value) for name, value in kwargs.items()}
-        mask = kwargs.get("attention_mask")
-        if mask is None and len(args) > 1 and isinstance(args[1], Tensor) and args[1].dim() == 2:
-            mask = args[1]
-        is_readable = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-        with call_context(text_mask=mask if is_readable else UNKNOWN_MASK):
-            return kind.forward(self, *args, **kwargs)
+    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+        watched = _watched(forward, is_owner=owner is model, check=check)
+        if not is_elsewhere:
+            return watched
 
-    # The same module and name: transformers looks up by str(class) which outputs it can record.
-    names = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    model.__class__ = type(kind.__name__, (StreamedModel, kind), names)
+        @functools.wraps(forward)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return watched(self, *map(moved, args), **{name: moved(value) for name, value in kwargs.items()})
+
+        return call
+
+    _replace_forward(model, (StreamedModel,), wrapped)
     streamed = cast(StreamedModel, model)
     streamed._folder, streamed._compute_dtype, streamed._device = folder, compute_dtype, device
     model.requires_grad_(False).eval()
+
+
+def _replace_forward(
+    module: Any, mixins: tuple[type, ...], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Give a module a subclass of its class whose `forward` is wrapped."""
+    kind = type(module)
+    # The same module and name: transformers looks up by str(class) which outputs it can record.
+    names = {"forward": wrap(kind.forward), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    module.__class__ = type(kind.__name__, (*mixins, kind), names)
+
+
+def _watched(forward: Callable[..., Any], *, is_owner: bool, check: Callable[[], None]) -> Callable[..., Any]:
+    """Return a `forward` that says in the `CallContext` which positions hold text, and what the blocks' owner was given."""
+    parameters = list(inspect.signature(forward).parameters)[1:]
+
+    @functools.wraps(forward)  # generate() and Trainer look at the signature
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check()
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        is_readable = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        changes: dict[str, Any] = {"text_mask": mask if is_readable else UNKNOWN_MASK}
+        if is_owner:
+            changes["owner_call"] = OwnerCall({k: value for k, value in given.items() if value is not None})
+        with call_context(**changes):
+            return forward(self, *args, **kwargs)
+
+    return call

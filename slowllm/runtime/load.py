@@ -187,7 +187,14 @@ def _assemble(
     stream_head(layout.head, lm._carousel, layout.chunks, len(layout.modules), logit_transform, chunk_rows)
     mark_absent(model, layout.absent_names)
     hook_inputs(layout.blocks)
-    make_streamed(model, checkpoint.folder, compute_dtype, torch_devices[0], lm._carousel.refuse_if_forked)
+    make_streamed(
+        model,
+        layout.blocks_name,
+        checkpoint.folder,
+        compute_dtype,
+        torch_devices[0],
+        lm._carousel.refuse_if_forked,
+    )
     log.info(
         "%s: %d blocks in %d stops and %d chunks of the head, %s; %d of %d stops stay in memory; compute dtype %s",
         type(model).__name__, len(layout.blocks), len(layout.modules), len(layout.chunks),

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 
 from slowllm.errors import OtherJobError, StateError
 from slowllm.files import lock, part_of, replace_file, replacing, shown, system_errors
-from slowllm.streaming.journal import Journal
+from slowllm.streaming.way import Way
 
 log = logging.getLogger(__name__)
 
@@ -171,9 +171,9 @@ class State:
             self._path_of(name), lambda tensors, metadata: (tensors, dict(json.loads(metadata["about"])))
         )
 
-    def journal(self, number: int) -> Journal:
-        """Return the journal of a rider, resumed if an earlier process saved it."""
-        return Journal() if self.save_seconds == math.inf else ResumeJournal(self, number)
+    def way(self, number: int) -> Way:
+        """Return the way of a rider, resumed if an earlier process saved it."""
+        return Way() if self.save_seconds == math.inf else ResumedWay(self, number)
 
     def delete(self) -> None:
         """Delete the folder, once the results are kept elsewhere."""
@@ -233,7 +233,7 @@ class State:
         self.close()
 
 
-class ResumeJournal(Journal):
+class ResumedWay(Way):
     """The progress of one rider through the stops, saved in a `State` so that a later process continues from it.
 
     A block that the rider passed before returns the output of the last of them: a block's output is only the next

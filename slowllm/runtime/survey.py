@@ -31,7 +31,7 @@ from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.storage.manifest import is_store, read_manifest
 from slowllm.storage.spans import DTYPE_NAMES
 from slowllm.streaming.call_context import call_context
-from slowllm.streaming.journal import StopAfterBlocks, StopForward
+from slowllm.streaming.way import StopAfterBlocks, StopForward
 
 
 def block_rates(lm: StreamedLM, rates: Rates) -> Rates:
@@ -65,10 +65,10 @@ def _first_block_seconds(lm: StreamedLM, num_tokens: int) -> float:
     width = max(1, min(64, num_tokens))
     ids = torch.zeros(max(1, num_tokens // width), width, dtype=torch.int64)
     before, started = lm.report.wait_seconds, time.perf_counter()
-    journal = StopAfterBlocks(1)
+    way = StopAfterBlocks(1)
     with (
         forward_errors(lm.model),
-        call_context(journal=journal),
+        call_context(way=way),
         torch.no_grad(),
         contextlib.suppress(StopForward),
     ):

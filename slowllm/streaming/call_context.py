@@ -6,7 +6,7 @@ One frozen value in one context variable. It travels with riders to the carousel
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +14,20 @@ from typing import Any
 from torch import Tensor
 
 from slowllm.streaming.hints import Reach
-from slowllm.streaming.journal import Journal
+from slowllm.streaming.way import Way
+
+
+@dataclass
+class OwnerCall:
+    """One call of the module that owns the blocks, for as long as it lasts.
+
+    Attributes:
+        arguments: what the module was called with, by name, without those that are None.
+        outputs: of blocks that were computed elsewhere ahead of their turn, by their numbers.
+    """
+
+    arguments: Mapping[str, Any]
+    outputs: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,8 @@ class CallContext:
 
     Attributes:
         reach: the stops that the call will visit.
-        journal: the blocks and chunks of the head that it need not compute.
+        way: the blocks and chunks of the head that it computes, and what stands for the others.
+        owner_call: the call of the module that owns the blocks; None outside of one.
         text_mask: the (B, T) attention mask: which positions hold text; None where all do. `finite.UNKNOWN_MASK`
             stands for a mask of another form.
         edit_input: given a block's number and hidden states (B, T, H), returns those that the block gets.
@@ -31,7 +45,8 @@ class CallContext:
     """
 
     reach: Reach = field(default_factory=Reach)
-    journal: Journal = field(default_factory=Journal)
+    way: Way = field(default_factory=Way)
+    owner_call: OwnerCall | None = None
     text_mask: Tensor | None = None
     edit_input: Callable[[int, Tensor], Tensor] | None = None
     take_hidden: Callable[[Tensor], None] | None = None

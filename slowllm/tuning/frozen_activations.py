@@ -18,7 +18,7 @@ from torch import Tensor
 from slowllm.errors import StateError
 from slowllm.files import replace_file
 from slowllm.modeling.recompute import hidden_of
-from slowllm.streaming.journal import SkipBlocks
+from slowllm.streaming.way import SkipBlocks
 
 
 class FrozenActivations:
@@ -99,8 +99,8 @@ class FrozenActivations:
         if self._path is not None:
             replace_file(self._about, json.dumps({"key": self._key, "num_others": self._num_others}))
 
-    def journal_of(self, rows: Sequence[int]) -> SkipBlocks:
-        """Return the journal of a rider with some rows, padded on the right, which skips the frozen blocks."""
+    def way_of(self, rows: Sequence[int]) -> SkipBlocks:
+        """Return the way of a rider with some rows, padded on the right, which skips the frozen blocks."""
         width = max(self._lengths[row] for row in rows)
         hidden = torch.zeros(len(rows), width, self._width, dtype=self._dtype)
         for place, row in enumerate(rows):

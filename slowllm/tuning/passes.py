@@ -27,8 +27,8 @@ from slowllm.options import format_bytes
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.call_context import call_context
 from slowllm.streaming.hints import Reach
-from slowllm.streaming.journal import Journal, StopAfterBlocks, StopForward
 from slowllm.streaming.riders import Sized
+from slowllm.streaming.way import StopAfterBlocks, StopForward, Way
 from slowllm.tuning.examples import Example, Task
 from slowllm.tuning.frozen_activations import FrozenActivations
 from slowllm.tuning.rows import NumberedExample, all_rows, validation_rows
@@ -195,17 +195,17 @@ def pass_frozen_blocks(
 
 def _fill_rider(lm: StreamedLM, prompt: SoftPrompt, rows: Sequence[Example], num_blocks: int) -> Any:
     """Pass a micro-batch through the frozen blocks; return the output of the last of them."""
-    journal = StopAfterBlocks(num_blocks)
+    way = StopAfterBlocks(num_blocks)
     ids, mask = _inputs_of(prompt, rows)
     with (
         forward_errors(lm.model),
-        call_context(reach=Reach(end=num_blocks), journal=journal),
+        call_context(reach=Reach(end=num_blocks), way=way),
         torch.no_grad(),
         contextlib.suppress(StopForward),
         prompt.applied(lm.model, ids, mask) as inputs,
     ):
         lm.model(**{"use_cache": False, **inputs})
-    return journal.output
+    return way.output
 
 
 def _inputs_of(prompt: SoftPrompt, rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -235,7 +235,7 @@ def _losses(
     """
     examples = [row.example for row in rows]
     ids, mask = _inputs_of(prompt, examples)
-    journal = Journal() if activations is None else activations.journal_of([row.number for row in rows])
+    way = Way() if activations is None else activations.way_of([row.number for row in rows])
     leading = len(prompt.virtual_ids)
     targets = [
         (number, leading + len(example.context) - 1 + place, token)
@@ -245,7 +245,7 @@ def _losses(
     target_rows, positions, tokens = torch.tensor(targets, dtype=torch.int64).unbind(1)
     with (
         forward_errors(lm.model),
-        call_context(journal=journal),
+        call_context(way=way),
         prompt.applied(lm.model, ids, mask) as inputs,
     ):
         if task.compares:

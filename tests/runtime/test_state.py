@@ -16,9 +16,9 @@ import torch
 import slowllm
 from slowllm.errors import SlowLLMError, StateError
 from slowllm.inference.lines import Line, Lines, job_of, score_lines
-from slowllm.runtime.state import ResumeJournal, State, read_inputs, read_job
+from slowllm.runtime.state import ResumedWay, State, read_inputs, read_job
 from slowllm.streaming.call_context import current_call
-from slowllm.streaming.journal import Journal
+from slowllm.streaming.way import Way
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.paths import TINY_BLOOM
 from tests.support.processes import Processes
@@ -154,7 +154,7 @@ def test_a_state_can_be_begun_anew_and_deleted(tmp_path: Path) -> None:
     with State(tmp_path / "s", {**JOB, "model": "b"}, is_new=True) as state:
         assert state.result(0) is None
         assert read_inputs(state.folder) is None
-        assert type(state.journal(0)) is ResumeJournal
+        assert type(state.way(0)) is ResumedWay
         state.delete()
     assert not (tmp_path / "s").exists()
     (tmp_path / "s").mkdir()
@@ -165,8 +165,8 @@ def test_a_state_can_be_begun_anew_and_deleted(tmp_path: Path) -> None:
 
 def test_without_saves_a_rider_leaves_nothing_behind(tmp_path: Path) -> None:
     with State(tmp_path, JOB, math.inf) as state:
-        state.journal(0).pass_block(0, torch.zeros(1))
-        assert state.journal(0).output_of(0) is None
+        state.way(0).pass_block(0, torch.zeros(1))
+        assert state.way(0).output_of(0) is None
         assert not list((tmp_path / "riders").iterdir())
 
 
@@ -212,7 +212,7 @@ def test_a_full_disk_ends_with_a_sentence_and_costs_no_result(small_disk: Path) 
     with State(small_disk / "s", JOB, 0.0) as state:
         state.finish(0, "kept")
         with pytest.raises(StateError, match=r"cannot be saved \(.*[Nn]o space.*\); free some space"):
-            state.journal(1).pass_block(0, torch.zeros(1 << 20))
+            state.way(1).pass_block(0, torch.zeros(1 << 20))
         with pytest.raises(StateError, match=r"No space left on device; free some space"):
             state.finish(1, "x" * (1 << 20))
     with State(small_disk / "s", JOB, 0.0) as state:
@@ -223,42 +223,42 @@ def test_a_full_disk_ends_with_a_sentence_and_costs_no_result(small_disk: Path) 
 
 
 def test_a_damaged_rider_starts_over(state: State) -> None:
-    book = state.journal(0)
+    book = state.way(0)
     book.pass_block(2, (torch.arange(6.0), None))
-    assert state.journal(0).output_of(2)[0].tolist() == list(range(6))
-    assert state.journal(0).output_of(2)[1] is None
-    assert state.journal(0).output_of(3) is None
+    assert state.way(0).output_of(2)[0].tolist() == list(range(6))
+    assert state.way(0).output_of(2)[1] is None
+    assert state.way(0).output_of(3) is None
     path = state.folder / "riders" / "00000000.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     for damaged in (bytes(data), bytes(data[:40]), b""):
         path.write_bytes(damaged)
-        assert state.journal(0).output_of(0) is None
+        assert state.way(0).output_of(0) is None
 
 
 def test_a_rider_of_another_number_place_or_job_is_not_taken(state: State, tmp_path: Path) -> None:
-    state.journal(0).pass_block(2, torch.arange(6.0))
+    state.way(0).pass_block(2, torch.arange(6.0))
     path = state.folder / "riders" / "00000000.safetensors"
     data = path.read_bytes()
     (state.folder / "riders" / "00000001.safetensors").write_bytes(data)
-    assert state.journal(1).output_of(0) is None
+    assert state.way(1).output_of(0) is None
     path.write_bytes(data.replace(b'"block":"2"', b'"block":"3"'))
     assert path.read_bytes() != data
-    assert state.journal(0).output_of(0) is None
+    assert state.way(0).output_of(0) is None
     with State(tmp_path / "other", {**JOB, "model": "b"}) as other:
         (other.folder / "riders" / "00000000.safetensors").write_bytes(data)
-        assert other.journal(0).output_of(0) is None
+        assert other.way(0).output_of(0) is None
 
 
 def test_results_without_their_job_are_not_taken_for_anothers(tmp_path: Path) -> None:
     with State(tmp_path, JOB, 0.0) as state:
         state.finish(0, "of the first job")
-        state.journal(1).pass_block(0, torch.zeros(1))
+        state.way(1).pass_block(0, torch.zeros(1))
     results = (tmp_path / "results.jsonl").read_bytes()
     (tmp_path / "job.json").unlink()
     with State(tmp_path, {**JOB, "model": "b"}) as state:
         assert state.result(0) is None
-        assert state.journal(1).output_of(0) is None
+        assert state.way(1).output_of(0) is None
     (tmp_path / "results.jsonl").write_bytes(results)
     with State(tmp_path, {**JOB, "model": "b"}) as state:
         assert state.result(0) is None
@@ -279,8 +279,8 @@ def test_a_packing_that_is_damaged_is_refused(begun: dict[str, Any]) -> None:
 
 def test_a_rider_is_saved_no_more_often_than_asked(tmp_path: Path) -> None:
     with State(tmp_path, JOB, 3600.0) as state:
-        state.journal(0).pass_block(0, torch.zeros(1))
-        assert state.journal(0).output_of(0) is None
+        state.way(0).pass_block(0, torch.zeros(1))
+        assert state.way(0).output_of(0) is None
 
 
 class Killed(SlowLLMError):
@@ -297,7 +297,7 @@ def test_every_family_goes_on_from_any_block_with_the_same_bits(
     lines = [
         Line(n, "", tuple(torch.randint(5, VOCAB, (9 + n,), generator=generator).tolist())) for n in range(3)
     ]
-    save = ResumeJournal._save
+    save = ResumedWay._save
     with slowllm.load(
         tiny(name), dtype="fp32", keep_resident=False, granularity=granularity, poison=True
     ) as lm:
@@ -305,14 +305,14 @@ def test_every_family_goes_on_from_any_block_with_the_same_bits(
         num_blocks = lm.config.get_text_config().num_hidden_layers
         for block in range(num_blocks):
 
-            def save_and_die(book: ResumeJournal, block: int = block) -> None:
+            def save_and_die(book: ResumedWay, block: int = block) -> None:
                 save(book)
                 if book._block == block:
                     raise Killed
 
             folder = tmp_path / str(block)
             with monkeypatch.context() as patch, State(folder, JOB, 0.0) as state:
-                patch.setattr(ResumeJournal, "_save", save_and_die)
+                patch.setattr(ResumedWay, "_save", save_and_die)
                 with pytest.raises(Killed):
                     list(score_lines(lm, lines, prefix=None, state=state))
             before = lm.report.num_passages
@@ -326,7 +326,7 @@ def test_every_family_goes_on_from_any_block_with_the_same_bits(
             num_done = sum(f"{module}.".startswith(done) for module in lm.layout.modules)
             assert passed == lm.num_stops - num_done
             assert num_done > block
-    assert type(current_call().journal) is Journal
+    assert type(current_call().way) is Way
 
 
 def test_the_state_of_another_verb_is_told_as_such(tmp_path: Path) -> None:

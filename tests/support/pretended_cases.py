@@ -28,7 +28,7 @@ from slowllm.prepare.convert import convert
 from slowllm.runtime import load, survey
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.run_identity import computed_by
-from slowllm.runtime.state import ResumeJournal, State
+from slowllm.runtime.state import ResumedWay, State
 from tests.support import pretended_device as pretended
 from tests.support.families import FAMILIES, resident, save_tiny
 from tests.support.paths import TINY_BLOOM
@@ -308,19 +308,19 @@ def states_go_to_the_host_and_back() -> None:
         pass
 
     lines = [Line(n, "", tuple(range(5 + n, 14 + 2 * n))) for n in range(3)]
-    save = ResumeJournal._save
+    save = ResumedWay._save
     for device in ("cuda", "cuda:0,cuda:1"):
         with loaded(folder("bloom"), device) as lm:
             whole = [likelihood.log_probs for _, likelihood in score_lines(lm, lines, prefix=None)]
             for stop in ("block", "chunk"):
 
-                def save_and_die(book: ResumeJournal, stop: str = stop) -> None:
+                def save_and_die(book: ResumedWay, stop: str = stop) -> None:
                     save(book)
                     if (book._chunk if stop == "chunk" else book._block - 1) >= 0:
                         raise Killed
 
                 kept = Path(tempfile.mkdtemp())
-                ResumeJournal._save = save_and_die
+                ResumedWay._save = save_and_die
                 try:
                     with State(kept, {"job": 1}, 0.0) as state:
                         list(score_lines(lm, lines, prefix=None, state=state))
@@ -328,7 +328,7 @@ def states_go_to_the_host_and_back() -> None:
                 except Killed:
                     pass
                 finally:
-                    ResumeJournal._save = save
+                    ResumedWay._save = save
                 before = lm.report.num_passages
                 with State(kept, {"job": 1}, 0.0) as state:
                     found = [
