@@ -67,6 +67,10 @@ class OtherJobError(StateError):
         self.difference = difference
 
 
+class SessionError(SlowLLMError):
+    """What other machines keep of a cache does not fit the call that continues it."""
+
+
 class TuningError(SlowLLMError):
     """A soft prompt cannot be tuned further: a loss or gradient is NaN or grows without bound."""
 

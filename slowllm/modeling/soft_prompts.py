@@ -100,7 +100,7 @@ class SoftPrompt:
         """Add a deep prompt's vectors in calls of `width` positions, the first of which is `start`."""
         is_in = self.kind == "deep" and start < self.num_tokens
         edit_input = functools.partial(self._add_vectors, start, width) if is_in else None
-        with call_context(edit_input=edit_input):
+        with call_context(edit_input=edit_input, vectors=self.vectors if is_in else ()):
             yield
 
     def _add_vectors(self, start: int, width: int, block: int, hidden: Tensor) -> Tensor:

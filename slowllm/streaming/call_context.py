@@ -41,6 +41,7 @@ class CallContext:
         text_mask: the (B, T) attention mask: which positions hold text; None where all do. `finite.UNKNOWN_MASK`
             stands for a mask of another form.
         edit_input: given a block's number and hidden states (B, T, H), returns those that the block gets.
+        vectors: of a deep prompt, (P, H) or (B, P, H) for each block, as `edit_input` adds them.
         take_hidden: given the hidden states (B, T, H) after the last block, which then pass no head.
     """
 
@@ -49,6 +50,7 @@ class CallContext:
     owner_call: OwnerCall | None = None
     text_mask: Tensor | None = None
     edit_input: Callable[[int, Tensor], Tensor] | None = None
+    vectors: tuple[Tensor | None, ...] = ()
     take_hidden: Callable[[Tensor], None] | None = None
 
 
