@@ -146,18 +146,15 @@ def _move_between(have: Tensor, want: Tensor) -> Move | None:
         return Move(0)
     if want.shape[0] == have.shape[0] and torch.equal(want, have[:, :length]):
         return Move(length)
-    flat = have.flatten()
-    order = flat.argsort()
-    places = (
-        order[torch.searchsorted(flat[order], want.flatten()).clamp(max=max(len(flat) - 1, 0))]
-        if len(flat)
-        else None
-    )
-    if places is None or not torch.equal(flat[places], want.flatten()):
+    known, order = have.flatten().sort()
+    wanted = want.flatten().contiguous()
+    found = torch.searchsorted(known, wanted).clamp(max=len(known) - 1) if len(known) else wanted[:0]
+    if not torch.equal(known[found], wanted):
         raise SessionError(
-            "the cache has positions whose keys and values are not kept any more; caches that were copied share what is kept, "
-            "so go on with one of the copies only"
+            "the cache has positions whose keys and values are not kept any more; caches that were copied share what is "
+            "kept, so go on with one of the copies only"
         )
+    places = order[found]
     places = places.view(want.shape)
     rows, positions = places // have.shape[1], places % have.shape[1]
     if torch.equal(positions, torch.arange(length).expand_as(positions)) and bool(

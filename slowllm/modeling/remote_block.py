@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from slowllm.errors import SessionError, UnsupportedError
 from slowllm.modeling.cache_labels import Held, LabelSource, Move, adopt, held_of, is_as_configured, step
@@ -200,15 +200,14 @@ def _with_cache(remote: Remote, call: SpanCall, cache: Cache) -> tuple[SpanCall,
         cache.layers.append(kind())
     keeps_everything = not is_as_configured(cache, configured)
     numbers = range(call.first, call.end)
-    layers = [cache.layers[number] for number in numbers]
-    length = layers[0].get_seq_length()
+    layers = cast(list[CacheLayerMixin], [cache.layers[number] for number in numbers])
     is_new = held_of(layers[0]) is None
     pairs: dict[int, Pair] = {}
     for number, layer in zip(numbers, layers, strict=True):
         pair = adopt(layer, remote.labels)
         if pair is not None:
             pairs[number] = pair
-    helds = [cast(Held, held_of(layer)) for layer in layers]
+    helds = [cast(Held, held_of(layer)) for layer in layers]  # all have one now
     has_past = not is_new and bool(helds[0].labels.numel())
     if has_past and len({held.session for held in helds}) > 1:
         raise SessionError("the keys and values of this cache are kept by other hops than the model has now")
@@ -225,6 +224,7 @@ def _with_cache(remote: Remote, call: SpanCall, cache: Cache) -> tuple[SpanCall,
         weakref.finalize(helds[0], remote.spans.end_session, session)
         for held in helds:
             held.session = session
+    length = layers[0].get_seq_length()
     labels = remote.labels.new(*call.hidden.shape[:2])
     moves: dict[int, Move] = {}
     shared: dict[tuple[int, ...], Move] = {}

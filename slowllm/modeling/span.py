@@ -13,7 +13,7 @@ import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class SpanRunner:
         while (
             len(cache.layers) < self._num_blocks
         ):  # a cache without the config's kinds of layers grows by itself
-            cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
+            cache.layers.append(DynamicLayer())
         return cache
 
     def forward(self, call: SpanCall, cache: Cache | None = None) -> dict[int, Tensor]:
@@ -179,7 +179,7 @@ def _add_vectors(vectors: Mapping[int, Tensor], start: int, block: int, hidden: 
 def _prepare(cache: Cache, call: SpanCall) -> None:
     """Bring a cache into the form in which a call finds it."""
     batch, dtype = len(call.hidden), call.hidden.dtype
-    for number, layer in enumerate(cache.layers):
+    for number, layer in enumerate(cast(list[DynamicLayer], cache.layers)):  # of `new_cache`
         if not call.first <= number < call.end:
             pretend_length(layer, batch, call.length, dtype)
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class LocalSpans:
 def cut_in_two_or_three(num_blocks: int) -> list[tuple[int, int]]:
     """Return spans of unequal length that cover the blocks."""
     bounds = [0, 1, num_blocks] if num_blocks < 4 else [0, 1, num_blocks - 1, num_blocks]
-    return [(first, end) for first, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return list(itertools.pairwise(bounds))
 
 
 class LocalSwarm:
