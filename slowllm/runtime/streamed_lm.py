@@ -36,6 +36,7 @@ from slowllm.streaming.carousel import Carousel
 from slowllm.streaming.cast_stops import CastStops
 from slowllm.streaming.mapped_stops import MappedStops
 from slowllm.streaming.reader import Reader
+from slowllm.streaming.ride import Ride
 from slowllm.streaming.rng_state import SharedGenerators
 from slowllm.streaming.stops import Passage, Stops, Weights
 
@@ -203,6 +204,10 @@ class StreamedLM:
     ) -> Iterator[tuple[JobT, Any]]:
         """Yield any number of jobs in order, each with its result; `max_riders` run at a time. See `Carousel.stream`."""
         return self._carousel.stream(jobs, max_riders, max_tokens)
+
+    def board(self, job: Callable[[], T], seed: int | None = None) -> Ride[T]:
+        """Let a job ride with the others, and return at once a `Ride` to wait for or to cancel. See `Carousel.board`."""
+        return self._carousel.board(job, seed)
 
     @contextlib.contextmanager
     def watching(self, watcher: Callable[[Passage], None]) -> Iterator[None]:

@@ -7,24 +7,22 @@ stop or leaves, and has it again when it is served. Torch's generators change ha
 
 from __future__ import annotations
 
-import copy
+import functools
 import threading
 import time
-from collections.abc import Iterable
-
-import torch
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from slowllm.errors import RideError
-from slowllm.streaming.riders import Course, Party, Rider, ThreadState, Visit
-from slowllm.streaming.rng_state import SharedGenerators, fork
+from slowllm.streaming.baton import Baton, twin
+from slowllm.streaming.ride import SIGNAL_SECONDS, Ride
+from slowllm.streaming.riders import Course, Party, Rider, RiderJob, ThreadState, Visit
+from slowllm.streaming.rng_state import RandomState, SharedGenerators, at_state, fork, past_seeds
 
 # Timeout before a call from outside the ride (a guest) that waits at another stop preempts the running rider. It
 # prevents a deadlock: the rider may be blocked on that guest, and we cannot tell. Where it is not, the riders' stop
 # is read once more, so the timeout is about as long as reading a stop takes.
 GUEST_PATIENCE_SECONDS = 0.5
-# Callers wait in pieces of this length: a signal that arrives just before a thread blocks on a lock is not handled
-# until the wait ends.
-SIGNAL_SECONDS = 1.0
 
 
 class Boarding:
@@ -34,7 +32,7 @@ class Boarding:
         changed: the carousel's one lock, and the condition that anything here has changed.
         waiting: visits that are not served yet.
         parties: those that have not ended.
-        baton: the rider that runs, None where every rider waits.
+        baton: who runs.
         over: why the carousel has ended, if it has.
     """
 
@@ -42,11 +40,12 @@ class Boarding:
         self.changed, self.local = threading.Condition(), ThreadState()
         self.waiting: list[Visit] = []
         self.parties: list[Party] = []
-        self.baton: Rider | None = None
+        self.baton = Baton(generators)
         self.over: RideError | None = None
         self._generators = generators
-        self._dismissed: list[Visit] = []  # of riders, which raise their errors one at a time
-        self._last_order, self._runs_since = 0, 0.0
+        self._last_order = self._last_party = 0
+        # Of jobs that were boarded alone, and so are joined by no caller; each leaves when its callbacks are done.
+        self._threads: dict[threading.Thread, Rider] = {}
 
     # Called by callers' and riders' threads, without the lock.
 
@@ -56,7 +55,7 @@ class Boarding:
             with self.changed:
                 self._refuse_if_over(visit.rider)
                 self.waiting.append(visit)
-                self._put_baton_down(visit.rider)
+                self.baton.put_down(visit.rider)
                 self.changed.notify_all()
             while not visit.done.wait(SIGNAL_SECONDS):
                 pass
@@ -71,13 +70,23 @@ class Boarding:
         with self.changed:
             self._refuse_if_over(None)
             # During another ride the generator has the state of some rider, which would draw the same numbers.
-            if self.parties:
-                source, party.random_state = self._generators.forked(self.parties[0].seeds)
+            if (other := self._first_drawing()) is not None:
+                source, party.random_state = self._generators.forked(other.seeds)
             else:
-                source, party.random_state = torch.default_generator, self._generators.get()
+                party.random_state = self.baton.outer_state()
+                source = at_state(party.random_state)
             party.seeds = fork(source)
-            self.parties.append(party)
-            self.changed.notify_all()
+            self._add(party)
+
+    def board(self, job: RiderJob, seed: int | None, refuse_to_wait: Callable[[], None]) -> Ride[Any]:
+        """Let one job board as soon as the running rider waits; raise if the carousel has ended."""
+        ride: Ride[Any] = Ride(refuse_to_wait)
+        party = Party.of_one(job, ride, None if seed is None else self._generators.seeded(seed))
+        ride.on_cancel = functools.partial(self._cancel_one, party)
+        with self.changed:
+            self._refuse_if_over(None)
+            self._add(party)
+        return ride
 
     def next_ended(self, party: Party) -> Rider | None:
         """Wait for the next rider in order, and join its thread; return None where the party has ended."""
@@ -95,7 +104,7 @@ class Boarding:
 
     def cancel(self, party: Party, *, may_wait: bool) -> None:
         """End a party that has not ended by itself, and if it `may_wait`, wait until its riders have left."""
-        reason = RideError("the ride was cancelled")
+        reason = _cancelled()
         party.cancelled = True
         party.stop_boarding(reason)
         if not may_wait:
@@ -106,22 +115,50 @@ class Boarding:
         while self.next_ended(party) is not None:
             pass
 
+    def _cancel_one(self, party: Party) -> None:
+        """Cancel a job that was boarded alone, without waiting for it."""
+        with self.changed:
+            if party.cancelled or party not in self.parties:
+                return
+            left = self._leave_behind(party)
+            self._dismiss([v for v in self.waiting if v.rider and v.rider.party is party], _cancelled())
+            self._end_parties()
+        if left is not None:
+            left.end(None, _cancelled())
+
     def end(self, reason: RideError) -> None:
         """End the carousel: every visit that waits raises `reason`, and nobody boards any more."""
         with self.changed:
             self.over = self.over or reason
-            for party in self.parties:
-                party.cancelled = True
-                party.stop_boarding(_twin(reason))
+            left = [ride for party in self.parties if (ride := self._leave_behind(party, reason)) is not None]
             self._dismiss(self.waiting, reason)
             self._end_parties()
             self.changed.notify_all()
+        for ride in left:
+            ride.end(None, twin(reason))
+
+    def join(self) -> None:
+        """After the end, join the threads of jobs that were boarded alone."""
+        with self.changed:
+            # Of two threads that close, one waits for the other, and not each for each.
+            self._threads.pop(threading.current_thread(), None)
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()
+
+    @staticmethod
+    def _leave_behind(party: Party, reason: RideError | None = None) -> Ride[Any] | None:
+        """Let no other rider of a party board; return the ride of a job that was to board alone and never does."""
+        party.cancelled = True
+        left = party.ride if party.drawn else None
+        party.stop_boarding(None if reason is None else twin(reason))
+        return left
 
     def _refuse_if_over(self, rider: Rider | None) -> None:
         if self.over is not None:
-            raise _twin(self.over)
+            raise twin(self.over)
         if rider is not None and rider.party.cancelled:
-            raise RideError("the ride was cancelled")
+            raise _cancelled()
 
     def _run_rider(self, rider: Rider) -> None:
         self.local.rider = rider
@@ -132,6 +169,11 @@ class Boarding:
         del rider.job
         with self.changed:
             self._leave(rider)
+        if rider.party.ride is not None:
+            self.local.rider = None  # whoever calls the model from here on is a guest
+            _end_ride(rider.party.ride, rider)
+            with self.changed:
+                self._threads.pop(threading.current_thread(), None)
 
     # Called by the carousel's thread.
 
@@ -143,16 +185,22 @@ class Boarding:
         have to come back for riders that are still to pass here. Without a course, wait until there is a visit.
         The lock must not be held recursively, so that it can be released while a job is drawn.
         """
+        # Those that come later wait for the next call: jobs that end at once, and board again and again as they do,
+        # must not keep the carousel from its visits.
+        newest = self._last_party
         while self.over is None:
             self._end_parties()
             patience = None
-            if self.baton is None:
-                if self._draw() or self._board():
+            if self.baton.holder is None:
+                if self._draw() or self._board(newest):
                     continue
                 if self.waiting or course is not None:
                     return self.waiting
+                if newest != self._last_party:
+                    newest = self._last_party
+                    continue
             elif guests := [visit for visit in self.waiting if visit.rider is None]:
-                patience = self._runs_since + GUEST_PATIENCE_SECONDS - time.monotonic()
+                patience = self.baton.runs_since + GUEST_PATIENCE_SECONDS - time.monotonic()
                 is_here = course is not None and any(v.stop == course.stop for v in course.due(guests))
                 if is_here or patience <= 0:
                     return guests
@@ -162,12 +210,12 @@ class Boarding:
     def begin(self, visit: Visit) -> None:
         """Take a visit from those that wait, to be served; called with the lock held."""
         self.waiting.remove(visit)
-        self._hand_baton(visit.rider)
+        self.baton.hand(visit.rider)
 
     def finish(self, visit: Visit) -> None:
         """Let the thread of a visit that was served go on."""
         if visit.rider is not None:
-            self._runs_since = time.monotonic()
+            self.baton.runs_since = time.monotonic()
         visit.done.set()
 
     def dismiss_at(self, stop: int, error: BaseException) -> None:
@@ -191,92 +239,91 @@ class Boarding:
             party.stop_boarding(None if isinstance(error, StopIteration) else error)
         finally:
             self.changed.acquire()
-        party.random_state = self._generators.get()
+        party.random_state = self.baton.outer_state()
         if not party.exhausted:  # nor cancelled meanwhile
             party.drawn.append(job)
         return True
 
-    def _board(self) -> bool:
-        """Start the next job for which there is a seat; return False where there is none."""
-        party = next((party for party in self.parties if party.has_seat), None)
+    def _board(self, newest: int) -> bool:
+        """Start the next job, of the parties up to `newest`, for which there is a seat; False where there is none."""
+        party = next((party for party in self.parties if party.number <= newest and party.has_seat), None)
         if party is None:
             return False
-        has_callers = party.num_boarded == 0 and not party.is_stream
-        random_state = party.random_state if has_callers else self._generators.forked(party.seeds)[1]
+        random_state: RandomState | None
+        if party.ride is not None:
+            random_state = party.own_state
+        elif party.num_boarded == 0 and not party.is_stream:
+            random_state = party.random_state
+        else:
+            random_state = self._generators.forked(party.seeds)[1]
         self._last_order += 1
         rider = Rider(party, self._last_order, party.drawn.pop(), random_state)
         party.num_boarded += 1
         party.active.add(rider)
-        self._hand_baton(rider)
+        self.baton.hand(rider)
         name = f"slowllm-rider-{rider.index}"
         thread = threading.Thread(target=self._run_rider, args=(rider,), name=name, daemon=True)
+        if party.ride is not None:
+            self._threads[thread] = rider
         try:
             thread.start()
             rider.thread = thread
         except RuntimeError as error:  # the system has no more threads
             rider.error = error
+            self._threads.pop(thread, None)
             self._leave(rider)
+            if party.ride is not None:
+                # Without the lock: callbacks may board and cancel.
+                self.changed.release()
+                try:
+                    _end_ride(party.ride, rider)
+                finally:
+                    self.changed.acquire()
         return True
 
     def _leave(self, rider: Rider) -> None:
         party = rider.party
         party.active.discard(rider)
-        party.ended[rider.index] = rider
-        self._put_baton_down(rider)
-        if rider.index == 0 and not party.is_stream:
-            party.random_state = rider.random_state
+        self.baton.put_down(rider)
+        if party.ride is None:
+            party.ended[rider.index] = rider
+            if rider.index == 0 and not party.is_stream and rider.random_state is not None:
+                party.random_state = rider.random_state
         if rider.error is not None and party.is_stream:
             party.stop_boarding(None)
         self._end_parties()
         self.changed.notify_all()
 
     def _end_parties(self) -> None:
-        """Remove parties that are complete. After the last one, the caller has its generator back."""
+        """Remove parties that are complete. After the last `ride` or `stream`, the caller has its generator back."""
         for party in [p for p in self.parties if p.exhausted and not p.drawn and not p.active]:
             self.parties.remove(party)
-            if not self.parties:
-                self._generators.set(party.random_state)
-                if party.num_boarded > 1 or party.is_stream:
-                    fork(torch.default_generator)  # past the number of the seeds, or they would come again
+            if party.ride is None and self._first_drawing() is None:
+                is_alone = party.num_boarded <= 1 and not party.is_stream
+                self.baton.set_outer_state(party.random_state if is_alone else past_seeds(party.random_state))
             self.changed.notify_all()
 
-    def _hand_baton(self, rider: Rider | None) -> None:
-        if rider is not None:  # a guest holds no baton
-            # Sampling draws from the one global generator, so while the rider runs, its state is the rider's own.
-            self._generators.set(rider.random_state)
-            self.baton = rider
-            self._runs_since = time.monotonic()
+    def _add(self, party: Party) -> None:
+        self._last_party += 1
+        party.number = self._last_party
+        self.parties.append(party)
+        self.changed.notify_all()
 
-    def _put_baton_down(self, rider: Rider | None) -> None:
-        if rider is not None:
-            rider.random_state = self._generators.get()
-            self.baton = None
-            self._notify_dismissed()
+    def _first_drawing(self) -> Party | None:
+        """Return the first `ride` or `stream`, from whose generator those that are admitted later are seeded."""
+        return next((party for party in self.parties if party.ride is None), None)
 
     def _dismiss(self, visits: Iterable[Visit], error: BaseException) -> None:
-        """End visits unserved. Riders raise the error one at a time, before another visit is served."""
-        for visit in sorted(visits, key=lambda visit: visit.order):
-            self.waiting.remove(visit)
-            visit.error = _twin(error)
-            if visit.rider is not None:
-                self._dismissed.append(visit)
-            else:  # at once: the running rider may be blocked on this guest
-                visit.done.set()
-        self._notify_dismissed()
-
-    def _notify_dismissed(self) -> None:
-        if self._dismissed and self.baton is None:
-            visit = self._dismissed.pop(0)
-            self._hand_baton(visit.rider)
-            visit.done.set()
+        visits = list(visits)
+        self.waiting = [visit for visit in self.waiting if visit not in visits]
+        self.baton.dismiss(visits, error)
 
 
-def _twin(error: BaseException) -> BaseException:
-    """Copy an error: threads that raise one object would mix their tracebacks and notes in it."""
-    try:
-        twin = copy.copy(error)
-    except Exception:  # its class takes other arguments than it keeps; then all threads share the one
-        return error
-    twin.__cause__, twin.__context__ = error.__cause__, error.__context__
-    twin.__suppress_context__ = error.__suppress_context__
-    return twin.with_traceback(error.__traceback__)
+def _end_ride(ride: Ride[Any], rider: Rider) -> None:
+    """Give the outcome of a job that was boarded alone to its ride."""
+    error, rider.error = rider.error, None
+    ride.end(rider.result.pop()[1] if error is None else None, error)
+
+
+def _cancelled() -> RideError:
+    return RideError("the ride was cancelled")

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from slowllm.errors import RideError
 from slowllm.streaming.boarding import Boarding
 from slowllm.streaming.hints import expected_stops
+from slowllm.streaming.ride import Ride
 from slowllm.streaming.riders import Course, Party, Rider, RiderJob, Visit
 from slowllm.streaming.rng_state import SharedGenerators
 from slowllm.streaming.stops import Direction, Passage, Stops, Totals, Weights
@@ -121,6 +122,31 @@ class Carousel:
         """
         return self._ride(iter(jobs), max_riders, is_stream=True, max_tokens=max_tokens)
 
+    def board(self, job: Callable[[], T], seed: int | None = None) -> Ride[T]:
+        """Let a job ride with the others, and return at once; no thread needs to wait for it.
+
+        The job is a rider, as those of `ride` and `stream` are, with which it shares sweeps. It boards at the next stop,
+        however many ride, with this thread's grad mode, inference mode, autocast and context variables. Any thread may
+        call this, an event loop or a rider's own included.
+
+        Args:
+            job: calls the model.
+            seed: of the job's random numbers, which are those that it would draw alone after `torch.manual_seed(seed)`.
+                Without a seed, torch's generators do not change hands: the job must draw nothing, or it would draw
+                from whatever state another rider has left.
+        Raises:
+            RideError: the carousel was closed, or this is a forked process.
+        """
+        self.refuse_if_forked()
+        return self._boarding.board(job, seed, self._refuse_to_wait)
+
+    def _refuse_to_wait(self) -> None:
+        self.refuse_if_forked()
+        if self._is_ours():
+            raise RideError(
+                "result() was called inside a rider; wait in Carousel.away(), or let it call back"
+            )
+
     def _ride(
         self, jobs: Iterator[RiderJob], max_riders: int, is_stream: bool, max_tokens: float = math.inf
     ) -> Generator[tuple[Any, Any], None, None]:
@@ -167,15 +193,18 @@ class Carousel:
             )
 
     def close(self) -> None:
-        """End the carousel: every visit that waits raises a `RideError`. Joins the thread.
+        """End the carousel: every visit that waits raises a `RideError`. Joins the thread, and those of boarded jobs.
 
-        The thread may be waiting for a stop's weights; the owner of the stops ends that wait before this call.
+        The thread may be waiting for a stop's weights; the owner of the stops ends that wait before this call. A rider,
+        or a visit's work, may close the carousel as well; it does not wait for other riders, who wait for it.
         """
         if self._is_forked():
             return
         self._boarding.end(RideError("the model was closed"))
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        if not self._is_ours():
+            self._boarding.join()
 
     # The loop, on the carousel's thread.
 
@@ -188,7 +217,7 @@ class Carousel:
                     if not visits:
                         return
                     # A guest that is served while a rider runs does not take the riders' carousel along.
-                    course = self._course if boarding.baton is None else self._detour
+                    course = self._course if boarding.baton.holder is None else self._detour
                     course.move(visits)
                     upcoming = expected_stops(
                         course.stop, course.direction, self._stops.num_stops, boarding.waiting,

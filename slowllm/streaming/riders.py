@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from slowllm.streaming.call_context import current_call
+from slowllm.streaming.ride import Ride
 from slowllm.streaming.rng_state import RandomState
 from slowllm.streaming.stops import Direction, Weights
 from slowllm.streaming.thread_context import with_this_context
@@ -73,11 +74,17 @@ class Visit:
 
 
 class Rider:
-    """One job of a party, the thread it runs in, and what came of it."""
+    """One job of a party, the thread it runs in, and what came of it.
 
-    def __init__(self, party: Party, order: int, job: RiderJob, random_state: RandomState) -> None:
+    Attributes:
+        random_state: in which the generators are when it runs; None if it has none of its own.
+        outer_state: in which they were before a boarded job ran, and will be after; None for others.
+    """
+
+    def __init__(self, party: Party, order: int, job: RiderJob, random_state: RandomState | None) -> None:
         self.party, self.index, self.order = party, party.num_boarded, order
         self.job, self.random_state = job, random_state
+        self.outer_state: RandomState | None = None
         self.num_tokens = job.num_tokens if isinstance(job, Sized) else 0
         self.thread: threading.Thread | None = None
         # The job and its result, until both are handed over.
@@ -86,7 +93,20 @@ class Rider:
 
 
 class Party:
-    """The riders of one `ride` or `stream`; those that have ended are kept until the caller takes them in order."""
+    """The riders of one `ride` or `stream`; those that have ended are kept until the caller takes them in order.
+
+    Attributes:
+        random_state: of the caller's generator, from which riders of a `ride` or `stream` are seeded.
+        seeds: from which they are.
+        number: of the party, in the order of admission.
+    """
+
+    random_state: RandomState
+    seeds: torch.Generator
+    number: int
+    # Of a job that is boarded alone: nobody takes its rider, and its caller's generator is no concern of it.
+    ride: Ride[Any] | None = None
+    own_state: RandomState | None = None
 
     def __init__(
         self, jobs: Iterator[RiderJob], max_riders: int, is_stream: bool, max_tokens: float = math.inf
@@ -94,8 +114,6 @@ class Party:
         self.jobs, self.max_riders, self.is_stream = jobs, max_riders, is_stream
         self.max_tokens = max_tokens
         self.run = with_this_context()
-        self.random_state: RandomState
-        self.seeds: torch.Generator
         # At most one job, drawn ahead of need: so it is known whether more will come.
         self.drawn: list[RiderJob] = []
         self.exhausted = self.cancelled = False
@@ -103,6 +121,14 @@ class Party:
         self.num_boarded = self.num_taken = 0
         self.active: set[Rider] = set()
         self.ended: dict[int, Rider] = {}
+
+    @classmethod
+    def of_one(cls, job: RiderJob, ride: Ride[Any], own_state: RandomState | None) -> Party:
+        """Return the party of a job that is boarded alone; without a state, it draws no random numbers."""
+        party = cls(iter(()), 1, is_stream=False)
+        party.drawn.append(job)
+        party.exhausted, party.ride, party.own_state = True, ride, own_state
+        return party
 
     def stop_boarding(self, error: BaseException | None) -> None:
         """Let no other rider board; keep the error for the caller if jobs are left behind."""

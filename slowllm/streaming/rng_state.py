@@ -32,12 +32,29 @@ class SharedGenerators:
         for other, other_state in zip(self._others, other_states, strict=True):
             other.set_state(other_state)
 
+    def seeded(self, seed: int) -> RandomState:
+        """Return the state of all generators after `torch.manual_seed(seed)`."""
+        states = (torch.Generator(other.device).manual_seed(seed).get_state() for other in self._others)
+        return torch.Generator("cpu").manual_seed(seed).get_state(), *states
+
     def forked(self, source: torch.Generator) -> tuple[torch.Generator, RandomState]:
         """Return a generator that is seeded by one draw from `source`, and a state in which all have that seed."""
         generator = fork(source)
-        seed = generator.initial_seed()
-        seeded = (torch.Generator(other.device).manual_seed(seed) for other in self._others)
-        return generator, (generator.get_state(), *(other.get_state() for other in seeded))
+        return generator, self.seeded(generator.initial_seed())
+
+
+def at_state(state: RandomState) -> torch.Generator:
+    """Return a generator of the CPU, beside the global one, in a state of that one."""
+    generator = torch.Generator("cpu")
+    generator.set_state(state[0])
+    return generator
+
+
+def past_seeds(state: RandomState) -> RandomState:
+    """Return the state after the draw by which `fork` seeds others, so that their seeds do not come again."""
+    generator = at_state(state)
+    fork(generator)
+    return generator.get_state(), *state[1:]
 
 
 def fork(source: torch.Generator) -> torch.Generator:

@@ -76,6 +76,27 @@ def test_it_works_without_ride(tiny_bloom: StreamedLM, plain: Any) -> None:
     assert torch.equal(*gradients)
 
 
+def test_boarded_calls_have_the_resident_models_bits_and_share_a_sweep(
+    tiny_bloom: StreamedLM, plain: Any
+) -> None:
+    ids = [some_ids(1, n) for n in (4, 9, 7)]
+    with torch.no_grad():
+        wanted = [plain(i).logits for i in ids]
+        # Boarded by a rider, so that none of them starts before the last one has boarded.
+        rides = tiny_bloom.ride(
+            [lambda: [tiny_bloom.board(lambda i=i: tiny_bloom.model(i).logits) for i in ids]]
+        )[0]
+        for ride, logits in zip(rides, wanted, strict=True):
+            assert torch.equal(ride.result(), logits)
+    assert tiny_bloom.report.num_passages == tiny_bloom.num_stops
+    torch.manual_seed(11)
+    sampled = plain.generate(ids[0], max_new_tokens=5, do_sample=True)
+    ride = tiny_bloom.board(
+        lambda: tiny_bloom.model.generate(ids[0], max_new_tokens=5, do_sample=True), seed=11
+    )
+    assert torch.equal(ride.result(), sampled)
+
+
 def test_hidden_states_are_recorded(tiny_bloom: StreamedLM, plain: Any) -> None:
     ids = some_ids(2, 9)
     with torch.no_grad():

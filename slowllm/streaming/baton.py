@@ -1,0 +1,92 @@
+"""The right to run: exactly one rider holds it, and torch's generators change hands with it.
+
+Knows riders and the turns that they wait for; starts no thread and has no lock. All methods are called with the lock of
+`boarding.Boarding` held.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable
+
+from slowllm.streaming.riders import Rider, Visit
+from slowllm.streaming.rng_state import RandomState, SharedGenerators
+
+
+class Baton:
+    """Who runs, and in which state the generators are.
+
+    Attributes:
+        holder: the rider that runs, None where every rider waits.
+        runs_since: when it began to run, by `time.monotonic`.
+    """
+
+    def __init__(self, generators: SharedGenerators) -> None:
+        self.holder: Rider | None = None
+        self.runs_since = 0.0
+        self._generators = generators
+        self._dismissed: list[Visit] = []  # of riders, which raise their errors one at a time
+
+    def hand(self, rider: Rider | None) -> None:
+        """Let a rider run; a guest (None) holds no baton."""
+        if rider is None:
+            return
+        # Sampling draws from the one global generator, so while the rider runs, its state is the rider's own.
+        if rider.random_state is not None:
+            if rider.party.ride is not None:
+                rider.outer_state = self._generators.get()
+            self._generators.set(rider.random_state)
+        self.holder = rider
+        self.runs_since = time.monotonic()
+
+    def put_down(self, rider: Rider | None) -> None:
+        """Let a rider run no more; the next one that was dismissed may."""
+        if rider is None:
+            return
+        if rider.random_state is not None:
+            rider.random_state = self._generators.get()
+            if rider.outer_state is not None:
+                self._generators.set(rider.outer_state)
+                rider.outer_state = None
+        self.holder = None
+        self._notify_dismissed()
+
+    def dismiss(self, visits: Iterable[Visit], error: BaseException) -> None:
+        """End visits unserved. Riders raise the error one at a time, before another visit is served."""
+        for visit in sorted(visits, key=lambda visit: visit.order):
+            visit.error = twin(error)
+            if visit.rider is not None:
+                self._dismissed.append(visit)
+            else:  # at once: the running rider may be blocked on this guest
+                visit.done.set()
+        self._notify_dismissed()
+
+    def _notify_dismissed(self) -> None:
+        if self._dismissed and self.holder is None:
+            visit = self._dismissed.pop(0)
+            self.hand(visit.rider)
+            visit.done.set()
+
+    def outer_state(self) -> RandomState:
+        """Return the generators' state as it is without the boarded job that runs, if one does."""
+        inside = None if self.holder is None else self.holder.outer_state
+        return self._generators.get() if inside is None else inside
+
+    def set_outer_state(self, state: RandomState) -> None:
+        """Set the state that the generators have when no boarded job runs."""
+        if self.holder is not None and self.holder.outer_state is not None:
+            self.holder.outer_state = state
+        else:
+            self._generators.set(state)
+
+
+def twin(error: BaseException) -> BaseException:
+    """Copy an error: threads that raise one object would mix their tracebacks and notes in it."""
+    try:
+        copied = copy.copy(error)
+    except Exception:  # its class takes other arguments than it keeps; then all threads share the one
+        return error
+    copied.__cause__, copied.__context__ = error.__cause__, error.__context__
+    copied.__suppress_context__ = error.__suppress_context__
+    return copied.with_traceback(error.__traceback__)
