@@ -19,7 +19,7 @@ from slowllm.errors import CheckpointError, StoreError
 from slowllm.storage.checkpoint import Checkpoint, read_json
 from slowllm.storage.codecs.registry import check_coding
 from slowllm.storage.shard import read_header
-from slowllm.storage.spans import Coding, Part, Span
+from slowllm.storage.spans import CodedArray, Coding, Span
 
 MANIFEST, UNFINISHED = "slowllm_store.json", "slowllm_store.unfinished.json"
 # Incremented when an older slowllm would misread what a newer one writes.
@@ -192,7 +192,7 @@ def _span_of(path: Path, name: str, entry: StoredTensor, header: Mapping[str, Sp
     if entry.codec is None:
         return first
     parts = tuple(
-        Part(part, span.dtype, span.shape, span.offset - first.offset)
+        CodedArray(part, span.dtype, span.shape, span.offset - first.offset)
         for part, span in zip(entry.parts, spans, strict=True)
     )
     coding = Coding(entry.codec, parts)

@@ -32,7 +32,7 @@ ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Part:
+class CodedArray:
     """One of the arrays that a coded tensor is stored as.
 
     Attributes:
@@ -58,7 +58,7 @@ class Coding:
     """
 
     codec: str
-    parts: tuple[Part, ...]
+    parts: tuple[CodedArray, ...]
 
 
 @dataclass(frozen=True)

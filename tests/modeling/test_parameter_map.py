@@ -29,7 +29,8 @@ from transformers.core_model_loading import WeightConverter as Converter
 
 from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.modeling import parameter_map
-from slowllm.modeling.parameter_map import MAX_RUNS, _covering, _place_fused, _probe_scale, place
+from slowllm.modeling.fused_parameters import MAX_RUNS, _covering, _probe_scale, place_fused
+from slowllm.modeling.parameter_map import place
 from slowllm.modeling.skeleton import build_skeleton, read_config
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.shard import read_header
@@ -434,7 +435,7 @@ def fuse(
     empty = {name: torch.empty(shape, device="meta") for name, shape in wanted.items()}
     converter = Converter([*patterns], [*wanted], operations)
     sources = [(of_pattern(number), span) for number, span in enumerate(spans)]
-    return _place_fused(model, next(iter(wanted)), converter, sources, empty)
+    return place_fused(model, next(iter(wanted)), converter, sources, empty)
 
 
 def fused(spans: Sequence[Span], shape: tuple[int, ...], *operations: ConversionOps) -> Placement:

@@ -17,7 +17,7 @@ from slowllm.storage.codecs import base, cpu_kernels, layout_constants
 from slowllm.storage.codecs.base import Parts, Team
 from slowllm.storage.codecs.int8 import quantise_rows
 from slowllm.storage.codecs.registry import CODECS, check_coding
-from slowllm.storage.spans import TORCH_DTYPES, Coding, Part
+from slowllm.storage.spans import TORCH_DTYPES, CodedArray, Coding
 from tests.support.properties import num_examples
 
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -45,7 +45,7 @@ def stored(name: str, matrix: Tensor, units: int = 1) -> tuple[Tensor, Coding]:
     parts, data = [], torch.empty(0, dtype=torch.uint8)
     for key, array in arrays.items():
         assert key not in layout or (NAMES[array.dtype], tuple(array.shape)) == layout[key]
-        parts.append(Part(key, NAMES[array.dtype], tuple(array.shape), len(data)))
+        parts.append(CodedArray(key, NAMES[array.dtype], tuple(array.shape), len(data)))
         own = array.reshape(-1).view(torch.uint8) if array.numel() else data[:0]
         data = torch.cat([data, own, torch.zeros(-len(own) % 64, dtype=torch.uint8)])
     coding = Coding(name, tuple(parts))
