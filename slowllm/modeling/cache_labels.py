@@ -54,11 +54,11 @@ class Held:
     """What the holder keeps of one layer of a cache.
 
     Attributes:
-        session: the name of what it is kept in; None where nothing is kept.
+        kept: where; None where nothing is kept.
         labels: (B, L) int64, in the order in which the holder has them.
     """
 
-    session: str | None = None
+    kept: Any = None
     labels: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Held:

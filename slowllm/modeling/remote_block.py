@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -37,23 +37,57 @@ _STAYS_HERE = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Hop:
+    """Blocks that one machine computes in one go.
+
+    Attributes:
+        first: the first block.
+        end: the number after the last.
+        peer: the machine's name.
+    """
+
+    first: int
+    end: int
+    peer: str = ""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the keys and values of a hop's blocks are kept.
+
+    Attributes:
+        hop: whose machine keeps them.
+        session: their name there.
+    """
+
+    hop: Hop
+    session: str
+
+
 class Spans(Protocol):
-    """The machines that hold the blocks. Every method blocks until it is answered."""
+    """The machines that hold the blocks. `forward` and `backward` block until they are answered."""
 
-    def hop_end(self, first: int) -> int:
-        """Return the number after the last block of the hop that begins at a block."""
+    def route(self, first: int, num_tokens: int, *, keeps_cache: bool) -> Sequence[Hop]:
+        """Return hops from block `first` to the last block, for one call of the model.
 
-    def forward(self, call: SpanCall, session: str | None) -> dict[int, Tensor]:
+        Args:
+            first: the block that is to be computed next.
+            num_tokens: of the call.
+            keeps_cache: whether later calls will continue this one.
+        """
+
+    def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
         """Compute a span; within a session, its keys and values are read and kept.
 
         Returns:
             the hidden states (B, T, ...) behind the last block, or behind each if the call asks for all.
         """
 
-    def backward(self, call: SpanCall, grads: Mapping[int, Tensor]) -> SpanGrads:
+    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
         """Return the gradients of a call's inputs."""
 
-    def end_session(self, session: str) -> None:
+    def end_session(self, kept: Kept) -> None:
         """Let go of what a session keeps. Does not wait, and does not raise."""
 
 
@@ -145,7 +179,9 @@ def _pass_hop(
     """Return what the blocks of the hop that begins at `first` return, by their numbers."""
     arguments = owner_call.arguments
     _refuse_unsent(arguments)
-    end = remote.spans.hop_end(first)
+    wants_cache = cache is not None and not torch.is_grad_enabled()
+    hop = _kept_hop(cache, first) or _next_hop(remote, first, hidden, owner_call, keeps_cache=wants_cache)
+    end = hop.end
     returns_all = bool(
         arguments.get("output_hidden_states", getattr(remote.config, "output_hidden_states", False))
     )
@@ -153,7 +189,7 @@ def _pass_hop(
         first, end, hidden, mask=arguments.get("attention_mask"), positions=arguments.get("position_ids"),
         vectors=_vectors_behind(first, end), returns_all=returns_all,
     )  # fmt: skip
-    call, session = (call, None) if cache is None else _with_cache(remote, call, cache)
+    call, session = (call, None) if cache is None else _with_cache(remote, call, hop, cache)
     inputs = _tensors_of(call)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         if session is not None:
@@ -162,16 +198,43 @@ def _pass_hop(
                 "use_cache=False or with a new cache, or under torch.no_grad()"
             )
         numbers = tuple(range(first, end) if returns_all else (end - 1,))
-        flat = _Hop.apply(remote, call, numbers, *inputs)  # type: ignore[no-untyped-call]
+        flat = _HopFunction.apply(remote, call, hop, numbers, *inputs)  # type: ignore[no-untyped-call]
         found = dict(zip(numbers, flat, strict=True))
     else:
-        found = remote.away(lambda: remote.spans.forward(call, session))
+        found = remote.away(lambda: remote.spans.forward(call, hop, session))
     # Without the outputs in between, the last one stands for them: the blocks that get it return at once as well.
     last = found[end - 1]
     return {number: remote.form.stand_in(found.get(number, last)) for number in range(first, end)}
 
 
+def _kept_hop(cache: Cache | None, first: int) -> Hop | None:
+    """Return the hop whose machine keeps the keys and values of a block; None for a new cache."""
+    if cache is None or first >= len(cache.layers):
+        return None
+    held = held_of(cast(CacheLayerMixin, cache.layers[first]))
+    kept = None if held is None else held.kept
+    if isinstance(kept, Kept) and kept.hop.first != first:
+        raise SessionError(
+            f"the keys and values of block {first} are kept by a hop that begins at {kept.hop.first}"
+        )
+    return kept.hop if isinstance(kept, Kept) else None
+
+
+def _next_hop(remote: Remote, first: int, hidden: Tensor, owner_call: OwnerCall, *, keeps_cache: bool) -> Hop:
+    """Return the hop that begins at a block, of the route of this call."""
+    known = [hop for hop in owner_call.route if hop.first == first]
+    if not known:
+        num_tokens = hidden.shape[0] * hidden.shape[1]
+        owner_call.route = tuple(remote.spans.route(first, num_tokens, keeps_cache=keeps_cache))
+        known = [hop for hop in owner_call.route if hop.first == first]
+    return cast(Hop, known[0])
+
+
 def _refuse_unsent(arguments: Mapping[str, Any]) -> None:
+    if "cache_params" in arguments:
+        raise UnsupportedError(
+            "a recurrent cache (cache_params) cannot be kept by other machines; call the model with use_cache=False"
+        )
     for name, value in arguments.items():
         if name not in _SENT | _STAYS_HERE and value is not False:
             raise UnsupportedError(
@@ -188,7 +251,7 @@ def _vectors_behind(first: int, end: int) -> dict[int, Tensor]:
     return {n: v for n in range(first + 1, end) if n < len(vectors) and (v := vectors[n]) is not None}
 
 
-def _with_cache(remote: Remote, call: SpanCall, cache: Cache) -> tuple[SpanCall, str | None]:
+def _with_cache(remote: Remote, call: SpanCall, hop: Hop, cache: Cache) -> tuple[SpanCall, str | None]:
     """Append labels to a cache; return the call with what the cache says of its past, and the session of the hop."""
     configured = DynamicCache(config=remote.config)
     while len(cache.layers) < call.end:
@@ -209,21 +272,22 @@ def _with_cache(remote: Remote, call: SpanCall, cache: Cache) -> tuple[SpanCall,
             pairs[number] = pair
     helds = [cast(Held, held_of(layer)) for layer in layers]  # all have one now
     has_past = not is_new and bool(helds[0].labels.numel())
-    if has_past and len({held.session for held in helds}) > 1:
+    if has_past and len({held.kept for held in helds}) > 1:
         raise SessionError("the keys and values of this cache are kept by other hops than the model has now")
     wants_grad = torch.is_grad_enabled() and any(
         tensor.requires_grad
         for tensor in (*_tensors_of(call), *(side for pair in pairs.values() for side in pair))
     )
-    if has_past and helds[0].session is None:
+    if has_past and helds[0].kept is None:
         raise SessionError(
             "the cache was filled under autograd, which leaves nothing at other machines; fill it under torch.no_grad()"
         )
     if is_new and not wants_grad:
-        session = uuid.uuid4().hex
-        weakref.finalize(helds[0], remote.spans.end_session, session)
+        kept = Kept(hop, uuid.uuid4().hex)
+        # Not at the interpreter's exit, when the connection has gone and the machine notices by itself.
+        weakref.finalize(helds[0], remote.spans.end_session, kept).atexit = False
         for held in helds:
-            held.session = session
+            held.kept = kept
     length = layers[0].get_seq_length()
     labels = remote.labels.new(*call.hidden.shape[:2])
     moves: dict[int, Move] = {}
@@ -241,7 +305,8 @@ def _with_cache(remote: Remote, call: SpanCall, cache: Cache) -> tuple[SpanCall,
         records_past=records_past,
         keeps_everything=keeps_everything,
     )
-    return call, helds[0].session
+    kept_at = helds[0].kept
+    return call, kept_at.session if isinstance(kept_at, Kept) else None
 
 
 def _shared(move: Move, shared: dict[tuple[int, ...], Move]) -> Move:
@@ -268,20 +333,20 @@ def _with_tensors(call: SpanCall, tensors: tuple[Tensor, ...]) -> SpanCall:
     return replace(call, hidden=hidden, vectors=vectors, pairs=pairs)
 
 
-class _Hop(torch.autograd.Function):
+class _HopFunction(torch.autograd.Function):
     """A hop as one node of autograd's graph."""
 
     @staticmethod
     def forward(
-        ctx: Any, remote: Remote, call: SpanCall, numbers: tuple[int, ...], *inputs: Tensor
+        ctx: Any, remote: Remote, call: SpanCall, hop: Hop, numbers: tuple[int, ...], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         # The graph keeps the inputs, and notices a later write into them.
-        ctx.remote, ctx.numbers = remote, numbers
+        ctx.remote, ctx.hop, ctx.numbers = remote, hop, numbers
         ctx.call = _with_tensors(call, tuple(tensor.new_empty(0) for tensor in inputs))
         given = _with_tensors(call, tuple(tensor.detach() for tensor in inputs))
-        found = remote.away(lambda: remote.spans.forward(given, None))
+        found = remote.away(lambda: remote.spans.forward(given, hop, None))
         return tuple(found[number] for number in numbers)
 
     @staticmethod
@@ -291,10 +356,11 @@ class _Hop(torch.autograd.Function):
         remote: Remote = ctx.remote
         given = {n: grad for n, grad in zip(ctx.numbers, grads, strict=True) if grad is not None}
         if not given:
-            return (None,) * (3 + len(ctx.saved_tensors))
-        found: SpanGrads = remote.away(lambda: remote.spans.backward(call, given))
+            return (None,) * (4 + len(ctx.saved_tensors))
+        found: SpanGrads = remote.away(lambda: remote.spans.backward(call, ctx.hop, given))
         of_pairs = (side for number in call.pairs for side in found.pairs.get(number, (None, None)))
         return (
+            None,
             None,
             None,
             None,

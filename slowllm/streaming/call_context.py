@@ -24,10 +24,12 @@ class OwnerCall:
     Attributes:
         arguments: what the module was called with, by name, without those that are None.
         outputs: of blocks that were computed elsewhere ahead of their turn, by their numbers.
+        route: the hops of this call, where blocks are elsewhere.
     """
 
     arguments: Mapping[str, Any]
     outputs: dict[int, Any] = field(default_factory=dict)
+    route: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

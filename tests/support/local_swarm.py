@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 import slowllm
 from slowllm.modeling.cache_labels import LabelSource
 from slowllm.modeling.cutting import find_form
-from slowllm.modeling.remote_block import Remote, make_remote
+from slowllm.modeling.remote_block import Hop, Kept, Remote, make_remote
 from slowllm.modeling.soft_prompts import hook_inputs
 from slowllm.modeling.span import SpanCall, SpanGrads, SpanRunner
 from slowllm.runtime.streamed_lm import StreamedLM
@@ -33,10 +33,10 @@ class LocalSpans:
         self.num_calls = 0
         self.calls: list[SpanCall] = []
 
-    def hop_end(self, first: int) -> int:
-        return self.ends[first]
+    def route(self, first: int, num_tokens: int, *, keeps_cache: bool) -> list[Hop]:
+        return [Hop(start, end) for start, end in self.ends.items() if start >= first]
 
-    def forward(self, call: SpanCall, session: str | None) -> dict[int, Tensor]:
+    def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
         self.num_calls += 1
         self.calls.append(call)
         runner = self.runners[call.first]
@@ -47,15 +47,15 @@ class LocalSpans:
             cache = self.sessions[session]
         return self._ride(call.first, lambda: runner.forward(call, cache))
 
-    def backward(self, call: SpanCall, grads: Mapping[int, Tensor]) -> SpanGrads:
+    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
         self.num_calls += 1
         return self._ride(call.first, lambda: self.runners[call.first].backward(call, grads))
 
     def _ride(self, first: int, job: Callable[[], Any]) -> Any:
         return self.models[first].ride([job])[0]
 
-    def end_session(self, session: str) -> None:
-        self.sessions.pop(session, None)
+    def end_session(self, kept: Kept) -> None:
+        self.sessions.pop(kept.session, None)
 
 
 def cut_in_two_or_three(num_blocks: int) -> list[tuple[int, int]]:
