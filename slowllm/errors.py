@@ -79,6 +79,59 @@ class DownloadError(SlowLLMError):
     """The hub cannot be reached or refuses, the disk is too small, or a file differs from the hub's."""
 
 
+class NetworkError(SlowLLMError):
+    """The swarm cannot be joined or asked; the message names the addresses that were given, or the peer."""
+
+
+class ProtocolError(NetworkError):
+    """A message or record of a peer is damaged, too large, of another version, or cannot be sent as it is."""
+
+
+class PeerError(NetworkError):
+    """A request failed at one peer.
+
+    Attributes:
+        peer: the peer's id.
+    """
+
+    def __init__(self, peer: str, problem: str) -> None:
+        super().__init__(f"peer {peer}: {problem}")
+        self.peer = peer
+
+
+class PeerLostError(PeerError):
+    """A peer cannot be reached, or its connection ended before it had answered."""
+
+
+class PeerTimeoutError(PeerError):
+    """A peer is silent, or has not answered in the time that it was given."""
+
+
+class RemoteError(PeerError):
+    """A peer answered with an error.
+
+    Attributes:
+        kind: the error's name at the peer, such as ``InputError``.
+        sentence: what the peer says about it.
+    """
+
+    def __init__(self, peer: str, kind: str, sentence: str) -> None:
+        super().__init__(peer, f"answers {kind}: {sentence}")
+        self.kind, self.sentence = kind, sentence
+
+
+class MissingBlocksError(NetworkError):
+    """Some blocks of a model are served by nobody who may be asked.
+
+    Attributes:
+        blocks: their numbers.
+    """
+
+    def __init__(self, blocks: tuple[int, ...], problem: str) -> None:
+        super().__init__(problem)
+        self.blocks = blocks
+
+
 @contextlib.contextmanager
 def forward_errors(model: object) -> Iterator[None]:
     """Raise what fails inside a model's forward or backward pass as an ArchitectureError in one sentence."""

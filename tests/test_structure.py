@@ -23,7 +23,7 @@ for _level in (
     {"planning", "streaming"},
     {"modeling"},
     {"runtime", "prepare"},
-    {"inference"},
+    {"inference", "swarm"},
     {"tuning"},
     {"entrypoints"},
     {"__init__", "__main__", "cli", "harness"},
@@ -50,7 +50,10 @@ ONLY_IN = {
     "typer": {"entrypoints.cli"},
     "tensorboard": set(),
     "gradio": set(),
-    "hivemind": set(),
+    # It takes seconds to import, and forks in its higher layers: only what opens the network knows it.
+    "hivemind": {"swarm.network"},
+    "cryptography": {"swarm.identity"},
+    "msgpack": set(),
     "accelerate": set(),
     "pickle": set(),
 }

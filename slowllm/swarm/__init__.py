@@ -1,0 +1,1 @@
+"""How do several machines hold one model? What is said between them, and which way a token takes; no model is computed here."""
