@@ -120,6 +120,10 @@ class RemoteError(PeerError):
         self.kind, self.sentence = kind, sentence
 
 
+class BusyError(NetworkError):
+    """A server takes no more requests for now, or no new sessions, because it is leaving."""
+
+
 class MissingBlocksError(NetworkError):
     """Some blocks of a model are served by nobody who may be asked.
 
