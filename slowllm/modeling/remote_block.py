@@ -241,6 +241,11 @@ def _refuse_unsent(arguments: Mapping[str, Any]) -> None:
                 f"{name} is not sent to other machines; call the model without it, or load it without a swarm"
             )
     mask = arguments.get("attention_mask")
+    if isinstance(mask, dict):
+        raise UnsupportedError(
+            "this model makes its attention masks outside of the module that owns the blocks, so they cannot be made anew on "
+            "other machines; load its text model, or load it without a swarm"
+        )
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         raise UnsupportedError("an attention_mask of another form than (B, T) is not sent to other machines")
 

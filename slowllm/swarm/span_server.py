@@ -6,30 +6,28 @@ computed. Knows no network: a request comes with the id of its peer, and is answ
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
 from transformers.cache_utils import Cache
 
-from slowllm.errors import BusyError, InputError, SlowLLMError, forward_errors
+from slowllm.errors import BusyError, InputError, ProtocolError, forward_errors
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.span import SpanRunner
 from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.streaming.ride import Ride
+from slowllm.swarm.compression import COMPRESSIONS
+from slowllm.swarm.requests import Request
 from slowllm.swarm.sessions import Session, Sessions
-from slowllm.swarm.span_messages import SpanRequest, pack_grads, pack_outputs, unpack_request
-
-log = logging.getLogger(__name__)
-
-Meta = dict[str, Any]
-# Called once with an answer or an error, on any thread.
-Respond = Callable[[Meta, Mapping[str, Tensor]], None]
-Fail = Callable[[SlowLLMError], None]
+from slowllm.swarm.span_messages import (
+    SpanRequest,
+    Tensors,
+    compressible,
+    pack_grads,
+    pack_outputs,
+    unpack_request,
+)
 
 
 @dataclass(frozen=True)
@@ -82,113 +80,104 @@ class SpanServer:
         """Tokens of the requests that are under way or wait."""
         return self._waiting_tokens
 
-    def ask(self, peer: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Request:
-        """Check a request, and let it ride; return what can be waited for or cancelled. Does not block on a sweep.
+    def handle(self, request: Request) -> None:
+        """Answer a request of a peer: at once, or when it has passed the span. Does not block on a sweep.
 
-        Args:
-            peer: that asks.
-            meta: of its message.
-            tensors: of its message.
         Raises:
             ProtocolError: the request is damaged.
             InputError: it asks for what is not served.
             SessionError: its session is not here, or has no room.
             BusyError: too many tokens wait already.
         """
-        request = unpack_request(meta, tensors, self._lm.model.dtype)
-        call, served = request.call, self.served
+        operation = request.meta.get("op")
+        if operation == "end_session":
+            self.sessions.end(request.peer, str(request.meta.get("session")))
+            request.respond()
+        elif operation in ("forward", "backward"):
+            self._board(request)
+        else:
+            raise ProtocolError(f"{str(operation)[:40]!r} is no operation of this version")
+
+    def _board(self, request: Request) -> None:
+        asked = unpack_request(request.meta, request.tensors, self._lm.model.dtype)
+        compression = str(request.meta.get("compression", "none"))
+        if compression not in COMPRESSIONS:
+            raise ProtocolError(f"the compression {compression[:40]!r} is none of {', '.join(COMPRESSIONS)}")
+        num_tokens = asked.call.hidden.shape[0] * asked.call.hidden.shape[1]
+        self._check(asked, num_tokens)
+        session = self._reserve(request.peer, asked, num_tokens)
+        came_at, began_at = time.time(), [0.0]
+
+        def compute() -> Tensors:
+            began_at[0] = time.time()
+            with forward_errors(self._lm.model):
+                if asked.grads is not None:
+                    return pack_grads(self.runner.backward(asked.call, asked.grads))
+                return pack_outputs(
+                    self.runner.forward(asked.call, None if session is None else session.cache)
+                )
+
+        def ended(ride: Ride[Tensors]) -> None:
+            tensors: Tensors = {}
+            error: BaseException | None = None
+            try:
+                tensors = ride.result()
+            except BaseException as caught:  # told to who asked; what is a fault of ours is logged there
+                error = caught
+            self._leave(request.peer, asked, num_tokens, has_failed=error is not None)
+            if error is not None:
+                request.fail(error)
+                return
+            ended_at = time.time()
+            said = {
+                "queue_seconds": began_at[0] - came_at, "compute_seconds": ended_at - began_at[0],
+                "began_at": began_at[0], "ended_at": ended_at,
+            }  # fmt: skip
+            request.respond(said, tensors, dict.fromkeys(compressible(tensors), compression))
+
+        try:
+            ride = self._lm.board(compute)
+        except BaseException:
+            self._leave(request.peer, asked, num_tokens, has_failed=True)
+            raise
+        ride.add_done_callback(ended)
+        request.add_cancel_callback(ride.cancel)
+
+    def _check(self, asked: SpanRequest, num_tokens: int) -> None:
+        call, served = asked.call, self.served
         if not served.first <= call.first < call.end <= served.end:
             raise InputError(
                 f"blocks {call.first}:{call.end} are not served here; this server has {served.first}:{served.end}"
             )
-        num_tokens = call.hidden.shape[0] * call.hidden.shape[1]
         if num_tokens > served.max_batch_tokens:
             raise InputError(
                 f"a request of {num_tokens:,} tokens is longer than the {served.max_batch_tokens:,} that this server announces"
             )
-        if request.grads is not None and not served.has_backward:
+        if asked.grads is not None and not served.has_backward:
             raise InputError("this server computes no gradients, because its budget streams blocks in parts")
+
+    def _reserve(self, peer: str, asked: SpanRequest, num_tokens: int) -> Session[Cache] | None:
+        """Count a request among those that wait, and make room in its session."""
+        call, served = asked.call, self.served
         session: Session[Cache] | None = None
         with self._lock:
             if self._waiting_tokens and self._waiting_tokens + num_tokens > served.max_waiting_tokens:
                 raise BusyError(
-                    f"the server is busy: {self._waiting_tokens:,} tokens wait, and it takes {served.max_waiting_tokens:,}"
+                    f"{self._waiting_tokens:,} tokens wait here, and no more than {served.max_waiting_tokens:,} may; ask again later"
                 )
-            if request.session is not None:
-                if self._is_draining and not request.step:
+            if asked.session is not None:
+                if self._is_draining and not asked.step:
                     raise BusyError("the server is leaving and takes no new sessions")
+                rows, width = call.hidden.shape[:2]
                 session = self.sessions.begin_step(
-                    peer, request.session, request.step,
-                    call.hidden.shape[0] * (call.length + call.hidden.shape[1]),
+                    peer, asked.session, asked.step, rows * (call.length + width),
                     lambda: self.runner.new_cache(keeps_everything=call.keeps_everything),
                 )  # fmt: skip
             self._waiting_tokens += num_tokens
-        return Request(self, self._lm, peer, request, session, num_tokens)
+        return session
 
-    def end_session(self, peer: str, name: str) -> None:
-        """End a session of a peer."""
-        self.sessions.end(peer, name)
-
-    def _leave(self, peer: str, request: SpanRequest, num_tokens: int, *, has_failed: bool) -> None:
+    def _leave(self, peer: str, asked: SpanRequest, num_tokens: int, *, has_failed: bool) -> None:
         with self._lock:
             self._waiting_tokens -= num_tokens
-        if request.session is not None:
-            self.sessions.end_step(peer, request.session, has_failed=has_failed)
-
-
-class Request:
-    """One request that rides. Its answer goes to `then`'s callbacks."""
-
-    def __init__(
-        self,
-        server: SpanServer,
-        lm: StreamedLM,
-        peer: str,
-        request: SpanRequest,
-        session: Session[Cache] | None,
-        num_tokens: int,
-    ) -> None:
-        self._server, self._peer, self._request, self._session = server, peer, request, session
-        self._num_tokens, self._model = num_tokens, lm.model
-        self._came_at, self._began_at = time.time(), 0.0
-        self._ride = lm.board(self._compute)
-
-    def then(self, respond: Respond, fail: Fail) -> None:
-        """Call back with the answer, or with what went wrong; on the thread that ends the ride."""
-
-        def ended(ride: Any) -> None:
-            try:
-                tensors = ride.result()
-            except SlowLLMError as error:
-                answer: SlowLLMError | None = error
-            except BaseException as error:  # a fault of ours, which must not leave the client waiting
-                log.exception("a request of %s failed", self._peer)
-                answer = SlowLLMError(f"the server failed: {type(error).__name__}")
-            else:
-                answer = None
-            self._server._leave(self._peer, self._request, self._num_tokens, has_failed=answer is not None)
-            if answer is not None:
-                fail(answer)
-                return
-            ended_at = time.time()
-            meta = {
-                "queue_seconds": self._began_at - self._came_at, "compute_seconds": ended_at - self._began_at,
-                "began_at": self._began_at, "ended_at": ended_at,
-            }  # fmt: skip
-            respond(meta, tensors)
-
-        self._ride.add_done_callback(ended)
-
-    def cancel(self) -> None:
-        """Give the seat up. The session, if there is one, ends, because it is unknown what its cache holds."""
-        self._ride.cancel()
-
-    def _compute(self) -> dict[str, Tensor]:
-        self._began_at = time.time()
-        call = self._request.call
-        with forward_errors(self._model):
-            if self._request.grads is not None:
-                return pack_grads(self._server.runner.backward(call, self._request.grads))
-            cache = None if self._session is None else self._session.cache
-            with torch.no_grad():
-                return pack_outputs(self._server.runner.forward(call, cache))
+        if asked.session is not None:
+            self.sessions.end_step(peer, asked.session, has_failed=has_failed)

@@ -1,0 +1,220 @@
+"""A client's hops: each is asked of one server, on a route that suits the work.
+
+Finds servers, chooses routes, counts the passages of each session, and adds up where the time went. A request is sent
+once: a step that may have been applied is never sent to the same session again. The `Spans` of `modeling.remote_block`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from slowllm.errors import InputError, RemoteError, SessionError, SlowLLMError
+from slowllm.modeling.remote_block import Hop, Kept
+from slowllm.modeling.span import SpanCall, SpanGrads
+from slowllm.swarm.records import ServerRecord
+from slowllm.swarm.span_messages import (
+    Meta,
+    SpanRequest,
+    Tensors,
+    compressible,
+    pack_request,
+    unpack_grads,
+    unpack_outputs,
+)
+
+log = logging.getLogger(__name__)
+
+# Servers that have come or left since are seen after this time at the latest.
+REFRESH_SECONDS = 15.0
+
+
+class Asks(Protocol):
+    """Sends a request to a peer; `Network.ask` is one."""
+
+    def __call__(
+        self,
+        peer: str,
+        meta: Mapping[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        timeout: float | None = None,
+        compression: Mapping[str, str] | None = None,
+    ) -> Future[tuple[Meta, Tensors]]: ...
+
+
+class ChoosesRoute(Protocol):
+    """Chooses servers for the blocks from one on; `client.choose` is one."""
+
+    def __call__(
+        self, records: Sequence[ServerRecord], first: int, num_tokens: int, *, keeps_cache: bool, number: int
+    ) -> Sequence[Hop]: ...
+
+
+@dataclass
+class PeerTimes:
+    """Where the time of the requests to one server went, as the client and the server have measured it.
+
+    Attributes:
+        name: of the server.
+        num_requests: that were answered.
+        network_seconds: neither waiting nor computing at the server.
+        queue_seconds: waiting at the server for the first stop of the span.
+        compute_seconds: passing through the span, the waits for weights included.
+    """
+
+    name: str
+    num_requests: int = 0
+    network_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.num_requests:,} requests, {self.network_seconds:.2f} s on the network, "
+            f"{self.queue_seconds:.2f} s waiting, {self.compute_seconds:.2f} s computing"
+        )
+
+
+class Hops:
+    """The servers of one model, as a client asks them.
+
+    Args:
+        find: returns the records of the servers as they are now.
+        ask: sends a request.
+        choose: chooses a route.
+        timeout: seconds for one answer; None to wait as long as the server gives signs of life.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[], Sequence[ServerRecord]],
+        ask: Asks,
+        choose: ChoosesRoute,
+        timeout: float | None = None,
+    ) -> None:
+        self._find, self._ask, self._choose, self._timeout = find, ask, choose, timeout
+        self._lock = threading.Lock()
+        self._records: dict[str, ServerRecord] = {}
+        self._found_at = float("-inf")
+        self._num_steps: dict[str, int] = {}
+        self._num_routes = 0
+        self._last_route: tuple[Hop, ...] = ()
+        self.times: dict[str, PeerTimes] = {}
+
+    def records(self, *, refresh: bool = False) -> list[ServerRecord]:
+        """Return the records of the servers; those that were found lately, unless `refresh`."""
+        with self._lock:
+            is_old = time.monotonic() - self._found_at > REFRESH_SECONDS
+        if refresh or is_old:
+            found = {record.peer: record for record in self._find()}
+            with self._lock:
+                self._records, self._found_at = found, time.monotonic()
+        with self._lock:
+            return list(self._records.values())
+
+    def route(self, first: int, num_tokens: int, *, keeps_cache: bool) -> Sequence[Hop]:
+        """Return hops from block `first` to the last block; see `remote_block.Spans`.
+
+        Raises:
+            MissingBlocksError: some blocks are served by nobody.
+        """
+        with self._lock:
+            self._num_routes += 1
+            number = self._num_routes
+        hops = tuple(self._choose(self.records(), first, num_tokens, keeps_cache=keeps_cache, number=number))
+        if hops != self._last_route:
+            log.info(
+                "route: %s",
+                ", ".join(f"blocks {hop.first}:{hop.end} at {self._name(hop.peer)}" for hop in hops),
+            )
+            self._last_route = hops
+        return hops
+
+    def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
+        """Compute a span at its server; see `remote_block.Spans`.
+
+        Raises:
+            SessionError: the session is not there any more, or has no room.
+            NetworkError: the server does not answer, or with an error.
+        """
+        if session is None:
+            return unpack_outputs(self._send(SpanRequest(call), hop), call)
+        with self._lock:
+            step = self._num_steps.get(session, 0)
+            self._num_steps[session] = step + 1
+        try:
+            return unpack_outputs(self._send(SpanRequest(call, session, step), hop), call)
+        except BaseException:
+            # It is unknown whether the step was applied, so the session is not used again.
+            with self._lock:
+                self._num_steps[session] = -1
+            raise
+
+    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
+        """Return the gradients of a call's inputs from its server; see `remote_block.Spans`."""
+        return unpack_grads(self._send(SpanRequest(call, grads=grads), hop), call)
+
+    def end_session(self, kept: Kept) -> None:
+        """Tell the server that a cache is gone. Does not wait."""
+        with self._lock:
+            if self._num_steps.pop(kept.session, None) is None:
+                return
+        with contextlib.suppress(SlowLLMError):  # a server that has gone has no session either
+            self._ask(kept.hop.peer, {"op": "end_session", "session": kept.session})
+
+    def _send(self, request: SpanRequest, hop: Hop) -> Tensors:
+        if request.step < 0:
+            raise SessionError(
+                "a passage of this session has failed before, so its cache cannot be continued"
+            )
+        meta, tensors = pack_request(request)
+        record = self._records.get(hop.peer)
+        how = "none" if record is None else record.compression
+        num_tokens = request.call.hidden.shape[0] * request.call.hidden.shape[1]
+        if record is not None and num_tokens > record.max_batch_tokens:
+            raise InputError(
+                f"a call of {num_tokens:,} tokens is longer than the {record.max_batch_tokens:,} that {record.label} takes; "
+                "give it fewer rows"
+            )
+        meta["compression"] = how
+        began = time.perf_counter()
+        answer = self._ask(
+            hop.peer,
+            meta,
+            tensors,
+            timeout=self._timeout,
+            compression=dict.fromkeys(compressible(tensors), how),
+        )
+        try:
+            said, found = answer.result()
+        except RemoteError as error:
+            if error.kind == SessionError.__name__:
+                raise SessionError(f"{self._name(hop.peer)}: {error.sentence}") from error
+            raise
+        except BaseException:  # an interrupt
+            answer.cancel()
+            raise
+        self._add_times(hop.peer, time.perf_counter() - began, said)
+        return found
+
+    def _add_times(self, peer: str, seconds: float, said: Mapping[str, Any]) -> None:
+        queue, compute = (float(said.get(name, 0.0)) for name in ("queue_seconds", "compute_seconds"))
+        with self._lock:
+            times = self.times.setdefault(peer, PeerTimes(self._name(peer)))
+            times.num_requests += 1
+            times.queue_seconds += queue
+            times.compute_seconds += compute
+            times.network_seconds += max(0.0, seconds - queue - compute)
+
+    def _name(self, peer: str) -> str:
+        record = self._records.get(peer)
+        return peer[-6:] if record is None else record.label
