@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from slowllm.modeling.layout import find_blocks
+from slowllm.modeling.blocks import find_blocks
+from slowllm.modeling.parts import Part
 from slowllm.modeling.recompute import is_cache, tensor_refs
 from slowllm.rounding import ceil_div
 
@@ -49,20 +50,26 @@ class CacheSize:
     row_bytes: int
 
 
-_measured: dict[tuple[type, str, torch.dtype], CacheSize] = {}
+_measured: dict[tuple[type, str, torch.dtype, Part | None], CacheSize] = {}
 
 
-def cache_size_of(model: PreTrainedModel) -> CacheSize:
-    """Return what `measure_cache` finds, measured once in a process for each class, config and dtype."""
-    key = type(model), model.config.to_json_string(use_diff=False), model.dtype
+def cache_size_of(model: PreTrainedModel, part: Part | None = None) -> CacheSize:
+    """Return what `measure_cache` finds, measured once in a process for each class, config, dtype and part."""
+    key = type(model), model.config.to_json_string(use_diff=False), model.dtype, part
     if key not in _measured:
-        _measured[key] = measure_cache(model)
+        _measured[key] = measure_cache(model, part)
     return _measured[key]
 
 
-def measure_cache(model: PreTrainedModel) -> CacheSize:
-    """Return the size of a skeleton's cache; that of full keys and values if the model does not run on meta."""
+def measure_cache(model: PreTrainedModel, part: Part | None = None) -> CacheSize:
+    """Return the size of a skeleton's cache; that of full keys and values if the model does not run on meta.
+
+    Args:
+        model: the skeleton.
+        part: whose blocks are counted; None for all.
+    """
     blocks_name, blocks = find_blocks(model.eval())
+    counted = range(len(blocks)) if part is None else part.blocks
     experts = model.get_experts_implementation()
     can_set_experts = model._can_set_experts_implementation()
     # The module that owns the blocks does not need images; if it takes no ids, as in BERT, the whole model does.
@@ -70,7 +77,8 @@ def measure_cache(model: PreTrainedModel) -> CacheSize:
         try:
             if can_set_experts:  # transformers' default has no meta kernel for float32
                 model.set_experts_implementation("batched_mm")
-            sizes = [_row_bytes(module, blocks, _kinds_of(model, blocks), length) for length in LENGTHS]
+            kinds = _kinds_of(model, blocks)
+            sizes = [_row_bytes(module, blocks, kinds, length, counted) for length in LENGTHS]
             token_bytes = max(sizes[1] - sizes[0], ceil_div(sizes[2] - sizes[1], LENGTHS[2] - LENGTHS[1]))
             rest = [size - length * token_bytes for size, length in zip(sizes, LENGTHS, strict=True)]
             return CacheSize(token_bytes, max(0, *rest))
@@ -83,7 +91,7 @@ def measure_cache(model: PreTrainedModel) -> CacheSize:
     num_heads = number_of(config, "num_attention_heads") or 1
     num_kv_heads = number_of(config, "num_key_value_heads") or num_heads
     head_dim = number_of(config, "head_dim") or config.hidden_size // num_heads
-    return CacheSize(len(blocks) * 2 * num_kv_heads * head_dim * model.dtype.itemsize, 0)
+    return CacheSize(len(counted) * 2 * num_kv_heads * head_dim * model.dtype.itemsize, 0)
 
 
 def number_of(config: Any, name: str) -> int | None:
@@ -114,7 +122,9 @@ def _kinds_of(model: PreTrainedModel, blocks: nn.ModuleList) -> list[Any]:
     ]
 
 
-def _row_bytes(module: nn.Module, blocks: nn.ModuleList, kinds: Sequence[Any], num_tokens: int) -> int:
+def _row_bytes(
+    module: nn.Module, blocks: nn.ModuleList, kinds: Sequence[Any], num_tokens: int, counted: range
+) -> int:
     """Return the bytes of the cache after a call with one row.
 
     Args:
@@ -122,6 +132,7 @@ def _row_bytes(module: nn.Module, blocks: nn.ModuleList, kinds: Sequence[Any], n
         blocks: of the module.
         kinds: of the blocks; the first of each kind is run.
         num_tokens: of the row.
+        counted: the blocks whose layers are counted.
     """
     tensors = {
         name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())
@@ -149,7 +160,7 @@ def _row_bytes(module: nn.Module, blocks: nn.ModuleList, kinds: Sequence[Any], n
             for ref in tensor_refs(0, leaf):
                 layers[ref.layer].append(ref.get([leaf]))
             # Of the blocks of one kind only the first has filled its layer.
-            held += [layers[kinds.index(kind)] for kind in kinds]
+            held += [layers[kinds.index(kinds[number])] for number in counted]
         elif isinstance(leaf, Tensor):
             held.append([leaf])
     return sum(map(_storage_bytes, held))

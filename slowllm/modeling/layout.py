@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slowllm.errors import ArchitectureError, CheckpointError
+from slowllm.modeling.blocks import find_blocks, prefixes_of
+from slowllm.modeling.parts import Part
 from slowllm.planning.job import Granularity
 from slowllm.rounding import ceil_div, round_up
 from slowllm.storage.spans import Placement, take_rows
@@ -35,36 +37,41 @@ class Layout:
         granularity: whether a stop is a whole block or a leaf of one.
         blocks_name: of the list of blocks.
         blocks: the list.
-        embedding: the input embedding, whose rows are looked up in `embedding_placement`.
-        head: the output embedding, cut into `chunks`.
+        embedding: the input embedding, whose rows are looked up in `embedding_placement`; None where a part has no ends.
+        head: the output embedding, cut into `chunks`, of which a part without ends has none.
         head_parameter: the name of its matrix in the model.
-        head_name: the name of its matrix in the checkpoint.
+        head_name: the name of its matrix in the checkpoint; None where a part has no ends.
         modules: the name of each stop's block or leaf, without the stops of the head.
         stops: the tensors of each block or leaf, then each chunk of the head.
         kept: the tensors that always stay in memory: norms, position tables, whatever is outside the blocks.
         dtypes: the compute dtype of every tensor, by name.
         streamed_names: the parameters that stay empty, because their stops bring them.
+        part: that is laid out; the stops of other blocks are empty.
+        placements: of the part's parameters and persistent buffers, by name.
     """
 
     granularity: Granularity
     blocks_name: str
     blocks: nn.ModuleList
     embedding: nn.Module
-    embedding_placement: Placement
+    embedding_placement: Placement | None
     head: nn.Linear
     head_parameter: str
-    head_name: str
+    head_name: str | None
     chunks: tuple[Placement, ...]
     modules: tuple[str, ...]
     stops: tuple[tuple[Placement, ...], ...]
     kept: tuple[Placement, ...]
     dtypes: Mapping[str, torch.dtype]
     streamed_names: frozenset[str]
+    part: Part
+    placements: Mapping[str, Placement]
 
     @property
     def absent_names(self) -> frozenset[str]:
         """The streamed parameters, without a head whose matrix is the embedding's, which is mapped."""
-        is_mapped = self.head_name == self.embedding_placement.name
+        embedding = self.embedding_placement
+        is_mapped = embedding is not None and self.head_name == embedding.name
         return self.streamed_names - ({self.head_parameter} if is_mapped else set())
 
     @property
@@ -74,14 +81,20 @@ class Layout:
 
 
 def lay_out(
-    model: PreTrainedModel, placements: Mapping[str, Placement], granularity: Granularity = "blocks"
+    model: PreTrainedModel,
+    placements: Mapping[str, Placement],
+    granularity: Granularity = "blocks",
+    part: Part | None = None,
 ) -> Layout:
     """Divide a model's tensors among stops.
 
+    Stops are numbered as those of the whole model. A block outside the part has one stop, which is empty.
+
     Args:
         model: from `build_skeleton`.
-        placements: from `parameter_map.place`.
+        placements: from `parameter_map.place`, of the same part.
         granularity: of the stops.
+        part: None for the whole model.
     Raises:
         ArchitectureError: the model does not have one list of blocks, or no linear head.
         CheckpointError: a tensor is missing, or stored as integers where floats are computed with.
@@ -92,19 +105,29 @@ def lay_out(
         raise ArchitectureError(
             f"{type(model).__name__}: has no linear head (found {type(head).__name__}); only causal LMs stream"
         )
-    embedding_name, head_name = _name_of(model, embedding, placements), _name_of(model, head, placements)
+    part = part or Part.whole(len(blocks))
+    embedding_name = head_name = None
+    if part.has_ends:
+        embedding_name, head_name = _name_of(model, embedding, placements), _name_of(model, head, placements)
     dtypes = _compute_dtypes(model, placements)
 
     modules = _block_names(model)
-    for name in _names_in(model, blocks_name):
+    here = [modules[number] for number in part.blocks]
+    for name in (name for module in here for name in _names_in(model, module)):
         if name not in placements:
             raise ArchitectureError(f"{name}: is tied to a tensor of another name, which is not streamed")
     if granularity == "leaves":
-        leaves = _leaves(model, modules, placements)
+        leaves = _leaves(model, here, placements)
         if not any(leaves):
             raise ArchitectureError(f"{type(model).__name__}: its blocks have no part that is worth a stop")
-        modules = _in_order_of_use(model, leaves)
-    owners = {name: number for number, module in enumerate(modules) for name in _names_in(model, module)}
+        modules = [*modules[: part.first], *_in_order_of_use(model, leaves), *modules[part.end :]]
+    elsewhere = {name for number, name in enumerate(_block_names(model)) if number not in part.blocks}
+    owners = {
+        name: number
+        for number, module in enumerate(modules)
+        if module not in elsewhere
+        for name in _names_in(model, module)
+    }
     groups: list[list[Placement]] = [[] for _ in modules]
     kept: list[Placement] = []
     for name, placement in placements.items():
@@ -112,16 +135,19 @@ def lay_out(
             groups[owners[name]].append(placement)
         elif name not in (embedding_name, head_name):
             kept.append(placement)
-    largest = max(ring_bytes_of(placement) for group in groups for placement in group)
-    chunks = cut_head(placements[head_name], largest)
-    dtypes.update({chunk.name: dtypes[head_name] for chunk in chunks})
+    chunks: list[Placement] = []
+    if head_name is not None:
+        sizes = [ring_bytes_of(placement) for group in groups for placement in group]
+        head_bytes = placements[head_name].num_bytes // placements[head_name].shape[0] * MIN_CHUNK_ROWS
+        chunks = cut_head(placements[head_name], max(sizes, default=head_bytes))
+        dtypes.update({chunk.name: dtypes[head_name] for chunk in chunks})
     head_parameter = next(name for name, module in model.named_modules() if module is head) + ".weight"
     return Layout(
         granularity=granularity,
         blocks_name=blocks_name,
         blocks=blocks,
         embedding=embedding,
-        embedding_placement=placements[embedding_name],
+        embedding_placement=None if embedding_name is None else placements[embedding_name],
         head=head,
         head_parameter=head_parameter,
         head_name=head_name,
@@ -130,13 +156,18 @@ def lay_out(
         stops=(*map(tuple, groups), *((chunk,) for chunk in chunks)),
         kept=tuple(kept),
         dtypes=dtypes,
-        streamed_names=frozenset((*owners, head_parameter)),
+        streamed_names=frozenset((*owners, *([head_parameter] if part.has_ends else []))),
+        part=part,
+        placements=placements,
     )
 
 
-def granularities(model: PreTrainedModel, placements: Mapping[str, Placement]) -> tuple[Granularity, ...]:
-    """Return how a model can be cut: into blocks, and into leaves where any is worth a stop."""
-    leaves = _leaves(model, _block_names(model), placements)
+def granularities(
+    model: PreTrainedModel, placements: Mapping[str, Placement], part: Part | None = None
+) -> tuple[Granularity, ...]:
+    """Return how a part of a model can be cut: into blocks, and into leaves where any is worth a stop."""
+    names = _block_names(model)
+    leaves = _leaves(model, names if part is None else names[part.first : part.end], placements)
     return ("blocks", "leaves") if any(leaves) else ("blocks",)
 
 
@@ -203,7 +234,7 @@ def _in_order_of_use(model: PreTrainedModel, leaves: Sequence[Sequence[str]]) ->
     all_leaves = set(in_order_of_definition)
     try:
         for name, module in model.named_modules():
-            is_inner = any(prefix in all_leaves for prefix in _prefixes(name))
+            is_inner = any(prefix in all_leaves for prefix in prefixes_of(name))
             if module._parameters and not is_inner:
                 module.forward = stub(name, module)
                 stubbed.append(module)
@@ -220,13 +251,6 @@ def _in_order_of_use(model: PreTrainedModel, leaves: Sequence[Sequence[str]]) ->
     return [
         name for block in leaves for name in sorted(block, key=lambda name: places.get(name, len(places)))
     ]
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    """Yield the names of the modules that a module is in, the outermost first."""
-    parts = name.split(".")
-    for length in range(1, len(parts)):
-        yield ".".join(parts[:length])
 
 
 def block_numbers(layout: Layout) -> list[int]:
@@ -265,49 +289,11 @@ def _name_of(model: PreTrainedModel, module: nn.Module, placements: Mapping[str,
     raise CheckpointError(f"{own_name}: missing from the checkpoint")
 
 
-def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of a model's blocks.
-
-    Raises:
-        ArchitectureError: there is not one list of blocks, or blocks share weights.
-    """
-    family = type(model).__name__
-    config = model.config.get_text_config()
-    count = getattr(config, "num_hidden_layers", None)
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    # Lists inside a block (experts, per-head norms) may be as long.
-    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
-    if len(outer) > 1:  # a vision tower may be as deep as the text model
-        outer = [(n, m) for n, m in outer if type(_config_above(model, n)) is type(config)] or outer
-    if len(outer) != 1:
-        names = ", ".join(name for name, _ in outer) or "none"
-        raise ArchitectureError(
-            f"{family}: its {count} blocks should stand in one ModuleList, but the lists of that length are: {names}"
-        )
-    name, blocks = outer[0]
-    owners: dict[int, int] = {}
-    for index, block in enumerate(blocks):
-        for parameter in block.parameters():
-            if owners.setdefault(id(parameter), index) != index:
-                raise ArchitectureError(
-                    f"{family}: blocks {owners[id(parameter)]} and {index} share weights, so a block is no stop of its own"
-                )
-    return name, blocks
-
-
-def _config_above(model: PreTrainedModel, name: str) -> Any:
-    """Return the config of the innermost model that a module is in."""
-    modules = (model, *map(model.get_submodule, _prefixes(name)))
-    return [module.config for module in modules if hasattr(module, "config")][-1]
-
-
 # The head is not cut into chunks smaller than this: a GEMM of few columns is slow, and its rounding differs from
 # that of the whole (measured: chunks of 6,000 columns and more give the bits of the whole at a width of 4096).
 MIN_CHUNK_BYTES = 64 << 20
+# Of a chunk where no block says how large a tensor the ring has to hold anyway.
+MIN_CHUNK_ROWS = 8192
 
 
 def cut_head(placement: Placement, max_bytes: int) -> list[Placement]:

@@ -16,6 +16,7 @@ from slowllm.errors import ArchitectureError
 from slowllm.modeling.embedding import stream_embedding
 from slowllm.modeling.head import RowReader
 from slowllm.modeling.layout import Layout
+from slowllm.modeling.parts import block_of
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.spans import Placement
 from slowllm.streaming.reader import Reader
@@ -49,7 +50,7 @@ def fill(
     """Read the tensors that always stay, map the embedding, and put both into the model.
 
     Args:
-        model, layout: to fill.
+        model, layout: to fill. What the layout's part lacks has been left out (`absent_parts`).
         checkpoint: to read.
         compute_dtype: of the model.
         device: that rows of the embedding are moved to; None for the processor.
@@ -57,24 +58,25 @@ def fill(
         ArchitectureError: a parameter is left that no stop brings and that was not read.
     """
     dtypes = dict(layout.dtypes)
-    embedding = checkpoint.mapped(layout.embedding_placement)
     to_read = list(layout.kept)
-    if embedding is None:  # in pieces, or at an odd address: it has to be read
-        to_read.append(layout.embedding_placement)
-        dtypes[layout.embedding_placement.name] = layout.embedding_placement.dtype
+    placement = layout.embedding_placement
+    embedding = None if placement is None else checkpoint.mapped(placement)
+    if placement is not None and embedding is None:  # in pieces, or at an odd address: it has to be read
+        to_read.append(placement)
+        dtypes[placement.name] = placement.dtype
     filled: set[int] = set()
     with (
         contextlib.closing(Reader([to_read], ring_bytes=4096, resident=frozenset([0]))) as reader,
         reader.visit(0) as weights,
     ):
         copies = {name: tensor.to(dtypes[name], copy=True) for name, tensor in weights.items()}
-    if embedding is None:
-        embedding = copies.pop(layout.embedding_placement.name)
-    head_is_tied = layout.head.weight is layout.embedding.weight
-    old = layout.embedding._parameters["weight"]
-    stream_embedding(layout.embedding, embedding, compute_dtype, device)
-    _replace(model, old, layout.embedding._parameters["weight"], filled)
-    assert head_is_tied == (layout.head.weight is layout.embedding.weight), "tied weights stay tied"
+    if placement is not None:
+        embedding = copies.pop(placement.name) if embedding is None else embedding
+        head_is_tied = layout.head.weight is layout.embedding.weight
+        old = layout.embedding._parameters["weight"]
+        stream_embedding(layout.embedding, embedding, compute_dtype, device)
+        _replace(model, old, layout.embedding._parameters["weight"], filled)
+        assert head_is_tied == (layout.head.weight is layout.embedding.weight), "tied weights stay tied"
     for name, tensor in copies.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -83,7 +85,8 @@ def fill(
         else:
             _replace(model, module._parameters[attribute], nn.Parameter(tensor, requires_grad=False), filled)
     for name, parameter in model.named_parameters():
-        if name not in layout.streamed_names and id(parameter) not in filled:
+        is_here = layout.part.has_ends or block_of(name, layout.blocks_name) is not None
+        if is_here and name not in layout.streamed_names and id(parameter) not in filled:
             raise ArchitectureError(
                 f"{type(model).__name__}: {name} is tied in a way that is not streamed; no weight was read for it"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,39 +23,46 @@ from transformers.core_model_loading import (
 
 from slowllm.errors import CheckpointError
 from slowllm.modeling.fused_parameters import place_fused
+from slowllm.modeling.parts import Part, names_in
 from slowllm.storage.spans import Placement, Run, Span
 
 log = logging.getLogger(__name__)
 
 
-def place(model: PreTrainedModel, spans: Mapping[str, Span]) -> dict[str, Placement]:
-    """Return, for every parameter and persistent buffer of `model`, the bytes that fill it.
+def place(
+    model: PreTrainedModel,
+    spans: Mapping[str, Span],
+    part: Part | None = None,
+    absent: Mapping[str, str] | None = None,
+) -> dict[str, Placement]:
+    """Return, for every parameter and persistent buffer of a part of `model`, the bytes that fill it.
 
     Args:
         model: with parameters on the meta device; only names and shapes are used.
         spans: of the checkpoint, by name on disk.
+        part: None for the whole model.
+        absent: tensors of the checkpoint whose shard is not there, each with its shard.
     Returns:
         by parameter name. A tied parameter is listed once, under the name that the checkpoint has.
     Raises:
         CheckpointError: a parameter is missing, filled twice, or of another shape or dtype; or the checkpoint has more
             blocks than the config says.
         ArchitectureError: a parameter cannot be filled by copying runs of bytes.
+        InputError: the part reaches out of the model.
     """
-    wanted = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    state = model.state_dict()
+    is_in = names_in(model, part)
+    wanted = {name: tensor for name, tensor in state.items() if is_in(name)}
+    by_pattern = {pattern: entry for entry in _converters(model) for pattern in entry.source_patterns}
 
     plain: dict[str, Span] = {}
     fused: dict[tuple[str, int], list[tuple[str, Span]]] = defaultdict(list)
     unexpected: list[str] = []
-    for name in sorted(spans, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
-        if target not in wanted and name in wanted:  # a parameter's name already, which a renaming changed
-            target, pattern = name, None
-        if target not in wanted:
+    for name, target, pattern in _targets(model, state, spans):
+        if target not in state:
             unexpected.append(name)
+        elif target not in wanted:
+            continue
         elif pattern is not None:
             fused[target, id(by_pattern[pattern])].append((pattern, spans[name]))
         elif target in plain:
@@ -63,6 +70,7 @@ def place(model: PreTrainedModel, spans: Mapping[str, Span]) -> dict[str, Placem
         else:
             plain[target] = spans[name]
     _refuse_unexpected_blocks(model, unexpected)
+    _refuse_absent(model, wanted, plain, absent or {})
 
     placements: dict[str, Placement] = {}
     for target, span in plain.items():
@@ -79,6 +87,37 @@ def place(model: PreTrainedModel, spans: Mapping[str, Span]) -> dict[str, Placem
 
     _refuse_missing(model, wanted, placements, spans)
     return placements
+
+
+def names_of_part(model: PreTrainedModel, names: Iterable[str], part: Part) -> list[str]:
+    """Return those of a checkpoint's names whose tensors a part needs.
+
+    Args:
+        model: a skeleton.
+        names: of the checkpoint, by its index for example.
+        part: of the model.
+    Raises:
+        InputError: the part reaches out of the model.
+    """
+    is_in, state = names_in(model, part), model.state_dict()
+    return [name for name, target, _ in _targets(model, state, names) if target in state and is_in(target)]
+
+
+def _converters(model: PreTrainedModel) -> list[WeightConverter]:
+    return [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+
+
+def _targets(
+    model: PreTrainedModel, state: Mapping[str, Tensor], names: Iterable[str]
+) -> Iterator[tuple[str, str, str | None]]:
+    """Yield each name of a checkpoint with the parameter that it goes to, and the pattern of the converter that it matches."""
+    known, converters = dict(state), _converters(model)
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if target not in state and name in state:  # a parameter's name already, which a renaming changed
+            target, pattern = name, None
+        yield name, target, pattern
 
 
 def _check_shape(span: Span, name: str, shape: tuple[int, ...]) -> None:
@@ -111,13 +150,40 @@ def _refuse_unexpected_blocks(model: PreTrainedModel, unexpected: list[str]) -> 
         )
 
 
+def _refuse_absent(
+    model: PreTrainedModel,
+    wanted: Mapping[str, Tensor],
+    plain: Mapping[str, Span],
+    absent: Mapping[str, str],
+) -> None:
+    """Refuse a part one of whose parameters lies in a shard that is not there."""
+    tied = _tied_names(model)
+    lacking = [
+        (target, name)
+        for name, target, _ in _targets(model, wanted, absent)
+        if target in wanted and tied.get(target) not in plain
+    ]
+    if lacking:
+        target, name = lacking[0]
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise CheckpointError(
+            f"{target}{more}: missing; the index says that it is in {absent[name]}, which is not there; "
+            "fetch this shard"
+        )
+
+
+def _tied_names(model: PreTrainedModel) -> dict[str, str]:
+    tied = model.all_tied_weights_keys
+    return {**tied, **{source: name for name, source in tied.items()}}
+
+
 def _refuse_missing(
     model: PreTrainedModel,
     wanted: Mapping[str, Tensor],
     placements: Mapping[str, Placement],
     spans: Mapping[str, Span],
 ) -> None:
-    tied = {**model.all_tied_weights_keys, **{v: k for k, v in model.all_tied_weights_keys.items()}}
+    tied = _tied_names(model)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing = [
         name

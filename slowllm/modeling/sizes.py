@@ -32,7 +32,7 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
     Args:
         model: a skeleton.
         layout: of it.
-        cache: from `cache_size_of`.
+        cache: of the layout's part, from `cache_size_of`.
     """
     config = model.config.get_text_config()
     itemsize = max((layout.dtypes[p.name].itemsize for stop in layout.stops for p in stop), default=4)
@@ -42,7 +42,8 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
         if number >= 0:
             blocks.setdefault(number, []).extend(stop)
     sides = [[max(p.shape[-2:]) for p in block if len(p.shape) >= 2] for block in blocks.values()]
-    activations = max(map(sum, sides)) + 4 * hidden
+    activations = max(map(sum, sides), default=0) + 4 * hidden
+    logits = layout.head.out_features if layout.part.has_ends else 0
     is_eager = getattr(config, "_attn_implementation", "eager") == "eager"
     scores_bytes = (number_of(config, "num_attention_heads") or 1) * (2 * 4 + 2 * itemsize) if is_eager else 0
     head_tile_bytes = TILE_COLUMNS * (itemsize + 3 * 4)
@@ -50,7 +51,9 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
         p.num_bytes + p.num_bytes // p.dtype.itemsize * layout.dtypes[p.name].itemsize for p in layout.kept
     )
     # Between two leaves a rider holds what the block has computed so far; between two blocks only its hidden states.
-    inside = 2 * max(map(max, sides)) if layout.granularity == "leaves" else 0
+    inside = (
+        2 * max((max(side) for side in sides if side), default=0) if layout.granularity == "leaves" else 0
+    )
     cache_bytes = cache.token_bytes + ceil_div(cache.row_bytes, MIN_ROW_TOKENS)
     return Sizes(
         granularity=layout.granularity,
@@ -59,15 +62,16 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
         block_token_bytes=max(2 * itemsize * activations, head_tile_bytes),
         attention_token_bytes=scores_bytes,
         rider_token_bytes=itemsize * (6 * hidden + inside) + 1024,
-        result_token_bytes=cache_bytes + itemsize * layout.head.out_features,
+        result_token_bytes=cache_bytes + itemsize * logits,
         cache_token_bytes=cache_bytes,
-        logits_bytes=4 * layout.head.out_features,
+        logits_bytes=4 * logits,
         returns_all_logits="logits_to_keep" not in inspect.signature(model.forward).parameters,
-        checkpoint_token_bytes=itemsize * len(layout.blocks) * hidden,
+        checkpoint_token_bytes=itemsize * len(layout.part.blocks) * hidden,
         # What autograd keeps of one block, and its gradients (measured: 1.2 MB a token for Llama-70B).
         replay_token_bytes=4 * itemsize * activations,
         replay_attention_bytes=scores_bytes,
         num_head_stops=len(layout.chunks),
+        num_blocks=max(1, len(layout.part.blocks)),
     )
 
 

@@ -241,7 +241,8 @@ def plan_host(
     """
     job = job or Job(repeated=True)
     padding = padding_worth(rates) if job.packing is None else job.packing[2]
-    packed = replace(job, packing=(devices.rider_tokens, devices.sweep_tokens, padding))
+    # The caches of sessions are on the devices.
+    packed = replace(job, packing=(devices.rider_tokens, devices.sweep_tokens, padding), cache_tokens=0)
     ring = sizes.smallest_ring_bytes
     stops = tuple(
         replace(stop, num_bytes=0, largest_bytes=0) if number in devices.kept else stop

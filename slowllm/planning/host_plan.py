@@ -123,14 +123,16 @@ def sizes_for(plan: Plan, choices: Sequence[Sizes]) -> Sizes:
 
 def _graph_token_bytes(plan: Plan, sizes: Sizes) -> int:
     """Return the bytes that autograd keeps of a token over all blocks."""
-    num_blocks = len(sizes.stops) - sizes.num_head_stops - len(plan.unused)
+    blocks = range(len(sizes.stops) - sizes.num_head_stops)
+    num_blocks = sum(sizes.stops[block].num_bytes > 0 and block not in plan.unused for block in blocks)
     return num_blocks * (sizes.replay_token_bytes + plan.longest * sizes.replay_attention_bytes)
 
 
 def least_rider_tokens(job: Job) -> int:
     """Return the tokens that a rider must be able to carry: the longest sequence, or the fewest that pay."""
     if job.packing is not None:
-        return max(job.longest, job.packing[0])
+        # A request continues a sequence; what is before it lies in the cache.
+        return job.packing[0] if job.serves else max(job.longest, job.packing[0])
     if job.rider_tokens is not None:
         return max(job.longest, job.rider_tokens)
     return max(job.longest, min(MIN_RIDER_TOKENS, job.planned_tokens))
@@ -146,7 +148,7 @@ def padding_worth(rates: Rates) -> int:
 
 
 def working_bytes(sizes: Sizes, job: Job, rider_tokens: int, sweep_tokens: int) -> int:
-    """Return the memory of a sweep's riders, one of which computes."""
+    """Return the memory of a sweep's riders, one of which computes, and of sessions."""
     waiting = sizes.rider_token_bytes + (sizes.result_token_bytes if job.keeps_results else 0)
     scratch = sizes.scratch_bytes(rider_tokens, job.longest)
     if job.rows:
@@ -158,7 +160,16 @@ def working_bytes(sizes: Sizes, job: Job, rider_tokens: int, sweep_tokens: int) 
     if not job.forward_only:
         waiting += sizes.checkpoint_token_bytes
         scratch += rider_tokens * (sizes.replay_token_bytes + job.longest * sizes.replay_attention_bytes)
-    return scratch + sweep_tokens * waiting
+    return scratch + sweep_tokens * waiting + session_bytes(sizes, job)
+
+
+def session_bytes(sizes: Sizes, job: Job) -> int:
+    """Return the memory of the caches of a server's sessions."""
+    if not job.cache_tokens:
+        return 0
+    # A cache grows by a copy: of one layer of one session there are two for a moment.
+    copied = ceil_div(min(job.longest, job.cache_tokens) * sizes.cache_token_bytes, sizes.num_blocks)
+    return job.cache_tokens * sizes.cache_token_bytes + copied
 
 
 def least_bytes(sizes: Sizes, job: Job, keep_resident: bool = True) -> int:
@@ -189,12 +200,21 @@ def _refusal(
     least = least_bytes(sizes, job, keep_resident)
     smallest = round_up(outside + least + START_BYTES, MIB)
     length = ", as many as the longest sequence has" if tokens == job.longest > MIN_RIDER_TOKENS else ""
+    riders = f"{format_binary(working)} for {tokens} tokens{length}"
+    if job.serves:
+        assert job.packing is not None, "a server's requests have a size"
+        held = session_bytes(sizes, job)
+        riders = (
+            f"{format_binary(held)} for {job.cache_tokens:,} tokens in the caches of sessions, {format_binary(working - held)} "
+            f"for {job.packing[1]:,} tokens under way, {tokens:,} in a request, "
+            f"{'forward only' if job.forward_only else 'with backward'}"
+        )
     return (
         f"a budget of {format_binary(total_bytes)} is too small for this model: "
         f"the smallest that would do is {format_binary(smallest)} "
         f"({format_binary(outside)} for the process as it is, "
         f"{format_binary(fixed)} always in memory, {format_binary(least - fixed - working)} for the weights passing "
-        f"through, {format_binary(working)} for {tokens} tokens{length}, and {format_binary(START_BYTES)} by which "
+        f"through, {riders}, and {format_binary(START_BYTES)} by which "
         "processes differ from start to start)"
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from slowllm.errors import InputError
 from slowllm.rounding import ceil_div
@@ -52,6 +52,7 @@ class Sizes:
         cache_token_bytes: of `result_token_bytes`, keys and values.
         logits_bytes: logits of one position in float32.
         returns_all_logits: whether a call of the model computes logits of all positions, whatever is asked for.
+        num_blocks: whose stops these are.
     """
 
     granularity: Granularity
@@ -68,6 +69,7 @@ class Sizes:
     cache_token_bytes: int = 0
     logits_bytes: int = 0
     returns_all_logits: bool = False
+    num_blocks: int = 1
 
     @property
     def all_bytes(self) -> int:
@@ -123,6 +125,8 @@ class Job:
         rider_tokens: of a micro-batch, fixed because rounding depends on it.
         rows: in generation, the rows that are continued, alike ones together, each with their number. Such a job
             keeps keys and values, and logits of its last positions only.
+        serves: whether requests of others come as long as the model is open; see `serving`.
+        cache_tokens: that the caches of sessions hold beside the riders.
     Raises:
         InputError: these are no numbers of tokens.
     """
@@ -138,6 +142,47 @@ class Job:
     first_stop: int = 0
     rider_tokens: int | None = None
     rows: tuple[tuple[ContinuedRow, int], ...] = ()
+    serves: bool = False
+    cache_tokens: int = 0
+
+    @classmethod
+    def serving(
+        cls,
+        *,
+        cache_tokens: int,
+        batch_tokens: int,
+        max_batch_tokens: int,
+        backward: bool,
+        longest: int | None = None,
+    ) -> Self:
+        """Return the job of a server: hidden states in, hidden states out, with and without a session.
+
+        Args:
+            cache_tokens: in the caches of all sessions together; 0 where it has no sessions.
+            batch_tokens: of one request.
+            max_batch_tokens: of all requests under way at once.
+            backward: whether it computes gradients as well, which needs whole blocks.
+            longest: tokens of the longest sequence, those in its cache included; by default the most that the other
+                numbers allow.
+        Raises:
+            InputError: these are no numbers of tokens.
+        """
+        least = {"batch_tokens": 1, "max_batch_tokens": batch_tokens, "cache_tokens": 0}
+        given = {
+            "batch_tokens": batch_tokens, "max_batch_tokens": max_batch_tokens, "cache_tokens": cache_tokens,
+        }  # fmt: skip
+        for name, number in given.items():
+            if not isinstance(number, int) or number < least[name]:
+                raise InputError(f"a server cannot have {name} of {number!r}; use {least[name]} at least")
+        return cls(
+            longest=max(cache_tokens, batch_tokens) if longest is None else longest,
+            repeated=True,
+            forward_only=not backward,
+            keeps_results=False,
+            packing=(batch_tokens, max_batch_tokens, 0),
+            serves=True,
+            cache_tokens=cache_tokens,
+        )
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_passes, int) or self.num_passes < 1:

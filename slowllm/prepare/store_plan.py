@@ -55,7 +55,7 @@ def plan_files(
         return FileTask(out / name, tuple(map(task, tensors)), metadata)
 
     head_name = blocks.chunks[0].name.rpartition("[")[0]
-    has_head = head_name != blocks.embedding_placement.name
+    has_head = blocks.embedding_placement is None or head_name != blocks.embedding_placement.name
     outside = [name for name in placements if name not in in_blocks and not (has_head and name == head_name)]
     files = [file("outside.safetensors", outside)]
     for number, stop in enumerate(blocks.stops[: len(blocks.blocks)]):

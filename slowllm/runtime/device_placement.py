@@ -132,7 +132,7 @@ def place_stops(
             pinned.close()
         raise
     device_of_block = dict(zip(block_numbers(layout), plan.homes, strict=True))
-    last = len(layout.blocks) - 1
+    last = layout.part.end - 1
     homes = tuple(
         # The norm and the head after the last block are on the first device.
         Home(devices[device_of_block.get(block, 0)].torch_device, first if block == last else None)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from slowllm.errors import InputError
 from slowllm.malloc import keep_together
+from slowllm.modeling.absent_parts import leave_out
 from slowllm.modeling.absent_weight import mark_absent
 from slowllm.modeling.batching import forget_rotary_tables
 from slowllm.modeling.cache_sizes import cache_size_of
@@ -21,6 +22,7 @@ from slowllm.modeling.layout import granularities, lay_out
 from slowllm.modeling.logit_transform import find_logit_transform
 from slowllm.modeling.materialize import fill, head_rows
 from slowllm.modeling.parameter_map import place
+from slowllm.modeling.parts import Part
 from slowllm.modeling.sizes import sizes_of
 from slowllm.modeling.skeleton import build_skeleton
 from slowllm.modeling.soft_prompts import SoftPrompt, hook_inputs
@@ -63,11 +65,16 @@ def open_model(
     rates: Rates | None = None,
     granularity: Granularity | None = None,
     prompt: str | os.PathLike[str] | SoftPrompt | None = None,
+    part: Part | None = None,
     poison: bool = False,
 ) -> L:
     """Open a Hugging Face checkpoint for streaming; return a handle of class `kind`, `StreamedLM` or a subclass.
 
     Reads headers and small tensors only. `slowllm.load` says what the options mean and what is raised.
+
+    Args:
+        part: of the model, the rest of which is neither read nor counted; the shards that it does not need may be
+            absent. None for the whole model.
     """
     ram_bytes = ram.total_bytes if isinstance(ram, Budget) else budget_bytes(ram)
     options = Options(
@@ -83,21 +90,30 @@ def open_model(
         raise InputError(f"granularity {granularity!r} is unknown; use 'blocks' or 'leaves'")
     if not isinstance(job, Job | None):
         raise InputError(f"job must be a slowllm.Job, not {type(job).__name__}")
+    if granularity == "leaves" and job is not None and job.serves and not job.forward_only:
+        raise InputError(
+            "stops smaller than a block serve forward only; serve without backward, or use whole blocks"
+        )
     info = path_or_hub_id if isinstance(path_or_hub_id, ModelInfo) else ModelInfo(path_or_hub_id, prompt)
-    checkpoint = open_checkpoint(info.folder)
+    checkpoint = open_checkpoint(info.folder, may_lack_shards=part is not None)
     warm_up(span.coding.codec for span in checkpoint.spans.values() if span.coding is not None)
     budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)
     try:
         compute_dtype = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(devices))
         model = build_skeleton(info.config, info.folder, compute_dtype)
         lm = _assemble(
-            kind, info, model, checkpoint, options, devices, budget, job, rates, granularity,
+            kind, info, model, checkpoint, options, devices, budget, job, rates, granularity, part,
             poison=poison, is_shared=budget is ram,
         )  # fmt: skip
     except BaseException:
         checkpoint.close()
         raise
-    if info.soft_prompt is not None:
+    if info.soft_prompt is not None and checkpoint.absent:
+        log.warning(
+            "%s: whether the soft prompt was made for these weights is not checked, because %d tensors are not here",
+            info.name, len(checkpoint.absent),
+        )  # fmt: skip
+    elif info.soft_prompt is not None:
         try:
             info.check_prompt(lm.fingerprint(of_source=True))
         except BaseException:
@@ -117,16 +133,19 @@ def _assemble(
     job: Job | None,
     rates: Rates | None,
     granularity: Granularity | None,
+    part: Part | None,
     *,
     poison: bool,
     is_shared: bool,
 ) -> L:
     """Plan the memory, open the stops, and put the streamed parts into the model."""
     forget_rotary_tables(model)
-    placements = place(model, checkpoint.spans)
-    names = granularities(model, placements) if granularity is None else (granularity,)
-    layouts = {name: lay_out(model, placements, name) for name in names}
-    cache = cache_size_of(model)
+    placements = place(model, checkpoint.spans, part, checkpoint.absent)
+    if granularity is None and job is not None and job.serves and not job.forward_only:
+        granularity = "blocks"
+    names = granularities(model, placements, part) if granularity is None else (granularity,)
+    layouts = {name: lay_out(model, placements, name, part) for name in names}
+    cache = cache_size_of(model, part)
     choices = [sizes_of(model, layout, cache) for layout in layouts.values()]
     logit_transform = find_logit_transform(model)
     device_plan: DevicePlan | None = None
@@ -147,7 +166,9 @@ def _assemble(
             plan = widen(plan, choices, budget.free_bytes)
     keep_together()
     compute_dtype = next(parameter.dtype for parameter in model.parameters())
-    fill(model, layout, checkpoint, compute_dtype, devices[0].torch_device if devices else None)
+    first_device = devices[0].torch_device if devices else None
+    leave_out(model, layout, first_device)
+    fill(model, layout, checkpoint, compute_dtype, first_device)
 
     budget.take(plan.peak_bytes)
     source: Reader | MappedStops
@@ -173,7 +194,8 @@ def _assemble(
     if any(buffer_bytes):
         stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, torch_devices)
     lm = kind(info, model, checkpoint, source, stops, plan, choices, budget, layout, placement)
-    for index, block in enumerate(layout.blocks):
+    for index in layout.part.blocks:
+        block = layout.blocks[index]
         name = f"{layout.blocks_name}.{index}"
         home = None if placement is None else placement.homes[index]
         if layout.granularity == "blocks":
@@ -183,8 +205,11 @@ def _assemble(
         else:
             leaves = {m: stop for stop, m in enumerate(layout.modules) if m.startswith(f"{name}.")}
             stream_leaves(block, lm._carousel, leaves, name, index, home)
-    chunk_rows = head_rows(checkpoint, layout.chunks)
-    stream_head(layout.head, lm._carousel, layout.chunks, len(layout.modules), logit_transform, chunk_rows)
+    if layout.part.has_ends:
+        chunk_rows = head_rows(checkpoint, layout.chunks)
+        stream_head(
+            layout.head, lm._carousel, layout.chunks, len(layout.modules), logit_transform, chunk_rows
+        )
     mark_absent(model, layout.absent_names)
     hook_inputs(layout.blocks)
     make_streamed(
@@ -196,8 +221,8 @@ def _assemble(
         lm._carousel.refuse_if_forked,
     )
     log.info(
-        "%s: %d blocks in %d stops and %d chunks of the head, %s; %d of %d stops stay in memory; compute dtype %s",
-        type(model).__name__, len(layout.blocks), len(layout.modules), len(layout.chunks),
+        "%s: %s in %d stops and %d chunks of the head, %s; %d of %d stops stay in memory; compute dtype %s",
+        type(model).__name__, lm.part_name, len(layout.modules), len(layout.chunks),
         format_bytes(layout.weight_bytes), len(plan.resident), len(layout.stops), compute_dtype,
     )  # fmt: skip
     return lm

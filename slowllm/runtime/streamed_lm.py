@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from slowllm.errors import InputError, counted
 from slowllm.modeling.absent_weight import AbsentWeight
 from slowllm.modeling.layout import Layout
+from slowllm.modeling.parts import Part, block_of
 from slowllm.options import format_binary, format_bytes
 from slowllm.planning.budget import Budget
 from slowllm.planning.host_plan import Plan, sizes_for
@@ -134,6 +135,22 @@ class StreamedLM:
         return self.plan.resident | (frozenset() if placement is None else placement.plan.kept)
 
     @property
+    def part(self) -> Part:
+        """The part of the model that this handle has."""
+        return self.layout.part
+
+    @property
+    def part_name(self) -> str:
+        """The part in words."""
+        num_blocks = len(self.layout.blocks)
+        return counted(num_blocks, "block") if self.part.is_whole(num_blocks) else str(self.part)
+
+    @property
+    def can_run_backward(self) -> bool:
+        """Whether gradients can be had; where memory is too small for whole blocks, stops are leaves, which run forward only."""
+        return self.layout.granularity == "blocks"
+
+    @property
     def sizes(self) -> Sizes:
         """The sizes of the stops, and the memory of a token."""
         return sizes_for(self.plan, self.choices)
@@ -167,8 +184,11 @@ class StreamedLM:
         Args:
             name: as in ``lm.model.named_parameters()``.
         Raises:
-            InputError: the model has no parameter of that name.
+            InputError: the model, or the part of it that is here, has no parameter of that name.
         """
+        number = block_of(name, self.layout.blocks_name)
+        if not (self.part.has_ends if number is None else number in self.part.blocks):
+            raise InputError(f"{name}: is not in this part of {self.name}, which has {self.part}")
         try:
             parameter = self.model.get_parameter(name)
         except AttributeError as error:
@@ -232,7 +252,7 @@ class StreamedLM:
         )
         prompt = f", soft prompt of {counted(self.num_virtual_tokens, 'token')}" if self.soft_prompt else ""
         return (
-            f"<{type(self).__name__} {self.name}: {type(self.model).__name__}, {counted(len(self.layout.blocks), 'block')}, "
+            f"<{type(self).__name__} {self.name}: {type(self.model).__name__}, {self.part_name}, "
             f"{str(self.model.dtype).removeprefix('torch.')}, {format_bytes(self.weight_bytes)} a sweep, budget "
             f"{format_binary(self._budget_bytes)}, {held}{prompt}>"
         )

@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -33,20 +33,33 @@ class Checkpoint:
     """A Hugging Face folder: its config files and the spans of all its shards.
 
     Owns the memory maps behind `mapped`; after closing, each ends with its last view.
+
+    Attributes:
+        folder: of the files.
+        spans: of the tensors that are there, by name.
+        absent: the tensors whose shard is not there, each with the name of the shard.
     """
 
     def __init__(
-        self, folder: Path, spans: Mapping[str, Span], source_hash: str | None = None, is_exact: bool = True
+        self,
+        folder: Path,
+        spans: Mapping[str, Span],
+        source_hash: str | None = None,
+        is_exact: bool = True,
+        absent: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
-        self.spans = dict(spans)
+        self.spans, self.absent = dict(spans), dict(absent or {})
         self._source_hash, self._is_exact = source_hash, is_exact
         self._maps: dict[Path, mmap.mmap] = {}
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, folder: str | os.PathLike[str], *, may_lack_shards: bool = False) -> Checkpoint:
         """Read and validate the headers of every shard in `folder`.
 
+        Args:
+            folder: to read.
+            may_lack_shards: whether shards that the index names may be absent: the folder has a part of a model.
         Raises:
             CheckpointError: a file is missing, damaged, or of a kind that is not read.
         """
@@ -60,7 +73,9 @@ class Checkpoint:
         elsewhere: dict[str, str] = {}
         # transformers, too, prefers a single file to an index that an earlier save may have left beside it.
         weight_map = None if (folder / SINGLE).is_file() else read_weight_map(folder / INDEX)
-        for path in _shards(folder, weight_map):
+        paths = _shards(folder, weight_map, may_lack_shards=may_lack_shards)
+        absent = {} if weight_map is None else _tensors_elsewhere(folder, weight_map, paths)
+        for path in paths:
             file = path.relative_to(folder).as_posix()
             for name, span in read_header(path).items():
                 if weight_map is not None and weight_map.get(name, file) != file:
@@ -73,13 +88,15 @@ class Checkpoint:
                     )
                 spans[name] = span
         for name, file in (weight_map or {}).items():
+            if name in absent:
+                continue
             if name not in spans and name in elsewhere:
                 raise CheckpointError(f"{name}: {INDEX} names {file} but it lies in {elsewhere[name]}")
             if name not in spans:
                 raise CheckpointError(f"{file}: {name} is missing, though {INDEX} names it there")
         if not spans:
             raise CheckpointError(f"{folder}: its shards hold no tensors")
-        return cls(folder, spans)
+        return cls(folder, spans, absent=absent)
 
     @property
     def num_bytes(self) -> int:
@@ -205,7 +222,15 @@ def read_weight_map(index: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _shards(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
+def _tensors_elsewhere(folder: Path, weight_map: Mapping[str, str], paths: Sequence[Path]) -> dict[str, str]:
+    """Return the tensors that an index says are in none of these shards, each with its shard."""
+    here = {path.relative_to(folder).as_posix() for path in paths}
+    return {name: file for name, file in weight_map.items() if PurePosixPath(file).as_posix() not in here}
+
+
+def _shards(
+    folder: Path, weight_map: Mapping[str, str] | None, *, may_lack_shards: bool = False
+) -> list[Path]:
     if weight_map is None:
         single = folder / SINGLE
         if single.is_file():
@@ -225,8 +250,12 @@ def _shards(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
         if not file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise CheckpointError(f"{INDEX}: names {file!r}, which is not a file beside it")
         if not os.path.isfile(folder / file):  # Path.is_file would raise on a name that is too long
+            if may_lack_shards:
+                continue
             raise CheckpointError(f"{file}: named by {INDEX} but missing; fetch this shard")
         paths.append(folder / file)
+    if not paths:
+        raise CheckpointError(f"{folder}: has none of the shards that {INDEX} names; fetch those of the part")
     return paths
 
 

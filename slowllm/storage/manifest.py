@@ -152,20 +152,27 @@ def file_from_json(entry: Mapping[str, Any]) -> StoredFile:
     return StoredFile(int(entry["num_bytes"]), str(entry["sha256"]), str(entry["header_sha256"]), tensors)
 
 
-def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(folder: str | os.PathLike[str], *, may_lack_shards: bool = False) -> Checkpoint:
     """Open a Hugging Face folder or a store; the spans of a store's coded tensors say how they are coded.
 
+    Args:
+        folder: to open.
+        may_lack_shards: whether files may be absent: the folder has a part of a model.
     Raises:
         CheckpointError: a file is missing, damaged, or of a kind that is not read.
         StoreError: a store is not finished, newer, or has a file of another store.
     """
     folder = Path(folder)
     if not is_store(folder):
-        return Checkpoint.open(folder)
+        return Checkpoint.open(folder, may_lack_shards=may_lack_shards)
     manifest = read_manifest(folder)
     spans: dict[str, Span] = {}
+    absent: dict[str, str] = {}
     for name, file in manifest.files.items():
         path = folder / name
+        if may_lack_shards and Path(name).name == name and not os.path.isfile(path):
+            absent |= dict.fromkeys(file.tensors, name)
+            continue
         if Path(name).name != name or not os.path.isfile(path):
             raise StoreError(
                 f"{name}: is missing from the store {folder}; delete the store and convert the model again"
@@ -177,8 +184,10 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             )
         for tensor, entry in file.tensors.items():
             spans[tensor] = _span_of(path, tensor, entry, header)
+    if not spans:
+        raise StoreError(f"{folder}: has none of the store's files; fetch those of the part")
     # An exact store is the same model: soft prompts and states of its source work with it.
-    return Checkpoint(folder, spans, manifest.source_hash, manifest.is_exact)
+    return Checkpoint(folder, spans, manifest.source_hash, manifest.is_exact, absent)
 
 
 def _span_of(path: Path, name: str, entry: StoredTensor, header: Mapping[str, Span]) -> Span:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from slowllm.errors import ArchitectureError
-from slowllm.modeling.layout import find_blocks
+from slowllm.modeling.blocks import find_blocks
 from slowllm.modeling.skeleton import build_skeleton
 from tests.support.families import FAMILIES, VOCAB
 
