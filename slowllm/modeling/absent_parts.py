@@ -1,6 +1,6 @@
 """What stands in a model for what its part lacks: blocks that others compute, and ends that cost no memory.
 
-transformers' own forward runs through all of it. An absent block gives the output that the call's journal has. Outside
+transformers' own forward runs through all of it. An absent block gives the output that the call's way has. Outside
 the blocks, a part without ends computes with zeros, and whoever calls the model throws the results away.
 """
 
@@ -32,12 +32,12 @@ class AbsentBlock(nn.Module):
     _part: Part
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the block that the call's journal has.
+        """Return the output of the block that the call's way has.
 
         Raises:
-            UnsupportedError: the journal has none.
+            UnsupportedError: the way has none.
         """
-        output = current_call().journal.output_of(self.number)
+        output = current_call().way.output_of(self.number)
         if output is None:
             raise UnsupportedError(f"{self._name}: is not in this part of the model, which has {self._part}")
         return output

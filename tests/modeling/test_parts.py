@@ -17,7 +17,7 @@ from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.call_context import call_context
 from slowllm.streaming.hints import Reach
-from slowllm.streaming.journal import Journal, StopAfterBlocks, StopForward
+from slowllm.streaming.way import StopAfterBlocks, StopForward, Way
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.parted import OUTSIDE, parted, shard_of
 
@@ -31,7 +31,7 @@ def batch() -> Tensor:
     return torch.randint(5, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-class Inside(Journal):
+class Inside(Way):
     """Blocks below `first` return a known output; nothing behind `end - 1` is computed."""
 
     def __init__(self, first: int, end: int, known: Any) -> None:
@@ -46,7 +46,7 @@ class Inside(Journal):
             raise StopForward
 
 
-class Known(Journal):
+class Known(Way):
     """All blocks have been computed elsewhere."""
 
     def __init__(self, output: Any) -> None:
@@ -56,13 +56,13 @@ class Known(Journal):
         return self.output
 
 
-def run_until(lm: StreamedLM, journal: Any, reach: Reach | None = None, **context: Any) -> Any:
-    """Call the model until its journal ends the pass, and return the output of its last block."""
-    with torch.no_grad(), call_context(journal=journal, reach=reach or Reach(), **context):
+def run_until(lm: StreamedLM, way: Any, reach: Reach | None = None, **context: Any) -> Any:
+    """Call the model until its way ends the pass, and return the output of its last block."""
+    with torch.no_grad(), call_context(way=way, reach=reach or Reach(), **context):
         try:
             lm.model(batch(), use_cache=False)
         except StopForward:
-            return journal.output
+            return way.output
     raise AssertionError("the pass did not end")
 
 
@@ -137,7 +137,7 @@ def test_the_ends_give_the_bits_of_the_whole_model_and_read_no_block(
     folder = parted(whole.folder, tmp_path / "ends", OUTSIDE)
     with opened(folder, Part.ends(num_blocks), dtype=str(whole.model.dtype)) as lm:
         assert not any(lm.layout.stops[:num_blocks])
-        with torch.no_grad(), call_context(journal=Known(last), edit_input=note):
+        with torch.no_grad(), call_context(way=Known(last), edit_input=note):
             found = lm.model(batch(), use_cache=False)
         assert torch.equal(entered[1], entered[0])
         assert torch.equal(found.logits, expected.logits)

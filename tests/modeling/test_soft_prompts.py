@@ -75,7 +75,7 @@ def resident(folder: Path) -> Any:
 
 
 def blocks_of(model: Any) -> Any:
-    from slowllm.modeling.layout import find_blocks
+    from slowllm.modeling.blocks import find_blocks
 
     return find_blocks(model)[1]
 

@@ -28,7 +28,7 @@ import slowllm
 from slowllm.entrypoints.cli.app import app
 from slowllm.errors import InputError, PlanError, SlowLLMError, StateError, TuningError
 from slowllm.modeling import soft_prompt_files
-from slowllm.modeling.layout import find_blocks
+from slowllm.modeling.blocks import find_blocks
 from slowllm.runtime.description import ModelInfo
 from slowllm.streaming.hints import Reach
 from slowllm.tuning import session
