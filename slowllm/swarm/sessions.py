@@ -19,7 +19,7 @@ C = TypeVar("C")
 
 
 @dataclass
-class Session(Generic[C]):
+class ServedSession(Generic[C]):
     """One client's cache.
 
     Attributes:
@@ -52,7 +52,7 @@ class Sessions(Generic[C]):
     ) -> None:
         self.max_tokens, self.idle_seconds, self._clock = max_tokens, idle_seconds, clock
         self._lock = threading.Lock()
-        self._sessions: dict[tuple[str, str], Session[C]] = {}
+        self._sessions: dict[tuple[str, str], ServedSession[C]] = {}
 
     @property
     def free_tokens(self) -> int:
@@ -65,7 +65,7 @@ class Sessions(Generic[C]):
 
     def begin_step(
         self, peer: str, name: str, step: int, num_tokens: int, make_cache: Callable[[], C]
-    ) -> Session[C]:
+    ) -> ServedSession[C]:
         """Reserve room for a passage within a session, which is begun by its first one.
 
         Args:
@@ -95,7 +95,7 @@ class Sessions(Generic[C]):
                     f"{self.max_tokens - others:,} of {self.max_tokens:,} are free"
                 )
             if session is None:
-                session = self._sessions[peer, name] = Session(make_cache())
+                session = self._sessions[peer, name] = ServedSession(make_cache())
             session.is_busy, session.num_tokens = True, num_tokens
             return session
 

@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from transformers.cache_utils import Cache
+from typing import Any
 
 from slowllm.errors import BusyError, InputError, ProtocolError, forward_errors
 from slowllm.modeling.cutting import find_form
@@ -19,7 +19,7 @@ from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.ride import Ride
 from slowllm.swarm.compression import COMPRESSIONS
 from slowllm.swarm.requests import Request
-from slowllm.swarm.sessions import Session, Sessions
+from slowllm.swarm.sessions import ServedSession, Sessions
 from slowllm.swarm.span_messages import (
     SpanRequest,
     Tensors,
@@ -66,7 +66,7 @@ class SpanServer:
     def __init__(self, lm: StreamedLM, served: ServedSpan) -> None:
         self._lm, self.served = lm, served
         self.runner = SpanRunner(lm.model, lm.layout.blocks_name, find_form(lm.model, lm.layout.blocks_name))
-        self.sessions: Sessions[Cache] = Sessions(served.cache_tokens, served.session_seconds)
+        self.sessions: Sessions[Any] = Sessions(served.cache_tokens, served.session_seconds)
         self._lock = threading.Lock()
         self._waiting_tokens = 0
         self._is_draining = False
@@ -156,10 +156,10 @@ class SpanServer:
         if asked.grads is not None and not served.has_backward:
             raise InputError("this server computes no gradients, because its budget streams blocks in parts")
 
-    def _reserve(self, peer: str, asked: SpanRequest, num_tokens: int) -> Session[Cache] | None:
+    def _reserve(self, peer: str, asked: SpanRequest, num_tokens: int) -> ServedSession[Any] | None:
         """Count a request among those that wait, and make room in its session."""
         call, served = asked.call, self.served
-        session: Session[Cache] | None = None
+        session: ServedSession[Any] | None = None
         with self._lock:
             if self._waiting_tokens and self._waiting_tokens + num_tokens > served.max_waiting_tokens:
                 raise BusyError(
