@@ -45,7 +45,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev,tune,eval,store]'
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev,tune,eval,store,swarm]'
 	touch $@
 
 clean:

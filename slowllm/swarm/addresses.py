@@ -1,0 +1,158 @@
+"""Check multiaddresses that people type, and say in one sentence what is wrong with them or at their other end.
+
+Knows sockets; knows nothing of hivemind.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from slowllm.errors import InputError
+
+EXAMPLE = "/ip4/203.0.113.7/tcp/31330"
+_PEER = re.compile(r"[1-9A-HJ-NP-Za-km-z]{16,128}")
+_NAME = re.compile(r"[\w.-]+", re.ASCII)
+_CONNECT_SECONDS = 2.0
+# By which hivemind lets the clocks of peers differ.
+CLOCK_SECONDS = 3.0
+_TIMES = re.compile(r"local: ([\d.]+), peer: ([\d.]+)")
+_MAX_PORT = 65535
+_NUM_WORDS = 4
+
+
+@dataclass(frozen=True)
+class Address:
+    """What a multiaddress says.
+
+    Attributes:
+        text: all of it.
+        family: ``ip4``, ``ip6``, ``dns``, ``dns4`` or ``dns6``.
+        host: the number or the name.
+        transport: ``tcp`` or ``udp``.
+        port: 0 for any that is free.
+        peer: the id at its end; None where there is none.
+    """
+
+    text: str
+    family: str
+    host: str
+    transport: str
+    port: int
+    peer: str | None
+
+
+def parse_address(text: str, option: str) -> Address:
+    """Return what a multiaddress says.
+
+    Raises:
+        InputError: it is none; the message names the option.
+    """
+    words = text.split("/")[1:]
+    problem = f"{option} {text!r} is no multiaddress such as {EXAMPLE}"
+    if not text.startswith("/") or len(words) < _NUM_WORDS:
+        raise InputError(problem)
+    family, host, transport, port, *rest = words
+    if family in ("ip4", "ip6"):
+        try:
+            (ipaddress.IPv4Address if family == "ip4" else ipaddress.IPv6Address)(host)
+        except ValueError as error:
+            raise InputError(f"{problem}: {error}") from error
+    elif family not in ("dns", "dns4", "dns6") or not _NAME.fullmatch(host):
+        raise InputError(f"{problem}: it begins with neither /ip4/, /ip6/ nor /dns/ and a host")
+    if transport not in ("tcp", "udp") or not port.isascii() or not port.isdigit() or int(port) > _MAX_PORT:
+        raise InputError(f"{problem}: after the host stands no /tcp/ or /udp/ with a port up to {_MAX_PORT}")
+    peer = rest[rest.index("p2p") + 1] if "p2p" in rest[:-1] else None
+    if not all(map(_NAME.fullmatch, rest)) or (peer is not None and not _PEER.fullmatch(peer)):
+        raise InputError(f"{problem}: it does not end in /p2p/ and a peer id")
+    return Address(text, family, host, transport, int(port), peer)
+
+
+def check_addresses(host: Sequence[str], announce: Sequence[str], initial: Sequence[str]) -> None:
+    """Refuse addresses that cannot be right, before anything is started.
+
+    Raises:
+        InputError: one is no multiaddress, or lacks the port or the peer id that it needs.
+    """
+    for text in host:
+        if parse_address(text, "host address").peer is not None:
+            raise InputError(f"host address {text!r} has a peer id; leave /p2p/... out")
+    for text in announce:
+        if not parse_address(text, "announced address").port:
+            raise InputError(f"announced address {text!r} has the port 0; name the one that leads here")
+    for text in initial:
+        address = parse_address(text, "initial peer")
+        if address.peer is None or not address.port:
+            raise InputError(
+                f"initial peer {text!r} lacks its port or its peer id; copy all of the line that `slowllm dht` prints there"
+            )
+
+
+def refuse_taken_ports(host: Sequence[str]) -> None:
+    """Refuse ports that another process listens at: libp2p would share them, and connections would go to either.
+
+    Raises:
+        InputError: a port is taken, or may not be used, or the machine does not have the address.
+    """
+    for address in (parse_address(text, "host address") for text in host):
+        if not address.port or address.family not in ("ip4", "ip6"):
+            continue
+        family = socket.AF_INET if address.family == "ip4" else socket.AF_INET6
+        kind = socket.SOCK_STREAM if address.transport == "tcp" else socket.SOCK_DGRAM
+        with socket.socket(family, kind) as trial:
+            # What a process that ended a minute ago has left behind does not matter.
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(kind == socket.SOCK_STREAM))
+            try:
+                trial.bind((address.host, address.port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise InputError(
+                        f"{address.text}: port {address.port} is taken by another process; choose another one, or 0 for any "
+                        "that is free"
+                    ) from error
+                raise InputError(f"{address.text}: cannot be listened at ({error.strerror})") from error
+
+
+def explain_unreachable(initial: Sequence[str]) -> str:
+    """Return what is known of each initial peer after none of them could be joined; connects to those with a number."""
+    return "; ".join(_explanations(initial))
+
+
+def explain_refusal(reason: str, initial: Sequence[str], host: Sequence[str]) -> str:
+    """Return in one sentence why peers do not take this one into the swarm's directory.
+
+    Args:
+        reason: what hivemind says of it.
+        initial: the peers that were given.
+        host: addresses that this one listens at.
+    """
+    if times := _TIMES.search(reason):
+        ahead = float(times[1]) - float(times[2])
+        return (
+            f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the clock of one of "
+            f"{', '.join(initial)}; set it: {CLOCK_SECONDS:.0f} s are allowed"
+        )
+    if "access this node" in reason:
+        return (
+            f"{', '.join(initial)} cannot connect to this machine at {', '.join(host)}; open the port, announce an address "
+            "that leads here, or use relays"
+        )
+    if "none of the initial_peers responded" in reason:
+        return f"none of {', '.join(initial)} answers as a peer of the swarm's directory"
+    return f"{', '.join(initial)} cannot be joined ({reason.strip()})"
+
+
+def _explanations(initial: Sequence[str]) -> Iterator[str]:
+    for address in (parse_address(text, "initial peer") for text in initial):
+        if address.transport != "tcp":
+            yield f"{address.text} cannot be joined"
+            continue
+        reason = "nobody answers there"
+        with suppress(OSError), socket.create_connection((address.host, address.port), _CONNECT_SECONDS):
+            reason = "somebody listens there, but not a peer with this id"
+        yield f"{address.text}: {reason}"

@@ -1,0 +1,334 @@
+"""The network of a swarm: open, serve, ask, announce, find, close.
+
+This is the only module that knows hivemind, and of hivemind it uses `P2P` (libp2p's daemon, a process of its own that
+ends when this one does) and `DHTNode`, both on one asyncio loop in one thread. What forks in hivemind (`DHT`,
+`ConnectionHandler`, `MPFuture`) is not used: this process has torch's threads, which do not survive a fork.
+
+Nothing leaves this machine but to the addresses that were given and to peers that are met there: no public relays, no
+default bootstrap peers, no port mapping, no dialling back for strangers.
+
+All methods can be called from any thread but the network's own, on which handlers run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from slowllm.errors import (
+    InputError,
+    NetworkError,
+    PeerLostError,
+    PeerTimeoutError,
+    ProtocolError,
+    first_line,
+)
+from slowllm.swarm import dht_records
+from slowllm.swarm.addresses import check_addresses, explain_refusal, explain_unreachable, refuse_taken_ports
+from slowllm.swarm.identity import Identity, holding_identity
+from slowllm.swarm.loop_thread import LoopThread
+from slowllm.swarm.messages import Meta, Tensors, encode
+from slowllm.swarm.records import ServerRecord
+from slowllm.swarm.requests import REQUEST, Handler, StreamServer, decoded, unpack_answer
+from slowllm.swarm.stream_pool import StreamPool
+from slowllm.swarm.streams import Limits, Parts, Stream, exchange
+
+PROTOCOL_NAME = "slowllm.swarm.1"
+OPEN_SECONDS = 60.0
+DIRECTORY_SECONDS = 30.0
+CLOSE_SECONDS = 10.0
+
+
+class Network:
+    """One peer of a swarm. Owns a thread and libp2p's process: close it, or use it as a context.
+
+    Attributes:
+        peer: this peer's id.
+        addresses: multiaddresses that others give as initial peers; empty where it does not listen.
+        dropped: how many records `find` left out, by their fault.
+    """
+
+    def __init__(self, identity: Identity, limits: Limits) -> None:
+        """Make what `open` opens."""
+        self.peer = identity.peer
+        self.addresses: tuple[str, ...] = ()
+        self._limits = limits
+        self._gate = dht_records.Gate()
+        self.dropped: Mapping[str, int] = self._gate.dropped
+        self._p2p: Any = None
+        self._node: Any = None
+        self._owner = b""
+        self._pools: dict[str, StreamPool] = {}
+        self._expires: dict[str, float] = {}
+        self._held = contextlib.ExitStack()
+        self._loop = LoopThread("slowllm-network")
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        identity: Path | None = None,
+        host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
+        announce_maddrs: Sequence[str] = (),
+        initial_peers: Sequence[str] = (),
+        use_relay: bool = False,
+        limits: Limits | None = None,
+    ) -> Network:
+        """Join the swarm of the initial peers, or begin one.
+
+        Args:
+            identity: file of this peer's key, made if it is not there; None for a key that is forgotten.
+            host_maddrs: multiaddresses to listen at; none for a client that only asks, behind whatever router.
+            announce_maddrs: multiaddresses that others are told, where they differ from those listened at.
+            initial_peers: multiaddresses of peers of the swarm, with their ids.
+            use_relay: reach peers, and be reached, through the initial peers where there is no direct way, and relay
+                for others.
+            limits: what peers may take.
+        Raises:
+            InputError: an address, the identity file or a port cannot be used; or hivemind is not installed.
+            NetworkError: none of the initial peers can be joined; or the clock is wrong, or peers cannot reach us.
+        """
+        try:
+            import hivemind  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                f"hivemind is not installed ({error}); pip install hivemind, or in a checkout pip install '.[swarm]'"
+            ) from error
+        check_addresses(host_maddrs, announce_maddrs, initial_peers)
+        with contextlib.ExitStack() as held:
+            key = held.enter_context(holding_identity(identity))
+            refuse_taken_ports(host_maddrs)
+            network = cls(key, limits or Limits())
+            held.callback(network._loop.close, network._leave)
+            network._loop.call(
+                lambda: network._join(key, host_maddrs, announce_maddrs, initial_peers, use_relay),
+                OPEN_SECONDS,
+            )
+            network._held = held.pop_all()
+        return network
+
+    def __enter__(self) -> Network:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def serve(self, handler: Handler) -> None:
+        """Answer requests of peers from now on.
+
+        Args:
+            handler: called on the network's thread with each `PeerRequest` of `slowllm.swarm.requests`; it may answer at once, later, or from
+                another thread, and must not wait. It may be a coroutine function. What it raises is the answer.
+        Raises:
+            NetworkError: the network is closed.
+        """
+        server = StreamServer(handler, self._limits)
+
+        async def take(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            stream = Stream(reader, writer)
+            with contextlib.suppress(NetworkError):  # it was closed
+                await self._loop.until_closed(lambda: server.serve(str(info.peer_id), stream))
+
+        self._loop.call(lambda: self._p2p.add_binary_stream_handler(PROTOCOL_NAME, take), DIRECTORY_SECONDS)
+
+    def ask(
+        self,
+        peer: str,
+        meta: Mapping[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        timeout: float | None = None,
+        compression: Mapping[str, str] | None = None,
+    ) -> Future[tuple[Meta, Tensors]]:
+        """Return the future of a peer's answer, its meta and tensors. Cancelling it tells the peer.
+
+        To block, call its `result()`; to await it on a loop, `asyncio.wrap_future`. Its errors are PeerLostError (the
+        peer cannot be reached, or the connection ended), PeerTimeoutError (it was silent, or the time is over),
+        RemoteError (it answers with an error), ProtocolError (the answer is damaged), and NetworkError (this network
+        was closed).
+
+        Args:
+            peer: its id.
+            meta: the request; JSON types only.
+            tensors: by name. They must not be changed before the answer is there.
+            timeout: seconds for the whole answer; None to wait as long as the peer gives signs of life.
+            compression: of tensors by their names, see `slowllm.swarm.compression`.
+        Raises:
+            InputError: a compression cannot be used for its tensor.
+            ProtocolError: the request cannot be sent as it is.
+            NetworkError: the network is closed.
+        """
+        limit = self._limits.message_bytes
+        parts = encode({REQUEST: dict(meta)}, tensors, compression=compression, max_bytes=limit)
+        return self._loop.submit(lambda: self._ask(peer, parts, timeout))
+
+    def announce(self, record: ServerRecord, ttl: float) -> None:
+        """Put this server's record into the swarm's directory for `ttl` seconds, in the place of its last one.
+
+        A record replaces the last one only if it expires later, so one with a shorter life gets the last one's.
+
+        Raises:
+            NetworkError: no peer took it, or the network is closed.
+            ProtocolError: the record is too large.
+        """
+        assert record.peer == self.peer, f"{record.peer} is not this peer"
+        assert 0 < ttl <= dht_records.MAX_TTL_SECONDS, f"{ttl} s is no time to live"
+        expires = max(time.time() + ttl, self._expires.get(record.model, 0.0) + 1e-3)
+        key, data = dht_records.directory_key(record.model), record.to_bytes()
+        is_stored = self._loop.call(
+            lambda: self._node.store(key, data, expires, subkey=self._owner), DIRECTORY_SECONDS
+        )
+        if not is_stored:
+            raise NetworkError(
+                f"no peer of the swarm took the record of {record.label}; is this machine's clock right?"
+            )
+        self._expires[record.model] = expires
+
+    def find(self, model: str) -> list[ServerRecord]:
+        """Return the records of a model's servers, in the order of their first blocks, its own among them.
+
+        Records that are forged, expired, too large or malformed are left out and counted in `dropped`.
+
+        Raises:
+            NetworkError: the network is closed, or the search takes too long.
+        """
+        key = dht_records.directory_key(model)
+        found = self._loop.call(lambda: self._node.get(key, latest=True), DIRECTORY_SECONDS)
+        if found is None or not isinstance(found.value, dict):
+            return []
+        return self._gate.check(
+            model, ((owner, item.value, item.expiration_time) for owner, item in found.value.items())
+        )
+
+    def close(self) -> None:
+        """Leave the swarm: end all requests, libp2p's process, and the thread. Again, or after a crash, does no harm."""
+        self._held.close()
+
+    async def _join(
+        self,
+        identity: Identity,
+        host: Sequence[str],
+        announce: Sequence[str],
+        initial: Sequence[str],
+        use_relay: bool,
+    ) -> None:
+        from hivemind.dht.crypto import RSASignatureValidator
+        from hivemind.dht.node import DHTNode
+        from hivemind.dht.protocol import ValidationError
+        from hivemind.p2p import P2P, P2PDaemonError
+        from hivemind.utils.crypto import RSAPrivateKey
+
+        try:
+            with tempfile.TemporaryDirectory(prefix="slowllm-") as folder:
+                path = Path(folder) / "identity"
+                path.touch(0o600)
+                path.write_bytes(identity.file_bytes())
+                self._p2p = await P2P.create(
+                    identity_path=str(path), host_maddrs=list(host), announce_maddrs=list(announce) or None,
+                    initial_peers=list(initial) or None, no_listen=not host, dht_mode="server" if host else "client",
+                    use_relay=use_relay, use_auto_relay=use_relay and bool(initial), use_ipfs=False,
+                    auto_nat=False, nat_port_map=False, check_if_identity_free=False, startup_timeout=OPEN_SECONDS / 2,
+                )  # fmt: skip
+        except P2PDaemonError as error:
+            if "bootstrap" not in str(error):
+                raise NetworkError(f"libp2p does not start: {first_line(error)}") from error
+            sides = await asyncio.to_thread(explain_unreachable, initial)
+            raise NetworkError(f"no initial peer can be joined: {sides}") from error
+        if host:
+            self.addresses = tuple(str(address) for address in await self._p2p.get_visible_maddrs())
+        # The key that libp2p has; a new one would sign for another peer than this one. As pickle makes the object.
+        key = RSAPrivateKey.__new__(RSAPrivateKey)
+        key.__setstate__({"_private_key": identity.der})
+        signature = RSASignatureValidator(key)
+        self._owner = signature.local_public_key
+        try:
+            self._node = await DHTNode.create(
+                p2p=self._p2p, initial_peers=list(initial) or None, client_mode=not host,
+                record_validator=_directory_validator(signature), cache_locally=False, cache_nearest=0,
+                cache_refresh_before_expiry=0,
+            )  # fmt: skip
+        except (ValidationError, RuntimeError) as error:
+            raise NetworkError(explain_refusal(str(error), initial, host)) from error
+
+    async def _leave(self) -> None:
+        """End libp2p's process, which also ends when this process dies: it watches its connection to it."""
+        for pool in self._pools.values():
+            pool.close()
+        if self._p2p is None:
+            return
+        child = self._p2p._child  # hivemind has no public way to see that it has ended, or to end it by force
+        if self._node is not None and child.returncode is None:
+            with contextlib.suppress(Exception):  # a peer that does not say goodbye is missed soon enough
+                async with asyncio.timeout(CLOSE_SECONDS / 2):
+                    await self._node.shutdown()
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._p2p.shutdown()
+        except TimeoutError:
+            child.kill()
+            await child.wait()
+
+    async def _ask(self, peer: str, parts: Parts, timeout: float | None) -> tuple[Meta, Tensors]:
+        pool = self._pools.get(peer)
+        if pool is None:
+            pool = self._pools[peer] = StreamPool(
+                lambda: self._open_stream(peer), self._limits.streams_per_peer
+            )
+        try:
+            async with asyncio.timeout(timeout):
+                async with pool.stream() as stream:
+                    body = await exchange(stream, parts, peer, self._limits)
+                said, tensors = await decoded(body, self._limits.message_bytes)
+        except TimeoutError:
+            raise PeerTimeoutError(peer, f"has not answered in {timeout:g} s") from None
+        except ProtocolError as error:
+            raise ProtocolError(f"peer {peer}: {error}") from error
+        return unpack_answer(peer, said), tensors
+
+    async def _open_stream(self, peer: str) -> Stream:
+        from hivemind.p2p import P2PDaemonError, PeerID
+
+        try:
+            target = PeerID.from_base58(peer)
+        except ValueError as error:
+            raise InputError(f"{peer!r} is no peer id") from error
+        seconds = self._limits.connect_seconds
+        failure: NetworkError
+        try:
+            async with asyncio.timeout(seconds):
+                _, reader, writer = await self._p2p.call_binary_stream_handler(target, PROTOCOL_NAME)
+                return Stream(reader, writer)
+        except TimeoutError:
+            failure = PeerTimeoutError(peer, f"cannot be reached in {seconds:g} s")
+        except P2PDaemonError as error:
+            reason = first_line(error).removeprefix("Connect failed. msg=")
+            if "protocols not supported" in reason:
+                reason = f"it does not serve {PROTOCOL_NAME}; it may be of another version"
+            failure = PeerLostError(peer, f"cannot be reached ({reason})")
+        except (OSError, EOFError):
+            failure = NetworkError("libp2p's process of this peer has ended; open the network again")
+        # Not inside `except`: hivemind leaves a connection to the error's traceback, to be closed by whichever thread lets
+        # go of it, and this must be the loop's.
+        raise failure
+
+
+def _directory_validator(signature: Any) -> Any:
+    """Return the validator of records: hivemind's signatures, and the form of a server's record."""
+    from hivemind.dht.validation import CompositeValidator, RecordValidatorBase
+
+    class OnlyServers(RecordValidatorBase):  # type: ignore[misc]
+        def validate(self, record: Any) -> bool:
+            return dht_records.may_be_stored(record.subkey, record.value, record.expiration_time)
+
+    return CompositeValidator([signature, OnlyServers()])

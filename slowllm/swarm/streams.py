@@ -1,0 +1,205 @@
+"""How requests and answers go over one stream of bytes, on the asyncio loop that owns it.
+
+A stream carries one request at a time, and its answer; whoever asks keeps several streams to a peer. So a long message
+does not hold up a short one, each request has the flow control of its own stream, and closing the stream is how a
+request is cancelled: the other side sees the end of the stream, also if the process or the machine has died.
+Request ids on one shared stream would save file descriptors, and bring all of that back as work of our own.
+
+Until a server has the answer it sends a **beat** every few seconds: a message's length of zero, and nothing after it.
+So silence means that the peer, or the way to it, is gone, however long a sweep over its disk takes.
+
+Knows asyncio's streams and messages as bytes; knows neither hivemind nor what is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from slowllm.errors import PeerLostError, PeerTimeoutError
+from slowllm.swarm.messages import MAX_MESSAGE_BYTES, PREFIX_BYTES, body_bytes
+
+BEAT = bytes(PREFIX_BYTES)
+CHUNK_BYTES = 1 << 20
+Parts = Sequence[bytes | memoryview]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What peers may take, and how long they are waited for.
+
+    Attributes:
+        message_bytes: of one message, at most; larger ones are refused before they are read.
+        held_bytes: of all requests together that were read and are not answered. Others wait, unread.
+        streams_per_peer: that one peer may open to this one; and how many this one opens to a peer.
+        num_streams: that all peers together may open.
+        connect_seconds: for opening a stream to a peer.
+        beat_seconds: between the beats of a server that has no answer yet.
+        silence_seconds: without a byte, after which a peer is lost; some multiple of its beats.
+        idle_seconds: after which a stream without requests is closed by its server.
+    """
+
+    message_bytes: int = MAX_MESSAGE_BYTES
+    held_bytes: int = 4 * MAX_MESSAGE_BYTES
+    streams_per_peer: int = 64
+    num_streams: int = 1024
+    connect_seconds: float = 15.0
+    beat_seconds: float = 5.0
+    silence_seconds: float = 20.0
+    idle_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Check that a message that is allowed fits what may be held."""
+        assert self.message_bytes <= self.held_bytes, "a message that is allowed could never be held"
+
+
+class Stream:
+    """The two ends of one stream's bytes. Owns the connection: `close` it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self._limit: asyncio.Timeout | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the other side has closed it, as far as is known here."""
+        return self._reader.at_eof() or self._writer.is_closing()
+
+    def close(self) -> None:
+        """Close it at once. What was not yet sent is lost, and the other side sees the end of the stream."""
+        self._writer.transport.abort()
+
+    def beat(self) -> None:
+        """Tell the other side that an answer is being made."""
+        if not self._writer.is_closing():
+            self._writer.write(BEAT)
+
+    @asynccontextmanager
+    async def silence_limit(self, seconds: float) -> AsyncIterator[None]:
+        """Raise TimeoutError in the block when no byte has come or gone for this long."""
+        async with asyncio.timeout(seconds) as limit:
+            self._limit, self._seconds = limit, seconds
+            try:
+                yield
+            finally:
+                self._limit = None
+
+    def _is_alive(self) -> None:
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(asyncio.get_running_loop().time() + self._seconds)
+
+    async def write(self, parts: Parts) -> None:
+        """Write a message's parts.
+
+        Raises:
+            OSError: the connection is lost.
+        """
+        for part in parts:
+            whole = memoryview(part)
+            for begin in range(0, len(whole), CHUNK_BYTES):
+                self._writer.write(whole[begin : begin + CHUNK_BYTES])
+                await self._writer.drain()
+                self._is_alive()
+
+    async def read_prefix(self) -> bytes:
+        """Return the first bytes of a message.
+
+        Raises:
+            EOFError: the stream ended.
+            OSError: the connection is lost.
+        """
+        prefix = await self._reader.readexactly(PREFIX_BYTES)
+        self._is_alive()
+        return prefix
+
+    async def read_body(self, length: int) -> bytearray:
+        """Return what follows the prefix. The memory grows with what has come, not with what was claimed.
+
+        Raises:
+            EOFError: the stream ended.
+            OSError: the connection is lost.
+        """
+        body = bytearray()
+        while len(body) < length:
+            chunk = await self._reader.read(min(CHUNK_BYTES, length - len(body)))
+            if not chunk:
+                raise EOFError(f"the stream ended after {len(body):,} of {length:,} bytes")
+            body += chunk
+            self._is_alive()
+        return body
+
+    async def discard(self) -> None:
+        """Read to the end of the stream and forget it."""
+        while await self._reader.read(CHUNK_BYTES):
+            pass
+
+
+async def exchange(stream: Stream, parts: Parts, peer: str, limits: Limits) -> bytearray:
+    """Send a request and return the answer's body. After any error, and after a cancellation, close the stream.
+
+    Raises:
+        PeerLostError: the stream ended.
+        PeerTimeoutError: the peer was silent.
+        ProtocolError: the answer is larger than allowed.
+    """
+    writing = asyncio.ensure_future(stream.write(parts))
+    try:
+        async with stream.silence_limit(limits.silence_seconds):
+            # An answer may come before all was sent: that the message is too large.
+            while not (length := body_bytes(await stream.read_prefix(), limits.message_bytes)):
+                pass
+            return await stream.read_body(length)
+    except TimeoutError:
+        raise PeerTimeoutError(peer, f"has been silent for {limits.silence_seconds:g} s") from None
+    except (EOFError, OSError) as error:
+        raise PeerLostError(peer, "the connection ended before it had answered") from error
+    finally:
+        if not writing.done():
+            writing.cancel()
+            stream.close()
+        await asyncio.gather(
+            writing, return_exceptions=True
+        )  # whoever reads has seen that the connection is lost
+
+
+class Room:
+    """Bytes that may be held at a time. Who comes first is served first; used on one loop."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._free = num_bytes
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @asynccontextmanager
+    async def holding(self, num_bytes: int) -> AsyncIterator[None]:
+        """Wait until there is room for `num_bytes`, and hold it for the length of the block."""
+        if self._waiting or num_bytes > self._free:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append((num_bytes, turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._give_back(num_bytes)
+                else:
+                    self._waiting.remove((num_bytes, turn))
+                    self._serve()
+                raise
+        else:
+            self._free -= num_bytes
+        try:
+            yield
+        finally:
+            self._give_back(num_bytes)
+
+    def _give_back(self, num_bytes: int) -> None:
+        self._free += num_bytes
+        self._serve()
+
+    def _serve(self) -> None:
+        while self._waiting and self._waiting[0][0] <= self._free:
+            num_bytes, turn = self._waiting.popleft()
+            self._free -= num_bytes
+            turn.set_result(None)
