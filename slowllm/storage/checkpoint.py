@@ -254,7 +254,7 @@ def _shards(
                 continue
             raise CheckpointError(f"{file}: named by {INDEX} but missing; fetch this shard")
         paths.append(folder / file)
-    if not paths:
+    if weight_map and not paths:
         raise CheckpointError(f"{folder}: has none of the shards that {INDEX} names; fetch those of the part")
     return paths
 

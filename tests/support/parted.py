@@ -1,4 +1,4 @@
-"""Checkpoints with a shard for each block and one for the rest, of which a folder may hold some."""
+"""Checkpoints with a shard for each block and one for the rest, and ways of calls that cross a part of a model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slowllm.storage.checkpoint import INDEX, read_weight_map
+from slowllm.streaming.way import StopForward, Way
 
 OUTSIDE = "outside.safetensors"
 _IN_BLOCK = re.compile(r"(?:^|\.)(?:h|layers|blocks)\.(\d+)\.")
@@ -53,3 +55,28 @@ def parted(folder: Path, out: Path, *keep: str) -> Path:
         if keep and path.name not in keep:
             path.unlink()
     return out
+
+
+class Inside(Way):
+    """Blocks below `first` return a known output; nothing behind `end - 1` is computed."""
+
+    def __init__(self, first: int, end: int, known: Any) -> None:
+        self.first, self.end, self.known, self.output = first, end, known, None
+
+    def output_of(self, block: int) -> Any:
+        return self.known if block < self.first else None
+
+    def pass_block(self, block: int, output: Any) -> None:
+        if block == self.end - 1:
+            self.output = output
+            raise StopForward
+
+
+class Known(Way):
+    """All blocks have been computed elsewhere."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+    def output_of(self, block: int) -> Any:
+        return self.output

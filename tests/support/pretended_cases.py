@@ -23,14 +23,19 @@ from slowllm.inference import generation, speculative
 from slowllm.inference.generation_types import Settings, encode_prompt
 from slowllm.inference.lines import Line, score_lines
 from slowllm.modeling import layout, losses
+from slowllm.modeling.parts import Part
 from slowllm.planning.device_plan import DEVICE_SLACK_BYTES
 from slowllm.prepare.convert import convert
 from slowllm.runtime import load, survey
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.run_identity import computed_by
 from slowllm.runtime.state import ResumedWay, State
+from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.streaming.call_context import call_context
+from slowllm.streaming.way import StopAfterBlocks, StopForward
 from tests.support import pretended_device as pretended
 from tests.support.families import FAMILIES, resident, save_tiny
+from tests.support.parted import Inside, Known
 from tests.support.paths import TINY_BLOOM
 
 CASES: dict[str, Callable[[], None]] = {}
@@ -457,6 +462,44 @@ def a_survey_names_the_devices() -> None:
     assert [name for name, _, _ in found.devices] == ["pretend:0"]
     assert found.devices[0][2] == found.num_stops
     assert found.smallest_bytes < found.ram_bytes
+
+
+@case
+def parts_of_a_model() -> None:
+    path, there = folder("llama-3-scaled-rope"), torch.device("pretend:0")
+
+    def part(part: Part | None, device: str) -> StreamedLM:
+        with pretending():
+            return load.open_model(
+                StreamedLM,
+                path,
+                part=part,
+                device=device,
+                dtype="fp32",
+                keep_resident=False,
+                poison=True,
+                ram="4GiB",
+            )
+
+    def output_after(lm: StreamedLM, way: Any) -> Any:
+        with torch.no_grad(), call_context(way=way):
+            try:
+                lm.model(input_ids=IDS, use_cache=False)
+            except StopForward:
+                return way.output
+        raise AssertionError("the pass did not end")
+
+    with part(None, "cpu") as whole, torch.no_grad():
+        known, wanted, last = (output_after(whole, StopAfterBlocks(number)) for number in (1, 2, 3))
+        logits = whole.model(input_ids=IDS).logits
+    for names in ("cuda", "cuda:0,cuda:1"):
+        with part(Part.span(1, 2), names) as lm:
+            found = output_after(lm, Inside(1, 2, known.to(there)))
+            assert found.device.type == there.type
+            close(found, wanted)
+            assert lm.model.get_input_embeddings().weight.stride() == (0, 0)
+    with part(Part.ends(3), "cuda") as lm, torch.no_grad(), call_context(way=Known(last.to(there))):
+        close(lm.model(input_ids=IDS).logits, logits)
 
 
 def main() -> None:
