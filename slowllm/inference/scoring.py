@@ -112,7 +112,7 @@ def describe(
 def _shares_prefixes(lm: StreamedLM) -> bool:
     """Return whether rows may continue from other rows' keys and values."""
     # Between the leaves of a block every rider would hold the keys and values that it took from another.
-    return lm.plan.granularity == "blocks" and can_share(lm.config)
+    return lm.plan.granularity == "blocks" and lm.keeps_caches and can_share(lm.config)
 
 
 def _num_prefix_positions(lm: TextSide) -> int:
@@ -381,7 +381,7 @@ def _score_batch(
         inputs = {"inputs_embeds": prompt.embed(lm.model, ids), "attention_mask": mask}
     first: Beginning | PrefixBeginning | None = beginning
     if num_before and not start and prompt is not None:
-        if can_share(lm.config):
+        if lm.keeps_caches and can_share(lm.config):
             first = PrefixBeginning(prompt, len(segments), lm.model.dtype)
         else:
             cache = prompt.growing_cache(lm.config, len(segments), lm.model.dtype)

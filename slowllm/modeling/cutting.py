@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from slowllm.errors import UnsupportedError
+from slowllm.errors import UnsupportedError, first_line
 from slowllm.streaming.call_context import call_context
 from slowllm.streaming.way import StopForward, Way
 
@@ -33,11 +33,15 @@ class BlockForm:
         num_extras: values that a block returns after the hidden states; None where it returns these alone.
         width: of the embeddings, which may differ from that of the hidden states.
         dtype: of the embeddings.
+        hidden_shape: of the hidden states of one position.
+        hidden_dtype: of the hidden states.
     """
 
     num_extras: int | None
     width: int
     dtype: torch.dtype
+    hidden_shape: tuple[int, ...]
+    hidden_dtype: torch.dtype
 
     def stand_in(self, hidden: Tensor) -> Any:
         """Return hidden states in the form in which a block returns them."""
@@ -69,28 +73,35 @@ def find_form(model: Any, blocks_name: str) -> BlockForm:
     family = type(model).__name__
     if "inputs_embeds" not in inspect.signature(owner.forward).parameters:
         raise UnsupportedError(f"{family}: cannot be cut between blocks, because it takes no embeddings")
-    form = BlockForm(None, model.get_input_embeddings().embedding_dim, model.dtype)
-    generator = torch.Generator().manual_seed(0)
-    zeros = form.embeddings(_ROWS, _POSITIONS)
-    noise = torch.randn(zeros.shape, generator=generator).to(zeros.dtype)
-    with torch.no_grad():
-        hidden, first = _given_to(owner, blocks[0], zeros)
-        if "input_ids" in first:
+    width = model.get_input_embeddings().embedding_dim
+    noise = torch.randn(_ROWS, _POSITIONS, width, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    zeros = torch.zeros_like(noise)
+    try:
+        with torch.no_grad():
+            hidden, first = _given_to(owner, blocks[0], zeros)
+            _, second = _given_to(owner, blocks[0], noise)
+    except Exception as error:  # whatever a model may raise where it is given embeddings without token ids
+        raise UnsupportedError(
+            f"{family}: cannot be cut between blocks, because it fails without token ids ({first_line(error)})"
+        ) from error
+    if "input_ids" in first:
+        raise UnsupportedError(f"{family}: cannot be cut between blocks, because its blocks need token ids")
+    for name, value in first.items():
+        pairs = zip(tree_leaves(value), tree_leaves(second[name]), strict=True)
+        if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs):
             raise UnsupportedError(
-                f"{family}: cannot be cut between blocks, because its blocks need token ids"
+                f"{family}: cannot be cut between blocks, because what its blocks get as {name} depends on the token ids"
             )
-        _, second = _given_to(owner, blocks[0], noise)
-        for name, value in first.items():
-            leaves, others = tree_leaves(value), tree_leaves(second[name])
-            pairs = zip(leaves, others, strict=True)
-            if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs):
-                raise UnsupportedError(
-                    f"{family}: cannot be cut between blocks, because what its blocks get as {name} depends on the token ids"
-                )
-        for num_extras in (None, 1, 2):
-            form = BlockForm(num_extras, form.width, form.dtype)
-            if _accepts(owner, form, zeros, hidden):
-                return form
+    for num_extras in (None, 1, 2):
+        form = BlockForm(num_extras, width, model.dtype, tuple(hidden.shape[2:]), hidden.dtype)
+        with torch.no_grad():
+            is_handed_over = _accepts(owner, blocks, form, zeros, hidden)
+        if is_handed_over:
+            raise UnsupportedError(
+                f"{family}: cannot be cut between blocks, because they hand over more than hidden states to one another"
+            )
+        if is_handed_over is False:
+            return form
     raise UnsupportedError(
         f"{family}: cannot be cut between blocks, because it is not known what its blocks return"
     )
@@ -115,12 +126,31 @@ def _given_to(owner: nn.Module, block: nn.Module, embeddings: Tensor) -> tuple[T
     return caught[0]
 
 
-def _accepts(owner: nn.Module, form: BlockForm, embeddings: Tensor, hidden: Tensor) -> bool:
-    """Return whether the loop over the blocks goes on with outputs of this form."""
+def _accepts(
+    owner: nn.Module, blocks: nn.ModuleList, form: BlockForm, embeddings: Tensor, hidden: Tensor
+) -> bool | None:
+    """Find out whether the loop over the blocks goes on with outputs of a form.
+
+    Returns:
+        None where it does not; else whether a block gets, beside hidden states, what another one returned.
+    """
+    extras = [torch.zeros_like(hidden) for _ in range(form.num_extras or 0)]
+    seen: list[bool] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves = tree_leaves((args, kwargs))
+        seen.append(any(leaf is extra for leaf in leaves for extra in extras))
+
+    handles = [block.register_forward_pre_hook(look, with_kwargs=True, prepend=True) for block in blocks]
     try:
-        with call_context(way=_Known(form.stand_in(hidden))):
+        with call_context(way=_Known((hidden, *extras) if extras else hidden)):
             output = owner(inputs_embeds=embeddings, use_cache=False)
     except Exception:  # whatever a loop may raise on an output of another form
-        return False
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
     last = output[0] if isinstance(output, tuple) else output.last_hidden_state
-    return isinstance(last, Tensor) and last.shape[:2] == hidden.shape[:2]
+    if not isinstance(last, Tensor) or last.shape[:2] != hidden.shape[:2]:
+        return None
+    return any(seen)

@@ -14,7 +14,7 @@ import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -78,6 +78,7 @@ class StreamedLM:
         device_placement: the devices, if blocks are not computed on the processor.
         num_stops: of the carousel: blocks or their leaves, then chunks of the head.
         weight_bytes: of one sweep, as stored.
+        swarm: the machines that hold the blocks; None where they are here.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class StreamedLM:
         self.plan, self.choices = plan, tuple(choices)
         self.layout, self.device_placement, self.num_stops = layout, device_placement, stops.num_stops
         self.weight_bytes = layout.weight_bytes
+        self.swarm: Any = None
         self._watchers: list[Callable[[Passage], None]] = []
         self._source, self._checkpoint, self._budget_bytes = source, checkpoint, budget.total_bytes
         devices = [] if device_placement is None else device_placement.devices
@@ -106,8 +108,36 @@ class StreamedLM:
         # A caller that keeps only the model keeps its handle alive. A forgotten handle is closed when it is collected,
         # or when the interpreter exits, before daemon threads are stopped in the middle of a product.
         model.__dict__["_slowllm"] = self
-        held = self._carousel, source, stops, device_placement, checkpoint, budget, plan.peak_bytes
+        self._owned = contextlib.ExitStack()
+        held = (
+            self._owned,
+            self._carousel,
+            source,
+            stops,
+            device_placement,
+            checkpoint,
+            budget,
+            plan.peak_bytes,
+        )
         self._finalizer = weakref.finalize(self, _release, *held)
+
+    def become_client(self, swarm: Any, close: Callable[[], None], max_call_tokens: int) -> None:
+        """Note that the blocks are at other machines, and own the connection to them.
+
+        Args:
+            swarm: the machines; see `slowllm.swarm.hops`.
+            close: ends the connection when the handle is closed.
+            max_call_tokens: that one call of the model may have.
+        """
+        self.swarm = swarm
+        self._owned.callback(close)
+        rider_tokens = min(self.plan.rider_tokens, max_call_tokens)
+        self.plan = replace(self.plan, rider_tokens=rider_tokens)
+
+    @property
+    def keeps_caches(self) -> bool:
+        """Whether keys and values are in this process, so that riders can hand them to one another."""
+        return self.swarm is None
 
     @property
     def config(self) -> Any:
@@ -277,6 +307,7 @@ def _report_passage(handle: weakref.ref[StreamedLM], passage: Passage) -> None:
 
 
 def _release(
+    owned: contextlib.ExitStack,
     carousel: Carousel,
     source: Reader | MappedStops,
     stops: Stops,
@@ -285,7 +316,8 @@ def _release(
     budget: Budget,
     num_bytes: int,
 ) -> None:
-    source.close()  # first, because the carousel may be waiting for a read that never returns
+    owned.close()
+    source.close()  # before the carousel, because the carousel may be waiting for a read that never returns
     carousel.close()
     if isinstance(stops, CastStops):
         stops.close()

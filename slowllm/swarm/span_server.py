@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
-
 from typing import Any
 
 from slowllm.errors import BusyError, InputError, ProtocolError, forward_errors
@@ -18,7 +17,7 @@ from slowllm.modeling.span import SpanRunner
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.ride import Ride
 from slowllm.swarm.compression import COMPRESSIONS
-from slowllm.swarm.requests import Request
+from slowllm.swarm.requests import PeerRequest
 from slowllm.swarm.sessions import ServedSession, Sessions
 from slowllm.swarm.span_messages import (
     SpanRequest,
@@ -65,7 +64,8 @@ class SpanServer:
 
     def __init__(self, lm: StreamedLM, served: ServedSpan) -> None:
         self._lm, self.served = lm, served
-        self.runner = SpanRunner(lm.model, lm.layout.blocks_name, find_form(lm.model, lm.layout.blocks_name))
+        self.form = find_form(lm.model, lm.layout.blocks_name)
+        self.runner = SpanRunner(lm.model, lm.layout.blocks_name, self.form)
         self.sessions: Sessions[Any] = Sessions(served.cache_tokens, served.session_seconds)
         self._lock = threading.Lock()
         self._waiting_tokens = 0
@@ -80,7 +80,7 @@ class SpanServer:
         """Tokens of the requests that are under way or wait."""
         return self._waiting_tokens
 
-    def handle(self, request: Request) -> None:
+    def handle(self, request: PeerRequest) -> None:
         """Answer a request of a peer: at once, or when it has passed the span. Does not block on a sweep.
 
         Raises:
@@ -98,8 +98,8 @@ class SpanServer:
         else:
             raise ProtocolError(f"{str(operation)[:40]!r} is no operation of this version")
 
-    def _board(self, request: Request) -> None:
-        asked = unpack_request(request.meta, request.tensors, self._lm.model.dtype)
+    def _board(self, request: PeerRequest) -> None:
+        asked = unpack_request(request.meta, request.tensors, self.form.hidden_dtype)
         compression = str(request.meta.get("compression", "none"))
         if compression not in COMPRESSIONS:
             raise ProtocolError(f"the compression {compression[:40]!r} is none of {', '.join(COMPRESSIONS)}")
@@ -148,6 +148,11 @@ class SpanServer:
         if not served.first <= call.first < call.end <= served.end:
             raise InputError(
                 f"blocks {call.first}:{call.end} are not served here; this server has {served.first}:{served.end}"
+            )
+        if call.hidden.shape[2:] != self.form.hidden_shape:
+            raise InputError(
+                f"hidden states of shape {list(call.hidden.shape)} are no (rows, positions, "
+                f"{', '.join(map(str, self.form.hidden_shape))}) of this model"
             )
         if num_tokens > served.max_batch_tokens:
             raise InputError(

@@ -1,0 +1,228 @@
+"""A server of a swarm: a span of blocks, opened within a budget, announced, and served until it is closed.
+
+Owns the model, the network and the thread that announces. `serve` of the command line is a thin shell around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from slowllm.errors import InputError, NetworkError
+from slowllm.modeling.parts import Part, parse_blocks
+from slowllm.modeling.span import SpanCall
+from slowllm.planning.job import Job
+from slowllm.runtime.block_identity import block_hash
+from slowllm.runtime.description import ModelInfo
+from slowllm.runtime.load import open_model
+from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.swarm.client import config_key
+from slowllm.swarm.compression import COMPRESSIONS
+from slowllm.swarm.network import Network
+from slowllm.swarm.records import ServerRecord, State
+from slowllm.swarm.routing import scarcest_blocks
+from slowllm.swarm.span_server import ServedSpan, SpanServer
+from slowllm.version import __version__
+
+log = logging.getLogger(__name__)
+
+ANNOUNCE_SECONDS = 10.0
+# A server that died is forgotten after this time.
+RECORD_SECONDS = 30.0
+# Tokens of the batch by which the throughput is measured at the start.
+_MEASURED_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What a server serves, and within which limits.
+
+    Attributes:
+        blocks: ``A:B``, or how many, of which the swarm then gets those that it lacks most.
+        ram: budget for the whole process, as for `slowllm.load`.
+        dtype: compute dtype.
+        device: where blocks are computed.
+        vram: budget on each GPU.
+        cache_tokens: that the sessions of all clients hold together.
+        max_batch_tokens: of one request.
+        max_waiting_tokens: of all requests that are under way or wait; four times as many by default.
+        backward: whether gradients are computed.
+        compression: of hidden states on the wire.
+        name: that people see.
+        session_seconds: after which an idle session ends.
+        identity: file of the server's key.
+        host_maddrs: multiaddresses to listen at.
+        announce_maddrs: multiaddresses that others are told, where they differ.
+        initial_peers: of the swarm; a new one is begun without.
+        use_relay: whether peers may be reached through others.
+    Raises:
+        InputError: a number is none that a server can have, or the compression is unknown.
+    """
+
+    blocks: str
+    ram: str | int = "auto"
+    dtype: str = "auto"
+    device: str = "cpu"
+    vram: str | None = None
+    cache_tokens: int = 4096
+    max_batch_tokens: int = 2048
+    max_waiting_tokens: int | None = None
+    backward: bool = True
+    compression: str = "none"
+    name: str = ""
+    session_seconds: float = 600.0
+    identity: Path | None = None
+    host_maddrs: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    announce_maddrs: tuple[str, ...] = ()
+    initial_peers: tuple[str, ...] = ()
+    use_relay: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compression not in COMPRESSIONS:
+            raise InputError(f"the compression {self.compression!r} is none of {', '.join(COMPRESSIONS)}")
+        if self.session_seconds <= 0:
+            raise InputError(f"a session cannot end after {self.session_seconds:g} s; give a time above 0")
+        self.job()
+
+    def job(self) -> Job:
+        """Return what the plan must know."""
+        waiting = self.waiting_tokens
+        return Job.serving(
+            cache_tokens=self.cache_tokens, batch_tokens=self.max_batch_tokens, max_batch_tokens=waiting,
+            backward=self.backward,
+        )  # fmt: skip
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of all requests that are under way or wait."""
+        return 4 * self.max_batch_tokens if self.max_waiting_tokens is None else self.max_waiting_tokens
+
+
+class Server:
+    """A span of blocks that is served; a context manager.
+
+    Args:
+        path_or_hub_id: of a folder with the config and at least the shards of its blocks; or a store.
+        options: of the server.
+    Raises:
+        InputError: the blocks or an option cannot be used.
+        PlanError: the span, its sessions and requests do not fit the budget.
+        UnsupportedError: the model cannot be cut between blocks.
+        NetworkError: the swarm cannot be joined.
+    """
+
+    def __init__(self, path_or_hub_id: str | os.PathLike[str], options: ServerOptions) -> None:
+        self.options = options
+        self._closed, self._held = threading.Event(), contextlib.ExitStack()
+        self._state: State = "joining"
+        info = ModelInfo(path_or_hub_id)
+        self.num_blocks = int(info.config.get_text_config().num_hidden_layers)
+        wanted = parse_blocks(options.blocks, self.num_blocks)
+        with contextlib.ExitStack() as held:
+            self.network = Network.open(
+                identity=options.identity, host_maddrs=options.host_maddrs, announce_maddrs=options.announce_maddrs,
+                initial_peers=options.initial_peers, use_relay=options.use_relay,
+            )  # fmt: skip
+            held.callback(self.network.close)
+            key = config_key(info.config)
+            if isinstance(wanted, int):
+                first, end = scarcest_blocks(self.network.find(key), self.num_blocks, wanted)
+                wanted = Part.span(first, end)
+            self.lm = held.enter_context(self._open(info, wanted))
+            served = ServedSpan(
+                wanted.first, wanted.end, options.max_batch_tokens, options.waiting_tokens, options.cache_tokens,
+                options.session_seconds, has_backward=options.backward and self.lm.plan.granularity == "blocks",
+            )  # fmt: skip
+            self.spans = SpanServer(self.lm, served)
+            self._record = self._first_record(key, served)
+            self.network.serve(self.spans.handle)
+            self._state = "online"
+            self.announce()
+            self._held = held.pop_all()
+        self._thread = threading.Thread(target=self._announce_for_ever, name="slowllm-announce", daemon=True)
+        self._thread.start()
+
+    def _open(self, info: ModelInfo, part: Part) -> StreamedLM:
+        options = self.options
+        return open_model(
+            StreamedLM, info, ram=options.ram, dtype=options.dtype, device=options.device, vram=options.vram,
+            job=options.job(), part=part,
+        )  # fmt: skip
+
+    def _first_record(self, key: str, served: ServedSpan) -> ServerRecord:
+        batch_rate, decode_seconds = self._measure(served)
+        return ServerRecord(
+            peer=self.network.peer, addresses=tuple(self.network.addresses), model=key, first=served.first, end=served.end,
+            state="joining", dtype=str(self.lm.model.dtype).removeprefix("torch."), version=__version__,
+            block_hashes=tuple(block_hash(self.lm, number) for number in range(served.first, served.end)),
+            compression=self.options.compression, forward_tokens_per_second=batch_rate,
+            decode_seconds=decode_seconds / (served.end - served.first), cache_tokens_free=served.cache_tokens,
+            max_batch_tokens=served.max_batch_tokens, has_backward=served.has_backward, name=self.options.name,
+        )  # fmt: skip
+
+    def _measure(self, served: ServedSpan) -> tuple[float, float]:
+        """Return the tokens a second of a batch, and the seconds of a single token, through the whole span."""
+
+        def seconds_of(num_tokens: int) -> float:
+            shape = (1, num_tokens, *self.spans.form.hidden_shape)
+            generator = torch.Generator().manual_seed(0)
+            hidden = torch.randn(shape, generator=generator).to(self.spans.form.hidden_dtype)
+            call = SpanCall(served.first, served.end, hidden)
+            began = time.perf_counter()
+            self.lm.ride([lambda: self.spans.runner.forward(call)])
+            return time.perf_counter() - began
+
+        seconds_of(1)  # what stays resident is read first
+        num_tokens = min(_MEASURED_TOKENS, served.max_batch_tokens)
+        return num_tokens / seconds_of(num_tokens), seconds_of(1)
+
+    def record(self) -> ServerRecord:
+        """Return what the server says of itself now."""
+        return replace(self._record, state=self._state, cache_tokens_free=self.spans.sessions.free_tokens)
+
+    def announce(self) -> None:
+        """Tell the swarm what the server is now."""
+        self.spans.sessions.end_idle()
+        self.network.announce(self.record(), RECORD_SECONDS)
+
+    def _announce_for_ever(self) -> None:
+        while not self._closed.wait(ANNOUNCE_SECONDS):
+            try:
+                self.announce()
+            except NetworkError as error:  # others come and go; the next time may find some
+                log.warning("%s", error)
+
+    def drain(self) -> None:
+        """Take no new sessions, and tell the swarm."""
+        self._state = "draining"
+        self.spans.drain()
+        with contextlib.suppress(NetworkError):
+            self.announce()
+
+    def close(self) -> None:
+        """Tell the swarm that this server has left, and let go of everything. Idempotent."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._thread.join()
+        self._state = "offline"
+        with contextlib.suppress(NetworkError):
+            self.announce()
+        self._held.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
