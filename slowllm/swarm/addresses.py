@@ -47,6 +47,11 @@ class Address:
     peer: str | None
 
 
+def is_peer(text: str) -> bool:
+    """Whether this has the form of a peer id."""
+    return _PEER.fullmatch(text) is not None
+
+
 def parse_address(text: str, option: str) -> Address:
     """Return what a multiaddress says.
 
@@ -68,7 +73,7 @@ def parse_address(text: str, option: str) -> Address:
     if transport not in ("tcp", "udp") or not port.isascii() or not port.isdigit() or int(port) > _MAX_PORT:
         raise InputError(f"{problem}: after the host stands no /tcp/ or /udp/ with a port up to {_MAX_PORT}")
     peer = rest[rest.index("p2p") + 1] if "p2p" in rest[:-1] else None
-    if not all(map(_NAME.fullmatch, rest)) or (peer is not None and not _PEER.fullmatch(peer)):
+    if not all(map(_NAME.fullmatch, rest)) or (peer is not None and not is_peer(peer)):
         raise InputError(f"{problem}: it does not end in /p2p/ and a peer id")
     return Address(text, family, host, transport, int(port), peer)
 

@@ -102,4 +102,6 @@ def _binary_in(packed: bytes) -> bytes | None:
     """Return the byte string that is all of a msgpack text, None for anything else."""
     width = _BINARY_FORMS.get(packed[0] if packed else 0, 0)
     content = packed[1 + width :]
+    if len(packed) <= width:
+        return None
     return content if width and int.from_bytes(packed[1 : 1 + width], "big") == len(content) else None

@@ -33,7 +33,13 @@ from slowllm.errors import (
     first_line,
 )
 from slowllm.swarm import dht_records
-from slowllm.swarm.addresses import check_addresses, explain_refusal, explain_unreachable, refuse_taken_ports
+from slowllm.swarm.addresses import (
+    check_addresses,
+    explain_refusal,
+    explain_unreachable,
+    is_peer,
+    refuse_taken_ports,
+)
 from slowllm.swarm.identity import Identity, holding_identity
 from slowllm.swarm.loop_thread import LoopThread
 from slowllm.swarm.messages import Meta, Tensors, encode
@@ -165,10 +171,12 @@ class Network:
             timeout: seconds for the whole answer; None to wait as long as the peer gives signs of life.
             compression: of tensors by their names, see `slowllm.swarm.compression`.
         Raises:
-            InputError: a compression cannot be used for its tensor.
+            InputError: this is no peer id, or a compression cannot be used for its tensor.
             ProtocolError: the request cannot be sent as it is.
             NetworkError: the network is closed.
         """
+        if not is_peer(peer):
+            raise InputError(f"{peer[:80]!r} is no peer id")
         limit = self._limits.message_bytes
         parts = encode({REQUEST: dict(meta)}, tensors, compression=compression, max_bytes=limit)
         return self._loop.submit(lambda: self._ask(peer, parts, timeout))
@@ -299,15 +307,13 @@ class Network:
     async def _open_stream(self, peer: str) -> Stream:
         from hivemind.p2p import P2PDaemonError, PeerID
 
-        try:
-            target = PeerID.from_base58(peer)
-        except ValueError as error:
-            raise InputError(f"{peer!r} is no peer id") from error
         seconds = self._limits.connect_seconds
         failure: NetworkError
         try:
             async with asyncio.timeout(seconds):
-                _, reader, writer = await self._p2p.call_binary_stream_handler(target, PROTOCOL_NAME)
+                _, reader, writer = await self._p2p.call_binary_stream_handler(
+                    PeerID.from_base58(peer), PROTOCOL_NAME
+                )
                 return Stream(reader, writer)
         except TimeoutError:
             failure = PeerTimeoutError(peer, f"cannot be reached in {seconds:g} s")

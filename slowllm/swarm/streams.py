@@ -24,6 +24,8 @@ from slowllm.swarm.messages import MAX_MESSAGE_BYTES, PREFIX_BYTES, body_bytes
 
 BEAT = bytes(PREFIX_BYTES)
 CHUNK_BYTES = 1 << 20
+# Up to this, a message waits for no room: one token's hidden states, and what lets go of others.
+SMALL_BYTES = 64 << 10
 Parts = Sequence[bytes | memoryview]
 
 
@@ -33,7 +35,8 @@ class Limits:
 
     Attributes:
         message_bytes: of one message, at most; larger ones are refused before they are read.
-        held_bytes: of all requests together that were read and are not answered. Others wait, unread.
+        held_bytes: of all requests together that were read and are not answered. Others wait, unread; those of at most
+            `SMALL_BYTES` neither wait nor count.
         streams_per_peer: that one peer may open to this one; and how many this one opens to a peer.
         num_streams: that all peers together may open.
         connect_seconds: for opening a stream to a peer.
@@ -175,6 +178,9 @@ class Room:
     @asynccontextmanager
     async def holding(self, num_bytes: int) -> AsyncIterator[None]:
         """Wait until there is room for `num_bytes`, and hold it for the length of the block."""
+        if num_bytes <= SMALL_BYTES:
+            yield
+            return
         if self._waiting or num_bytes > self._free:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append((num_bytes, turn))

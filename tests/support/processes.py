@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -78,9 +78,14 @@ class Process:
 
 
 class Processes:
-    """The server. Started on first use, ended with the context."""
+    """The server. Started on first use, ended with the context.
 
-    def __init__(self) -> None:
+    Args:
+        paid: the modules whose import it pays for.
+    """
+
+    def __init__(self, paid: Sequence[str] = PAID) -> None:
+        self._paid = paid
         self._socket: socket.socket | None = None
         self._server: subprocess.Popen[bytes] | None = None
 
@@ -113,7 +118,7 @@ class Processes:
         if self._socket is None:
             self._socket, theirs = socket.socketpair()
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.processes", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.support.processes", str(theirs.fileno()), *self._paid],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -198,7 +203,7 @@ def become(
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with whoever started it
-    for name in PAID:
+    for name in sys.argv[2:]:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     gc.freeze()  # or each process would copy the memory of all that was imported, only to look for garbage in it

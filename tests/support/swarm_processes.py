@@ -1,0 +1,124 @@
+"""Start, stop, kill and freeze peers of a swarm on the loopback: real processes, at ports that the system chooses."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.support.processes import Ended, Process, Processes
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+PATIENCE_SECONDS = 60
+PAID = ("torch", "psutil", "typer", "safetensors.torch", "hivemind.dht.node", "hivemind.p2p")
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until a process of this machine, whoever started it, has ended."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        ready, _, _ = select.select([handle], [], [], PATIENCE_SECONDS)
+        assert ready, f"process {pid} has not ended"
+    finally:
+        os.close(handle)
+
+
+def _is_frozen(pid: int) -> bool:
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return all((thread / "stat").read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
+
+
+@dataclass
+class SwarmProcess:
+    """One process that prints a line when it is ready.
+
+    Attributes:
+        process: that was started.
+        line: what it printed first.
+        has_ended: whether it was stopped or killed.
+    """
+
+    process: Process
+    line: str
+    has_ended: bool = False
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a peer for tests says of itself: its `peer`, `addresses`, `pid` and `children`."""
+        told: dict[str, Any] = json.loads(self.line)
+        return told
+
+    def freeze(self, also_children: bool = False) -> None:
+        """Stop it where it is; nobody is told. Its libp2p process goes on, unless `also_children`."""
+        for pid in [self.process.pid, *(self.told["children"] if also_children else [])]:
+            os.kill(pid, signal.SIGSTOP)
+            # Its threads stop one by one, and the one that would answer may be the last.
+            while not _is_frozen(pid):
+                os.sched_yield()
+
+    def thaw(self) -> None:
+        """Let it go on after a freeze."""
+        for pid in [*self.told["children"], self.process.pid]:
+            os.kill(pid, signal.SIGCONT)
+
+    def stop(self) -> Ended:
+        """Tell it to end, and wait."""
+        self.has_ended = True
+        return self.process.end(signal.SIGTERM)
+
+    def kill(self) -> Ended:
+        """End it as if the power were cut, and wait."""
+        self.has_ended = True
+        return self.process.end(signal.SIGKILL)
+
+
+class SwarmProcesses:
+    """What starts them, and ends all that are left with the context. hivemind's import is paid once."""
+
+    def __init__(self) -> None:
+        self._processes = Processes(paid=PAID)
+        self._started: list[SwarmProcess] = []
+
+    def __enter__(self) -> SwarmProcesses:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for started in self._started:
+            if not started.has_ended and started.process.is_running():
+                os.kill(started.process.pid, signal.SIGCONT)
+                started.kill()
+        self._processes.__exit__(kind, error, trace)
+
+    def start(self, *arguments: object) -> SwarmProcess:
+        """Start Python with these arguments and wait for its first line."""
+        process = self._processes.start(*arguments, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], PATIENCE_SECONDS)
+        line = process.stdout.readline() if ready else ""
+        if not line:
+            ended = process.end(signal.SIGKILL) if process.is_running() else process.wait()
+            raise AssertionError(f"{arguments} ended without a line:\n{ended.stderr}")
+        started = SwarmProcess(process, line)
+        self._started.append(started)
+        return started
+
+    def run(self, *arguments: object) -> Ended:
+        """Run Python with these arguments to its end."""
+        return self._processes.run(*arguments)
+
+    def peer(self, initial_peers: Sequence[str] = (), **options: Any) -> SwarmProcess:
+        """Start a peer for tests, see `tests.support.swarm_peer`."""
+        options = {"host_maddrs": [LOOPBACK], "initial_peers": list(initial_peers), **options}
+        return self.start("-m", "tests.support.swarm_peer", json.dumps(options))
