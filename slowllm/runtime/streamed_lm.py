@@ -165,6 +165,11 @@ class StreamedLM:
         return self.plan.resident | (frozenset() if placement is None else placement.plan.kept)
 
     @property
+    def checkpoint(self) -> Checkpoint:
+        """The files that the weights come from; closed with the handle."""
+        return self._checkpoint
+
+    @property
     def part(self) -> Part:
         """The part of the model that this handle has."""
         return self.layout.part
