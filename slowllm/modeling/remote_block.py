@@ -68,13 +68,14 @@ class Kept:
 class Spans(Protocol):
     """The machines that hold the blocks. `forward` and `backward` block until they are answered."""
 
-    def route(self, first: int, num_tokens: int, *, keeps_cache: bool) -> Sequence[Hop]:
+    def route(self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool) -> Sequence[Hop]:
         """Return hops from block `first` to the last block, for one call of the model.
 
         Args:
             first: the block that is to be computed next.
             num_tokens: of the call.
             keeps_cache: whether later calls will continue this one.
+            wants_grad: whether a backward pass will follow.
         """
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
@@ -179,8 +180,11 @@ def _pass_hop(
     """Return what the blocks of the hop that begins at `first` return, by their numbers."""
     arguments = owner_call.arguments
     _refuse_unsent(arguments)
-    wants_cache = cache is not None and not torch.is_grad_enabled()
-    hop = _kept_hop(cache, first) or _next_hop(remote, first, hidden, owner_call, keeps_cache=wants_cache)
+    wants_grad = torch.is_grad_enabled() and _wants_grad(hidden, cache)
+    hop = _kept_hop(cache, first)
+    if hop is None:
+        keeps_cache = cache is not None and not wants_grad
+        hop = _next_hop(remote, first, hidden, owner_call, keeps_cache=keeps_cache, wants_grad=wants_grad)
     end = hop.end
     returns_all = bool(
         arguments.get("output_hidden_states", getattr(remote.config, "output_hidden_states", False))
@@ -220,12 +224,24 @@ def _kept_hop(cache: Cache | None, first: int) -> Hop | None:
     return kept.hop if isinstance(kept, Kept) else None
 
 
-def _next_hop(remote: Remote, first: int, hidden: Tensor, owner_call: OwnerCall, *, keeps_cache: bool) -> Hop:
+def _wants_grad(hidden: Tensor, cache: Cache | None) -> bool:
+    """Return whether anything that reaches the blocks wants a gradient."""
+    layers = () if cache is None else cache.layers
+    sides = (side for layer in layers for side in (getattr(layer, "keys", None), getattr(layer, "values", None)))
+    vectors = (vector for vector in current_call().vectors if vector is not None)
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (hidden, *sides, *vectors))
+
+
+def _next_hop(
+    remote: Remote, first: int, hidden: Tensor, owner_call: OwnerCall, *, keeps_cache: bool, wants_grad: bool
+) -> Hop:
     """Return the hop that begins at a block, of the route of this call."""
     known = [hop for hop in owner_call.route if hop.first == first]
     if not known:
         num_tokens = hidden.shape[0] * hidden.shape[1]
-        owner_call.route = tuple(remote.spans.route(first, num_tokens, keeps_cache=keeps_cache))
+        owner_call.route = tuple(
+            remote.spans.route(first, num_tokens, keeps_cache=keeps_cache, wants_grad=wants_grad)
+        )
         known = [hop for hop in owner_call.route if hop.first == first]
     return cast(Hop, known[0])
 

@@ -103,6 +103,12 @@ def ends_hash(source: StreamedLM | Checkpoint) -> str:
     return hashlib.sha256(f"{config}\n{hash_tensors(checkpoint, outside)}".encode()).hexdigest()
 
 
+def config_hash(config: Any) -> str:
+    """Return the hash of a model's config, hexadecimal, without where it lies and how it is computed with."""
+    text = json.dumps(_identity(config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _placed(
     source: StreamedLM | Checkpoint, wanted: Sequence[int]
 ) -> tuple[Checkpoint, str, Mapping[str, Placement]]:

@@ -6,41 +6,29 @@ it returns is the same handle as a local model's.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
+import contextlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slowllm.errors import InputError, MissingBlocksError
+from slowllm.errors import MissingBlocksError
 from slowllm.modeling.cache_labels import LabelSource
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.parts import Part
-from slowllm.modeling.remote_block import Hop, Remote, make_remote
+from slowllm.modeling.remote_block import Remote, make_remote
 from slowllm.modeling.soft_prompts import hook_inputs
+from slowllm.runtime.block_identity import block_hashes, config_hash, ends_hash
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.swarm.hops import Hops
 from slowllm.swarm.network import Network
-from slowllm.swarm.records import ServerRecord, model_key
-
-log = logging.getLogger(__name__)
+from slowllm.swarm.records import model_key
+from slowllm.swarm.routing import Wishes
 
 L = TypeVar("L", bound=StreamedLM)
-
-# Fields of a config that say where it came from or how it is computed, not what the model is.
-_NOT_OF_THE_MODEL = {
-    "dtype",
-    "torch_dtype",
-    "_name_or_path",
-    "transformers_version",
-    "use_cache",
-    "quantization_config",
-}
 
 
 @dataclass(frozen=True)
@@ -49,15 +37,13 @@ class SwarmOptions:
 
     Attributes:
         peers: multiaddresses of peers of the swarm, as `slowllm dht` and `slowllm serve` print them.
-        allowed: ids of the only servers that may be asked; empty for all.
-        blocked: ids of servers that are not asked.
+        wishes: which servers may be asked.
         timeout: seconds for one answer; None to wait as long as a server gives signs of life.
         identity: file of this client's key; None for one that is forgotten.
     """
 
     peers: tuple[str, ...]
-    allowed: frozenset[str] = frozenset()
-    blocked: frozenset[str] = frozenset()
+    wishes: Wishes = field(default_factory=Wishes)
     timeout: float | None = None
     identity: Path | None = None
 
@@ -88,20 +74,27 @@ def open_client(
     )
     num_blocks = int(info.config.get_text_config().num_hidden_layers)
     network = Network.open(identity=options.identity, host_maddrs=(), initial_peers=options.peers)
-    try:
-        records = _servers_of(network, config_key(info.config), num_blocks, options)
+    with contextlib.ExitStack() as held:
+        held.callback(network.close)
         if load_options.get("dtype", "auto") == "auto":
-            load_options["dtype"] = records[0].dtype
+            load_options["dtype"] = _dtype_of(network, config_key(info.config), num_blocks, options)
         lm = open_model(kind, info, part=Part.ends(num_blocks), **load_options)
-        try:
-            _connect(lm, network, records, options)
-        except BaseException:
-            lm.close()
-            raise
-    except BaseException:
-        network.close()
-        raise
+        held.callback(lm.close)
+        _connect(lm, network, options)
+        held.pop_all()
     return lm
+
+
+def _dtype_of(network: Network, key: str, num_blocks: int, options: SwarmOptions) -> str:
+    """Return the dtype in which most servers of a model compute."""
+    online = [record for record in network.find(key) if options.wishes.refusal(record) is None]
+    if not online:
+        raise MissingBlocksError(
+            tuple(range(num_blocks)),
+            f"nobody who may be asked serves blocks of this model in the swarm of {', '.join(options.peers)}: it is the swarm of "
+            "another model, or its servers have not joined yet",
+        )
+    return Counter(record.dtype for record in online).most_common(1)[0][0]
 
 
 def config_key(config: Any) -> str:
@@ -110,48 +103,28 @@ def config_key(config: Any) -> str:
     A server may have nothing else of the model but its own blocks, so the key has nothing else in it. What the blocks
     are is in their hashes.
     """
-    table = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
-    digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode()).hexdigest()
-    return model_key(digest[:32], int(config.get_text_config().num_hidden_layers))
+    return model_key(config_hash(config)[:32], int(config.get_text_config().num_hidden_layers))
 
 
-def _servers_of(network: Network, key: str, num_blocks: int, options: SwarmOptions) -> list[ServerRecord]:
-    """Return the servers of a model that may be asked."""
-    records = [
-        record
-        for record in network.find(key)
-        if record.peer not in options.blocked and (not options.allowed or record.peer in options.allowed)
-    ]
-    if not any(record.state == "online" for record in records):
-        raise MissingBlocksError(
-            tuple(range(num_blocks)),
-            f"nobody in the swarm of {', '.join(options.peers)} serves blocks of this model (config {key}); it may be a swarm of "
-            "another model, or its servers have not joined yet",
-        )
-    return records
-
-
-def _connect(lm: StreamedLM, network: Network, records: list[ServerRecord], options: SwarmOptions) -> None:
+def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
     """Put remote blocks into a model that has its ends, and let the handle own the network."""
-    online = [record for record in records if record.state == "online"]
+    key, blocks = config_key(lm.config), lm.layout.blocks
     dtype = str(lm.model.dtype).removeprefix("torch.")
-    if other := next((record for record in online if record.dtype != dtype), None):
-        raise InputError(
-            f"this client computes in {dtype}, but {other.label} of the swarm in {other.dtype}; load with dtype={other.dtype!r}"
-        )
-    key, num_blocks = config_key(lm.config), len(lm.layout.blocks)
-
-    def choose(
-        found: Sequence[ServerRecord], first: int, num_tokens: int, *, keeps_cache: bool, number: int
-    ) -> list[Hop]:
-        return choose_route(found, first, num_blocks, options, keeps_cache=keeps_cache, number=number)
-
-    hops = Hops(lambda: network.find(key), network.ask, choose, options.timeout)
-    hops.route(0, 1, keeps_cache=True)  # now, so that missing blocks are named before any work
-    blocks = lm.layout.blocks
-    form = find_form(lm.model, lm.layout.blocks_name)
-    remote = Remote(hops, form, lm.config.get_text_config(), lm.away, LabelSource())
-    for block_number, block in enumerate(blocks):
-        blocks[block_number] = make_remote(block, block_number, remote)
+    wishes = replace(options.wishes, dtype=dtype, ends_hash=ends_hash(lm), hashes=_own_hashes(lm))
+    hops = Hops(lambda: network.find(key), network.ask, len(blocks), wishes, options.timeout)
+    # Now, so that missing blocks are named before any work.
+    hops.route(0, 1, keeps_cache=False, wants_grad=False)
+    remote = Remote(
+        hops, find_form(lm.model, lm.layout.blocks_name), lm.config.get_text_config(), lm.away, LabelSource()
+    )
+    for number, block in enumerate(blocks):
+        blocks[number] = make_remote(block, number, remote)
     hook_inputs(blocks)
-    lm.become_client(hops, network.close, min(record.max_batch_tokens for record in online))
+    usable = [record for record in hops.records() if wishes.refusal(record) is None]
+    lm.become_client(hops, network.close, min(record.max_batch_tokens for record in usable))
+
+
+def _own_hashes(lm: StreamedLM) -> dict[int, str]:
+    """Return the hashes of the blocks whose shards are in the client's folder: the swarm must have the same."""
+    checkpoint = lm.checkpoint
+    return {} if checkpoint.absent else block_hashes(checkpoint, range(len(lm.layout.blocks)))

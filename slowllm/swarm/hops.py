@@ -12,15 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from slowllm.errors import InputError, RemoteError, SessionError, SlowLLMError
+from slowllm.errors import BusyError, InputError, NonFiniteError, RemoteError, SessionError, SlowLLMError
 from slowllm.modeling.remote_block import Hop, Kept
 from slowllm.modeling.span import SpanCall, SpanGrads
 from slowllm.swarm.records import ServerRecord
+from slowllm.swarm.routing import Wishes, fastest_route, format_route, spread
 from slowllm.swarm.span_messages import (
     Meta,
     SpanRequest,
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 # Servers that have come or left since are seen after this time at the latest.
 REFRESH_SECONDS = 15.0
+# Calls without a cache take turns on so many routes, which share the work among replicas by their speed.
+_SPREAD_ROUTES = 8
 
 
 class Asks(Protocol):
@@ -49,14 +52,6 @@ class Asks(Protocol):
         timeout: float | None = None,
         compression: Mapping[str, str] | None = None,
     ) -> Future[tuple[Meta, Tensors]]: ...
-
-
-class ChoosesRoute(Protocol):
-    """Chooses servers for the blocks from one on; `client.choose` is one."""
-
-    def __call__(
-        self, records: Sequence[ServerRecord], first: int, num_tokens: int, *, keeps_cache: bool, number: int
-    ) -> Sequence[Hop]: ...
 
 
 @dataclass
@@ -90,7 +85,8 @@ class Hops:
     Args:
         find: returns the records of the servers as they are now.
         ask: sends a request.
-        choose: chooses a route.
+        num_blocks: of the model.
+        wishes: which servers may be asked.
         timeout: seconds for one answer; None to wait as long as the server gives signs of life.
     """
 
@@ -98,46 +94,61 @@ class Hops:
         self,
         find: Callable[[], Sequence[ServerRecord]],
         ask: Asks,
-        choose: ChoosesRoute,
+        num_blocks: int,
+        wishes: Wishes,
         timeout: float | None = None,
     ) -> None:
-        self._find, self._ask, self._choose, self._timeout = find, ask, choose, timeout
+        self._find, self._ask, self._timeout = find, ask, timeout
+        self._num_blocks, self._wishes = num_blocks, wishes
         self._lock = threading.Lock()
         self._records: dict[str, ServerRecord] = {}
         self._found_at = float("-inf")
         self._num_steps: dict[str, int] = {}
-        self._num_routes = 0
-        self._last_route: tuple[Hop, ...] = ()
+        self._num_calls = 0
+        self._last_route = ""
         self.times: dict[str, PeerTimes] = {}
 
-    def records(self, *, refresh: bool = False) -> list[ServerRecord]:
-        """Return the records of the servers; those that were found lately, unless `refresh`."""
-        with self._lock:
-            is_old = time.monotonic() - self._found_at > REFRESH_SECONDS
-        if refresh or is_old:
+    def records(self) -> list[ServerRecord]:
+        """Return the records of the servers, found within the last `REFRESH_SECONDS`."""
+        if time.monotonic() - self._found_at > REFRESH_SECONDS:
             found = {record.peer: record for record in self._find()}
             with self._lock:
                 self._records, self._found_at = found, time.monotonic()
         with self._lock:
             return list(self._records.values())
 
-    def route(self, first: int, num_tokens: int, *, keeps_cache: bool) -> Sequence[Hop]:
+    def latencies(self) -> dict[str, float]:
+        """Return the seconds that a request has spent on the way, on the average, by the peer's id."""
+        with self._lock:
+            return {peer: times.network_seconds / times.num_requests for peer, times in self.times.items()}
+
+    def route(self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool) -> Sequence[Hop]:
         """Return hops from block `first` to the last block; see `remote_block.Spans`.
 
+        Generation takes the route on which a token is fastest; calls without a cache are spread over replicas, so that
+        all servers have work.
+
         Raises:
-            MissingBlocksError: some blocks are served by nobody.
+            MissingBlocksError: some blocks are served by nobody who may be asked.
         """
         with self._lock:
-            self._num_routes += 1
-            number = self._num_routes
-        hops = tuple(self._choose(self.records(), first, num_tokens, keeps_cache=keeps_cache, number=number))
-        if hops != self._last_route:
-            log.info(
-                "route: %s",
-                ", ".join(f"blocks {hop.first}:{hop.end} at {self._name(hop.peer)}" for hop in hops),
-            )
-            self._last_route = hops
-        return hops
+            self._num_calls += 1
+            number = self._num_calls % _SPREAD_ROUTES
+        wishes = replace(
+            self._wishes,
+            needs_backward=wants_grad,
+            batch_tokens=num_tokens,
+            cache_tokens=num_tokens * keeps_cache,
+        )
+        if keeps_cache:
+            chosen = fastest_route(self.records(), first, self._num_blocks, wishes, self.latencies())
+        else:
+            chosen = spread(self.records(), number + 1, first, self._num_blocks, wishes)[number]
+        said = format_route(chosen)
+        if said != self._last_route:
+            log.info("route: %s", said)
+            self._last_route = said
+        return [Hop(hop.first, hop.end, hop.record.peer) for hop in chosen]
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
         """Compute a span at its server; see `remote_block.Spans`.
@@ -179,12 +190,6 @@ class Hops:
         meta, tensors = pack_request(request)
         record = self._records.get(hop.peer)
         how = "none" if record is None else record.compression
-        num_tokens = request.call.hidden.shape[0] * request.call.hidden.shape[1]
-        if record is not None and num_tokens > record.max_batch_tokens:
-            raise InputError(
-                f"a call of {num_tokens:,} tokens is longer than the {record.max_batch_tokens:,} that {record.label} takes; "
-                "give it fewer rows"
-            )
         meta["compression"] = how
         began = time.perf_counter()
         answer = self._ask(
@@ -197,9 +202,7 @@ class Hops:
         try:
             said, found = answer.result()
         except RemoteError as error:
-            if error.kind == SessionError.__name__:
-                raise SessionError(f"{self._name(hop.peer)}: {error.sentence}") from error
-            raise
+            raise _as_own(error, self._name(hop.peer)) from error
         except BaseException:  # an interrupt
             answer.cancel()
             raise
@@ -218,3 +221,12 @@ class Hops:
     def _name(self, peer: str) -> str:
         record = self._records.get(peer)
         return peer[-6:] if record is None else record.label
+
+
+def _as_own(error: RemoteError, name: str) -> SlowLLMError:
+    """Return what a server says went wrong as the kind of error that it was there."""
+    kinds: tuple[type[SlowLLMError], ...] = (SessionError, BusyError, InputError, NonFiniteError)
+    for kind in kinds:
+        if error.kind == kind.__name__:
+            return kind(f"{name}: {error.sentence}")
+    return error

@@ -57,6 +57,7 @@ class ServerRecord:
         has_backward: whether it computes gradients.
         name: that people gave it; may be empty.
         version: of its slowllm.
+        ends_hash: of config and tensors outside the blocks; empty where the server does not have them.
         next_pings: measured milliseconds to other peers, by their ids; it may be empty.
     """
 
@@ -77,6 +78,7 @@ class ServerRecord:
     max_batch_tokens: int = 0
     has_backward: bool = False
     name: str = ""
+    ends_hash: str = ""
     next_pings: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -201,5 +203,6 @@ _CHECKS: Mapping[str, Callable[[object], bool]] = {
     "has_backward": lambda value: isinstance(value, bool),
     "name": _is_name,
     "version": _matches(_WORD),
+    "ends_hash": lambda value: value == "" or _matches(_WORD)(value),
     "next_pings": _are_pings,
 }

@@ -10,7 +10,6 @@ weights, otherwise that of most servers, and servers that have another one at a 
 from __future__ import annotations
 
 import heapq
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +36,8 @@ class Wishes:
         needs_backward: whether gradients are wanted.
         batch_tokens: tokens of one request, at least.
         cache_tokens: tokens that a session needs, at least.
+        ends_hash: of the client's ends; servers that have others serve another model.
+        dtype: that the client computes in; empty for any.
     """
 
     allowed: Collection[str] | None = None
@@ -46,6 +47,8 @@ class Wishes:
     needs_backward: bool = False
     batch_tokens: int = 0
     cache_tokens: int = 0
+    ends_hash: str = ""
+    dtype: str = ""
 
     def refusal(self, record: ServerRecord) -> str | None:
         """Return why a server may not be asked, in a few words; None if it may."""
@@ -57,6 +60,10 @@ class Wishes:
             return f"is {record.state}"
         if record.peer in self.banned:
             return "failed lately"
+        if self.ends_hash and record.ends_hash and record.ends_hash != self.ends_hash:
+            return "serves another model of the same config"
+        if self.dtype and record.dtype != self.dtype:
+            return f"computes in {record.dtype}, not {self.dtype}"
         if self.needs_backward and not record.has_backward:
             return "computes no gradients"
         if record.max_batch_tokens < self.batch_tokens:

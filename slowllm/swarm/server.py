@@ -21,15 +21,15 @@ from slowllm.errors import InputError, NetworkError
 from slowllm.modeling.parts import Part, parse_blocks
 from slowllm.modeling.span import SpanCall
 from slowllm.planning.job import Job
-from slowllm.runtime.block_identity import block_hash
+from slowllm.runtime.block_identity import block_hashes, ends_hash
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.swarm.client import config_key
 from slowllm.swarm.compression import COMPRESSIONS
 from slowllm.swarm.network import Network
+from slowllm.swarm.placement import scarcest_blocks
 from slowllm.swarm.records import ServerRecord, State
-from slowllm.swarm.routing import scarcest_blocks
 from slowllm.swarm.span_server import ServedSpan, SpanServer
 from slowllm.version import __version__
 
@@ -163,11 +163,16 @@ class Server:
         return ServerRecord(
             peer=self.network.peer, addresses=tuple(self.network.addresses), model=key, first=served.first, end=served.end,
             state="joining", dtype=str(self.lm.model.dtype).removeprefix("torch."), version=__version__,
-            block_hashes=tuple(block_hash(self.lm, number) for number in range(served.first, served.end)),
+            block_hashes=tuple(block_hashes(self.lm, range(served.first, served.end)).values()), ends_hash=self._ends_hash(),
             compression=self.options.compression, forward_tokens_per_second=batch_rate,
             decode_seconds=decode_seconds / (served.end - served.first), cache_tokens_free=served.cache_tokens,
             max_batch_tokens=served.max_batch_tokens, has_backward=served.has_backward, name=self.options.name,
         )  # fmt: skip
+
+    def _ends_hash(self) -> str:
+        """Return the hash of the model's ends, if they are in the folder."""
+        checkpoint = self.lm.checkpoint
+        return "" if checkpoint.absent else ends_hash(checkpoint)
 
     def _measure(self, served: ServedSpan) -> tuple[float, float]:
         """Return the tokens a second of a batch, and the seconds of a single token, through the whole span."""

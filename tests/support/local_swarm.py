@@ -33,7 +33,7 @@ class LocalSpans:
         self.num_calls = 0
         self.calls: list[SpanCall] = []
 
-    def route(self, first: int, num_tokens: int, *, keeps_cache: bool) -> list[Hop]:
+    def route(self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool) -> list[Hop]:
         return [Hop(start, end) for start, end in self.ends.items() if start >= first]
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:

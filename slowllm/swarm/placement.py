@@ -1,0 +1,35 @@
+"""Which blocks a server should hold: pure decisions from the records of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from slowllm.swarm.records import ServerRecord
+
+
+def scarcest_blocks(records: Iterable[ServerRecord], num_blocks: int, count: int) -> tuple[int, int]:
+    """Return the span of `count` blocks that the swarm lacks most.
+
+    The swarm is as fast as its slowest block, so the span is one whose least served block has the fewest tokens a
+    second; of those, one that is served least in all, and the first.
+
+    Args:
+        records: of the other servers; only those that join or serve count.
+        num_blocks: of the model.
+        count: of the blocks, at most `num_blocks`.
+    Returns:
+        the first block and the number after the last.
+    """
+    rates = [0.0] * num_blocks
+    for record in records:
+        if record.state in ("joining", "online"):
+            # A server that was not measured counts as a little, so that its blocks are not taken again.
+            rate = record.forward_tokens_per_second or 1.0
+            for block in range(record.first, min(record.end, num_blocks)):
+                rates[block] += rate
+    starts = range(num_blocks - count + 1)
+    first = min(
+        starts,
+        key=lambda start: (sorted(rates[start : start + count]), sum(rates[start : start + count]), start),
+    )
+    return first, first + count
