@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Iterable
 
-from slowllm.streaming.riders import Rider, Visit
+from slowllm.streaming.riders import Rider, Turn
 from slowllm.streaming.rng_state import RandomState, SharedGenerators
 
 
@@ -26,7 +26,7 @@ class Baton:
         self.holder: Rider | None = None
         self.runs_since = 0.0
         self._generators = generators
-        self._dismissed: list[Visit] = []  # of riders, which raise their errors one at a time
+        self._dismissed: list[Turn] = []  # of riders, which raise their errors one at a time
 
     def hand(self, rider: Rider | None) -> None:
         """Let a rider run; a guest (None) holds no baton."""
@@ -37,7 +37,7 @@ class Baton:
             if rider.party.ride is not None:
                 rider.outer_state = self._generators.get()
             self._generators.set(rider.random_state)
-        self.holder = rider
+        self.holder, rider.is_away = rider, False
         self.runs_since = time.monotonic()
 
     def put_down(self, rider: Rider | None) -> None:
@@ -52,21 +52,21 @@ class Baton:
         self.holder = None
         self._notify_dismissed()
 
-    def dismiss(self, visits: Iterable[Visit], error: BaseException) -> None:
-        """End visits unserved. Riders raise the error one at a time, before another visit is served."""
-        for visit in sorted(visits, key=lambda visit: visit.order):
-            visit.error = twin(error)
-            if visit.rider is not None:
-                self._dismissed.append(visit)
+    def dismiss(self, turns: Iterable[Turn], error: BaseException) -> None:
+        """End turns with an error. Riders raise it one at a time, before another visit is served."""
+        for turn in sorted(turns, key=lambda turn: turn.order):
+            turn.error = twin(error)
+            if turn.rider is not None:
+                self._dismissed.append(turn)
             else:  # at once: the running rider may be blocked on this guest
-                visit.done.set()
+                turn.done.set()
         self._notify_dismissed()
 
     def _notify_dismissed(self) -> None:
         if self._dismissed and self.holder is None:
-            visit = self._dismissed.pop(0)
-            self.hand(visit.rider)
-            visit.done.set()
+            turn = self._dismissed.pop(0)
+            self.hand(turn.rider)
+            turn.done.set()
 
     def outer_state(self) -> RandomState:
         """Return the generators' state as it is without the boarded job that runs, if one does."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 from slowllm.errors import RideError
 from slowllm.streaming.baton import Baton, twin
 from slowllm.streaming.ride import SIGNAL_SECONDS, Ride
-from slowllm.streaming.riders import Course, Party, Rider, RiderJob, ThreadState, Visit
+from slowllm.streaming.riders import Course, Party, Rider, RiderJob, ThreadState, Turn, Visit
 from slowllm.streaming.rng_state import RandomState, SharedGenerators, at_state, fork, past_seeds
+
+T = TypeVar("T")
 
 # Timeout before a call from outside the ride (a guest) that waits at another stop preempts the running rider. It
 # prevents a deadlock: the rider may be blocked on that guest, and we cannot tell. Where it is not, the riders' stop
@@ -31,6 +33,7 @@ class Boarding:
     Attributes:
         changed: the carousel's one lock, and the condition that anything here has changed.
         waiting: visits that are not served yet.
+        returning: riders that were away, and wait for the baton.
         parties: those that have not ended.
         baton: who runs.
         over: why the carousel has ended, if it has.
@@ -39,6 +42,7 @@ class Boarding:
     def __init__(self, generators: SharedGenerators) -> None:
         self.changed, self.local = threading.Condition(), ThreadState()
         self.waiting: list[Visit] = []
+        self.returning: list[Turn] = []
         self.parties: list[Party] = []
         self.baton = Baton(generators)
         self.over: RideError | None = None
@@ -64,6 +68,34 @@ class Boarding:
                 if visit in self.waiting:
                     self.waiting.remove(visit)
             raise
+
+    def away(self, rider: Rider, work: Callable[[], T]) -> T:
+        """Do a rider's work without the baton, and wait for it again; raise if the carousel or the ride has ended."""
+        with self.changed:
+            self._refuse_if_over(rider)
+            rider.is_away = True
+            self.baton.put_down(rider)
+            self.changed.notify_all()
+        try:
+            return work()
+        finally:
+            self._come_back(rider)
+
+    def _come_back(self, rider: Rider) -> None:
+        turn = Turn(rider)
+        with self.changed:
+            if self.over is not None or rider.party.cancelled:
+                self.baton.dismiss([turn], self.over or _cancelled())
+            else:
+                self.returning.append(turn)
+                self.changed.notify_all()
+        turn.done.wait()
+        error, turn.error = turn.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                error = None  # its traceback holds this frame
 
     def admit(self, party: Party) -> None:
         """Let the riders of a party board from now on; raise if the carousel has ended."""
@@ -110,7 +142,7 @@ class Boarding:
         if not may_wait:
             return
         with self.changed:
-            self._dismiss([v for v in self.waiting if v.rider and v.rider.party is party], reason)
+            self._dismiss_party(party, reason)
             self._end_parties()
         while self.next_ended(party) is not None:
             pass
@@ -121,7 +153,7 @@ class Boarding:
             if party.cancelled or party not in self.parties:
                 return
             left = self._leave_behind(party)
-            self._dismiss([v for v in self.waiting if v.rider and v.rider.party is party], _cancelled())
+            self._dismiss_party(party, _cancelled())
             self._end_parties()
         if left is not None:
             left.end(None, _cancelled())
@@ -131,18 +163,18 @@ class Boarding:
         with self.changed:
             self.over = self.over or reason
             left = [ride for party in self.parties if (ride := self._leave_behind(party, reason)) is not None]
-            self._dismiss(self.waiting, reason)
+            self._dismiss([*self.waiting, *self.returning], reason)
             self._end_parties()
             self.changed.notify_all()
         for ride in left:
             ride.end(None, twin(reason))
 
     def join(self) -> None:
-        """After the end, join the threads of jobs that were boarded alone."""
+        """After the end, join the threads of jobs that were boarded alone, but for those that are away."""
         with self.changed:
             # Of two threads that close, one waits for the other, and not each for each.
             self._threads.pop(threading.current_thread(), None)
-            threads = list(self._threads)
+            threads = [thread for thread, rider in self._threads.items() if not rider.is_away]
         for thread in threads:
             thread.join()
 
@@ -185,26 +217,29 @@ class Boarding:
         have to come back for riders that are still to pass here. Without a course, wait until there is a visit.
         The lock must not be held recursively, so that it can be released while a job is drawn.
         """
-        # Those that come later wait for the next call: jobs that end at once, and board again and again as they do,
-        # must not keep the carousel from its visits.
-        newest = self._last_party
+        # Those that come later wait for the next call, as do riders that return once more: jobs that end at once and
+        # board again and again, or are away again and again, must not keep the carousel from its visits.
+        newest, returned = self._last_party, set[Rider]()
         while self.over is None:
             self._end_parties()
             patience = None
             if self.baton.holder is None:
-                if self._draw() or self._board(newest):
+                if self._return(returned) or self._draw() or self._board(newest):
                     continue
                 if self.waiting or course is not None:
                     return self.waiting
-                if newest != self._last_party:
-                    newest = self._last_party
+                if self.returning or newest != self._last_party:
+                    newest, returned = self._last_party, set()
                     continue
             elif guests := [visit for visit in self.waiting if visit.rider is None]:
                 patience = self.baton.runs_since + GUEST_PATIENCE_SECONDS - time.monotonic()
                 is_here = course is not None and any(v.stop == course.stop for v in course.due(guests))
                 if is_here or patience <= 0:
                     return guests
+            is_idle = self.baton.holder is None
             self.changed.wait(patience)
+            if is_idle:
+                newest, returned = self._last_party, set()
         return []
 
     def begin(self, visit: Visit) -> None:
@@ -224,6 +259,19 @@ class Boarding:
             self._dismiss([visit for visit in self.waiting if visit.stop == stop], error)
 
     # What follows runs with the lock held.
+
+    def _return(self, returned: set[Rider]) -> bool:
+        """Hand the baton to the first rider that comes back and has not `returned`; False where there is none."""
+        turns = [turn for turn in self.returning if turn.rider not in returned]
+        if not turns:
+            return False
+        turn = min(turns, key=lambda turn: turn.order)
+        assert turn.rider is not None, "a guest is never away"
+        returned.add(turn.rider)
+        self.returning.remove(turn)
+        self.baton.hand(turn.rider)
+        turn.done.set()
+        return True
 
     def _draw(self) -> bool:
         """Take the next job from a caller's iterable; return False where no party needs one."""
@@ -313,10 +361,14 @@ class Boarding:
         """Return the first `ride` or `stream`, from whose generator those that are admitted later are seeded."""
         return next((party for party in self.parties if party.ride is None), None)
 
-    def _dismiss(self, visits: Iterable[Visit], error: BaseException) -> None:
-        visits = list(visits)
-        self.waiting = [visit for visit in self.waiting if visit not in visits]
-        self.baton.dismiss(visits, error)
+    def _dismiss(self, turns: Collection[Turn], error: BaseException) -> None:
+        self.waiting = [visit for visit in self.waiting if visit not in turns]
+        self.returning = [turn for turn in self.returning if turn not in turns]
+        self.baton.dismiss(turns, error)
+
+    def _dismiss_party(self, party: Party, error: BaseException) -> None:
+        turns = [*self.waiting, *self.returning]
+        self._dismiss([turn for turn in turns if turn.rider and turn.rider.party is party], error)
 
 
 def _end_ride(ride: Ride[Any], rider: Rider) -> None:

@@ -71,14 +71,16 @@ class Carousel:
             work: called with the weights of the stop.
             comes_back: whether a backward pass will follow; a hint for the reader.
         Raises:
-            RideError: the carousel was closed, the ride was cancelled, or the call came from its own thread or from
-                a forked process.
+            RideError: the carousel was closed, the ride was cancelled, or the call came from its own thread, from the
+                work of `away`, or from a forked process.
             BaseException: whatever `work` raised, or what kept the weights from coming.
         """
         self.refuse_if_forked()
         if threading.current_thread() is self._thread:
             raise RideError("the model was called inside a block, a watcher or the iterable of jobs")
         local = self._boarding.local
+        if local.rider is not None and local.rider.is_away:
+            raise RideError("the model was called inside the work of away(), where a rider may not run")
         local.comes_round = local.comes_round or (direction == "up" and stop <= local.last_stop)
         local.last_stop = stop
         visit = Visit(stop, direction, work, local.rider)
@@ -92,12 +94,33 @@ class Carousel:
             # The error's traceback holds this frame; a circle would keep the visitor's tensors alive.
             visit.error = visit.value = None
 
+    def away(self, work: Callable[[], T]) -> T:
+        """Wait for something elsewhere (a socket, a lock, another ride) without keeping other riders from running.
+
+        The rider that calls this puts the baton down and does `work` on its own thread, beside whatever else runs; the
+        carousel does not wait for it. When the work is over the rider waits for the baton, and goes on in its turn:
+        riders that return are served in their order, before the next stop is begun. The work may neither call the model
+        nor draw random numbers. Called by a thread that is no rider, or is away already, this is a plain call.
+
+        Raises:
+            RideError: the carousel was closed or the ride cancelled, before the work or meanwhile; or this is the
+                carousel's own thread, which may not wait.
+            BaseException: whatever `work` raised, when the rider runs again.
+        """
+        self.refuse_if_forked()
+        if threading.current_thread() is self._thread:
+            raise RideError("away() was called inside a block, a watcher or the iterable of jobs")
+        rider = self._boarding.local.rider
+        if rider is None or rider.is_away:
+            return work()
+        return self._boarding.away(rider, work)
+
     def ride(self, jobs: Iterable[Callable[[], T]], max_riders: int | None = None) -> list[T]:
         """Run each job as a rider of shared sweeps and return their results in order.
 
         Args:
             jobs: callables that call the model. Each runs in a thread of its own, one at a time, so none may wait
-                for another, or for another ride. The first has the caller's random generator, the others have
+                for another, or for another ride, but in `away`. The first has the caller's random generator, the others have
                 their own, seeded from it.
             max_riders: how many may ride at once; the others board as these leave. All, by default.
         Raises:
@@ -142,7 +165,8 @@ class Carousel:
 
     def _refuse_to_wait(self) -> None:
         self.refuse_if_forked()
-        if self._is_ours():
+        rider = self._boarding.local.rider
+        if threading.current_thread() is self._thread or (rider is not None and not rider.is_away):
             raise RideError(
                 "result() was called inside a rider; wait in Carousel.away(), or let it call back"
             )
@@ -196,7 +220,8 @@ class Carousel:
         """End the carousel: every visit that waits raises a `RideError`. Joins the thread, and those of boarded jobs.
 
         The thread may be waiting for a stop's weights; the owner of the stops ends that wait before this call. A rider,
-        or a visit's work, may close the carousel as well; it does not wait for other riders, who wait for it.
+        or a visit's work, may close the carousel as well; it does not wait for other riders, who wait for it. Nobody
+        waits for a rider that is away, which hears of the end when it comes back.
         """
         if self._is_forked():
             return

@@ -53,7 +53,18 @@ class ThreadState(threading.local):
     last_stop, comes_round = -1, False
 
 
-class Visit:
+class Turn:
+    """One thread's wait for its turn to run. A guest has no rider."""
+
+    def __init__(self, rider: Rider | None) -> None:
+        self.rider = rider
+        # Riders in their order, guests after them.
+        self.order = math.inf if rider is None else rider.order
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+
+
+class Visit(Turn):
     """One thread's wait for a stop, and what came of it. A guest's visit has no rider."""
 
     comes_back = False  # whether a backward pass will follow
@@ -62,21 +73,19 @@ class Visit:
     def __init__(
         self, stop: int, direction: Direction, work: Callable[[Weights], Any], rider: Rider | None
     ) -> None:
-        self.stop, self.direction, self.work, self.rider = stop, direction, work, rider
+        super().__init__(rider)
+        self.stop, self.direction, self.work = stop, direction, work
         self.reach = current_call().reach
-        # Riders in their order, guests after them.
-        self.order = math.inf if rider is None else rider.order
         self.key = (stop, direction, -threading.get_ident() if rider is None else rider.order)
         self.run = with_this_context()
-        self.done = threading.Event()
         self.value: Any = None
-        self.error: BaseException | None = None
 
 
 class Rider:
     """One job of a party, the thread it runs in, and what came of it.
 
     Attributes:
+        is_away: whether it waits for something elsewhere, without the baton.
         random_state: in which the generators are when it runs; None if it has none of its own.
         outer_state: in which they were before a boarded job ran, and will be after; None for others.
     """
@@ -85,6 +94,7 @@ class Rider:
         self.party, self.index, self.order = party, party.num_boarded, order
         self.job, self.random_state = job, random_state
         self.outer_state: RandomState | None = None
+        self.is_away = False
         self.num_tokens = job.num_tokens if isinstance(job, Sized) else 0
         self.thread: threading.Thread | None = None
         # The job and its result, until both are handed over.
