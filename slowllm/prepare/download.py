@@ -37,9 +37,15 @@ NUM_STREAMS = 4
 
 
 def download(
-    repo: str, *, revision: str = "main", to: str | os.PathLike[str] | None = None, verify: bool = True
+    repo: str,
+    *,
+    revision: str = "main",
+    to: str | os.PathLike[str] | None = None,
+    verify: bool = True,
+    blocks: str | None = None,
+    ends: bool = False,
 ) -> Path:
-    """Download the files of a checkpoint that streaming needs, and return its folder.
+    """Download the files of a checkpoint, or of a part of it, that streaming needs, and return its folder.
 
     Bytes that an earlier run has downloaded are not downloaded again. Progress goes to stderr.
 
@@ -49,10 +55,13 @@ def download(
         to: folder to write to; by default the Hugging Face cache, where `load` finds the checkpoint by its id.
         verify: compare the SHA-256 of LFS files with the hub's. Sizes and the git ids of other files are always
             compared; so are LFS files found in `to`, because their names do not include their revision.
+        blocks: fetch only shards with tensors of these, such as ``8:16``.
+        ends: fetch only shards with tensors outside the blocks, beside those of `blocks`.
     Raises:
         DownloadError: the hub does not answer or refuses, the disk is too small, or a file has a wrong size or hash.
         CheckpointError: the repository has no weights that can be streamed.
-        InputError: the id or the folder cannot be used.
+        InputError: the id or the folder cannot be used, or the model has no such blocks.
+        ArchitectureError: this version of transformers does not know the model whose part is wanted.
     """
     with one_sentence(repo, revision):
         commit, listing = list_files(repo, revision)
@@ -63,11 +72,22 @@ def download(
                 raise InputError(f"{place.folder}: is a file; name a folder")
         run = _Run(repo, commit, place, verify)
         files = choose(repo, listing, run.read)
-        missing_bytes = _check_space(f"{repo} {revision} ({commit[:8]})", place, files)
+        what, part = f"{repo} {revision} ({commit[:8]})", None
+        if blocks is not None or ends:
+            from slowllm.prepare.part_files import files_of_part  # imports transformers
+
+            whole_bytes = sum(file.size for file in files)
+            part = files_of_part(repo, files, run.read, blocks=blocks, ends=ends)
+            files = [*part.files]
+            what = f"{what}, {format_bytes(whole_bytes)} in all, of which {part.name}"
+        missing_bytes = _check_space(what, place, files)
         with run.progress(missing_bytes, files):
             _in_threads(run.fetch, files, run.stop)
         place.finish()
-    Checkpoint.open(place.folder).close()
+    if part is not None:
+        part.check(place.folder)
+    else:
+        Checkpoint.open(place.folder).close()
     return place.folder
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,8 +20,9 @@ from torch import ones
 from slowllm.errors import CheckpointError
 from slowllm.prepare import hub
 from tests.support.command_line import refused
+from tests.support.downloads import Result, blob, environment, run_all, snapshot
 from tests.support.fake_hub import COMMIT, FakeHub, Repo, etag
-from tests.support.paths import ROOT, TINY_BLOOM
+from tests.support.paths import TINY_BLOOM
 
 BLOOM = {path.name: path.read_bytes() for path in TINY_BLOOM.iterdir()}
 STRAYS = dict.fromkeys(
@@ -38,64 +38,12 @@ SMALL = {"config.json": b"{}", "model.safetensors": save({"weight": ones(3, 5)})
 LARGE = {"config.json": b"{}", "model.safetensors": save({"weight": ones(6_000_000)})}
 WEIGHTS = SMALL["model.safetensors"]
 DAMAGED = WEIGHTS[:-1] + b"!"
-# Runs many cases in one process, because starting one costs seconds.
-CHILD = """
-import contextlib, io, json, shutil, sys
-from collections import namedtuple
-from huggingface_hub import constants
-from slowllm import cli
-disk_usage, constants_before = shutil.disk_usage, dict(vars(constants))
-for name, (arguments, free, patches) in json.load(sys.stdin).items():
-    shutil.disk_usage = disk_usage if free is None else lambda path: namedtuple("U", "free")(free)
-    vars(constants).update({**constants_before, **patches})
-    sys.argv, code, out, err = ["slowllm", "download", *arguments], 0, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.run()
-        except SystemExit as leaving:
-            code = leaving.code or 0
-    print(json.dumps([name, code, out.getvalue(), err.getvalue()]))
-"""
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[FakeHub]:
     with FakeHub() as server:
         yield server
-
-
-def environment(server: FakeHub, home: Path, **more: str) -> dict[str, str]:
-    return {
-        **os.environ,
-        **{"PYTHONPATH": str(ROOT), "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"},
-        **{"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret", "NO_PROXY": "*", "OMP_NUM_THREADS": "1"},
-        **more,
-    }
-
-
-def snapshot(home: Path, repo: str) -> Path:
-    return home / "hub" / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT
-
-
-def blob(home: Path, repo: str, name: str, content: bytes) -> Path:
-    return snapshot(home, repo).parent.parent / "blobs" / etag(name, content)
-
-
-def run_all(todo: dict[str, Any], env: dict[str, str]) -> dict[str, Result]:
-    """Run `slowllm download` for each case, given as its arguments, bytes free, and constants to change."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD],
-        env=env, input=json.dumps(todo), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return {name: Result(*rest) for name, *rest in map(json.loads, done.stdout.splitlines())}
 
 
 def test_a_model_is_fetched_once_and_loaded_offline_by_its_id(server: FakeHub, tmp_path: Path) -> None:

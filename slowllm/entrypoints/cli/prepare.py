@@ -159,6 +159,21 @@ def download(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the SHA-256 of LFS files with the hub's.")
     ] = True,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            help="Fetch only the shards that have tensors of the blocks A to B - 1, counted from 0.",
+            metavar="A:B",
+            show_default="all blocks",
+        ),
+    ] = None,
+    ends: Annotated[
+        bool,
+        typer.Option(
+            "--ends",
+            help="Fetch only the shards that have tensors outside the blocks: embedding, norms, head. With --blocks, both.",
+        ),
+    ] = False,
 ) -> None:
     """Fetch the files of a model on the hub that streaming needs.
 
@@ -172,7 +187,11 @@ def download(
     _refuse_stdout(to)
     from slowllm.prepare.download import download as fetch
 
-    typer.echo(fetch(repo, revision=revision, to=to, verify=verify))
+    if blocks is not None or ends:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+    typer.echo(fetch(repo, revision=revision, to=to, verify=verify, blocks=blocks, ends=ends))
 
 
 def _refuse_stdout(folder: Path | None) -> None:
