@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from slowllm.errors import InputError
 from slowllm.inference.choices import Item, Normalize, choose, encode_item
@@ -22,6 +22,9 @@ from slowllm.planning.job import Granularity, Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
+
+if TYPE_CHECKING:
+    from slowllm.swarm.client import SwarmOptions
 
 # What options of `slowllm generate` are called in `Settings`, where transformers' names are used.
 _OPTIONS = {
@@ -176,6 +179,7 @@ def load(
     granularity: Granularity | None = None,
     prompt: str | os.PathLike[str] | SoftPrompt | None = None,
     poison: bool = False,
+    swarm: Sequence[str] | SwarmOptions = (),
 ) -> LM:
     """Open a Hugging Face checkpoint for streaming. Reads headers and small tensors only.
 
@@ -197,26 +201,26 @@ def load(
         prompt: a soft prompt that stands before every text that is scored or continued, or its folder; a
             `ModelInfo` has its own.
         poison: overwrite weights with NaN when they are given back, to find code that keeps them.
+        swarm: multiaddresses of peers of a swarm that computes the blocks, as `slowllm serve` prints them, or
+            `SwarmOptions`. The folder then needs only config, tokenizer, embedding, norm and head, and all that is said
+            here of blocks and budgets holds for these.
     Raises:
         CheckpointError: a file is missing, damaged or of a kind that is not streamed.
         ArchitectureError: the model does not fit the carousel.
         PlanError: the budget is too small; the message names the smallest that would do.
         InputError: an option cannot be used.
     """
-    return open_model(
-        LM,
-        model,
-        ram=ram,
-        dtype=dtype,
-        device=device,
-        vram=vram,
-        keep_resident=resident if keep_resident is None else keep_resident,
-        job=job,
-        rates=rates,
-        granularity=granularity,
-        prompt=prompt,
-        poison=poison,
-    )
+    options: dict[str, Any] = {
+        "ram": ram, "dtype": dtype, "device": device, "vram": vram, "job": job, "rates": rates,
+        "keep_resident": resident if keep_resident is None else keep_resident, "granularity": granularity,
+        "prompt": prompt, "poison": poison,
+    }  # fmt: skip
+    if not swarm:
+        return open_model(LM, model, **options)
+    from slowllm.swarm.client import SwarmOptions, open_client
+
+    given = swarm if isinstance(swarm, SwarmOptions) else SwarmOptions(tuple(swarm))
+    return open_client(LM, model, given, **options)
 
 
 @contextlib.contextmanager

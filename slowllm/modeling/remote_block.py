@@ -227,7 +227,9 @@ def _kept_hop(cache: Cache | None, first: int) -> Hop | None:
 def _wants_grad(hidden: Tensor, cache: Cache | None) -> bool:
     """Return whether anything that reaches the blocks wants a gradient."""
     layers = () if cache is None else cache.layers
-    sides = (side for layer in layers for side in (getattr(layer, "keys", None), getattr(layer, "values", None)))
+    sides = (
+        side for layer in layers for side in (getattr(layer, "keys", None), getattr(layer, "values", None))
+    )
     vectors = (vector for vector in current_call().vectors if vector is not None)
     return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (hidden, *sides, *vectors))
 

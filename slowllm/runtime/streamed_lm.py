@@ -121,6 +121,10 @@ class StreamedLM:
         )
         self._finalizer = weakref.finalize(self, _release, *held)
 
+    def away(self, work: Callable[[], T]) -> T:
+        """Do `work`, which waits for something elsewhere, while other riders run; see `Carousel.away`."""
+        return self._carousel.away(work)
+
     def become_client(self, swarm: Any, close: Callable[[], None], max_call_tokens: int) -> None:
         """Note that the blocks are at other machines, and own the connection to them.
 

@@ -7,6 +7,7 @@ it returns is the same handle as a local model's.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ from slowllm.swarm.hops import Hops
 from slowllm.swarm.network import Network
 from slowllm.swarm.records import model_key
 from slowllm.swarm.routing import Wishes
+
+log = logging.getLogger(__name__)
 
 L = TypeVar("L", bound=StreamedLM)
 
@@ -121,7 +124,13 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
         blocks[number] = make_remote(block, number, remote)
     hook_inputs(blocks)
     usable = [record for record in hops.records() if wishes.refusal(record) is None]
-    lm.become_client(hops, network.close, min(record.max_batch_tokens for record in usable))
+
+    def leave() -> None:
+        for times in hops.times.values():
+            log.info("%s", times)
+        network.close()
+
+    lm.become_client(hops, leave, min(record.max_batch_tokens for record in usable))
 
 
 def _own_hashes(lm: StreamedLM) -> dict[int, str]:

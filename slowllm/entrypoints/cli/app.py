@@ -16,6 +16,7 @@ from slowllm.entrypoints.cli.generate import generate
 from slowllm.entrypoints.cli.plan import plan
 from slowllm.entrypoints.cli.prepare import convert, download, verify
 from slowllm.entrypoints.cli.score import score
+from slowllm.entrypoints.cli.serve import serve
 from slowllm.entrypoints.cli.tune import tune
 from slowllm.entrypoints.cli.yesno import yesno
 from slowllm.errors import SlowLLMError
@@ -44,7 +45,7 @@ def _main(
         raise typer.Exit
 
 
-for _verb in (forward, plan, download, generate, batch, chat, score, yesno, tune, convert, verify):
+for _verb in (forward, plan, download, generate, batch, chat, score, yesno, tune, convert, verify, serve):
     app.command()(_verb)
 app.add_typer(eval_app, name="eval")
 

@@ -32,6 +32,7 @@ def batch(
     dtype: options.DType = "auto",
     out: options.Out = None,
     resident: options.Resident = True,
+    swarm: options.Swarm = None,
     state: options.State = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
@@ -59,7 +60,7 @@ def batch(
         file = "-"
     lines = read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
     runner = Runner(
-        model, ram, device, vram, dtype, resident=resident, state=state, kind="batch",
+        model, ram, device, vram, dtype, resident=resident, swarm=swarm, state=state, kind="batch",
         overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
     out = runner.check_output(out, file)

@@ -54,6 +54,7 @@ def chat(
         int | None, typer.Option(help="Seed of the first answer; later answers count up from it.", min=0)
     ] = None,
     resident: options.Resident = True,
+    swarm: options.Swarm = None,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Talk with a model in the terminal.
@@ -63,7 +64,7 @@ def chat(
     tokenizer has no chat template continues a plain transcript.
     """
     options.log_to_stderr(verbose)
-    runner = Runner(model, ram, device, vram, dtype, resident=resident)
+    runner = Runner(model, ram, device, vram, dtype, resident=resident, swarm=swarm)
     runner.load_libraries()
     from slowllm.entrypoints.cli.chat_loop import converse
     from slowllm.entrypoints.conversation import Conversation

@@ -80,6 +80,7 @@ def boolq(
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",
+    swarm: options.Swarm = None,
     prompt: options.Prompt = None,
     normalize: options.Normalize = "none",
     truncate: TruncateOption = False,
@@ -99,7 +100,7 @@ def boolq(
     options.check_normalize(normalize)
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, state=state, kind="eval boolq",
-        overwrite=overwrite, dry_run=dry_run,
+        overwrite=overwrite, dry_run=dry_run, swarm=swarm,
     )  # fmt: skip
     out = runner.check_output(out, data, template_file)
     _check_packages(data)
@@ -139,6 +140,7 @@ def task(
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",
+    swarm: options.Swarm = None,
     prompt: options.Prompt = None,
     normalize: options.Normalize = "none",
     truncate: TruncateOption = False,
@@ -157,7 +159,7 @@ def task(
     options.check_normalize(normalize)
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, state=state, kind="eval task",
-        overwrite=overwrite, dry_run=dry_run,
+        overwrite=overwrite, dry_run=dry_run, swarm=swarm,
     )  # fmt: skip
     out = runner.check_output(out, data, template_file)
     _check_packages(data)

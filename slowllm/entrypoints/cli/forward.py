@@ -71,6 +71,7 @@ def forward(
         bool, typer.Option("--truncate", help="Cut longer lines instead of refusing them.")
     ] = False,
     resident: options.Resident = True,
+    swarm: options.Swarm = None,
     state: options.State = None,
     overwrite: options.Overwrite = False,
     save_every: Annotated[
@@ -94,7 +95,7 @@ def forward(
         inputs.warn_of_parts(file, "scored", "`slowllm score` reads its parts: text, context, choices")
     entries = inputs.read_entries(files, text)
     runner = Runner(
-        model, ram, device, vram, dtype, prompt=prompt, resident=resident, state=state, kind="forward",
+        model, ram, device, vram, dtype, prompt=prompt, resident=resident, swarm=swarm, state=state, kind="forward",
         overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
     out = runner.check_output(out, *files)

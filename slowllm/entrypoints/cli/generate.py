@@ -107,6 +107,7 @@ def generate(
     out: options.Out = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
     resident: options.Resident = True,
+    swarm: options.Swarm = None,
     state: options.State = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
@@ -121,7 +122,7 @@ def generate(
     options.log_to_stderr(verbose)
     entries = _entries(prompts, file)
     runner = Runner(
-        model, ram, device, vram, dtype, prompt=prompt, resident=resident, state=state, kind="generate",
+        model, ram, device, vram, dtype, prompt=prompt, resident=resident, swarm=swarm, state=state, kind="generate",
         overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
     out = runner.check_output(out, *(file or ()))

@@ -68,6 +68,57 @@ Resident = Annotated[
         help="Keep the blocks that fit the budget in memory, or read every block in every sweep.",
     ),
 ]
+Swarm = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--swarm",
+        help="Let a swarm compute the blocks: the multiaddress of one of its peers, as `slowllm dht` or `slowllm serve` prints "
+        "it; may be given several times. The model needs only its config, tokenizer, embedding, norm and head here.",
+        metavar="MADDR",
+    ),
+]
+ANY_ADDRESS = "/ip4/0.0.0.0/tcp/0"
+Identity = Annotated[
+    Path | None,
+    typer.Option(
+        "--identity",
+        help="File of this peer's key, made if it is not there; with it, and a port, addresses stay the same after a "
+        "restart.",
+        show_default="a new one each time",
+    ),
+]
+HostMaddrs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--host-maddrs",
+        help="Multiaddress to listen at, such as /ip4/0.0.0.0/tcp/31330; may be given several times.",
+        show_default=f"{ANY_ADDRESS}: all interfaces, a free port",
+    ),
+]
+AnnounceMaddrs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--announce-maddrs",
+        help="Multiaddress that others are told, such as /ip4/203.0.113.7/tcp/31330 behind a router that forwards the "
+        "port; may be given several times.",
+        show_default="those listened at",
+    ),
+]
+InitialPeers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--initial-peers",
+        help="Multiaddress of a peer of the swarm to join, as `slowllm dht` printed it there; may be given several times.",
+        show_default="none: begin a new swarm",
+    ),
+]
+Relay = Annotated[
+    bool,
+    typer.Option(
+        "--relay/--no-relay",
+        help="Pass on the traffic of peers that others cannot reach directly, and be reached so through the initial peers.",
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check the input and print the job's plan, as `plan` does; do nothing else."),

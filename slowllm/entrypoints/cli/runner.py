@@ -51,6 +51,7 @@ class Runner:
             as long as the file is not complete.
         kind: of that job.
         overwrite: whether to begin anew beside the lines of another job.
+        swarm: multiaddresses of peers of the swarm that computes the blocks; without, they are computed here.
         dry_run: whether the verb only prints the plan of its job, for which the weights need not be there.
     Raises:
         InputError: an option cannot be read, or does not go with another.
@@ -60,7 +61,7 @@ class Runner:
     def __init__(
         self, model: str | None, ram: str, device: str, vram: str | None, dtype: str, *,
         prompt: str | None = None, resident: bool = True, state: Path | None = None, kind: str = "",
-        overwrite: bool = False, dry_run: bool = False,
+        overwrite: bool = False, dry_run: bool = False, swarm: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         if ram != AUTO:
             parse_bytes(ram)
@@ -70,7 +71,11 @@ class Runner:
             raise InputError("--vram is for a GPU; name one with --device cuda, or leave it out")
         parse_dtype(dtype)
         self.ram, self.device, self.vram, self.resident = ram, device, vram, resident
-        self.dry_run = dry_run
+        self.dry_run, self._swarm = dry_run, tuple(swarm or ())
+        if self._swarm and dry_run:
+            raise InputError(
+                "--dry-run plans what this machine does, and with --swarm others do it; leave one of them out"
+            )
         self._model, self._prompt, self._state = DEFAULT if model is None else model, prompt, state
         self._dtype, self._kind = dtype, kind
         self._out: Path | None = None
@@ -322,10 +327,15 @@ class Runner:
         from slowllm.runtime.load import open_model
         from slowllm.runtime.streamed_lm import StreamedLM
 
-        return open_model(
-            StreamedLM, self.info, ram=budget or self.ram, device=self.device, vram=self.vram, dtype=self.dtype,
-            keep_resident=self.resident, job=job, rates=self.rates,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "ram": budget or self.ram, "device": self.device, "vram": self.vram, "dtype": self.dtype,
+            "keep_resident": self.resident, "job": job, "rates": self.rates,
+        }  # fmt: skip
+        if self._swarm:
+            from slowllm.swarm.client import SwarmOptions, open_client
+
+            return open_client(StreamedLM, self.info, SwarmOptions(self._swarm), **options)
+        return open_model(StreamedLM, self.info, **options)
 
     @contextlib.contextmanager
     def open_for_queries(

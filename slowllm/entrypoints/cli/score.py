@@ -47,6 +47,7 @@ def score(
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",
+    swarm: options.Swarm = None,
     prompt: options.Prompt = None,
     out: options.Out = None,
     normalize: options.Normalize = "none",
@@ -76,7 +77,7 @@ def score(
     options.check_normalize(normalize)
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, state=state, kind="score",
-        overwrite=overwrite, dry_run=dry_run,
+        overwrite=overwrite, dry_run=dry_run, swarm=swarm,
     )  # fmt: skip
     out = runner.check_output(out, *files)
     runner.load_libraries()

@@ -130,6 +130,7 @@ def tune(
         int | None, typer.Option(help="Stop after this many validations without a better one.", min=1)
     ] = None,
     resident: options.Resident = True,
+    swarm: options.Swarm = None,
     state: options.State = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the prompt and the log of an earlier run in --out.")
@@ -198,7 +199,16 @@ def tune(
         for number in range(trials)
     ]  # fmt: skip
     runner = Runner(
-        model, ram, device, vram, dtype, resident=resident, state=state, kind="tune", dry_run=dry_run
+        model,
+        ram,
+        device,
+        vram,
+        dtype,
+        resident=resident,
+        swarm=swarm,
+        state=state,
+        kind="tune",
+        dry_run=dry_run,
     )
     runner.load_libraries()
     info = runner.info

@@ -31,6 +31,7 @@ def yesno(
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",
+    swarm: options.Swarm = None,
     prompt: options.Prompt = None,
     out: options.Out = None,
     as_json: options.AsJson = False,
@@ -63,7 +64,7 @@ def yesno(
         raise InputError(f"--yes {yes!r} and --no {no!r} must be two different words, neither of them empty")
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, state=state, kind="yesno",
-        overwrite=overwrite, dry_run=dry_run,
+        overwrite=overwrite, dry_run=dry_run, swarm=swarm,
     )  # fmt: skip
     out = runner.check_output(out, *files)
     runner.load_libraries()

@@ -1,0 +1,144 @@
+"""`slowllm serve`: compute a span of a model's blocks for a swarm."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slowllm.entrypoints.cli import options
+from slowllm.errors import InputError, counted, first_line
+
+_END = (signal.SIGINT, signal.SIGTERM)
+
+
+def _read_config(context: typer.Context, file: Path | None) -> Path | None:
+    """Take the options of a file as defaults, so that those of the command line win."""
+    if file is None:
+        return None
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as TOML ({first_line(error)})") from error
+    known = {parameter.name: parameter for parameter in context.command.params}
+    defaults: dict[str, Any] = {}
+    for name, value in table.items():
+        parameter = known.get(name.replace("-", "_"))
+        if parameter is None or parameter.name in ("config", "model"):
+            names = ", ".join(
+                sorted(str(other).replace("_", "-") for other in known if other not in ("config", "model"))
+            )
+            raise InputError(f"{file}: {name!r} is no option of serve; there are {names}")
+        if isinstance(value, dict) or (isinstance(value, list) and not parameter.multiple):
+            raise InputError(f"{file}: {name} takes one value")
+        defaults[str(parameter.name)] = value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return file
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id of the model, or a store; it needs only the shards of its blocks.")
+    ],
+    blocks: Annotated[
+        str,
+        typer.Option(
+            "--blocks",
+            help="Blocks to serve: A:B for those from A to B - 1, or how many, of which the swarm then gets those that it "
+            "lacks most.",
+            metavar="A:B|N",
+        ),
+    ],
+    ram: options.Ram = "auto",
+    device: options.Device = "cpu",
+    vram: options.Vram = None,
+    dtype: options.DType = "auto",
+    attn_cache_tokens: Annotated[
+        int, typer.Option(help="Tokens that the sessions of all clients hold together.", min=0)
+    ] = 4096,
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one request.", min=1)] = 2048,
+    max_waiting_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of all requests that are under way or wait; more are refused.", min=1, show_default="four requests"
+        ),
+    ] = None,
+    backward: Annotated[
+        bool, typer.Option("--backward/--forward-only", help="Compute gradients as well, which takes more memory.")
+    ] = True,
+    compression: Annotated[
+        str,
+        typer.Option(
+            help="How hidden states and gradients are sent: as they are, or in fewer bytes with rounding; int8 has a scale for "
+            "each position.",
+            metavar="none|bfloat16|float16|int8",
+        ),
+    ] = "none",
+    session_timeout: Annotated[
+        float, typer.Option(help="Seconds after which a session that is not used ends.", min=1.0)
+    ] = 600.0,
+    drain: Annotated[
+        float, typer.Option(help="Seconds that sessions get to end after SIGTERM or Ctrl-C.", min=0.0)
+    ] = 0.0,
+    public_name: Annotated[str, typer.Option(help="Name that others see beside the peer's id.")] = "",
+    identity: options.Identity = None,
+    host_maddrs: options.HostMaddrs = None,
+    announce_maddrs: options.AnnounceMaddrs = None,
+    initial_peers: options.InitialPeers = None,
+    relay: options.Relay = True,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="TOML file of these options, by their names; the command line's win.", is_eager=True,
+            callback=_read_config,
+        ),
+    ] = None,
+    verbose: options.Verbose = False,
+) -> None:  # fmt: skip
+    """Compute a span of a model's blocks for the clients of a swarm.
+
+    Prints the multiaddresses by which clients and other servers join, one a line, when it serves. The span's blocks stay in
+    memory as far as the budget allows, and the others stream; requests of several clients share the sweeps. Memory for
+    sessions and requests is planned before the start. Ends at Ctrl-C or SIGTERM. Anybody who can reach the addresses can use
+    the server.
+    """
+    options.log_to_stderr(verbose)
+    # Blocked before any thread begins, so that none of them is interrupted, and waited for below.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _END)
+    try:
+        from slowllm.swarm.server import Server, ServerOptions
+
+        chosen = ServerOptions(
+            blocks, ram, dtype, device, vram, attn_cache_tokens, max_batch_tokens, max_waiting_tokens, backward, compression,
+            public_name, session_timeout, None if identity is None else identity.expanduser(),
+            tuple(host_maddrs or [options.ANY_ADDRESS]), tuple(announce_maddrs or []), tuple(initial_peers or []), relay,
+        )  # fmt: skip
+        with Server(model, chosen) as server:
+            for address in server.network.addresses:
+                print(address, flush=True)
+            print(_described(server), file=sys.stderr, flush=True)
+            signal.sigwait(_END)
+            if drain and len(server.spans.sessions):
+                server.drain()
+                print(f"leaving in {drain:g} s, or at the next signal", file=sys.stderr, flush=True)
+                signal.sigtimedwait(_END, drain)
+        print("left the swarm", file=sys.stderr)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _END)
+
+
+def _described(server: Any) -> str:
+    served, plan = server.spans.served, server.lm.plan
+    stays = len([stop for stop in plan.resident if served.first <= stop < served.end])
+    where = "all in memory" if not plan.ring_bytes else f"{stays} of them in memory, the others streamed"
+    gradients = "with" if served.has_backward else "without"
+    return (
+        f"serves blocks {served.first}:{served.end} of {server.num_blocks} ({where}) in {server.record().dtype}, {gradients} "
+        f"gradients, sessions of {counted(served.cache_tokens, 'token')}, requests of {counted(served.max_batch_tokens, 'token')}; "
+        f"peer {server.network.peer}. Clients take --swarm, other servers --initial-peers, and one of these addresses. "
+        "Ctrl-C ends it."
+    )
