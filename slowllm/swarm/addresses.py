@@ -72,6 +72,8 @@ def parse_address(text: str, option: str) -> Address:
         raise InputError(f"{problem}: it begins with neither /ip4/, /ip6/ nor /dns/ and a host")
     if transport not in ("tcp", "udp") or not port.isascii() or not port.isdigit() or int(port) > _MAX_PORT:
         raise InputError(f"{problem}: after the host stands no /tcp/ or /udp/ with a port up to {_MAX_PORT}")
+    if transport == "udp" and rest[:1] != ["quic-v1"]:
+        raise InputError(f"{problem}: /udp/{port} is not followed by /quic-v1")
     peer = rest[rest.index("p2p") + 1] if "p2p" in rest[:-1] else None
     if not all(map(_NAME.fullmatch, rest)) or (peer is not None and not is_peer(peer)):
         raise InputError(f"{problem}: it does not end in /p2p/ and a peer id")
@@ -85,8 +87,12 @@ def check_addresses(host: Sequence[str], announce: Sequence[str], initial: Seque
         InputError: one is no multiaddress, or lacks the port or the peer id that it needs.
     """
     for text in host:
-        if parse_address(text, "host address").peer is not None:
-            raise InputError(f"host address {text!r} has a peer id; leave /p2p/... out")
+        address = parse_address(text, "host address")
+        # libp2p leaves out, and says nothing of, addresses that it cannot listen at as long as there is one that it can.
+        if text != f"/{address.family}/{address.host}/{address.transport}/{address.port}" + (
+            "/quic-v1" if address.transport == "udp" else ""
+        ):
+            raise InputError(f"host address {text!r} has more than a host and a port; leave the rest out")
     for text in announce:
         if not parse_address(text, "announced address").port:
             raise InputError(f"announced address {text!r} has the port 0; name the one that leads here")

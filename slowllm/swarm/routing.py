@@ -9,7 +9,6 @@ weights, otherwise that of most servers, and servers that have another one at a 
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ UNKNOWN_LATENCY_SECONDS = 0.1
 # For a server that does not say how fast it is: that of a slow one.
 UNKNOWN_DECODE_SECONDS = 0.1
 UNKNOWN_TOKENS_PER_SECOND = 1.0
+MAX_EXPLAINED = 8
 
 
 @dataclass(frozen=True)
@@ -143,31 +143,29 @@ def fastest_route(
     def way(last: str | None, peer: str) -> float:
         return known.get(peer, UNKNOWN_LATENCY_SECONDS) if hop_latency is None else hop_latency(last, peer)
 
-    # A place is a block's boundary and the server that the hidden states come from. A server is left only where another
-    # span begins or its own ends: to leave it elsewhere would gain nothing.
-    count = 0
-    queue: list[tuple[float, int, int, int, str | None, list[Hop]]] = [(0.0, 0, count, first, None, [])]
-    seen: set[tuple[int, str | None]] = set()
-    cuts = sorted({hop.first for hop in spans} | {hop.end for hop in spans})
-    while queue:
-        cost, _, _, block, last, route = heapq.heappop(queue)
-        if block == end:
-            return route
-        if (block, last) in seen:
-            continue
-        seen.add((block, last))
-        for hop in spans:
-            peer = hop.record.peer
-            if not hop.first <= block < hop.end or peer == last:
+    # For each span that has the last block: the cheapest way there, as its cost, its hops, and the route itself.
+    ways: dict[int, tuple[float, int, list[Hop]]] = {}
+    for block in range(first, end):
+        new: dict[int, tuple[float, int, list[Hop]]] = {}
+        for number, hop in enumerate(spans):
+            if not hop.first <= block < hop.end:
                 continue
-            seconds = hop.record.decode_seconds or UNKNOWN_DECODE_SECONDS
-            for cut in cuts:
-                if block < cut <= hop.end:
-                    count += 1
-                    step = way(last, peer) + seconds * (cut - block)
-                    new = [*route, Hop(hop.record, block, cut)]
-                    heapq.heappush(queue, (cost + step, len(new), count, cut, peer, new))
-    raise AssertionError("spans that cover all blocks have a route")
+            record = hop.record
+            found = []
+            if (here := ways.get(number)) is not None:
+                *before, last = here[2]
+                found.append((here[0], here[1], [*before, Hop(record, last.first, block + 1)]))
+            if block == first:
+                found.append((way(None, record.peer), 1, [Hop(record, block, block + 1)]))
+            for other, (cost, hops, route) in ways.items():
+                if other != number:
+                    step = way(spans[other].record.peer, record.peer)
+                    found.append((cost + step, hops + 1, [*route, Hop(record, block, block + 1)]))
+            if found:
+                cost, hops, route = min(found, key=lambda choice: choice[:2])
+                new[number] = (cost + (record.decode_seconds or UNKNOWN_DECODE_SECONDS), hops, route)
+        ways = new
+    return min(ways.values(), key=lambda choice: choice[:2])[2]
 
 
 def spread(
@@ -192,24 +190,24 @@ def spread(
         MissingBlocksError: see `usable_spans`.
     """
     spans = usable_spans(records, first, end, wishes or Wishes())
-    busy: Counter[str] = Counter()
+    busy: dict[str, float] = {}
     routes = []
     for _ in range(num_batches):
         route = _least_busy_route(spans, first, end, busy)
         for hop in route:
-            busy[hop.record.peer] += _load(hop)  # type: ignore[assignment]
+            busy[hop.record.peer] = busy.get(hop.record.peer, 0.0) + _load(hop)
         routes.append(route)
     return routes
 
 
 def _least_busy_route(spans: Sequence[Hop], first: int, end: int, busy: Mapping[str, float]) -> list[Hop]:
-    """Return the route whose busiest server is done first; of those, the one with the least work in all."""
+    """Return the route whose busiest server is done first; of those, the one whose servers are least busy in all."""
     best: dict[int, tuple[float, float, int, list[Hop]]] = {first: (0.0, 0.0, 0, [])}
     cuts = sorted({hop.first for hop in spans} | {hop.end for hop in spans})
     for block in cuts:
         if block not in best or block == end:
             continue
-        latest, work, _, route = best[block]
+        latest, waiting, _, route = best[block]
         for hop in spans:
             if not hop.first <= block < hop.end or (route and route[-1].record.peer == hop.record.peer):
                 continue
@@ -219,7 +217,8 @@ def _least_busy_route(spans: Sequence[Hop], first: int, end: int, busy: Mapping[
                 part = Hop(hop.record, block, cut)
                 own = sum(_load(other) for other in route if other.record.peer == hop.record.peer)
                 done = max(latest, busy.get(hop.record.peer, 0.0) + own + _load(part))
-                new = (done, work + _load(part), len(route) + 1, [*route, part])
+                queued = waiting + busy.get(hop.record.peer, 0.0) + own + _load(part)
+                new = (done, queued, len(route) + 1, [*route, part])
                 if cut not in best or new[:3] < best[cut][:3]:
                     best[cut] = new
     return best[end][3]
@@ -229,6 +228,26 @@ def _load(hop: Hop) -> float:
     """Return the seconds that a hop takes of its server for each token."""
     rate = hop.record.forward_tokens_per_second or UNKNOWN_TOKENS_PER_SECOND
     return (hop.end - hop.first) / ((hop.record.end - hop.record.first) * rate)
+
+
+def other_weights(records: Iterable[ServerRecord], first: int, end: int, wishes: Wishes) -> dict[str, str]:
+    """Return which servers are not used for some blocks because their weights are others, for the log.
+
+    Args:
+        records: of servers.
+        first: number of the first wanted block.
+        end: number behind the last wanted block.
+        wishes: whom the client may ask.
+    Returns:
+        The blocks as words, such as ``blocks 3:5``, by the labels of the servers.
+    """
+    allowed = [record for record in records if wishes.refusal(record) is None]
+    wanted = {block: _wanted_hash(allowed, block, wishes) for block in range(first, end)}
+    found = {}
+    for record in allowed:
+        if others := _with_other_hash(record, range(first, end), wanted):
+            found[record.label] = _ranges(others)
+    return found
 
 
 def format_route(route: Sequence[Hop]) -> str:
@@ -248,14 +267,20 @@ def _explain(
     records: Sequence[ServerRecord], missing: Sequence[int], wishes: Wishes, wanted: Mapping[int, str | None]
 ) -> str:
     lines = []
-    for record in records:
+    for record in records[:MAX_EXPLAINED]:
         reason = wishes.refusal(record)
-        if reason is None:
-            others = [b for b in missing if record.first <= b < record.end and record.hash_of(b) != wanted[b]]
-            reason = f"has other weights in {_ranges(others)}" if others else None
+        if reason is None and (others := _with_other_hash(record, missing, wanted)):
+            reason = f"has other weights in {_ranges(others)}"
         lines.append(f"{record.label} has {record.first}:{record.end}" + (f" but {reason}" if reason else ""))
-    seen = "; ".join(lines) if lines else "no server was found"
-    return f"nobody serves {_ranges(missing)} ({seen})"
+    if len(records) > MAX_EXPLAINED:
+        lines.append(f"and {len(records) - MAX_EXPLAINED} more")
+    return f"nobody serves {_ranges(missing)} ({'; '.join(lines) if lines else 'no server was found'})"
+
+
+def _with_other_hash(
+    record: ServerRecord, blocks: Iterable[int], wanted: Mapping[int, str | None]
+) -> list[int]:
+    return [b for b in blocks if record.first <= b < record.end and record.hash_of(b) != wanted[b]]
 
 
 def _ranges(blocks: Sequence[int]) -> str:

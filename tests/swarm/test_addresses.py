@@ -23,7 +23,7 @@ def test_an_address_says_host_port_and_peer() -> None:
     assert parse_address(f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}", "x") == Address(
         f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}", "ip4", "1.2.3.4", "tcp", 5, PEER
     )
-    assert parse_address("/ip6/::1/udp/0/quic", "x").peer is None
+    assert parse_address("/ip6/::1/udp/0/quic-v1", "x").peer is None
     assert parse_address("/dns4/a.example/tcp/65535", "x").host == "a.example"
 
 
@@ -39,6 +39,7 @@ def test_an_address_says_host_port_and_peer() -> None:
         ("/dns/a b/tcp/5", "begins with neither"),
         ("/ip4/1.2.3.4/sctp/5", "no /tcp/ or /udp/ with a port up to 65535"),
         ("/ip4/1.2.3.4/tcp/65536", "no /tcp/ or /udp/ with a port"),
+        ("/ip4/1.2.3.4/udp/5/quic", "/udp/5 is not followed by /quic-v1"),
         ("/ip4/1.2.3.4/tcp/-1", "no /tcp/ or /udp/ with a port"),
         (f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}0", "does not end in /p2p/ and a peer id"),
         (f"/ip4/1.2.3.4/tcp/5/p2p/{PEER},/ip4/", "does not end in /p2p/"),
@@ -52,7 +53,9 @@ def test_an_initial_peer_that_cannot_be_right_is_refused(text: str, match: str) 
 
 
 def test_addresses_of_the_wrong_kind_are_refused() -> None:
-    with pytest.raises(InputError, match=r"host address .* has a peer id; leave /p2p/\.\.\. out"):
+    with pytest.raises(
+        InputError, match=r"host address .* has more than a host and a port; leave the rest out"
+    ):
         check_addresses([f"/ip4/127.0.0.1/tcp/0/p2p/{PEER}"], [], [])
     with pytest.raises(InputError, match=r"announced address '/ip4/1\.2\.3\.4/tcp/0' has the port 0"):
         check_addresses([], ["/ip4/1.2.3.4/tcp/0"], [])
@@ -70,7 +73,7 @@ def test_taken_ports_and_foreign_addresses_are_refused() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
         taken.bind(("127.0.0.1", 0))
         with pytest.raises(InputError, match="is taken by another process"):
-            refuse_taken_ports([f"/ip4/127.0.0.1/udp/{taken.getsockname()[1]}/quic"])
+            refuse_taken_ports([f"/ip4/127.0.0.1/udp/{taken.getsockname()[1]}/quic-v1"])
     with pytest.raises(InputError, match=r"cannot be listened at \(Cannot assign requested address\)"):
         refuse_taken_ports([f"/ip4/203.0.113.7/tcp/{port}"])
 
@@ -78,7 +81,7 @@ def test_taken_ports_and_foreign_addresses_are_refused() -> None:
 def test_what_is_at_an_address_is_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        addresses = [f"/ip4/127.0.0.1/tcp/{port}/p2p/{PEER}", f"/ip4/127.0.0.1/udp/{port}/quic/p2p/{PEER}"]
+        addresses = [f"/ip4/127.0.0.1/tcp/{port}/p2p/{PEER}", f"/ip4/127.0.0.1/udp/{port}/quic-v1/p2p/{PEER}"]
         said = explain_unreachable(addresses)
     assert (
         said

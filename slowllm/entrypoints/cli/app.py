@@ -10,6 +10,7 @@ import typer
 
 from slowllm.entrypoints.cli.batch import batch
 from slowllm.entrypoints.cli.chat import chat
+from slowllm.entrypoints.cli.dht import dht
 from slowllm.entrypoints.cli.evaluate import eval_app
 from slowllm.entrypoints.cli.forward import forward
 from slowllm.entrypoints.cli.generate import generate
@@ -45,7 +46,7 @@ def _main(
         raise typer.Exit
 
 
-for _verb in (forward, plan, download, generate, batch, chat, score, yesno, tune, convert, verify, serve):
+for _verb in (forward, plan, download, generate, batch, chat, score, yesno, tune, convert, verify, serve, dht):
     app.command()(_verb)
 app.add_typer(eval_app, name="eval")
 

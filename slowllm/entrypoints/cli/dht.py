@@ -1,0 +1,63 @@
+"""`slowllm dht`: be a peer by which others join a swarm, and keep a part of its directory. Computes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+from slowllm.entrypoints.cli import options
+from slowllm.errors import InputError, counted
+
+
+
+def dht(
+    identity: options.Identity = None,
+    host_maddrs: options.HostMaddrs = None,
+    announce_maddrs: options.AnnounceMaddrs = None,
+    initial_peers: options.InitialPeers = None,
+    relay: options.Relay = True,
+    verbose: options.Verbose = False,
+) -> None:  # fmt: skip
+    """Be a peer by which others join a swarm.
+
+    Prints the multiaddresses of this peer, one a line; give one of them to servers and clients as --initial-peers. Runs
+    until Ctrl-C or SIGTERM. It serves no blocks and needs little memory and no weights. Nothing is sent to anybody but the
+    peers of the swarm.
+    """
+    options.log_to_stderr(verbose)
+    if identity is not None and not identity.expanduser().parent.is_dir():
+        raise InputError(f"{identity.parent}: no such folder for --identity {identity.name}")
+    from slowllm.swarm.network import Network
+
+    with Network.open(
+        identity=None if identity is None else identity.expanduser(), host_maddrs=host_maddrs or [options.ANY_ADDRESS],
+        announce_maddrs=announce_maddrs or [], initial_peers=initial_peers or [], use_relay=relay,
+    ) as network, _ends_by_signal() as has_ended:  # fmt: skip
+        for address in network.addresses:
+            print(address, flush=True)
+        what = counted(len(network.addresses), "address", "addresses")
+        print(
+            f"peer {network.peer} listens at {what}; others join with --initial-peers and one that leads here from where they "
+            "are. Ctrl-C ends it.",
+            file=sys.stderr,
+            flush=True,
+        )
+        has_ended.wait()
+    print("left the swarm", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _ends_by_signal() -> Iterator[threading.Event]:
+    """Yield what is set by Ctrl-C and SIGTERM, which end this verb as they should."""
+    event = threading.Event()
+    before = {
+        number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
