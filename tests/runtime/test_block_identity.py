@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from slowllm.runtime.block_identity import block_hash, block_hashes, ends_hash
 from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.storage.manifest import open_checkpoint
-from slowllm.storage.samples import MAX_SAMPLES, SAMPLE_ELEMENTS, sampled_places
+from slowllm.storage.samples import MAX_SAMPLES, SAMPLE_ELEMENTS, hash_tensors, sampled_places
+from slowllm.storage.spans import Placement, Run
 from tests.support.families import FAMILIES, resident, save_tiny
 from tests.support.parted import OUTSIDE, parted, shard_of, tensors_of, write
 from tests.support.stores import make_store
@@ -222,6 +224,19 @@ def test_a_shard_that_is_no_longer_whole_is_refused(damage: str, tiny: Tiny, tmp
             with pytest.raises(CheckpointError, match="was replaced or changed since its header was read"):
                 block_hash(checkpoint, 1)
         assert block_hash(checkpoint, 0)
+
+
+def test_a_shard_that_ends_before_a_sample_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    made = parted(tiny("llama-2"), tmp_path)
+    with open_checkpoint(made) as checkpoint:
+        # As where the header was read just before the shard was cut short.
+        span = replace(checkpoint.spans[UP], stamp=None)
+        placement = Placement(UP, span.shape, span.torch_dtype, (Run(span, 0, 0, span.num_bytes),))
+        os.truncate(span.path, span.offset + span.num_bytes // 2)
+        with pytest.raises(
+            CheckpointError, match=r"mlp\.up_proj\.weight ends at byte .* it was cut short while it was open"
+        ):
+            hash_tensors(checkpoint, {UP: placement})
 
 
 @pytest.mark.parametrize("shape", [(), (0, 4), (7,), (64, 32), (300, 9, 1000), (4, 64, 96), (50_000, 8192)])

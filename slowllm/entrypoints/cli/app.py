@@ -46,7 +46,21 @@ def _main(
         raise typer.Exit
 
 
-for _verb in (forward, plan, download, generate, batch, chat, score, yesno, tune, convert, verify, serve, dht):
+for _verb in (
+    forward,
+    plan,
+    download,
+    generate,
+    batch,
+    chat,
+    score,
+    yesno,
+    tune,
+    convert,
+    verify,
+    serve,
+    dht,
+):
     app.command()(_verb)
 app.add_typer(eval_app, name="eval")
 

@@ -12,7 +12,6 @@ from slowllm.entrypoints.cli import options
 from slowllm.errors import InputError, counted
 
 
-
 def dht(
     identity: options.Identity = None,
     host_maddrs: options.HostMaddrs = None,
