@@ -74,7 +74,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Hop:
+class ServerHop:
     """A span of blocks at one server.
 
     Attributes:
@@ -88,7 +88,7 @@ class Hop:
     end: int
 
 
-def usable_spans(records: Iterable[ServerRecord], first: int, end: int, wishes: Wishes) -> list[Hop]:
+def usable_spans(records: Iterable[ServerRecord], first: int, end: int, wishes: Wishes) -> list[ServerHop]:
     """Return the longest spans within first:end that each server may be used for.
 
     Raises:
@@ -106,7 +106,7 @@ def usable_spans(records: Iterable[ServerRecord], first: int, end: int, wishes: 
             if fits and begin is None:
                 begin = block
             elif not fits and begin is not None:
-                spans.append(Hop(record, begin, block))
+                spans.append(ServerHop(record, begin, block))
                 begin = None
     served = {block for hop in spans for block in range(hop.first, hop.end)}
     if missing := tuple(block for block in range(first, end) if block not in served):
@@ -121,7 +121,7 @@ def fastest_route(
     wishes: Wishes | None = None,
     latencies: Mapping[str, float] | None = None,
     hop_latency: Callable[[str | None, str], float] | None = None,
-) -> list[Hop]:
+) -> list[ServerHop]:
     """Return the route on which one token is fastest, for generation.
 
     A hop costs the way to its server and the server's seconds a block. Of equally fast routes, the one with fewer hops.
@@ -144,9 +144,9 @@ def fastest_route(
         return known.get(peer, UNKNOWN_LATENCY_SECONDS) if hop_latency is None else hop_latency(last, peer)
 
     # For each span that has the last block: the cheapest way there, as its cost, its hops, and the route itself.
-    ways: dict[int, tuple[float, int, list[Hop]]] = {}
+    ways: dict[int, tuple[float, int, list[ServerHop]]] = {}
     for block in range(first, end):
-        new: dict[int, tuple[float, int, list[Hop]]] = {}
+        new: dict[int, tuple[float, int, list[ServerHop]]] = {}
         for number, hop in enumerate(spans):
             if not hop.first <= block < hop.end:
                 continue
@@ -154,13 +154,13 @@ def fastest_route(
             found = []
             if (here := ways.get(number)) is not None:
                 *before, last = here[2]
-                found.append((here[0], here[1], [*before, Hop(record, last.first, block + 1)]))
+                found.append((here[0], here[1], [*before, ServerHop(record, last.first, block + 1)]))
             if block == first:
-                found.append((way(None, record.peer), 1, [Hop(record, block, block + 1)]))
+                found.append((way(None, record.peer), 1, [ServerHop(record, block, block + 1)]))
             for other, (cost, hops, route) in ways.items():
                 if other != number:
                     step = way(spans[other].record.peer, record.peer)
-                    found.append((cost + step, hops + 1, [*route, Hop(record, block, block + 1)]))
+                    found.append((cost + step, hops + 1, [*route, ServerHop(record, block, block + 1)]))
             if found:
                 cost, hops, route = min(found, key=lambda choice: choice[:2])
                 new[number] = (cost + (record.decode_seconds or UNKNOWN_DECODE_SECONDS), hops, route)
@@ -174,7 +174,7 @@ def spread(
     first: int,
     end: int,
     wishes: Wishes | None = None,
-) -> list[list[Hop]]:
+) -> list[list[ServerHop]]:
     """Return a route for each micro-batch, so that replicas share the work and all are done soon.
 
     Micro-batches are given out one after the other. Each takes the route on which it is done first, when every server
@@ -200,9 +200,11 @@ def spread(
     return routes
 
 
-def _least_busy_route(spans: Sequence[Hop], first: int, end: int, busy: Mapping[str, float]) -> list[Hop]:
+def _least_busy_route(
+    spans: Sequence[ServerHop], first: int, end: int, busy: Mapping[str, float]
+) -> list[ServerHop]:
     """Return the route whose busiest server is done first; of those, the one whose servers are least busy in all."""
-    best: dict[int, tuple[float, float, int, list[Hop]]] = {first: (0.0, 0.0, 0, [])}
+    best: dict[int, tuple[float, float, int, list[ServerHop]]] = {first: (0.0, 0.0, 0, [])}
     cuts = sorted({hop.first for hop in spans} | {hop.end for hop in spans})
     for block in cuts:
         if block not in best or block == end:
@@ -214,7 +216,7 @@ def _least_busy_route(spans: Sequence[Hop], first: int, end: int, busy: Mapping[
             for cut in cuts:
                 if not block < cut <= hop.end:
                     continue
-                part = Hop(hop.record, block, cut)
+                part = ServerHop(hop.record, block, cut)
                 own = sum(_load(other) for other in route if other.record.peer == hop.record.peer)
                 done = max(latest, busy.get(hop.record.peer, 0.0) + own + _load(part))
                 queued = waiting + busy.get(hop.record.peer, 0.0) + own + _load(part)
@@ -224,7 +226,7 @@ def _least_busy_route(spans: Sequence[Hop], first: int, end: int, busy: Mapping[
     return best[end][3]
 
 
-def _load(hop: Hop) -> float:
+def _load(hop: ServerHop) -> float:
     """Return the seconds that a hop takes of its server for each token."""
     rate = hop.record.forward_tokens_per_second or UNKNOWN_TOKENS_PER_SECOND
     return (hop.end - hop.first) / ((hop.record.end - hop.record.first) * rate)
@@ -250,7 +252,7 @@ def other_weights(records: Iterable[ServerRecord], first: int, end: int, wishes:
     return found
 
 
-def format_route(route: Sequence[Hop]) -> str:
+def format_route(route: Sequence[ServerHop]) -> str:
     """Return a route in one line for the log, such as ``0:12 desk (ab12cd), 12:24 9fK2pq``."""
     return ", ".join(f"{hop.first}:{hop.end} {hop.record.label}" for hop in route)
 

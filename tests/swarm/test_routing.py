@@ -17,7 +17,7 @@ from slowllm.swarm.records import ServerRecord
 from slowllm.swarm.routing import (
     UNKNOWN_DECODE_SECONDS,
     UNKNOWN_LATENCY_SECONDS,
-    Hop,
+    ServerHop,
     Wishes,
     fastest_route,
     format_route,
@@ -71,7 +71,7 @@ WISHES = st.builds(
 LATENCIES = st.dictionaries(st.sampled_from(PEERS), st.sampled_from([0.001, 0.02, 0.3]))
 
 
-def check(route: Sequence[Hop], first: int, end: int, wishes: Wishes) -> None:
+def check(route: Sequence[ServerHop], first: int, end: int, wishes: Wishes) -> None:
     """Check that a route covers each block once, in order, through servers that may be asked, with the same weights."""
     assert [block for hop in route for block in range(hop.first, hop.end)] == list(range(first, end))
     for hop in route:
@@ -86,7 +86,7 @@ def check(route: Sequence[Hop], first: int, end: int, wishes: Wishes) -> None:
             assert hop.record.hash_of(block) == wishes.hashes.get(block, hop.record.hash_of(block))
 
 
-def every_route(spans: Sequence[Hop], first: int, end: int) -> Iterator[list[Hop]]:
+def every_route(spans: Sequence[ServerHop], first: int, end: int) -> Iterator[list[ServerHop]]:
     """Yield every way to cover the blocks."""
     if first == end:
         yield []
@@ -94,10 +94,10 @@ def every_route(spans: Sequence[Hop], first: int, end: int) -> Iterator[list[Hop
         if span.first <= first < span.end:
             for cut in range(first + 1, min(span.end, end) + 1):
                 for rest in every_route(spans, cut, end):
-                    yield [Hop(span.record, first, cut), *rest]
+                    yield [ServerHop(span.record, first, cut), *rest]
 
 
-def cost_of(route: Sequence[Hop], way: Any) -> float:
+def cost_of(route: Sequence[ServerHop], way: Any) -> float:
     """Return the seconds of one token on a route, where a hop that goes on at the same server is none."""
     total, last = 0.0, None
     for hop in route:
