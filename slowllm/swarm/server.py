@@ -13,24 +13,29 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import psutil
 import torch
 
 from slowllm.errors import InputError, NetworkError
 from slowllm.modeling.parts import Part, parse_blocks
 from slowllm.modeling.span import SpanCall
+from slowllm.planning.budget import Budget
 from slowllm.planning.job import Job
 from slowllm.runtime.block_identity import block_hashes, ends_hash
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
+from slowllm.runtime.memory import budget_bytes
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.swarm.client import config_key
 from slowllm.swarm.compression import COMPRESSIONS
+from slowllm.swarm.messages import MAX_MESSAGE_BYTES
 from slowllm.swarm.network import Network
 from slowllm.swarm.placement import scarcest_blocks
 from slowllm.swarm.records import ServerRecord, State
 from slowllm.swarm.span_server import ServedSpan, SpanServer
+from slowllm.swarm.streams import Limits
 from slowllm.version import __version__
 
 log = logging.getLogger(__name__)
@@ -40,6 +45,8 @@ ANNOUNCE_SECONDS = 10.0
 RECORD_SECONDS = 30.0
 # Tokens of the batch by which the throughput is measured at the start.
 _MEASURED_TOKENS = 256
+# A tiny model's server takes messages of this size all the same.
+_LEAST_MESSAGE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,17 @@ class ServerOptions:
         return 4 * self.max_batch_tokens if self.max_waiting_tokens is None else self.max_waiting_tokens
 
 
+def limits_of(config: Any, options: ServerOptions) -> Limits:
+    """Return what peers may take of a server: messages as large as its requests need, and so many of them at once."""
+    token_bytes = 4 * int(config.get_text_config().hidden_size)
+    # Hidden states and their gradients, and as much again for vectors or a prefix.
+    request_bytes = 4 * options.max_batch_tokens * token_bytes
+    message_bytes = min(MAX_MESSAGE_BYTES, max(_LEAST_MESSAGE_BYTES, request_bytes))
+    return Limits(
+        message_bytes=message_bytes, held_bytes=message_bytes + 2 * options.waiting_tokens * token_bytes
+    )
+
+
 class Server:
     """A span of blocks that is served; a context manager.
 
@@ -130,7 +148,7 @@ class Server:
         with contextlib.ExitStack() as held:
             self.network = Network.open(
                 identity=options.identity, host_maddrs=options.host_maddrs, announce_maddrs=options.announce_maddrs,
-                initial_peers=options.initial_peers, use_relay=options.use_relay,
+                initial_peers=options.initial_peers, use_relay=options.use_relay, limits=limits_of(info.config, options),
             )  # fmt: skip
             held.callback(self.network.close)
             key = config_key(info.config)
@@ -153,8 +171,12 @@ class Server:
 
     def _open(self, info: ModelInfo, part: Part) -> StreamedLM:
         options = self.options
+        # Requests that were read and wait, and one answer, are memory that the plan of the model does not know.
+        budget = Budget(budget_bytes(options.ram), psutil.Process().memory_info().rss)
+        limits = limits_of(info.config, options)
+        budget.take(limits.held_bytes + limits.message_bytes)
         return open_model(
-            StreamedLM, info, ram=options.ram, dtype=options.dtype, device=options.device, vram=options.vram,
+            StreamedLM, info, ram=budget, dtype=options.dtype, device=options.device, vram=options.vram,
             job=options.job(), part=part,
         )  # fmt: skip
 

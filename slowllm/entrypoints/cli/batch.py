@@ -13,10 +13,12 @@ import typer
 from slowllm.entrypoints.cli import inputs, options
 from slowllm.entrypoints.cli.output import json_writer
 from slowllm.entrypoints.cli.runner import Runner, sweeps_of
+from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.errors import InputError, counted
 from slowllm.files import read_lines
 
 
+@takes_swarm
 def batch(
     file: Annotated[
         str | None,
@@ -32,7 +34,7 @@ def batch(
     dtype: options.DType = "auto",
     out: options.Out = None,
     resident: options.Resident = True,
-    swarm: options.Swarm = None,
+    swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     state: options.State = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,

@@ -8,6 +8,7 @@ import typer
 
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.runner import Runner
+from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.errors import InputError
 from slowllm.planning.job import Job
 from slowllm.runtime.model_folder import DEFAULT, find_folder
@@ -18,6 +19,7 @@ TOY = (
 )
 
 
+@takes_swarm
 def chat(
     model: options.Model = None,
     ram: options.Ram = "auto",
@@ -54,7 +56,7 @@ def chat(
         int | None, typer.Option(help="Seed of the first answer; later answers count up from it.", min=0)
     ] = None,
     resident: options.Resident = True,
-    swarm: options.Swarm = None,
+    swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Talk with a model in the terminal.

@@ -18,6 +18,7 @@ from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.inputs import check_installed
 from slowllm.entrypoints.cli.output import STDOUT, json_writer, print_table
 from slowllm.entrypoints.cli.runner import Runner
+from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.entrypoints.lm_eval_command import ALLOW_DOWNLOADS, check_arguments, stay_offline
 from slowllm.errors import InputError, counted
 
@@ -62,6 +63,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 
 @eval_app.command()
+@takes_swarm
 def boolq(
     data: DataOption,
     templates: TemplatesOption = "all",
@@ -80,7 +82,7 @@ def boolq(
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",
-    swarm: options.Swarm = None,
+    swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     prompt: options.Prompt = None,
     normalize: options.Normalize = "none",
     truncate: TruncateOption = False,
@@ -128,6 +130,7 @@ def boolq(
 
 
 @eval_app.command()
+@takes_swarm
 def task(
     data: DataOption,
     template_file: Annotated[Path, typer.Option(help="File of templates in promptsource's YAML.")],
@@ -140,7 +143,7 @@ def task(
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",
-    swarm: options.Swarm = None,
+    swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     prompt: options.Prompt = None,
     normalize: options.Normalize = "none",
     truncate: TruncateOption = False,

@@ -23,6 +23,7 @@ from slowllm.entrypoints.cli.output import (
     token_rows,
 )
 from slowllm.entrypoints.cli.runner import Runner, sweeps_of
+from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.errors import InputError, counted
 from slowllm.options import format_bytes
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     Write = Callable[[inputs.Entry, Line, Likelihood], None]
 
 
+@takes_swarm
 def forward(
     files: Annotated[
         list[str] | None,
@@ -71,7 +73,7 @@ def forward(
         bool, typer.Option("--truncate", help="Cut longer lines instead of refusing them.")
     ] = False,
     resident: options.Resident = True,
-    swarm: options.Swarm = None,
+    swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     state: options.State = None,
     overwrite: options.Overwrite = False,
     save_every: Annotated[

@@ -15,6 +15,7 @@ import typer
 from slowllm.entrypoints.cli import inputs, options
 from slowllm.entrypoints.cli.output import json_writer, print_tokens, printable, prints_text, token_rows
 from slowllm.entrypoints.cli.runner import Runner, sweeps_of
+from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.errors import InputError
 from slowllm.files import read_lines
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 ARGUMENTS = ""
 
 
+@takes_swarm
 def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Texts to continue.", show_default=False)
@@ -107,7 +109,7 @@ def generate(
     out: options.Out = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
     resident: options.Resident = True,
-    swarm: options.Swarm = None,
+    swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     state: options.State = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,

@@ -68,15 +68,6 @@ Resident = Annotated[
         help="Keep the blocks that fit the budget in memory, or read every block in every sweep.",
     ),
 ]
-Swarm = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--swarm",
-        help="Let a swarm compute the blocks: the multiaddress of one of its peers, as `slowllm dht` or `slowllm serve` prints "
-        "it; may be given several times. The model needs only its config, tokenizer, embedding, norm and head here.",
-        metavar="MADDR",
-    ),
-]
 ANY_ADDRESS = "/ip4/0.0.0.0/tcp/0"
 Identity = Annotated[
     Path | None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slowllm.entrypoints.cli.options import check_output
 from slowllm.entrypoints.cli.output import STDOUT
+from slowllm.entrypoints.cli.swarm_options import SwarmChoice
 from slowllm.errors import CheckpointError, InputError, OtherJobError, PlanError
 from slowllm.files import part_of, shown, state_of
 from slowllm.options import AUTO, parse_bytes, parse_devices, parse_dtype
@@ -51,7 +52,7 @@ class Runner:
             as long as the file is not complete.
         kind: of that job.
         overwrite: whether to begin anew beside the lines of another job.
-        swarm: multiaddresses of peers of the swarm that computes the blocks; without, they are computed here.
+        swarm: that computes the blocks; without peers, they are computed here.
         dry_run: whether the verb only prints the plan of its job, for which the weights need not be there.
     Raises:
         InputError: an option cannot be read, or does not go with another.
@@ -61,7 +62,7 @@ class Runner:
     def __init__(
         self, model: str | None, ram: str, device: str, vram: str | None, dtype: str, *,
         prompt: str | None = None, resident: bool = True, state: Path | None = None, kind: str = "",
-        overwrite: bool = False, dry_run: bool = False, swarm: Sequence[str] | None = None,
+        overwrite: bool = False, dry_run: bool = False, swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     ) -> None:  # fmt: skip
         if ram != AUTO:
             parse_bytes(ram)
@@ -71,8 +72,8 @@ class Runner:
             raise InputError("--vram is for a GPU; name one with --device cuda, or leave it out")
         parse_dtype(dtype)
         self.ram, self.device, self.vram, self.resident = ram, device, vram, resident
-        self.dry_run, self._swarm = dry_run, tuple(swarm or ())
-        if self._swarm and dry_run:
+        self.dry_run, self._swarm = dry_run, swarm
+        if swarm.peers and dry_run:
             raise InputError(
                 "--dry-run plans what this machine does, and with --swarm others do it; leave one of them out"
             )
@@ -331,10 +332,12 @@ class Runner:
             "ram": budget or self.ram, "device": self.device, "vram": self.vram, "dtype": self.dtype,
             "keep_resident": self.resident, "job": job, "rates": self.rates,
         }  # fmt: skip
-        if self._swarm:
+        if self._swarm.peers:
             from slowllm.swarm.client import SwarmOptions, open_client
+            from slowllm.swarm.routing import Wishes
 
-            return open_client(StreamedLM, self.info, SwarmOptions(self._swarm), **options)
+            wishes = Wishes(allowed=self._swarm.allowed or None, blocked=self._swarm.blocked)
+            return open_client(StreamedLM, self.info, SwarmOptions(self._swarm.peers, wishes), **options)
         return open_model(StreamedLM, self.info, **options)
 
     @contextlib.contextmanager

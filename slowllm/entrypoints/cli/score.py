@@ -14,6 +14,7 @@ import typer
 from slowllm.entrypoints.cli import inputs, options
 from slowllm.entrypoints.cli.output import finite, json_writer, token_rows
 from slowllm.entrypoints.cli.runner import Runner
+from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.errors import InputError, counted
 from slowllm.files import parse_object, read_raw_lines
 from slowllm.tables import kind_of, read_table
@@ -31,6 +32,7 @@ RESULT_KEYS = {
 }  # fmt: skip
 
 
+@takes_swarm
 def score(
     files: Annotated[
         list[str] | None,
@@ -47,7 +49,7 @@ def score(
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",
-    swarm: options.Swarm = None,
+    swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     prompt: options.Prompt = None,
     out: options.Out = None,
     normalize: options.Normalize = "none",

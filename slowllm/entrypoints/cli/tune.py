@@ -15,6 +15,7 @@ from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.inputs import check_installed
 from slowllm.entrypoints.cli.output import prints_text
 from slowllm.entrypoints.cli.runner import Runner
+from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.errors import InputError, counted
 from slowllm.files import system_errors
 from slowllm.options import format_binary, format_bytes
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 MAX_TRIALS = 256
 
 
+@takes_swarm
 def tune(
     data: Annotated[
         list[str],
@@ -130,7 +132,7 @@ def tune(
         int | None, typer.Option(help="Stop after this many validations without a better one.", min=1)
     ] = None,
     resident: options.Resident = True,
-    swarm: options.Swarm = None,
+    swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     state: options.State = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the prompt and the log of an earlier run in --out.")

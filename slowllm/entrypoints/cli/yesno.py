@@ -10,11 +10,13 @@ import typer
 from slowllm.entrypoints.cli import inputs, options
 from slowllm.entrypoints.cli.output import json_writer, print_table, prints_text
 from slowllm.entrypoints.cli.runner import Runner
+from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.errors import InputError
 from slowllm.files import parse_object
 from slowllm.tables import kind_of
 
 
+@takes_swarm
 def yesno(
     files: Annotated[
         list[str] | None,
@@ -31,7 +33,7 @@ def yesno(
     device: options.Device = "cpu",
     vram: options.Vram = None,
     dtype: options.DType = "auto",
-    swarm: options.Swarm = None,
+    swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     prompt: options.Prompt = None,
     out: options.Out = None,
     as_json: options.AsJson = False,

@@ -1,0 +1,93 @@
+"""The options by which a verb lets a swarm compute the blocks, for all verbs alike."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from slowllm.errors import InputError
+
+V = TypeVar("V", bound=Callable[..., None])
+
+_Peers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--swarm",
+        help="Let a swarm compute the blocks: the multiaddress of one of its peers, as `slowllm dht` or `slowllm serve` prints "
+        "it; may be given several times. The model needs only its config, tokenizer, embedding, norm and head here.",
+        metavar="MADDR",
+    ),
+]
+_Allowed = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-peers",
+        help="With --swarm: id of a server that may be asked; others are not.",
+        metavar="ID",
+    ),
+]
+_Blocked = Annotated[
+    list[str] | None,
+    typer.Option("--blocked-peers", help="With --swarm: id of a server that is not asked.", metavar="ID"),
+]
+
+
+@dataclass(frozen=True)
+class SwarmChoice:
+    """Which swarm computes the blocks.
+
+    Attributes:
+        peers: multiaddresses of some of its peers; empty where the blocks are computed here.
+        allowed: ids of the only servers that may be asked; empty for all.
+        blocked: ids of servers that are not asked.
+    """
+
+    peers: tuple[str, ...] = ()
+    allowed: frozenset[str] = frozenset()
+    blocked: frozenset[str] = frozenset()
+
+
+def takes_swarm(verb: V) -> V:
+    """Give a verb the options of a swarm; its own parameter `swarm` gets a `SwarmChoice`.
+
+    Raises:
+        InputError: when called, if servers are chosen without a swarm.
+    """
+    hints = typing.get_type_hints(verb, include_extras=True)
+    own = inspect.signature(verb).parameters
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in own.items():
+        if name != "swarm":
+            parameters.append(parameter.replace(annotation=hints[name]))
+            continue
+        for option, kind in (("swarm", _Peers), ("allowed_peers", _Allowed), ("blocked_peers", _Blocked)):
+            parameters.append(parameter.replace(name=option, annotation=kind, default=None))
+
+    @functools.wraps(verb)
+    def call(
+        *args: Any,
+        swarm: list[str] | None = None,
+        allowed_peers: list[str] | None = None,
+        blocked_peers: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        choice = SwarmChoice(
+            tuple(swarm or ()), frozenset(allowed_peers or ()), frozenset(blocked_peers or ())
+        )
+        if not choice.peers and (choice.allowed or choice.blocked):
+            raise InputError(
+                "--allowed-peers and --blocked-peers choose among the servers of a swarm; name it with --swarm"
+            )
+        verb(*args, swarm=choice, **kwargs)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {
+        "return": None
+    }
+    return typing.cast(V, call)
