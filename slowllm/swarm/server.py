@@ -6,6 +6,7 @@ Owns the model, the network and the thread that announces. `serve` of the comman
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -18,7 +19,7 @@ from typing import Any, Self
 import psutil
 import torch
 
-from slowllm.errors import InputError, NetworkError
+from slowllm.errors import InputError, NetworkError, PlanError
 from slowllm.modeling.parts import Part, parse_blocks
 from slowllm.modeling.span import SpanCall
 from slowllm.planning.budget import Budget
@@ -142,6 +143,7 @@ class Server:
         self.options = options
         self._closed, self._held = threading.Event(), contextlib.ExitStack()
         self._state: State = "joining"
+        self.has_backward = False
         info = ModelInfo(path_or_hub_id)
         self.num_blocks = int(info.config.get_text_config().num_hidden_layers)
         wanted = parse_blocks(options.blocks, self.num_blocks)
@@ -158,7 +160,7 @@ class Server:
             self.lm = held.enter_context(self._open(info, wanted))
             served = ServedSpan(
                 wanted.first, wanted.end, options.max_batch_tokens, options.waiting_tokens, options.cache_tokens,
-                options.session_seconds, has_backward=options.backward and self.lm.plan.granularity == "blocks",
+                options.session_seconds, has_backward=self.has_backward,
             )  # fmt: skip
             self.spans = SpanServer(self.lm, served)
             self._record = self._first_record(key, served)
@@ -175,10 +177,29 @@ class Server:
         budget = Budget(budget_bytes(options.ram), psutil.Process().memory_info().rss)
         limits = limits_of(info.config, options)
         budget.take(limits.held_bytes + limits.message_bytes)
-        return open_model(
-            StreamedLM, info, ram=budget, dtype=options.dtype, device=options.device, vram=options.vram,
-            job=options.job(), part=part,
-        )  # fmt: skip
+        opened = functools.partial(
+            open_model,
+            StreamedLM,
+            info,
+            ram=budget,
+            dtype=options.dtype,
+            device=options.device,
+            vram=options.vram,
+            part=part,
+        )
+        try:
+            lm = opened(job=options.job())
+        except PlanError as error:
+            if not options.backward:
+                raise
+            try:
+                lm = opened(job=replace(options, backward=False).job())
+            except PlanError:
+                raise error from None
+            log.warning("gradients are not served, because the budget has no room for them: %s", error)
+            return lm
+        self.has_backward = options.backward and lm.can_run_backward
+        return lm
 
     def _first_record(self, key: str, served: ServedSpan) -> ServerRecord:
         batch_rate, decode_seconds = self._measure(served)
