@@ -80,6 +80,13 @@ def parse_address(text: str, option: str) -> Address:
     return Address(text, family, host, transport, int(port), peer)
 
 
+def peer_of(text: str) -> str:
+    """Return the id at the end of an initial peer's address that was checked."""
+    peer = parse_address(text, "initial peer").peer
+    assert peer is not None, f"{text} was not checked"
+    return peer
+
+
 def check_addresses(host: Sequence[str], announce: Sequence[str], initial: Sequence[str]) -> None:
     """Refuse addresses that cannot be right, before anything is started.
 

@@ -6,6 +6,7 @@ Knows nothing of networks.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from slowllm.errors import NetworkError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Work = Callable[[], Coroutine[Any, Any, T]]
 _CLOSED = "the network was closed"
@@ -23,6 +25,7 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(self._log)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -97,6 +100,11 @@ class LoopThread:
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
+
+    def _log(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log in one line what a task that nobody waits for has raised: hivemind's do when their process dies."""
+        level = logging.DEBUG if self._is_closing else logging.WARNING
+        logger.log(level, "%s (%r)", context["message"], context.get("exception"))
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

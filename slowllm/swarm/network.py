@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -32,14 +33,8 @@ from slowllm.errors import (
     ProtocolError,
     first_line,
 )
+from slowllm.swarm import addresses as multiaddresses
 from slowllm.swarm import dht_records
-from slowllm.swarm.addresses import (
-    check_addresses,
-    explain_refusal,
-    explain_unreachable,
-    is_peer,
-    refuse_taken_ports,
-)
 from slowllm.swarm.identity import Identity, holding_identity
 from slowllm.swarm.loop_thread import LoopThread
 from slowllm.swarm.messages import Meta, Tensors, encode
@@ -52,6 +47,8 @@ PROTOCOL_NAME = "slowllm.swarm.1"
 OPEN_SECONDS = 60.0
 DIRECTORY_SECONDS = 30.0
 CLOSE_SECONDS = 10.0
+_DIED = "libp2p's process of this peer has ended; open the network again"
+_NOT_FOUND = re.compile("routing: not found|failed to find any peer")
 
 
 class Network:
@@ -75,6 +72,8 @@ class Network:
         self._owner = b""
         self._pools: dict[str, StreamPool] = {}
         self._expires: dict[str, float] = {}
+        self._known: dict[str, tuple[str, ...]] = {}
+        self._initial: tuple[str, ...] = ()
         self._held = contextlib.ExitStack()
         self._loop = LoopThread("slowllm-network")
 
@@ -109,16 +108,18 @@ class Network:
             raise InputError(
                 f"hivemind is not installed ({error}); pip install hivemind, or in a checkout pip install '.[swarm]'"
             ) from error
-        check_addresses(host_maddrs, announce_maddrs, initial_peers)
+        multiaddresses.check_addresses(host_maddrs, announce_maddrs, initial_peers)
+        initial_peers = tuple(initial_peers)
         with contextlib.ExitStack() as held:
             key = held.enter_context(holding_identity(identity))
-            refuse_taken_ports(host_maddrs)
+            multiaddresses.refuse_taken_ports(host_maddrs)
             network = cls(key, limits or Limits())
             held.callback(network._loop.close, network._leave)
             network._loop.call(
                 lambda: network._join(key, host_maddrs, announce_maddrs, initial_peers, use_relay),
                 OPEN_SECONDS,
             )
+            network._initial = initial_peers
             network._held = held.pop_all()
         return network
 
@@ -134,8 +135,9 @@ class Network:
         """Answer requests of peers from now on.
 
         Args:
-            handler: called on the network's thread with each `PeerRequest` of `slowllm.swarm.requests`; it may answer at once, later, or from
-                another thread, and must not wait. It may be a coroutine function. What it raises is the answer.
+            handler: called on the network's thread with each `PeerRequest` of `slowllm.swarm.requests`; it may answer
+                at once, later, or from another thread, and must not wait. It may be a coroutine function. What it
+                raises is the answer.
         Raises:
             NetworkError: the network is closed.
         """
@@ -175,7 +177,7 @@ class Network:
             ProtocolError: the request cannot be sent as it is.
             NetworkError: the network is closed.
         """
-        if not is_peer(peer):
+        if not multiaddresses.is_peer(peer):
             raise InputError(f"{peer[:80]!r} is no peer id")
         limit = self._limits.message_bytes
         parts = encode({REQUEST: dict(meta)}, tensors, compression=compression, max_bytes=limit)
@@ -187,12 +189,13 @@ class Network:
         A record replaces the last one only if it expires later, so one with a shorter life gets the last one's.
 
         Raises:
-            NetworkError: no peer took it, or the network is closed.
+            NetworkError: no peer took it or answers at all, or the network is closed.
             ProtocolError: the record is too large.
         """
         assert record.peer == self.peer, f"{record.peer} is not this peer"
         assert 0 < ttl <= dht_records.MAX_TTL_SECONDS, f"{ttl} s is no time to live"
         expires = max(time.time() + ttl, self._expires.get(record.model, 0.0) + 1e-3)
+        self._loop.call(self._stay_joined, DIRECTORY_SECONDS)
         key, data = dht_records.directory_key(record.model), record.to_bytes()
         is_stored = self._loop.call(
             lambda: self._node.store(key, data, expires, subkey=self._owner), DIRECTORY_SECONDS
@@ -209,15 +212,17 @@ class Network:
         Records that are forged, expired, too large or malformed are left out and counted in `dropped`.
 
         Raises:
-            NetworkError: the network is closed, or the search takes too long.
+            NetworkError: no peer answers any more, the search takes too long, or the network is closed.
         """
+        self._loop.call(self._stay_joined, DIRECTORY_SECONDS)
         key = dht_records.directory_key(model)
         found = self._loop.call(lambda: self._node.get(key, latest=True), DIRECTORY_SECONDS)
         if found is None or not isinstance(found.value, dict):
             return []
-        return self._gate.check(
-            model, ((owner, item.value, item.expiration_time) for owner, item in found.value.items())
-        )
+        items = ((owner, item.value, item.expiration_time) for owner, item in found.value.items())
+        records = self._gate.check(model, items)
+        self._known.update({record.peer: record.addresses for record in records})
+        return records
 
     def close(self) -> None:
         """Leave the swarm: end all requests, libp2p's process, and the thread. Again, or after a crash, does no harm."""
@@ -251,7 +256,7 @@ class Network:
         except P2PDaemonError as error:
             if "bootstrap" not in str(error):
                 raise NetworkError(f"libp2p does not start: {first_line(error)}") from error
-            sides = await asyncio.to_thread(explain_unreachable, initial)
+            sides = await asyncio.to_thread(multiaddresses.explain_unreachable, initial)
             raise NetworkError(f"no initial peer can be joined: {sides}") from error
         if host:
             self.addresses = tuple(str(address) for address in await self._p2p.get_visible_maddrs())
@@ -264,10 +269,24 @@ class Network:
             self._node = await DHTNode.create(
                 p2p=self._p2p, initial_peers=list(initial) or None, client_mode=not host,
                 record_validator=_directory_validator(signature), cache_locally=False, cache_nearest=0,
-                cache_refresh_before_expiry=0,
+                cache_refresh_before_expiry=0, blacklist_time=0,
             )  # fmt: skip
         except (ValidationError, RuntimeError) as error:
-            raise NetworkError(explain_refusal(str(error), initial, host)) from error
+            raise NetworkError(multiaddresses.explain_refusal(str(error), initial, host)) from error
+
+    async def _stay_joined(self) -> None:
+        """Join the initial peers again if all peers of the directory were lost, which hivemind does not do."""
+        from hivemind.p2p import PeerID
+
+        if self._p2p._child.returncode is not None:
+            raise NetworkError(_DIED)
+        if not self._initial or self._node.protocol.routing_table.uid_to_peer_id:
+            return
+        peers = {PeerID.from_base58(multiaddresses.peer_of(text)) for text in self._initial}
+        if not any(await asyncio.gather(*map(self._node.protocol.call_ping, peers))):
+            raise NetworkError(
+                f"no peer of the swarm answers any more; it was joined by {', '.join(self._initial)}"
+            )
 
     async def _leave(self) -> None:
         """End libp2p's process, which also ends when this process dies: it watches its connection to it."""
@@ -306,15 +325,24 @@ class Network:
 
     async def _open_stream(self, peer: str) -> Stream:
         from hivemind.p2p import P2PDaemonError, PeerID
+        from hivemind.utils.multiaddr import Multiaddr
 
         seconds = self._limits.connect_seconds
+        target = PeerID.from_base58(peer)
         failure: NetworkError
         try:
             async with asyncio.timeout(seconds):
-                _, reader, writer = await self._p2p.call_binary_stream_handler(
-                    PeerID.from_base58(peer), PROTOCOL_NAME
-                )
-                return Stream(reader, writer)
+                try:
+                    opened = await self._p2p.call_binary_stream_handler(target, PROTOCOL_NAME)
+                except P2PDaemonError as error:
+                    # libp2p did not hear of the peer from others; its record may say where it is.
+                    if not (ways := self._known.get(peer)) or not _NOT_FOUND.search(str(error)):
+                        raise
+                    # hivemind has no public way to say where a peer is, and its addresses have no room for ids.
+                    direct = [Multiaddr(way.partition("/p2p/")[0]) for way in ways if "circuit" not in way]
+                    await self._p2p._client.connect(target, direct)
+                    opened = await self._p2p.call_binary_stream_handler(target, PROTOCOL_NAME)
+                return Stream(opened[1], opened[2])
         except TimeoutError:
             failure = PeerTimeoutError(peer, f"cannot be reached in {seconds:g} s")
         except P2PDaemonError as error:
@@ -323,7 +351,7 @@ class Network:
                 reason = f"it does not serve {PROTOCOL_NAME}; it may be of another version"
             failure = PeerLostError(peer, f"cannot be reached ({reason})")
         except (OSError, EOFError):
-            failure = NetworkError("libp2p's process of this peer has ended; open the network again")
+            failure = NetworkError(_DIED)
         # Not inside `except`: hivemind leaves a connection to the error's traceback, to be closed by whichever thread lets
         # go of it, and this must be the loop's.
         raise failure

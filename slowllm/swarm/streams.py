@@ -163,9 +163,8 @@ async def exchange(stream: Stream, parts: Parts, peer: str, limits: Limits) -> b
         if not writing.done():
             writing.cancel()
             stream.close()
-        await asyncio.gather(
-            writing, return_exceptions=True
-        )  # whoever reads has seen that the connection is lost
+        # Whoever reads has seen that the connection is lost.
+        await asyncio.gather(writing, return_exceptions=True)
 
 
 class Room:

@@ -63,6 +63,7 @@ def test_records_of_all_servers_are_found_in_the_order_of_their_blocks(
         assert [record.peer for record in found] == [other.peer, server.told["peer"]]
         assert found[0] == record_of(other, "found-4")
         assert found[1].addresses == tuple(server.told["addresses"])
+    assert client._known[other.peer] == other.addresses
     assert client.find("found-5") == []
 
 

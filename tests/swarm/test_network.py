@@ -160,6 +160,30 @@ def test_a_frozen_server_is_silent_and_answers_again_when_it_goes_on(
     assert other.stop().returncode == 0
 
 
+def test_a_machine_that_stands_still_is_lost_too(swarm: SwarmProcesses, server: SwarmProcess) -> None:
+    other = swarm.peer(server.told["addresses"], limits=QUICK)
+    peer = other.told["peer"]
+    with Network.open(
+        host_maddrs=(), initial_peers=other.told["addresses"], limits=Limits(**QUICK)
+    ) as client:
+        assert ask(client, other, "echo") == {"op": "echo"}
+        other.freeze(also_children=True)
+        # libp2p opens a stream without waiting for the other side, so a new one is silent, too.
+        for _ in range(2):
+            with pytest.raises(PeerTimeoutError, match=rf"peer {peer}: has been silent for 2 s"):
+                ask(client, other, "echo")
+    other.kill()
+
+
+def test_a_peer_that_libp2p_does_not_find_is_reached_by_its_record(client: Network) -> None:
+    with Network.open() as stranger:
+        stranger.serve(lambda request: request.respond({"here": True}))
+        with pytest.raises(PeerLostError, match=rf"peer {stranger.peer}: cannot be reached \("):
+            client.ask(stranger.peer, {}).result(PATIENCE)
+        client._known[stranger.peer] = stranger.addresses  # as `find` notes it
+        assert client.ask(stranger.peer, {}).result(PATIENCE)[0] == {"here": True}
+
+
 def test_a_killed_server_is_lost_and_leaves_no_process(
     client: Network, swarm: SwarmProcesses, server: SwarmProcess
 ) -> None:
@@ -255,6 +279,44 @@ def test_a_network_whose_libp2p_process_has_died_says_so_and_can_be_closed(serve
             NetworkError, match="libp2p's process of this peer has ended; open the network again"
         ):
             ask(network, server, "echo")
+        with pytest.raises(NetworkError, match="libp2p's process of this peer has ended"):
+            network.find("m-1")
+
+
+def test_a_swarm_that_has_died_is_not_an_empty_one(swarm: SwarmProcesses) -> None:
+    other = swarm.peer()
+    (address,) = other.told["addresses"]
+    with Network.open(host_maddrs=(), initial_peers=[address]) as network:
+        assert network.find("m-1") == []
+        other.kill()
+        network.find("m-1")  # finds out that the last peer is gone
+        with pytest.raises(
+            NetworkError, match=f"no peer of the swarm answers any more; it was joined by {address}"
+        ):
+            network.find("m-1")
+
+
+@pytest.mark.long
+def test_a_swarm_that_was_lost_is_joined_again(swarm: SwarmProcesses) -> None:
+    other = swarm.peer()
+    with Network.open(
+        host_maddrs=(), initial_peers=other.told["addresses"], limits=Limits(**QUICK)
+    ) as network:
+        record = {
+            "first": 0,
+            "end": 1,
+            "state": "joining",
+            "dtype": "float32",
+            "version": "1",
+            "model": "m-1",
+        }
+        ask(network, other, "announce", record=record, ttl=600)
+        other.freeze()
+        network.find("m-1")
+        with pytest.raises(NetworkError, match="no peer of the swarm answers any more"):
+            network.find("m-1")
+        other.thaw()
+        assert [found.peer for found in network.find("m-1")] == [other.told["peer"]]
 
 
 def test_a_peer_on_the_loopback_connects_to_nothing_else(server: SwarmProcess) -> None:
@@ -314,11 +376,13 @@ def test_what_libp2p_says_of_a_start_that_fails_is_passed_on() -> None:
 @pytest.mark.parametrize(("wrong", "side"), [(10.0, "behind"), (-10.0, "ahead of")])
 def test_a_wrong_clock_is_said(swarm: SwarmProcesses, wrong: float, side: str) -> None:
     other = swarm.peer(clock=wrong)
+    children = set(psutil.Process().children())
     with pytest.raises(
         NetworkError,
         match=f"this machine's clock is 10 s {side} the clock of one of /ip4/127.* set it: 3 s are allowed",
     ):
         Network.open(initial_peers=other.told["addresses"], host_maddrs=[LOOPBACK])
+    assert set(psutil.Process().children()) == children
 
 
 def test_hivemind_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
