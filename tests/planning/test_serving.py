@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slowllm.errors import InputError, PlanError
 from slowllm.options import GIB, KIB, MIB
 from slowllm.planning.device_plan import HOST_SLACK_BYTES, DeviceBudget, device_rates, plan_devices, plan_host
 from slowllm.planning.host_plan import Plan, least_bytes, make_plan, session_bytes, working_bytes
 from slowllm.planning.job import Job, Rates, Sizes, StopSize
+from tests.support.properties import num_examples
 
 # Four of ten blocks, as a part has them: the stops of the others are empty.
 NOTHING = StopSize(0, 0)
@@ -63,6 +66,30 @@ def test_a_span_larger_than_memory_streams() -> None:
     assert plan.ring_bytes == SPAN.smallest_ring_bytes
     assert plan.peak_bytes <= least
     assert plan.forecast.read_bytes == 4 * GIB, "the stops of others are not counted"
+
+
+@st.composite
+def serving_jobs(draw: st.DrawFn) -> Job:
+    batch = draw(st.integers(1, 4096))
+    return Job.serving(
+        cache_tokens=draw(st.integers(0, 1 << 17)),
+        batch_tokens=batch,
+        max_batch_tokens=batch * draw(st.integers(1, 8)),
+        backward=draw(st.booleans()),
+        longest=draw(st.none() | st.integers(1, 1 << 17)),
+    )
+
+
+@num_examples(100)
+@given(serving_jobs(), st.integers(0, 64 * GIB), st.booleans())
+def test_a_server_keeps_its_budget_or_is_refused(job: Job, free_bytes: int, keep_resident: bool) -> None:
+    if free_bytes < least_bytes(SPAN, job, keep_resident):
+        with pytest.raises(PlanError, match="tokens in the caches of sessions"):
+            plan_of(job, free_bytes, keep_resident)
+        return
+    plan = plan_of(job, free_bytes, keep_resident)
+    assert plan.peak_bytes <= free_bytes
+    assert (plan.rider_tokens, plan.sweep_tokens) == job.packing[:2]  # type: ignore[index]
 
 
 def test_a_server_that_does_not_fit_is_refused_with_its_numbers() -> None:
