@@ -1,0 +1,264 @@
+"""Go on when a server dies, hangs, refuses or leaves: cut its blocks anew, and rebuild what it kept.
+
+To a client's blocks a hop stays a hop. Behind it stands a chain of links, each at one server. When a link's server fails,
+its span alone is cut anew among the other servers, and a session's keys and values are rebuilt there from the history of
+the link's inputs, by the very calls in which they grew, so that they have the same bits. A call that may have been
+applied is never sent to the same session again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from slowllm.errors import (
+    BusyError,
+    MissingBlocksError,
+    PeerError,
+    ProtocolError,
+    SessionError,
+    SlowLLMError,
+)
+from slowllm.modeling.remote_block import Hop, Kept
+from slowllm.modeling.span import SpanCall, SpanGrads
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What another server may do better. A wrong input or a NaN would be the same everywhere.
+_RETRIED = (PeerError, BusyError, ProtocolError, SessionError)
+# A server that failed is not asked for this time, which doubles with every failure.
+_FIRST_BAN_SECONDS, _MOST_BAN_SECONDS = 5.0, 300.0
+# Between looks for servers that have come back, where some blocks are served by nobody.
+_LOOK_SECONDS = 1.0
+
+
+class AsksServers(Protocol):
+    """Asks one server, once; `hops.Hops` does."""
+
+    def route(
+        self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool, end: int | None = None
+    ) -> Sequence[Hop]:
+        """Return hops from block `first` to block `end` - 1, or to the last block."""
+
+    def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
+        """Compute a span at its server."""
+
+    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
+        """Return the gradients of a call's inputs."""
+
+    def end_session(self, kept: Kept) -> None:
+        """Let a server forget a session."""
+
+    def ban(self, peer: str, until: float) -> None:
+        """Leave a server out of routes until a time of `time.monotonic`."""
+
+    def name_of(self, peer: str) -> str:
+        """Return how people know a server."""
+
+
+@dataclass
+class _Link:
+    """A part of a hop at one server, and the calls that its session has had, with their inputs."""
+
+    hop: Hop
+    session: str | None
+    history: list[SpanCall] = field(default_factory=list)
+
+
+class Failover:
+    """The `Spans` of a client that outlives its servers.
+
+    Args:
+        servers: asks them.
+        timeout: seconds for one call of the model's blocks, with all retries.
+    """
+
+    def __init__(self, servers: AsksServers, timeout: float) -> None:
+        self._servers, self._timeout = servers, timeout
+        self._lock = threading.Lock()
+        self._chains: dict[str, list[_Link]] = {}
+        self._failures: dict[str, list[str]] = {}
+        self.num_rebuilt = 0
+
+    def route(self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool) -> Sequence[Hop]:
+        """Return hops from block `first` to the last block; see `remote_block.Spans`.
+
+        Raises:
+            MissingBlocksError: some blocks are served by nobody who may be asked, and nobody came in time.
+        """
+        deadline = time.monotonic() + self._timeout
+        return self._wait_for_route(
+            lambda: self._servers.route(first, num_tokens, keeps_cache=keeps_cache, wants_grad=wants_grad),
+            deadline,
+        )
+
+    def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
+        """Compute a span; see `remote_block.Spans`.
+
+        Raises:
+            NetworkError: no servers could do it in time; the message says which were tried, and why each failed.
+        """
+        deadline = time.monotonic() + self._timeout
+        if session is None:
+            return self._pass([_Link(hop, None)], call, deadline)
+        with self._lock:
+            chain = self._chains.setdefault(session, [_Link(hop, session)])
+        return self._pass(chain, call, deadline)
+
+    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
+        """Return the gradients of a call's inputs; see `remote_block.Spans`."""
+        return self._backward(call, hop, grads, time.monotonic() + self._timeout)
+
+    def end_session(self, kept: Kept) -> None:
+        """Let the servers forget a session, wherever it is by now."""
+        with self._lock:
+            chain = self._chains.pop(kept.session, [])
+        for link in chain:
+            if link.session is not None:
+                self._servers.end_session(Kept(link.hop, link.session))
+
+    def _pass(self, chain: list[_Link], call: SpanCall, deadline: float) -> dict[int, Tensor]:
+        """Pass a call through a chain, whose links are replaced as their servers fail."""
+        hidden, number = call.hidden, 0
+        outputs: dict[int, Tensor] = {}
+        while number < len(chain):
+            part = _part_of(call, chain[number].hop, hidden)
+            try:
+                found = self._ask(chain[number], part)
+            except _FailedError as failed:
+                chain[number : number + 1] = self._replaced(chain[number], failed, part, deadline)
+                continue
+            hidden = found[part.end - 1]
+            outputs |= found
+            number += 1
+        wanted = range(call.first, call.end) if call.returns_all else (call.end - 1,)
+        return {block: outputs[block] for block in wanted}
+
+    def _ask(self, link: _Link, call: SpanCall) -> dict[int, Tensor]:
+        """Ask the server of a link, and note the call in the history of its session."""
+        try:
+            found = self._servers.forward(call, link.hop, link.session)
+        except _RETRIED as error:
+            raise _FailedError(link.hop.peer, error) from error
+        if link.session is not None:
+            link.history.append(call)
+        return found
+
+    def _replaced(self, link: _Link, failed: _FailedError, call: SpanCall, deadline: float) -> list[_Link]:
+        """Return links in the place of one whose server failed, in which what its session kept is rebuilt."""
+        num_tokens = call.hidden.shape[0] * (call.length + call.hidden.shape[1])
+        while True:
+            route = self._route_around(
+                failed, link.hop, num_tokens, deadline, keeps_cache=link.session is not None
+            )
+            links = [_Link(hop, None if link.session is None else uuid.uuid4().hex) for hop in route]
+            try:
+                for past in link.history:
+                    hidden = past.hidden
+                    for new in links:
+                        hidden = self._ask(new, _part_of(past, new.hop, hidden))[new.hop.end - 1]
+            except _FailedError as again:
+                failed = again
+                continue
+            self.num_rebuilt += bool(link.history)
+            return links
+
+    def _backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
+        try:
+            return self._servers.backward(call, hop, grads)
+        except _RETRIED as error:
+            failed = _FailedError(hop.peer, error)
+        num_tokens = call.hidden.shape[0] * call.hidden.shape[1]
+        route = self._route_around(failed, hop, num_tokens, deadline, wants_grad=True)
+        # The hidden states between the new hops were never here.
+        parts = [_part_of(call, route[0], call.hidden)]
+        for before, after in itertools.pairwise(route):
+            found = self._pass([_Link(before, None)], replace(parts[-1], returns_all=False), deadline)
+            parts.append(_part_of(call, after, found[before.end - 1]))
+        flowing: Tensor | None = None
+        vectors: dict[int, Tensor] = {}
+        pairs: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        for own_hop, part in zip(reversed(route), reversed(parts), strict=True):
+            own = {number: grad for number, grad in grads.items() if part.first <= number < part.end}
+            if flowing is not None:
+                last = part.end - 1
+                own[last] = own[last] + flowing if last in own else flowing
+            result = self._backward(part, own_hop, own, deadline)
+            flowing = result.hidden
+            vectors |= result.vectors
+            pairs |= result.pairs
+        return SpanGrads(flowing, vectors, pairs)
+
+    def _route_around(
+        self, failed: _FailedError, hop: Hop, num_tokens: int, deadline: float, *, keeps_cache: bool = False,
+        wants_grad: bool = False,
+    ) -> Sequence[Hop]:  # fmt: skip
+        """Ban a server that failed, and return hops over the span of one of its hops at others."""
+        name = self._servers.name_of(failed.peer)
+        with self._lock:
+            told = self._failures.setdefault(failed.peer, [])
+            told.append(str(failed.error))
+            seconds = min(_FIRST_BAN_SECONDS * 2 ** (len(told) - 1), _MOST_BAN_SECONDS)
+        log.warning("%s failed (%s); it is not asked for %g s", name, failed.error, seconds)
+        self._servers.ban(failed.peer, time.monotonic() + seconds)
+        route = self._wait_for_route(
+            lambda: self._servers.route(
+                hop.first, num_tokens, keeps_cache=keeps_cache, wants_grad=wants_grad, end=hop.end
+            ),
+            deadline,
+        )
+        others = ", ".join(f"{own.first}:{own.end} {self._servers.name_of(own.peer)}" for own in route)
+        log.warning("blocks %d:%d go on: %s", hop.first, hop.end, others)
+        return route
+
+    def _wait_for_route(self, find: Callable[[], Sequence[Hop]], deadline: float) -> Sequence[Hop]:
+        """Return a route; wait for servers to come back while blocks are missing because some have failed.
+
+        Raises:
+            MissingBlocksError: the time is over; it says which servers were tried, and why each failed.
+        """
+        while True:
+            try:
+                return find()
+            except MissingBlocksError as error:
+                with self._lock:
+                    tried = [
+                        f"{self._servers.name_of(peer)}: {told[-1]}" for peer, told in self._failures.items()
+                    ]
+                if not tried:
+                    raise
+                if time.monotonic() >= deadline:
+                    raise MissingBlocksError(
+                        error.blocks, f"{error}; tried for {self._timeout:g} s: {'; '.join(tried)}"
+                    ) from error
+            time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+
+
+class _FailedError(Exception):
+    """A server failed at a call that others may do."""
+
+    def __init__(self, peer: str, error: SlowLLMError) -> None:
+        super().__init__(str(error))
+        self.peer, self.error = peer, error
+
+
+def _part_of(call: SpanCall, hop: Hop, hidden: Tensor) -> SpanCall:
+    """Return the part of a call that a hop computes, on the hidden states that its first block gets."""
+
+    def within(table: Mapping[int, T]) -> dict[int, T]:
+        return {number: value for number, value in table.items() if hop.first <= number < hop.end}
+
+    return replace(
+        call, first=hop.first, end=hop.end, hidden=hidden, vectors=within(call.vectors), pairs=within(call.pairs),
+        moves=within(call.moves),
+    )  # fmt: skip

@@ -1,0 +1,244 @@
+"""Servers die at any step of a forward, a backward or a session, and the results have the same bits.
+
+The servers are models in this process, which fail on command; processes that are killed are in `test_killed_servers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache
+
+import slowllm
+from slowllm.errors import BusyError, InputError, MissingBlocksError, PeerLostError, SessionError
+from slowllm.modeling.cache_labels import LabelSource
+from slowllm.modeling.cutting import find_form
+from slowllm.modeling.remote_block import Hop, Kept, Remote, make_remote
+from slowllm.modeling.soft_prompts import hook_inputs
+from slowllm.modeling.span import SpanCall, SpanGrads, SpanRunner
+from slowllm.swarm.failover import Failover
+from tests.support.families import resident, save_tiny
+
+NUM_BLOCKS = 4
+GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+
+class FailingServers:
+    """Servers of spans that overlap. Before each call it is asked whether the call's server fails."""
+
+    def __init__(self, lm: slowllm.StreamedLM, spans: Mapping[str, tuple[int, int]]) -> None:
+        self.spans = dict(spans)
+        self._lm = lm
+        self._runner = SpanRunner(lm.model, lm.layout.blocks_name, find_form(lm.model, lm.layout.blocks_name))
+        self._caches: dict[tuple[str, str], DynamicCache] = {}
+        self.fails: Callable[[str], Exception | None] = lambda peer: None
+        self.banned: set[str] = set()
+        self.asked: list[tuple[str, int, int]] = []
+
+    def route(
+        self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool, end: int | None = None
+    ) -> list[Hop]:
+        hops, block, goal = [], first, NUM_BLOCKS if end is None else end
+        while block < goal:
+            able = [
+                (peer, b) for peer, (a, b) in self.spans.items() if a <= block < b and peer not in self.banned
+            ]
+            if not able:
+                raise MissingBlocksError((block,), f"nobody serves block {block}")
+            peer, reach = max(able, key=lambda one: one[1])
+            hops.append(Hop(block, min(reach, goal), peer))
+            block = hops[-1].end
+        return hops
+
+    def _check(self, hop: Hop) -> None:
+        self.asked.append((hop.peer, hop.first, hop.end))
+        error = self.fails(hop.peer)
+        if error is not None:
+            # A server that died has lost its sessions; one that answers again begins anew.
+            self._caches = {key: cache for key, cache in self._caches.items() if key[0] != hop.peer}
+            raise error
+
+    def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
+        self._check(hop)
+        cache = None
+        if session is not None:
+            new = self._runner.new_cache(keeps_everything=call.keeps_everything)
+            cache = self._caches.setdefault((hop.peer, session), new)
+        return self._lm.ride([lambda: self._runner.forward(call, cache)])[0]
+
+    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
+        self._check(hop)
+        return self._lm.ride([lambda: self._runner.backward(call, grads)])[0]
+
+    def end_session(self, kept: Kept) -> None:
+        self._caches.pop((kept.hop.peer, kept.session), None)
+
+    def ban(self, peer: str, until: float) -> None:
+        self.banned.add(peer)
+
+    def name_of(self, peer: str) -> str:
+        return peer
+
+
+class Swarm:
+    def __init__(self, folder: Path) -> None:
+        self.plain: Any = resident(folder)
+        self.server, self.lm = (slowllm.load(folder, dtype="float32", ram="6GiB") for _ in range(2))
+        self.servers = FailingServers(
+            self.server, {"a": (0, 2), "b": (2, 4), "c": (0, 3), "d": (1, 4), "e": (0, 4)}
+        )
+        self.failover = Failover(self.servers, 0.0)
+        blocks = self.lm.layout.blocks
+        form = find_form(self.lm.model, self.lm.layout.blocks_name)
+        self.source = LabelSource()
+        for number, block in enumerate(blocks):
+            remote = Remote(self, form, self.lm.config, lambda work: work(), self.source)  # type: ignore[arg-type]
+            blocks[number] = make_remote(block, number, remote)
+        hook_inputs(blocks)
+
+    def __getattr__(self, name: str) -> Any:  # the `Spans` of the moment
+        return getattr(self.__dict__["failover"], name)
+
+    def reset(
+        self, fails: Callable[[str], Exception | None] = lambda peer: None, timeout: float = 0.0
+    ) -> None:
+        self.servers.banned.clear()
+        self.servers.asked.clear()
+        self.servers.fails = fails
+        self.failover = Failover(self.servers, timeout)
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny("llama-2", folder, num_hidden_layers=NUM_BLOCKS)
+    swarm = Swarm(folder)
+    with swarm.server, swarm.lm:
+        yield swarm
+
+
+def at_calls(numbers: Sequence[int], error: Callable[[str], Exception]) -> Callable[[str], Exception | None]:
+    """Return what lets the servers of some calls fail, counted from 0."""
+    count = iter(range(1 << 30))
+    return lambda peer: error(peer) if next(count) in numbers else None
+
+
+def lost(peer: str) -> Exception:
+    return PeerLostError(peer, "has died")
+
+
+IDS = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+def embeddings_of(model: Any) -> Tensor:
+    return model.get_input_embeddings()(IDS).detach().requires_grad_(True)
+
+
+@pytest.mark.parametrize("error", [lost, lambda peer: BusyError("busy"), lambda peer: SessionError("gone")])
+@pytest.mark.parametrize("number", [0, 1, 4, 7])
+def test_a_generation_goes_on_with_the_same_tokens(
+    swarm: Swarm, number: int, error: Callable[[str], Exception]
+) -> None:
+    swarm.reset(at_calls([number], error))
+    with torch.no_grad():
+        ours = swarm.lm.model.generate(IDS, num_beams=3, **GREEDY)
+        assert torch.equal(ours, swarm.plain.generate(IDS, num_beams=3, **GREEDY))
+    assert len(swarm.servers.banned) == 1
+    assert swarm.failover.num_rebuilt == (number > 0)
+
+
+@settings(max_examples=20)
+@given(st.sets(st.integers(0, 25), max_size=4))
+def test_servers_that_fail_at_any_calls_cost_no_bit(swarm: Swarm, numbers: set[int]) -> None:
+    swarm.reset(at_calls(sorted(numbers), lost), timeout=0.0)
+    # One server never fails, or nobody would be left.
+    fails = swarm.servers.fails
+    swarm.servers.fails = lambda peer: None if peer == "e" else fails(peer)
+    with torch.no_grad():
+        ours = swarm.lm.model.generate(IDS, **GREEDY)
+        assert torch.equal(ours, swarm.plain.generate(IDS, **GREEDY))
+        assert torch.equal(
+            swarm.lm.model(IDS, use_cache=False).logits, swarm.plain(IDS, use_cache=False).logits
+        )
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_gradients_have_the_same_bits_when_a_server_dies_in_a_forward_or_backward(
+    swarm: Swarm, number: int
+) -> None:
+    grads = []
+    # Without the server that has all blocks, the span of a hop is cut into others.
+    swarm.reset(at_calls([number], lost))
+    swarm.servers.banned.add("e")
+    for model in (swarm.lm.model, swarm.plain):
+        embeddings = embeddings_of(model)
+        model(inputs_embeds=embeddings, labels=IDS, use_cache=False).loss.backward()
+        grads.append(embeddings.grad)
+    assert torch.equal(*grads)
+    assert len(swarm.servers.banned) == 2
+
+
+def test_only_the_lost_span_is_rebuilt(swarm: Swarm) -> None:
+    swarm.reset()
+    swarm.servers.banned |= {"c", "d", "e"}
+    cache = DynamicCache(config=swarm.plain.config)
+    with torch.no_grad():
+        swarm.lm.model(IDS, past_key_values=cache)
+        swarm.servers.asked.clear()
+        swarm.servers.banned -= {"d"}
+        swarm.servers.fails = at_calls([1], lost)
+        swarm.lm.model(IDS[:, :1], past_key_values=cache)
+    assert swarm.servers.asked == [("a", 0, 2), ("b", 2, 4), ("d", 2, 4), ("d", 2, 4)]
+
+
+def test_a_server_that_fails_while_a_session_is_rebuilt_is_replaced_as_well(swarm: Swarm) -> None:
+    swarm.reset(at_calls([4, 6], lost))
+    with torch.no_grad():
+        ours = swarm.lm.model.generate(IDS, **GREEDY)
+        assert torch.equal(ours, swarm.plain.generate(IDS, **GREEDY))
+    assert len(swarm.servers.banned) == 2
+
+
+def test_the_end_of_the_time_names_the_blocks_and_why_each_server_failed(swarm: Swarm) -> None:
+    swarm.reset(lost)
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            MissingBlocksError, match=r"nobody serves block 0; tried for 0 s: .*: peer .*: has died"
+        ),
+    ):
+        swarm.lm.model(IDS)
+
+
+def test_a_server_that_comes_back_in_time_is_asked_again(swarm: Swarm) -> None:
+    swarm.reset(lost, timeout=30.0)
+    find = swarm.servers.route
+
+    def come_back(*args: Any, **kwargs: Any) -> list[Hop]:
+        try:
+            return find(*args, **kwargs)
+        except MissingBlocksError:
+            swarm.servers.banned.clear()
+            swarm.servers.fails = lambda peer: None
+            raise
+
+    swarm.servers.route = come_back  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            assert torch.equal(swarm.lm.model(IDS).logits, swarm.plain(IDS).logits)
+    finally:
+        del swarm.servers.route
+
+
+def test_a_wrong_input_is_not_tried_elsewhere(swarm: Swarm) -> None:
+    swarm.reset(lambda peer: InputError("wrong"))
+    with torch.no_grad(), pytest.raises(InputError, match="wrong"):
+        swarm.lm.model(IDS)
+    assert len(swarm.servers.asked) == 1
