@@ -63,6 +63,7 @@ NEVER_LOADED_BY = {
     "storage": {"transformers", "huggingface_hub", "rich", "typer", "numba"},
     "streaming": {"transformers", "huggingface_hub", "rich", "typer", "numba"},
     "modeling": {"typer", "peft", "numba"},
+    "swarm": {"hivemind", "cryptography", "rich", "typer"},
 }
 
 # Modules that are imported only where they are used.

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import re
 import tempfile
-import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -34,7 +34,7 @@ from slowllm.errors import (
     first_line,
 )
 from slowllm.swarm import addresses as multiaddresses
-from slowllm.swarm import dht_records
+from slowllm.swarm.directory import DIED, Directory, may_be_stored
 from slowllm.swarm.identity import Identity, holding_identity
 from slowllm.swarm.loop_thread import LoopThread
 from slowllm.swarm.messages import Meta, Tensors, encode
@@ -47,7 +47,6 @@ PROTOCOL_NAME = "slowllm.swarm.1"
 OPEN_SECONDS = 60.0
 DIRECTORY_SECONDS = 30.0
 CLOSE_SECONDS = 10.0
-_DIED = "libp2p's process of this peer has ended; open the network again"
 _NOT_FOUND = re.compile("routing: not found|failed to find any peer")
 
 
@@ -65,15 +64,11 @@ class Network:
         self.peer = identity.peer
         self.addresses: tuple[str, ...] = ()
         self._limits = limits
-        self._gate = dht_records.Gate()
-        self.dropped: Mapping[str, int] = self._gate.dropped
+        self.dropped: Counter[str] = Counter()
         self._p2p: Any = None
         self._node: Any = None
-        self._owner = b""
         self._pools: dict[str, StreamPool] = {}
-        self._expires: dict[str, float] = {}
         self._known: dict[str, tuple[str, ...]] = {}
-        self._initial: tuple[str, ...] = ()
         self._held = contextlib.ExitStack()
         self._loop = LoopThread("slowllm-network")
 
@@ -95,8 +90,8 @@ class Network:
             host_maddrs: multiaddresses to listen at; none for a client that only asks, behind whatever router.
             announce_maddrs: multiaddresses that others are told, where they differ from those listened at.
             initial_peers: multiaddresses of peers of the swarm, with their ids.
-            use_relay: reach peers, and be reached, through the initial peers where there is no direct way, and relay
-                for others.
+            use_relay: allow libp2p's circuit relay through the initial peers, and for others through this one. Which
+                of them it uses is libp2p's decision.
             limits: what peers may take.
         Raises:
             InputError: an address, the identity file or a port cannot be used; or hivemind is not installed.
@@ -109,7 +104,6 @@ class Network:
                 f"hivemind is not installed ({error}); pip install hivemind, or in a checkout pip install '.[swarm]'"
             ) from error
         multiaddresses.check_addresses(host_maddrs, announce_maddrs, initial_peers)
-        initial_peers = tuple(initial_peers)
         with contextlib.ExitStack() as held:
             key = held.enter_context(holding_identity(identity))
             multiaddresses.refuse_taken_ports(host_maddrs)
@@ -119,7 +113,6 @@ class Network:
                 lambda: network._join(key, host_maddrs, announce_maddrs, initial_peers, use_relay),
                 OPEN_SECONDS,
             )
-            network._initial = initial_peers
             network._held = held.pop_all()
         return network
 
@@ -193,18 +186,7 @@ class Network:
             ProtocolError: the record is too large.
         """
         assert record.peer == self.peer, f"{record.peer} is not this peer"
-        assert 0 < ttl <= dht_records.MAX_TTL_SECONDS, f"{ttl} s is no time to live"
-        expires = max(time.time() + ttl, self._expires.get(record.model, 0.0) + 1e-3)
-        self._loop.call(self._stay_joined, DIRECTORY_SECONDS)
-        key, data = dht_records.directory_key(record.model), record.to_bytes()
-        is_stored = self._loop.call(
-            lambda: self._node.store(key, data, expires, subkey=self._owner), DIRECTORY_SECONDS
-        )
-        if not is_stored:
-            raise NetworkError(
-                f"no peer of the swarm took the record of {record.label}; is this machine's clock right?"
-            )
-        self._expires[record.model] = expires
+        self._loop.call(lambda: self._directory.announce(record, ttl), DIRECTORY_SECONDS)
 
     def find(self, model: str) -> list[ServerRecord]:
         """Return the records of a model's servers, in the order of their first blocks, its own among them.
@@ -214,13 +196,7 @@ class Network:
         Raises:
             NetworkError: no peer answers any more, the search takes too long, or the network is closed.
         """
-        self._loop.call(self._stay_joined, DIRECTORY_SECONDS)
-        key = dht_records.directory_key(model)
-        found = self._loop.call(lambda: self._node.get(key, latest=True), DIRECTORY_SECONDS)
-        if found is None or not isinstance(found.value, dict):
-            return []
-        items = ((owner, item.value, item.expiration_time) for owner, item in found.value.items())
-        records = self._gate.check(model, items)
+        records = self._loop.call(lambda: self._directory.find(model), DIRECTORY_SECONDS)
         self._known.update({record.peer: record.addresses for record in records})
         return records
 
@@ -239,7 +215,7 @@ class Network:
         from hivemind.dht.crypto import RSASignatureValidator
         from hivemind.dht.node import DHTNode
         from hivemind.dht.protocol import ValidationError
-        from hivemind.p2p import P2P, P2PDaemonError
+        from hivemind.p2p import P2P, P2PDaemonError, PeerID
         from hivemind.utils.crypto import RSAPrivateKey
 
         try:
@@ -264,7 +240,6 @@ class Network:
         key = RSAPrivateKey.__new__(RSAPrivateKey)
         key.__setstate__({"_private_key": identity.der})
         signature = RSASignatureValidator(key)
-        self._owner = signature.local_public_key
         try:
             self._node = await DHTNode.create(
                 p2p=self._p2p, initial_peers=list(initial) or None, client_mode=not host,
@@ -273,20 +248,8 @@ class Network:
             )  # fmt: skip
         except (ValidationError, RuntimeError) as error:
             raise NetworkError(multiaddresses.explain_refusal(str(error), initial, host)) from error
-
-    async def _stay_joined(self) -> None:
-        """Join the initial peers again if all peers of the directory were lost, which hivemind does not do."""
-        from hivemind.p2p import PeerID
-
-        if self._p2p._child.returncode is not None:
-            raise NetworkError(_DIED)
-        if not self._initial or self._node.protocol.routing_table.uid_to_peer_id:
-            return
-        peers = {PeerID.from_base58(multiaddresses.peer_of(text)) for text in self._initial}
-        if not any(await asyncio.gather(*map(self._node.protocol.call_ping, peers))):
-            raise NetworkError(
-                f"no peer of the swarm answers any more; it was joined by {', '.join(self._initial)}"
-            )
+        peers = {text: PeerID.from_base58(multiaddresses.peer_of(text)) for text in initial}
+        self._directory = Directory(self._node, signature.local_public_key, peers, self.dropped)
 
     async def _leave(self) -> None:
         """End libp2p's process, which also ends when this process dies: it watches its connection to it."""
@@ -351,7 +314,7 @@ class Network:
                 reason = f"it does not serve {PROTOCOL_NAME}; it may be of another version"
             failure = PeerLostError(peer, f"cannot be reached ({reason})")
         except (OSError, EOFError):
-            failure = NetworkError(_DIED)
+            failure = NetworkError(DIED)
         # Not inside `except`: hivemind leaves a connection to the error's traceback, to be closed by whichever thread lets
         # go of it, and this must be the loop's.
         raise failure
@@ -363,6 +326,6 @@ def _directory_validator(signature: Any) -> Any:
 
     class OnlyServers(RecordValidatorBase):  # type: ignore[misc]
         def validate(self, record: Any) -> bool:
-            return dht_records.may_be_stored(record.subkey, record.value, record.expiration_time)
+            return may_be_stored(record.subkey, record.value, record.expiration_time)
 
     return CompositeValidator([signature, OnlyServers()])

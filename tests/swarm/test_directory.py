@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from slowllm.errors import NetworkError
-from slowllm.swarm.dht_records import Gate, directory_key, may_be_stored
+from slowllm.swarm.directory import Directory, directory_key, may_be_stored
 from slowllm.swarm.identity import new_identity
 from slowllm.swarm.network import Network
 from slowllm.swarm.records import MAX_RECORD_BYTES, ServerRecord
@@ -87,7 +88,7 @@ def store(network: Network, model: str, value: object, subkey: object = None, tt
     """Put anything into the directory as a stranger would, with hivemind's own functions."""
     key = directory_key(model)
     expires = time.time() + ttl
-    subkey = network._owner if subkey is None else subkey
+    subkey = network._directory._owner if subkey is None else subkey
     return bool(network._loop.call(lambda: network._node.store(key, value, expires, subkey=subkey), 30))
 
 
@@ -142,28 +143,29 @@ def test_what_would_stay_for_ever_or_is_no_servers_is_not_stored(other: Network)
     # Without a subkey it would replace the whole directory of the model.
     key, expires = directory_key("ever-2"), time.time() + 60
     assert not other._loop.call(lambda: other._node.store(key, data, expires), 30)
-    assert not store(other, "ever-2", data, subkey=other._owner + b" more")
+    assert not store(other, "ever-2", data, subkey=other._directory._owner + b" more")
     assert store(other, "ever-2", data)
 
 
 def test_a_record_that_nobody_takes_is_said(other: Network) -> None:
     with pytest.raises(AssertionError, match="is not this peer"):
         other.announce(dataclasses.replace(record_of(other, "x-2"), peer="Q" * 20), 60)
-    other._expires["late-2"] = time.time() + 10**6
+    other._directory._expires["late-2"] = time.time() + 10**6
     with pytest.raises(NetworkError, match="no peer of the swarm took the record of"):
         other.announce(record_of(other, "late-2"), 60)
 
 
 def test_the_gate_leaves_out_what_storing_peers_should_not_have_taken() -> None:
-    gate = Gate()
+    dropped: Counter[str] = Counter()
+    directory = Directory(None, b"", {}, dropped)
     record = record_of_nobody()
     later = time.time() + 60
     owner = b"[owner:ssh-rsa AAAA]"
     found: list[tuple[object, object, float]] = [
         (b"owner", record, later), (5, record, later), (owner, "text", later), (owner, record, time.time() - 5), (owner, record, later),
     ]  # fmt: skip
-    assert gate.check("m-2", found) == []
-    assert dict(gate.dropped) == {"not signed": 4, "expired": 1}
+    assert directory.check("m-2", found) == []
+    assert dict(dropped) == {"not signed": 4, "expired": 1}
 
 
 def record_of_nobody() -> bytes:

@@ -289,7 +289,6 @@ def test_a_swarm_that_has_died_is_not_an_empty_one(swarm: SwarmProcesses) -> Non
     with Network.open(host_maddrs=(), initial_peers=[address]) as network:
         assert network.find("m-1") == []
         other.kill()
-        network.find("m-1")  # finds out that the last peer is gone
         with pytest.raises(
             NetworkError, match=f"no peer of the swarm answers any more; it was joined by {address}"
         ):
@@ -312,7 +311,6 @@ def test_a_swarm_that_was_lost_is_joined_again(swarm: SwarmProcesses) -> None:
         }
         ask(network, other, "announce", record=record, ttl=600)
         other.freeze()
-        network.find("m-1")
         with pytest.raises(NetworkError, match="no peer of the swarm answers any more"):
             network.find("m-1")
         other.thaw()

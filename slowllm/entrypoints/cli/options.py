@@ -107,7 +107,8 @@ Relay = Annotated[
     bool,
     typer.Option(
         "--relay/--no-relay",
-        help="Pass on the traffic of peers that others cannot reach directly, and be reached so through the initial peers.",
+        help="Allow libp2p's circuit relay: pass on the traffic of peers that others cannot reach directly, and be reached "
+        "so through the initial peers.",
     ),
 ]
 DryRun = Annotated[

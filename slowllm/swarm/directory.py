@@ -1,24 +1,27 @@
-"""Which records of the swarm's directory count: signed by the peer that they speak of, small, and not for ever.
+"""The swarm's directory: who is announced in it, and which records count: signed by the peer that they speak of, and small.
 
 The directory is hivemind's DHT: under one key of a model, each server has one record, whose subkey names the server's
 public key, so that only the owner of the private key can write it. Every peer checks what it stores and what it finds.
-Knows the form of subkeys and values in bytes; imports nothing of hivemind.
+Knows the form of subkeys and values in bytes, and how a node is asked; imports nothing of hivemind.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from slowllm.errors import ProtocolError
+from slowllm.errors import NetworkError, ProtocolError
 from slowllm.swarm.addresses import CLOCK_SECONDS
 from slowllm.swarm.identity import peer_of_public_key
 from slowllm.swarm.records import MAX_RECORD_BYTES, ServerRecord
 
 logger = logging.getLogger(__name__)
+DIED = "libp2p's process of this peer has ended; open the network again"
 MAX_TTL_SECONDS = 3600.0
 _OWNER = re.compile(rb"\[owner:(ssh-rsa [A-Za-z0-9+/=]{1,1000})\]")
 # msgpack's three forms of a byte string: the first byte, and how many bytes of length follow.
@@ -50,14 +53,57 @@ def may_be_stored(subkey: bytes, value: bytes, expires: float) -> bool:
     )
 
 
-class Gate:
-    """Lets good records through, counts the others by their fault, and logs each kind of fault once."""
+class Directory:
+    """What this peer sees of the directory, and says in it. Used on the network's loop.
 
-    def __init__(self) -> None:
-        self.dropped: Counter[str] = Counter()
+    Args:
+        node: hivemind's DHTNode.
+        owner: the subkey under which this peer can write.
+        initial: hivemind's ids of the initial peers, by the addresses that were given.
+        dropped: where records that are left out are counted, by their fault.
+    """
+
+    def __init__(self, node: Any, owner: bytes, initial: Mapping[str, Any], dropped: Counter[str]) -> None:
+        self._node, self._owner, self._initial, self._dropped = node, owner, initial, dropped
+        self._expires: dict[str, float] = {}
+
+    async def announce(self, record: ServerRecord, ttl: float) -> None:
+        """Put a record of this peer in the place of its last one, which it outlives, if only by a millisecond.
+
+        Raises:
+            NetworkError: nobody took it or answers at all.
+            ProtocolError: the record is too large.
+        """
+        assert 0 < ttl <= MAX_TTL_SECONDS, f"{ttl} s is no time to live"
+        await self._stay_joined()
+        expires = max(time.time() + ttl, self._expires.get(record.model, 0.0) + 1e-3)
+        key, data = directory_key(record.model), record.to_bytes()
+        if not await self._node.store(key, data, expires, subkey=self._owner):
+            raise NetworkError(
+                f"no peer of the swarm took the record of {record.label}; is this machine's clock right?"
+            )
+        self._expires[record.model] = expires
+
+    async def find(self, model: str) -> list[ServerRecord]:
+        """Return the records of a model that count, in the order of their first blocks.
+
+        Raises:
+            NetworkError: nobody answers any more.
+        """
+        await self._stay_joined()
+        found = await self._node.get(directory_key(model), latest=True)
+        if found is None and self._is_alone():
+            # Peers that do not answer are noticed by asking them: an empty answer of nobody is none.
+            await self._stay_joined()
+            found = await self._node.get(directory_key(model), latest=True)
+        if found is None or not isinstance(found.value, dict):
+            return []
+        return self.check(
+            model, [(owner, item.value, item.expiration_time) for owner, item in found.value.items()]
+        )
 
     def check(self, model: str, found: Iterable[tuple[object, object, float]]) -> list[ServerRecord]:
-        """Return the records that count, in the order of their first blocks.
+        """Return the records that count; count the others by their fault, and log each kind of fault once.
 
         Args:
             model: key of the model.
@@ -69,12 +115,26 @@ class Gate:
                 records.append(_record_of(model, subkey, value, expires))
             except ProtocolError as error:
                 kind = str(error).partition(":")[0]
-                self.dropped[kind] += 1
-                if self.dropped[kind] == 1:
+                self._dropped[kind] += 1
+                if self._dropped[kind] == 1:
                     logger.warning(
                         "a server's record is left out (%s); more of the kind are only counted", error
                     )
         return sorted(records, key=lambda record: (record.first, record.end, record.peer))
+
+    def _is_alone(self) -> bool:
+        return bool(self._initial) and not self._node.protocol.routing_table.uid_to_peer_id
+
+    async def _stay_joined(self) -> None:
+        """Join the initial peers again if all peers were lost, which hivemind does not do."""
+        if self._node.p2p._child.returncode is not None:  # there is no public way to see it
+            raise NetworkError(DIED)
+        if self._is_alone() and not any(
+            await asyncio.gather(*map(self._node.protocol.call_ping, self._initial.values()))
+        ):
+            raise NetworkError(
+                f"no peer of the swarm answers any more; it was joined by {', '.join(self._initial)}"
+            )
 
 
 def _record_of(model: str, subkey: object, value: object, expires: float) -> ServerRecord:
