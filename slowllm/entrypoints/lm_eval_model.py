@@ -63,6 +63,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         prompt: folder of a soft prompt that stands before every text.
         device: where blocks are computed, as for `load`.
         vram: memory budget on each GPU.
+        swarm: multiaddresses of peers of the swarm that computes the blocks, with + between them.
         max_length: tokens that the model takes, if not the number in its config.
         max_gen_toks: new tokens where a task sets no limit.
         add_bos_token: whether texts begin with BOS; by default the tokenizer decides.
@@ -86,6 +87,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         prompt: str | None = None,
         device: str | None = None,
         vram: str | None = None,
+        swarm: str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
@@ -113,12 +115,14 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         self._job: Job | None = None
         self._info: ModelInfo | StreamedLM
         if isinstance(pretrained, StreamedLM):
-            if prompt is not None:
-                raise InputError("a loaded model has its own soft prompt; give it to load()")
+            for name, given in (("soft prompt", prompt), ("swarm", swarm)):
+                if given is not None:
+                    raise InputError(f"a loaded model has its own {name}; give it to load()")
             self._info = self._lm = pretrained
         else:
             self._info = ModelInfo(pretrained, prompt)
         self._ram, self._dtype, self._device, self._vram = ram, dtype, device or "cpu", vram
+        self._swarm = tuple(swarm.split("+")) if swarm else ()
         self.tokenizer: Any = self._info.tokenizer
         self._max_length, self._max_gen_toks = max_length, max_gen_toks
         self.add_bos_token, self.custom_prefix_token_id = add_bos_token, prefix_token_id
@@ -270,12 +274,18 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         """Return the model, opened for this job or for an earlier one that covers it."""
         if isinstance(self._info, StreamedLM):
             return self._info
-        if self._lm is None or not _covers(self._job, job):
+        if self._lm is None or self._job is None or not self._job.covers(job):
             self.close()
-            self._lm = open_model(
-                StreamedLM, self._info, ram=self._ram, dtype=self._dtype, device=self._device, vram=self._vram,
-                job=job, rates=self._rates,
-            )  # fmt: skip
+            options: dict[str, Any] = {
+                "ram": self._ram, "dtype": self._dtype, "device": self._device, "vram": self._vram, "job": job,
+                "rates": self._rates,
+            }  # fmt: skip
+            if self._swarm:
+                from slowllm.swarm.client import SwarmOptions, open_client
+
+                self._lm = open_client(StreamedLM, self._info, SwarmOptions(self._swarm), **options)
+            else:
+                self._lm = open_model(StreamedLM, self._info, **options)
             self._job = job
         return self._lm
 
@@ -352,19 +362,6 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
 def _special(add: bool | None) -> dict[str, bool]:
     """Return the argument of a tokenizer, none where it decides itself."""
     return {} if add is None else {"add_special_tokens": add}
-
-
-def _covers(planned: Job | None, job: Job) -> bool:
-    tokens = job.num_tokens or 0
-    return (
-        planned is not None
-        and bool(planned.rows) == bool(job.rows)
-        and planned.most_logits(tokens, tokens) >= job.most_logits(tokens, tokens)
-        and planned.keeps_results == job.keeps_results
-        and planned.num_passes >= job.num_passes
-        and planned.longest >= job.longest
-        and (planned.num_tokens or 0) >= (job.num_tokens or 0)
-    )
 
 
 def main(arguments: Sequence[str]) -> None:

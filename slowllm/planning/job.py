@@ -194,6 +194,18 @@ class Job:
         ):
             raise InputError(f"a job cannot have {self.num_tokens!r} tokens and a sequence of {self.longest}")
 
+    def covers(self, other: Job) -> bool:
+        """Return whether a model that was opened for this job does another one in the same memory."""
+        tokens = other.num_tokens or 0
+        return (
+            bool(self.rows) == bool(other.rows)
+            and self.most_logits(tokens, tokens) >= other.most_logits(tokens, tokens)
+            and self.keeps_results == other.keeps_results
+            and self.num_passes >= other.num_passes
+            and self.longest >= other.longest
+            and (self.num_tokens or 0) >= (other.num_tokens or 0)
+        )
+
     def most_logits(self, rider_tokens: int, sweep_tokens: int) -> int:
         """Return the most copies of one position's logits that a sweep holds, one of whose riders chooses tokens.
 

@@ -31,6 +31,7 @@ from slowllm.swarm.span_messages import (
     unpack_grads,
     unpack_outputs,
 )
+from slowllm.swarm.status import ServerStatus
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +182,15 @@ class Hops:
                 return
         with contextlib.suppress(SlowLLMError):  # a server that has gone has no session either
             self._ask(kept.hop.peer, {"op": "end_session", "session": kept.session})
+
+    def status(self, peer: str) -> ServerStatus:
+        """Return what a server says of its work so far.
+
+        Raises:
+            NetworkError: it does not answer.
+        """
+        said, _ = self._ask(peer, {"op": "status"}, timeout=self._timeout).result()
+        return ServerStatus.from_meta(said)
 
     def _send(self, request: SpanRequest, hop: Hop) -> Tensors:
         if request.step < 0:

@@ -72,6 +72,7 @@ class ServerOptions:
         announce_maddrs: multiaddresses that others are told, where they differ.
         initial_peers: of the swarm; a new one is begun without.
         use_relay: whether peers may be reached through others.
+        keep_resident: whether blocks that fit the budget stay in memory.
     Raises:
         InputError: a number is none that a server can have, or the compression is unknown.
     """
@@ -93,6 +94,7 @@ class ServerOptions:
     announce_maddrs: tuple[str, ...] = ()
     initial_peers: tuple[str, ...] = ()
     use_relay: bool = False
+    keep_resident: bool = True
 
     def __post_init__(self) -> None:
         if self.compression not in COMPRESSIONS:
@@ -185,6 +187,7 @@ class Server:
             dtype=options.dtype,
             device=options.device,
             vram=options.vram,
+            keep_resident=options.keep_resident,
             part=part,
         )
         try:

@@ -27,6 +27,7 @@ from slowllm.swarm.span_messages import (
     pack_outputs,
     unpack_request,
 )
+from slowllm.swarm.status import ServerStatus
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,14 @@ class SpanServer:
         """Tokens of the requests that are under way or wait."""
         return self._waiting_tokens
 
+    def status(self) -> ServerStatus:
+        """Return what has been done and what is held now."""
+        report = self._lm.report
+        return ServerStatus(
+            report.num_passages, report.read_bytes, report.peak_rss_bytes, len(self.sessions), self.sessions.free_tokens,
+            self.waiting_tokens,
+        )  # fmt: skip
+
     def handle(self, request: PeerRequest) -> None:
         """Answer a request of a peer: at once, or when it has passed the span. Does not block on a sweep.
 
@@ -93,6 +102,8 @@ class SpanServer:
         if operation == "end_session":
             self.sessions.end(request.peer, str(request.meta.get("session")))
             request.respond()
+        elif operation == "status":
+            request.respond(self.status().to_meta())
         elif operation in ("forward", "backward"):
             self._board(request)
         else:

@@ -7,17 +7,26 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.support.processes import PAID as MODEL_PAID
 from tests.support.processes import Ended, Process, Processes
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 PATIENCE_SECONDS = 60
-PAID = ("torch", "psutil", "typer", "safetensors.torch", "hivemind.dht.node", "hivemind.p2p")
+PAID = (*MODEL_PAID, "hivemind.dht.node", "hivemind.p2p")
+
+
+def serve_arguments(model: Path, blocks: str, *options: object) -> list[object]:
+    """Return the arguments of Python for a small server on the loopback; options given here win."""
+    return [
+        "-m", "slowllm", "serve", model, "--blocks", blocks, "--host-maddrs", LOOPBACK, "--no-relay", "--ram", "3GiB",
+        "--dtype", "float32", "--attn-cache-tokens", "2000", "--max-batch-tokens", "512", *options,
+    ]  # fmt: skip
 
 
 def wait_for_end(pid: int) -> None:
@@ -51,6 +60,11 @@ class SwarmProcess:
     process: Process
     line: str
     has_ended: bool = False
+
+    @property
+    def address(self) -> str:
+        """The multiaddress that `slowllm serve` or `slowllm dht` printed first."""
+        return self.line.strip()
 
     @property
     def told(self) -> dict[str, Any]:
@@ -103,7 +117,15 @@ class SwarmProcesses:
 
     def start(self, *arguments: object) -> SwarmProcess:
         """Start Python with these arguments and wait for its first line."""
-        process = self._processes.start(*arguments, stdout=subprocess.PIPE)
+        (started,) = self.start_all([arguments])
+        return started
+
+    def start_all(self, each: Iterable[Sequence[object]]) -> list[SwarmProcess]:
+        """Start Python with each of these lists of arguments at the same time, and wait for the first line of all."""
+        processes = [(list_, self._processes.start(*list_, stdout=subprocess.PIPE)) for list_ in each]
+        return [self._started_when_ready(process, list_) for list_, process in processes]
+
+    def _started_when_ready(self, process: Process, arguments: Sequence[object]) -> SwarmProcess:
         assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], PATIENCE_SECONDS)
         line = process.stdout.readline() if ready else ""
@@ -113,6 +135,10 @@ class SwarmProcesses:
         started = SwarmProcess(process, line)
         self._started.append(started)
         return started
+
+    def serve(self, model: Path, blocks: str, *options: object) -> SwarmProcess:
+        """Start `slowllm serve` on the loopback, and wait until it serves."""
+        return self.start(*serve_arguments(model, blocks, *options))
 
     def run(self, *arguments: object) -> Ended:
         """Run Python with these arguments to its end."""

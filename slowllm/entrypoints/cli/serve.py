@@ -56,6 +56,7 @@ def serve(
     ram: options.Ram = "auto",
     device: options.Device = "cpu",
     vram: options.Vram = None,
+    resident: options.Resident = True,
     dtype: options.DType = "auto",
     attn_cache_tokens: Annotated[
         int, typer.Option(help="Tokens that the sessions of all clients hold together.", min=0)
@@ -115,7 +116,7 @@ def serve(
         chosen = ServerOptions(
             blocks, ram, dtype, device, vram, attn_cache_tokens, max_batch_tokens, max_waiting_tokens, backward, compression,
             public_name, session_timeout, None if identity is None else identity.expanduser(),
-            tuple(host_maddrs or [options.ANY_ADDRESS]), tuple(announce_maddrs or []), tuple(initial_peers or []), relay,
+            tuple(host_maddrs or [options.ANY_ADDRESS]), tuple(announce_maddrs or []), tuple(initial_peers or []), relay, resident,
         )  # fmt: skip
         with Server(model, chosen) as server:
             for address in server.network.addresses:
