@@ -24,10 +24,12 @@ from slowllm.runtime.block_identity import block_hashes, config_hash, ends_hash
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.swarm.failover import Failover
 from slowllm.swarm.hops import Hops
 from slowllm.swarm.network import Network
 from slowllm.swarm.records import model_key
 from slowllm.swarm.routing import Wishes
+from slowllm.swarm.streams import Limits
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +43,15 @@ class SwarmOptions:
     Attributes:
         peers: multiaddresses of peers of the swarm, as `slowllm dht` and `slowllm serve` print them.
         wishes: which servers may be asked.
-        timeout: seconds for one answer; None to wait as long as a server gives signs of life.
+        timeout: seconds for a passage through the blocks, after which no other servers are tried.
+        step_timeout: seconds of silence after which a server counts as dead; one that works says so all the while.
         identity: file of this client's key; None for one that is forgotten.
     """
 
     peers: tuple[str, ...]
     wishes: Wishes = field(default_factory=Wishes)
-    timeout: float | None = None
+    timeout: float = 600.0
+    step_timeout: float = 20.0
     identity: Path | None = None
 
 
@@ -76,7 +80,10 @@ def open_client(
         else ModelInfo(path_or_hub_id, load_options.pop("prompt", None))
     )
     num_blocks = int(info.config.get_text_config().num_hidden_layers)
-    network = Network.open(identity=options.identity, host_maddrs=(), initial_peers=options.peers)
+    limits = Limits(silence_seconds=options.step_timeout)
+    network = Network.open(
+        identity=options.identity, host_maddrs=(), initial_peers=options.peers, limits=limits
+    )
     with contextlib.ExitStack() as held:
         held.callback(network.close)
         if load_options.get("dtype", "auto") == "auto":
@@ -114,11 +121,12 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
     key, blocks = config_key(lm.config), lm.layout.blocks
     dtype = str(lm.model.dtype).removeprefix("torch.")
     wishes = replace(options.wishes, dtype=dtype, ends_hash=ends_hash(lm), hashes=_own_hashes(lm))
-    hops = Hops(lambda: network.find(key), network.ask, len(blocks), wishes, options.timeout)
+    hops = Hops(lambda: network.find(key), network.ask, len(blocks), wishes)
+    spans = Failover(hops, options.timeout)
     # Now, so that missing blocks are named before any work.
     hops.route(0, 1, keeps_cache=False, wants_grad=False)
     remote = Remote(
-        hops, find_form(lm.model, lm.layout.blocks_name), lm.config.get_text_config(), lm.away, LabelSource()
+        spans, find_form(lm.model, lm.layout.blocks_name), lm.config.get_text_config(), lm.away, LabelSource()
     )
     for number, block in enumerate(blocks):
         blocks[number] = make_remote(block, number, remote)

@@ -106,6 +106,7 @@ class Hops:
         self._found_at = float("-inf")
         self._num_steps: dict[str, int] = {}
         self._num_calls = 0
+        self._banned_until: dict[str, float] = {}
         self._last_route = ""
         self.times: dict[str, PeerTimes] = {}
 
@@ -123,8 +124,10 @@ class Hops:
         with self._lock:
             return {peer: times.network_seconds / times.num_requests for peer, times in self.times.items()}
 
-    def route(self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool) -> Sequence[Hop]:
-        """Return hops from block `first` to the last block; see `remote_block.Spans`.
+    def route(
+        self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool, end: int | None = None
+    ) -> Sequence[Hop]:
+        """Return hops from block `first` to block `end` - 1, or to the last block; see `remote_block.Spans`.
 
         Generation takes the route on which a token is fastest; calls without a cache are spread over replicas, so that
         all servers have work.
@@ -135,16 +138,20 @@ class Hops:
         with self._lock:
             self._num_calls += 1
             number = self._num_calls % _SPREAD_ROUTES
+            now = time.monotonic()
+            banned = {peer for peer, until in self._banned_until.items() if until > now}
+        goal = self._num_blocks if end is None else end
         wishes = replace(
             self._wishes,
+            banned=banned,
             needs_backward=wants_grad,
             batch_tokens=num_tokens,
             cache_tokens=num_tokens * keeps_cache,
         )
         if keeps_cache:
-            chosen = fastest_route(self.records(), first, self._num_blocks, wishes, self.latencies())
+            chosen = fastest_route(self.records(), first, goal, wishes, self.latencies())
         else:
-            chosen = spread(self.records(), number + 1, first, self._num_blocks, wishes)[number]
+            chosen = spread(self.records(), number + 1, first, goal, wishes)[number]
         said = format_route(chosen)
         if said != self._last_route:
             log.info("route: %s", said)
@@ -191,6 +198,16 @@ class Hops:
         """
         said, _ = self._ask(peer, {"op": "status"}, timeout=self._timeout).result()
         return ServerStatus.from_meta(said)
+
+    def ban(self, peer: str, until: float) -> None:
+        """Leave a server out of routes until a time of `time.monotonic`, and look for others at once."""
+        with self._lock:
+            self._banned_until[peer] = until
+            self._found_at = float("-inf")
+
+    def name_of(self, peer: str) -> str:
+        """Return a server's name and the end of its id."""
+        return self._name(peer)
 
     def _send(self, request: SpanRequest, hop: Hop) -> Tensors:
         if request.step < 0:

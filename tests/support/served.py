@@ -61,9 +61,7 @@ def start_served(processes: SwarmProcesses, folder: Path, *options: object) -> S
     arguments = []
     for first, end in SPANS:
         own = parted(whole, folder / f"{first}-{end}", *(shard_of(block) for block in range(first, end)))
-        arguments.append(
-            serve_arguments(own, f"{first}:{end}", "--initial-peers", meeting.address, *options)
-        )
+        arguments.append(serve_arguments(own, f"{first}:{end}", "--initial-peers", meeting.address, *options))
     servers = processes.start_all(arguments)
     return Served(whole, parted(whole, folder / "ends", OUTSIDE), meeting.address, servers)
 

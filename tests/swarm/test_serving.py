@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-import slowllm
 from slowllm.entrypoints.api import LM
 from slowllm.inference import speculative
 from slowllm.inference.generation_types import Settings, encode_prompt
@@ -37,9 +35,7 @@ def test_logits_and_hidden_states_have_the_bits_of_a_local_model(lm: LM, local: 
             lambda model: [model(ids, attention_mask=mask).logits[mask.bool()]],
             lm.model, local.model,
         )  # fmt: skip
-        same(
-            lambda model: list(model(ids, output_hidden_states=True).hidden_states), lm.model, local.model
-        )
+        same(lambda model: list(model(ids, output_hidden_states=True).hidden_states), lm.model, local.model)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +156,9 @@ def test_trainer_takes_the_steps_that_it_takes_on_a_local_model(served: Served, 
 
     def trained(model: Any) -> list[Tensor]:
         torch.manual_seed(7)
-        adapted = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+        adapted = peft.get_peft_model(
+            model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+        )
         arguments = TrainingArguments(
             str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=0.1, report_to=[], save_strategy="no",
             use_cpu=True, disable_tqdm=True, logging_steps=1,
