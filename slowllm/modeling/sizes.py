@@ -21,6 +21,11 @@ from slowllm.streaming.read_requests import ring_bytes_of
 
 # A row's recurrent states are shared out among this many tokens of it, so rows of fewer are counted too low.
 MIN_ROW_TOKENS = 16
+# Of the keys and the values of one position, int64 each.
+_LABEL_BYTES = 16
+# Machines that share the blocks of a client's model. Fewer take less memory; with more, the budget is exceeded by the
+# inputs of their hops.
+ASSUMED_HOPS = 8
 
 
 def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
@@ -55,6 +60,11 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
         2 * max((max(side) for side in sides if side), default=0) if layout.granularity == "leaves" else 0
     )
     cache_bytes = cache.token_bytes + ceil_div(cache.row_bytes, MIN_ROW_TOKENS)
+    checkpoint_bytes = itemsize * len(layout.part.blocks) * hidden
+    if not layout.part.blocks:
+        # A client's cache holds two labels a block, and what each hop was given, from which it could be rebuilt.
+        cache_bytes = _LABEL_BYTES * len(layout.blocks) + ASSUMED_HOPS * itemsize * hidden
+        checkpoint_bytes = ASSUMED_HOPS * itemsize * hidden
     return Sizes(
         granularity=layout.granularity,
         stops=tuple(_size_of(stop, config) for stop in layout.stops),
@@ -66,7 +76,7 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
         cache_token_bytes=cache_bytes,
         logits_bytes=4 * logits,
         returns_all_logits="logits_to_keep" not in inspect.signature(model.forward).parameters,
-        checkpoint_token_bytes=itemsize * len(layout.part.blocks) * hidden,
+        checkpoint_token_bytes=checkpoint_bytes,
         # What autograd keeps of one block, and its gradients (measured: 1.2 MB a token for Llama-70B).
         replay_token_bytes=4 * itemsize * activations,
         replay_attention_bytes=scores_bytes,

@@ -337,7 +337,10 @@ class Runner:
             from slowllm.swarm.routing import Wishes
 
             wishes = Wishes(allowed=self._swarm.allowed or None, blocked=self._swarm.blocked)
-            return open_client(StreamedLM, self.info, SwarmOptions(self._swarm.peers, wishes), **options)
+            choice = SwarmOptions(
+                self._swarm.peers, wishes, timeout=self._swarm.timeout, step_timeout=self._swarm.step_timeout
+            )
+            return open_client(StreamedLM, self.info, choice, **options)
         return open_model(StreamedLM, self.info, **options)
 
     @contextlib.contextmanager

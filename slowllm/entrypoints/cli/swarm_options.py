@@ -36,6 +36,22 @@ _Blocked = Annotated[
     list[str] | None,
     typer.Option("--blocked-peers", help="With --swarm: id of a server that is not asked.", metavar="ID"),
 ]
+_Timeout = Annotated[
+    float,
+    typer.Option(
+        "--timeout",
+        help="With --swarm: seconds after which a passage through the blocks is given up, with all retries.",
+        min=0.0,
+    ),
+]
+_StepTimeout = Annotated[
+    float,
+    typer.Option(
+        "--step-timeout",
+        help="With --swarm: seconds of silence after which a server counts as dead. One that works says so all the while.",
+        min=1.0,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -46,11 +62,24 @@ class SwarmChoice:
         peers: multiaddresses of some of its peers; empty where the blocks are computed here.
         allowed: ids of the only servers that may be asked; empty for all.
         blocked: ids of servers that are not asked.
+        timeout: seconds for one passage through the blocks, with all retries.
+        step_timeout: seconds of silence after which a server counts as dead.
     """
 
     peers: tuple[str, ...] = ()
     allowed: frozenset[str] = frozenset()
     blocked: frozenset[str] = frozenset()
+    timeout: float = 600.0
+    step_timeout: float = 20.0
+
+
+_OPTIONS: tuple[tuple[str, Any, Any], ...] = (
+    ("swarm", _Peers, None),
+    ("allowed_peers", _Allowed, None),
+    ("blocked_peers", _Blocked, None),
+    ("timeout", _Timeout, SwarmChoice.timeout),
+    ("step_timeout", _StepTimeout, SwarmChoice.step_timeout),
+)
 
 
 def takes_swarm(verb: V) -> V:
@@ -66,8 +95,8 @@ def takes_swarm(verb: V) -> V:
         if name != "swarm":
             parameters.append(parameter.replace(annotation=hints[name]))
             continue
-        for option, kind in (("swarm", _Peers), ("allowed_peers", _Allowed), ("blocked_peers", _Blocked)):
-            parameters.append(parameter.replace(name=option, annotation=kind, default=None))
+        for option, kind, default in _OPTIONS:
+            parameters.append(parameter.replace(name=option, annotation=kind, default=default))
 
     @functools.wraps(verb)
     def call(
@@ -75,10 +104,16 @@ def takes_swarm(verb: V) -> V:
         swarm: list[str] | None = None,
         allowed_peers: list[str] | None = None,
         blocked_peers: list[str] | None = None,
+        timeout: float = SwarmChoice.timeout,
+        step_timeout: float = SwarmChoice.step_timeout,
         **kwargs: Any,
     ) -> None:
         choice = SwarmChoice(
-            tuple(swarm or ()), frozenset(allowed_peers or ()), frozenset(blocked_peers or ())
+            tuple(swarm or ()),
+            frozenset(allowed_peers or ()),
+            frozenset(blocked_peers or ()),
+            timeout,
+            step_timeout,
         )
         if not choice.peers and (choice.allowed or choice.blocked):
             raise InputError(
