@@ -9,23 +9,20 @@ Knows transformers' models and what a span is (`span`); of the machines it knows
 
 from __future__ import annotations
 
-import uuid
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache
 
-from slowllm.errors import SessionError, UnsupportedError
-from slowllm.modeling.cache_labels import Held, LabelSource, Move, adopt, held_of, is_as_configured, step
-from slowllm.modeling.cutting import BlockForm
+from slowllm.errors import UnsupportedError
 from slowllm.modeling.recompute import is_cache
-from slowllm.modeling.shared_cache import Pair
+from slowllm.modeling.remote_cache import kept_hop, tensors_of, with_cache
+from slowllm.modeling.remote_spans import Hop, Remote
 from slowllm.modeling.span import SpanCall, SpanGrads
 from slowllm.streaming.call_context import OwnerCall, current_call
 
@@ -35,86 +32,8 @@ _STAYS_HERE = {
     "input_ids", "inputs_embeds", "output_hidden_states", "return_dict", "cache_position", "logits_to_keep",
     "num_items_in_batch", "labels",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Hop:
-    """Blocks that one machine computes in one go.
-
-    Attributes:
-        first: the first block.
-        end: the number after the last.
-        peer: the machine's name.
-    """
-
-    first: int
-    end: int
-    peer: str = ""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Where the keys and values of a hop's blocks are kept.
-
-    Attributes:
-        hop: whose machine keeps them.
-        session: their name there.
-    """
-
-    hop: Hop
-    session: str
-
-
-class Spans(Protocol):
-    """The machines that hold the blocks. `forward` and `backward` block until they are answered."""
-
-    def route(self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool) -> Sequence[Hop]:
-        """Return hops from block `first` to the last block, for one call of the model.
-
-        Args:
-            first: the block that is to be computed next.
-            num_tokens: of the call.
-            keeps_cache: whether later calls will continue this one.
-            wants_grad: whether a backward pass will follow.
-        """
-
-    def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
-        """Compute a span; within a session, its keys and values are read and kept.
-
-        Returns:
-            the hidden states (B, T, ...) behind the last block, or behind each if the call asks for all.
-        """
-
-    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
-        """Return the gradients of a call's inputs."""
-
-    def end_session(self, kept: Kept) -> None:
-        """Let go of what a session keeps. Does not wait, and does not raise."""
-
-
-class Away(Protocol):
-    """Runs work while other riders run; `Carousel.away` is one."""
-
-    def __call__(self, work: Callable[[], Any]) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Remote:
-    """What the remote blocks of one model share.
-
-    Attributes:
-        spans: the machines.
-        form: how the model's blocks are called.
-        config: of the text model.
-        away: runs a call to the machines.
-        labels: of all caches.
-    """
-
-    spans: Spans
-    form: BlockForm
-    config: Any
-    away: Away
-    labels: LabelSource
+# What a config may ask for in every call.
+_ASKED_BY_CONFIG = ("output_attentions", "output_router_logits")
 
 
 class RemoteBlock(nn.Module):
@@ -179,9 +98,9 @@ def _pass_hop(
 ) -> dict[int, Any]:
     """Return what the blocks of the hop that begins at `first` return, by their numbers."""
     arguments = owner_call.arguments
-    _refuse_unsent(arguments)
+    _refuse_unsent(arguments, remote.config)
     wants_grad = torch.is_grad_enabled() and _wants_grad(hidden, cache)
-    hop = _kept_hop(cache, first)
+    hop = kept_hop(cache, first)
     if hop is None:
         keeps_cache = cache is not None and not wants_grad
         hop = _next_hop(remote, first, hidden, owner_call, keeps_cache=keeps_cache, wants_grad=wants_grad)
@@ -193,8 +112,8 @@ def _pass_hop(
         first, end, hidden, mask=arguments.get("attention_mask"), positions=arguments.get("position_ids"),
         vectors=_vectors_behind(first, end), returns_all=returns_all,
     )  # fmt: skip
-    call, session = (call, None) if cache is None else _with_cache(remote, call, hop, cache)
-    inputs = _tensors_of(call)
+    call, session = (call, None) if cache is None else with_cache(remote, call, hop, cache)
+    inputs = tensors_of(call)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         if session is not None:
             raise UnsupportedError(
@@ -209,19 +128,6 @@ def _pass_hop(
     # Without the outputs in between, the last one stands for them: the blocks that get it return at once as well.
     last = found[end - 1]
     return {number: remote.form.stand_in(found.get(number, last)) for number in range(first, end)}
-
-
-def _kept_hop(cache: Cache | None, first: int) -> Hop | None:
-    """Return the hop whose machine keeps the keys and values of a block; None for a new cache."""
-    if cache is None or first >= len(cache.layers):
-        return None
-    held = held_of(cast(CacheLayerMixin, cache.layers[first]))
-    kept = None if held is None else held.kept
-    if isinstance(kept, Kept) and kept.hop.first != first:
-        raise SessionError(
-            f"the keys and values of block {first} are kept by a hop that begins at {kept.hop.first}"
-        )
-    return kept.hop if isinstance(kept, Kept) else None
 
 
 def _wants_grad(hidden: Tensor, cache: Cache | None) -> bool:
@@ -248,12 +154,13 @@ def _next_hop(
     return cast(Hop, known[0])
 
 
-def _refuse_unsent(arguments: Mapping[str, Any]) -> None:
+def _refuse_unsent(arguments: Mapping[str, Any], config: Any) -> None:
     if "cache_params" in arguments:
         raise UnsupportedError(
             "a recurrent cache (cache_params) cannot be kept by other machines; call the model with use_cache=False"
         )
-    for name, value in arguments.items():
+    asked = {name: True for name in _ASKED_BY_CONFIG if getattr(config, name, False)}
+    for name, value in {**asked, **arguments}.items():
         if name not in _SENT | _STAYS_HERE and value is not False:
             raise UnsupportedError(
                 f"{name} is not sent to other machines; call the model without it, or load it without a swarm"
@@ -272,80 +179,6 @@ def _vectors_behind(first: int, end: int) -> dict[int, Tensor]:
     """Return a deep prompt's vectors for the blocks behind the first, which adds its own before it is called."""
     vectors = current_call().vectors
     return {n: v for n in range(first + 1, end) if n < len(vectors) and (v := vectors[n]) is not None}
-
-
-def _with_cache(remote: Remote, call: SpanCall, hop: Hop, cache: Cache) -> tuple[SpanCall, str | None]:
-    """Append labels to a cache; return the call with what the cache says of its past, and the session of the hop."""
-    configured = DynamicCache(config=remote.config)
-    while len(cache.layers) < call.end:
-        kind = getattr(cache, "layer_class_to_replicate", None)
-        if kind is None:
-            raise UnsupportedError(
-                f"a cache of {len(cache.layers)} layers was given to a model of more blocks"
-            )
-        cache.layers.append(kind())
-    keeps_everything = not is_as_configured(cache, configured)
-    numbers = range(call.first, call.end)
-    layers = cast(list[CacheLayerMixin], [cache.layers[number] for number in numbers])
-    is_new = held_of(layers[0]) is None
-    pairs: dict[int, Pair] = {}
-    for number, layer in zip(numbers, layers, strict=True):
-        pair = adopt(layer, remote.labels)
-        if pair is not None:
-            pairs[number] = pair
-    helds = [cast(Held, held_of(layer)) for layer in layers]  # all have one now
-    has_past = not is_new and bool(helds[0].labels.numel())
-    if has_past and len({held.kept for held in helds}) > 1:
-        raise SessionError("the keys and values of this cache are kept by other hops than the model has now")
-    wants_grad = torch.is_grad_enabled() and any(
-        tensor.requires_grad
-        for tensor in (*_tensors_of(call), *(side for pair in pairs.values() for side in pair))
-    )
-    if has_past and helds[0].kept is None:
-        raise SessionError(
-            "the cache was filled under autograd, which leaves nothing at other machines; fill it under torch.no_grad()"
-        )
-    if is_new and not wants_grad:
-        kept = Kept(hop, uuid.uuid4().hex)
-        # Not at the interpreter's exit, when the connection has gone and the machine notices by itself.
-        weakref.finalize(helds[0], remote.spans.end_session, kept).atexit = False
-        for held in helds:
-            held.kept = kept
-    length = layers[0].get_seq_length()
-    labels = remote.labels.new(*call.hidden.shape[:2])
-    moves: dict[int, Move] = {}
-    shared: dict[tuple[int, ...], Move] = {}
-    for number, layer in zip(numbers, layers, strict=True):
-        move = step(layer, labels)
-        if move is not None:
-            moves[number] = _shared(move, shared)
-    records_past = any(getattr(layer, "record_past", False) for layer in layers)
-    call = replace(
-        call,
-        length=length,
-        pairs=pairs,
-        moves=moves,
-        records_past=records_past,
-        keeps_everything=keeps_everything,
-    )
-    kept_at = helds[0].kept
-    return call, kept_at.session if isinstance(kept_at, Kept) else None
-
-
-def _shared(move: Move, shared: dict[tuple[int, ...], Move]) -> Move:
-    """Return the first move that is equal to this one, so that it is sent once for all blocks of a hop."""
-    key = (
-        move.length,
-        *(() if move.rows is None else (move.rows.dim(), *move.rows.flatten().tolist())),
-        -1,
-        *(() if move.positions is None else move.positions.flatten().tolist()),
-    )
-    return shared.setdefault(key, move)
-
-
-def _tensors_of(call: SpanCall) -> list[Tensor]:
-    """Return the tensors of a call that may want a gradient, in a fixed order."""
-    return [call.hidden, *call.vectors.values(), *(side for pair in call.pairs.values() for side in pair)]
 
 
 def _with_tensors(call: SpanCall, tensors: tuple[Tensor, ...]) -> SpanCall:

@@ -18,7 +18,8 @@ from slowllm.errors import MissingBlocksError
 from slowllm.modeling.cache_labels import LabelSource
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.parts import Part
-from slowllm.modeling.remote_block import Remote, make_remote
+from slowllm.modeling.remote_block import make_remote
+from slowllm.modeling.remote_spans import Remote
 from slowllm.modeling.soft_prompts import hook_inputs
 from slowllm.runtime.block_identity import block_hashes, config_hash, ends_hash
 from slowllm.runtime.description import ModelInfo

@@ -27,7 +27,7 @@ from slowllm.errors import (
     SessionError,
     SlowLLMError,
 )
-from slowllm.modeling.remote_block import Hop, Kept
+from slowllm.modeling.remote_spans import Hop, Kept
 from slowllm.modeling.span import SpanCall, SpanGrads
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Failover:
         self.num_rebuilt = 0
 
     def route(self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool) -> Sequence[Hop]:
-        """Return hops from block `first` to the last block; see `remote_block.Spans`.
+        """Return hops from block `first` to the last block; see `remote_spans.Spans`.
 
         Raises:
             MissingBlocksError: some blocks are served by nobody who may be asked, and nobody came in time.
@@ -103,7 +103,7 @@ class Failover:
         )
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
-        """Compute a span; see `remote_block.Spans`.
+        """Compute a span; see `remote_spans.Spans`.
 
         Raises:
             NetworkError: no servers could do it in time; the message says which were tried, and why each failed.
@@ -116,7 +116,7 @@ class Failover:
         return self._pass(chain, call, deadline)
 
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
-        """Return the gradients of a call's inputs; see `remote_block.Spans`."""
+        """Return the gradients of a call's inputs; see `remote_spans.Spans`."""
         return self._backward(call, hop, grads, time.monotonic() + self._timeout)
 
     def end_session(self, kept: Kept) -> None:

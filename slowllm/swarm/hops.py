@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from slowllm.errors import BusyError, InputError, NonFiniteError, RemoteError, SessionError, SlowLLMError
-from slowllm.modeling.remote_block import Hop, Kept
+from slowllm.modeling.remote_spans import Hop, Kept
 from slowllm.modeling.span import SpanCall, SpanGrads
 from slowllm.swarm.records import ServerRecord
 from slowllm.swarm.routing import Wishes, fastest_route, format_route, spread
@@ -127,7 +127,7 @@ class Hops:
     def route(
         self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool, end: int | None = None
     ) -> Sequence[Hop]:
-        """Return hops from block `first` to block `end` - 1, or to the last block; see `remote_block.Spans`.
+        """Return hops from block `first` to block `end` - 1, or to the last block; see `remote_spans.Spans`.
 
         Generation takes the route on which a token is fastest; calls without a cache are spread over replicas, so that
         all servers have work.
@@ -159,7 +159,7 @@ class Hops:
         return [Hop(hop.first, hop.end, hop.record.peer) for hop in chosen]
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
-        """Compute a span at its server; see `remote_block.Spans`.
+        """Compute a span at its server; see `remote_spans.Spans`.
 
         Raises:
             SessionError: the session is not there any more, or has no room.
@@ -179,7 +179,7 @@ class Hops:
             raise
 
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
-        """Return the gradients of a call's inputs from its server; see `remote_block.Spans`."""
+        """Return the gradients of a call's inputs from its server; see `remote_spans.Spans`."""
         return unpack_grads(self._send(SpanRequest(call, grads=grads), hop), call)
 
     def end_session(self, kept: Kept) -> None:

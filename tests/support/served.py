@@ -12,7 +12,7 @@ from torch import Tensor
 
 import slowllm
 from slowllm.entrypoints.api import LM
-from slowllm.modeling.remote_block import Hop
+from slowllm.modeling.remote_spans import Hop
 from tests.support.families import save_tiny, speaking
 from tests.support.parted import OUTSIDE, parted, shard_of
 from tests.support.swarm_processes import LOOPBACK, SwarmProcess, SwarmProcesses, serve_arguments

@@ -20,7 +20,8 @@ import slowllm
 from slowllm.errors import BusyError, InputError, MissingBlocksError, PeerLostError, SessionError
 from slowllm.modeling.cache_labels import LabelSource
 from slowllm.modeling.cutting import find_form
-from slowllm.modeling.remote_block import Hop, Kept, Remote, make_remote
+from slowllm.modeling.remote_block import make_remote
+from slowllm.modeling.remote_spans import Hop, Kept, Remote
 from slowllm.modeling.soft_prompts import hook_inputs
 from slowllm.modeling.span import SpanCall, SpanGrads, SpanRunner
 from slowllm.swarm.failover import Failover
