@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import subprocess
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,19 @@ class SwarmProcess:
         """What a peer for tests says of itself: its `peer`, `addresses`, `pid` and `children`."""
         told: dict[str, Any] = json.loads(self.line)
         return told
+
+    def wait_for(self, text: str) -> str:
+        """Return the next line on standard output that has this text; lines before it are forgotten."""
+        assert self.process.stdout is not None
+        lines = iter(self.process.stdout.readline, "")
+        found: list[str] = []
+        reading = threading.Thread(
+            target=lambda: found.extend(next(([x] for x in lines if text in x), [])), daemon=True
+        )
+        reading.start()
+        reading.join(PATIENCE_SECONDS)
+        assert found, f"process {self.process.pid} has not printed {text!r}"
+        return found[0]
 
     def freeze(self, also_children: bool = False) -> None:
         """Stop it where it is; nobody is told. Its libp2p process goes on, unless `also_children`."""

@@ -64,6 +64,16 @@ def test_an_announced_address_is_printed(swarm: SwarmProcesses) -> None:
     assert process.stop().returncode == 0
 
 
+def test_each_address_is_a_line(swarm: SwarmProcesses) -> None:
+    process = start(swarm, "--host-maddrs", "/ip4/127.0.0.1/udp/0/quic-v1")
+    assert process.line.startswith("/ip4/127.0.0.1/tcp/")
+    other = process.wait_for("/udp/")
+    assert other.rpartition("/")[2] == process.line.rpartition("/")[2]
+    with Network.open(host_maddrs=(), initial_peers=[other.strip()]) as client:
+        assert client.find("m-1") == []
+    assert process.stop().returncode == 0
+
+
 PEER = "QmbFTxrLH22v1EbhBqqeZSgDdQFCUVdXjQnrCvvGUVTJqn"
 
 
