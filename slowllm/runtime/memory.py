@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from slowllm.options import AUTO, format_binary, parse_bytes
+from slowllm.planning.budget import Budget
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,15 @@ def budget_bytes(ram: str | int) -> int:
         format_binary(limit.auto_bytes),
     )  # fmt: skip
     return limit.auto_bytes
+
+
+def budget_of(ram: str | int) -> Budget:
+    """Return a budget of which this process has used what it holds now.
+
+    Args:
+        ram: a size, or ``auto``.
+    """
+    return Budget(budget_bytes(ram), psutil.Process().memory_info().rss)
 
 
 def _cgroup_limits() -> Iterator[int]:

@@ -16,18 +16,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
 import torch
 
 from slowllm.errors import InputError, NetworkError, PlanError
 from slowllm.modeling.parts import Part, parse_blocks
 from slowllm.modeling.span import SpanCall
-from slowllm.planning.budget import Budget
 from slowllm.planning.job import Job
 from slowllm.runtime.block_identity import block_hashes, ends_hash
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
-from slowllm.runtime.memory import budget_bytes
+from slowllm.runtime.memory import budget_of
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.swarm.client import config_key
 from slowllm.swarm.compression import COMPRESSIONS
@@ -62,6 +60,7 @@ class ServerOptions:
         vram: budget on each GPU.
         cache_tokens: that the sessions of all clients hold together.
         max_batch_tokens: of one request.
+        max_length: of one sequence, what its session holds included.
         max_waiting_tokens: of all requests that are under way or wait; four times as many by default.
         backward: whether gradients are computed.
         compression: of hidden states on the wire.
@@ -84,6 +83,7 @@ class ServerOptions:
     vram: str | None = None
     cache_tokens: int = 4096
     max_batch_tokens: int = 2048
+    max_length: int = 2048
     max_waiting_tokens: int | None = None
     backward: bool = True
     compression: str = "none"
@@ -101,6 +101,8 @@ class ServerOptions:
             raise InputError(f"the compression {self.compression!r} is none of {', '.join(COMPRESSIONS)}")
         if self.session_seconds <= 0:
             raise InputError(f"a session cannot end after {self.session_seconds:g} s; give a time above 0")
+        if self.max_length < 1:
+            raise InputError(f"a sequence cannot have {self.max_length} tokens")
         self.job()
 
     def job(self) -> Job:
@@ -108,7 +110,7 @@ class ServerOptions:
         waiting = self.waiting_tokens
         return Job.serving(
             cache_tokens=self.cache_tokens, batch_tokens=self.max_batch_tokens, max_batch_tokens=waiting,
-            backward=self.backward,
+            backward=self.backward, longest=self.max_length,
         )  # fmt: skip
 
     @property
@@ -161,8 +163,8 @@ class Server:
                 wanted = Part.span(first, end)
             self.lm = held.enter_context(self._open(info, wanted))
             served = ServedSpan(
-                wanted.first, wanted.end, options.max_batch_tokens, options.waiting_tokens, options.cache_tokens,
-                options.session_seconds, has_backward=self.has_backward,
+                wanted.first, wanted.end, options.max_batch_tokens, options.max_length, options.waiting_tokens,
+                options.cache_tokens, options.session_seconds, has_backward=self.has_backward,
             )  # fmt: skip
             self.spans = SpanServer(self.lm, served)
             self._record = self._first_record(key, served)
@@ -176,7 +178,7 @@ class Server:
     def _open(self, info: ModelInfo, part: Part) -> StreamedLM:
         options = self.options
         # Requests that were read and wait, and one answer, are memory that the plan of the model does not know.
-        budget = Budget(budget_bytes(options.ram), psutil.Process().memory_info().rss)
+        budget = budget_of(options.ram)
         limits = limits_of(info.config, options)
         budget.take(limits.held_bytes + limits.message_bytes)
         opened = functools.partial(

@@ -38,6 +38,7 @@ class ServedSpan:
         first: the first block.
         end: the number after the last.
         max_batch_tokens: of one request.
+        max_length: of one sequence, what its session holds included.
         max_waiting_tokens: of all requests that are under way or wait.
         cache_tokens: that all sessions hold together.
         session_seconds: after which an idle session ends.
@@ -47,6 +48,7 @@ class ServedSpan:
     first: int
     end: int
     max_batch_tokens: int
+    max_length: int
     max_waiting_tokens: int
     cache_tokens: int
     session_seconds: float
@@ -168,6 +170,11 @@ class SpanServer:
         if num_tokens > served.max_batch_tokens:
             raise InputError(
                 f"a request of {num_tokens:,} tokens is longer than the {served.max_batch_tokens:,} that this server announces"
+            )
+        if call.length + call.hidden.shape[1] > served.max_length:
+            raise InputError(
+                f"a sequence of {call.length + call.hidden.shape[1]:,} tokens is longer than the {served.max_length:,} that this "
+                "server takes"
             )
         if asked.grads is not None and not served.has_backward:
             raise InputError("this server computes no gradients, because its budget streams blocks in parts")

@@ -62,6 +62,9 @@ def serve(
         int, typer.Option(help="Tokens that the sessions of all clients hold together.", min=0)
     ] = 4096,
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one request.", min=1)] = 2048,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens of one sequence, with what its session holds.", min=1)
+    ] = 2048,
     max_waiting_tokens: Annotated[
         int | None,
         typer.Option(
@@ -114,9 +117,12 @@ def serve(
         from slowllm.swarm.server import Server, ServerOptions
 
         chosen = ServerOptions(
-            blocks, ram, dtype, device, vram, attn_cache_tokens, max_batch_tokens, max_waiting_tokens, backward, compression,
-            public_name, session_timeout, None if identity is None else identity.expanduser(),
-            tuple(host_maddrs or [options.ANY_ADDRESS]), tuple(announce_maddrs or []), tuple(initial_peers or []), relay, resident,
+            blocks, ram=ram, dtype=dtype, device=device, vram=vram, cache_tokens=attn_cache_tokens,
+            max_batch_tokens=max_batch_tokens, max_length=max_length, max_waiting_tokens=max_waiting_tokens,
+            backward=backward, compression=compression, name=public_name, session_seconds=session_timeout,
+            identity=None if identity is None else identity.expanduser(),
+            host_maddrs=tuple(host_maddrs or [options.ANY_ADDRESS]), announce_maddrs=tuple(announce_maddrs or []),
+            initial_peers=tuple(initial_peers or []), use_relay=relay, keep_resident=resident,
         )  # fmt: skip
         with Server(model, chosen) as server:
             for address in server.network.addresses:
