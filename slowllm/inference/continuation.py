@@ -76,7 +76,7 @@ def continue_prompts(
     if settings.do_sample and settings.seed is not None:
         torch.manual_seed(settings.seed)  # of this rider only: the generator changes hands with the baton
     soft_prompt = lm.soft_prompt
-    adding = contextlib.nullcontext() if soft_prompt is None else soft_prompt.adding(0, width)
+    adding = contextlib.nullcontext() if soft_prompt is None else soft_prompt.adding()
     with adding:
         output = model.generate(
             **inputs,

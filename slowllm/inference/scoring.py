@@ -389,7 +389,7 @@ def _score_batch(
     if first is not None or shared is not None:
         shared_cache = SharedCache(len(lm.layout.blocks), first, shared)
         inputs |= {"past_key_values": shared_cache, "use_cache": True}
-    adding = contextlib.nullcontext() if prompt is None else prompt.adding(start, width)
+    adding = contextlib.nullcontext() if prompt is None else prompt.adding()
     with forward_errors(lm.model), call_context(way=way), adding:
         found = log_probs_at(lm.model, rows, positions, tokens, relative=relative, **inputs)
     counts = [len(segment.targets) for segment in segments]

@@ -12,16 +12,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from slowllm.errors import InputError
+from slowllm.errors import InputError, counted
 from slowllm.modeling.shared_cache import Pair, can_share, takes_cache
 from slowllm.options import PromptKind
 from slowllm.streaming.call_context import call_context, current_call
@@ -36,7 +36,8 @@ class SoftPrompt:
     Attributes:
         kind: which of the other attributes it has.
         embeddings: (P, H) of a shallow or deep prompt.
-        vectors: (P, H) for each block of a deep prompt, None where nothing is added.
+        vectors: (P, H) for each block of a deep prompt, or (B, P, H) with vectors of their own for each row of a call;
+            None where nothing is added.
         pairs: for each block of a prefix (2, heads, P, head_dim), keys and values.
     """
 
@@ -92,23 +93,27 @@ class SoftPrompt:
             inputs["past_key_values"] = self.passing_cache(model.config, len(ids), model.dtype)
         else:
             inputs["inputs_embeds"] = self.embed(model, ids)
-        with self.adding(0, ids.shape[1]):
+        with self.adding():
             yield inputs
 
     @contextlib.contextmanager
-    def adding(self, start: int, width: int) -> Iterator[None]:
-        """Add a deep prompt's vectors in calls of `width` positions, the first of which is `start`."""
-        is_in = self.kind == "deep" and start < self.num_tokens
-        edit_input = functools.partial(self._add_vectors, start, width) if is_in else None
-        with call_context(edit_input=edit_input, vectors=self.vectors if is_in else ()):
+    def adding(self) -> Iterator[None]:
+        """Add a deep prompt's vectors in the calls made inside, each to the position of its number.
+
+        The first column of a call has the length of its cache for its position. So a prompt may be cut into several
+        calls, and what comes after it gets none. A recurrent state does not tell its length: calls that continue one
+        another on such a state are made inside one context, and none of another text between them.
+        """
+        is_deep = self.kind == "deep"
+        with call_context(
+            edit_input=functools.partial(self._add_vectors, _Counter()) if is_deep else None,
+            vectors=self.vectors if is_deep else (),
+        ):
             yield
 
-    def _add_vectors(self, start: int, width: int, block: int, hidden: Tensor) -> Tensor:
-        vectors = self.vectors[block]
-        if vectors is None or hidden.shape[1] != width:  # another width: a later token of a continuation
-            return hidden
-        vectors = vectors[start : start + width].to(hidden.device, hidden.dtype)
-        return torch.cat([hidden[:, : len(vectors)] + vectors, hidden[:, len(vectors) :]], 1)
+    def _add_vectors(self, counter: _Counter, block: int, hidden: Tensor) -> Tensor:
+        start, vectors = counter.past_length(hidden.shape[1]), self.vectors[block]
+        return hidden if vectors is None else add_vectors(hidden, vectors, start)
 
     def pair(self, block: int, batch: int, dtype: torch.dtype) -> Pair:
         """Return the keys and values (batch, heads, P, head_dim) of a block."""
@@ -129,6 +134,59 @@ class SoftPrompt:
         for block in range(len(self.pairs)):
             cache.update(*self.pair(block, batch, dtype), block)
         return cache
+
+
+def add_vectors(hidden: Tensor, vectors: Tensor, start: int) -> Tensor:
+    """Add a deep prompt's vectors to a block's input, at the positions that both have.
+
+    Args:
+        hidden: (B, T, H), of the positions from `start` on.
+        vectors: (P, H), or (B, P, H) for each row its own, of the positions from 0 on.
+        start: the position of the first column.
+    Raises:
+        InputError: there are vectors for another number of rows.
+    """
+    added = vectors[..., start : start + hidden.shape[1], :].to(hidden.device, hidden.dtype)
+    count = added.shape[-2]
+    if not count:
+        return hidden
+    if added.dim() == 3 and len(added) != len(hidden):
+        raise InputError(
+            f"a deep prompt has vectors for {counted(len(added), 'row')}, but the model is called with {len(hidden)}; "
+            "give (P, H) for all rows, or vectors for each"
+        )
+    return torch.cat([hidden[:, :count] + added, hidden[:, count:]], 1)
+
+
+class _Counter:
+    """Counts the positions of calls, at the first block of each."""
+
+    def __init__(self) -> None:
+        self._num_seen = 0
+
+    def past_length(self, width: int) -> int:
+        """Return the position of the first of `width` columns in this call of the module that owns the blocks."""
+        call = current_call().owner_call
+        assert call is not None, "blocks are called by their owner"
+        if call.past_length is None:  # before the cache grows
+            call.past_length = self._past_of(call.arguments)
+            self._num_seen = call.past_length + width
+        return call.past_length
+
+    def _past_of(self, arguments: Mapping[str, Any]) -> int:
+        cache = arguments.get("past_key_values", arguments.get("cache_params"))
+        layers = [] if cache is None else cache.layers
+        if any(isinstance(layer, CacheLayerMixin) for layer in layers):
+            return int(cache.get_seq_length())
+        # A recurrent state does not tell how many positions it has seen.
+        if "state" not in arguments and not any(any(layer.has_previous_state.values()) for layer in layers):
+            return 0
+        if not self._num_seen:
+            raise InputError(
+                "a recurrent state does not tell which positions of a deep prompt it has seen; make all calls that "
+                "continue one another inside one `adding`"
+            )
+        return self._num_seen
 
 
 class PrefixBeginning:

@@ -24,6 +24,7 @@ from slowllm.modeling.cache_labels import Move, move_layer, pretend_length
 from slowllm.modeling.cutting import BlockForm
 from slowllm.modeling.recompute import hidden_of
 from slowllm.modeling.shared_cache import Pair
+from slowllm.modeling.soft_prompts import add_vectors
 from slowllm.streaming.call_context import call_context
 from slowllm.streaming.hints import Reach
 from slowllm.streaming.way import SpanOfBlocks, StopForward
@@ -169,11 +170,7 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 def _add_vectors(vectors: Mapping[int, Tensor], start: int, block: int, hidden: Tensor) -> Tensor:
     """Add a deep prompt's vectors to the positions of a call that begins at position `start`."""
-    if block not in vectors:
-        return hidden
-    added = vectors[block][..., start : start + hidden.shape[1], :].to(hidden.device, hidden.dtype)
-    count = added.shape[-2]
-    return torch.cat([hidden[:, :count] + added, hidden[:, count:]], 1) if count else hidden
+    return add_vectors(hidden, vectors[block], start) if block in vectors else hidden
 
 
 def _prepare(cache: Cache, call: SpanCall) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +178,134 @@ def greedy(
             break
         new.append(token)
     return tuple(new)
+
+
+# Deep prompts by position
+
+
+def in_pieces(model: Any, embedded: torch.Tensor, widths: list[int]) -> torch.Tensor:
+    """Logits (B, T, V) of embeddings (B, T, H) that pass a model in calls of these widths, which continue a cache."""
+    past, logits = None, []
+    cache = "cache_params" if model.config.model_type == "mamba" else "past_key_values"
+    for piece in embedded.split(widths, 1):
+        output = model(inputs_embeds=piece, use_cache=True, **({} if past is None else {cache: past}))
+        past = getattr(output, cache)
+        logits.append(output.logits)
+    return torch.cat(logits, 1)
+
+
+def in_pieces_plainly(
+    model: Any, embedded: torch.Tensor, widths: list[int], vectors: tuple[torch.Tensor | None, ...]
+) -> torch.Tensor:
+    """The same by the resident model, with vectors added by a count of the positions."""
+    hooks, starts = [], [0] * len(vectors)
+
+    def add(number: int, module: Any, args: Any, kwargs: Any) -> Any:
+        hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+        vector, start = vectors[number], starts[number]
+        starts[number] += hidden.shape[1]
+        if vector is not None:
+            added = vector[..., start : starts[number], :]
+            hidden[:, : added.shape[-2]] += added
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    for number, block in enumerate(blocks_of(model)):
+        hooks.append(block.register_forward_pre_hook(functools.partial(add, number), with_kwargs=True))
+    try:
+        return in_pieces(model, embedded, widths)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("is_by_row", [False, True])
+@pytest.mark.parametrize(
+    "name", ["bloom", "llama-3-scaled-rope", "gemma-3-sliding", "qwen3-next-hybrid", "mamba"]
+)
+def test_a_deep_prompt_in_several_calls_is_added_by_position(name: str, is_by_row: bool, tiny: Tiny) -> None:
+    plain = resident(tiny(name))
+    prompt = prompt_of("deep", plain)
+    if is_by_row:
+        scale = torch.tensor([1.0, -0.5])[:, None, None]
+        prompt = replace(prompt, vectors=tuple(None if v is None else v * scale for v in prompt.vectors))
+    ids = torch.tensor([[*prompt.virtual_ids, *row] for row in rows(2, 6, 7)])
+    # As one call; cut inside the prompt, twice; and behind it, where single tokens have the prompt's width and less.
+    cuts = [[9], [2, 7], [1, 1, 7], [3, 3, 1, 1, 1], [3, 6]]
+    if name == "mamba":  # transformers' mamba continues a state by single tokens only
+        cuts = [[9], [2, 1, 1, 1, 1, 1, 1, 1], [4, 1, 1, 1, 1, 1]]
+    with slowllm.load(tiny(name), dtype="fp32", keep_resident=False, poison=True) as lm, torch.no_grad():
+        embedded = prompt.embed(lm.model, ids)
+        whole = None
+        for widths in cuts:
+            with prompt.adding():
+                found = in_pieces(lm.model, embedded, widths)
+            assert torch.equal(found, in_pieces_plainly(plain, embedded, widths, prompt.vectors)), widths
+            whole = found if whole is None else whole
+            assert torch.allclose(found, whole, atol=CLOSE)
+        assert not torch.allclose(in_pieces(lm.model, embedded, [9]), whole, atol=1e-3), "the vectors count"
+
+
+def test_a_shared_header_and_its_continuations_get_the_vectors_once(tiny: Tiny) -> None:
+    plain = resident(tiny("llama-2"))
+    prompt = prompt_of("deep", plain)
+    texts = [[*prompt.virtual_ids, *row] for row in rows(3, 6, 7)]
+    with slowllm.load(tiny("llama-2"), dtype="fp32", keep_resident=False) as lm, torch.no_grad():
+        header = prompt.embed(lm.model, torch.tensor([texts[0][:2]]))  # ends inside the prompt
+        with prompt.adding():
+            past = lm.model(inputs_embeds=header, use_cache=True).past_key_values
+            for text in texts:
+                rest = prompt.embed(lm.model, torch.tensor([text[2:]]))
+                found = lm.model(inputs_embeds=rest, past_key_values=copy.deepcopy(past)).logits
+                whole = prompt.embed(lm.model, torch.tensor([text]))
+                wanted = in_pieces_plainly(plain, whole, [2, len(text) - 2], prompt.vectors)
+                assert torch.equal(found, wanted[:, 2:])
+
+
+def test_gradients_of_a_deep_prompt_in_two_calls_are_the_resident_models(tiny: Tiny) -> None:
+    plain = resident(tiny("llama-2"))
+    start = prompt_of("deep", plain)
+    ids = torch.tensor([[*start.virtual_ids, *row] for row in rows(2, 6, 7)])
+    gradients = []
+    with slowllm.load(tiny("llama-2"), dtype="fp32", keep_resident=False, poison=True) as lm:
+        for is_ours in (True, False):
+            vectors = [None if v is None else v.clone().requires_grad_(True) for v in start.vectors]
+            prompt = replace(start, vectors=tuple(vectors))
+            embedded = prompt.embed(lm.model, ids)
+            if is_ours:
+                with prompt.adding():
+                    logits = in_pieces(lm.model, embedded, [2, 7])
+            else:
+                logits = in_pieces_plainly(plain, embedded, [2, 7], prompt.vectors)
+            logits.square().mean().backward()
+            gradients.append([None if v is None else v.grad for v in vectors])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+def test_vectors_for_other_rows_than_a_call_has_are_refused(tiny: Tiny) -> None:
+    prompt = prompt_of("deep", resident(tiny("llama-2")))
+    by_row = replace(
+        prompt, vectors=tuple(None if v is None else torch.stack([v] * 3) for v in prompt.vectors)
+    )
+    ids = torch.tensor([[*prompt.virtual_ids, *rows(1, 4, 5)[0]]] * 2)
+    with slowllm.load(tiny("llama-2"), dtype="fp32") as lm, torch.no_grad(), by_row.adding():
+        embedded = by_row.embed(lm.model, ids)
+        with pytest.raises(InputError, match="has vectors for 3 rows, but the model is called with 2; give"):
+            lm.model(inputs_embeds=embedded)
+
+
+def test_a_recurrent_state_of_unknown_length_is_refused(tiny: Tiny) -> None:
+    prompt = prompt_of("deep", resident(tiny("mamba")))
+    ids = torch.tensor([[*prompt.virtual_ids, 7, 8]])
+    with slowllm.load(tiny("mamba"), dtype="fp32") as lm, torch.no_grad():
+        embedded = prompt.embed(lm.model, ids)
+        with prompt.adding():
+            past = lm.model(inputs_embeds=embedded, use_cache=True).cache_params
+        with (
+            prompt.adding(),
+            pytest.raises(InputError, match="does not tell which positions of a deep prompt"),
+        ):
+            lm.model(inputs_embeds=embedded, cache_params=past, use_cache=True)
 
 
 def test_beams_behind_a_prefix_are_pefts(tiny: Tiny, tmp_path: Path) -> None:
