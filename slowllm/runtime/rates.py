@@ -140,8 +140,11 @@ def _pieces(checkpoint: Checkpoint) -> Iterator[Run]:
 
 
 def quick_rates(folder: Path, dtype: DTypeName) -> Rates:
-    """Return this machine's rates, measured on a checkpoint in less than a second; assumed ones if it is small."""
-    with open_checkpoint(folder) as checkpoint:
+    """Return this machine's rates, measured on a checkpoint in less than a second; assumed ones if it is small.
+
+    Shards may be absent, because the caller may need a part of the model only.
+    """
+    with open_checkpoint(folder, may_lack_shards=True) as checkpoint:
         if sum(span.num_bytes for span in checkpoint.spans.values()) < WORTH_MEASURING_BYTES:
             return Rates()
         disk = disk_rate(checkpoint, 8 * PIECE_BYTES).bytes_per_second

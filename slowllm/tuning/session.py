@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from torch import Tensor
@@ -52,6 +52,9 @@ FROZEN_SHARE = 0.125
 SAVE_SECONDS = 30.0
 
 Record = dict[str, Any]
+if TYPE_CHECKING:
+    from slowllm.swarm.client import SwarmOptions
+
 # Called with a model, its job, the phase in words, and the peak memory of the process.
 OnOpen = Callable[[StreamedLM, Job, str, int], Any]
 
@@ -88,6 +91,7 @@ class RunOptions:
     state: str | os.PathLike[str] | None = None
     on_open: OnOpen | None = None
     on_record: Callable[[Record], Any] | None = None
+    swarm: Sequence[str] | SwarmOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -223,14 +227,24 @@ class Session:
         used_bytes = psutil.Process().memory_info().rss + reserved_bytes
         used_bytes += trial_bytes(self.plans, self.hidden_size, self.num_blocks, self.first_block)
         options = self.options
-        with open_model(
-            StreamedLM, self.info, ram=Budget(self.ram_bytes, used_bytes), device=options.device, vram=options.vram,
-            dtype=self.dtype, keep_resident=options.keep_resident, job=job, rates=self.rates, granularity="blocks",
+        with self._open_model(
+            ram=Budget(self.ram_bytes, used_bytes), device=options.device, vram=options.vram, dtype=self.dtype,
+            keep_resident=options.keep_resident, job=job, rates=self.rates, granularity="blocks",
         ) as lm:  # fmt: skip
-            self.source_fingerprint = lm.fingerprint(of_source=True)
+            # A hash of the ends alone would be that of no whole checkpoint.
+            self.source_fingerprint = None if lm.checkpoint.absent else lm.fingerprint(of_source=True)
             if options.on_open is not None:
                 options.on_open(lm, job, phase, used_bytes + lm.plan.peak_bytes)
             yield lm
+
+    def _open_model(self, **options: Any) -> StreamedLM:
+        swarm = self.options.swarm
+        if not swarm:
+            return open_model(StreamedLM, self.info, **options)
+        from slowllm.swarm.client import SwarmOptions, open_client
+
+        given = swarm if isinstance(swarm, SwarmOptions) else SwarmOptions(tuple(swarm))
+        return open_client(StreamedLM, self.info, given, **options)
 
     def _open_state(self, stack: contextlib.ExitStack, lm: StreamedLM) -> State | None:
         if self.state_folder is None:

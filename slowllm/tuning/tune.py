@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slowllm.errors import InputError
 from slowllm.options import by_field_name, parse_dtype
@@ -14,6 +14,9 @@ from slowllm.tuning.examples import RawExample as Text
 from slowllm.tuning.examples import Task, make_tasks
 from slowllm.tuning.recipe import Recipe, make_trials
 from slowllm.tuning.session import OnOpen, Phase, Record, RunOptions, Session, Tuned
+
+if TYPE_CHECKING:
+    from slowllm.swarm.client import SwarmOptions
 
 # What options of `slowllm tune` are called in `Recipe`.
 _OPTIONS = {
@@ -38,6 +41,7 @@ def tune(
     state: str | os.PathLike[str] | None = None,
     on_open: OnOpen | None = None,
     on_record: Callable[[Record], Any] | None = None,
+    swarm: Sequence[str] | SwarmOptions | None = None,
     **settings: Any,
 ) -> list[Tuned]:
     """Tune one soft prompt or several, all of them in the same sweeps, and return them.
@@ -60,6 +64,7 @@ def tune(
         state: folder that keeps what is done: after a kill, the same call resumes with the same numbers.
         on_open: called before each phase; see `OnOpen`.
         on_record: called with each step and each validation.
+        swarm: that computes the blocks, as for `load`; its servers must serve gradients.
         settings: fields of `Recipe`, or the options of `slowllm tune` that have other names: ``tokens``, ``steps``,
             ``epochs``, ``lr``, ``warmup``.
     Raises:
@@ -71,7 +76,7 @@ def tune(
     chosen = _recipes(recipes, settings)
     info = model if isinstance(model, ModelInfo) else ModelInfo(model)
     keep_resident = resident if keep_resident is None else keep_resident
-    options = RunOptions(ram, device, vram, dtype, keep_resident, out, state, on_open, on_record)
+    options = RunOptions(ram, device, vram, dtype, keep_resident, out, state, on_open, on_record, swarm)
     return tune_tasks(info, _tasks(info, data, validation, labels, chosen), chosen, options)
 
 

@@ -20,7 +20,7 @@ from tests.support.swarm_processes import LOOPBACK, SwarmProcess, SwarmProcesses
 NUM_BLOCKS = 6
 # Of different lengths, two of them side by side and the third across both.
 SPANS = ((0, 2), (2, 6), (1, 4))
-GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Served:
 
     def load(self, **options: Any) -> LM:
         """Open a client, which has only the ends."""
-        return slowllm.load(self.ends, swarm=[self.address], **{"ram": "3GiB", **options})
+        return slowllm.load(self.ends, **{"swarm": [self.address], "ram": "3GiB", **options})
 
     def load_local(self, **options: Any) -> LM:
         """Open the same model without a swarm."""
@@ -50,7 +50,8 @@ class Served:
 
 def save_model(folder: Path, **fields: Any) -> Path:
     """Save a tiny llama of six blocks with a tokenizer, a shard for each block and one for the rest."""
-    save_tiny("llama-2", folder / "plain", num_hidden_layers=NUM_BLOCKS, **fields)
+    # As many tokens as the tokenizer has.
+    save_tiny("llama-2", folder / "plain", num_hidden_layers=NUM_BLOCKS, vocab_size=4096, **fields)
     return parted(speaking(folder / "plain", folder / "speaking"), folder / "whole")
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+import slowllm
 from slowllm.entrypoints.api import LM
+from slowllm.entrypoints.lm_eval_model import SlowLM
 from slowllm.inference import speculative
 from slowllm.inference.generation_types import Settings, encode_prompt
 from slowllm.inference.speculative_loop import Acceptance
@@ -65,22 +70,23 @@ def test_texts_are_scored_chosen_answered_and_continued_as_on_a_local_model(lm: 
         SENTENCES, [" yes", " no, it is not"]
     )
     assert lm.yes_no(QUESTIONS) == local.yes_no(QUESTIONS)
-    assert lm.generate(SENTENCES, max_new_tokens=5) == local.generate(SENTENCES, max_new_tokens=5)
+    assert lm.generate(SENTENCES, max_new_tokens=3) == local.generate(SENTENCES, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("draft", ["lookup", "model"])
 def test_drafts_are_verified_elsewhere_and_give_the_same_tokens(
     draft: str, lm: LM, local: LM, served: Served
 ) -> None:
-    prompts = [encode_prompt(lm, text, Settings(12)) for text in SENTENCES]
+    repeated = [f"{text} {text} {text}" for text in SENTENCES[:2]]  # where look-up finds something
+    prompts = [encode_prompt(lm, text, Settings(8)) for text in repeated]
 
     def continued(model: LM, small: Any) -> list[list[int]]:
         counts = Acceptance()
         found = list(speculative.generate(model, prompts, small, counts=counts))
-        assert counts.num_drafted
+        assert counts.num_passes < counts.num_tokens
         return [list(one.ids) for (one,) in found]
 
-    plain = [list(one.ids) for (one,) in local.generate(SENTENCES, max_new_tokens=12)]
+    plain = [list(one.ids) for (one,) in local.generate(repeated, max_new_tokens=8)]
     if draft == "lookup":
         assert continued(lm, "lookup") == plain
         return
@@ -171,3 +177,56 @@ def test_trainer_takes_the_steps_that_it_takes_on_a_local_model(served: Served, 
 
     with served.load() as ours, served.load_local() as theirs:
         same(trained, ours.model, theirs.model)
+
+
+EXAMPLES = [
+    {"prompt": "The value is", "answer": " returned."},
+    {"prompt": "A buffer of", "answer": " bytes."},
+    {"prompt": "Paris is the", "answer": " capital."},
+]
+
+
+def test_tune_gives_the_losses_and_the_prompt_of_a_local_run(served: Served, tmp_path: Path) -> None:
+    recipe = {"num_steps": 3, "num_tokens": 4, "ram": "3GiB"}
+    (ours,) = slowllm.tune(
+        served.ends, EXAMPLES, EXAMPLES, swarm=[served.address], out=tmp_path / "prompt", **recipe
+    )
+    (theirs,) = slowllm.tune(served.whole, EXAMPLES, EXAMPLES, dtype="float32", **recipe)
+    losses = [[record.get("loss") for record in tuned.records] for tuned in (ours, theirs)]
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(ours.prompt.tensors, theirs.prompt.tensors, strict=True))
+    # It says nothing of weights that the client has not, and is used with and without a swarm.
+    with (
+        served.load(prompt=tmp_path / "prompt") as lm,
+        served.load_local(prompt=tmp_path / "prompt") as local,
+    ):
+        assert lm.generate(SENTENCES, max_new_tokens=3) == local.generate(SENTENCES, max_new_tokens=3)
+
+
+def test_lm_eval_gets_the_figures_of_a_local_model(served: Served, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"question": q, "label": 1, "text": t} for q, t in zip(QUESTIONS, SENTENCES[:2], strict=True)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"data_files": {"test": str(file)}, "cache_dir": str(tmp_path / "cache")}
+    common = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
+    tasks = [
+        {
+            **common, "task": "choices", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+            "doc_to_choice": [" no", " yes, it is"], "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
+        },
+        {
+            **common, "task": "until", "output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "x",
+            "metric_list": [{"metric": "exact_match"}], "generation_kwargs": {"until": ["zz"], "max_gen_toks": 5},
+        },
+    ]  # fmt: skip
+
+    def responses(**arguments: Any) -> dict[str, Any]:
+        found = lm_eval.simple_evaluate(
+            model=SlowLM(ram="3GiB", **arguments), tasks=[dict(task) for task in tasks], bootstrap_iters=0,
+            log_samples=True, task_manager=TaskManager(include_defaults=False),
+        )  # fmt: skip
+        assert found is not None
+        return {name: [one["resps"] for one in samples] for name, samples in found["samples"].items()}
+
+    ours = responses(pretrained=str(served.ends), swarm=served.address)
+    assert ours == responses(pretrained=str(served.whole), dtype="fp32")

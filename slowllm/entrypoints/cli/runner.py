@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from slowllm.runtime.description import ModelInfo
     from slowllm.runtime.state import State
     from slowllm.runtime.streamed_lm import StreamedLM
+    from slowllm.swarm.client import SwarmOptions
 
 # Settings of a generation_config.json that are used, or that say nothing about tokens; and values without an effect.
 _USED_SETTINGS = {
@@ -318,6 +319,18 @@ class Runner:
 
         self.print_plan(scoring.job_of_queries(queries, self.info, self.rates, self.begun), as_json=as_json)
 
+    def swarm_options(self) -> SwarmOptions | None:
+        """Return how the swarm is used that was chosen; None where the blocks are computed here."""
+        if not self._swarm.peers:
+            return None
+        from slowllm.swarm.client import SwarmOptions
+        from slowllm.swarm.routing import Wishes
+
+        wishes = Wishes(allowed=self._swarm.allowed or None, blocked=self._swarm.blocked)
+        return SwarmOptions(
+            self._swarm.peers, wishes, timeout=self._swarm.timeout, step_timeout=self._swarm.step_timeout
+        )
+
     def open(self, job: Job, budget: Budget | None = None) -> StreamedLM:
         """Open the model for a job; the caller closes it.
 
@@ -332,15 +345,10 @@ class Runner:
             "ram": budget or self.ram, "device": self.device, "vram": self.vram, "dtype": self.dtype,
             "keep_resident": self.resident, "job": job, "rates": self.rates,
         }  # fmt: skip
-        if self._swarm.peers:
-            from slowllm.swarm.client import SwarmOptions, open_client
-            from slowllm.swarm.routing import Wishes
+        if (swarm := self.swarm_options()) is not None:
+            from slowllm.swarm.client import open_client
 
-            wishes = Wishes(allowed=self._swarm.allowed or None, blocked=self._swarm.blocked)
-            choice = SwarmOptions(
-                self._swarm.peers, wishes, timeout=self._swarm.timeout, step_timeout=self._swarm.step_timeout
-            )
-            return open_client(StreamedLM, self.info, choice, **options)
+            return open_client(StreamedLM, self.info, swarm, **options)
         return open_model(StreamedLM, self.info, **options)
 
     @contextlib.contextmanager

@@ -246,6 +246,7 @@ def tune(
             info, dict(zip(names, data, strict=True)), dict(zip(names, validation or [], strict=False)),
             labels=label or (), recipes=recipes, ram=ram, device=device, vram=vram, dtype=dtype,
             resident=resident, out=folder, state=state, on_open=on_open, on_record=on_record,
+            swarm=runner.swarm_options(),
         )  # fmt: skip
     for result in results:
         losses = [record["loss"] for record in result.records if "loss" in record]
