@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from slowllm.errors import BusyError, InputError, ProtocolError, forward_errors
+from slowllm.errors import BusyError, InputError, ProtocolError, SlowLLMError, forward_errors
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.span import SpanRunner
 from slowllm.runtime.streamed_lm import StreamedLM
@@ -146,7 +146,12 @@ class SpanServer:
                 "queue_seconds": began_at[0] - came_at, "compute_seconds": ended_at - began_at[0],
                 "began_at": began_at[0], "ended_at": ended_at,
             }  # fmt: skip
-            request.respond(said, tensors, dict.fromkeys(compressible(tensors), compression))
+            try:
+                request.respond(said, tensors, dict.fromkeys(compressible(tensors), compression))
+            except (
+                SlowLLMError
+            ) as refused:  # it is too large, or has numbers that the compression cannot hold
+                request.fail(refused)
 
         try:
             ride = self._lm.board(compute)
