@@ -6,6 +6,7 @@ Knows nothing of networks.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import threading
 from collections.abc import Callable, Coroutine
@@ -41,7 +42,9 @@ class LoopThread:
         with self._lock:
             if self._is_closing:
                 raise NetworkError(_CLOSED)
-            return asyncio.run_coroutine_threadsafe(self.until_closed(work), self._loop)
+            # A connection keeps the context in which it was opened, and the caller's holds caches and tensors.
+            submit = asyncio.run_coroutine_threadsafe
+            return contextvars.Context().run(submit, self.until_closed(work), self._loop)
 
     def call(self, work: Work[T], seconds: float) -> T:
         """Run a coroutine on the loop and wait for it, at most so long.

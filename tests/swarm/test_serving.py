@@ -10,6 +10,7 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -203,6 +204,20 @@ def test_tune_gives_the_losses_and_the_prompt_of_a_local_run(served: Served, tmp
         assert lm.generate(SENTENCES, max_new_tokens=3) == local.generate(SENTENCES, max_new_tokens=3)
 
 
+def test_likelihoods_for_lm_eval_are_those_of_a_local_model(served: Served) -> None:
+    requests = [
+        Instance("loglikelihood", {}, (text, " it is"), number) for number, text in enumerate(SENTENCES)
+    ]
+    ours = SlowLM(pretrained=str(served.ends), swarm=served.address, ram="3GiB")
+    theirs = SlowLM(pretrained=str(served.whole), dtype="fp32", ram="3GiB")
+    try:
+        assert ours.loglikelihood(requests) == theirs.loglikelihood(requests)
+    finally:
+        ours.close()
+        theirs.close()
+
+
+@pytest.mark.long
 def test_lm_eval_gets_the_figures_of_a_local_model(served: Served, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"question": q, "label": 1, "text": t} for q, t in zip(QUESTIONS, SENTENCES[:2], strict=True)]

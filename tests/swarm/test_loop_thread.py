@@ -1,0 +1,24 @@
+"""The thread of the network's loop keeps nothing of those who give it work."""
+
+from __future__ import annotations
+
+import contextvars
+
+from slowllm.swarm.loop_thread import LoopThread
+
+
+def test_work_does_not_see_the_context_of_who_gives_it() -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nothing")
+    variable.set("a cache")
+
+    async def seen() -> str:
+        return variable.get()
+
+    async def nothing() -> None:
+        return None
+
+    loop = LoopThread("test")
+    try:
+        assert loop.call(seen, 60) == "nothing"
+    finally:
+        loop.close(nothing)
