@@ -309,7 +309,7 @@ def tensors_of(prompt: slowllm.SoftPrompt) -> list[torch.Tensor]:
 
 @case
 def states_go_to_the_host_and_back() -> None:
-    class Killed(Exception):
+    class Killed(BaseException):
         pass
 
     lines = [Line(n, "", tuple(range(5 + n, 14 + 2 * n))) for n in range(3)]
