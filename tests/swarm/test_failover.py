@@ -22,7 +22,7 @@ from slowllm.modeling.cache_labels import LabelSource
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.remote_block import make_remote
 from slowllm.modeling.remote_spans import Hop, Kept, Remote
-from slowllm.modeling.soft_prompts import hook_inputs
+from slowllm.modeling.soft_prompts import SoftPrompt, hook_inputs
 from slowllm.modeling.span import SpanCall, SpanGrads, SpanRunner
 from slowllm.swarm.failover import Failover
 from tests.support.families import resident, save_tiny
@@ -236,6 +236,44 @@ def test_a_server_that_comes_back_in_time_is_asked_again(swarm: Swarm) -> None:
             assert torch.equal(swarm.lm.model(IDS).logits, swarm.plain(IDS).logits)
     finally:
         del swarm.servers.route
+
+
+def test_windows_are_rebuilt_with_what_has_left_them(tmp_path: Path) -> None:
+    save_tiny("gemma-3-sliding", tmp_path, num_hidden_layers=NUM_BLOCKS)
+    swarm = Swarm(tmp_path)
+    look_up = IDS[:1].repeat(1, 3)
+    with swarm.server, swarm.lm, torch.no_grad():
+        for ids, given in ((IDS, {"num_beams": 3}), (look_up, {"prompt_lookup_num_tokens": 3})):
+            swarm.reset(at_calls([2, 5], lost))
+            ours = swarm.lm.model.generate(ids, **given, **GREEDY)
+            assert torch.equal(ours, swarm.plain.generate(ids, **given, **GREEDY))
+            assert swarm.failover.num_rebuilt >= 1
+
+
+def test_prefixes_and_deep_vectors_are_rebuilt(swarm: Swarm) -> None:
+    generator = torch.Generator().manual_seed(3)
+    pairs = [torch.randn(2, 4, 5, 16, generator=generator) for _ in range(NUM_BLOCKS)]
+    vectors = [torch.randn(9, 64, generator=generator) for _ in range(NUM_BLOCKS + 1)]
+    prefix = SoftPrompt("prefix", pairs=tuple(pairs))
+    deep = SoftPrompt("deep", vectors[0], tuple(vectors[1:]))
+
+    def continued(lm: slowllm.StreamedLM) -> list[Tensor]:
+        found = []
+        with torch.no_grad():
+            cache = prefix.growing_cache(lm.config, 2, torch.float32)
+            for part in IDS.split(2, 1):
+                found.append(lm.model(part, past_key_values=cache).logits)
+            cache = DynamicCache(config=lm.config)
+            with deep.adding():
+                for part in IDS.split(2, 1):
+                    found.append(lm.model(part, past_key_values=cache).logits)
+        return found
+
+    swarm.reset(at_calls([2, 7], lost))
+    ours = continued(swarm.lm)
+    assert swarm.failover.num_rebuilt == 2
+    for our, their in zip(ours, continued(swarm.server), strict=True):
+        assert torch.equal(our, their)
 
 
 def test_a_wrong_input_is_not_tried_elsewhere(swarm: Swarm) -> None:
