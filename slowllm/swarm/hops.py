@@ -237,7 +237,7 @@ class Hops:
         return found
 
     def _add_times(self, peer: str, seconds: float, said: Mapping[str, Any]) -> None:
-        queue, compute = (float(said.get(name, 0.0)) for name in ("queue_seconds", "compute_seconds"))
+        queue, compute = (_seconds(said.get(name)) for name in ("queue_seconds", "compute_seconds"))
         with self._lock:
             times = self.times.setdefault(peer, PeerTimes(self._name(peer)))
             times.num_requests += 1
@@ -248,6 +248,11 @@ class Hops:
     def _name(self, peer: str) -> str:
         record = self._records.get(peer)
         return peer[-6:] if record is None else record.label
+
+
+def _seconds(value: object) -> float:
+    """Return a time that a server tells, 0 where it tells none."""
+    return float(value) if isinstance(value, int | float) and 0 <= value < float("inf") else 0.0
 
 
 def _as_own(error: RemoteError, name: str) -> SlowLLMError:
