@@ -69,13 +69,14 @@ def budget_bytes(ram: str | int) -> int:
     return limit.auto_bytes
 
 
-def budget_of(ram: str | int) -> Budget:
+def budget_of(ram: str | int, reserved_bytes: int = 0) -> Budget:
     """Return a budget of which this process has used what it holds now.
 
     Args:
         ram: a size, or ``auto``.
+        reserved_bytes: that it will hold beside its models.
     """
-    return Budget(budget_bytes(ram), psutil.Process().memory_info().rss)
+    return Budget(budget_bytes(ram), psutil.Process().memory_info().rss + reserved_bytes)
 
 
 def _cgroup_limits() -> Iterator[int]:

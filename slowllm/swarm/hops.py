@@ -21,7 +21,7 @@ from slowllm.errors import BusyError, InputError, NonFiniteError, RemoteError, S
 from slowllm.modeling.remote_spans import Hop, Kept
 from slowllm.modeling.span import SpanCall, SpanGrads
 from slowllm.swarm.records import ServerRecord
-from slowllm.swarm.routing import Wishes, fastest_route, format_route, spread
+from slowllm.swarm.routing import ServerHop, Wishes, fastest_route, format_route, other_weights, spread
 from slowllm.swarm.span_messages import (
     Meta,
     SpanRequest,
@@ -108,6 +108,7 @@ class Hops:
         self._num_calls = 0
         self._banned_until: dict[str, float] = {}
         self._last_route = ""
+        self._named: set[tuple[str, str]] = set()
         self.times: dict[str, PeerTimes] = {}
 
     def records(self) -> list[ServerRecord]:
@@ -156,7 +157,21 @@ class Hops:
         if said != self._last_route:
             log.info("route: %s", said)
             self._last_route = said
+        self._keep_to(chosen)
         return [Hop(hop.first, hop.end, hop.record.peer) for hop in chosen]
+
+    def _keep_to(self, route: Sequence[ServerHop]) -> None:
+        """Want from now on the weights that were chosen first, and name servers that have others, once each."""
+        with self._lock:
+            chosen = {
+                block: hop.record.hash_of(block) for hop in route for block in range(hop.first, hop.end)
+            }
+            self._wishes = replace(self._wishes, hashes={**chosen, **self._wishes.hashes})
+            others = other_weights(self._records.values(), 0, self._num_blocks, self._wishes)
+            new = others.items() - self._named
+            self._named |= new
+        for label, blocks in sorted(new):
+            log.warning("%s is not used for %s: its weights are others", label, blocks)
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
         """Compute a span at its server; see `remote_spans.Spans`.

@@ -178,9 +178,8 @@ class Server:
     def _open(self, info: ModelInfo, part: Part) -> StreamedLM:
         options = self.options
         # Requests that were read and wait, and one answer, are memory that the plan of the model does not know.
-        budget = budget_of(options.ram)
         limits = limits_of(info.config, options)
-        budget.take(limits.held_bytes + limits.message_bytes)
+        budget = budget_of(options.ram, limits.held_bytes + limits.message_bytes)
         opened = functools.partial(
             open_model,
             StreamedLM,

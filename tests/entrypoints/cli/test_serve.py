@@ -1,0 +1,272 @@
+"""`slowllm serve` and `--swarm` refuse what cannot be used, each in one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slowllm.errors import MissingBlocksError
+from slowllm.swarm.server import Server
+from tests.support.census import save_toy
+from tests.support.command_line import refused
+from tests.support.parted import OUTSIDE, parted, shard_of
+from tests.support.paths import TINY_BLOOM
+from tests.support.served import Served, save_model, texts
+from tests.support.serving import serving
+
+Refused = Callable[..., str]
+NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/QmbFTxrLH22v1EbhBqqeZSgDdQFCUVdXjQnrCvvGUVTJqn"
+LOCAL = ("--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--no-relay", "--ram", "3GiB")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[Server]:
+    """A server of some of the model's blocks, with little room."""
+    with serving(model, "0:4", cache_tokens=20, max_batch_tokens=30, backward=False, name="desk") as started:
+        yield started
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Refused:
+    """Run `slowllm serve`, which must refuse; return its sentence."""
+    return lambda *arguments: refused(["serve", *arguments], monkeypatch, capsys)
+
+
+@pytest.fixture
+def forward(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Refused:
+    """Run `slowllm forward` on two words, which must refuse; return its sentence."""
+    return lambda *arguments: refused(
+        ["forward", "--ram", "3GiB", "--text", "The value", *arguments], monkeypatch, capsys
+    )
+
+
+def test_blocks_outside_of_the_model_are_refused(serve: Refused, model: Path) -> None:
+    said = serve(model, "--blocks", "4:9", *LOCAL)
+    assert said == "slowllm: blocks 4 to 8: the model has 6 blocks, numbered from 0 to 5"
+    assert "'four' names no blocks; write 8:16" in serve(model, "--blocks", "four", *LOCAL)
+
+
+def test_an_unknown_compression_is_refused(serve: Refused, model: Path) -> None:
+    said = serve(model, "--blocks", "0:2", "--compression", "zip", *LOCAL)
+    assert said == "slowllm: the compression 'zip' is none of none, bfloat16, float16, int8"
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_the_smallest_that_does(serve: Refused, model: Path) -> None:
+    said = serve(model, "--blocks", "0:2", *LOCAL, "--ram", "64MiB")
+    assert "a budget of 64MiB is too small for this model: the smallest that would do is" in said
+    assert "tokens in the caches of sessions" in said
+
+
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [("gemma3n_text", "hand over more than hidden states"), ("deepseek_v4", "need token ids")],
+)
+def test_a_model_that_cannot_be_cut_is_refused_by_its_family(
+    architecture: str, why: str, serve: Refused, tmp_path: Path
+) -> None:
+    save_toy(architecture, tmp_path)
+    said = serve(tmp_path, "--blocks", "0:2", *LOCAL)
+    assert "cannot be cut between blocks" in said
+    assert why in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bloks = '0:2'", "'bloks' is no option of serve; there are announce-maddrs, attn-cache-tokens"),
+        ("model = 'x'", "'model' is no option of serve"),
+        ("ram = {a = 1}", "ram takes one value"),
+        ("ram = ", "cannot be read as TOML"),
+    ],
+)
+def test_a_config_file_with_what_serve_does_not_take_is_refused(
+    text: str, message: str, serve: Refused, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "serve.toml").write_text(text)
+    assert message in serve(model, "--blocks", "0:2", "--config", tmp_path / "serve.toml")
+
+
+def test_a_config_file_gives_options_and_the_command_line_wins(
+    serve: Refused, model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text("compression = 'zip'\nblocks = '1:2'\nhost-maddrs = ['nonsense']\n")
+    assert "'zip'" in serve(model, "--config", file)
+    assert "'zap'" in serve(model, "--config", file, "--compression", "zap")
+    assert "nonsense" in serve(model, "--config", file, "--compression", "none", "--ram", "3GiB")
+
+
+def test_an_identity_in_use_is_refused(serve: Refused, model: Path, tmp_path: Path) -> None:
+    with serving(model, "0:1", identity=tmp_path / "key"):
+        said = serve(model, "--blocks", "0:2", *LOCAL, "--identity", tmp_path / "key")
+    assert str(tmp_path / "key") in said
+    assert "another" in said
+
+
+def test_a_port_that_is_taken_is_refused(serve: Refused, model: Path, server: Server) -> None:
+    address = server.network.addresses[0].partition("/p2p/")[0]
+    said = serve(model, "--blocks", "0:2", "--no-relay", "--ram", "3GiB", "--host-maddrs", address)
+    assert address in said
+
+
+def test_nobody_at_an_address_is_named(forward: Refused, serve: Refused, model: Path) -> None:
+    for said in (
+        forward("--model", model, "--swarm", NOBODY),
+        serve(model, "--blocks", "0:2", *LOCAL, "--initial-peers", NOBODY),
+    ):
+        assert f"no initial peer can be joined: {NOBODY}: nobody answers there" in said
+
+
+def test_a_wrong_multiaddress_is_refused(forward: Refused, model: Path) -> None:
+    assert "127.0.0.1:3000" in forward("--model", model, "--swarm", "127.0.0.1:3000")
+
+
+def test_the_swarm_of_another_model_is_named(forward: Refused, server: Server) -> None:
+    address = server.network.addresses[0]
+    said = forward("--model", TINY_BLOOM, "--swarm", address)
+    assert f"in the swarm of {address}: it is the swarm of another model" in said
+
+
+def test_blocks_that_nobody_serves_are_named_with_the_servers(
+    forward: Refused, model: Path, server: Server
+) -> None:
+    said = forward("--model", model, "--swarm", server.network.addresses[0])
+    assert said == f"slowllm: nobody serves blocks 4:6 (desk ({server.network.peer[-6:]}) has 0:4)"
+
+
+@pytest.fixture(scope="module")
+def rest(model: Path, server: Server) -> Iterator[Server]:
+    """A server of the other blocks."""
+    with serving(model, "4:6", server.network.addresses[0], name="lamp") as started:
+        yield started
+
+
+def test_another_dtype_than_the_servers_is_refused(
+    forward: Refused, model: Path, server: Server, rest: Server
+) -> None:
+    said = forward("--model", model, "--swarm", server.network.addresses[0], "--dtype", "bf16")
+    assert (
+        f"nobody serves blocks 0:6 (desk ({server.network.peer[-6:]}) has 0:4 but computes in float32" in said
+    )
+    assert "not bfloat16" in said
+
+
+def test_a_line_longer_than_a_server_takes_is_refused(
+    forward: Refused, model: Path, server: Server, rest: Server
+) -> None:
+    said = forward("--model", model, "--swarm", server.network.addresses[0], "--text", "value " * 40)
+    assert "takes 30 tokens a request, not" in said
+
+
+def test_a_session_for_which_no_server_has_room_is_refused(
+    model: Path, server: Server, rest: Server, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    arguments = ["generate", "value " * 21, "--model", model, "--swarm", server.network.addresses[0]]
+    said = refused([*arguments, "--max-new-tokens", "3", "--ram", "3GiB"], monkeypatch, capsys)
+    assert "has room for 20 tokens, not" in said
+
+
+def test_gradients_that_no_server_computes_are_refused(
+    model: Path, server: Server, rest: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "The value is", "answer": " returned."}))
+    arguments = [
+        "tune",
+        tmp_path / "data.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--model",
+        model,
+        "--ram",
+        "3GiB",
+    ]
+    said = refused([*arguments, "--steps", "1", "--swarm", server.network.addresses[0]], monkeypatch, capsys)
+    assert "has 0:4 but computes no gradients" in said
+
+
+def test_a_client_without_the_ends_is_refused_by_the_missing_shard(
+    forward: Refused, model: Path, server: Server, rest: Server, tmp_path: Path
+) -> None:
+    folder = parted(model, tmp_path / "blocks", *(shard_of(block) for block in range(6)))
+    said = forward("--model", folder, "--swarm", server.network.addresses[0])
+    assert "outside.safetensors" in said
+    assert "which is not there; fetch this shard" in said
+
+
+def test_a_server_without_the_shard_of_a_block_is_refused(
+    serve: Refused, model: Path, tmp_path: Path
+) -> None:
+    folder = parted(model, tmp_path / "some", shard_of(0))
+    assert "block-1.safetensors" in serve(folder, "--blocks", "0:2", *LOCAL)
+
+
+def with_other_weights(model: Path, out: Path, block: int) -> Path:
+    """Copy a checkpoint, with other weights in one block."""
+    shutil.copytree(model, out)
+    tensors = load_file(out / shard_of(block))
+    save_file(
+        {name: tensor * 1.5 for name, tensor in tensors.items()}, out / shard_of(block), {"format": "pt"}
+    )
+    return out
+
+
+def test_a_server_with_other_weights_is_named_and_never_used(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = with_other_weights(model, tmp_path / "other", 4)
+    ids, _ = texts()
+    with (
+        serving(model, "0:4") as first,
+        serving(other, "3:6", first.network.addresses[0], name="odd") as odd,
+    ):
+        address = first.network.addresses[0]
+        # A client that has the weights knows which ones are meant.
+        known = Served(model, model, address, ())
+        with pytest.raises(
+            MissingBlocksError, match=r"nobody serves blocks 4:5 .*has other weights in blocks 4:5"
+        ):
+            known.load()
+        with serving(model, "4:6", address), known.load() as lm, known.load_local() as local, torch.no_grad():
+            named = f"odd ({odd.network.peer[-6:]}) is not used for blocks 4:5: its weights are others"
+            assert [record.message for record in caplog.records].count(named) == 1
+            for _ in range(4):
+                assert torch.equal(lm.model(ids).logits, local.model(ids).logits)
+
+
+def test_a_client_keeps_to_the_weights_that_it_found_first(model: Path, tmp_path: Path) -> None:
+    other = with_other_weights(model, tmp_path / "other", 4)
+    ends = parted(model, tmp_path / "ends", OUTSIDE)
+    ids, _ = texts()
+    with serving(model, "0:6") as first:
+        address = first.network.addresses[0]
+        with (
+            Served(model, ends, address, ()).load() as lm,
+            serving(other, "0:6", address, name="odd"),
+            serving(other, "0:6", address, name="strange"),
+            torch.no_grad(),
+        ):
+            before = lm.model(ids).logits
+            lm.swarm._found_at = float("-inf")  # the others are found
+            for _ in range(4):
+                assert torch.equal(lm.model(ids).logits, before)
+            assert {record.name for record in lm.swarm.records()} == {"", "odd", "strange"}
+
+
+def test_a_dry_run_does_not_plan_what_others_do(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert "leave one of them out" in refused(
+        ["forward", "--model", model, "--dry-run", "--swarm", NOBODY, "--text", "x"], monkeypatch, capsys
+    )
