@@ -206,11 +206,15 @@ class StreamedLM:
     def fingerprint(self, *, of_source: bool = False) -> str:
         """Return a hash of the checkpoint: its config, every span, and samples of every shard.
 
+        Where other machines hold blocks whose shards are not here, their hashes are a part of it.
+
         Args:
             of_source: hash the checkpoint that a store was made from. An exact store has its source's hash anyway.
         """
         # The compute dtype and the folder are no part of the checkpoint.
         config = {**self.config.to_dict(), "dtype": None, "_name_or_path": None}
+        if self.swarm is not None and self._checkpoint.absent:
+            config["hashes of blocks"] = sorted(self.swarm.hashes().items())
         return self._checkpoint.fingerprint(
             json.dumps(config, sort_keys=True, default=str), of_source=of_source
         )

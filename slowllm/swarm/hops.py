@@ -120,6 +120,11 @@ class Hops:
         with self._lock:
             return list(self._records.values())
 
+    def hashes(self) -> dict[int, str]:
+        """Return the identities of the blocks that this client keeps to, by their numbers."""
+        with self._lock:
+            return dict(self._wishes.hashes)
+
     def latencies(self) -> dict[str, float]:
         """Return the seconds that a request has spent on the way, on the average, by the peer's id."""
         with self._lock:

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 import slowllm
 from slowllm.entrypoints.api import LM
 from slowllm.entrypoints.lm_eval_model import SlowLM
+from slowllm.errors import InputError
 from slowllm.inference import speculative
 from slowllm.inference.generation_types import Settings, encode_prompt
 from slowllm.inference.speculative_loop import Acceptance
@@ -135,7 +136,9 @@ def test_gradients_of_inputs_deep_vectors_and_prefixes_are_those_of_a_local_mode
         same(work, lm.model, local.model)
 
 
-@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+@pytest.mark.parametrize(
+    "kind", ["PrefixTuningConfig", pytest.param("PromptTuningConfig", marks=pytest.mark.long)]
+)
 def test_peft_tunes_a_prompt_and_a_prefix_and_generates_with_them(kind: str, served: Served) -> None:
     peft = pytest.importorskip("peft")
     ids, mask = texts()
@@ -155,6 +158,7 @@ def test_peft_tunes_a_prompt_and_a_prefix_and_generates_with_them(kind: str, ser
         same(tuned, ours.model, theirs.model)
 
 
+@pytest.mark.long
 def test_trainer_takes_the_steps_that_it_takes_on_a_local_model(served: Served, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     pytest.importorskip("accelerate")
@@ -215,6 +219,11 @@ def test_likelihoods_for_lm_eval_are_those_of_a_local_model(served: Served) -> N
     finally:
         ours.close()
         theirs.close()
+
+
+def test_a_loaded_model_for_lm_eval_has_its_own_swarm(lm: LM, served: Served) -> None:
+    with pytest.raises(InputError, match="a loaded model has its own swarm; give it to load"):
+        SlowLM(pretrained=lm, swarm=served.address)
 
 
 @pytest.mark.long

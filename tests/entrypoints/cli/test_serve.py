@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slowllm.errors import MissingBlocksError
+from slowllm.swarm.client import SwarmOptions
+from slowllm.swarm.routing import Wishes
 from slowllm.swarm.server import Server
 from tests.support.census import save_toy
 from tests.support.command_line import refused
@@ -71,7 +73,10 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_smallest_that_does(serve: 
 
 @pytest.mark.parametrize(
     ("architecture", "why"),
-    [("gemma3n_text", "hand over more than hidden states"), ("deepseek_v4", "need token ids")],
+    [
+        pytest.param("gemma3n_text", "hand over more than hidden states", marks=pytest.mark.long),
+        ("deepseek_v4", "need token ids"),
+    ],
 )
 def test_a_model_that_cannot_be_cut_is_refused_by_its_family(
     architecture: str, why: str, serve: Refused, tmp_path: Path
@@ -262,6 +267,11 @@ def test_a_client_keeps_to_the_weights_that_it_found_first(model: Path, tmp_path
             for _ in range(4):
                 assert torch.equal(lm.model(ids).logits, before)
             assert {record.name for record in lm.swarm.records()} == {"", "odd", "strange"}
+            # So a state folder of a job in one swarm is not gone on with in another.
+            wishes = Wishes(blocked={first.network.peer})
+            with Served(model, ends, address, ()).load(swarm=SwarmOptions((address,), wishes)) as astray:
+                assert astray.fingerprint() != lm.fingerprint()
+                assert not torch.equal(astray.model(ids).logits, before)
 
 
 def test_a_dry_run_does_not_plan_what_others_do(
