@@ -276,7 +276,7 @@ class StreamedLM:
     def watching(self, watcher: Callable[[Passage], None]) -> Iterator[None]:
         """Call `watcher` after every stop that the carousel serves, as long as the context lasts.
 
-        It is called on the carousel's thread, so it must neither raise nor call the model. The last stop of a ride may
+        It is called on the thread that computed there, so it must neither raise nor call the model. The last stop of a ride may
         be reported after `ride` has returned. Several watchers may be at work at once.
         """
         self._watchers.append(watcher)

@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from slowllm.errors import CheckpointError
 from slowllm.files import read_description
 from slowllm.storage.shard import open_shard, read_header, refuse_short
-from slowllm.storage.spans import ALIGNMENT, Placement, Span
+from slowllm.storage.spans import ALIGNMENT, Placement, Run, Span
 
 # Samples that identify a shard: the weights of two fine-tunings of one model differ everywhere.
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -155,10 +155,14 @@ class Checkpoint:
         Raises:
             CheckpointError: one was truncated.
         """
-        for run in placement.runs:
+        self.check_runs(placement.runs)
+
+    def check_runs(self, runs: Iterable[Run]) -> None:
+        """Check that the mapped shards of some runs still reach to their ends; see `check_length`."""
+        for run in runs:
             whole = self._maps.get(run.span.path)
             # The size of the mapped file itself, even if another file has its name now.
-            if whole is not None and (size := whole.size()) < run.span.offset + run.source + run.num_bytes:
+            if whole is not None and (size := whole.size()) < run.end:
                 refuse_short(run.span, size)
 
     def _map(self, span: Span) -> mmap.mmap:

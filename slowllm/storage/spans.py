@@ -116,6 +116,11 @@ class Run:
     target: int
     num_bytes: int
 
+    @property
+    def end(self) -> int:
+        """The byte of the file after the last."""
+        return self.span.offset + self.source + self.num_bytes
+
 
 @dataclass(frozen=True)
 class Placement:

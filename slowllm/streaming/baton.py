@@ -10,8 +10,8 @@ import copy
 import time
 from collections.abc import Iterable
 
-from slowllm.streaming.riders import Rider, Turn
-from slowllm.streaming.rng_state import RandomState, SharedGenerators
+from slowllm.streaming.riders import Party, Rider, Turn
+from slowllm.streaming.rng_state import RandomState, SharedGenerators, at_state, fork
 
 
 class Baton:
@@ -62,11 +62,40 @@ class Baton:
                 turn.done.set()
         self._notify_dismissed()
 
+    @property
+    def has_dismissed(self) -> bool:
+        """Whether riders that were dismissed wait to raise their errors."""
+        return bool(self._dismissed)
+
     def _notify_dismissed(self) -> None:
         if self._dismissed and self.holder is None:
             turn = self._dismissed.pop(0)
             self.hand(turn.rider)
             turn.done.set()
+
+    def seed(self, party: Party, other: Party | None) -> None:
+        """Give a `ride` or `stream` its caller's state, and what its riders are seeded from.
+
+        During an `other` ride the generator has the state of some rider, which would draw the same numbers.
+        """
+        if other is not None:
+            source, party.random_state = self._generators.forked(other.seeds)
+        else:
+            party.random_state = self.outer_state()
+            source = at_state(party.random_state)
+        party.seeds = fork(source)
+
+    def seeded(self, seed: int) -> RandomState:
+        """Return the state after `torch.manual_seed(seed)`."""
+        return self._generators.seeded(seed)
+
+    def first_state(self, party: Party) -> RandomState | None:
+        """Return the state in which the next rider of a party begins; None if it has none of its own."""
+        if party.ride is not None:
+            return party.own_state
+        if party.num_boarded == 0 and not party.is_stream:
+            return party.random_state
+        return self._generators.forked(party.seeds)[1]
 
     def outer_state(self) -> RandomState:
         """Return the generators' state as it is without the boarded job that runs, if one does."""

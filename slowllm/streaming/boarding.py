@@ -14,10 +14,11 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from slowllm.errors import RideError
+from slowllm.streaming.alone import Alone
 from slowllm.streaming.baton import Baton, twin
 from slowllm.streaming.ride import SIGNAL_SECONDS, Ride
 from slowllm.streaming.riders import Course, Party, Rider, RiderJob, ThreadState, Turn, Visit
-from slowllm.streaming.rng_state import RandomState, SharedGenerators, at_state, fork, past_seeds
+from slowllm.streaming.rng_state import SharedGenerators, past_seeds
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ class Boarding:
         parties: those that have not ended.
         baton: who runs.
         over: why the carousel has ended, if it has.
+        alone: which thread computes at a stop by itself, while the carousel waits.
     """
 
     def __init__(self, generators: SharedGenerators) -> None:
@@ -46,7 +48,7 @@ class Boarding:
         self.parties: list[Party] = []
         self.baton = Baton(generators)
         self.over: RideError | None = None
-        self._generators = generators
+        self.alone, self._is_serving = Alone(self.changed), False
         self._last_order = self._last_party = 0
         # Of jobs that were boarded alone, and so are joined by no caller; each leaves when its callbacks are done.
         self._threads: dict[threading.Thread, Rider] = {}
@@ -68,6 +70,27 @@ class Boarding:
                 if visit in self.waiting:
                     self.waiting.remove(visit)
             raise
+
+    def claim(self, rider: Rider | None) -> bool:
+        """Let this thread compute by itself until it calls `release`, if nobody else has anything to do.
+
+        Raises:
+            RideError: the carousel or the ride has ended.
+        """
+        with self.changed:
+            self._refuse_if_over(rider)
+            is_free = self.alone.thread is None and not self._is_serving and self.baton.holder is rider
+            if not is_free or self.waiting or self.returning or self.baton.has_dismissed:
+                return False
+            if any(party.has_seat or not (party.drawn or party.exhausted) for party in self.parties):
+                return False
+            self.alone.take()
+            return True
+
+    def release(self) -> None:
+        """Let the carousel go on, if this thread has computed by itself."""
+        if self.alone.give_back():
+            self.baton.runs_since = time.monotonic()
 
     def away(self, rider: Rider, work: Callable[[], T]) -> T:
         """Do a rider's work without the baton, and wait for it again; raise if the carousel or the ride has ended."""
@@ -101,19 +124,13 @@ class Boarding:
         """Let the riders of a party board from now on; raise if the carousel has ended."""
         with self.changed:
             self._refuse_if_over(None)
-            # During another ride the generator has the state of some rider, which would draw the same numbers.
-            if (other := self._first_drawing()) is not None:
-                source, party.random_state = self._generators.forked(other.seeds)
-            else:
-                party.random_state = self.baton.outer_state()
-                source = at_state(party.random_state)
-            party.seeds = fork(source)
+            self.baton.seed(party, self._first_drawing())
             self._add(party)
 
     def board(self, job: RiderJob, seed: int | None, refuse_to_wait: Callable[[], None]) -> Ride[Any]:
         """Let one job board as soon as the running rider waits; raise if the carousel has ended."""
         ride: Ride[Any] = Ride(refuse_to_wait)
-        party = Party.of_one(job, ride, None if seed is None else self._generators.seeded(seed))
+        party = Party.of_one(job, ride, None if seed is None else self.baton.seeded(seed))
         ride.on_cancel = functools.partial(self._cancel_one, party)
         with self.changed:
             self._refuse_if_over(None)
@@ -221,6 +238,9 @@ class Boarding:
         # board again and again, or are away again and again, must not keep the carousel from its visits.
         newest, returned = self._last_party, set[Rider]()
         while self.over is None:
+            if self.alone.thread is not None:
+                self.alone.wait()
+                continue
             self._end_parties()
             patience = None
             if self.baton.holder is None:
@@ -246,11 +266,13 @@ class Boarding:
         """Take a visit from those that wait, to be served; called with the lock held."""
         self.waiting.remove(visit)
         self.baton.hand(visit.rider)
+        self._is_serving = True
 
     def finish(self, visit: Visit) -> None:
         """Let the thread of a visit that was served go on."""
         if visit.rider is not None:
             self.baton.runs_since = time.monotonic()
+        self._is_serving = False
         visit.done.set()
 
     def dismiss_at(self, stop: int, error: BaseException) -> None:
@@ -278,7 +300,7 @@ class Boarding:
         party = next((party for party in self.parties if not party.drawn and not party.exhausted), None)
         if party is None:
             return False
-        self._generators.set(party.random_state)
+        self.baton.set_outer_state(party.random_state)
         # Without the lock: it is the caller's code, and may take its time.
         self.changed.release()
         try:
@@ -297,15 +319,8 @@ class Boarding:
         party = next((party for party in self.parties if party.number <= newest and party.has_seat), None)
         if party is None:
             return False
-        random_state: RandomState | None
-        if party.ride is not None:
-            random_state = party.own_state
-        elif party.num_boarded == 0 and not party.is_stream:
-            random_state = party.random_state
-        else:
-            random_state = self._generators.forked(party.seeds)[1]
         self._last_order += 1
-        rider = Rider(party, self._last_order, party.drawn.pop(), random_state)
+        rider = Rider(party, self._last_order, party.drawn.pop(), self.baton.first_state(party))
         party.num_boarded += 1
         party.active.add(rider)
         self.baton.hand(rider)

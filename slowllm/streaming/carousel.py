@@ -4,7 +4,8 @@ Knows stops, riders and directions; knows nothing of text, of transformers or of
 is a callable in a thread of its own, and only one rider runs at a time: the one that holds the baton. When every
 rider waits at a stop, the carousel moves to the next stop that a visit waits for, and serves the riders there one
 after the other in their order. The heavy computing is done here, on the carousel's one thread, so that forty riders
-do not bring forty teams of OpenMP threads.
+do not bring forty teams of OpenMP threads. A thread computes by itself only where nobody else rides or waits and the
+weights are in memory to stay, because then a change of threads at each stop would be most of what a small block costs.
 
 Threads that are not riders may visit stops too (a plain call of the model): they are guests. A guest is served
 like a rider, but holds no baton, so nobody waits for it between its visits.
@@ -15,11 +16,13 @@ ride it belongs to the riders. Other global state (Python's `random`, numpy's ge
 
 from __future__ import annotations
 
+import contextvars
 import math
 import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from slowllm.errors import RideError
@@ -28,7 +31,7 @@ from slowllm.streaming.hints import expected_stops
 from slowllm.streaming.ride import Ride
 from slowllm.streaming.riders import Course, Party, Rider, RiderJob, Visit
 from slowllm.streaming.rng_state import SharedGenerators
-from slowllm.streaming.stops import Direction, Passage, Stops, Totals, Weights
+from slowllm.streaming.stops import Direction, HeldStops, Passage, Stops, Totals, Weights
 
 T = TypeVar("T")
 JobT = TypeVar("JobT", bound=RiderJob)
@@ -39,7 +42,7 @@ class Carousel:
 
     Args:
         stops: where weights come from.
-        on_passage: called after each stop, on the carousel's thread; must not raise and not visit.
+        on_passage: called after each stop, on the thread that computed there; must not raise and not visit.
         generators: from which riders draw random numbers.
     """
 
@@ -51,6 +54,7 @@ class Carousel:
     ) -> None:
         self.totals = Totals()
         self._stops, self._on_passage = stops, on_passage
+        self._held_stops = stops if isinstance(stops, HeldStops) else None
         self._boarding = Boarding(generators or SharedGenerators())
         self._course, self._detour = Course(), Course()
         self._process = os.getpid()
@@ -60,7 +64,7 @@ class Carousel:
     def visit(
         self, stop: int, direction: Direction, work: Callable[[Weights], T], *, comes_back: bool = False
     ) -> T:
-        """Wait for a stop and do `work` with its weights, on the carousel's thread.
+        """Wait for a stop and do `work` with its weights, on the carousel's thread or, for one alone, on this one.
 
         The work sees this thread's grad mode, inference mode, autocast and context variables. It must not keep
         the weights: they are overwritten once every visitor has passed.
@@ -76,13 +80,21 @@ class Carousel:
             BaseException: whatever `work` raised, or what kept the weights from coming.
         """
         self.refuse_if_forked()
-        if threading.current_thread() is self._thread:
+        if self._computes():
             raise RideError("the model was called inside a block, a watcher or the iterable of jobs")
         local = self._boarding.local
         if local.rider is not None and local.rider.is_away:
             raise RideError("the model was called inside the work of away(), where a rider may not run")
         local.comes_round = local.comes_round or (direction == "up" and stop <= local.last_stop)
         local.last_stop = stop
+        # Only threads that have swept once: each that computes has a team of OpenMP threads of its own, and whoever passes
+        # once would make one for little. A backward pass within a backward pass stays on the carousel's thread.
+        if local.comes_round and direction == "up" and (weights := self._held(stop)) is not None:
+            try:
+                if self._boarding.claim(local.rider):
+                    return self._compute_alone(stop, work, weights)
+            finally:
+                self._boarding.release()
         visit = Visit(stop, direction, work, local.rider)
         visit.comes_back, visit.comes_round = comes_back, local.comes_round
         self._boarding.wait(visit)
@@ -108,7 +120,7 @@ class Carousel:
             BaseException: whatever `work` raised, when the rider runs again.
         """
         self.refuse_if_forked()
-        if threading.current_thread() is self._thread:
+        if self._computes():
             raise RideError("away() was called inside a block, a watcher or the iterable of jobs")
         rider = self._boarding.local.rider
         if rider is None or rider.is_away:
@@ -166,7 +178,7 @@ class Carousel:
     def _refuse_to_wait(self) -> None:
         self.refuse_if_forked()
         rider = self._boarding.local.rider
-        if threading.current_thread() is self._thread or (rider is not None and not rider.is_away):
+        if self._computes() or (rider is not None and not rider.is_away):
             raise RideError(
                 "result() was called inside a rider; wait in Carousel.away(), or let it call back"
             )
@@ -202,7 +214,33 @@ class Carousel:
             failed.clear()
 
     def _is_ours(self) -> bool:
-        return self._boarding.local.rider is not None or threading.current_thread() is self._thread
+        return self._boarding.local.rider is not None or self._computes()
+
+    def _computes(self) -> bool:
+        """Whether this thread is at a stop: the carousel's own, or one that computes by itself."""
+        return self._boarding.local.is_computing or threading.current_thread() is self._thread
+
+    def _held(self, stop: int) -> Weights | None:
+        """Return the weights of a stop that nobody has to bring, None of another one."""
+        return None if self._held_stops is None else self._held_stops.held_weights(stop)
+
+    def _compute_alone(self, stop: int, work: Callable[[Weights], T], weights: Weights) -> T:
+        """Do a visit's work on the visitor's thread, where nobody else waits and nothing has to be brought."""
+        local, started = self._boarding.local, time.perf_counter()
+        local.is_computing = True
+        try:
+            # A copy, as on the carousel's thread: what the work sets in it stays there.
+            return contextvars.copy_context().run(work, weights)
+        finally:
+            seconds = time.perf_counter() - started
+            self.totals.num_passages += 1
+            self.totals.num_passed += 1
+            self.totals.compute_seconds += seconds
+            try:
+                if self._on_passage is not None:
+                    self._on_passage(Passage(stop, "up", 1, 0.0, seconds))
+            finally:
+                local.is_computing = False
 
     def _is_forked(self) -> bool:
         return os.getpid() != self._process
@@ -226,8 +264,9 @@ class Carousel:
         if self._is_forked():
             return
         self._boarding.end(RideError("the model was closed"))
-        if threading.current_thread() is not self._thread:
+        if not self._computes():
             self._thread.join()
+            self._boarding.alone.wait_until_over()
         if not self._is_ours():
             self._boarding.join()
 
@@ -261,7 +300,8 @@ class Carousel:
         started = time.perf_counter()
         compute_seconds, num_passed, wait_seconds = 0.0, 0, None
         try:
-            with self._stops.visit(stop, upcoming) as weights:
+            held = self._held(stop)
+            with self._stops.visit(stop, upcoming) if held is None else nullcontext(held) as weights:
                 wait_seconds = time.perf_counter() - started
                 self.totals.num_passages += 1
                 self.totals.wait_seconds += wait_seconds

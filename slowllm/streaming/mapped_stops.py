@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from slowllm.storage.checkpoint import Checkpoint
-from slowllm.storage.spans import Placement
+from slowllm.storage.spans import Placement, Run
 from slowllm.streaming.buffers import PAGE
 from slowllm.streaming.reader import Reader
 from slowllm.streaming.stops import Weights
@@ -24,13 +24,18 @@ class MappedStops:
 
     def __init__(self, checkpoint: Checkpoint, stops: Sequence[Sequence[Placement]]) -> None:
         self.num_stops = len(stops)
-        self._checkpoint, self._stops = checkpoint, stops
+        self._checkpoint = checkpoint
         self._mapped: list[dict[str, Tensor]] = []
         rest: list[list[Placement]] = []
+        # Of each stop, the run that reaches furthest in each file: where its bytes are, so are the others'.
+        self._furthest: list[list[Run]] = []
         for stop in stops:
             tensors = {p.name: checkpoint.mapped(p) for p in stop}
             self._mapped.append({name: tensor for name, tensor in tensors.items() if tensor is not None})
             rest.append([p for p in stop if tensors[p.name] is None])
+            runs = sorted((run for p in stop for run in p.runs), key=lambda run: run.end)
+            self._furthest.append(list({run.span.path: run for run in runs}.values()))
+        self._has_rest = [bool(placements) for placements in rest]
         resident = frozenset(range(len(stops)))
         self._rest = Reader(rest, ring_bytes=PAGE, resident=resident, num_threads=4 if any(rest) else 1)
         self.stats = self._rest.stats
@@ -40,9 +45,20 @@ class MappedStops:
         """Hold a stop; see `Reader.visit`."""
         mapped = self._mapped  # before the rest is asked, which refuses once they are let go
         with self._rest.visit(stop, upcoming) as rest:
-            for placement in self._stops[stop]:
-                self._checkpoint.check_length(placement)
+            self._checkpoint.check_runs(self._furthest[stop])
             yield {**mapped[stop], **rest}
+
+    def held_weights(self, stop: int) -> Weights | None:
+        """Return the maps of a stop that is all in maps; None for another one, and after `close`.
+
+        Raises:
+            CheckpointError: a shard was cut short.
+        """
+        mapped = self._mapped
+        if not mapped or self._has_rest[stop]:
+            return None
+        self._checkpoint.check_runs(self._furthest[stop])
+        return mapped[stop]
 
     def close(self) -> None:
         """Let go of the maps."""

@@ -51,6 +51,7 @@ class ThreadState(threading.local):
 
     rider: Rider | None = None
     last_stop, comes_round = -1, False
+    is_computing = False  # at a stop, by itself
 
 
 class Turn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -20,6 +20,14 @@ class Stops(Protocol):
 
     def visit(self, stop: int, upcoming: Sequence[int] = ()) -> AbstractContextManager[Weights]:
         """Hold the weights of a stop for the length of the context; `upcoming` are the stops expected next."""
+
+
+@runtime_checkable
+class HeldStops(Stops, Protocol):
+    """Stops that stay where they are, so that the weights of several may be used at once and by any thread."""
+
+    def held_weights(self, stop: int) -> Weights | None:
+        """Return the weights of a stop, which stay valid until the stops are closed; None where `visit` must bring them."""
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ import torch
 
 def current_autocasts() -> list[Callable[..., torch.autocast]]:
     """Return what makes contexts with this thread's autocast settings, for the CPU and for GPUs if in use."""
+    return [functools.partial(torch.autocast, *settings) for settings in _autocast_settings()]
+
+
+def _autocast_settings() -> list[tuple[str, torch.dtype, bool]]:
     kinds = ["cpu", "cuda"] if torch.cuda.is_initialized() else ["cpu"]
-    return [
-        functools.partial(
-            torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        )
-        for kind in kinds
-    ]
+    return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
 
 
 def with_this_context() -> Callable[..., Any]:
@@ -29,7 +28,7 @@ def with_this_context() -> Callable[..., Any]:
     callers share: a block that is computed again within a backward pass would deadlock there, waiting for itself.
     """
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocasts, cache_enabled = current_autocasts(), torch.is_autocast_cache_enabled()
+    autocasts, cache_enabled = _autocast_settings(), torch.is_autocast_cache_enabled()
     context, num_threads = contextvars.copy_context(), torch.get_num_threads()
 
     def run(work: Callable[..., Any], *args: Any) -> Any:
@@ -37,10 +36,15 @@ def with_this_context() -> Callable[..., Any]:
         if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for autocast in autocasts:
-                stack.enter_context(autocast(cache_enabled=cache_enabled))
+            # Only what differs: entering everything takes as long as a small block.
+            if torch.is_inference_mode_enabled() != inference:
+                stack.enter_context(torch.inference_mode(inference))
+            if torch.is_grad_enabled() != grad:
+                stack.enter_context(torch.set_grad_enabled(grad))
+            for kind, dtype, is_enabled in autocasts:
+                here = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+                if is_enabled or here != (dtype, is_enabled) or not cache_enabled:
+                    stack.enter_context(torch.autocast(kind, dtype, is_enabled, cache_enabled))
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             # A copy: all riders of a party start from one context, and none may see what another sets.
             return context.copy().run(work, *args)

@@ -27,6 +27,7 @@ from benchmarks import (
     sides,
     tuning_sides,
     tuning_step,
+    visit_cost,
 )
 from tests.support.processes import Processes
 
@@ -102,7 +103,31 @@ def test_forward_pass_runs_its_sides_as_processes(
     assert report["read_bytes"] >= report["weight_bytes"], "every stop comes from the disk once"
 
 
-@pytest.mark.parametrize("module", ["forward_pass", "generation", "scoring", "tuning_step"])
+def test_visit_cost_compares_equal_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = [
+        "--blocks",
+        "2",
+        "--width",
+        "64",
+        "--heads",
+        "4",
+        "--vocab",
+        "64",
+        "--tokens",
+        "3",
+        "--rounds",
+        "1",
+    ]
+    visit_cost.main(tiny)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["verified"] is True
+    assert report["stops"] >= 3
+    for side in ("guest", "rider", "together"):
+        assert report[f"{side}_token_ms"] > 0
+        assert report[f"{side}_speed"] == pytest.approx(report["plain_token_ms"] / report[f"{side}_token_ms"])
+
+
+@pytest.mark.parametrize("module", ["forward_pass", "generation", "scoring", "tuning_step", "visit_cost"])
 def test_benchmarks_are_programs(module: str, processes: Processes) -> None:
     done = processes.run("-m", f"benchmarks.{module}", "--help")
     assert (done.returncode, done.stderr) == (0, "")

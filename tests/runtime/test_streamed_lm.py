@@ -76,6 +76,29 @@ def test_it_works_without_ride(tiny_bloom: StreamedLM, plain: Any) -> None:
     assert torch.equal(*gradients)
 
 
+def test_a_model_in_memory_decodes_with_the_resident_models_bits(plain: Any) -> None:
+    prompts = [some_ids(1, n) for n in (4, 7)]
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    wanted = [plain.generate(ids, **options) for ids in prompts]
+    with slowllm.load(TINY_BLOOM, dtype="fp32") as lm:
+        assert not lm.plan.ring_bytes
+
+        def job(ids: Tensor) -> Any:
+            return lm.model.generate(ids, **options)
+
+        found = [job(ids) for ids in prompts]  # alone, on this thread
+        found += [lm.ride([lambda ids=ids: job(ids)])[0] for ids in prompts]
+        found += lm.ride([lambda ids=ids: job(ids) for ids in prompts])
+        for one, other in zip(found, wanted * 3, strict=True):
+            assert torch.equal(one.sequences, other.sequences)
+            assert all(torch.equal(a, b) for a, b in zip(one.logits, other.logits, strict=True))
+
+
 def test_boarded_calls_have_the_resident_models_bits_and_share_a_sweep(
     tiny_bloom: StreamedLM, plain: Any
 ) -> None:

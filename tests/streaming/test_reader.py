@@ -957,6 +957,8 @@ def test_a_shard_cut_short_under_its_map_is_refused_before_it_kills_the_process(
         )
         with pytest.raises(CheckpointError, match=words), source.visit(1, (0, 2)):
             pass
+        with pytest.raises(CheckpointError, match=words):
+            source.held_weights(1)
         for stop in (0, 2):
             with source.visit(stop) as weights:
                 check(weights, stops[stop])
@@ -1132,6 +1134,10 @@ def test_only_what_no_map_can_hold_is_read(files: list[Path]) -> None:
                 check(weights, stops[stop])
                 for name, tensor in weights.items():
                     assert places.setdefault(name, tensor.data_ptr()) == tensor.data_ptr()
+        assert source.held_weights(1) is source.held_weights(2) is None, "a reader holds what was read"
+        held = source.held_weights(0)
+        assert held is not None
+        check(held, stops[0])
         assert source.stats.read_bytes == cost_of((odd,)) + cost_of((fused,))
 
 
@@ -1144,6 +1150,7 @@ def test_mapped_stops_end_as_readers_do(files: list[Path]) -> None:
     for stop in range(6):
         with pytest.raises(RideError, match="the model was closed"), source.visit(stop):
             pass
+        assert source.held_weights(stop) is None
     checkpoint.close()
     check(weights, stops[1])  # what was handed out keeps its map
     del weights, source, checkpoint
