@@ -24,8 +24,8 @@ def check_finite(name: str, values: Tensor, *, infinity_is_legal: bool = False) 
     Raises:
         NonFiniteError: names the first bad position.
     """
-    # Each NaN and each infinity makes the sum NaN or infinite; so may numbers that are merely large. A sum costs a tenth of
-    # what looking at every number does.
+    # Each NaN and each infinity makes the sum NaN or infinite; so may numbers that are merely large. A sum makes
+    # no copies.
     accumulates = torch.float32 if values.dtype == torch.float16 else None
     if math.isfinite(values.detach().sum(dtype=accumulates).item()):
         return

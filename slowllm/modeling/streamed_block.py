@@ -65,7 +65,7 @@ class _Streamed(nn.Module):
                     f"{self._name} was changed after loading: adapters inside streamed blocks (LoRA and "
                     "its like) are not supported; use prompt tuning or prefix tuning"
                 )
-        # What `torch.func.functional_call` does, at a tenth of its cost, which for a few rows is that of the products.
+        # What `torch.func.functional_call` does, which costs half as much as a small block itself.
         absent = [parameters[name] for parameters, name, _ in self._places]
         try:
             for parameters, name, key in self._places:
