@@ -26,7 +26,7 @@ from tests.support.paths import TINY_BLOOM
 
 BOMBS = {
     "a constant of 10 GB": ("{{ 'a' * 10**10 }}", "memory"),
-    "a text that grows": ("{% set ns = namespace(t='ab') %}{% for i in range(99) %}{% set ns.t = ns.t + ns.t %}{% endfor %}", "memory"),
+    "a text that grows": ("{% set ns = namespace(t='ab') %}{% for i in range(99) %}{% set ns.t = ns.t + ns.t %}{% endfor %}", "memory|longer"),
     "a wide format": ("{{ '%0999999999d' % 5 }}", "memory"),
     "a wide centre": ("{{ 'a' | center(9999999999) }}", "memory"),
     "nested loops": (
