@@ -25,20 +25,14 @@ from tests.support.families import FAMILIES, resident, save_tiny
 from tests.support.local_swarm import LocalSwarm
 
 # Of every manner: ALiBi, rotary tables, learnt positions, windows, experts, tuples returned, an embedding of another width.
-QUICK = ["bloom", "falcon-multi-query", "gemma-3-sliding", "gpt2", "llama-2", "mixtral", "opt"]
+QUICK = {
+    "float32": ["bloom", "falcon-multi-query", "gemma-3-sliding", "gpt2", "llama-2", "mixtral", "opt"],
+    "bfloat16": ["bloom", "llama-2"],
+}
 # Their caches are recurrent states, which stay where they are.
 RECURRENT = {"mamba", "qwen3-next-hybrid", "rwkv"}
 # Its outer model makes masks for images, too, and hands them to the text model.
 MASKED_OUTSIDE = "gemma-3-with-a-tower"
-cases = pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.long)
-        for name in FAMILIES
-        if name != MASKED_OUTSIDE
-    ],
-)
-
 CENSUS = rows(TABLE.read_text())
 GREEDY = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
 
@@ -115,8 +109,15 @@ def check_generation(case: Case) -> None:
         case.same(lambda model: [model.generate(look_up, prompt_lookup_num_tokens=3, **GREEDY)])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@cases
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=() if name in QUICK[dtype] else pytest.mark.long)
+        for name in FAMILIES
+        if name != MASKED_OUTSIDE
+        for dtype in ("float32", "bfloat16")
+    ],
+)
 def test_every_family_computes_the_bits_of_plain_transformers(name: str, dtype: str, tmp_path: Path) -> None:
     case = Case(tmp_path, name, dtype)
     with case.swarm, case.local:
