@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from slowllm.errors import ProtocolError
+from slowllm.errors import ProtocolError, UnsupportedError
 from slowllm.modeling.cache_labels import Move
 from slowllm.modeling.span import SpanCall, SpanGrads
 
@@ -56,6 +56,10 @@ def pack_request(request: SpanRequest) -> tuple[Meta, Tensors]:
         # A byte a position; the dtype is given back, because some models compute with it.
         meta["mask_dtype"] = str(call.mask.dtype).removeprefix("torch.")
         tensors["mask"] = call.mask.to(torch.uint8)
+        if not bool(((call.mask == 0) | (call.mask == 1)).all()):
+            raise UnsupportedError(
+                "an attention_mask with other values than 0 and 1 is not sent to other machines"
+            )
     if call.positions is not None:
         tensors["positions"] = call.positions
     for number, vectors in call.vectors.items():

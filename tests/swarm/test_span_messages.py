@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slowllm.errors import ProtocolError
+from slowllm.errors import ProtocolError, UnsupportedError
 from slowllm.modeling.cache_labels import Move
 from slowllm.modeling.span import SpanCall, SpanGrads
 from slowllm.swarm.messages import PREFIX_BYTES, decode, encode
@@ -88,6 +88,13 @@ def test_a_mask_keeps_its_dtype(dtype: torch.dtype) -> None:
     assert back is not None
     assert back.dtype == dtype
     assert back.tolist() == call.mask.tolist()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.5], [1, -1], [1, 300], [1, 256]])
+def test_a_mask_that_a_byte_cannot_hold_is_not_sent(values: list[float]) -> None:
+    call = SpanCall(0, 1, torch.randn(1, 2, 4), torch.tensor([values]))
+    with pytest.raises(UnsupportedError, match="other values than 0 and 1"):
+        pack_request(SpanRequest(call))
 
 
 def test_hidden_states_and_gradients_may_be_compressed_and_nothing_else() -> None:
