@@ -6,6 +6,7 @@ round for answers. Knows `modeling.span`; knows no bytes, no peers and no sessio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +23,8 @@ Tensors = dict[str, Tensor]
 
 Operation = Literal["forward", "backward", "end_session", "status"]
 MAX_LENGTH = 1 << 24
+_MAX_POSITION_KINDS = 8
+_BLOCK_NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 
 
 @dataclass(frozen=True)
@@ -107,16 +110,22 @@ def unpack_request(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype
     batch, width = hidden.shape[:2]
     mask = reader.tensor("mask", torch.uint8)
     if mask is not None:
-        if mask.dim() != 2 or len(mask) != batch or mask.shape[1] < width:
+        if mask.dim() != 2 or len(mask) != batch or mask.shape[1] != length + width:
             raise ProtocolError(
                 f"a request's mask has the shape {list(mask.shape)}, but there are {batch} rows of {width} positions"
             )
         mask = mask.to(_MASK_DTYPES[reader.word("mask_dtype", tuple(_MASK_DTYPES))])
     positions = reader.tensor("positions", torch.int64)
-    if positions is not None and (positions.shape[-2:] not in ((batch, width), (1, width))):
-        raise ProtocolError(
-            f"a request's positions have the shape {list(positions.shape)}, but there are {batch} rows of {width}"
-        )
+    if positions is not None:
+        # Some models have several kinds of positions, in a dimension before the rows.
+        if positions.dim() not in (2, 3) or positions.shape[-2:] not in ((batch, width), (1, width)):
+            raise ProtocolError(
+                f"a request's positions have the shape {list(positions.shape)}, but there are {batch} rows of {width}"
+            )
+        if positions.shape[0] > max(batch, _MAX_POSITION_KINDS) or not (
+            0 <= int(positions.min()) <= int(positions.max()) <= MAX_LENGTH
+        ):
+            raise ProtocolError(f"a request's positions are none from 0 to {MAX_LENGTH:,}")
     vectors: dict[int, Tensor] = {}
     for number in reader.numbers_of("vectors", first, end):
         given = reader.tensor(f"vectors.{number}", None)
@@ -141,7 +150,7 @@ def unpack_request(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype
             raise ProtocolError(f"keys.{number} has {len(keys)} rows, but there are {batch}")
         pairs[number] = (keys, values)
     call = SpanCall(
-        first, end, hidden, mask, positions, length, vectors, pairs, reader.moves(first, end),
+        first, end, hidden, mask, positions, length, vectors, pairs, reader.moves(first, end, batch, length),
         reader.flag("records_past"), reader.flag("keeps_everything"), reader.flag("returns_all"),
     )  # fmt: skip
     session = reader.optional_word("session")
@@ -270,12 +279,14 @@ class _Reader:
     def numbers_of(self, prefix: str, first: int, end: int) -> list[int]:
         """Return the blocks for which there is a tensor of this prefix."""
         names = [name for name in self._left if name.startswith(f"{prefix}.")]
-        numbers = [int(rest) if (rest := name[len(prefix) + 1 :]).isdecimal() else -1 for name in names]
+        numbers = [
+            int(rest) if _BLOCK_NUMBER.fullmatch(rest := name[len(prefix) + 1 :]) else -1 for name in names
+        ]
         if not all(first <= number < end for number in numbers):
             raise ProtocolError(f"a request has {prefix} for blocks outside of {first}:{end}")
         return sorted(numbers)
 
-    def moves(self, first: int, end: int) -> dict[int, Move]:
+    def moves(self, first: int, end: int, batch: int, length: int) -> dict[int, Move]:
         listed = self._meta.get("moves", [])
         found: dict[int, Move] = {}
         if not isinstance(listed, list):
@@ -285,7 +296,7 @@ class _Reader:
                 isinstance(entry, list)
                 and len(entry) == 2
                 and type(entry[0]) is int
-                and 0 <= entry[0] <= MAX_LENGTH
+                and 0 <= entry[0] <= length
                 and isinstance(entry[1], list)
                 and all(type(number) is int and first <= number < end for number in entry[1])
             ):
@@ -297,7 +308,8 @@ class _Reader:
                 rows is not None and positions is not None and rows.dim() == 2 and rows.shape == positions.shape
                 and rows.shape[1] == entry[0]
             )  # fmt: skip
-            if not fits:
+            # Before anything is moved: a row may be named any number of times.
+            if not fits or (rows is not None and len(rows) != batch):
                 raise ProtocolError(
                     f"a request's move {index} has rows and positions that do not fit each other"
                 )
