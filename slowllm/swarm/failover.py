@@ -123,9 +123,7 @@ class Failover:
         """Let the servers forget a session, wherever it is by now."""
         with self._lock:
             chain = self._chains.pop(kept.session, [])
-        for link in chain:
-            if link.session is not None:
-                self._servers.end_session(Kept(link.hop, link.session))
+        self._forget(chain)
 
     def _pass(self, chain: list[_Link], call: SpanCall, deadline: float) -> dict[int, Tensor]:
         """Pass a call through a chain, whose links are replaced as their servers fail."""
@@ -157,6 +155,7 @@ class Failover:
     def _replaced(self, link: _Link, failed: _FailedError, call: SpanCall, deadline: float) -> list[_Link]:
         """Return links in the place of one whose server failed, in which what its session kept is rebuilt."""
         num_tokens = call.hidden.shape[0] * (call.length + call.hidden.shape[1])
+        self._forget([link])
         while True:
             route = self._route_around(
                 failed, link.hop, num_tokens, deadline, keeps_cache=link.session is not None
@@ -169,9 +168,16 @@ class Failover:
                         hidden = self._ask(new, _part_of(past, new.hop, hidden))[new.hop.end - 1]
             except _FailedError as again:
                 failed = again
+                self._forget(links)
                 continue
             self.num_rebuilt += bool(link.history)
             return links
+
+    def _forget(self, links: Sequence[_Link]) -> None:
+        """Let servers forget the sessions of links, so that these take no room from those that come in their place."""
+        for link in links:
+            if link.session is not None:
+                self._servers.end_session(Kept(link.hop, link.session))
 
     def _backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         try:

@@ -5,6 +5,7 @@ The servers are models in this process, which fail on command; processes that ar
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,23 @@ def test_a_server_that_fails_while_a_session_is_rebuilt_is_replaced_as_well(swar
         ours = swarm.lm.model.generate(IDS, **GREEDY)
         assert torch.equal(ours, swarm.plain.generate(IDS, **GREEDY))
     assert len(swarm.servers.banned) == 2
+
+
+def test_no_session_is_left_where_it_was_given_up(swarm: Swarm) -> None:
+    swarm.reset(at_calls([4, 6], lambda peer: BusyError("busy")))
+    ended: list[Kept] = []
+    gc.collect()  # the caches of other tests
+    end_session = swarm.servers.end_session
+    swarm.servers.end_session = ended.append  # type: ignore[method-assign]
+    try:
+        cache = DynamicCache(config=swarm.plain.config)
+        with torch.no_grad():
+            for _ in range(6):
+                swarm.lm.model(IDS, past_key_values=cache)
+        # That of the first server, and those of both at which it was to be rebuilt, one of which failed.
+        assert sorted(kept.hop.peer for kept in ended) == ["b", "c", "e"]
+    finally:
+        swarm.servers.end_session = end_session  # type: ignore[method-assign]
 
 
 def test_the_end_of_the_time_names_the_blocks_and_why_each_server_failed(swarm: Swarm) -> None:
