@@ -44,7 +44,7 @@ class SwarmOptions:
     Attributes:
         peers: multiaddresses of peers of the swarm, as `slowllm dht` and `slowllm serve` print them.
         wishes: which servers may be asked.
-        timeout: seconds for a passage through the blocks, after which no other servers are tried.
+        timeout: seconds for a passage through a server's blocks, with all retries and what is rebuilt; then it is given up.
         step_timeout: seconds of silence after which a server counts as dead; one that works says so all the while.
         identity: file of this client's key; None for one that is forgotten.
     """

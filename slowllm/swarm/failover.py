@@ -50,11 +50,11 @@ class AsksServers(Protocol):
     ) -> Sequence[Hop]:
         """Return hops from block `first` to block `end` - 1, or to the last block."""
 
-    def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
-        """Compute a span at its server."""
+    def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
+        """Compute a span at its server; give up at a time of `time.monotonic`."""
 
-    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
-        """Return the gradients of a call's inputs."""
+    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
+        """Return the gradients of a call's inputs; give up at a time of `time.monotonic`."""
 
     def end_session(self, kept: Kept) -> None:
         """Let a server forget a session."""
@@ -80,14 +80,14 @@ class Failover:
 
     Args:
         servers: asks them.
-        timeout: seconds for one call of the model's blocks, with all retries.
+        timeout: seconds for one call of a hop's blocks, with all retries and what is rebuilt.
     """
 
     def __init__(self, servers: AsksServers, timeout: float) -> None:
         self._servers, self._timeout = servers, timeout
         self._lock = threading.Lock()
         self._chains: dict[str, list[_Link]] = {}
-        self._failures: dict[str, list[str]] = {}
+        self._failures: dict[str, _Failure] = {}
         self.num_rebuilt = 0
 
     def route(self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool) -> Sequence[Hop]:
@@ -132,7 +132,7 @@ class Failover:
         while number < len(chain):
             part = _part_of(call, chain[number].hop, hidden)
             try:
-                found = self._ask(chain[number], part)
+                found = self._ask(chain[number], part, deadline)
             except _FailedError as failed:
                 chain[number : number + 1] = self._replaced(chain[number], failed, part, deadline)
                 continue
@@ -142,10 +142,10 @@ class Failover:
         wanted = range(call.first, call.end) if call.returns_all else (call.end - 1,)
         return {block: outputs[block] for block in wanted}
 
-    def _ask(self, link: _Link, call: SpanCall) -> dict[int, Tensor]:
+    def _ask(self, link: _Link, call: SpanCall, deadline: float) -> dict[int, Tensor]:
         """Ask the server of a link, and note the call in the history of its session."""
         try:
-            found = self._servers.forward(call, link.hop, link.session)
+            found = self._servers.forward(call, link.hop, link.session, deadline)
         except _RETRIED as error:
             raise _FailedError(link.hop.peer, error) from error
         if link.session is not None:
@@ -165,7 +165,7 @@ class Failover:
                 for past in link.history:
                     hidden = past.hidden
                     for new in links:
-                        hidden = self._ask(new, _part_of(past, new.hop, hidden))[new.hop.end - 1]
+                        hidden = self._ask(new, _part_of(past, new.hop, hidden), deadline)[new.hop.end - 1]
             except _FailedError as again:
                 failed = again
                 self._forget(links)
@@ -181,7 +181,7 @@ class Failover:
 
     def _backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         try:
-            return self._servers.backward(call, hop, grads)
+            return self._servers.backward(call, hop, grads, deadline)
         except _RETRIED as error:
             failed = _FailedError(hop.peer, error)
         num_tokens = call.hidden.shape[0] * call.hidden.shape[1]
@@ -209,14 +209,23 @@ class Failover:
         self, failed: _FailedError, hop: Hop, num_tokens: int, deadline: float, *, keeps_cache: bool = False,
         wants_grad: bool = False,
     ) -> Sequence[Hop]:  # fmt: skip
-        """Ban a server that failed, and return hops over the span of one of its hops at others."""
-        name = self._servers.name_of(failed.peer)
+        """Ban a server that failed, and return hops over the span of one of its hops at others.
+
+        Raises:
+            MissingBlocksError: see `_wait_for_route`.
+        """
+        now = time.monotonic()
         with self._lock:
-            told = self._failures.setdefault(failed.peer, [])
-            told.append(str(failed.error))
-            seconds = min(_FIRST_BAN_SECONDS * 2 ** (len(told) - 1), _MOST_BAN_SECONDS)
+            last = self._failures.get(failed.peer)
+            number = 0 if last is None else last.number + 1
+            seconds = min(_FIRST_BAN_SECONDS * 2**number, _MOST_BAN_SECONDS)
+            self._failures[failed.peer] = _Failure(failed.error, number, now, now + seconds)
+        if now >= deadline:
+            blocks = tuple(range(hop.first, hop.end))
+            raise self._out_of_time(blocks, f"blocks {hop.first}:{hop.end} were not computed", deadline)
+        name = self._servers.name_of(failed.peer)
         log.warning("%s failed (%s); it is not asked for %g s", name, failed.error, seconds)
-        self._servers.ban(failed.peer, time.monotonic() + seconds)
+        self._servers.ban(failed.peer, now + seconds)
         route = self._wait_for_route(
             lambda: self._servers.route(
                 hop.first, num_tokens, keeps_cache=keeps_cache, wants_grad=wants_grad, end=hop.end
@@ -237,17 +246,44 @@ class Failover:
             try:
                 return find()
             except MissingBlocksError as error:
-                with self._lock:
-                    tried = [
-                        f"{self._servers.name_of(peer)}: {told[-1]}" for peer, told in self._failures.items()
-                    ]
-                if not tried:
+                if not self._tried(deadline):
                     raise
                 if time.monotonic() >= deadline:
-                    raise MissingBlocksError(
-                        error.blocks, f"{error}; tried for {self._timeout:g} s: {'; '.join(tried)}"
-                    ) from error
+                    raise self._out_of_time(error.blocks, str(error), deadline) from error
             time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+
+    def _tried(self, deadline: float) -> dict[str, _Failure]:
+        """Return the servers that failed since a call with this deadline began, or are not asked because of it."""
+        now = time.monotonic()
+        with self._lock:
+            return {
+                peer: failure
+                for peer, failure in self._failures.items()
+                if failure.at >= deadline - self._timeout or failure.until > now
+            }
+
+    def _out_of_time(self, blocks: tuple[int, ...], problem: str, deadline: float) -> MissingBlocksError:
+        """Return the error at the end of a call's time, with the servers that were tried, and why each failed."""
+        tried = self._tried(deadline).items()
+        told = "; ".join(f"{self._servers.name_of(peer)}: {failure.error}" for peer, failure in tried)
+        return MissingBlocksError(blocks, f"{problem}; tried for {self._timeout:g} s: {told}")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """The last failure of a server.
+
+    Attributes:
+        error: why.
+        number: of failures before it, since the server last answered.
+        at: when, on the clock of `time.monotonic`.
+        until: when the server is asked again.
+    """
+
+    error: SlowLLMError
+    number: int
+    at: float
+    until: float
 
 
 class _FailedError(Exception):

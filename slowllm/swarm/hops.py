@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 # Servers that have come or left since are seen after this time at the latest.
 REFRESH_SECONDS = 15.0
+STATUS_SECONDS = 30.0
 # Calls without a cache take turns on so many routes, which share the work among replicas by their speed.
 _SPREAD_ROUTES = 8
 
@@ -88,7 +89,6 @@ class Hops:
         ask: sends a request.
         num_blocks: of the model.
         wishes: which servers may be asked.
-        timeout: seconds for one answer; None to wait as long as the server gives signs of life.
     """
 
     def __init__(
@@ -97,9 +97,8 @@ class Hops:
         ask: Asks,
         num_blocks: int,
         wishes: Wishes,
-        timeout: float | None = None,
     ) -> None:
-        self._find, self._ask, self._timeout = find, ask, timeout
+        self._find, self._ask = find, ask
         self._num_blocks, self._wishes = num_blocks, wishes
         self._lock = threading.Lock()
         self._records: dict[str, ServerRecord] = {}
@@ -178,29 +177,34 @@ class Hops:
         for label, blocks in sorted(new):
             log.warning("%s is not used for %s: its weights are others", label, blocks)
 
-    def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
+    def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
         """Compute a span at its server; see `remote_spans.Spans`.
 
+        Args:
+            call: what is computed.
+            hop: at whose server.
+            session: whose keys and values are read and kept; None for a call without a past.
+            deadline: of `time.monotonic`, at which the request is given up.
         Raises:
             SessionError: the session is not there any more, or has no room.
-            NetworkError: the server does not answer, or with an error.
+            NetworkError: the server does not answer in time, or with an error.
         """
         if session is None:
-            return unpack_outputs(self._send(SpanRequest(call), hop), call)
+            return unpack_outputs(self._send(SpanRequest(call), hop, deadline), call)
         with self._lock:
             step = self._num_steps.get(session, 0)
             self._num_steps[session] = step + 1
         try:
-            return unpack_outputs(self._send(SpanRequest(call, session, step), hop), call)
+            return unpack_outputs(self._send(SpanRequest(call, session, step), hop, deadline), call)
         except BaseException:
             # It is unknown whether the step was applied, so the session is not used again.
             with self._lock:
                 self._num_steps[session] = -1
             raise
 
-    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
-        """Return the gradients of a call's inputs from its server; see `remote_spans.Spans`."""
-        return unpack_grads(self._send(SpanRequest(call, grads=grads), hop), call)
+    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
+        """Return the gradients of a call's inputs from its server, by a deadline as for `forward`."""
+        return unpack_grads(self._send(SpanRequest(call, grads=grads), hop, deadline), call)
 
     def end_session(self, kept: Kept) -> None:
         """Tell the server that a cache is gone. Does not wait."""
@@ -214,9 +218,9 @@ class Hops:
         """Return what a server says of its work so far.
 
         Raises:
-            NetworkError: it does not answer.
+            NetworkError: it does not answer within `STATUS_SECONDS`.
         """
-        said, _ = self._ask(peer, {"op": "status"}, timeout=self._timeout).result()
+        said, _ = self._ask(peer, {"op": "status"}, timeout=STATUS_SECONDS).result()
         return ServerStatus.from_meta(said)
 
     def ban(self, peer: str, until: float) -> None:
@@ -229,7 +233,7 @@ class Hops:
         """Return a server's name and the end of its id."""
         return self._name(peer)
 
-    def _send(self, request: SpanRequest, hop: Hop) -> Tensors:
+    def _send(self, request: SpanRequest, hop: Hop, deadline: float) -> Tensors:
         if request.step < 0:
             raise SessionError(
                 "a passage of this session has failed before, so its cache cannot be continued"
@@ -243,7 +247,7 @@ class Hops:
             hop.peer,
             meta,
             tensors,
-            timeout=self._timeout,
+            timeout=max(0.0, deadline - time.monotonic()),
             compression=dict.fromkeys(compressible(tensors), how),
         )
         try:

@@ -6,6 +6,8 @@ The servers are models in this process, which fail on command; processes that ar
 from __future__ import annotations
 
 import gc
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import slowllm
-from slowllm.errors import BusyError, InputError, MissingBlocksError, PeerLostError, SessionError
+from slowllm.errors import (
+    BusyError,
+    InputError,
+    MissingBlocksError,
+    PeerLostError,
+    PeerTimeoutError,
+    SessionError,
+)
 from slowllm.modeling.cache_labels import LabelSource
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.remote_block import make_remote
@@ -29,6 +38,7 @@ from slowllm.swarm.failover import Failover
 from tests.support.families import resident, save_tiny
 
 NUM_BLOCKS = 4
+PATIENCE = 60.0
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
@@ -67,7 +77,7 @@ class FailingServers:
             self._caches = {key: cache for key, cache in self._caches.items() if key[0] != hop.peer}
             raise error
 
-    def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
+    def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
         self._check(hop)
         cache = None
         if session is not None:
@@ -75,7 +85,7 @@ class FailingServers:
             cache = self._caches.setdefault((hop.peer, session), new)
         return self._lm.ride([lambda: self._runner.forward(call, cache)])[0]
 
-    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
+    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         self._check(hop)
         return self._lm.ride([lambda: self._runner.backward(call, grads)])[0]
 
@@ -96,7 +106,7 @@ class Swarm:
         self.servers = FailingServers(
             self.server, {"a": (0, 2), "b": (2, 4), "c": (0, 3), "d": (1, 4), "e": (0, 4)}
         )
-        self.failover = Failover(self.servers, 0.0)
+        self.failover = Failover(self.servers, PATIENCE)
         blocks = self.lm.layout.blocks
         form = find_form(self.lm.model, self.lm.layout.blocks_name)
         self.source = LabelSource()
@@ -109,7 +119,7 @@ class Swarm:
         return getattr(self.__dict__["failover"], name)
 
     def reset(
-        self, fails: Callable[[str], Exception | None] = lambda peer: None, timeout: float = 0.0
+        self, fails: Callable[[str], Exception | None] = lambda peer: None, timeout: float = PATIENCE
     ) -> None:
         self.servers.banned.clear()
         self.servers.asked.clear()
@@ -159,7 +169,7 @@ def test_a_generation_goes_on_with_the_same_tokens(
 @settings(max_examples=20)
 @given(st.sets(st.integers(0, 25), max_size=4))
 def test_servers_that_fail_at_any_calls_cost_no_bit(swarm: Swarm, numbers: set[int]) -> None:
-    swarm.reset(at_calls(sorted(numbers), lost), timeout=0.0)
+    swarm.reset(at_calls(sorted(numbers), lost))
     # One server never fails, or nobody would be left.
     fails = swarm.servers.fails
     swarm.servers.fails = lambda peer: None if peer == "e" else fails(peer)
@@ -226,14 +236,39 @@ def test_no_session_is_left_where_it_was_given_up(swarm: Swarm) -> None:
 
 
 def test_the_end_of_the_time_names_the_blocks_and_why_each_server_failed(swarm: Swarm) -> None:
-    swarm.reset(lost)
+    swarm.reset(lost, timeout=0.5)
     with (
         torch.no_grad(),
         pytest.raises(
-            MissingBlocksError, match=r"nobody serves block 0; tried for 0 s: .*: peer .*: has died"
+            MissingBlocksError, match=r"nobody serves block 0; tried for 0.5 s: .*: peer .*: has died"
         ),
     ):
         swarm.lm.model(IDS)
+
+
+def test_a_request_under_way_is_given_up_at_the_end_of_the_time(swarm: Swarm) -> None:
+    swarm.reset(timeout=0.05)
+    deadlines: list[float] = []
+
+    def answers_too_late(call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
+        deadlines.append(deadline)
+        threading.Event().wait(max(0.0, deadline - time.monotonic()))
+        raise PeerTimeoutError(hop.peer, "has not answered in 0.05 s")
+
+    swarm.servers.forward = answers_too_late  # type: ignore[method-assign]
+    try:
+        with (
+            torch.no_grad(),
+            pytest.raises(
+                MissingBlocksError,
+                match=r"blocks 0:4 were not computed; tried for 0.05 s: e: peer e: has not answered in 0.05 s",
+            ) as caught,
+        ):
+            swarm.lm.model(IDS)
+    finally:
+        del swarm.servers.forward
+    assert caught.value.blocks == (0, 1, 2, 3)
+    assert len(deadlines) == 1
 
 
 def test_a_server_that_comes_back_in_time_is_asked_again(swarm: Swarm) -> None:

@@ -40,8 +40,8 @@ _Timeout = Annotated[
     float,
     typer.Option(
         "--timeout",
-        help="With --swarm: seconds after which a passage through the blocks is given up, with all retries.",
-        min=0.0,
+        help="With --swarm: seconds after which a passage through a server's blocks is given up, with all retries.",
+        min=1.0,
     ),
 ]
 _StepTimeout = Annotated[
@@ -62,7 +62,7 @@ class SwarmChoice:
         peers: multiaddresses of some of its peers; empty where the blocks are computed here.
         allowed: ids of the only servers that may be asked; empty for all.
         blocked: ids of servers that are not asked.
-        timeout: seconds for one passage through the blocks, with all retries.
+        timeout: seconds for one passage through a server's blocks, with all retries.
         step_timeout: seconds of silence after which a server counts as dead.
     """
 
