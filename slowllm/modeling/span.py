@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from slowllm.errors import SessionError
 from slowllm.modeling.cache_labels import Move, move_layer, pretend_length
 from slowllm.modeling.cutting import BlockForm
 from slowllm.modeling.recompute import hidden_of
+from slowllm.modeling.replay import SharedLayers, Turns
 from slowllm.modeling.shared_cache import Pair
 from slowllm.modeling.soft_prompts import add_vectors
 from slowllm.streaming.call_context import call_context
@@ -104,6 +105,30 @@ class SpanRunner:
             cache.layers.append(DynamicLayer())
         return cache
 
+    def replay(self, calls: Sequence[SpanCall], cache: Cache) -> list[Callable[[], dict[int, Tensor]]]:
+        """Return one job for each of the calls in which a cache grew, to be boarded together in this order.
+
+        In one sweep over the span they leave in the cache what the calls, one sweep after the other, have left.
+
+        Args:
+            calls: in their order; each continues what the one before it leaves.
+            cache: of `new_cache`, at which the first of them begins.
+        Returns:
+            jobs that compute what `forward` returns for a call.
+        """
+        turns = Turns(cache)
+        return [functools.partial(self._replay_one, call, turns, number) for number, call in enumerate(calls)]
+
+    def _replay_one(self, call: SpanCall, turns: Turns, turn: int) -> dict[int, Tensor]:
+        blank = self.new_cache(keeps_everything=call.keeps_everything)
+        for layer in cast(list[DynamicLayer], blank.layers):
+            pretend_length(layer, len(call.hidden), call.length, call.hidden.dtype)
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.record_past = call.records_past
+        prepare = functools.partial(_prepare_number, call)
+        with torch.no_grad():
+            return self._run(call, SharedLayers(blank.layers, turns, turn, prepare), is_prepared=True)
+
     def forward(self, call: SpanCall, cache: Cache | None = None) -> dict[int, Tensor]:
         """Compute the span without gradients.
 
@@ -144,8 +169,8 @@ class SpanRunner:
         of_vectors = {n: grad for n in vectors if (grad := next(found)) is not None}
         return SpanGrads(of_hidden, of_vectors, {n: (next(found), next(found)) for n in pairs})
 
-    def _run(self, call: SpanCall, cache: Cache | None) -> dict[int, Tensor]:
-        if cache is not None:
+    def _run(self, call: SpanCall, cache: Cache | None, *, is_prepared: bool = False) -> dict[int, Tensor]:
+        if cache is not None and not is_prepared:
             _prepare(cache, call)
         batch, width = call.hidden.shape[:2]
         way = SpanOfBlocks(
@@ -175,23 +200,36 @@ def _add_vectors(vectors: Mapping[int, Tensor], start: int, block: int, hidden: 
 
 def _prepare(cache: Cache, call: SpanCall) -> None:
     """Bring a cache into the form in which a call finds it."""
-    batch, dtype = len(call.hidden), call.hidden.dtype
     for number, layer in enumerate(cast(list[DynamicLayer], cache.layers)):  # of `new_cache`
-        if not call.first <= number < call.end:
-            pretend_length(layer, batch, call.length, dtype)
-            continue
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.record_past = call.records_past
-        if number in call.moves:
-            move_layer(layer, call.moves[number])
-        if number in call.pairs:
-            layer.update(*call.pairs[number])
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            # After a crop the window holds less than it has seen.
-            layer.cumulative_length = call.length
-        held = layer.get_seq_length()
-        if held != call.length or (held and layer.keys is not None and len(layer.keys) != batch):
-            rows = 0 if layer.keys is None else len(layer.keys)
-            raise SessionError(
-                f"the call continues {batch} rows of {call.length} positions, but the session holds {rows} of {held}"
-            )
+        if call.first <= number < call.end:
+            prepare_layer(layer, number, call)
+        else:
+            pretend_length(layer, len(call.hidden), call.length, call.hidden.dtype)
+
+
+def _prepare_number(call: SpanCall, number: int, layer: Any) -> None:
+    prepare_layer(layer, number, call)
+
+
+def prepare_layer(layer: DynamicLayer, number: int, call: SpanCall) -> None:
+    """Bring one block's layer of a cache into the form in which a call finds it.
+
+    Raises:
+        SessionError: the layer does not hold what the call says.
+    """
+    batch = len(call.hidden)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.record_past = call.records_past
+    if number in call.moves:
+        move_layer(layer, call.moves[number])
+    if number in call.pairs:
+        layer.update(*call.pairs[number])
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        # After a crop the window holds less than it has seen.
+        layer.cumulative_length = call.length
+    held = layer.get_seq_length()
+    if held != call.length or (held and layer.keys is not None and len(layer.keys) != batch):
+        rows = 0 if layer.keys is None else len(layer.keys)
+        raise SessionError(
+            f"the call continues {batch} rows of {call.length} positions, but the session holds {rows} of {held}"
+        )

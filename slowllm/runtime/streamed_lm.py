@@ -272,6 +272,10 @@ class StreamedLM:
         """Let a job ride with the others, and return at once a `Ride` to wait for or to cancel. See `Carousel.board`."""
         return self._carousel.board(job, seed)
 
+    def board_together(self, jobs: Sequence[Callable[[], T]]) -> list[Ride[T]]:
+        """Let jobs ride in one sweep, in their order, and return at once; see `Carousel.board_together`."""
+        return self._carousel.board_together(jobs)
+
     @contextlib.contextmanager
     def watching(self, watcher: Callable[[Passage], None]) -> Iterator[None]:
         """Call `watcher` after every stop that the carousel serves, as long as the context lasts.

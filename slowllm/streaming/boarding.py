@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from slowllm.errors import RideError
@@ -127,15 +127,18 @@ class Boarding:
             self.baton.seed(party, self._first_drawing())
             self._add(party)
 
-    def board(self, job: RiderJob, seed: int | None, refuse_to_wait: Callable[[], None]) -> Ride[Any]:
-        """Let one job board as soon as the running rider waits; raise if the carousel has ended."""
-        ride: Ride[Any] = Ride(refuse_to_wait)
-        party = Party.of_one(job, ride, None if seed is None else self.baton.seeded(seed))
-        ride.on_cancel = functools.partial(self._cancel_one, party)
+    def board(
+        self, jobs: Sequence[RiderJob], seed: int | None, refuse_to_wait: Callable[[], None]
+    ) -> list[Ride[Any]]:
+        """Let jobs board together as soon as the running rider waits; raise if the carousel has ended."""
+        rides: list[Ride[Any]] = [Ride(refuse_to_wait) for _ in jobs]
         with self.changed:
             self._refuse_if_over(None)
-            self._add(party)
-        return ride
+            for job, ride in zip(jobs, rides, strict=True):
+                party = Party.of_one(job, ride, None if seed is None else self.baton.seeded(seed))
+                ride.on_cancel = functools.partial(self._cancel_one, party)
+                self._add(party)
+        return rides
 
     def next_ended(self, party: Party) -> Rider | None:
         """Wait for the next rider in order, and join its thread; return None where the party has ended."""

@@ -173,7 +173,12 @@ class Carousel:
             RideError: the carousel was closed, or this is a forked process.
         """
         self.refuse_if_forked()
-        return self._boarding.board(job, seed, self._refuse_to_wait)
+        return self._boarding.board([job], seed, self._refuse_to_wait)[0]
+
+    def board_together(self, jobs: Sequence[Callable[[], T]]) -> list[Ride[T]]:
+        """Let jobs ride in one sweep, served at each stop in their order, and return at once; see `board`."""
+        self.refuse_if_forked()
+        return self._boarding.board(jobs, None, self._refuse_to_wait)
 
     def _refuse_to_wait(self) -> None:
         self.refuse_if_forked()
