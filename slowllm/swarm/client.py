@@ -137,6 +137,7 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
     def leave() -> None:
         for times in hops.times.values():
             log.info("%s", times)
+        spans.close()
         network.close()
 
     lm.become_client(hops, leave, min(record.max_batch_tokens for record in usable))

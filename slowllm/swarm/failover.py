@@ -14,8 +14,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -40,6 +41,8 @@ _RETRIED = (PeerError, BusyError, ProtocolError, SessionError)
 _FIRST_BAN_SECONDS, _MOST_BAN_SECONDS = 5.0, 300.0
 # Between looks for servers that have come back, where some blocks are served by nobody.
 _LOOK_SECONDS = 1.0
+# That a client waits at its end for servers to forget its sessions; they end by themselves when they are idle.
+CLOSE_SECONDS = 2.0
 
 
 class AsksServers(Protocol):
@@ -56,8 +59,8 @@ class AsksServers(Protocol):
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         """Return the gradients of a call's inputs; give up at a time of `time.monotonic`."""
 
-    def end_session(self, kept: Kept) -> None:
-        """Let a server forget a session."""
+    def end_session(self, kept: Kept) -> Future[Any] | None:
+        """Let a server forget a session; return what comes when it has, None where there is nothing to wait for."""
 
     def ban(self, peer: str, until: float) -> None:
         """Leave a server out of routes until a time of `time.monotonic`."""
@@ -125,6 +128,12 @@ class Failover:
             chain = self._chains.pop(kept.session, [])
         self._forget(chain)
 
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Let the servers forget all sessions, and wait until they have, at most so long in all."""
+        with self._lock:
+            chains, self._chains = self._chains, {}
+        wait([answer for chain in chains.values() for answer in self._forget(chain)], seconds)
+
     def _pass(self, chain: list[_Link], call: SpanCall, deadline: float) -> dict[int, Tensor]:
         """Pass a call through a chain, whose links are replaced as their servers fail."""
         hidden, number = call.hidden, 0
@@ -173,11 +182,10 @@ class Failover:
             self.num_rebuilt += bool(link.history)
             return links
 
-    def _forget(self, links: Sequence[_Link]) -> None:
+    def _forget(self, links: Sequence[_Link]) -> list[Future[Any]]:
         """Let servers forget the sessions of links, so that these take no room from those that come in their place."""
-        for link in links:
-            if link.session is not None:
-                self._servers.end_session(Kept(link.hop, link.session))
+        kept = [Kept(link.hop, link.session) for link in links if link.session is not None]
+        return [answer for one in kept if (answer := self._servers.end_session(one)) is not None]
 
     def _backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         try:

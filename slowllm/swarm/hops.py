@@ -206,13 +206,14 @@ class Hops:
         """Return the gradients of a call's inputs from its server, by a deadline as for `forward`."""
         return unpack_grads(self._send(SpanRequest(call, grads=grads), hop, deadline), call)
 
-    def end_session(self, kept: Kept) -> None:
-        """Tell the server that a cache is gone. Does not wait."""
+    def end_session(self, kept: Kept) -> Future[Any] | None:
+        """Tell the server that a cache is gone. Does not wait; returns the answer, None where there was no session."""
         with self._lock:
             if self._num_steps.pop(kept.session, None) is None:
-                return
+                return None
         with contextlib.suppress(SlowLLMError):  # a server that has gone has no session either
-            self._ask(kept.hop.peer, {"op": "end_session", "session": kept.session})
+            return self._ask(kept.hop.peer, {"op": "end_session", "session": kept.session})
+        return None
 
     def status(self, peer: str) -> ServerStatus:
         """Return what a server says of its work so far.

@@ -9,6 +9,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,31 @@ def test_no_session_is_left_where_it_was_given_up(swarm: Swarm) -> None:
         assert sorted(kept.hop.peer for kept in ended) == ["b", "c", "e"]
     finally:
         swarm.servers.end_session = end_session  # type: ignore[method-assign]
+
+
+def test_a_client_that_closes_leaves_no_session(swarm: Swarm) -> None:
+    swarm.reset()
+    cache = DynamicCache(config=swarm.plain.config)
+    swarm.servers.banned.add("e")
+    ended: list[str] = []
+    still_open: Future[None] = Future()
+
+    def end_session(kept: Kept) -> Future[None]:
+        ended.append(kept.hop.peer)
+        return still_open
+
+    with torch.no_grad():
+        swarm.lm.model(IDS, past_key_values=cache)
+    swarm.servers.end_session = end_session  # type: ignore[method-assign]
+    try:
+        # A server that does not answer holds up nobody for long.
+        swarm.failover.close(seconds=0.01)
+        assert sorted(ended) == ["b", "c"]
+        del cache
+        gc.collect()
+        assert len(ended) == 2
+    finally:
+        del swarm.servers.end_session
 
 
 def test_the_end_of_the_time_names_the_blocks_and_why_each_server_failed(swarm: Swarm) -> None:

@@ -87,6 +87,22 @@ def test_the_room_of_a_session_comes_back_when_its_cache_is_dropped(lm: LM, serv
     assert free() == before
 
 
+def test_a_client_that_closes_ends_its_sessions(lm: LM, served: Served) -> None:
+    ids, _ = texts()
+
+    def free() -> dict[str, int]:
+        return {record.peer: lm.swarm.status(record.peer).cache_tokens_free for record in lm.swarm.records()}
+
+    before = free()
+    with served.load() as leaving:
+        cache = DynamicCache(config=leaving.config)
+        with torch.no_grad():
+            leaving.model(ids, past_key_values=cache)
+        assert free() != before
+    assert free() == before
+    assert len(cache.layers), "the cache is still held"
+
+
 @pytest.fixture(scope="module")
 def small(served: Served) -> Iterator[Server]:
     """A server with room for 30 tokens, which is nobody's first choice: the swarm does not know it."""
