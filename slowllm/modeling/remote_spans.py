@@ -69,7 +69,7 @@ class Spans(Protocol):
         """Return the gradients of a call's inputs."""
 
     def end_session(self, kept: Kept) -> None:
-        """Let go of what a session keeps. Does not wait, and does not raise."""
+        """Let go of what a session keeps. Does not wait, does not raise, and takes no lock: finalizers call it."""
 
 
 class Away(Protocol):

@@ -122,7 +122,7 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
     key, blocks = config_key(lm.config), lm.layout.blocks
     dtype = str(lm.model.dtype).removeprefix("torch.")
     wishes = replace(options.wishes, dtype=dtype, ends_hash=ends_hash(lm), hashes=_own_hashes(lm))
-    hops = Hops(lambda: network.find(key), network.ask, len(blocks), wishes)
+    hops = Hops(lambda: network.find(key), network.ask, network.soon, len(blocks), wishes)
     spans = Failover(hops, options.timeout)
     # Now, so that missing blocks are named before any work.
     hops.route(0, 1, keeps_cache=False, wants_grad=False)

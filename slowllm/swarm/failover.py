@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
@@ -62,6 +63,9 @@ class AsksServers(Protocol):
     def end_session(self, kept: Kept) -> Future[Any] | None:
         """Let a server forget a session; return what comes when it has, None where there is nothing to wait for."""
 
+    def soon(self, work: Callable[[], object]) -> None:
+        """Do a short piece of work on another thread. Takes no lock."""
+
     def ban(self, peer: str, until: float) -> None:
         """Leave a server out of routes until a time of `time.monotonic`."""
 
@@ -90,6 +94,7 @@ class Failover:
         self._servers, self._timeout = servers, timeout
         self._lock = threading.Lock()
         self._chains: dict[str, list[_Link]] = {}
+        self._dropped: deque[str] = deque()
         self._failures: dict[str, _Failure] = {}
         self.num_rebuilt = 0
 
@@ -123,10 +128,20 @@ class Failover:
         return self._backward(call, hop, grads, time.monotonic() + self._timeout)
 
     def end_session(self, kept: Kept) -> None:
-        """Let the servers forget a session, wherever it is by now."""
-        with self._lock:
-            chain = self._chains.pop(kept.session, [])
-        self._forget(chain)
+        """Let the servers forget a session soon, wherever it is by now.
+
+        The garbage collector calls this on any thread, also where that thread holds a lock of ours: so it takes none.
+        """
+        self._dropped.append(kept.session)
+        self._servers.soon(self._end_dropped)
+
+    def _end_dropped(self) -> None:
+        """End the sessions whose caches are gone."""
+        while self._dropped:
+            session = self._dropped.popleft()
+            with self._lock:
+                chain = self._chains.pop(session, [])
+            self._forget(chain)
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Let the servers forget all sessions, and wait until they have, at most so long in all."""

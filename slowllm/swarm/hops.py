@@ -87,6 +87,7 @@ class Hops:
     Args:
         find: returns the records of the servers as they are now.
         ask: sends a request.
+        soon: does a short piece of work on another thread, and takes no lock; `Network.soon` is one.
         num_blocks: of the model.
         wishes: which servers may be asked.
     """
@@ -95,10 +96,11 @@ class Hops:
         self,
         find: Callable[[], Sequence[ServerRecord]],
         ask: Asks,
+        soon: Callable[[Callable[[], object]], None],
         num_blocks: int,
         wishes: Wishes,
     ) -> None:
-        self._find, self._ask = find, ask
+        self._find, self._ask, self._soon = find, ask, soon
         self._num_blocks, self._wishes = num_blocks, wishes
         self._lock = threading.Lock()
         self._records: dict[str, ServerRecord] = {}
@@ -214,6 +216,10 @@ class Hops:
         with contextlib.suppress(SlowLLMError):  # a server that has gone has no session either
             return self._ask(kept.hop.peer, {"op": "end_session", "session": kept.session})
         return None
+
+    def soon(self, work: Callable[[], object]) -> None:
+        """Do a short piece of work on another thread. Takes no lock."""
+        self._soon(work)
 
     def status(self, peer: str) -> ServerStatus:
         """Return what a server says of its work so far.

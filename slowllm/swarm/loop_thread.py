@@ -6,6 +6,7 @@ Knows nothing of networks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import threading
@@ -45,6 +46,14 @@ class LoopThread:
             # A connection keeps the context in which it was opened, and the caller's holds caches and tensors.
             submit = asyncio.run_coroutine_threadsafe
             return contextvars.Context().run(submit, self.until_closed(work), self._loop)
+
+    def soon(self, work: Callable[[], object]) -> None:
+        """Let the loop's thread do a short piece of work soon; when the loop is closed, it is not done.
+
+        Takes no lock: the garbage collector may call this on a thread that holds any.
+        """
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(work, context=contextvars.Context())
 
     def call(self, work: Work[T], seconds: float) -> T:
         """Run a coroutine on the loop and wait for it, at most so long.

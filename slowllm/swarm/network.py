@@ -17,7 +17,7 @@ import contextlib
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -175,6 +175,10 @@ class Network:
         limit = self._limits.message_bytes
         parts = encode({REQUEST: dict(meta)}, tensors, compression=compression, max_bytes=limit)
         return self._loop.submit(lambda: self._ask(peer, parts, timeout))
+
+    def soon(self, work: Callable[[], object]) -> None:
+        """Do a short piece of work on the network's thread soon, unless it is closed. Takes no lock."""
+        self._loop.soon(work)
 
     def announce(self, record: ServerRecord, ttl: float) -> None:
         """Put this server's record into the swarm's directory for `ttl` seconds, in the place of its last one.

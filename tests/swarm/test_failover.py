@@ -93,6 +93,9 @@ class FailingServers:
     def end_session(self, kept: Kept) -> None:
         self._caches.pop((kept.hop.peer, kept.session), None)
 
+    def soon(self, work: Callable[[], object]) -> None:
+        work()
+
     def ban(self, peer: str, until: float) -> None:
         self.banned.add(peer)
 

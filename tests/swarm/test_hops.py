@@ -50,7 +50,7 @@ class Asked:
         return answer
 
     def hops(self) -> Hops:
-        return Hops(lambda: [], self, 4, Wishes())
+        return Hops(lambda: [], self, lambda work: None, 4, Wishes())
 
 
 def test_a_request_has_the_time_that_is_left() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,6 +79,7 @@ def test_the_room_of_a_session_comes_back_when_its_cache_is_dropped(lm: LM, serv
         assert held == {peer: ids.numel() if peer in hops else 0 for peer in before}
         del cache
         gc.collect()
+        free()  # by the thread that has ended the sessions before
         ended = [(peer, answer) for peer, operation, answer in asked if operation == "end_session"]
         for _, answer in ended:
             answer.result()
@@ -85,6 +87,30 @@ def test_the_room_of_a_session_comes_back_when_its_cache_is_dropped(lm: LM, serv
         lm.swarm._ask = send_request
     assert {peer for peer, _ in ended} == hops
     assert free() == before
+
+
+def test_a_cache_may_be_collected_where_locks_are_held(lm: LM) -> None:
+    ids, _ = texts()
+    cache: Any = DynamicCache(config=lm.config)
+    with torch.no_grad():
+        lm.model(ids, past_key_values=cache)
+    peers = [record.peer for record in lm.swarm.records()]
+    failover = lm.layout.blocks[0]._remote.spans
+    (session,) = {layer.__dict__["_slowllm_held"].kept.session for layer in cache.layers[:1]}
+    cache.itself, network = cache, lm.swarm._soon.__self__  # only the collector ends it
+
+    def collect() -> None:
+        with failover._lock, lm.swarm._lock, network._loop._lock:
+            nonlocal cache
+            cache = None
+            gc.collect()
+
+    collecting = threading.Thread(target=collect, daemon=True)
+    collecting.start()
+    collecting.join(60)
+    assert not collecting.is_alive(), "a finalizer waits for a lock that its own thread holds"
+    lm.swarm.status(peers[0])  # by the thread that has ended the session before
+    assert session not in failover._chains
 
 
 def test_a_client_that_closes_ends_its_sessions(lm: LM, served: Served) -> None:
