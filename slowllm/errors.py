@@ -33,6 +33,10 @@ class InputError(SlowLLMError):
     """The text or option given by the user cannot be used."""
 
 
+class LimitError(InputError):
+    """A request or a session is larger than one server takes, or of a kind that it does not compute; others may."""
+
+
 class NonFiniteError(SlowLLMError):
     """The output of a block or the head has a NaN, or an infinity where none is legal.
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from slowllm.errors import (
     BusyError,
+    LimitError,
     MissingBlocksError,
     PeerError,
-    ProtocolError,
     SessionError,
     SlowLLMError,
 )
@@ -36,10 +36,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What another server may do better. A wrong input or a NaN would be the same everywhere.
-_RETRIED = (PeerError, BusyError, ProtocolError, SessionError)
-# A server that failed is not asked for this time, which doubles with every failure.
+# What another server may do better. A wrong input, a NaN, a pass that fails or a request that cannot be encoded would be
+# the same everywhere.
+_RETRIED = (PeerError, BusyError, SessionError, LimitError)
+# A server that failed is not asked for this time, which doubles with every failure until it has answered again.
 _FIRST_BAN_SECONDS, _MOST_BAN_SECONDS = 5.0, 300.0
+# One that is well, but busy or too small for the work, is asked again after this time, however often it was.
+_SHORT_BAN_SECONDS = 1.0
 # Between looks for servers that have come back, where some blocks are served by nobody.
 _LOOK_SECONDS = 1.0
 # That a client waits at its end for servers to forget its sessions; they end by themselves when they are idle.
@@ -172,6 +175,7 @@ class Failover:
             found = self._servers.forward(call, link.hop, link.session, deadline)
         except _RETRIED as error:
             raise _FailedError(link.hop.peer, error) from error
+        self._has_answered(link.hop.peer)
         if link.session is not None:
             link.history.append(call)
         return found
@@ -204,7 +208,9 @@ class Failover:
 
     def _backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         try:
-            return self._servers.backward(call, hop, grads, deadline)
+            answer = self._servers.backward(call, hop, grads, deadline)
+            self._has_answered(hop.peer)
+            return answer
         except _RETRIED as error:
             failed = _FailedError(hop.peer, error)
         num_tokens = call.hidden.shape[0] * call.hidden.shape[1]
@@ -237,43 +243,62 @@ class Failover:
         Raises:
             MissingBlocksError: see `_wait_for_route`.
         """
-        now = time.monotonic()
+        now, is_well = time.monotonic(), isinstance(failed.error, BusyError | LimitError)
         with self._lock:
             last = self._failures.get(failed.peer)
-            number = 0 if last is None else last.number + 1
-            seconds = min(_FIRST_BAN_SECONDS * 2**number, _MOST_BAN_SECONDS)
+            number = (0 if last is None else last.number) + (not is_well)
+            seconds = min(_FIRST_BAN_SECONDS * 2 ** (number - 1), _MOST_BAN_SECONDS)
+            seconds = _SHORT_BAN_SECONDS if is_well else seconds
             self._failures[failed.peer] = _Failure(failed.error, number, now, now + seconds)
         if now >= deadline:
             blocks = tuple(range(hop.first, hop.end))
             raise self._out_of_time(blocks, f"blocks {hop.first}:{hop.end} were not computed", deadline)
         name = self._servers.name_of(failed.peer)
-        log.warning("%s failed (%s); it is not asked for %g s", name, failed.error, seconds)
+        level = logging.INFO if is_well else logging.WARNING
+        log.log(level, "%s failed (%s); it is not asked for %g s", name, failed.error, seconds)
         self._servers.ban(failed.peer, now + seconds)
         route = self._wait_for_route(
             lambda: self._servers.route(
                 hop.first, num_tokens, keeps_cache=keeps_cache, wants_grad=wants_grad, end=hop.end
             ),
             deadline,
+            is_too_large=isinstance(failed.error, LimitError),
         )
         others = ", ".join(f"{own.first}:{own.end} {self._servers.name_of(own.peer)}" for own in route)
         log.warning("blocks %d:%d go on: %s", hop.first, hop.end, others)
         return route
 
-    def _wait_for_route(self, find: Callable[[], Sequence[Hop]], deadline: float) -> Sequence[Hop]:
+    def _wait_for_route(
+        self, find: Callable[[], Sequence[Hop]], deadline: float, *, is_too_large: bool = False
+    ) -> Sequence[Hop]:
         """Return a route; wait for servers to come back while blocks are missing because some have failed.
 
+        Args:
+            find: returns a route, if there is one now.
+            deadline: of the call.
+            is_too_large: whether a server has refused the call by its limits.
+
         Raises:
-            MissingBlocksError: the time is over; it says which servers were tried, and why each failed.
+            MissingBlocksError: the time is over, or nobody takes so much; it says which servers were tried, and why each
+                failed.
         """
         while True:
             try:
                 return find()
             except MissingBlocksError as error:
-                if not self._tried(deadline):
+                tried = self._tried(deadline)
+                if not tried:
                     raise
-                if time.monotonic() >= deadline:
+                # What servers refuse by their limits, they refuse again.
+                is_lasting = is_too_large and all(isinstance(one.error, LimitError) for one in tried.values())
+                if is_lasting or time.monotonic() >= deadline:
                     raise self._out_of_time(error.blocks, str(error), deadline) from error
             time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+
+    def _has_answered(self, peer: str) -> None:
+        """Forget the failures of a server that is well again, or its bans would grow for ever."""
+        with self._lock:
+            self._failures.pop(peer, None)
 
     def _tried(self, deadline: float) -> dict[str, _Failure]:
         """Return the servers that failed since a call with this deadline began, or are not asked because of it."""
@@ -289,7 +314,8 @@ class Failover:
         """Return the error at the end of a call's time, with the servers that were tried, and why each failed."""
         tried = self._tried(deadline).items()
         told = "; ".join(f"{self._servers.name_of(peer)}: {failure.error}" for peer, failure in tried)
-        return MissingBlocksError(blocks, f"{problem}; tried for {self._timeout:g} s: {told}")
+        seconds = self._timeout - max(0.0, deadline - time.monotonic())
+        return MissingBlocksError(blocks, f"{problem}; tried for {seconds:.1f} s: {told}")
 
 
 @dataclass(frozen=True)
@@ -298,7 +324,7 @@ class _Failure:
 
     Attributes:
         error: why.
-        number: of failures before it, since the server last answered.
+        number: of failures since the server last answered, this one included; refusals of one that is well do not count.
         at: when, on the clock of `time.monotonic`.
         until: when the server is asked again.
     """

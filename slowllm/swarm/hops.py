@@ -13,11 +13,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from slowllm.errors import BusyError, InputError, NonFiniteError, RemoteError, SessionError, SlowLLMError
+from slowllm.errors import (
+    ArchitectureError,
+    BusyError,
+    InputError,
+    LimitError,
+    NonFiniteError,
+    PeerError,
+    ProtocolError,
+    RemoteError,
+    SessionError,
+    SlowLLMError,
+    UnsupportedError,
+)
 from slowllm.modeling.remote_spans import Hop, Kept
 from slowllm.modeling.span import SpanCall, SpanGrads
 from slowllm.swarm.records import ServerRecord
@@ -34,6 +46,8 @@ from slowllm.swarm.span_messages import (
 from slowllm.swarm.status import ServerStatus
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Servers that have come or left since are seen after this time at the latest.
 REFRESH_SECONDS = 15.0
@@ -189,15 +203,17 @@ class Hops:
             deadline: of `time.monotonic`, at which the request is given up.
         Raises:
             SessionError: the session is not there any more, or has no room.
-            NetworkError: the server does not answer in time, or with an error.
+            PeerError: the server does not answer in time, or with what is no answer, or with an error of its own.
+            SlowLLMError: the request cannot be sent, or the server says what is wrong with it.
         """
         if session is None:
-            return unpack_outputs(self._send(SpanRequest(call), hop, deadline), call)
+            return self._send(SpanRequest(call), hop, deadline, lambda found: unpack_outputs(found, call))
         with self._lock:
             step = self._num_steps.get(session, 0)
             self._num_steps[session] = step + 1
         try:
-            return unpack_outputs(self._send(SpanRequest(call, session, step), hop, deadline), call)
+            request = SpanRequest(call, session, step)
+            return self._send(request, hop, deadline, lambda found: unpack_outputs(found, call))
         except BaseException:
             # It is unknown whether the step was applied, so the session is not used again.
             with self._lock:
@@ -206,7 +222,8 @@ class Hops:
 
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         """Return the gradients of a call's inputs from its server, by a deadline as for `forward`."""
-        return unpack_grads(self._send(SpanRequest(call, grads=grads), hop, deadline), call)
+        request = SpanRequest(call, grads=grads)
+        return self._send(request, hop, deadline, lambda found: unpack_grads(found, call))
 
     def end_session(self, kept: Kept) -> Future[Any] | None:
         """Tell the server that a cache is gone. Does not wait; returns the answer, None where there was no session."""
@@ -240,7 +257,7 @@ class Hops:
         """Return a server's name and the end of its id."""
         return self._name(peer)
 
-    def _send(self, request: SpanRequest, hop: Hop, deadline: float) -> Tensors:
+    def _send(self, request: SpanRequest, hop: Hop, deadline: float, unpack: Callable[[Tensors], T]) -> T:
         if request.step < 0:
             raise SessionError(
                 "a passage of this session has failed before, so its cache cannot be continued"
@@ -258,9 +275,13 @@ class Hops:
             compression=dict.fromkeys(compressible(tensors), how),
         )
         try:
-            said, found = answer.result()
+            said, tensors = answer.result()
+            found = unpack(tensors)
         except RemoteError as error:
             raise _as_own(error, self._name(hop.peer)) from error
+        except ProtocolError as error:  # of the answer: what cannot be sent was refused before
+            problem = str(error).removeprefix(f"peer {hop.peer}: ")
+            raise PeerError(hop.peer, f"sends what is no answer ({problem})") from error
         except BaseException:  # an interrupt
             answer.cancel()
             raise
@@ -288,7 +309,9 @@ def _seconds(value: object) -> float:
 
 def _as_own(error: RemoteError, name: str) -> SlowLLMError:
     """Return what a server says went wrong as the kind of error that it was there."""
-    kinds: tuple[type[SlowLLMError], ...] = (SessionError, BusyError, InputError, NonFiniteError)
+    kinds: tuple[type[SlowLLMError], ...] = (
+        SessionError, BusyError, LimitError, InputError, NonFiniteError, ArchitectureError, UnsupportedError,
+    )  # fmt: skip
     for kind in kinds:
         if error.kind == kind.__name__:
             return kind(f"{name}: {error.sentence}")

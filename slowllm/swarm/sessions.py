@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from slowllm.errors import SessionError
+from slowllm.errors import LimitError, SessionError
 
 C = TypeVar("C")
 
@@ -76,7 +76,12 @@ class Sessions(Generic[C]):
             make_cache: called for a new session.
         Raises:
             SessionError: the session has ended or is in use, has had another number of passages, or there is no room.
+            LimitError: it is larger than all of the room.
         """
+        if num_tokens > self.max_tokens:
+            raise LimitError(
+                f"a session of {num_tokens:,} tokens is larger than the {self.max_tokens:,} that this server keeps in all"
+            )
         with self._lock:
             self._end_idle()
             session = self._sessions.get((peer, name))

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from slowllm.errors import BusyError, InputError, ProtocolError, SlowLLMError, forward_errors
+from slowllm.errors import BusyError, InputError, LimitError, ProtocolError, SlowLLMError, forward_errors
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.span import SpanRunner
 from slowllm.runtime.streamed_lm import StreamedLM
@@ -96,7 +96,7 @@ class SpanServer:
 
         Raises:
             ProtocolError: the request is damaged.
-            InputError: it asks for what is not served.
+            InputError: it does not fit the model; or, as a LimitError, it asks for what this server does not serve.
             SessionError: its session is not here, or has no room.
             BusyError: too many tokens wait already.
         """
@@ -164,7 +164,7 @@ class SpanServer:
     def _check(self, asked: SpanRequest, num_tokens: int) -> None:
         call, served = asked.call, self.served
         if not served.first <= call.first < call.end <= served.end:
-            raise InputError(
+            raise LimitError(
                 f"blocks {call.first}:{call.end} are not served here; this server has {served.first}:{served.end}"
             )
         if call.hidden.shape[2:] != self.form.hidden_shape:
@@ -173,16 +173,16 @@ class SpanServer:
                 f"{', '.join(map(str, self.form.hidden_shape))}) of this model"
             )
         if num_tokens > served.max_batch_tokens:
-            raise InputError(
+            raise LimitError(
                 f"a request of {num_tokens:,} tokens is longer than the {served.max_batch_tokens:,} that this server announces"
             )
         if call.length + call.hidden.shape[1] > served.max_length:
-            raise InputError(
+            raise LimitError(
                 f"a sequence of {call.length + call.hidden.shape[1]:,} tokens is longer than the {served.max_length:,} that this "
                 "server takes"
             )
         if asked.grads is not None and not served.has_backward:
-            raise InputError("this server computes no gradients, because its budget streams blocks in parts")
+            raise LimitError("this server computes no gradients, because its budget streams blocks in parts")
 
     def _reserve(self, peer: str, asked: SpanRequest, num_tokens: int) -> ServedSession[Any] | None:
         """Count a request among those that wait, and make room in its session."""

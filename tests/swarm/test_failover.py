@@ -22,12 +22,18 @@ from transformers import DynamicCache
 
 import slowllm
 from slowllm.errors import (
+    ArchitectureError,
     BusyError,
     InputError,
+    LimitError,
     MissingBlocksError,
+    NonFiniteError,
     PeerLostError,
     PeerTimeoutError,
+    ProtocolError,
     SessionError,
+    SlowLLMError,
+    UnsupportedError,
 )
 from slowllm.modeling.cache_labels import LabelSource
 from slowllm.modeling.cutting import find_form
@@ -54,6 +60,7 @@ class FailingServers:
         self.fails: Callable[[str], Exception | None] = lambda peer: None
         self.banned: set[str] = set()
         self.asked: list[tuple[str, int, int]] = []
+        self.ban_seconds: list[int] = []
 
     def route(
         self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool, end: int | None = None
@@ -98,6 +105,7 @@ class FailingServers:
 
     def ban(self, peer: str, until: float) -> None:
         self.banned.add(peer)
+        self.ban_seconds.append(round(until - time.monotonic()))
 
     def name_of(self, peer: str) -> str:
         return peer
@@ -127,6 +135,7 @@ class Swarm:
     ) -> None:
         self.servers.banned.clear()
         self.servers.asked.clear()
+        self.servers.ban_seconds.clear()
         self.servers.fails = fails
         self.failover = Failover(self.servers, timeout)
 
@@ -269,7 +278,7 @@ def test_the_end_of_the_time_names_the_blocks_and_why_each_server_failed(swarm: 
     with (
         torch.no_grad(),
         pytest.raises(
-            MissingBlocksError, match=r"nobody serves block 0; tried for 0.5 s: .*: peer .*: has died"
+            MissingBlocksError, match=r"nobody serves block 0; tried for 0.[5-9] s: .*: peer .*: has died"
         ),
     ):
         swarm.lm.model(IDS)
@@ -290,7 +299,7 @@ def test_a_request_under_way_is_given_up_at_the_end_of_the_time(swarm: Swarm) ->
             torch.no_grad(),
             pytest.raises(
                 MissingBlocksError,
-                match=r"blocks 0:4 were not computed; tried for 0.05 s: e: peer e: has not answered in 0.05 s",
+                match=r"blocks 0:4 were not computed; tried for 0.1 s: e: peer e: has not answered in 0.05 s",
             ) as caught,
         ):
             swarm.lm.model(IDS)
@@ -358,8 +367,56 @@ def test_prefixes_and_deep_vectors_are_rebuilt(swarm: Swarm) -> None:
         assert torch.equal(our, their)
 
 
-def test_a_wrong_input_is_not_tried_elsewhere(swarm: Swarm) -> None:
-    swarm.reset(lambda peer: InputError("wrong"))
-    with torch.no_grad(), pytest.raises(InputError, match="wrong"):
+@pytest.mark.parametrize(
+    "kind", [InputError, ArchitectureError, UnsupportedError, NonFiniteError, ProtocolError]
+)
+def test_what_would_be_wrong_everywhere_is_not_tried_elsewhere(
+    swarm: Swarm, kind: type[SlowLLMError]
+) -> None:
+    swarm.reset(lambda peer: kind("wrong"))
+    with torch.no_grad(), pytest.raises(kind, match="wrong"):
         swarm.lm.model(IDS)
     assert len(swarm.servers.asked) == 1
+
+
+def test_what_no_server_takes_is_refused_at_once_and_what_one_does_goes_there(swarm: Swarm) -> None:
+    too_long = LimitError("a sequence of 7 tokens is longer than the 5 that this server takes")
+    swarm.reset(lambda peer: None if peer in "ab" else too_long)
+    with torch.no_grad():
+        assert torch.equal(swarm.lm.model(IDS).logits, swarm.plain(IDS).logits)
+        swarm.reset(lambda peer: too_long)
+        with pytest.raises(
+            MissingBlocksError,
+            match=r"nobody serves block 0; tried for .*: e: a sequence of 7 tokens is longer",
+        ):
+            swarm.lm.model(IDS)
+    assert not [seconds for seconds in swarm.servers.ban_seconds if seconds > 1]
+
+
+def ban_seconds_of(swarm: Swarm, errors: Sequence[Exception | None]) -> list[int]:
+    """Return for how long one server was not asked after each of these failures; None is an answer."""
+    left = iter(errors)
+    swarm.reset(lambda peer: next(left) if peer == "e" else None)
+    with torch.no_grad():
+        for _ in errors:
+            swarm.servers.banned.clear()
+            swarm.lm.model(IDS)
+    return swarm.servers.ban_seconds
+
+
+def test_bans_double_until_a_server_has_answered_and_a_busy_one_is_asked_soon(swarm: Swarm) -> None:
+    busy = BusyError("tokens wait")
+    assert ban_seconds_of(swarm, [lost("e"), lost("e"), lost("e")]) == [5, 10, 20]
+    assert ban_seconds_of(swarm, [lost("e"), lost("e"), None, lost("e")]) == [5, 10, 5]
+    assert ban_seconds_of(swarm, [busy, busy, busy, lost("e"), busy, lost("e")]) == [1, 1, 1, 5, 1, 10]
+
+
+def test_a_backward_pass_that_is_answered_ends_the_bans_too(swarm: Swarm) -> None:
+    swarm.reset(at_calls([0, 2], lost))
+    for _ in range(2):
+        swarm.servers.banned.clear()
+        embeddings = embeddings_of(swarm.lm.model)
+        loss = swarm.lm.model(inputs_embeds=embeddings, labels=IDS, use_cache=False).loss
+        swarm.servers.banned.clear()
+        loss.backward()
+    assert set(swarm.servers.ban_seconds) == {5}

@@ -5,13 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from slowllm.errors import PeerTimeoutError, SlowLLMError
+from slowllm.errors import (
+    ArchitectureError,
+    BusyError,
+    InputError,
+    LimitError,
+    NonFiniteError,
+    PeerError,
+    PeerTimeoutError,
+    ProtocolError,
+    RemoteError,
+    SessionError,
+    SlowLLMError,
+    UnsupportedError,
+)
 from slowllm.modeling.remote_spans import Hop
 from slowllm.modeling.span import SpanCall
 from slowllm.swarm.hops import Hops
@@ -26,8 +40,8 @@ HOP = Hop(0, 2, PEER)
 class Asked:
     """Takes requests, and answers each with an error, or hidden states."""
 
-    def __init__(self, error: SlowLLMError | None = None) -> None:
-        self.error = error
+    def __init__(self, error: SlowLLMError | None = None, hidden: Tensor | None = None) -> None:
+        self.error, self.hidden = error, torch.zeros(1, 3, 4) if hidden is None else hidden
         self.timeouts: list[float | None] = []
         self.sent: list[Meta] = []
 
@@ -46,7 +60,7 @@ class Asked:
         if self.error is not None:
             answer.set_exception(self.error)
         else:
-            answer.set_result(({}, {"hidden.1": torch.zeros(1, 3, 4)}))
+            answer.set_result(({}, {"hidden.1": self.hidden}))
         return answer
 
     def hops(self) -> Hops:
@@ -67,3 +81,37 @@ def test_a_request_has_the_time_that_is_left() -> None:
             assert given is not None
             assert 0.0 <= given <= most
             assert bool(given) == (seconds > 0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        SessionError, BusyError, LimitError, InputError, NonFiniteError, ArchitectureError, UnsupportedError,
+    ],
+)  # fmt: skip
+def test_an_error_of_a_server_has_its_own_kind_here(kind: type[SlowLLMError]) -> None:
+    hops = Asked(RemoteError(PEER, kind.__name__, "no")).hops()
+    with pytest.raises(SlowLLMError, match=f"{PEER[-6:]}: no") as caught:
+        hops.forward(CALL, HOP, None, time.monotonic() + 9)
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Asked(ProtocolError(f"peer {PEER}: too short")),
+        Asked(RemoteError(PEER, "ValueError", "the server failed")),
+        Asked(hidden=torch.zeros(1, 2, 4)),
+    ],
+    ids=["damaged", "failed", "another shape"],
+)
+def test_what_is_no_answer_is_the_servers_fault(asked: Asked) -> None:
+    problem = r"answers ValueError|sends what is no answer \((too short|the answer lacks)"
+    with pytest.raises(PeerError, match=f"peer {PEER}: ({problem})"):
+        asked.hops().forward(CALL, HOP, None, time.monotonic() + 9)
+
+
+def test_what_cannot_be_sent_is_not() -> None:
+    mask = torch.full((1, 3), 2)
+    with pytest.raises(UnsupportedError, match="other values than 0 and 1"):
+        Asked().hops().forward(replace(CALL, mask=mask), HOP, None, time.monotonic() + 9)

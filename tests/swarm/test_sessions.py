@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slowllm.errors import SessionError
+from slowllm.errors import LimitError, SessionError
 from slowllm.swarm.sessions import Sessions
 
 
@@ -44,7 +44,9 @@ def test_a_full_cache_says_what_is_free() -> None:
     passed(sessions, "a", "x", 0, 70)
     with pytest.raises(SessionError, match="would hold 40 tokens, and 30 of 100 are free"):
         sessions.begin_step("a", "y", 0, 40, list)
-    with pytest.raises(SessionError, match="would hold 101 tokens, and 100 of 100 are free"):
+    with pytest.raises(
+        LimitError, match="a session of 101 tokens is larger than the 100 that this server keeps"
+    ):
         sessions.begin_step("a", "x", 1, 101, list)
     passed(sessions, "a", "x", 1, 100)
 
