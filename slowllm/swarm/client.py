@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slowllm.errors import MissingBlocksError
+from slowllm.errors import InputError, MissingBlocksError
 from slowllm.modeling.cache_labels import LabelSource
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.parts import Part
@@ -25,7 +25,7 @@ from slowllm.runtime.block_identity import block_hashes, config_hash, ends_hash
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
-from slowllm.swarm.failover import Failover
+from slowllm.swarm.failover import REPLAYS, Failover, Replay
 from slowllm.swarm.hops import Hops
 from slowllm.swarm.network import Network
 from slowllm.swarm.records import model_key
@@ -46,6 +46,8 @@ class SwarmOptions:
         wishes: which servers may be asked.
         timeout: seconds for a passage through a server's blocks, with all retries and what is rebuilt; then it is given up.
         step_timeout: seconds of silence after which a server counts as dead; one that works says so all the while.
+        replay: how sessions are rebuilt that a server has lost: ``steps`` by the calls in which they grew, with equal bits;
+            ``fast`` in one pass over all positions, which rounds otherwise.
         identity: file of this client's key; None for one that is forgotten.
     """
 
@@ -53,7 +55,17 @@ class SwarmOptions:
     wishes: Wishes = field(default_factory=Wishes)
     timeout: float = 600.0
     step_timeout: float = 20.0
+    replay: Replay = "steps"
     identity: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check what is given.
+
+        Raises:
+            InputError: sessions cannot be rebuilt in this way.
+        """
+        if self.replay not in REPLAYS:
+            raise InputError(f"sessions are rebuilt by {' or '.join(REPLAYS)}, not by {self.replay!r}")
 
 
 def open_client(
@@ -123,7 +135,7 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
     dtype = str(lm.model.dtype).removeprefix("torch.")
     wishes = replace(options.wishes, dtype=dtype, ends_hash=ends_hash(lm), hashes=_own_hashes(lm))
     hops = Hops(lambda: network.find(key), network.ask, network.soon, len(blocks), wishes)
-    spans = Failover(hops, options.timeout)
+    spans = Failover(hops, options.timeout, options.replay)
     # Now, so that missing blocks are named before any work.
     hops.route(0, 1, keeps_cache=False, wants_grad=False)
     remote = Remote(

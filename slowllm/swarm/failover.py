@@ -2,7 +2,7 @@
 
 To a client's blocks a hop stays a hop. Behind it stands a chain of links, each at one server. When a link's server fails,
 its span alone is cut anew among the other servers, and a session's keys and values are rebuilt there from the history of
-the link's inputs, by the very calls in which they grew, so that they have the same bits. A call that may have been
+the link's inputs, by the very calls in which they grew, so that they have the same bits, and in one sweep. A call that may have been
 applied is never sent to the same session again.
 """
 
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from torch import Tensor
 
@@ -29,12 +29,15 @@ from slowllm.errors import (
     SessionError,
     SlowLLMError,
 )
+from slowllm.modeling.merged_calls import merged
 from slowllm.modeling.remote_spans import Hop, Kept
 from slowllm.modeling.span import SpanCall, SpanGrads
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Replay = Literal["steps", "fast"]
+REPLAYS: tuple[str, ...] = get_args(Replay)
 
 # What another server may do better. A wrong input, a NaN, a pass that fails or a request that cannot be encoded would be
 # the same everywhere.
@@ -59,6 +62,15 @@ class AsksServers(Protocol):
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
         """Compute a span at its server; give up at a time of `time.monotonic`."""
+
+    def replay(
+        self, calls: Sequence[SpanCall], hop: Hop, session: str, deadline: float, *, returns: bool
+    ) -> list[Tensor]:
+        """Fill a new session by the calls in which it grew elsewhere; give up at a time of `time.monotonic`.
+
+        Returns:
+            the hidden states (B, T, ...) behind the hop's last block, of each call, if they are wanted.
+        """
 
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         """Return the gradients of a call's inputs; give up at a time of `time.monotonic`."""
@@ -91,10 +103,11 @@ class Failover:
     Args:
         servers: asks them.
         timeout: seconds for one call of a hop's blocks, with all retries and what is rebuilt.
+        replay: ``steps`` rebuilds sessions by the calls in which they grew, with equal bits; ``fast`` in one pass.
     """
 
-    def __init__(self, servers: AsksServers, timeout: float) -> None:
-        self._servers, self._timeout = servers, timeout
+    def __init__(self, servers: AsksServers, timeout: float, replay: Replay = "steps") -> None:
+        self._servers, self._timeout, self._replay = servers, timeout, replay
         self._lock = threading.Lock()
         self._chains: dict[str, list[_Link]] = {}
         self._dropped: deque[str] = deque()
@@ -190,16 +203,32 @@ class Failover:
             )
             links = [_Link(hop, None if link.session is None else uuid.uuid4().hex) for hop in route]
             try:
-                for past in link.history:
-                    hidden = past.hidden
-                    for new in links:
-                        hidden = self._ask(new, _part_of(past, new.hop, hidden), deadline)[new.hop.end - 1]
+                if link.history:
+                    fast = merged(link.history, num_tokens) if self._replay == "fast" else None
+                    self._rebuild(link.history if fast is None else fast, links, deadline)
             except _FailedError as again:
                 failed = again
                 self._forget(links)
                 continue
             self.num_rebuilt += bool(link.history)
             return links
+
+    def _rebuild(self, history: Sequence[SpanCall], links: Sequence[_Link], deadline: float) -> None:
+        """Fill the new sessions of links by the calls that their predecessor had, one link after the other."""
+        inputs = [call.hidden for call in history]
+        for link in links:
+            calls = [
+                replace(_part_of(call, link.hop, hidden), returns_all=False)
+                for call, hidden in zip(history, inputs, strict=True)
+            ]
+            assert link.session is not None, "only sessions are rebuilt"
+            try:
+                inputs = self._servers.replay(
+                    calls, link.hop, link.session, deadline, returns=link is not links[-1]
+                )
+            except _RETRIED as error:
+                raise _FailedError(link.hop.peer, error) from error
+            link.history.extend(calls)
 
     def _forget(self, links: Sequence[_Link]) -> list[Future[Any]]:
         """Let servers forget the sessions of links, so that these take no room from those that come in their place."""

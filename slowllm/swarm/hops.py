@@ -33,6 +33,7 @@ from slowllm.errors import (
 from slowllm.modeling.remote_spans import Hop, Kept
 from slowllm.modeling.span import SpanCall, SpanGrads
 from slowllm.swarm.records import ServerRecord
+from slowllm.swarm.replay_messages import ReplayRequest, pack_replay, unpack_replayed, windows
 from slowllm.swarm.routing import ServerHop, Wishes, fastest_route, format_route, other_weights, spread
 from slowllm.swarm.span_messages import (
     Meta,
@@ -220,6 +221,34 @@ class Hops:
                 self._num_steps[session] = -1
             raise
 
+    def replay(
+        self, calls: Sequence[SpanCall], hop: Hop, session: str, deadline: float, *, returns: bool
+    ) -> list[Tensor]:
+        """Fill a new session at a server by calls, in as few sweeps as its requests allow; see `Failover`.
+
+        Args:
+            calls: in which the session grew elsewhere, in their order.
+            hop: at whose server.
+            session: a new name.
+            deadline: as for `forward`.
+            returns: whether the outputs of the calls are wanted.
+        Returns:
+            the hidden states behind the hop's last block, of each call; nothing where they are not wanted.
+        """
+        record = self._records.get(hop.peer)
+        outputs: list[Tensor] = []
+        step = 0
+        for window in windows(calls, 0 if record is None else record.max_batch_tokens):
+            with self._lock:
+                self._num_steps[session] = -1  # until it has worked
+            meta, tensors = pack_replay(ReplayRequest(window, session, step, returns))
+            answer = self._exchange(meta, tensors, hop, deadline)
+            outputs += unpack_replayed(answer, window) if returns else []
+            step += len(window)
+        with self._lock:
+            self._num_steps[session] = step
+        return outputs
+
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         """Return the gradients of a call's inputs from its server, by a deadline as for `forward`."""
         request = SpanRequest(call, grads=grads)
@@ -262,7 +291,9 @@ class Hops:
             raise SessionError(
                 "a passage of this session has failed before, so its cache cannot be continued"
             )
-        meta, tensors = pack_request(request)
+        return self._exchange(*pack_request(request), hop, deadline)
+
+    def _exchange(self, meta: Meta, tensors: Tensors, hop: Hop, deadline: float) -> Tensors:
         record = self._records.get(hop.peer)
         how = "none" if record is None else record.compression
         meta["compression"] = how

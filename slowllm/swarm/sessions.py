@@ -104,14 +104,25 @@ class Sessions(Generic[C]):
             session.is_busy, session.num_tokens = True, num_tokens
             return session
 
-    def end_step(self, peer: str, name: str, *, has_failed: bool) -> None:
-        """Note that a passage is over. After one that failed it is unknown what the cache holds, so the session ends."""
+    def end_step(
+        self, peer: str, name: str, *, has_failed: bool, num_steps: int = 1, num_tokens: int | None = None
+    ) -> None:
+        """Note that a passage is over. After one that failed it is unknown what the cache holds, so the session ends.
+
+        Args:
+            peer: of the client.
+            name: of the session.
+            has_failed: whether the passage did not end well.
+            num_steps: passages that it was; more than one where a session was filled anew.
+            num_tokens: that the session holds now, where that is less than was reserved.
+        """
         with self._lock:
             session = self._sessions.get((peer, name))
             if session is None:
                 return
             session.is_busy, session.used_at = False, self._clock()
-            session.num_steps += 1
+            session.num_steps += num_steps
+            session.num_tokens = session.num_tokens if num_tokens is None else num_tokens
             if has_failed or session.was_ended:
                 del self._sessions[peer, name]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from slowllm.modeling.span import SpanCall, SpanGrads
 Meta = dict[str, Any]
 Tensors = dict[str, Tensor]
 
-Operation = Literal["forward", "backward", "end_session", "status"]
 MAX_LENGTH = 1 << 24
 _MAX_POSITION_KINDS = 8
+# After the number of a call, in a replay.
+_TO_COMPRESS = re.compile(r"([0-9]+/)?(hidden|grad)([.].*)?")
 _BLOCK_NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 
 
@@ -87,7 +88,7 @@ def pack_request(request: SpanRequest) -> tuple[Meta, Tensors]:
 
 def compressible(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the tensors that may be compressed: hidden states and their gradients."""
-    return [name for name in tensors if name.partition(".")[0] in ("hidden", "grad")]
+    return [name for name in tensors if _TO_COMPRESS.fullmatch(name)]
 
 
 def unpack_request(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> SpanRequest:

@@ -6,21 +6,23 @@ computed. Knows no network: a request comes with the id of its peer, and is answ
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from slowllm.errors import BusyError, InputError, LimitError, ProtocolError, SlowLLMError, forward_errors
 from slowllm.modeling.cutting import find_form
-from slowllm.modeling.span import SpanRunner
+from slowllm.modeling.span import SpanCall, SpanRunner
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.ride import Ride
 from slowllm.swarm.compression import COMPRESSIONS
+from slowllm.swarm.replay_messages import pack_replayed, unpack_replay
 from slowllm.swarm.requests import PeerRequest
 from slowllm.swarm.sessions import ServedSession, Sessions
 from slowllm.swarm.span_messages import (
-    SpanRequest,
     Tensors,
     compressible,
     pack_grads,
@@ -28,6 +30,8 @@ from slowllm.swarm.span_messages import (
     unpack_request,
 )
 from slowllm.swarm.status import ServerStatus
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,39 +111,75 @@ class SpanServer:
         elif operation == "status":
             request.respond(self.status().to_meta())
         elif operation in ("forward", "backward"):
-            self._board(request)
+            self._compute(request)
+        elif operation == "replay":
+            self._replay(request)
         else:
             raise ProtocolError(f"{str(operation)[:40]!r} is no operation of this version")
 
-    def _board(self, request: PeerRequest) -> None:
+    def _compute(self, request: PeerRequest) -> None:
+        """Board a passage through the span."""
         asked = unpack_request(request.meta, request.tensors, self.form.hidden_dtype)
-        compression = str(request.meta.get("compression", "none"))
-        if compression not in COMPRESSIONS:
-            raise ProtocolError(f"the compression {compression[:40]!r} is none of {', '.join(COMPRESSIONS)}")
-        num_tokens = asked.call.hidden.shape[0] * asked.call.hidden.shape[1]
-        self._check(asked, num_tokens)
-        session = self._reserve(request.peer, asked, num_tokens)
-        came_at, began_at = time.time(), [0.0]
+        call, grads = asked.call, asked.grads
+        num_tokens = _tokens_of(call)
+        self._check(call, num_tokens, wants_grad=grads is not None)
+        work = _Work(request, _compression_of(request), num_tokens, asked.session, asked.step)
+        session = self._reserve(work, [call])
 
         def compute() -> Tensors:
-            began_at[0] = time.time()
-            with forward_errors(self._lm.model):
-                if asked.grads is not None:
-                    return pack_grads(self.runner.backward(asked.call, asked.grads))
-                return pack_outputs(
-                    self.runner.forward(asked.call, None if session is None else session.cache)
-                )
+            if grads is not None:
+                return pack_grads(self.runner.backward(call, grads))
+            return pack_outputs(self.runner.forward(call, None if session is None else session.cache))
 
-        def ended(ride: Ride[Tensors]) -> None:
-            tensors: Tensors = {}
+        self._board(work, [compute], lambda results: results[0])
+
+    def _replay(self, request: PeerRequest) -> None:
+        """Board the passages in which a session grew elsewhere, all in one sweep."""
+        asked = unpack_replay(request.meta, request.tensors, self.form.hidden_dtype)
+        num_tokens = sum(map(_tokens_of, asked.calls))
+        for call in asked.calls:
+            self._check(call, num_tokens)
+        work = _Work(
+            request, _compression_of(request), num_tokens, asked.session, asked.step, len(asked.calls),
+            _held_tokens_of(asked.calls[-1]),
+        )  # fmt: skip
+        session = self._reserve(work, asked.calls)
+        assert session is not None, "a replay names one"
+        last = asked.calls[0].end - 1
+        self._board(
+            work,
+            self.runner.replay(asked.calls, session.cache),
+            lambda results: pack_replayed([result[last] for result in results]) if asked.returns else {},
+        )
+
+    def _board(
+        self, work: _Work, jobs: Sequence[Callable[[], T]], pack: Callable[[list[T]], Tensors]
+    ) -> None:
+        """Let jobs ride together, and answer when all have ended."""
+        came_at, began_at, num_left = time.time(), list[float](), len(jobs)
+
+        def timed(job: Callable[[], T]) -> T:
+            began_at.append(time.time())
+            with forward_errors(self._lm.model):
+                return job()
+
+        def ended(_: Ride[T]) -> None:
+            nonlocal num_left
+            with self._lock:
+                num_left -= 1
+                if num_left:
+                    return
+            results: list[T] = []
             error: BaseException | None = None
-            try:
-                tensors = ride.result()
-            except BaseException as caught:  # told to who asked; what is a fault of ours is logged there
-                error = caught
-            self._leave(request.peer, asked, num_tokens, has_failed=error is not None)
+            for ride in rides:
+                try:
+                    results.append(ride.result())
+                except BaseException as caught:  # told to who asked; what is a fault of ours is logged there
+                    # The first one: those that ride behind a job that failed find its session as it was left.
+                    error = error or caught
+            self._leave(work, has_failed=error is not None)
             if error is not None:
-                request.fail(error)
+                work.request.fail(error)
                 return
             ended_at = time.time()
             said = {
@@ -147,22 +187,24 @@ class SpanServer:
                 "began_at": began_at[0], "ended_at": ended_at,
             }  # fmt: skip
             try:
-                request.respond(said, tensors, dict.fromkeys(compressible(tensors), compression))
+                tensors = pack(results)
+                work.request.respond(said, tensors, dict.fromkeys(compressible(tensors), work.compression))
             except (
                 SlowLLMError
             ) as refused:  # it is too large, or has numbers that the compression cannot hold
-                request.fail(refused)
+                work.request.fail(refused)
 
         try:
-            ride = self._lm.board(compute)
+            rides = self._lm.board_together([functools.partial(timed, job) for job in jobs])
         except BaseException:
-            self._leave(request.peer, asked, num_tokens, has_failed=True)
+            self._leave(work, has_failed=True)
             raise
-        ride.add_done_callback(ended)
-        request.add_cancel_callback(ride.cancel)
+        for ride in rides:
+            work.request.add_cancel_callback(ride.cancel)
+            ride.add_done_callback(ended)
 
-    def _check(self, asked: SpanRequest, num_tokens: int) -> None:
-        call, served = asked.call, self.served
+    def _check(self, call: SpanCall, num_tokens: int, *, wants_grad: bool = False) -> None:
+        served = self.served
         if not served.first <= call.first < call.end <= served.end:
             raise LimitError(
                 f"blocks {call.first}:{call.end} are not served here; this server has {served.first}:{served.end}"
@@ -181,31 +223,73 @@ class SpanServer:
                 f"a sequence of {call.length + call.hidden.shape[1]:,} tokens is longer than the {served.max_length:,} that this "
                 "server takes"
             )
-        if asked.grads is not None and not served.has_backward:
+        if wants_grad and not served.has_backward:
             raise LimitError("this server computes no gradients, because its budget streams blocks in parts")
 
-    def _reserve(self, peer: str, asked: SpanRequest, num_tokens: int) -> ServedSession[Any] | None:
+    def _reserve(self, work: _Work, calls: Sequence[SpanCall]) -> ServedSession[Any] | None:
         """Count a request among those that wait, and make room in its session."""
-        call, served = asked.call, self.served
+        served, num_tokens = self.served, work.num_tokens
         session: ServedSession[Any] | None = None
         with self._lock:
             if self._waiting_tokens and self._waiting_tokens + num_tokens > served.max_waiting_tokens:
                 raise BusyError(
                     f"{self._waiting_tokens:,} tokens wait here, and no more than {served.max_waiting_tokens:,} may; ask again later"
                 )
-            if asked.session is not None:
-                if self._is_draining and not asked.step:
+            if work.session is not None:
+                if self._is_draining and not work.step:
                     raise BusyError("the server is leaving and takes no new sessions")
-                rows, width = call.hidden.shape[:2]
+                keeps_everything = calls[0].keeps_everything
                 session = self.sessions.begin_step(
-                    peer, asked.session, asked.step, rows * (call.length + width),
-                    lambda: self.runner.new_cache(keeps_everything=call.keeps_everything),
+                    work.request.peer, work.session, work.step, max(map(_held_tokens_of, calls)),
+                    lambda: self.runner.new_cache(keeps_everything=keeps_everything),
                 )  # fmt: skip
             self._waiting_tokens += num_tokens
         return session
 
-    def _leave(self, peer: str, asked: SpanRequest, num_tokens: int, *, has_failed: bool) -> None:
+    def _leave(self, work: _Work, *, has_failed: bool) -> None:
         with self._lock:
-            self._waiting_tokens -= num_tokens
-        if asked.session is not None:
-            self.sessions.end_step(peer, asked.session, has_failed=has_failed)
+            self._waiting_tokens -= work.num_tokens
+        if work.session is not None:
+            self.sessions.end_step(
+                work.request.peer, work.session, has_failed=has_failed, num_steps=work.num_steps,
+                num_tokens=work.num_held_tokens,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A request that is computed.
+
+    Attributes:
+        request: to be answered.
+        compression: of the answer.
+        num_tokens: that it has.
+        session: that it continues, if it does.
+        step: how many passages the session has had.
+        num_steps: passages that it is.
+        num_held_tokens: that the session holds behind it, where that may be less than on the way.
+    """
+
+    request: PeerRequest
+    compression: str
+    num_tokens: int
+    session: str | None
+    step: int
+    num_steps: int = 1
+    num_held_tokens: int | None = None
+
+
+def _compression_of(request: PeerRequest) -> str:
+    compression = str(request.meta.get("compression", "none"))
+    if compression not in COMPRESSIONS:
+        raise ProtocolError(f"the compression {compression[:40]!r} is none of {', '.join(COMPRESSIONS)}")
+    return compression
+
+
+def _tokens_of(call: SpanCall) -> int:
+    return call.hidden.shape[0] * call.hidden.shape[1]
+
+
+def _held_tokens_of(call: SpanCall) -> int:
+    """Return the tokens that a session holds behind a call."""
+    return call.hidden.shape[0] * (call.length + call.hidden.shape[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 from transformers import DynamicCache
 
 import slowllm
+from slowllm.errors import RemoteError
 from slowllm.modeling.span import SpanCall
 from slowllm.options import parse_bytes
 from slowllm.streaming.stops import Passage
 from slowllm.swarm.network import Network
+from slowllm.swarm.replay_messages import ReplayRequest, pack_replay, unpack_replayed
 from tests.support.families import save_tiny
 from tests.support.served import Served, use_route
 from tests.support.serving import hidden_states, send, serving
@@ -55,6 +58,52 @@ def test_requests_of_two_clients_that_wait_together_share_a_sweep(served: Served
             found = [answer.result()[1]["hidden.4"] for answer in answers]
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, alone, strict=True))
         assert server.spans.status().num_passages - before <= 2 * num_alone
+
+
+def test_a_session_is_filled_anew_in_one_sweep(served: Served) -> None:
+    first, end = 1, 5
+    calls = [SpanCall(first, end, hidden_states(64, num_positions=5))]
+    calls += [
+        SpanCall(first, end, hidden_states(64, num_positions=1, seed=length), length=length)
+        for length in range(5, 12)
+    ]
+    *past, last = calls
+    with (
+        serving(served.whole, f"{first}:{end}", keep_resident=False) as server,
+        Network.open(host_maddrs=(), initial_peers=server.network.addresses) as network,
+    ):
+        peer = server.network.peer
+        said = [send(network, peer, call, "grown", step).result()[1] for step, call in enumerate(calls)]
+        before = server.spans.status()
+        answer = network.ask(peer, *pack_replay(ReplayRequest(past, "filled", returns=True))).result()
+        num_passages = server.spans.status().num_passages - before.num_passages
+        outputs = unpack_replayed(answer[1], past)
+        assert all(torch.equal(our, their["hidden.4"]) for our, their in zip(outputs, said, strict=False))
+        assert num_passages == end - first
+        assert server.spans.status().num_sessions == 2
+        assert server.spans.status().cache_tokens_free == before.cache_tokens_free - 11
+        again = send(network, peer, last, "filled", len(past)).result()[1]
+        assert torch.equal(again["hidden.4"], said[-1]["hidden.4"])
+
+        # One that cannot go on ends its session, and says of which passage.
+        gap = network.ask(peer, *pack_replay(ReplayRequest([past[0], past[2]], "gap")))
+        with pytest.raises(
+            RemoteError, match="continues 1 rows of 6 positions, but the session holds 1 of 5"
+        ):
+            gap.result()
+        with pytest.raises(RemoteError, match="the session is not here any more"):
+            send(network, peer, past[1], "gap", 1).result()
+        for calls, sentence in (
+            ([replace(past[0], end=6)], "blocks 1:6 are not served here"),
+            (
+                [SpanCall(first, end, hidden_states(64, 1, 513))],
+                "longer than the 512 that this server announces",
+            ),
+            ([SpanCall(first, end, hidden_states(64, 4, 1), length=600)], "the server's cache is full"),
+        ):
+            with pytest.raises(RemoteError, match=sentence):
+                network.ask(peer, *pack_replay(ReplayRequest(calls, "new"))).result()
+        assert server.spans.waiting_tokens == 0
 
 
 @pytest.fixture(scope="module")

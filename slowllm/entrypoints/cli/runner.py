@@ -328,8 +328,9 @@ class Runner:
 
         wishes = Wishes(allowed=self._swarm.allowed or None, blocked=self._swarm.blocked)
         return SwarmOptions(
-            self._swarm.peers, wishes, timeout=self._swarm.timeout, step_timeout=self._swarm.step_timeout
-        )
+            self._swarm.peers, wishes, timeout=self._swarm.timeout, step_timeout=self._swarm.step_timeout,
+            replay=self._swarm.replay,
+        )  # fmt: skip
 
     def open(self, job: Job, budget: Budget | None = None) -> StreamedLM:
         """Open the model for a job; the caller closes it.

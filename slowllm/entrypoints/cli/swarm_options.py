@@ -7,7 +7,7 @@ import inspect
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
@@ -53,6 +53,16 @@ _StepTimeout = Annotated[
     ),
 ]
 
+_Replay = Annotated[
+    str,
+    typer.Option(
+        "--replay",
+        help="With --swarm: how a session is rebuilt that a server has lost: by the steps in which it grew, with the same bits, "
+        "or fast, in one pass over all positions, which rounds otherwise.",
+        metavar="steps|fast",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class SwarmChoice:
@@ -64,6 +74,7 @@ class SwarmChoice:
         blocked: ids of servers that are not asked.
         timeout: seconds for one passage through a server's blocks, with all retries.
         step_timeout: seconds of silence after which a server counts as dead.
+        replay: how sessions that were lost are rebuilt, ``steps`` or ``fast``.
     """
 
     peers: tuple[str, ...] = ()
@@ -71,6 +82,7 @@ class SwarmChoice:
     blocked: frozenset[str] = frozenset()
     timeout: float = 600.0
     step_timeout: float = 20.0
+    replay: Literal["steps", "fast"] = "steps"
 
 
 _OPTIONS: tuple[tuple[str, Any, Any], ...] = (
@@ -79,6 +91,7 @@ _OPTIONS: tuple[tuple[str, Any, Any], ...] = (
     ("blocked_peers", _Blocked, None),
     ("timeout", _Timeout, SwarmChoice.timeout),
     ("step_timeout", _StepTimeout, SwarmChoice.step_timeout),
+    ("replay", _Replay, SwarmChoice.replay),
 )
 
 
@@ -106,6 +119,7 @@ def takes_swarm(verb: V) -> V:
         blocked_peers: list[str] | None = None,
         timeout: float = SwarmChoice.timeout,
         step_timeout: float = SwarmChoice.step_timeout,
+        replay: str = SwarmChoice.replay,
         **kwargs: Any,
     ) -> None:
         choice = SwarmChoice(
@@ -114,7 +128,10 @@ def takes_swarm(verb: V) -> V:
             frozenset(blocked_peers or ()),
             timeout,
             step_timeout,
+            cast(Literal["steps", "fast"], replay),
         )
+        if replay not in ("steps", "fast"):
+            raise InputError(f"--replay is steps or fast, not {replay!r}")
         if not choice.peers and (choice.allowed or choice.blocked):
             raise InputError(
                 "--allowed-peers and --blocked-peers choose among the servers of a swarm; name it with --swarm"
@@ -125,4 +142,4 @@ def takes_swarm(verb: V) -> V:
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {
         "return": None
     }
-    return typing.cast(V, call)
+    return cast(V, call)
