@@ -7,6 +7,7 @@ once: a step that may have been applied is never sent to the same session again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -241,9 +242,9 @@ class Hops:
         for window in windows(calls, 0 if record is None else record.max_batch_tokens):
             with self._lock:
                 self._num_steps[session] = -1  # until it has worked
-            meta, tensors = pack_replay(ReplayRequest(window, session, step, returns))
-            answer = self._exchange(meta, tensors, hop, deadline)
-            outputs += unpack_replayed(answer, window) if returns else []
+            asked = pack_replay(ReplayRequest(window, session, step, returns))
+            wanted = window if returns else []
+            outputs += self._exchange(*asked, hop, deadline, functools.partial(_outputs_of, wanted))
             step += len(window)
         with self._lock:
             self._num_steps[session] = step
@@ -291,9 +292,11 @@ class Hops:
             raise SessionError(
                 "a passage of this session has failed before, so its cache cannot be continued"
             )
-        return self._exchange(*pack_request(request), hop, deadline)
+        return self._exchange(*pack_request(request), hop, deadline, unpack)
 
-    def _exchange(self, meta: Meta, tensors: Tensors, hop: Hop, deadline: float) -> Tensors:
+    def _exchange(
+        self, meta: Meta, tensors: Tensors, hop: Hop, deadline: float, unpack: Callable[[Tensors], T]
+    ) -> T:
         record = self._records.get(hop.peer)
         how = "none" if record is None else record.compression
         meta["compression"] = how
@@ -331,6 +334,10 @@ class Hops:
     def _name(self, peer: str) -> str:
         record = self._records.get(peer)
         return peer[-6:] if record is None else record.label
+
+
+def _outputs_of(calls: Sequence[SpanCall], tensors: Tensors) -> list[Tensor]:
+    return unpack_replayed(tensors, calls)
 
 
 def _seconds(value: object) -> float:

@@ -99,7 +99,7 @@ def test_a_session_is_filled_anew_in_one_sweep(served: Served) -> None:
                 [SpanCall(first, end, hidden_states(64, 1, 513))],
                 "longer than the 512 that this server announces",
             ),
-            ([SpanCall(first, end, hidden_states(64, 4, 1), length=600)], "the server's cache is full"),
+            ([SpanCall(first, end, hidden_states(64, 4, 1), length=498)], "the server's cache is full"),
         ):
             with pytest.raises(RemoteError, match=sentence):
                 network.ask(peer, *pack_replay(ReplayRequest(calls, "new"))).result()
