@@ -78,7 +78,10 @@ class Directory:
         await self._stay_joined()
         expires = max(time.time() + ttl, self._expires.get(record.model, 0.0) + 1e-3)
         key, data = directory_key(record.model), record.to_bytes()
-        if not await self._node.store(key, data, expires, subkey=self._owner):
+        # Of several peers that were asked, the answer is that of the last one, which may be none.
+        if not await self._node.store(key, data, expires, subkey=self._owner) and not await self._holds(
+            key, data
+        ):
             raise NetworkError(
                 f"no peer of the swarm took the record of {record.label}; is this machine's clock right?"
             )
@@ -121,6 +124,14 @@ class Directory:
                         "a server's record is left out (%s); more of the kind are only counted", error
                     )
         return sorted(records, key=lambda record: (record.first, record.end, record.peer))
+
+    async def _holds(self, key: str, data: bytes) -> bool:
+        """Whether this is what the directory says of this peer."""
+        found = await self._node.get(key, latest=True)
+        if found is None or not isinstance(found.value, dict):
+            return False
+        own = found.value.get(self._owner)
+        return own is not None and own.value == data
 
     def _is_alone(self) -> bool:
         return bool(self._initial) and not self._node.protocol.routing_table.uid_to_peer_id

@@ -219,6 +219,7 @@ class Network:
         from hivemind.dht.crypto import RSASignatureValidator
         from hivemind.dht.node import DHTNode
         from hivemind.dht.protocol import ValidationError
+        from hivemind.dht.routing import DHTID
         from hivemind.p2p import P2P, P2PDaemonError, PeerID
         from hivemind.utils.crypto import RSAPrivateKey
 
@@ -246,7 +247,9 @@ class Network:
         signature = RSASignatureValidator(key)
         try:
             self._node = await DHTNode.create(
-                p2p=self._p2p, initial_peers=list(initial) or None, client_mode=not host,
+                # The same after a restart with the same identity: peers that still have the old node would else know two
+                # nodes at one peer, store at it twice, and hear from it that the second record is no newer.
+                p2p=self._p2p, node_id=DHTID.generate(source=identity.peer), initial_peers=list(initial) or None, client_mode=not host,
                 record_validator=_directory_validator(signature), cache_locally=False, cache_nearest=0,
                 cache_refresh_before_expiry=0, blacklist_time=0,
             )  # fmt: skip

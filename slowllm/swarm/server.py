@@ -141,6 +141,7 @@ class Server:
         PlanError: the span, its sessions and requests do not fit the budget.
         UnsupportedError: the model cannot be cut between blocks.
         NetworkError: the swarm cannot be joined.
+        ProtocolError: the record of so many blocks is too large.
     """
 
     def __init__(self, path_or_hub_id: str | os.PathLike[str], options: ServerOptions) -> None:
@@ -170,7 +171,8 @@ class Server:
             self._record = self._first_record(key, served)
             self.network.serve(self.spans.handle)
             self._state = "online"
-            self.announce()
+            self.record().to_bytes()  # one that is too large would not be taken the next time either
+            self._try_to_announce()
             self._held = held.pop_all()
         self._thread = threading.Thread(target=self._announce_for_ever, name="slowllm-announce", daemon=True)
         self._thread.start()
@@ -248,10 +250,13 @@ class Server:
 
     def _announce_for_ever(self) -> None:
         while not self._closed.wait(ANNOUNCE_SECONDS):
-            try:
-                self.announce()
-            except NetworkError as error:  # others come and go; the next time may find some
-                log.warning("%s", error)
+            self._try_to_announce()
+
+    def _try_to_announce(self) -> None:
+        try:
+            self.announce()
+        except NetworkError as error:  # others come and go; the next time may find some
+            log.warning("%s; this server tries again in %g s", error, ANNOUNCE_SECONDS)
 
     def drain(self) -> None:
         """Take no new sessions, and tell the swarm."""

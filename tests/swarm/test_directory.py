@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,6 +154,34 @@ def test_a_record_that_nobody_takes_is_said(other: Network) -> None:
     other._directory._expires["late-2"] = time.time() + 10**6
     with pytest.raises(NetworkError, match="no peer of the swarm took the record of"):
         other.announce(record_of(other, "late-2"), 60)
+
+
+def test_what_was_stored_is_no_failure_whatever_the_last_peer_says(
+    other: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_record = other._node.store
+
+    async def store_twice(*args: Any, **options: Any) -> bool:
+        assert await store_record(*args, **options)
+        return bool(await store_record(*args, **options))
+
+    monkeypatch.setattr(other._node, "store", store_twice)
+    record = record_of(other, "twice-2")
+    other.announce(record, 60)
+    assert other.find("twice-2") == [record]
+
+
+def test_a_peer_that_was_restarted_keeps_its_place_and_nobodys_announcement_fails(
+    other: Network, tmp_path: Path
+) -> None:
+    nodes = set()
+    for life in range(3):
+        with Network.open(identity=tmp_path / "key", initial_peers=other.addresses) as restarted:
+            nodes.add(restarted._node.node_id)
+            for network in (restarted, other):
+                network.announce(record_of(network, f"lives-{life}"), 60)
+            assert {r.peer for r in other.find(f"lives-{life}")} == {restarted.peer, other.peer}
+    assert len(nodes) == 1
 
 
 def test_the_gate_leaves_out_what_storing_peers_should_not_have_taken() -> None:

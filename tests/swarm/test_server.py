@@ -1,0 +1,51 @@
+"""A server's start, its place among others, and what it does when the swarm does not listen."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slowllm.swarm.network import Network
+from slowllm.swarm.server import Server
+from tests.support.served import save_model
+from tests.support.serving import serving
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def meeting() -> Iterator[Network]:
+    """A peer by which servers join."""
+    with Network.open() as network:
+        yield network
+
+
+@pytest.fixture(scope="module")
+def first(model: Path, meeting: Network) -> Iterator[Server]:
+    """A server of some blocks, which tests leave as it is."""
+    with serving(model, "0:2", meeting.addresses[0]) as server:
+        yield server
+
+
+def test_a_server_whose_first_announcement_fails_serves_and_tries_again(
+    model: Path, meeting: Network, first: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = tmp_path / "key"
+    with Network.open(identity=key, initial_peers=meeting.addresses) as former:
+        # What was said in a former life outlives what the server says now, so nobody takes that.
+        record = dataclasses.replace(first.record(), peer=former.peer, name="former")
+        former.announce(record, 600)
+    with serving(model, "1:2", meeting.addresses[0], identity=key) as server:
+        assert "no peer of the swarm took the record of" in caplog.text
+        assert "this server tries again in 10 s" in caplog.text
+        assert meeting.ask(server.network.peer, {"op": "status"}).result(60)[0]
+        server.network._directory._expires[record.model] = time.time() + 700
+        server.announce()
+        assert "former" not in {found.name for found in meeting.find(record.model)}
