@@ -18,7 +18,8 @@ from torch import Tensor
 
 from slowllm.errors import ProtocolError, RemoteError, SlowLLMError
 from slowllm.swarm.messages import Meta, Tensors, body_bytes, decode, encode
-from slowllm.swarm.streams import Limits, Parts, Room, Stream
+from slowllm.swarm.room import Room
+from slowllm.swarm.streams import Limits, Parts, Stream
 
 logger = logging.getLogger(__name__)
 REQUEST, ANSWER, ERROR = "request", "answer", "error"
@@ -173,9 +174,9 @@ async def serve_stream(stream: Stream, peer: str, handler: Handler, room: Room, 
                 length = body_bytes(await prefix, limits.message_bytes)
             beats = asyncio.create_task(_beat(stream, limits.beat_seconds))
             try:
-                async with room.holding(length):
-                    async with stream.silence_limit(limits.silence_seconds):
-                        body = await stream.read_body(length)
+                with room.place(peer, length) as place:
+                    async with stream.silence_limit(limits.silence_seconds, limits.least_rate):
+                        body = await stream.read_body(length, place.take)
                     # Nothing comes before the answer has gone, except the end of the stream: a cancellation.
                     prefix = asyncio.create_task(stream.read_prefix())
                     said, tensors = await decoded(body, limits.message_bytes)
@@ -185,12 +186,14 @@ async def serve_stream(stream: Stream, peer: str, handler: Handler, room: Room, 
                     request = PeerRequest(peer, meta, tensors, limits.message_bytes)
                     del tensors
                     answer = await _answer(request, handler, prefix)
+                    beats.cancel()
+                    if answer is None:
+                        return
+                    # An answer is about as large as its request, whose room it keeps until it has gone.
+                    async with stream.silence_limit(limits.silence_seconds, limits.least_rate):
+                        await stream.write(answer)
             finally:
                 beats.cancel()
-            if answer is None:
-                return
-            async with stream.silence_limit(limits.silence_seconds):
-                await stream.write(answer)
     except ProtocolError as error:
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(limits.silence_seconds):

@@ -14,8 +14,7 @@ Knows asyncio's streams and messages as bytes; knows neither hivemind nor what i
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -23,9 +22,11 @@ from slowllm.errors import PeerLostError, PeerTimeoutError
 from slowllm.swarm.messages import MAX_MESSAGE_BYTES, PREFIX_BYTES, body_bytes
 
 BEAT = bytes(PREFIX_BYTES)
-CHUNK_BYTES = 1 << 20
-# Up to this, a message waits for no room: one token's hidden states, and what lets go of others.
-SMALL_BYTES = 64 << 10
+# Far fewer than come at the least rate before a peer counts as silent.
+CHUNK_BYTES = 64 << 10
+# Of a message, in each direction: an uplink of 2 Mbit/s that carries 16 requests at once. Who is slower holds what it has
+# sent in the memory of others for too long.
+LEAST_BYTES_PER_SECOND = 16 << 10
 Parts = Sequence[bytes | memoryview]
 
 
@@ -35,13 +36,14 @@ class Limits:
 
     Attributes:
         message_bytes: of one message, at most; larger ones are refused before they are read.
-        held_bytes: of all requests together that were read and are not answered. Others wait, unread; those of at most
-            `SMALL_BYTES` neither wait nor count.
+        held_bytes: of all requests together, as far as they were read, until their answers have gone. Others wait,
+            unread; those of at most `SMALL_BYTES` of `slowllm.swarm.room` neither wait nor count.
         streams_per_peer: that one peer may open to this one; and how many this one opens to a peer.
         num_streams: that all peers together may open.
         connect_seconds: for opening a stream to a peer.
         beat_seconds: between the beats of a server that has no answer yet.
         silence_seconds: without a byte, after which a peer is lost; some multiple of its beats.
+        least_rate: bytes a second of a request and of an answer, below which a client counts as silent, too.
         idle_seconds: after which a stream without requests is closed by its server.
     """
 
@@ -52,6 +54,7 @@ class Limits:
     connect_seconds: float = 15.0
     beat_seconds: float = 5.0
     silence_seconds: float = 20.0
+    least_rate: float = LEAST_BYTES_PER_SECOND
     idle_seconds: float = 600.0
 
     def __post_init__(self) -> None:
@@ -81,18 +84,39 @@ class Stream:
             self._writer.write(BEAT)
 
     @asynccontextmanager
-    async def silence_limit(self, seconds: float) -> AsyncIterator[None]:
-        """Raise TimeoutError in the block when no byte has come or gone for this long."""
+    async def silence_limit(self, seconds: float, least_rate: float | None = None) -> AsyncIterator[None]:
+        """Raise TimeoutError in the block when no byte has come or gone for this long.
+
+        Args:
+            seconds: of silence.
+            least_rate: bytes a second that must come or go, on the average over any such time; None for any.
+        """
         async with asyncio.timeout(seconds) as limit:
-            self._limit, self._seconds = limit, seconds
+            self._limit, self._seconds, self._least_rate = limit, seconds, least_rate
             try:
                 yield
             finally:
                 self._limit = None
 
-    def _is_alive(self) -> None:
-        if self._limit is not None and not self._limit.expired():
-            self._limit.reschedule(asyncio.get_running_loop().time() + self._seconds)
+    def _is_alive(self, num_bytes: int) -> None:
+        if self._limit is None or self._limit.expired() or (when := self._limit.when()) is None:
+            return
+        latest = asyncio.get_running_loop().time() + self._seconds
+        if self._least_rate is not None:  # each byte earns its time, and what is earned lasts for one silence
+            latest = min(latest, when + num_bytes / self._least_rate)
+        self._limit.reschedule(latest)
+
+    @asynccontextmanager
+    async def _unlimited(self) -> AsyncIterator[None]:
+        """Stop the clock of a silence limit for the block: what it waits for is not the other side."""
+        limit, loop = self._limit, asyncio.get_running_loop()
+        if limit is None or limit.expired() or (when := limit.when()) is None:
+            yield
+            return
+        left = when - loop.time()
+        limit.reschedule(None)
+        yield
+        limit.reschedule(loop.time() + left)
 
     async def write(self, parts: Parts) -> None:
         """Write a message's parts.
@@ -105,7 +129,7 @@ class Stream:
             for begin in range(0, len(whole), CHUNK_BYTES):
                 self._writer.write(whole[begin : begin + CHUNK_BYTES])
                 await self._writer.drain()
-                self._is_alive()
+                self._is_alive(min(CHUNK_BYTES, len(whole) - begin))
 
     async def read_prefix(self) -> bytes:
         """Return the first bytes of a message.
@@ -115,12 +139,15 @@ class Stream:
             OSError: the connection is lost.
         """
         prefix = await self._reader.readexactly(PREFIX_BYTES)
-        self._is_alive()
+        self._is_alive(PREFIX_BYTES)
         return prefix
 
-    async def read_body(self, length: int) -> bytearray:
+    async def read_body(self, length: int, take: Callable[[int], Awaitable[None]] | None = None) -> bytearray:
         """Return what follows the prefix. The memory grows with what has come, not with what was claimed.
 
+        Args:
+            length: in bytes.
+            take: waits until so many bytes more may be held; that time is not the other side's.
         Raises:
             EOFError: the stream ended.
             OSError: the connection is lost.
@@ -130,8 +157,11 @@ class Stream:
             chunk = await self._reader.read(min(CHUNK_BYTES, length - len(body)))
             if not chunk:
                 raise EOFError(f"the stream ended after {len(body):,} of {length:,} bytes")
+            self._is_alive(len(chunk))
+            if take is not None:
+                async with self._unlimited():
+                    await take(len(chunk))
             body += chunk
-            self._is_alive()
         return body
 
     async def discard(self) -> None:
@@ -165,46 +195,3 @@ async def exchange(stream: Stream, parts: Parts, peer: str, limits: Limits) -> b
             stream.close()
         # Whoever reads has seen that the connection is lost.
         await asyncio.gather(writing, return_exceptions=True)
-
-
-class Room:
-    """Bytes that may be held at a time. Who comes first is served first; used on one loop."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._free = num_bytes
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    @asynccontextmanager
-    async def holding(self, num_bytes: int) -> AsyncIterator[None]:
-        """Wait until there is room for `num_bytes`, and hold it for the length of the block."""
-        if num_bytes <= SMALL_BYTES:
-            yield
-            return
-        if self._waiting or num_bytes > self._free:
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append((num_bytes, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._give_back(num_bytes)
-                else:
-                    self._waiting.remove((num_bytes, turn))
-                    self._serve()
-                raise
-        else:
-            self._free -= num_bytes
-        try:
-            yield
-        finally:
-            self._give_back(num_bytes)
-
-    def _give_back(self, num_bytes: int) -> None:
-        self._free += num_bytes
-        self._serve()
-
-    def _serve(self) -> None:
-        while self._waiting and self._waiting[0][0] <= self._free:
-            num_bytes, turn = self._waiting.popleft()
-            self._free -= num_bytes
-            turn.set_result(None)

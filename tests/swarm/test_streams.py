@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any
 
 import pytest
 import torch
@@ -15,65 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.errors import InputError, PeerLostError, PeerTimeoutError, ProtocolError, RemoteError
-from slowllm.swarm.messages import Meta, Tensors, decode, encode
+from slowllm.swarm.messages import Meta, decode, encode
 from slowllm.swarm.requests import PeerRequest, StreamServer, unpack_answer
 from slowllm.swarm.stream_pool import StreamPool
-from slowllm.swarm.streams import BEAT, SMALL_BYTES, Limits, Room, Stream, exchange
+from slowllm.swarm.streams import BEAT, Limits, Stream
 from tests.support.properties import num_examples
-
-QUICK = Limits(
-    beat_seconds=0.05, silence_seconds=0.4, message_bytes=1 << 20, held_bytes=2 << 20, idle_seconds=30
-)
-
-
-async def pair() -> tuple[Stream, Stream]:
-    """Return the two sides of a stream."""
-    sides = socket.socketpair()
-    return tuple([Stream(*await asyncio.open_unix_connection(sock=side)) for side in sides])  # type: ignore[return-value]
-
-
-def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a test on a loop, which must be left without tasks."""
-
-    async def whole() -> None:
-        async with asyncio.timeout(60):
-            await work()
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        async with asyncio.timeout(60):
-            await asyncio.gather(*left, return_exceptions=True)
-
-    asyncio.run(whole())
-
-
-async def ask(stream: Stream, meta: Meta, tensors: Tensors | None = None) -> tuple[Meta, Tensors]:
-    """Send a request and return the answer."""
-    said, found = decode(await exchange(stream, encode({"request": meta}, tensors), "P", QUICK))
-    return unpack_answer("P", said), found
-
-
-async def first_prefix(stream: Stream) -> bytes:
-    """Return the first prefix that is no beat."""
-    while (prefix := await stream.read_prefix()) == BEAT:
-        pass
-    return prefix
-
-
-def with_server(
-    handler: Callable[[PeerRequest], Awaitable[None] | None],
-    work: Callable[[Stream], Coroutine[Any, Any, None]],
-) -> None:
-    """Run a client's side against a server's, which must end when the client's has."""
-
-    async def both() -> None:
-        ours, theirs = await pair()
-        serving = asyncio.create_task(StreamServer(handler, QUICK).serve("C", theirs))
-        try:
-            await work(ours)
-        finally:
-            ours.close()
-            await serving
-
-    run(both)
+from tests.support.stream_pairs import QUICK, ask, first_prefix, pair, run, with_server
 
 
 def test_a_stream_carries_one_request_after_the_other() -> None:
@@ -291,63 +235,6 @@ def test_letters_of_strangers_do_not_reach_the_terminal() -> None:
         unpack_answer("P", {"error": ["A\x1b]0;", "b\r\n\u202e" * 2000]})
     assert str(caught.value).isprintable()
     assert len(caught.value.sentence) == 1000
-
-
-def test_room_is_given_in_order_and_comes_back() -> None:
-    mib = 1 << 20
-    order: list[int] = []
-
-    async def work() -> None:
-        room = Room(3 * mib)
-        ends = [asyncio.Event() for _ in range(5)]
-
-        async def hold(number: int, size: int) -> None:
-            async with room.holding(size):
-                order.append(number)
-                await ends[number].wait()
-
-        tasks = [
-            asyncio.create_task(hold(n, size))
-            for n, size in enumerate([2 * mib, 2 * mib, mib, mib, SMALL_BYTES])
-        ]
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert order == [0, 4]  # the third would fit, but waits its turn; what is small never waits
-        tasks[1].cancel()
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert order == [0, 4, 2]
-        ends[0].set()
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert order == [0, 4, 2, 3]
-        for end in ends:
-            end.set()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        async with room.holding(3 * mib):
-            pass
-
-    run(work)
-
-
-def test_room_that_was_given_to_one_who_has_left_comes_back() -> None:
-    async def work() -> None:
-        room = Room(1 << 20)
-
-        async def hold() -> None:
-            async with room.holding(1 << 20):
-                pass
-
-        async with room.holding(1 << 20):
-            task = asyncio.create_task(hold())
-            await asyncio.sleep(0)
-        task.cancel()  # it has the room, and has not yet run
-        with suppress(asyncio.CancelledError):
-            await task
-        async with room.holding(1 << 20):
-            pass
-
-    run(work)
 
 
 def test_a_pool_uses_its_streams_again_and_opens_new_ones_for_those_that_ended() -> None:
