@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -38,6 +39,7 @@ from slowllm.swarm.directory import DIED, Directory, may_be_stored
 from slowllm.swarm.identity import Identity, holding_identity
 from slowllm.swarm.loop_thread import LoopThread
 from slowllm.swarm.messages import Meta, Tensors, encode
+from slowllm.swarm.presence import Presence
 from slowllm.swarm.records import ServerRecord
 from slowllm.swarm.requests import REQUEST, Handler, StreamServer, decoded, unpack_answer
 from slowllm.swarm.stream_pool import StreamPool
@@ -124,13 +126,14 @@ class Network:
     ) -> None:
         self.close()
 
-    def serve(self, handler: Handler) -> None:
+    def serve(self, handler: Handler, left: Callable[[str], object] | None = None) -> None:
         """Answer requests of peers from now on.
 
         Args:
             handler: called on the network's thread with each `PeerRequest` of `slowllm.swarm.requests`; it may answer
                 at once, later, or from another thread, and must not wait. It may be a coroutine function. What it
                 raises is the answer.
+            left: called on the network's thread with the id of a peer that has asked before, and has left.
         Raises:
             NetworkError: the network is closed.
         """
@@ -142,6 +145,8 @@ class Network:
                 await self._loop.until_closed(lambda: server.serve(str(info.peer_id), stream))
 
         self._loop.call(lambda: self._p2p.add_binary_stream_handler(PROTOCOL_NAME, take), DIRECTORY_SECONDS)
+        if left is not None:
+            self._loop.submit(lambda: self._watch(server, left))
 
     def ask(
         self,
@@ -275,6 +280,16 @@ class Network:
         except TimeoutError:
             child.kill()
             await child.wait()
+
+    async def _watch(self, server: StreamServer, left: Callable[[str], object]) -> None:
+        seconds = self._limits.left_seconds
+        presence = Presence(seconds, time.monotonic)
+        while self._p2p._child.returncode is None:
+            await asyncio.sleep(seconds / 3)
+            with contextlib.suppress(OSError, EOFError):  # of libp2p's process, which ends
+                connected = {str(info.peer_id) for info in await self._p2p.list_peers()}
+                for peer in presence.left(server.take_asking(), connected):
+                    left(peer)
 
     async def _ask(self, peer: str, parts: Parts, timeout: float | None) -> tuple[Meta, Tensors]:
         pool = self._pools.get(peer)

@@ -122,6 +122,12 @@ class StreamServer:
         self._handler, self._limits = handler, limits
         self._room = Room(limits.held_bytes)
         self._num_streams: Counter[str] = Counter()
+        self._asked: set[str] = set()
+
+    def take_asking(self) -> set[str]:
+        """Return the peers that have streams, or have had one since the last call."""
+        asked, self._asked = self._asked | self._num_streams.keys(), set()
+        return asked
 
     async def serve(self, peer: str, stream: Stream) -> None:
         """Answer the requests of one stream until it ends, and close it."""
@@ -133,6 +139,7 @@ class StreamServer:
             stream.close()
             return
         self._num_streams[peer] += 1
+        self._asked.add(peer)
         try:
             await serve_stream(stream, peer, self._handler, self._room, self._limits)
         finally:

@@ -169,7 +169,7 @@ class Server:
             )  # fmt: skip
             self.spans = SpanServer(self.lm, served)
             self._record = self._first_record(key, served)
-            self.network.serve(self.spans.handle)
+            self.network.serve(self.spans.handle, self.spans.sessions.end_all_of)
             self._state = "online"
             self.record().to_bytes()  # one that is too large would not be taken the next time either
             self._try_to_announce()

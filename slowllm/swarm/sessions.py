@@ -1,6 +1,6 @@
 """The sessions of a server: caches of clients, the tokens that they hold, and when they end.
 
-A session belongs to the peer that began it, and lives until it is ended, or has been idle for a time. All sessions
+A session belongs to the peer that began it, and lives until it is ended, its peer has left, or it was idle for a time. All sessions
 together hold at most as many tokens as the plan has counted. Called on one thread at a time or on several; knows no
 network and no models, of caches only that they are kept.
 """
@@ -134,6 +134,13 @@ class Sessions(Generic[C]):
                 session.was_ended = True
             elif session is not None:
                 del self._sessions[peer, name]
+
+    def end_all_of(self, peer: str) -> None:
+        """End the sessions of a peer that has left, those in which a passage is under way after it."""
+        with self._lock:
+            names = [name for owner, name in self._sessions if owner == peer]
+        for name in names:
+            self.end(peer, name)
 
     def end_idle(self) -> None:
         """End the sessions that have been idle for too long."""

@@ -45,6 +45,8 @@ class Limits:
         silence_seconds: without a byte, after which a peer is lost; some multiple of its beats.
         least_rate: bytes a second of a request and of an answer, below which a client counts as silent, too.
         idle_seconds: after which a stream without requests is closed by its server.
+        left_seconds: without a stream and a connection, after which a peer that has asked has left. Within these it may
+            find another way here, as after a change of its network.
     """
 
     message_bytes: int = MAX_MESSAGE_BYTES
@@ -56,6 +58,7 @@ class Limits:
     silence_seconds: float = 20.0
     least_rate: float = LEAST_BYTES_PER_SECOND
     idle_seconds: float = 600.0
+    left_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         """Check that a message that is allowed fits what may be held."""

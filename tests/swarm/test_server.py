@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from slowllm.modeling.span import SpanCall
 from slowllm.swarm.network import Network
 from slowllm.swarm.server import Server
 from tests.support.served import save_model
-from tests.support.serving import serving
+from tests.support.serving import hidden_states, send, serving
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +50,15 @@ def test_a_server_whose_first_announcement_fails_serves_and_tries_again(
         server.network._directory._expires[record.model] = time.time() + 700
         server.announce()
         assert "former" not in {found.name for found in meeting.find(record.model)}
+
+
+@pytest.mark.long
+def test_the_room_of_a_client_that_has_vanished_comes_back(first: Server, meeting: Network) -> None:
+    before = first.record().cache_tokens_free
+    with Network.open(host_maddrs=(), initial_peers=first.network.addresses) as client:
+        send(client, first.network.peer, SpanCall(0, 2, hidden_states(64)), "a").result(60)
+        assert first.record().cache_tokens_free == before - 11
+    ends_at = time.monotonic() + 120
+    while first.record().cache_tokens_free != before:
+        assert time.monotonic() < ends_at, "the session is still there"
+        meeting.ask(first.network.peer, {"op": "status"}).result(60)

@@ -128,3 +128,14 @@ def test_sessions_never_hold_more_than_was_planned(events: list[tuple[str, int, 
         else:
             steps[name], held[name] = steps.get(name, 0) + 1, num_tokens
         assert sessions.free_tokens == 100 - sum(held.values()) >= 0
+
+
+def test_the_sessions_of_a_peer_that_has_left_end_and_those_of_others_stay() -> None:
+    sessions: Sessions[list[int]] = Sessions(100, 60)
+    passed(sessions, "a", "x", 0, 10)
+    passed(sessions, "b", "x", 0, 20)
+    sessions.begin_step("a", "busy", 0, 30, list)
+    sessions.end_all_of("a")
+    assert sessions.free_tokens == 50
+    sessions.end_step("a", "busy", has_failed=False)
+    assert sessions.free_tokens == 80
