@@ -33,7 +33,8 @@ from slowllm.swarm.messages import MAX_MESSAGE_BYTES
 from slowllm.swarm.network import Network
 from slowllm.swarm.placement import scarcest_blocks
 from slowllm.swarm.records import ServerRecord, State
-from slowllm.swarm.span_server import ServedSpan, SpanServer
+from slowllm.swarm.span_checks import ServedSpan
+from slowllm.swarm.span_server import SpanServer
 from slowllm.swarm.streams import Limits
 from slowllm.version import __version__
 
@@ -148,7 +149,7 @@ class Server:
         self.options = options
         self._closed, self._held = threading.Event(), contextlib.ExitStack()
         self._state: State = "joining"
-        self.has_backward = False
+        self._no_backward = "" if options.backward else "it was started with --forward-only"
         info = ModelInfo(path_or_hub_id)
         self.num_blocks = int(info.config.get_text_config().num_hidden_layers)
         wanted = parse_blocks(options.blocks, self.num_blocks)
@@ -165,7 +166,8 @@ class Server:
             self.lm = held.enter_context(self._open(info, wanted))
             served = ServedSpan(
                 wanted.first, wanted.end, options.max_batch_tokens, options.max_length, options.waiting_tokens,
-                options.cache_tokens, options.session_seconds, has_backward=self.has_backward,
+                options.cache_tokens, options.session_seconds,
+                limits_of(info.config, options).message_bytes, self._no_backward,
             )  # fmt: skip
             self.spans = SpanServer(self.lm, served)
             self._record = self._first_record(key, served)
@@ -202,9 +204,11 @@ class Server:
                 lm = opened(job=replace(options, backward=False).job())
             except PlanError:
                 raise error from None
+            self._no_backward = "its budget has no room for them"
             log.warning("gradients are not served, because the budget has no room for them: %s", error)
             return lm
-        self.has_backward = options.backward and lm.can_run_backward
+        if options.backward and not lm.can_run_backward:
+            self._no_backward = "its budget streams blocks in parts"
         return lm
 
     def _first_record(self, key: str, served: ServedSpan) -> ServerRecord:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from slowllm.errors import BusyError, InputError, LimitError, ProtocolError, SlowLLMError, forward_errors
+from slowllm.errors import BusyError, ProtocolError, SlowLLMError, forward_errors
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.span import SpanCall, SpanRunner
 from slowllm.runtime.streamed_lm import StreamedLM
@@ -22,6 +22,14 @@ from slowllm.swarm.compression import COMPRESSIONS
 from slowllm.swarm.replay_messages import pack_replayed, unpack_replay
 from slowllm.swarm.requests import PeerRequest
 from slowllm.swarm.sessions import ServedSession, Sessions
+from slowllm.swarm.span_checks import (
+    ServedSpan,
+    check_answer,
+    check_request,
+    check_sent,
+    tokens_of,
+    waiting_tokens,
+)
 from slowllm.swarm.span_messages import (
     Tensors,
     compressible,
@@ -32,31 +40,6 @@ from slowllm.swarm.span_messages import (
 from slowllm.swarm.status import ServerStatus
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ServedSpan:
-    """What a server serves, and how much of it.
-
-    Attributes:
-        first: the first block.
-        end: the number after the last.
-        max_batch_tokens: of one request.
-        max_length: of one sequence, what its session holds included.
-        max_waiting_tokens: of all requests that are under way or wait.
-        cache_tokens: that all sessions hold together.
-        session_seconds: after which an idle session ends.
-        has_backward: whether gradients are computed.
-    """
-
-    first: int
-    end: int
-    max_batch_tokens: int
-    max_length: int
-    max_waiting_tokens: int
-    cache_tokens: int
-    session_seconds: float
-    has_backward: bool
 
 
 class SpanServer:
@@ -121,12 +104,18 @@ class SpanServer:
         """Board a passage through the span."""
         asked = unpack_request(request.meta, request.tensors, self.form.hidden_dtype)
         call, grads = asked.call, asked.grads
-        num_tokens = _tokens_of(call)
-        self._check(call, num_tokens, wants_grad=grads is not None)
-        work = _Work(request, _compression_of(request), num_tokens, asked.session, asked.step)
+        compression = _compression_of(request)
+        check_request(
+            call, tokens_of(call), self.served, self.form.hidden_shape, wants_grad=grads is not None
+        )
+        if grads is None:
+            check_answer(call, self.served, compression)
+        num_tokens = tokens_of(call) if grads is not None else waiting_tokens(call)
+        work = _Work(request, compression, num_tokens, asked.session, asked.step)
         session = self._reserve(work, [call])
 
         def compute() -> Tensors:
+            check_sent(call)
             if grads is not None:
                 return pack_grads(self.runner.backward(call, grads))
             return pack_outputs(self.runner.forward(call, None if session is None else session.cache))
@@ -136,9 +125,9 @@ class SpanServer:
     def _replay(self, request: PeerRequest) -> None:
         """Board the passages in which a session grew elsewhere, all in one sweep."""
         asked = unpack_replay(request.meta, request.tensors, self.form.hidden_dtype)
-        num_tokens = sum(map(_tokens_of, asked.calls))
+        num_tokens = sum(map(tokens_of, asked.calls))
         for call in asked.calls:
-            self._check(call, num_tokens)
+            check_request(call, num_tokens, self.served, self.form.hidden_shape)
         work = _Work(
             request, _compression_of(request), num_tokens, asked.session, asked.step, len(asked.calls),
             _held_tokens_of(asked.calls[-1]),
@@ -203,29 +192,6 @@ class SpanServer:
             work.request.add_cancel_callback(ride.cancel)
             ride.add_done_callback(ended)
 
-    def _check(self, call: SpanCall, num_tokens: int, *, wants_grad: bool = False) -> None:
-        served = self.served
-        if not served.first <= call.first < call.end <= served.end:
-            raise LimitError(
-                f"blocks {call.first}:{call.end} are not served here; this server has {served.first}:{served.end}"
-            )
-        if call.hidden.shape[2:] != self.form.hidden_shape:
-            raise InputError(
-                f"hidden states of shape {list(call.hidden.shape)} are no (rows, positions, "
-                f"{', '.join(map(str, self.form.hidden_shape))}) of this model"
-            )
-        if num_tokens > served.max_batch_tokens:
-            raise LimitError(
-                f"a request of {num_tokens:,} tokens is longer than the {served.max_batch_tokens:,} that this server announces"
-            )
-        if call.length + call.hidden.shape[1] > served.max_length:
-            raise LimitError(
-                f"a sequence of {call.length + call.hidden.shape[1]:,} tokens is longer than the {served.max_length:,} that this "
-                "server takes"
-            )
-        if wants_grad and not served.has_backward:
-            raise LimitError("this server computes no gradients, because its budget streams blocks in parts")
-
     def _reserve(self, work: _Work, calls: Sequence[SpanCall]) -> ServedSession[Any] | None:
         """Count a request among those that wait, and make room in its session."""
         served, num_tokens = self.served, work.num_tokens
@@ -284,10 +250,6 @@ def _compression_of(request: PeerRequest) -> str:
     if compression not in COMPRESSIONS:
         raise ProtocolError(f"the compression {compression[:40]!r} is none of {', '.join(COMPRESSIONS)}")
     return compression
-
-
-def _tokens_of(call: SpanCall) -> int:
-    return call.hidden.shape[0] * call.hidden.shape[1]
 
 
 def _held_tokens_of(call: SpanCall) -> int:

@@ -176,10 +176,12 @@ def test_a_session_whose_step_failed_is_refused_afterwards(small: Server, asking
     assert small.record().cache_tokens_free == 30
 
 
-def test_a_step_with_nan_is_refused_by_the_block_and_ends_its_session(small: Server, asking: Network) -> None:
+def test_a_step_with_nan_is_refused_as_what_was_sent_and_ends_its_session(
+    small: Server, asking: Network
+) -> None:
     send(asking, small.network.peer, SpanCall(1, 4, hidden_states(WIDTH)), "a").result()
     wrong = hidden_states(WIDTH, num_positions=1).fill_(float("nan"))
-    with pytest.raises(RemoteError, match="NaN") as caught:
+    with pytest.raises(RemoteError, match=r"hidden: NaN at position .* in what the client sent") as caught:
         send(asking, small.network.peer, SpanCall(1, 4, wrong, length=11), "a", 1).result()
     assert caught.value.kind == "NonFiniteError"
     assert small.record().cache_tokens_free == 30
