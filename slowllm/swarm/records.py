@@ -54,6 +54,7 @@ class ServerRecord:
         network_requests_per_second: of one token's hidden states that its network would carry.
         cache_tokens_free: tokens of sessions that it has room for.
         max_batch_tokens: tokens of one request, at most.
+        max_length: tokens of one sequence, at most, what its session holds included.
         has_backward: whether it computes gradients.
         name: that people gave it; may be empty.
         version: of its slowllm.
@@ -76,6 +77,7 @@ class ServerRecord:
     network_requests_per_second: float = 0.0
     cache_tokens_free: int = 0
     max_batch_tokens: int = 0
+    max_length: int = 0
     has_backward: bool = False
     name: str = ""
     ends_hash: str = ""
@@ -200,6 +202,7 @@ _CHECKS: Mapping[str, Callable[[object], bool]] = {
     "network_requests_per_second": _is_rate,
     "cache_tokens_free": _is_count,
     "max_batch_tokens": _is_count,
+    "max_length": _is_count,
     "has_backward": lambda value: isinstance(value, bool),
     "name": _is_name,
     "version": _matches(_WORD),

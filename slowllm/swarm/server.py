@@ -219,7 +219,7 @@ class Server:
             block_hashes=tuple(block_hashes(self.lm, range(served.first, served.end)).values()), ends_hash=self._ends_hash(),
             compression=self.options.compression, forward_tokens_per_second=batch_rate,
             decode_seconds=decode_seconds / (served.end - served.first), cache_tokens_free=served.cache_tokens,
-            max_batch_tokens=served.max_batch_tokens, has_backward=served.has_backward, name=self.options.name,
+            max_batch_tokens=served.max_batch_tokens, max_length=served.max_length, has_backward=served.has_backward, name=self.options.name,
         )  # fmt: skip
 
     def _ends_hash(self) -> str:

@@ -32,6 +32,7 @@ RECORD = ServerRecord(
     network_requests_per_second=800,
     cache_tokens_free=4096,
     max_batch_tokens=512,
+    max_length=2048,
     has_backward=True,
     name="Zoë's desk",
     next_pings={PEER: 12.5},
@@ -55,6 +56,7 @@ def any_record(draw: st.DrawFn) -> ServerRecord:
         block_hashes=() if state == "joining" else tuple(hashes), compression=draw(st.sampled_from(COMPRESSIONS)),
         forward_tokens_per_second=draw(RATES), decode_seconds=draw(RATES), network_requests_per_second=draw(RATES),
         cache_tokens_free=draw(st.integers(0, 1 << 40)), max_batch_tokens=draw(st.integers(0, 1 << 40)),
+        max_length=draw(st.integers(0, 1 << 40)),
         has_backward=draw(st.booleans()), name=draw(st.text(st.characters(exclude_categories=["C", "Z"]), max_size=64)),
         next_pings=draw(st.dictionaries(PEERS, RATES, max_size=5)),
     )  # fmt: skip
@@ -120,6 +122,7 @@ def test_whatever_arrives_is_a_record_or_a_protocol_error(data: bytes) -> None:
         ({"decode_seconds": "1"}, "impossible decode_seconds"),
         ({"network_requests_per_second": 1e16}, "impossible network_requests_per_second"),
         ({"cache_tokens_free": 1.5}, "impossible cache_tokens_free '1.5'"),
+        ({"max_length": -1}, "impossible max_length '-1'"),
         ({"max_batch_tokens": None}, "impossible max_batch_tokens"),
         ({"has_backward": 1}, "impossible has_backward"),
         ({"name": "a\x1b[2J"}, "impossible name"),

@@ -62,3 +62,9 @@ def test_the_room_of_a_client_that_has_vanished_comes_back(first: Server, meetin
     while first.record().cache_tokens_free != before:
         assert time.monotonic() < ends_at, "the session is still there"
         meeting.ask(first.network.peer, {"op": "status"}).result(60)
+
+
+def test_a_server_announces_what_it_takes(model: Path, meeting: Network) -> None:
+    with serving(model, "2:4", meeting.addresses[0], max_length=777, max_batch_tokens=55, name="here") as server:
+        (found,) = (r for r in meeting.find(server.record().model) if r.name == "here")
+        assert (found.max_length, found.max_batch_tokens, found.first, found.end) == (777, 55, 2, 4)
