@@ -33,3 +33,22 @@ def scarcest_blocks(records: Iterable[ServerRecord], num_blocks: int, count: int
         key=lambda start: (sorted(rates[start : start + count]), sum(rates[start : start + count]), start),
     )
     return first, first + count
+
+
+def is_overtaken(own: ServerRecord, known: Iterable[ServerRecord], found: Iterable[ServerRecord]) -> bool:
+    """Whether a server that joins must choose its blocks again, because others took some of them unknown to it.
+
+    Args:
+        own: the record with the blocks that it has chosen.
+        known: the records of others by which it chose.
+        found: the records of others after it has announced its own.
+    """
+    seen = {(record.peer, record.first, record.end) for record in known}
+    return any(
+        (record.peer, record.first, record.end) not in seen
+        and record.first < own.end
+        and own.first < record.end
+        # Both may see each other, and one of them keeps what it has.
+        and (record.state == "online" or (record.state == "joining" and record.peer < own.peer))
+        for record in found
+    )

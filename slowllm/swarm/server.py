@@ -9,8 +9,8 @@ import contextlib
 import functools
 import logging
 import os
-import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -27,11 +27,12 @@ from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.memory import budget_of
 from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.swarm.announcer import Announcer
 from slowllm.swarm.client import config_key
 from slowllm.swarm.compression import COMPRESSIONS
+from slowllm.swarm.joining import take_scarcest
 from slowllm.swarm.messages import MAX_MESSAGE_BYTES
 from slowllm.swarm.network import Network
-from slowllm.swarm.placement import scarcest_blocks
 from slowllm.swarm.records import ServerRecord, State
 from slowllm.swarm.span_checks import ServedSpan
 from slowllm.swarm.span_server import SpanServer
@@ -40,9 +41,6 @@ from slowllm.version import __version__
 
 log = logging.getLogger(__name__)
 
-ANNOUNCE_SECONDS = 10.0
-# A server that died is forgotten after this time.
-RECORD_SECONDS = 30.0
 # Tokens of the batch by which the throughput is measured at the start.
 _MEASURED_TOKENS = 256
 # A tiny model's server takes messages of this size all the same.
@@ -147,8 +145,9 @@ class Server:
 
     def __init__(self, path_or_hub_id: str | os.PathLike[str], options: ServerOptions) -> None:
         self.options = options
-        self._closed, self._held = threading.Event(), contextlib.ExitStack()
+        self._held = contextlib.ExitStack()
         self._state: State = "joining"
+        self._free_tokens: Callable[[], int] = lambda: 0
         self._no_backward = "" if options.backward else "it was started with --forward-only"
         info = ModelInfo(path_or_hub_id)
         self.num_blocks = int(info.config.get_text_config().num_hidden_layers)
@@ -160,9 +159,13 @@ class Server:
             )  # fmt: skip
             held.callback(self.network.close)
             key = config_key(info.config)
+            self._record = self._joining_record(key, wanted)
             if isinstance(wanted, int):
-                first, end = scarcest_blocks(self.network.find(key), self.num_blocks, wanted)
-                wanted = Part.span(first, end)
+                self._record = take_scarcest(self.network, self._record, self.num_blocks, wanted)
+                wanted = Part.span(self._record.first, self._record.end)
+            self._announcer = Announcer(self.network, self.record)
+            held.callback(self._say_goodbye)
+            held.enter_context(self._announcer)  # while it opens its blocks, others must not take them
             self.lm = held.enter_context(self._open(info, wanted))
             served = ServedSpan(
                 wanted.first, wanted.end, options.max_batch_tokens, options.max_length, options.waiting_tokens,
@@ -170,14 +173,13 @@ class Server:
                 limits_of(info.config, options).message_bytes, self._no_backward,
             )  # fmt: skip
             self.spans = SpanServer(self.lm, served)
-            self._record = self._first_record(key, served)
+            self._free_tokens = lambda: self.spans.sessions.free_tokens
+            self._record = self._full_record(served)
+            self._record.to_bytes()  # one that is too large would not be taken the next time either
             self.network.serve(self.spans.handle, self.spans.sessions.end_all_of)
             self._state = "online"
-            self.record().to_bytes()  # one that is too large would not be taken the next time either
-            self._try_to_announce()
+            self._announcer.say()
             self._held = held.pop_all()
-        self._thread = threading.Thread(target=self._announce_for_ever, name="slowllm-announce", daemon=True)
-        self._thread.start()
 
     def _open(self, info: ModelInfo, part: Part) -> StreamedLM:
         options = self.options
@@ -211,15 +213,21 @@ class Server:
             self._no_backward = "its budget streams blocks in parts"
         return lm
 
-    def _first_record(self, key: str, served: ServedSpan) -> ServerRecord:
-        batch_rate, decode_seconds = self._measure(served)
+    def _joining_record(self, key: str, wanted: Part | int) -> ServerRecord:
+        first, end = (0, wanted) if isinstance(wanted, int) else (wanted.first, wanted.end)
         return ServerRecord(
-            peer=self.network.peer, addresses=tuple(self.network.addresses), model=key, first=served.first, end=served.end,
-            state="joining", dtype=str(self.lm.model.dtype).removeprefix("torch."), version=__version__,
+            peer=self.network.peer, addresses=tuple(self.network.addresses), model=key, first=first, end=end,
+            state="joining", dtype=self.options.dtype, version=__version__, compression=self.options.compression,
+            max_batch_tokens=self.options.max_batch_tokens, max_length=self.options.max_length, name=self.options.name,
+        )  # fmt: skip
+
+    def _full_record(self, served: ServedSpan) -> ServerRecord:
+        batch_rate, decode_seconds = self._measure(served)
+        return replace(
+            self._record, dtype=str(self.lm.model.dtype).removeprefix("torch."),
             block_hashes=tuple(block_hashes(self.lm, range(served.first, served.end)).values()), ends_hash=self._ends_hash(),
-            compression=self.options.compression, forward_tokens_per_second=batch_rate,
-            decode_seconds=decode_seconds / (served.end - served.first), cache_tokens_free=served.cache_tokens,
-            max_batch_tokens=served.max_batch_tokens, max_length=served.max_length, has_backward=served.has_backward, name=self.options.name,
+            forward_tokens_per_second=batch_rate, decode_seconds=decode_seconds / (served.end - served.first),
+            has_backward=served.has_backward,
         )  # fmt: skip
 
     def _ends_hash(self) -> str:
@@ -245,22 +253,16 @@ class Server:
 
     def record(self) -> ServerRecord:
         """Return what the server says of itself now."""
-        return replace(self._record, state=self._state, cache_tokens_free=self.spans.sessions.free_tokens)
+        state = self._state  # before the record, which is complete before the server is online
+        return replace(self._record, state=state, cache_tokens_free=self._free_tokens())
 
     def announce(self) -> None:
-        """Tell the swarm what the server is now."""
-        self.spans.sessions.end_idle()
-        self.network.announce(self.record(), RECORD_SECONDS)
+        """Tell the swarm what the server is now.
 
-    def _announce_for_ever(self) -> None:
-        while not self._closed.wait(ANNOUNCE_SECONDS):
-            self._try_to_announce()
-
-    def _try_to_announce(self) -> None:
-        try:
-            self.announce()
-        except NetworkError as error:  # others come and go; the next time may find some
-            log.warning("%s; this server tries again in %g s", error, ANNOUNCE_SECONDS)
+        Raises:
+            NetworkError: nobody took it.
+        """
+        self._announcer.tell()
 
     def drain(self) -> None:
         """Take no new sessions, and tell the swarm."""
@@ -269,15 +271,16 @@ class Server:
         with contextlib.suppress(NetworkError):
             self.announce()
 
-    def close(self) -> None:
-        """Tell the swarm that this server has left, and let go of everything. Idempotent."""
-        if self._closed.is_set():
+    def _say_goodbye(self) -> None:
+        if self._state == "offline":
             return
-        self._closed.set()
-        self._thread.join()
         self._state = "offline"
         with contextlib.suppress(NetworkError):
             self.announce()
+
+    def close(self) -> None:
+        """Tell the swarm that this server has left, and let go of everything. Idempotent."""
+        self._say_goodbye()  # before the blocks are gone
         self._held.close()
 
     def __enter__(self) -> Self:

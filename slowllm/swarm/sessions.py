@@ -56,8 +56,9 @@ class Sessions(Generic[C]):
 
     @property
     def free_tokens(self) -> int:
-        """Tokens for which there is room."""
+        """Tokens for which there is room; sessions that were idle for too long end first."""
         with self._lock:
+            self._end_idle()
             return self.max_tokens - self._held()
 
     def __len__(self) -> int:
@@ -141,11 +142,6 @@ class Sessions(Generic[C]):
             names = [name for owner, name in self._sessions if owner == peer]
         for name in names:
             self.end(peer, name)
-
-    def end_idle(self) -> None:
-        """End the sessions that have been idle for too long."""
-        with self._lock:
-            self._end_idle()
 
     def _end_idle(self) -> None:
         oldest = self._clock() - self.idle_seconds

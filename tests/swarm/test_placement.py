@@ -5,13 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slowllm.swarm.placement import scarcest_blocks
+from slowllm.swarm.placement import is_overtaken, scarcest_blocks
 from slowllm.swarm.records import ServerRecord, State
 
 
-def server(first: int, end: int, rate: float = 10.0, state: State = "online") -> ServerRecord:
+def server(
+    first: int, end: int, rate: float = 10.0, state: State = "online", peer: str = "Q" * 16
+) -> ServerRecord:
     return ServerRecord(
-        peer="Q" * 16, addresses=(), model="m", first=first, end=end, state=state, dtype="float32", version="1",
+        peer=peer, addresses=(), model="m", first=first, end=end, state=state, dtype="float32", version="1",
         block_hashes=("h",) * (end - first), forward_tokens_per_second=rate,
     )  # fmt: skip
 
@@ -48,3 +50,16 @@ def test_the_worst_block_is_always_among_them(spans: list[tuple[int, int, float]
         for block in range(10)
     ]
     assert min(rates) == min(rates[first:end])
+
+
+def test_of_two_that_join_with_the_same_blocks_the_lower_peer_keeps_them() -> None:
+    low = server(0, 4, state="joining", peer="A" * 16)
+    high = server(3, 6, state="joining", peer="B" * 16)
+    assert is_overtaken(high, [], [low])
+    assert not is_overtaken(low, [], [high])
+    # Blocks beside each other, those that were known, and servers that leave are no reason to choose again.
+    assert not is_overtaken(server(4, 6, state="joining", peer="B" * 16), [], [low])
+    assert not is_overtaken(high, [low], [low])
+    assert not is_overtaken(high, [], [server(0, 4, state="draining", peer="A" * 16)])
+    # Who serves already was there first, whatever its id.
+    assert is_overtaken(low, [], [server(3, 6, peer="B" * 16)])

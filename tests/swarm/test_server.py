@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
+from slowllm.errors import PlanError
 from slowllm.modeling.span import SpanCall
 from slowllm.swarm.network import Network
 from slowllm.swarm.server import Server
@@ -65,6 +68,30 @@ def test_the_room_of_a_client_that_has_vanished_comes_back(first: Server, meetin
 
 
 def test_a_server_announces_what_it_takes(model: Path, meeting: Network) -> None:
-    with serving(model, "2:4", meeting.addresses[0], max_length=777, max_batch_tokens=55, name="here") as server:
+    with serving(
+        model, "2:4", meeting.addresses[0], max_length=777, max_batch_tokens=55, name="here"
+    ) as server:
         (found,) = (r for r in meeting.find(server.record().model) if r.name == "here")
         assert (found.max_length, found.max_batch_tokens, found.first, found.end) == (777, 55, 2, 4)
+
+
+def test_two_servers_that_start_together_share_the_blocks(model: Path) -> None:
+    with (
+        Network.open() as alone,
+        ThreadPoolExecutor(2) as pool,
+        ExitStack() as held,
+    ):
+        contexts = [serving(model, "3", alone.addresses[0]) for _ in range(2)]
+        servers = [
+            held.enter_context(closing(server)) for server in pool.map(lambda c: c.__enter__(), contexts)
+        ]
+        assert sorted((s.spans.served.first, s.spans.served.end) for s in servers) == [(0, 3), (3, 6)]
+
+
+def test_a_server_that_does_not_start_says_that_it_has_left(
+    model: Path, meeting: Network, first: Server
+) -> None:
+    with pytest.raises(PlanError), serving(model, "4:6", meeting.addresses[0], name="small", ram="64MiB"):
+        pass
+    states = [record.state for record in meeting.find(first.record().model) if record.name == "small"]
+    assert states == ["offline"]
