@@ -91,6 +91,7 @@ def test_idle_sessions_end_and_busy_ones_do_not() -> None:
     passed(sessions, "a", "idle", 0, 10)
     sessions.begin_step("a", "busy", 0, 10, list)
     clock.now = 61.0
+    assert sessions.free_tokens == 90
     assert len(sessions) == 1
     sessions.end_step("a", "busy", has_failed=False)
     clock.now = 100.0
