@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from slowllm.errors import InputError
 from slowllm.swarm.records import ServerRecord
 
 
-def scarcest_blocks(records: Iterable[ServerRecord], num_blocks: int, count: int) -> tuple[int, int]:
+def block_rates(records: Iterable[ServerRecord], num_blocks: int) -> list[float]:
+    """Return the tokens a second that the servers which join or serve have for each block."""
+    rates = [0.0] * num_blocks
+    for record in records:
+        if record.state in ("joining", "online"):
+            # A server that was not measured counts as a little, so that its blocks are not taken again.
+            rate = record.forward_tokens_per_second or 1.0
+            for block in range(record.first, min(record.end, num_blocks)):
+                rates[block] += rate
+    return rates
+
+
+def scarcest_blocks(
+    records: Iterable[ServerRecord], num_blocks: int, count: int, allowed: Collection[int] | None = None
+) -> tuple[int, int]:
     """Return the span of `count` blocks that the swarm lacks most.
 
     The swarm is as fast as its slowest block, so the span is one whose least served block has the fewest tokens a
@@ -17,17 +32,20 @@ def scarcest_blocks(records: Iterable[ServerRecord], num_blocks: int, count: int
         records: of the other servers; only those that join or serve count.
         num_blocks: of the model.
         count: of the blocks, at most `num_blocks`.
+        allowed: blocks that the server can have; None for all.
     Returns:
         the first block and the number after the last.
+    Raises:
+        InputError: no span of so many blocks is allowed.
     """
-    rates = [0.0] * num_blocks
-    for record in records:
-        if record.state in ("joining", "online"):
-            # A server that was not measured counts as a little, so that its blocks are not taken again.
-            rate = record.forward_tokens_per_second or 1.0
-            for block in range(record.first, min(record.end, num_blocks)):
-                rates[block] += rate
-    starts = range(num_blocks - count + 1)
+    rates = block_rates(records, num_blocks)
+    starts = [
+        start
+        for start in range(num_blocks - count + 1)
+        if allowed is None or all(block in allowed for block in range(start, start + count))
+    ]
+    if not starts:
+        raise InputError(f"the folder has no {count} blocks in a row")
     first = min(
         starts,
         key=lambda start: (sorted(rates[start : start + count]), sum(rates[start : start + count]), start),
