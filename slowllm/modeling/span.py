@@ -30,6 +30,8 @@ from slowllm.streaming.call_context import call_context
 from slowllm.streaming.hints import Reach
 from slowllm.streaming.way import SpanOfBlocks, StopForward
 
+OnBlock = Callable[[int], None]
+
 
 @dataclass(frozen=True)
 class SpanCall:
@@ -105,7 +107,9 @@ class SpanRunner:
             cache.layers.append(DynamicLayer())
         return cache
 
-    def replay(self, calls: Sequence[SpanCall], cache: Cache) -> list[Callable[[], dict[int, Tensor]]]:
+    def replay(
+        self, calls: Sequence[SpanCall], cache: Cache, on_block: OnBlock | None = None
+    ) -> list[Callable[[], dict[int, Tensor]]]:
         """Return one job for each of the calls in which a cache grew, to be boarded together in this order.
 
         In one sweep over the span they leave in the cache what the calls, one sweep after the other, have left.
@@ -113,13 +117,20 @@ class SpanRunner:
         Args:
             calls: in their order; each continues what the one before it leaves.
             cache: of `new_cache`, at which the first of them begins.
+            on_block: called with the number of each block that the last of them has computed.
         Returns:
             jobs that compute what `forward` returns for a call.
         """
         turns = Turns(cache)
-        return [functools.partial(self._replay_one, call, turns, number) for number, call in enumerate(calls)]
+        watch = [None] * (len(calls) - 1) + [on_block]
+        return [
+            functools.partial(self._replay_one, call, turns, number, watch[number])
+            for number, call in enumerate(calls)
+        ]
 
-    def _replay_one(self, call: SpanCall, turns: Turns, turn: int) -> dict[int, Tensor]:
+    def _replay_one(
+        self, call: SpanCall, turns: Turns, turn: int, on_block: OnBlock | None
+    ) -> dict[int, Tensor]:
         blank = self.new_cache(keeps_everything=call.keeps_everything)
         for layer in cast(list[DynamicLayer], blank.layers):
             pretend_length(layer, len(call.hidden), call.length, call.hidden.dtype)
@@ -127,14 +138,19 @@ class SpanRunner:
                 layer.record_past = call.records_past
         prepare = functools.partial(_prepare_number, call)
         with torch.no_grad():
-            return self._run(call, SharedLayers(blank.layers, turns, turn, prepare), is_prepared=True)
+            return self._run(
+                call, SharedLayers(blank.layers, turns, turn, prepare), on_block, is_prepared=True
+            )
 
-    def forward(self, call: SpanCall, cache: Cache | None = None) -> dict[int, Tensor]:
+    def forward(
+        self, call: SpanCall, cache: Cache | None = None, on_block: OnBlock | None = None
+    ) -> dict[int, Tensor]:
         """Compute the span without gradients.
 
         Args:
             call: says on what.
             cache: that is read and appended to; None where a call has no past and leaves nothing.
+            on_block: called with the number of each block that has been computed.
         Returns:
             the hidden states (B, T, ...) behind the last block, or behind every one, by their numbers.
         Raises:
@@ -144,21 +160,24 @@ class SpanRunner:
         with torch.no_grad():
             if cache is None and call.pairs:
                 cache = self.new_cache(keeps_everything=call.keeps_everything)
-            return self._run(call, cache)
+            return self._run(call, cache, on_block)
 
-    def backward(self, call: SpanCall, grads: Mapping[int, Tensor]) -> SpanGrads:
+    def backward(
+        self, call: SpanCall, grads: Mapping[int, Tensor], on_block: OnBlock | None = None
+    ) -> SpanGrads:
         """Compute the span again, without a past in a cache, and return the gradients of its inputs.
 
         Args:
             call: as it was for the forward pass.
             grads: (B, T, ...) of the returned hidden states, by the block's number.
+            on_block: called on the way up, as for `forward`.
         """
         with torch.enable_grad():
             hidden = call.hidden.detach().requires_grad_(True)
             vectors = {n: vector.detach().requires_grad_(True) for n, vector in call.vectors.items()}
             pairs = {n: (_leaf(keys), _leaf(values)) for n, (keys, values) in call.pairs.items()}
             cache = self.new_cache(keeps_everything=call.keeps_everything) if pairs else None
-            outputs = self._run(replace(call, hidden=hidden, vectors=vectors, pairs=pairs), cache)
+            outputs = self._run(replace(call, hidden=hidden, vectors=vectors, pairs=pairs), cache, on_block)
             leaves = [hidden, *vectors.values(), *(side for pair in pairs.values() for side in pair)]
             found = iter(
                 torch.autograd.grad(
@@ -169,13 +188,16 @@ class SpanRunner:
         of_vectors = {n: grad for n in vectors if (grad := next(found)) is not None}
         return SpanGrads(of_hidden, of_vectors, {n: (next(found), next(found)) for n in pairs})
 
-    def _run(self, call: SpanCall, cache: Cache | None, *, is_prepared: bool = False) -> dict[int, Tensor]:
+    def _run(
+        self, call: SpanCall, cache: Cache | None, on_block: OnBlock | None, *, is_prepared: bool = False
+    ) -> dict[int, Tensor]:
         if cache is not None and not is_prepared:
             _prepare(cache, call)
         batch, width = call.hidden.shape[:2]
         way = SpanOfBlocks(
-            call.first, call.end, call.hidden, self._form.stand_in(call.hidden), keeps_all=call.returns_all
-        )
+            call.first, call.end, call.hidden, self._form.stand_in(call.hidden), keeps_all=call.returns_all,
+            on_block=on_block,
+        )  # fmt: skip
         arguments: dict[str, Any] = {
             "inputs_embeds": self._form.embeddings(batch, width),
             "use_cache": cache is not None,

@@ -6,6 +6,7 @@ computes for others. A way acts the same with and without autograd.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -88,15 +89,17 @@ class SpanOfBlocks(Way):
         hidden: (B, T, H) that block `first` gets.
         stand_in: what the blocks below return at once; their code and their inputs do not count.
         keeps_all: whether the outputs of all blocks are kept.
+        on_block: called with the number of each block that has been computed.
     """
 
     def __init__(
-        self, first: int, end: int, hidden: Tensor, stand_in: Any, *, keeps_all: bool = False
-    ) -> None:
+        self, first: int, end: int, hidden: Tensor, stand_in: Any, *, keeps_all: bool = False,
+        on_block: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
         # Blocks below `first` are not computed; what is above them may want gradients.
         self.outputs: dict[int, Any] = {}
         self._first, self._end, self._hidden = first, end, hidden
-        self._stand_in, self._keeps_all = stand_in, keeps_all
+        self._stand_in, self._keeps_all, self._on_block = stand_in, keeps_all, on_block
 
     def input_of(self, block: int) -> Tensor | None:
         """Return the given hidden states for the first block of the span."""
@@ -112,6 +115,8 @@ class SpanOfBlocks(Way):
         Raises:
             StopForward: it was the last of the span.
         """
+        if self._on_block is not None:
+            self._on_block(block)
         is_last = block == self._end - 1
         if is_last or self._keeps_all:
             self.outputs[block] = output

@@ -33,6 +33,7 @@ from slowllm.errors import (
 )
 from slowllm.modeling.remote_spans import Hop, Kept
 from slowllm.modeling.span import SpanCall, SpanGrads
+from slowllm.swarm.progress import ProgressLog, RequestProgress
 from slowllm.swarm.records import ServerRecord
 from slowllm.swarm.replay_messages import ReplayRequest, pack_replay, unpack_replayed, windows
 from slowllm.swarm.routing import ServerHop, Wishes, fastest_route, format_route, other_weights, spread
@@ -69,6 +70,7 @@ class Asks(Protocol):
         *,
         timeout: float | None = None,
         compression: Mapping[str, str] | None = None,
+        on_progress: Callable[[RequestProgress], None] | None = None,
     ) -> Future[tuple[Meta, Tensors]]: ...
 
 
@@ -307,6 +309,7 @@ class Hops:
             tensors,
             timeout=max(0.0, deadline - time.monotonic()),
             compression=dict.fromkeys(compressible(tensors), how),
+            on_progress=ProgressLog(self._name(hop.peer)),
         )
         try:
             said, tensors = answer.result()

@@ -40,6 +40,7 @@ from slowllm.swarm.identity import Identity, holding_identity
 from slowllm.swarm.loop_thread import LoopThread
 from slowllm.swarm.messages import Meta, Tensors, encode
 from slowllm.swarm.presence import Presence
+from slowllm.swarm.progress import RequestProgress
 from slowllm.swarm.records import ServerRecord
 from slowllm.swarm.requests import REQUEST, Handler, StreamServer, decoded, unpack_answer
 from slowllm.swarm.stream_pool import StreamPool
@@ -156,6 +157,7 @@ class Network:
         *,
         timeout: float | None = None,
         compression: Mapping[str, str] | None = None,
+        on_progress: Callable[[RequestProgress], None] | None = None,
     ) -> Future[tuple[Meta, Tensors]]:
         """Return the future of a peer's answer, its meta and tensors. Cancelling it tells the peer.
 
@@ -170,6 +172,7 @@ class Network:
             tensors: by name. They must not be changed before the answer is there.
             timeout: seconds for the whole answer; None to wait as long as the peer gives signs of life.
             compression: of tensors by their names, see `slowllm.swarm.compression`.
+            on_progress: called on the network's thread with what the peer says of the work, about once a second.
         Raises:
             InputError: this is no peer id, or a compression cannot be used for its tensor.
             ProtocolError: the request cannot be sent as it is.
@@ -179,7 +182,7 @@ class Network:
             raise InputError(f"{peer[:80]!r} is no peer id")
         limit = self._limits.message_bytes
         parts = encode({REQUEST: dict(meta)}, tensors, compression=compression, max_bytes=limit)
-        return self._loop.submit(lambda: self._ask(peer, parts, timeout))
+        return self._loop.submit(lambda: self._ask(peer, parts, timeout, on_progress))
 
     def soon(self, work: Callable[[], object]) -> None:
         """Do a short piece of work on the network's thread soon, unless it is closed. Takes no lock."""
@@ -291,7 +294,20 @@ class Network:
                 for peer in presence.left(server.take_asking(), connected):
                     left(peer)
 
-    async def _ask(self, peer: str, parts: Parts, timeout: float | None) -> tuple[Meta, Tensors]:
+    async def _ask(
+        self,
+        peer: str,
+        parts: Parts,
+        timeout: float | None,
+        on_progress: Callable[[RequestProgress], None] | None,
+    ) -> tuple[Meta, Tensors]:
+        last: list[RequestProgress] = []
+
+        def note(progress: RequestProgress) -> None:
+            last[:] = [progress]
+            if on_progress is not None:
+                on_progress(progress)
+
         pool = self._pools.get(peer)
         if pool is None:
             pool = self._pools[peer] = StreamPool(
@@ -300,10 +316,11 @@ class Network:
         try:
             async with asyncio.timeout(timeout):
                 async with pool.stream() as stream:
-                    body = await exchange(stream, parts, peer, self._limits)
+                    body = await exchange(stream, parts, peer, self._limits, note)
                 said, tensors = await decoded(body, self._limits.message_bytes)
         except TimeoutError:
-            raise PeerTimeoutError(peer, f"has not answered in {timeout:g} s") from None
+            how_far = f"; it {last[0]}" if last else ""
+            raise PeerTimeoutError(peer, f"has not answered in {timeout:g} s{how_far}") from None
         except ProtocolError as error:
             raise ProtocolError(f"peer {peer}: {error}") from error
         return unpack_answer(peer, said), tensors

@@ -11,13 +11,14 @@ import inspect
 import logging
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from slowllm.errors import ProtocolError, RemoteError, SlowLLMError
 from slowllm.swarm.messages import Meta, Tensors, body_bytes, decode, encode
+from slowllm.swarm.progress import RequestProgress
 from slowllm.swarm.room import Room
 from slowllm.swarm.streams import Limits, Parts, Stream
 
@@ -35,6 +36,7 @@ class PeerRequest:
         peer: id of who asks.
         meta: what is asked.
         tensors: by name; they take memory until the request is answered and they are let go.
+        progress: called on the loop once in a while, to tell the peer how far the work is; None to tell nothing.
     """
 
     def __init__(self, peer: str, meta: Meta, tensors: Tensors, max_bytes: int) -> None:
@@ -44,6 +46,7 @@ class PeerRequest:
         self._lock = threading.Lock()
         self._is_answered = self._is_cancelled = False
         self._on_cancel: list[Callable[[], object]] = []
+        self.progress: Callable[[], RequestProgress] | None = None
         self.answer: asyncio.Future[Parts] = self._loop.create_future()
 
     @property
@@ -179,7 +182,8 @@ async def serve_stream(stream: Stream, peer: str, handler: Handler, room: Room, 
         while True:
             async with asyncio.timeout(limits.idle_seconds):
                 length = body_bytes(await prefix, limits.message_bytes)
-            beats = asyncio.create_task(_beat(stream, limits.beat_seconds))
+            under_way: list[PeerRequest] = []
+            beats = asyncio.create_task(_beat(stream, limits.beat_seconds, under_way))
             try:
                 with room.place(peer, length) as place:
                     async with stream.silence_limit(limits.silence_seconds, limits.least_rate):
@@ -191,6 +195,7 @@ async def serve_stream(stream: Stream, peer: str, handler: Handler, room: Room, 
                         raise ProtocolError("a message is no request")
                     del body
                     request = PeerRequest(peer, meta, tensors, limits.message_bytes)
+                    under_way.append(request)
                     del tensors
                     answer = await _answer(request, handler, prefix)
                     beats.cancel()
@@ -217,10 +222,12 @@ async def serve_stream(stream: Stream, peer: str, handler: Handler, room: Room, 
         stream.close()
 
 
-async def _beat(stream: Stream, seconds: float) -> None:
+async def _beat(stream: Stream, seconds: float, under_way: Sequence[PeerRequest]) -> None:
+    """Tell the peer at regular times that its request is being read or worked on."""
     while True:
         await asyncio.sleep(seconds)
-        stream.beat()
+        told = under_way[0].progress if under_way else None
+        stream.beat(None if told is None else told())
 
 
 async def _answer(request: PeerRequest, handler: Handler, prefix: asyncio.Task[bytes]) -> Parts | None:

@@ -175,6 +175,7 @@ class Server:
             self.spans = SpanServer(self.lm, served)
             self._free_tokens = lambda: self.spans.sessions.free_tokens
             self._record = self._full_record(served)
+            self.spans.block_seconds = self._record.decode_seconds
             self._record.to_bytes()  # one that is too large would not be taken the next time either
             self.network.serve(self.spans.handle, self.spans.sessions.end_all_of)
             self._state = "online"

@@ -13,12 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from slowllm.errors import BusyError, ProtocolError, SlowLLMError, forward_errors
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.span import SpanCall, SpanRunner
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.ride import Ride
 from slowllm.swarm.compression import COMPRESSIONS
+from slowllm.swarm.progress import RequestProgress
 from slowllm.swarm.replay_messages import pack_replayed, unpack_replay
 from slowllm.swarm.requests import PeerRequest
 from slowllm.swarm.sessions import ServedSession, Sessions
@@ -45,6 +48,9 @@ T = TypeVar("T")
 class SpanServer:
     """Answers requests for a span of a loaded model.
 
+    Attributes:
+        block_seconds: that one block takes, as was measured, for what is said of requests under way; 0 while unknown.
+
     Args:
         lm: the model, or a part of it that has the blocks.
         served: what of it is served.
@@ -59,6 +65,8 @@ class SpanServer:
         self.sessions: Sessions[Any] = Sessions(served.cache_tokens, served.session_seconds)
         self._lock = threading.Lock()
         self._waiting_tokens = 0
+        self._under_way: dict[int, _Work] = {}
+        self.block_seconds = 0.0
         self._is_draining = False
 
     def drain(self) -> None:
@@ -111,14 +119,16 @@ class SpanServer:
         if grads is None:
             check_answer(call, self.served, compression)
         num_tokens = tokens_of(call) if grads is not None else waiting_tokens(call)
-        work = _Work(request, compression, num_tokens, asked.session, asked.step)
+        num_visits = (3 if grads is not None else 1) * (call.end - call.first)
+        work = _Work(request, compression, num_tokens, asked.session, asked.step, num_visits=num_visits)
         session = self._reserve(work, [call])
 
         def compute() -> Tensors:
             check_sent(call)
             if grads is not None:
-                return pack_grads(self.runner.backward(call, grads))
-            return pack_outputs(self.runner.forward(call, None if session is None else session.cache))
+                return pack_grads(self.runner.backward(call, grads, work.pass_block))
+            cache = None if session is None else session.cache
+            return pack_outputs(self.runner.forward(call, cache, work.pass_block))
 
         self._board(work, [compute], lambda results: results[0])
 
@@ -130,14 +140,20 @@ class SpanServer:
             check_request(call, num_tokens, self.served, self.form.hidden_shape)
         work = _Work(
             request, _compression_of(request), num_tokens, asked.session, asked.step, len(asked.calls),
-            _held_tokens_of(asked.calls[-1]),
+            _held_tokens_of(asked.calls[-1]), asked.calls[0].end - asked.calls[0].first,
         )  # fmt: skip
         session = self._reserve(work, asked.calls)
         assert session is not None, "a replay names one"
         last = asked.calls[0].end - 1
+        jobs = self.runner.replay(asked.calls, session.cache, work.pass_block)
+
+        def checked(call: SpanCall, job: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:
+            check_sent(call)
+            return job()
+
         self._board(
             work,
-            self.runner.replay(asked.calls, session.cache),
+            [functools.partial(checked, call, job) for call, job in zip(asked.calls, jobs, strict=True)],
             lambda results: pack_replayed([result[last] for result in results]) if asked.returns else {},
         )
 
@@ -149,6 +165,7 @@ class SpanServer:
 
         def timed(job: Callable[[], T]) -> T:
             began_at.append(time.time())
+            work.has_begun = True
             with forward_errors(self._lm.model):
                 return job()
 
@@ -183,6 +200,7 @@ class SpanServer:
             ) as refused:  # it is too large, or has numbers that the compression cannot hold
                 work.request.fail(refused)
 
+        work.request.progress = functools.partial(self._progress, work)
         try:
             rides = self._lm.board_together([functools.partial(timed, job) for job in jobs])
         except BaseException:
@@ -210,11 +228,27 @@ class SpanServer:
                     lambda: self.runner.new_cache(keeps_everything=keeps_everything),
                 )  # fmt: skip
             self._waiting_tokens += num_tokens
+            self._under_way[id(work)] = work
         return session
+
+    def _progress(self, work: _Work) -> RequestProgress:
+        """Return what is said of a request while it is under way."""
+        ahead = 0
+        if not work.has_begun:
+            with self._lock:
+                ahead = list(self._under_way).index(id(work)) if id(work) in self._under_way else 0
+        block = None if work.block is None else min(work.block, self.served.end - 1)
+        if not self.block_seconds:
+            return RequestProgress(block, ahead, None)
+        # One that waits boards at the first stop, which may be a whole round away.
+        num_left = work.num_visits - work.num_passed
+        num_left += 0 if work.has_begun else self.served.end - self.served.first
+        return RequestProgress(block, ahead, num_left * self.block_seconds)
 
     def _leave(self, work: _Work, *, has_failed: bool) -> None:
         with self._lock:
             self._waiting_tokens -= work.num_tokens
+            del self._under_way[id(work)]
         if work.session is not None:
             self.sessions.end_step(
                 work.request.peer, work.session, has_failed=has_failed, num_steps=work.num_steps,
@@ -222,7 +256,7 @@ class SpanServer:
             )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Work:
     """A request that is computed.
 
@@ -234,6 +268,10 @@ class _Work:
         step: how many passages the session has had.
         num_steps: passages that it is.
         num_held_tokens: that the session holds behind it, where that may be less than on the way.
+        num_visits: blocks that it passes, up and down.
+        num_passed: of these, as far as is known.
+        block: that is computed next; None before it has passed one.
+        has_begun: whether it rides.
     """
 
     request: PeerRequest
@@ -243,6 +281,15 @@ class _Work:
     step: int
     num_steps: int = 1
     num_held_tokens: int | None = None
+    num_visits: int = 0
+    num_passed: int = 0
+    block: int | None = None
+    has_begun: bool = False
+
+    def pass_block(self, block: int) -> None:
+        """Note that a block has been computed."""
+        self.num_passed += 1
+        self.block = block + 1
 
 
 def _compression_of(request: PeerRequest) -> str:

@@ -5,7 +5,7 @@ does not hold up a short one, each request has the flow control of its own strea
 request is cancelled: the other side sees the end of the stream, also if the process or the machine has died.
 Request ids on one shared stream would save file descriptors, and bring all of that back as work of our own.
 
-Until a server has the answer it sends a **beat** every few seconds: a message's length of zero, and nothing after it.
+Until a server has the answer it sends a **beat** every second: a message's length of zero, or what it is at (`progress`).
 So silence means that the peer, or the way to it, is gone, however long a sweep over its disk takes.
 
 Knows asyncio's streams and messages as bytes; knows neither hivemind nor what is asked.
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from slowllm.errors import PeerLostError, PeerTimeoutError
 from slowllm.swarm.messages import MAX_MESSAGE_BYTES, PREFIX_BYTES, body_bytes
+from slowllm.swarm.progress import RequestProgress
 
 BEAT = bytes(PREFIX_BYTES)
 # Far fewer than come at the least rate before a peer counts as silent.
@@ -54,7 +55,7 @@ class Limits:
     streams_per_peer: int = 64
     num_streams: int = 1024
     connect_seconds: float = 15.0
-    beat_seconds: float = 5.0
+    beat_seconds: float = 1.0
     silence_seconds: float = 20.0
     least_rate: float = LEAST_BYTES_PER_SECOND
     idle_seconds: float = 600.0
@@ -81,10 +82,10 @@ class Stream:
         """Close it at once. What was not yet sent is lost, and the other side sees the end of the stream."""
         self._writer.transport.abort()
 
-    def beat(self) -> None:
-        """Tell the other side that an answer is being made."""
+    def beat(self, progress: RequestProgress | None = None) -> None:
+        """Tell the other side that an answer is being made, and how far it is."""
         if not self._writer.is_closing():
-            self._writer.write(BEAT)
+            self._writer.write(BEAT if progress is None else progress.to_prefix())
 
     @asynccontextmanager
     async def silence_limit(self, seconds: float, least_rate: float | None = None) -> AsyncIterator[None]:
@@ -173,9 +174,21 @@ class Stream:
             pass
 
 
-async def exchange(stream: Stream, parts: Parts, peer: str, limits: Limits) -> bytearray:
+async def exchange(
+    stream: Stream,
+    parts: Parts,
+    peer: str,
+    limits: Limits,
+    on_progress: Callable[[RequestProgress], None] | None = None,
+) -> bytearray:
     """Send a request and return the answer's body. After any error, and after a cancellation, close the stream.
 
+    Args:
+        stream: on which nothing else is under way.
+        parts: of the request.
+        peer: its id, for errors.
+        limits: of the answer.
+        on_progress: called with what the peer says before it answers.
     Raises:
         PeerLostError: the stream ended.
         PeerTimeoutError: the peer was silent.
@@ -185,8 +198,13 @@ async def exchange(stream: Stream, parts: Parts, peer: str, limits: Limits) -> b
     try:
         async with stream.silence_limit(limits.silence_seconds):
             # An answer may come before all was sent: that the message is too large.
-            while not (length := body_bytes(await stream.read_prefix(), limits.message_bytes)):
-                pass
+            length = 0
+            while not length:
+                prefix = await stream.read_prefix()
+                if (progress := RequestProgress.from_prefix(prefix)) is None:
+                    length = body_bytes(prefix, limits.message_bytes)
+                elif on_progress is not None:
+                    on_progress(progress)
             return await stream.read_body(length)
     except TimeoutError:
         raise PeerTimeoutError(peer, f"has been silent for {limits.silence_seconds:g} s") from None

@@ -53,6 +53,7 @@ class Asked:
         *,
         timeout: float | None = None,
         compression: Mapping[str, str] | None = None,
+        on_progress: Any = None,
     ) -> Future[tuple[Meta, Tensors]]:
         self.timeouts.append(timeout)
         self.sent.append(dict(meta))
