@@ -133,11 +133,12 @@ class MissingBlocksError(NetworkError):
 
     Attributes:
         blocks: their numbers.
+        is_full: whether servers that have them would do, but for the sessions that fill them now.
     """
 
-    def __init__(self, blocks: tuple[int, ...], problem: str) -> None:
+    def __init__(self, blocks: tuple[int, ...], problem: str, *, is_full: bool = False) -> None:
         super().__init__(problem)
-        self.blocks = blocks
+        self.blocks, self.is_full = blocks, is_full
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from slowllm.errors import forward_errors
+from slowllm.streaming.call_context import call_context
 
 
 class BranchingLayer(DynamicLayer):
@@ -64,10 +65,15 @@ class BranchingLayer(DynamicLayer):
 
 
 class CachedModel:
-    """A model with a cache from which drafted tokens can be dropped."""
+    """A model with a cache from which drafted tokens can be dropped.
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    Args:
+        model: streamed, or transformers' own.
+        final_length: tokens that the cache will hold at its end; 0 where nobody knows.
+    """
+
+    def __init__(self, model: Any, final_length: int = 0) -> None:
+        self._model, self._final_length = model, final_length
         config = model.config.get_text_config()
         self.num_layers, self._vocabulary = config.num_hidden_layers, config.vocab_size
         self._layers = [BranchingLayer() for _ in range(self.num_layers)]
@@ -81,7 +87,7 @@ class CachedModel:
         # A token that only the other model's padded vocabulary has is replaced; it can only cost acceptance.
         rows = rows.clamp(max=self._vocabulary - 1)
         extra = {"logits_to_keep": num_last} if self._can_keep_last else {}
-        with forward_errors(self._model):
+        with forward_errors(self._model), call_context(final_length=self._final_length):
             output = self._model(
                 input_ids=rows, past_key_values=Cache(layers=list(self._layers)), use_cache=True, **extra
             )

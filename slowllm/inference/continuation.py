@@ -26,6 +26,7 @@ from slowllm.inference.stopping import (
 )
 from slowllm.inference.text import TextSide
 from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.streaming.call_context import call_context
 
 
 def with_own_defaults(lm: StreamedLM) -> Any:
@@ -77,7 +78,7 @@ def continue_prompts(
         torch.manual_seed(settings.seed)  # of this rider only: the generator changes hands with the baton
     soft_prompt = lm.soft_prompt
     adding = contextlib.nullcontext() if soft_prompt is None else soft_prompt.adding()
-    with adding:
+    with adding, call_context(final_length=width + settings.max_new_tokens):
         output = model.generate(
             **inputs,
             generation_config=_generation_config(settings, tokens, **extra),

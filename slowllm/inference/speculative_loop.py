@@ -120,8 +120,9 @@ def continue_with_draft(
     """Continue one prompt; runs as a rider."""
     settings, tokens, counts = prompt.settings, special_tokens(lm), stats.counts
     detector, processors = EndDetector(lm, settings, tokens), _processors(prompt, tokens.eos)
-    large, small, ngrams = CachedModel(lm.model), CachedModel(draft.model), NgramCache()
     ids, start = list(prompt.ids), len(prompt.ids)
+    large = CachedModel(lm.model, start + settings.max_new_tokens)
+    small, ngrams = CachedModel(draft.model), NgramCache()
     # Tokens at the end of `ids` that each model has not processed yet.
     num_unseen = num_unseen_by_draft = start
     logits_of_tokens: list[Tensor] = []

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from slowllm.errors import UnsupportedError
 from slowllm.modeling.recompute import is_cache
 from slowllm.modeling.remote_cache import kept_hop, tensors_of, with_cache
-from slowllm.modeling.remote_spans import Hop, Remote
+from slowllm.modeling.remote_spans import Hop, Need, Remote, need_of
 from slowllm.modeling.span import SpanCall, SpanGrads
 from slowllm.streaming.call_context import OwnerCall, current_call
 
@@ -101,16 +101,21 @@ def _pass_hop(
     _refuse_unsent(arguments, remote.config)
     wants_grad = torch.is_grad_enabled() and _wants_grad(hidden, cache)
     hop = kept_hop(cache, first)
+    final_length = current_call().final_length
     if hop is None:
+        past = 0 if cache is None or first >= len(cache.layers) else cache.get_seq_length(first)
+        call = SpanCall(first, first + 1, hidden, length=past, final_length=final_length)
         keeps_cache = cache is not None and not wants_grad
-        hop = _next_hop(remote, first, hidden, owner_call, keeps_cache=keeps_cache, wants_grad=wants_grad)
+        hop = _next_hop(
+            remote, owner_call, first, need_of(call, keeps_cache=keeps_cache, wants_grad=wants_grad)
+        )
     end = hop.end
     returns_all = bool(
         arguments.get("output_hidden_states", getattr(remote.config, "output_hidden_states", False))
     )
     call = SpanCall(
         first, end, hidden, mask=arguments.get("attention_mask"), positions=arguments.get("position_ids"),
-        vectors=_vectors_behind(first, end), returns_all=returns_all,
+        vectors=_vectors_behind(first, end), returns_all=returns_all, final_length=final_length,
     )  # fmt: skip
     call, session = (call, None) if cache is None else with_cache(remote, call, hop, cache)
     inputs = tensors_of(call)
@@ -140,16 +145,12 @@ def _wants_grad(hidden: Tensor, cache: Cache | None) -> bool:
     return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (hidden, *sides, *vectors))
 
 
-def _next_hop(
-    remote: Remote, first: int, hidden: Tensor, owner_call: OwnerCall, *, keeps_cache: bool, wants_grad: bool
-) -> Hop:
+def _next_hop(remote: Remote, owner_call: OwnerCall, first: int, need: Need) -> Hop:
     """Return the hop that begins at a block, of the route of this call."""
     known = [hop for hop in owner_call.route if hop.first == first]
     if not known:
-        num_tokens = hidden.shape[0] * hidden.shape[1]
-        owner_call.route = tuple(
-            remote.spans.route(first, num_tokens, keeps_cache=keeps_cache, wants_grad=wants_grad)
-        )
+        # It may wait for room that other riders of this process give back.
+        owner_call.route = tuple(remote.away(lambda: remote.spans.route(first, need)))
         known = [hop for hop in owner_call.route if hop.first == first]
     return cast(Hop, known[0])
 

@@ -45,18 +45,38 @@ class Kept:
     session: str
 
 
+@dataclass(frozen=True)
+class Need:
+    """What calls of the model need of the machines that compute them.
+
+    Attributes:
+        num_tokens: of the largest request.
+        length: of the longest sequence, with what is kept of it, at the end of its session.
+        session_tokens: that a session keeps at its end; 0 where later calls do not continue these.
+        wants_grad: whether a backward pass will follow.
+    """
+
+    num_tokens: int
+    length: int
+    session_tokens: int = 0
+    wants_grad: bool = False
+
+
+def need_of(*calls: SpanCall, keeps_cache: bool = False, wants_grad: bool = False) -> Need:
+    """Return what calls of one session need, or a single call without one."""
+    rows = max(len(call.hidden) for call in calls)
+    num_tokens = max(len(call.hidden) * call.hidden.shape[1] for call in calls)
+    length = max(
+        max(call.length + call.hidden.shape[1], call.final_length if keeps_cache else 0) for call in calls
+    )
+    return Need(num_tokens, length, rows * length * keeps_cache, wants_grad)
+
+
 class Spans(Protocol):
     """The machines that hold the blocks. `forward` and `backward` block until they are answered."""
 
-    def route(self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool) -> Sequence[Hop]:
-        """Return hops from block `first` to the last block, for one call of the model.
-
-        Args:
-            first: the block that is to be computed next.
-            num_tokens: of the call.
-            keeps_cache: whether later calls will continue this one.
-            wants_grad: whether a backward pass will follow.
-        """
+    def route(self, first: int, need: Need) -> Sequence[Hop]:
+        """Return hops from block `first` to the last block, for one call of the model and those that continue it."""
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
         """Compute a span; within a session, its keys and values are read and kept.

@@ -51,6 +51,8 @@ class SpanCall:
         records_past: whether sliding windows keep what has left them until it is cropped.
         keeps_everything: whether the cache keeps every position at every block, whatever windows the config has.
         returns_all: whether the output of every block is returned, not of the last alone.
+        final_length: positions that the cache will hold at its end, as far as the caller knows; 0 where it does not. It
+            changes nothing that is computed, and is not sent.
     """
 
     first: int
@@ -65,6 +67,7 @@ class SpanCall:
     records_past: bool = False
     keeps_everything: bool = False
     returns_all: bool = False
+    final_length: int = 0
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class CallContext:
             stands for a mask of another form.
         edit_input: given a block's number and hidden states (B, T, H), returns those that the block gets.
         vectors: of a deep prompt, (P, H) or (B, P, H) for each block, as `edit_input` adds them.
+        final_length: positions that a cache of these calls will hold at its end; 0 where nobody knows.
         take_hidden: given the hidden states (B, T, H) after the last block, which then pass no head.
     """
 
@@ -55,6 +56,7 @@ class CallContext:
     text_mask: Tensor | None = None
     edit_input: Callable[[int, Tensor], Tensor] | None = None
     vectors: tuple[Tensor | None, ...] = ()
+    final_length: int = 0
     take_hidden: Callable[[Tensor], None] | None = None
 
 

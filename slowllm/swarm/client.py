@@ -19,7 +19,7 @@ from slowllm.modeling.cache_labels import LabelSource
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.parts import Part
 from slowllm.modeling.remote_block import make_remote
-from slowllm.modeling.remote_spans import Remote
+from slowllm.modeling.remote_spans import Need, Remote
 from slowllm.modeling.soft_prompts import hook_inputs
 from slowllm.runtime.block_identity import block_hashes, config_hash, ends_hash
 from slowllm.runtime.description import ModelInfo
@@ -137,7 +137,7 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
     hops = Hops(lambda: network.find(key), network.ask, network.soon, len(blocks), wishes)
     spans = Failover(hops, options.timeout, options.replay)
     # Now, so that missing blocks are named before any work.
-    hops.route(0, 1, keeps_cache=False, wants_grad=False)
+    hops.route(0, Need(1, 1))
     remote = Remote(
         spans, find_form(lm.model, lm.layout.blocks_name), lm.config.get_text_config(), lm.away, LabelSource()
     )

@@ -30,7 +30,7 @@ from slowllm.errors import (
     SlowLLMError,
 )
 from slowllm.modeling.merged_calls import merged
-from slowllm.modeling.remote_spans import Hop, Kept
+from slowllm.modeling.remote_spans import Hop, Kept, Need, need_of
 from slowllm.modeling.span import SpanCall, SpanGrads
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,7 @@ CLOSE_SECONDS = 2.0
 class AsksServers(Protocol):
     """Asks one server, once; `hops.Hops` does."""
 
-    def route(
-        self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool, end: int | None = None
-    ) -> Sequence[Hop]:
+    def route(self, first: int, need: Need, end: int | None = None) -> Sequence[Hop]:
         """Return hops from block `first` to block `end` - 1, or to the last block."""
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
@@ -114,17 +112,14 @@ class Failover:
         self._failures: dict[str, _Failure] = {}
         self.num_rebuilt = 0
 
-    def route(self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool) -> Sequence[Hop]:
+    def route(self, first: int, need: Need) -> Sequence[Hop]:
         """Return hops from block `first` to the last block; see `remote_spans.Spans`.
 
         Raises:
             MissingBlocksError: some blocks are served by nobody who may be asked, and nobody came in time.
         """
         deadline = time.monotonic() + self._timeout
-        return self._wait_for_route(
-            lambda: self._servers.route(first, num_tokens, keeps_cache=keeps_cache, wants_grad=wants_grad),
-            deadline,
-        )
+        return self._wait_for_route(lambda: self._servers.route(first, need), deadline)
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
         """Compute a span; see `remote_spans.Spans`.
@@ -195,16 +190,14 @@ class Failover:
 
     def _replaced(self, link: _Link, failed: _FailedError, call: SpanCall, deadline: float) -> list[_Link]:
         """Return links in the place of one whose server failed, in which what its session kept is rebuilt."""
-        num_tokens = call.hidden.shape[0] * (call.length + call.hidden.shape[1])
+        need = need_of(*link.history, call, keeps_cache=link.session is not None)
         self._forget([link])
         while True:
-            route = self._route_around(
-                failed, link.hop, num_tokens, deadline, keeps_cache=link.session is not None
-            )
+            route = self._route_around(failed, link.hop, need, deadline)
             links = [_Link(hop, None if link.session is None else uuid.uuid4().hex) for hop in route]
             try:
                 if link.history:
-                    fast = merged(link.history, num_tokens) if self._replay == "fast" else None
+                    fast = merged(link.history, need.num_tokens) if self._replay == "fast" else None
                     self._rebuild(link.history if fast is None else fast, links, deadline)
             except _FailedError as again:
                 failed = again
@@ -242,8 +235,7 @@ class Failover:
             return answer
         except _RETRIED as error:
             failed = _FailedError(hop.peer, error)
-        num_tokens = call.hidden.shape[0] * call.hidden.shape[1]
-        route = self._route_around(failed, hop, num_tokens, deadline, wants_grad=True)
+        route = self._route_around(failed, hop, need_of(call, wants_grad=True), deadline)
         # The hidden states between the new hops were never here.
         parts = [_part_of(call, route[0], call.hidden)]
         for before, after in itertools.pairwise(route):
@@ -263,10 +255,7 @@ class Failover:
             pairs |= result.pairs
         return SpanGrads(flowing, vectors, pairs)
 
-    def _route_around(
-        self, failed: _FailedError, hop: Hop, num_tokens: int, deadline: float, *, keeps_cache: bool = False,
-        wants_grad: bool = False,
-    ) -> Sequence[Hop]:  # fmt: skip
+    def _route_around(self, failed: _FailedError, hop: Hop, need: Need, deadline: float) -> Sequence[Hop]:
         """Ban a server that failed, and return hops over the span of one of its hops at others.
 
         Raises:
@@ -287,9 +276,7 @@ class Failover:
         log.log(level, "%s failed (%s); it is not asked for %g s", name, failed.error, seconds)
         self._servers.ban(failed.peer, now + seconds)
         route = self._wait_for_route(
-            lambda: self._servers.route(
-                hop.first, num_tokens, keeps_cache=keeps_cache, wants_grad=wants_grad, end=hop.end
-            ),
+            lambda: self._servers.route(hop.first, need, hop.end),
             deadline,
             is_too_large=isinstance(failed.error, LimitError),
         )
@@ -300,7 +287,7 @@ class Failover:
     def _wait_for_route(
         self, find: Callable[[], Sequence[Hop]], deadline: float, *, is_too_large: bool = False
     ) -> Sequence[Hop]:
-        """Return a route; wait for servers to come back while blocks are missing because some have failed.
+        """Return a route; wait while blocks are missing because servers have failed, or our own sessions fill them.
 
         Args:
             find: returns a route, if there is one now.
@@ -316,12 +303,20 @@ class Failover:
                 return find()
             except MissingBlocksError as error:
                 tried = self._tried(deadline)
-                if not tried:
+                # Sessions of this client may be what fills the servers, and they end.
+                waits_for_room = error.is_full and bool(self._chains)
+                if not tried and not waits_for_room:
                     raise
                 # What servers refuse by their limits, they refuse again.
-                is_lasting = is_too_large and all(isinstance(one.error, LimitError) for one in tried.values())
+                is_lasting = (
+                    is_too_large
+                    and tried
+                    and all(isinstance(one.error, LimitError) for one in tried.values())
+                )
                 if is_lasting or time.monotonic() >= deadline:
-                    raise self._out_of_time(error.blocks, str(error), deadline) from error
+                    raise self._out_of_time(
+                        error.blocks, str(error), deadline, is_full=error.is_full
+                    ) from error
             time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
 
     def _has_answered(self, peer: str) -> None:
@@ -339,12 +334,16 @@ class Failover:
                 if failure.at >= deadline - self._timeout or failure.until > now
             }
 
-    def _out_of_time(self, blocks: tuple[int, ...], problem: str, deadline: float) -> MissingBlocksError:
+    def _out_of_time(
+        self, blocks: tuple[int, ...], problem: str, deadline: float, *, is_full: bool = False
+    ) -> MissingBlocksError:
         """Return the error at the end of a call's time, with the servers that were tried, and why each failed."""
         tried = self._tried(deadline).items()
         told = "; ".join(f"{self._servers.name_of(peer)}: {failure.error}" for peer, failure in tried)
         seconds = self._timeout - max(0.0, deadline - time.monotonic())
-        return MissingBlocksError(blocks, f"{problem}; tried for {seconds:.1f} s: {told}")
+        return MissingBlocksError(
+            blocks, f"{problem}; tried for {seconds:.1f} s{': ' if told else ''}{told}", is_full=is_full
+        )
 
 
 @dataclass(frozen=True)

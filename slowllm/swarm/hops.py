@@ -31,7 +31,7 @@ from slowllm.errors import (
     SlowLLMError,
     UnsupportedError,
 )
-from slowllm.modeling.remote_spans import Hop, Kept
+from slowllm.modeling.remote_spans import Hop, Kept, Need
 from slowllm.modeling.span import SpanCall, SpanGrads
 from slowllm.swarm.progress import ProgressLog, RequestProgress
 from slowllm.swarm.records import ServerRecord
@@ -149,9 +149,7 @@ class Hops:
         with self._lock:
             return {peer: times.network_seconds / times.num_requests for peer, times in self.times.items()}
 
-    def route(
-        self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool, end: int | None = None
-    ) -> Sequence[Hop]:
+    def route(self, first: int, need: Need, end: int | None = None) -> Sequence[Hop]:
         """Return hops from block `first` to block `end` - 1, or to the last block; see `remote_spans.Spans`.
 
         Generation takes the route on which a token is fastest; calls without a cache are spread over replicas, so that
@@ -169,11 +167,12 @@ class Hops:
         wishes = replace(
             self._wishes,
             banned=banned,
-            needs_backward=wants_grad,
-            batch_tokens=num_tokens,
-            cache_tokens=num_tokens * keeps_cache,
+            needs_backward=need.wants_grad,
+            batch_tokens=need.num_tokens,
+            cache_tokens=need.session_tokens,
+            length=need.length,
         )
-        if keeps_cache:
+        if need.session_tokens:
             chosen = fastest_route(self.records(), first, goal, wishes, self.latencies())
         else:
             chosen = spread(self.records(), number + 1, first, goal, wishes)[number]

@@ -53,8 +53,9 @@ class ServerRecord:
         decode_seconds: for one token of one session through one of its blocks.
         network_requests_per_second: of one token's hidden states that its network would carry.
         cache_tokens_free: tokens of sessions that it has room for.
+        cache_tokens: tokens of sessions that it keeps in all; 0 where it does not say.
         max_batch_tokens: tokens of one request, at most.
-        max_length: tokens of one sequence, at most, what its session holds included.
+        max_length: tokens of one sequence, at most, what its session holds included; 0 where it does not say.
         has_backward: whether it computes gradients.
         name: that people gave it; may be empty.
         version: of its slowllm.
@@ -76,6 +77,7 @@ class ServerRecord:
     decode_seconds: float = 0.0
     network_requests_per_second: float = 0.0
     cache_tokens_free: int = 0
+    cache_tokens: int = 0
     max_batch_tokens: int = 0
     max_length: int = 0
     has_backward: bool = False
@@ -201,6 +203,7 @@ _CHECKS: Mapping[str, Callable[[object], bool]] = {
     "decode_seconds": _is_rate,
     "network_requests_per_second": _is_rate,
     "cache_tokens_free": _is_count,
+    "cache_tokens": _is_count,
     "max_batch_tokens": _is_count,
     "max_length": _is_count,
     "has_backward": lambda value: isinstance(value, bool),

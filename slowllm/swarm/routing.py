@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slowllm.errors import MissingBlocksError
 from slowllm.swarm.records import ServerRecord
@@ -35,7 +35,8 @@ class Wishes:
         hashes: wanted identities of blocks by their numbers; for other blocks, that of most servers.
         needs_backward: whether gradients are wanted.
         batch_tokens: tokens of one request, at least.
-        cache_tokens: tokens that a session needs, at least.
+        cache_tokens: tokens that a session needs at its end, at least.
+        length: tokens of the longest sequence, at its end.
         ends_hash: of the client's ends; servers that have others serve another model.
         dtype: that the client computes in; empty for any.
     """
@@ -47,6 +48,7 @@ class Wishes:
     needs_backward: bool = False
     batch_tokens: int = 0
     cache_tokens: int = 0
+    length: int = 0
     ends_hash: str = ""
     dtype: str = ""
 
@@ -68,6 +70,11 @@ class Wishes:
             return "computes no gradients"
         if record.max_batch_tokens < self.batch_tokens:
             return f"takes {record.max_batch_tokens} tokens a request, not {self.batch_tokens}"
+        # 0 where a server does not say.
+        if 0 < record.max_length < self.length:
+            return f"takes sequences of {record.max_length} tokens, not {self.length}"
+        if 0 < record.cache_tokens < self.cache_tokens:
+            return f"keeps {record.cache_tokens} tokens of sessions in all, not {self.cache_tokens}"
         if record.cache_tokens_free < self.cache_tokens:
             return f"has room for {record.cache_tokens_free} tokens, not {self.cache_tokens}"
         return None
@@ -110,7 +117,12 @@ def usable_spans(records: Iterable[ServerRecord], first: int, end: int, wishes: 
                 begin = None
     served = {block for hop in spans for block in range(hop.first, hop.end)}
     if missing := tuple(block for block in range(first, end) if block not in served):
-        raise MissingBlocksError(missing, _explain(records, missing, wishes, wanted))
+        unfilled = replace(wishes, cache_tokens=0)
+        full = [one for one in records if wishes.refusal(one) is not None and unfilled.refusal(one) is None]
+        is_full = any(one.first <= block < one.end for one in full for block in missing) and all(
+            one.cache_tokens >= wishes.cache_tokens for one in full
+        )
+        raise MissingBlocksError(missing, _explain(records, missing, wishes, wanted), is_full=is_full)
     return spans
 
 

@@ -228,7 +228,7 @@ class Server:
             self._record, dtype=str(self.lm.model.dtype).removeprefix("torch."),
             block_hashes=tuple(block_hashes(self.lm, range(served.first, served.end)).values()), ends_hash=self._ends_hash(),
             forward_tokens_per_second=batch_rate, decode_seconds=decode_seconds / (served.end - served.first),
-            has_backward=served.has_backward,
+            cache_tokens=served.cache_tokens, has_backward=served.has_backward,
         )  # fmt: skip
 
     def _ends_hash(self) -> str:

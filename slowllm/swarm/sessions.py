@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from slowllm.errors import LimitError, SessionError
+from slowllm.errors import BusyError, LimitError, SessionError
 
 C = TypeVar("C")
 
@@ -76,7 +76,8 @@ class Sessions(Generic[C]):
             num_tokens: that the session holds after the passage.
             make_cache: called for a new session.
         Raises:
-            SessionError: the session has ended or is in use, has had another number of passages, or there is no room.
+            SessionError: the session has ended or is in use, or has had another number of passages.
+            BusyError: other sessions leave no room.
             LimitError: it is larger than all of the room.
         """
         if num_tokens > self.max_tokens:
@@ -96,7 +97,7 @@ class Sessions(Generic[C]):
                 raise SessionError(f"the session has had {session.num_steps} passages, not {step}")
             others = self._held() - (0 if session is None else session.num_tokens)
             if others + num_tokens > self.max_tokens:
-                raise SessionError(
+                raise BusyError(
                     f"the server's cache is full: the session would hold {num_tokens:,} tokens, and "
                     f"{self.max_tokens - others:,} of {self.max_tokens:,} are free"
                 )

@@ -92,8 +92,8 @@ class SpanServer:
         Raises:
             ProtocolError: the request is damaged.
             InputError: it does not fit the model; or, as a LimitError, it asks for what this server does not serve.
-            SessionError: its session is not here, or has no room.
-            BusyError: too many tokens wait already.
+            SessionError: its session is not here.
+            BusyError: too many tokens wait already, or other sessions leave no room.
         """
         operation = request.meta.get("op")
         if operation == "end_session":

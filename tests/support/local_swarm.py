@@ -14,7 +14,7 @@ import slowllm
 from slowllm.modeling.cache_labels import LabelSource
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.remote_block import make_remote
-from slowllm.modeling.remote_spans import Hop, Kept, Remote
+from slowllm.modeling.remote_spans import Hop, Kept, Need, Remote
 from slowllm.modeling.soft_prompts import hook_inputs
 from slowllm.modeling.span import SpanCall, SpanGrads, SpanRunner
 from slowllm.runtime.streamed_lm import StreamedLM
@@ -33,8 +33,10 @@ class LocalSpans:
         self.sessions: dict[str, Cache] = {}
         self.num_calls = 0
         self.calls: list[SpanCall] = []
+        self.needs: list[Need] = []
 
-    def route(self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool) -> list[Hop]:
+    def route(self, first: int, need: Need) -> list[Hop]:
+        self.needs.append(need)
         return [Hop(start, end) for start, end in self.ends.items() if start >= first]
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:

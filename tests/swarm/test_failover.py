@@ -38,9 +38,10 @@ from slowllm.errors import (
 from slowllm.modeling.cache_labels import LabelSource
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.remote_block import make_remote
-from slowllm.modeling.remote_spans import Hop, Kept, Remote
+from slowllm.modeling.remote_spans import Hop, Kept, Need, Remote
 from slowllm.modeling.soft_prompts import SoftPrompt, hook_inputs
 from slowllm.modeling.span import SpanCall, SpanGrads, SpanRunner
+from slowllm.streaming.call_context import call_context
 from slowllm.swarm.failover import Failover, Replay
 from tests.support.families import resident, save_tiny
 
@@ -62,10 +63,10 @@ class FailingServers:
         self.asked: list[tuple[str, int, int]] = []
         self.ban_seconds: list[int] = []
         self.replayed: list[int] = []
+        self.needs: list[Need] = []
 
-    def route(
-        self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool, end: int | None = None
-    ) -> list[Hop]:
+    def route(self, first: int, need: Need, end: int | None = None) -> list[Hop]:
+        self.needs.append(need)
         hops, block, goal = [], first, NUM_BLOCKS if end is None else end
         while block < goal:
             able = [
@@ -276,8 +277,59 @@ def test_no_session_is_left_where_it_was_given_up(swarm: Swarm) -> None:
         swarm.servers.end_session = end_session  # type: ignore[method-assign]
 
 
+def test_servers_are_asked_that_have_room_for_a_session_at_its_end(swarm: Swarm) -> None:
+    swarm.reset(at_calls([2], lost))
+    swarm.servers.needs.clear()
+    cache = DynamicCache(config=swarm.plain.config)
+    with torch.no_grad(), call_context(final_length=20):
+        swarm.lm.model(IDS, past_key_values=cache)
+        for _ in range(2):
+            swarm.lm.model(IDS[:, :1], past_key_values=cache)
+    # At the beginning, and where it is rebuilt, by calls of at most as many tokens as the first.
+    assert swarm.servers.needs == [Need(14, 20, 40)] * 2
+    swarm.servers.needs.clear()
+    with torch.no_grad():
+        swarm.lm.model(IDS, use_cache=False)
+        swarm.lm.model(IDS, past_key_values=DynamicCache(config=swarm.plain.config))
+    assert swarm.servers.needs == [Need(14, 7, 0), Need(14, 7, 14)]
+
+
+def test_a_new_session_waits_while_our_own_fill_the_servers(swarm: Swarm) -> None:
+    swarm.reset()
+    full = MissingBlocksError(
+        (0,), "nobody serves block 0 (e has 0:4 but has room for 3 tokens)", is_full=True
+    )
+    cache: Any = DynamicCache(config=swarm.plain.config)
+
+    def refuse_once(first: int, need: Need, end: int | None = None) -> list[Hop]:
+        del swarm.servers.route
+        raise full
+
+    with torch.no_grad():
+        gc.collect()
+        swarm.servers.route = refuse_once  # type: ignore[method-assign]
+        with pytest.raises(MissingBlocksError, match="has room for 3 tokens"):
+            swarm.lm.model(IDS)
+        swarm.lm.model(IDS, past_key_values=cache)
+        swarm.servers.route = refuse_once  # type: ignore[method-assign]
+        assert swarm.lm.model(IDS).logits.shape[:2] == IDS.shape
+        swarm.reset(timeout=0.1)
+        swarm.lm.model(IDS, past_key_values=(cache := DynamicCache(config=swarm.plain.config)))
+        swarm.servers.route = lambda *_, **__: raised(full)  # type: ignore[method-assign]
+        try:
+            with pytest.raises(MissingBlocksError, match=r"room for 3 tokens\); tried for 0.1 s$"):
+                swarm.lm.model(IDS)
+        finally:
+            del swarm.servers.route
+
+
+def raised(error: Exception) -> Any:
+    raise error
+
+
 def test_a_client_that_closes_leaves_no_session(swarm: Swarm) -> None:
     swarm.reset()
+    gc.collect()  # the caches of other tests
     cache = DynamicCache(config=swarm.plain.config)
     swarm.servers.banned.add("e")
     ended: list[str] = []

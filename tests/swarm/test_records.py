@@ -31,6 +31,7 @@ RECORD = ServerRecord(
     decode_seconds=0.002,
     network_requests_per_second=800,
     cache_tokens_free=4096,
+    cache_tokens=8192,
     max_batch_tokens=512,
     max_length=2048,
     has_backward=True,
@@ -56,7 +57,7 @@ def any_record(draw: st.DrawFn) -> ServerRecord:
         block_hashes=() if state == "joining" else tuple(hashes), compression=draw(st.sampled_from(COMPRESSIONS)),
         forward_tokens_per_second=draw(RATES), decode_seconds=draw(RATES), network_requests_per_second=draw(RATES),
         cache_tokens_free=draw(st.integers(0, 1 << 40)), max_batch_tokens=draw(st.integers(0, 1 << 40)),
-        max_length=draw(st.integers(0, 1 << 40)),
+        cache_tokens=draw(st.integers(0, 1 << 40)), max_length=draw(st.integers(0, 1 << 40)),
         has_backward=draw(st.booleans()), name=draw(st.text(st.characters(exclude_categories=["C", "Z"]), max_size=64)),
         next_pings=draw(st.dictionaries(PEERS, RATES, max_size=5)),
     )  # fmt: skip

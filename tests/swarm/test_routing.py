@@ -244,3 +244,27 @@ def test_a_near_server_is_better_than_two_fast_ones_far_away() -> None:
         == "0:2 BBBBBB, 2:4 CCCCCC"
     )
     assert format_route([]) == ""
+
+
+def test_a_server_too_small_for_a_session_is_named_with_the_limit_that_refuses() -> None:
+    record = server("A", 0, 2, max_length=50, cache_tokens=60, cache_tokens_free=40)
+    for wishes, reason, is_full in (
+        (Wishes(length=51), "takes sequences of 50 tokens, not 51", False),
+        (Wishes(cache_tokens=61), "keeps 60 tokens of sessions in all, not 61", False),
+        (Wishes(cache_tokens=60, length=50), "has room for 40 tokens, not 60", True),
+    ):
+        with pytest.raises(MissingBlocksError, match=f"AAAAAA has 0:2 but {reason}") as caught:
+            fastest_route([record], 0, 2, wishes)
+        assert caught.value.is_full is is_full
+    assert fastest_route([record], 0, 2, Wishes(cache_tokens=40, length=50))
+    unknown = server("B", 0, 2, cache_tokens_free=1000)
+    assert fastest_route([unknown], 0, 2, Wishes(cache_tokens=1000, length=1000))
+
+
+def test_what_fills_a_server_counts_only_at_blocks_that_are_missing() -> None:
+    full = server("A", 0, 2, cache_tokens=100, cache_tokens_free=1)
+    blocked = server("B", 2, 4, cache_tokens_free=100)
+    other = server("C", 0, 2, cache_tokens_free=100)
+    with pytest.raises(MissingBlocksError, match="nobody serves blocks 2:4") as caught:
+        fastest_route([full, blocked, other], 0, 4, Wishes(cache_tokens=50, blocked={blocked.peer}))
+    assert not caught.value.is_full

@@ -14,6 +14,10 @@ from transformers import DynamicCache
 
 from slowllm.entrypoints.api import LM
 from slowllm.errors import MissingBlocksError, RemoteError
+from slowllm.inference import speculative
+from slowllm.inference.generation_types import Settings, encode_prompt
+from slowllm.inference.speculative_loop import Acceptance
+from slowllm.modeling.remote_spans import Need
 from slowllm.modeling.span import SpanCall
 from slowllm.swarm.network import Network
 from slowllm.swarm.server import Server
@@ -129,6 +133,31 @@ def test_a_client_that_closes_ends_its_sessions(lm: LM, served: Served) -> None:
     assert len(cache.layers), "the cache is still held"
 
 
+@pytest.mark.parametrize("draft", [None, "lookup", "model"])
+def test_a_session_begins_where_all_that_it_will_hold_has_room(
+    draft: str | None, lm: LM, served: Served
+) -> None:
+    needs: list[Need] = []
+    find = lm.swarm.route
+    lm.swarm.route = lambda first, need, *end: [needs.append(need), find(first, need, *end)][1]
+    text = "The value is"
+    length = len(lm.tokenizer(text)["input_ids"]) + 9
+    prompt = encode_prompt(lm, text, Settings(9))
+    try:
+        if draft is None:
+            list(lm.generate([text], max_new_tokens=9))
+        elif draft == "lookup":
+            list(speculative.generate(lm, [prompt], "lookup", counts=Acceptance()))
+        else:
+            with served.load_local() as small:
+                list(speculative.generate(lm, [prompt], small, counts=Acceptance()))
+    finally:
+        del lm.swarm.route
+    assert {need.length for need in needs} == {length}
+    assert {need.session_tokens % length for need in needs} == {0}
+    assert all(need.session_tokens >= length for need in needs)
+
+
 @pytest.fixture(scope="module")
 def small(served: Served) -> Iterator[Server]:
     """A server with room for 30 tokens, which is nobody's first choice: the swarm does not know it."""
@@ -155,13 +184,13 @@ def test_a_full_cache_is_refused_with_what_is_free(small: Server, asking: Networ
     send(asking, small.network.peer, SpanCall(1, 4, hidden_states(WIDTH)), "first").result()
     with pytest.raises(RemoteError, match="would hold 22 tokens, and 19 of 30 are free") as caught:
         send(asking, small.network.peer, SpanCall(1, 4, hidden_states(WIDTH, rows=2)), "second").result()
-    assert caught.value.kind == "SessionError"
+    assert caught.value.kind == "BusyError"
     asking.ask(small.network.peer, {"op": "end_session", "session": "first"}).result()
     ids, _ = texts()
     with (
         served.load(swarm=small.network.addresses) as lm,
         torch.no_grad(),
-        pytest.raises(MissingBlocksError, match="but has room for 30 tokens, not 33"),
+        pytest.raises(MissingBlocksError, match="but keeps 30 tokens of sessions in all, not 33"),
     ):
         lm.model(ids[:1].repeat(3, 1), past_key_values=DynamicCache(config=lm.config))
 

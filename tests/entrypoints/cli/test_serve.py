@@ -180,7 +180,7 @@ def test_a_session_for_which_no_server_has_room_is_refused(
 ) -> None:
     arguments = ["generate", "value " * 21, "--model", model, "--swarm", server.network.addresses[0]]
     said = refused([*arguments, "--max-new-tokens", "3", "--ram", "3GiB"], monkeypatch, capsys)
-    assert "has room for 20 tokens, not" in said
+    assert "keeps 20 tokens of sessions in all, not" in said
 
 
 def test_gradients_that_no_server_computes_are_refused(
