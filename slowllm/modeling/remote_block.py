@@ -118,6 +118,9 @@ def _pass_hop(
         vectors=_vectors_behind(first, end), returns_all=returns_all, final_length=final_length,
     )  # fmt: skip
     call, session = (call, None) if cache is None else with_cache(remote, call, hop, cache)
+    # Each is added to the position of its number; behind the last one nothing is.
+    reached = {number: vectors for number, vectors in call.vectors.items() if call.length < vectors.shape[-2]}
+    call = replace(call, vectors=reached)
     inputs = tensors_of(call)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         if session is not None:

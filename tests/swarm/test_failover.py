@@ -64,6 +64,7 @@ class FailingServers:
         self.ban_seconds: list[int] = []
         self.replayed: list[int] = []
         self.needs: list[Need] = []
+        self.lengths_with_vectors: set[int] = set()
 
     def route(self, first: int, need: Need, end: int | None = None) -> list[Hop]:
         self.needs.append(need)
@@ -89,6 +90,7 @@ class FailingServers:
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
         self._check(hop)
+        self.lengths_with_vectors.update({call.length} if call.vectors else ())
         cache = None
         if session is not None:
             new = self._runner.new_cache(keeps_everything=call.keeps_everything)
@@ -443,6 +445,25 @@ def test_prefixes_and_deep_vectors_are_rebuilt(swarm: Swarm) -> None:
     swarm.reset(at_calls([2, 7], lost))
     ours = continued(swarm.lm)
     assert swarm.failover.num_rebuilt == 2
+    for our, their in zip(ours, continued(swarm.server), strict=True):
+        assert torch.equal(our, their)
+
+
+def test_deep_vectors_go_only_with_the_positions_that_they_are_added_to(swarm: Swarm) -> None:
+    generator = torch.Generator().manual_seed(3)
+    vectors = [torch.randn(3, 64, generator=generator) for _ in range(NUM_BLOCKS + 1)]
+    deep = SoftPrompt("deep", vectors[0], tuple(vectors[1:]))
+
+    def continued(lm: slowllm.StreamedLM) -> list[Tensor]:
+        cache = DynamicCache(config=lm.config)
+        with torch.no_grad(), deep.adding():
+            return [lm.model(part, past_key_values=cache).logits for part in IDS.split(2, 1)]
+
+    swarm.reset(at_calls([3], lost))
+    swarm.servers.lengths_with_vectors.clear()
+    ours = continued(swarm.lm)
+    assert swarm.failover.num_rebuilt == 1
+    assert swarm.servers.lengths_with_vectors == {0, 2}
     for our, their in zip(ours, continued(swarm.server), strict=True):
         assert torch.equal(our, their)
 
