@@ -179,7 +179,7 @@ def load(
     granularity: Granularity | None = None,
     prompt: str | os.PathLike[str] | SoftPrompt | None = None,
     poison: bool = False,
-    swarm: Sequence[str] | SwarmOptions = (),
+    swarm: str | Sequence[str] | SwarmOptions = (),
 ) -> LM:
     """Open a Hugging Face checkpoint for streaming. Reads headers and small tensors only.
 
@@ -201,7 +201,7 @@ def load(
         prompt: a soft prompt that stands before every text that is scored or continued, or its folder; a
             `ModelInfo` has its own.
         poison: overwrite weights with NaN when they are given back, to find code that keeps them.
-        swarm: multiaddresses of peers of a swarm that computes the blocks, as `slowllm serve` prints them, or
+        swarm: multiaddress of a peer of a swarm that computes the blocks, as `slowllm serve` prints it, several of them, or
             `SwarmOptions`. The folder then needs only config, tokenizer, embedding, norm and head, and all that is said
             here of blocks and budgets holds for these.
     Raises:
@@ -217,10 +217,9 @@ def load(
     }  # fmt: skip
     if not swarm:
         return open_model(LM, model, **options)
-    from slowllm.swarm.client import SwarmOptions, open_client
+    from slowllm.swarm.client import open_client, options_of
 
-    given = swarm if isinstance(swarm, SwarmOptions) else SwarmOptions(tuple(swarm))
-    return open_client(LM, model, given, **options)
+    return open_client(LM, model, options_of(swarm), **options)
 
 
 @contextlib.contextmanager

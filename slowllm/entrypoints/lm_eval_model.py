@@ -63,7 +63,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         prompt: folder of a soft prompt that stands before every text.
         device: where blocks are computed, as for `load`.
         vram: memory budget on each GPU.
-        swarm: multiaddresses of peers of the swarm that computes the blocks, with + between them.
+        swarm: multiaddresses of peers of the swarm that computes the blocks, with + between them or as a list.
         max_length: tokens that the model takes, if not the number in its config.
         max_gen_toks: new tokens where a task sets no limit.
         add_bos_token: whether texts begin with BOS; by default the tokenizer decides.
@@ -87,7 +87,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         prompt: str | None = None,
         device: str | None = None,
         vram: str | None = None,
-        swarm: str | None = None,
+        swarm: str | Sequence[str] | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
@@ -122,7 +122,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         else:
             self._info = ModelInfo(pretrained, prompt)
         self._ram, self._dtype, self._device, self._vram = ram, dtype, device or "cpu", vram
-        self._swarm = tuple(swarm.split("+")) if swarm else ()
+        self._swarm = tuple(swarm.split("+") if isinstance(swarm, str) else swarm or ())
         self.tokenizer: Any = self._info.tokenizer
         self._max_length, self._max_gen_toks = max_length, max_gen_toks
         self.add_bos_token, self.custom_prefix_token_id = add_bos_token, prefix_token_id

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.spinner import Spinner
 from rich.text import Text
 
+from slowllm.entrypoints.cost import cost_of
 from slowllm.entrypoints.live import LiveLine
 from slowllm.errors import counted
 from slowllm.options import format_bytes
@@ -57,9 +58,13 @@ def progress(
     if state is not None and state.num_resumed:
         how_many_done = counted(state.num_resumed, "micro-batch was", "micro-batches were")
         resumed = f"; {how_many_done} done before"
+    takes = f" in {'one sweep' if num_sweeps == 1 else f'{how_many} {num_sweeps} sweeps'}{about}"
+    weights = f"{format_bytes(lm.weight_bytes)} a sweep, {held}"
+    if lm.swarm is not None:
+        # What a sweep of the ends reads and takes says nothing about the blocks.
+        takes, weights = "", f"{format_bytes(lm.weight_bytes)} of weights here, blocks in the swarm"
     console.print(
-        f"{lm.name}: {format_bytes(lm.weight_bytes)} a sweep, {held}; {counted(job.num_tokens or 0, 'token')} with padding in "
-        f"{'one sweep' if num_sweeps == 1 else f'{how_many} {num_sweeps} sweeps'}{about}{resumed}",
+        f"{lm.name}: {weights}; {counted(job.num_tokens or 0, 'token')} with padding{takes}{resumed}",
         style="dim",
         highlight=False,
     )
@@ -70,8 +75,9 @@ def progress(
     def facts(done: int, stop: int) -> tuple[list[str], list[str]]:
         seconds, num_bytes = time.perf_counter() - started, lm.report.read_bytes - before.read_bytes
         # Of one sweep, all tokens pass every stop; of several, it is known how many came out.
-        num_tokens = (job.num_tokens or 0) * done / num_planned if job.num_passes == 1 else num_new_tokens
-        counts = [f"stop {stop} of {lm.num_stops}"]
+        is_once = job.num_passes == 1 and lm.swarm is None
+        num_tokens = (job.num_tokens or 0) * done / num_planned if is_once else num_new_tokens
+        counts = [f"stop {stop} of {lm.num_stops}" if lm.swarm is None else cost_of(lm)]
         counts += [f"{num_results:,} of {counted(total, noun)}"] if noun else []
         rates = [f"{num_tokens / seconds:,.0f} tokens/s"] if num_tokens and is_new else []
         rates += [f"{format_bytes(num_bytes / seconds)}/s read"] if num_bytes else []
@@ -82,10 +88,15 @@ def progress(
         num_results += 1
         num_new_tokens += num_tokens
 
-    with _bar(f"sweep 1 of {num_sweeps}", console, num_planned, facts(0, 0)) as update:
+    is_local = lm.swarm is None
+    title, end = (f"sweep 1 of {num_sweeps}", num_planned) if is_local else ("in the swarm", total or None)
+    with _bar(title, console, end, facts(0, 0)) as update:
 
         def on_passage(passage: Passage) -> None:
             done = lm.report.num_passages - before.num_passages
+            if not is_local:
+                update(completed=num_results, total=end, facts=facts(done, passage.stop + 1))
+                return
             update(
                 completed=done,
                 total=max(num_planned, done),
@@ -113,7 +124,10 @@ def steps(lm: StreamedLM, what: str) -> Iterator[None]:
         def on_passage(passage: Passage) -> None:
             seconds, num_bytes = time.perf_counter() - started, lm.report.read_bytes - before.read_bytes
             rate = f", {format_bytes(num_bytes / seconds)}/s read" if num_bytes else ""
-            text = f"{what}: stop {passage.stop + 1} of {lm.num_stops}, {passage.direction}{rate}, {duration(seconds)} elapsed"
+            place = f"stop {passage.stop + 1} of {lm.num_stops}, {passage.direction}{rate}"
+            if lm.swarm is not None:
+                place = cost_of(lm)
+            text = f"{what}: {place}, {duration(seconds)} elapsed"
             line.update(lambda: spinner.update(text=text))
 
         with lm.watching(on_passage):

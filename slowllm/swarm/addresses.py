@@ -9,7 +9,7 @@ import errno
 import ipaddress
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -80,6 +80,26 @@ def parse_address(text: str, option: str) -> Address:
     return Address(text, family, host, transport, int(port), peer)
 
 
+def check_swarm(peers: Sequence[str], allowed: Iterable[str], blocked: Iterable[str]) -> None:
+    """Refuse what a client's options cannot mean, before anything heavy is imported.
+
+    Args:
+        peers: of ``--swarm``.
+        allowed: of ``--allowed-peers``.
+        blocked: of ``--blocked-peers``.
+    Raises:
+        InputError: one is no multiaddress with a peer id, or no peer id; the message names the option.
+    """
+    for text in peers:
+        _check_initial(text, "--swarm")
+    for option, ids in (("--allowed-peers", allowed), ("--blocked-peers", blocked)):
+        for text in ids:
+            if not is_peer(text):
+                raise InputError(
+                    f"{option} {text!r} is no peer id; copy what stands behind /p2p/ in the line that the server prints"
+                )
+
+
 def peer_of(text: str) -> str:
     """Return the id at the end of an initial peer's address that was checked."""
     peer = parse_address(text, "initial peer").peer
@@ -104,11 +124,15 @@ def check_addresses(host: Sequence[str], announce: Sequence[str], initial: Seque
         if not parse_address(text, "announced address").port:
             raise InputError(f"announced address {text!r} has the port 0; name the one that leads here")
     for text in initial:
-        address = parse_address(text, "initial peer")
-        if address.peer is None or not address.port:
-            raise InputError(
-                f"initial peer {text!r} lacks its port or its peer id; copy all of the line that `slowllm dht` prints there"
-            )
+        _check_initial(text, "initial peer")
+
+
+def _check_initial(text: str, option: str) -> None:
+    address = parse_address(text, option)
+    if address.peer is None or not address.port:
+        raise InputError(
+            f"{option} {text!r} lacks its port or its peer id; copy all of the line that `slowllm dht` prints there"
+        )
 
 
 def refuse_taken_ports(host: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +67,13 @@ class SwarmOptions:
         """
         if self.replay not in REPLAYS:
             raise InputError(f"sessions are rebuilt by {' or '.join(REPLAYS)}, not by {self.replay!r}")
+
+
+def options_of(swarm: str | Sequence[str] | SwarmOptions) -> SwarmOptions:
+    """Return the options that a caller means: one multiaddress, several, or all options."""
+    if isinstance(swarm, SwarmOptions):
+        return swarm
+    return SwarmOptions((swarm,) if isinstance(swarm, str) else tuple(swarm))
 
 
 def open_client(

@@ -91,7 +91,7 @@ class RunOptions:
     state: str | os.PathLike[str] | None = None
     on_open: OnOpen | None = None
     on_record: Callable[[Record], Any] | None = None
-    swarm: Sequence[str] | SwarmOptions | None = None
+    swarm: str | Sequence[str] | SwarmOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -241,10 +241,9 @@ class Session:
         swarm = self.options.swarm
         if not swarm:
             return open_model(StreamedLM, self.info, **options)
-        from slowllm.swarm.client import SwarmOptions, open_client
+        from slowllm.swarm.client import open_client, options_of
 
-        given = swarm if isinstance(swarm, SwarmOptions) else SwarmOptions(tuple(swarm))
-        return open_client(StreamedLM, self.info, given, **options)
+        return open_client(StreamedLM, self.info, options_of(swarm), **options)
 
     def _open_state(self, stack: contextlib.ExitStack, lm: StreamedLM) -> State | None:
         if self.state_folder is None:

@@ -41,7 +41,7 @@ def tune(
     state: str | os.PathLike[str] | None = None,
     on_open: OnOpen | None = None,
     on_record: Callable[[Record], Any] | None = None,
-    swarm: Sequence[str] | SwarmOptions | None = None,
+    swarm: str | Sequence[str] | SwarmOptions | None = None,
     **settings: Any,
 ) -> list[Tuned]:
     """Tune one soft prompt or several, all of them in the same sweeps, and return them.

@@ -12,8 +12,9 @@ import typer
 
 from slowllm.entrypoints.cli import inputs, options
 from slowllm.entrypoints.cli.output import json_writer
-from slowllm.entrypoints.cli.runner import Runner, sweeps_of
+from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
+from slowllm.entrypoints.cost import cost_of
 from slowllm.errors import InputError, counted
 from slowllm.files import read_lines
 
@@ -106,7 +107,7 @@ def batch(
             if line["error"] is None:
                 count(line["response"]["body"]["usage"]["completion_tokens"])
         if len(refusals) < len(entries):
-            cost = f" in {sweeps_of(lm)}"
+            cost = f" in {cost_of(lm)}"
     failed = f"; {num_failed} of {counted(len(entries), 'line')} failed" if num_failed else ""
     print(
         f"{counted(len(entries) - num_failed, 'request')} answered{cost}, {duration(time.perf_counter() - started)}"

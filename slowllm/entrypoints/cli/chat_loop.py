@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from slowllm.entrypoints.cli.screen import Screen
 from slowllm.entrypoints.conversation import ASSISTANT, USER, Conversation, Incoming
+from slowllm.entrypoints.cost import cost_of
 from slowllm.entrypoints.progress import duration
 from slowllm.errors import InputError, NonFiniteError, counted
 from slowllm.inference.continuation import text_of
@@ -57,7 +58,7 @@ def converse(
     """
     screen, forecast = Screen(sys.stdout), token_forecast(lm, rates)
     cost = "a sweep a token"
-    if forecast.is_measured:
+    if forecast.is_measured and lm.swarm is None:
         cost = (
             f"about {duration(forecast.later_seconds)} a token, the first {duration(forecast.first_seconds)}"
         )
@@ -185,7 +186,8 @@ def _status(lm: StreamedLM, screen: Screen, forecast: Forecast) -> Iterator[None
         # Only the very first sweep reads what stays in memory.
         seconds = forecast.later_seconds if before or sweep else forecast.first_seconds
         about = f", about {duration(seconds)}" if forecast.is_measured else ""
-        screen.status(f" token {sweep + 1}{about}: stop {passage.stop + 1}/{lm.num_stops}")
+        place = f"{about}: stop {passage.stop + 1}/{lm.num_stops}" if lm.swarm is None else f": {cost_of(lm)}"
+        screen.status(f" token {sweep + 1}{place}")
 
     with lm.watching(on_passage):
         yield

@@ -22,10 +22,10 @@ from slowllm.entrypoints.cli.output import (
     prints_text,
     token_rows,
 )
-from slowllm.entrypoints.cli.runner import Runner, sweeps_of
+from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
+from slowllm.entrypoints.cost import cost_of, times_of
 from slowllm.errors import InputError, counted
-from slowllm.options import format_bytes
 
 if TYPE_CHECKING:
     from slowllm.inference.likelihood import Likelihood
@@ -222,15 +222,10 @@ def _tokens(lm: StreamedLM, line: Line, likelihood: Likelihood) -> list[dict[str
 
 def _summarise(lm: StreamedLM, totals: ScoreTotals, seconds: float, num_truncated: int) -> None:
     """Print to stderr what was scored, and what it cost."""
-    report = lm.report
-    disk = f"{format_bytes(lm.weight_bytes)} of weights mapped, nothing streamed"
-    if lm.plan.ring_bytes:
-        disk = f"read {format_bytes(report.read_bytes)} at {format_bytes(report.read_bytes / seconds)}/s"
     cut = f", {num_truncated} of them cut" if num_truncated else ""
     print(
         f"{counted(totals.num_lines, 'line')}{cut}, {counted(totals.num_scored, 'token')} scored in "
         f"{str(lm.model.dtype).removeprefix('torch.')}, corpus perplexity {_number(totals.perplexity)}\n"
-        f"{sweeps_of(lm)} in {seconds:.2f} s: {disk}, waiting {report.wait_seconds:.2f} s, "
-        f"computing {report.compute_seconds:.2f} s, peak RSS {format_bytes(report.peak_rss_bytes)}",
+        f"{cost_of(lm)} in {seconds:.2f} s: {times_of(lm, seconds)}",
         file=sys.stderr,
     )

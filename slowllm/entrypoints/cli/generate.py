@@ -14,8 +14,9 @@ import typer
 
 from slowllm.entrypoints.cli import inputs, options
 from slowllm.entrypoints.cli.output import json_writer, print_tokens, printable, prints_text, token_rows
-from slowllm.entrypoints.cli.runner import Runner, sweeps_of
+from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
+from slowllm.entrypoints.cost import cost_of
 from slowllm.errors import InputError
 from slowllm.files import read_lines
 
@@ -216,9 +217,10 @@ class _Work:
         """Print to stderr what it cost."""
         from slowllm.entrypoints.progress import duration
 
-        line = f"{sweeps_of(self.lm)} in {duration(seconds)}"
+        line = f"{cost_of(self.lm)} in {duration(seconds)}"
         if (counts := self.counts) is not None:
-            line += f"; {counts.tokens_per_pass:.2f} tokens a sweep and continuation"
+            unit = "sweep" if self.lm.swarm is None else "pass"
+            line += f"; {counts.tokens_per_pass:.2f} tokens a {unit} and continuation"
             if counts.num_drafted:
                 line += f", {counts.num_accepted:,} of {counts.num_drafted:,} drafted tokens accepted"
             if counts.num_plain:
@@ -319,7 +321,7 @@ def _show_one(work: _Work) -> None:
     from slowllm.inference.generation_types import Prompt
 
     lm, forecast, (prompt,) = work.lm, work.lm.plan.forecast, work.prompts
-    if forecast.is_measured:
+    if forecast.is_measured and lm.swarm is None:
         print(
             f"{lm.name}: about {duration(forecast.first_seconds)} for the first token, "
             f"{duration(forecast.later_seconds)} for each later one",
@@ -342,7 +344,8 @@ def _show_one(work: _Work) -> None:
 
     def on_passage(passage: Passage) -> None:
         sweep = (lm.report.num_passages - 1) // lm.num_stops + 1
-        screen.status(f" [sweep {sweep}, stop {passage.stop + 1} of {lm.num_stops}]")
+        place = f"sweep {sweep}, stop {passage.stop + 1} of {lm.num_stops}"
+        screen.status(f" [{place if lm.swarm is None else cost_of(lm)}]")
 
     try:
         with lm.watching(on_passage):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from slowllm.entrypoints.cli.options import check_output
 from slowllm.entrypoints.cli.output import STDOUT
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice
+from slowllm.entrypoints.cost import cost_of
 from slowllm.errors import CheckpointError, InputError, OtherJobError, PlanError
 from slowllm.files import part_of, shown, state_of
 from slowllm.options import AUTO, parse_bytes, parse_devices, parse_dtype
@@ -379,7 +380,7 @@ class Runner:
                 progress(lm, job, state, noun=noun, total=total) as count,
             ):
                 yield lm, state, count
-            print(f"{sweeps_of(lm)} in {time.perf_counter() - started:.2f} s", file=sys.stderr)
+            print(f"{cost_of(lm)} in {time.perf_counter() - started:.2f} s", file=sys.stderr)
 
 
 def _refuse_file_of(folder: str | Path | None, out: Path | None) -> None:
@@ -389,9 +390,3 @@ def _refuse_file_of(folder: str | Path | None, out: Path | None) -> None:
     inside = Path(folder).expanduser().resolve() in out.parents
     if inside and out.exists() and out.suffix != ".jsonl":
         raise InputError(f"{out}: is a file of {folder}; name another file")
-
-
-def sweeps_of(lm: StreamedLM) -> str:
-    """Return how many sweeps a model has made, in words."""
-    num_sweeps = lm.report.num_passages / lm.num_stops
-    return f"{num_sweeps:.3g} sweep{'' if num_sweeps == 1 else 's'}"

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import typer
 
 from slowllm.errors import InputError
+from slowllm.swarm.addresses import check_swarm
 
 V = TypeVar("V", bound=Callable[..., None])
 
@@ -99,7 +100,7 @@ def takes_swarm(verb: V) -> V:
     """Give a verb the options of a swarm; its own parameter `swarm` gets a `SwarmChoice`.
 
     Raises:
-        InputError: when called, if servers are chosen without a swarm.
+        InputError: when called, if servers are chosen without a swarm, or what is given is no address or peer id.
     """
     hints = typing.get_type_hints(verb, include_extras=True)
     own = inspect.signature(verb).parameters
@@ -136,6 +137,7 @@ def takes_swarm(verb: V) -> V:
             raise InputError(
                 "--allowed-peers and --blocked-peers choose among the servers of a swarm; name it with --swarm"
             )
+        check_swarm(choice.peers, choice.allowed, choice.blocked)
         verb(*args, swarm=choice, **kwargs)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -278,6 +278,7 @@ def _announce(lm: StreamedLM, job: Job, what: str, peak_bytes: int, status: cont
 
     plan, forecast = lm.plan, lm.plan.forecast
     held, about = "all that is used fits in memory", ""
+    of_what = "weights" if lm.swarm is None else "weights here, blocks in the swarm"
     if plan.ring_bytes:
         num_used = lm.num_stops - len(plan.unused)
         held = f"{len(lm.resident - plan.unused)} of {counted(num_used, 'stop')} stay in memory"
@@ -294,7 +295,7 @@ def _announce(lm: StreamedLM, job: Job, what: str, peak_bytes: int, status: cont
             about = f", about {duration(forecast.seconds)}"
         line = f"{what}: {counted(job.num_tokens or 0, 'token')}, once{about}"
     print(
-        f"{lm.name}: {format_bytes(lm.weight_bytes)} of weights, {held}; {line}; at most {format_binary(peak_bytes)} of RAM",
+        f"{lm.name}: {format_bytes(lm.weight_bytes)} of {of_what}, {held}; {line}; at most {format_binary(peak_bytes)} of RAM",
         file=sys.stderr,
     )
     status.close()

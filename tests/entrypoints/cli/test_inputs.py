@@ -226,6 +226,7 @@ def test_what_needs_no_torch_is_refused_before_it_is_loaded(folder: Path) -> Non
         ["tune", "a.txt", "--out", "o", "--top", "2"],
         ["tune", "none.txt", "--out", "o"],
         ["eval", "boolq", "--data", "none.jsonl"],
+        ["forward", "--text", "x", "--swarm", "garbage"],
     ]
     code = f"""if True:
         import sys

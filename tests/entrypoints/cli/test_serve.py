@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import slowllm
+from slowllm.entrypoints.lm_eval_model import SlowLM
 from slowllm.errors import MissingBlocksError
-from slowllm.swarm.client import SwarmOptions
+from slowllm.swarm.client import SwarmOptions, options_of
 from slowllm.swarm.routing import Wishes
 from slowllm.swarm.server import Server
 from tests.support.census import save_toy
-from tests.support.command_line import refused
+from tests.support.command_line import refused, run
 from tests.support.parted import OUTSIDE, parted, shard_of
 from tests.support.paths import TINY_BLOOM
 from tests.support.served import Served, save_model, texts
@@ -135,7 +137,18 @@ def test_nobody_at_an_address_is_named(forward: Refused, serve: Refused, model: 
 
 
 def test_a_wrong_multiaddress_is_refused(forward: Refused, model: Path) -> None:
-    assert "127.0.0.1:3000" in forward("--model", model, "--swarm", "127.0.0.1:3000")
+    said = forward("--model", model, "--swarm", "127.0.0.1:3000")
+    assert "slowllm: --swarm '127.0.0.1:3000' is no multiaddress such as" in said
+    said = forward("--model", model, "--swarm", "/ip4/127.0.0.1/tcp/3000")
+    assert "--swarm '/ip4/127.0.0.1/tcp/3000' lacks its port or its peer id" in said
+
+
+@pytest.mark.parametrize("option", ["--allowed-peers", "--blocked-peers"])
+def test_what_is_no_peer_id_is_refused_by_the_option(option: str, forward: Refused, model: Path) -> None:
+    said = forward("--model", model, "--swarm", NOBODY, option, "nonsense")
+    assert said == (
+        f"slowllm: {option} 'nonsense' is no peer id; copy what stands behind /p2p/ in the line that the server prints"
+    )
 
 
 def test_the_swarm_of_another_model_is_named(forward: Refused, server: Server) -> None:
@@ -166,6 +179,32 @@ def test_another_dtype_than_the_servers_is_refused(
         f"nobody serves blocks 0:6 (desk ({server.network.peer[-6:]}) has 0:4 but computes in float32" in said
     )
     assert "not bfloat16" in said
+
+
+def test_a_client_says_what_it_asked_for_and_nothing_of_sweeps(
+    model: Path, server: Server, rest: Server, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    common = ["--model", model, "--swarm", server.network.addresses[0], "--ram", "3GiB"]
+    for arguments in (
+        ["forward", "--text", "The value", "--json"], ["score", "--text", "The value"],
+        ["generate", "The value", "--max-new-tokens", "3", "--json"],
+    ):  # fmt: skip
+        assert run([*arguments, *common], monkeypatch) == 0
+        said = capsys.readouterr().err
+        assert "of weights here, blocks in the swarm; " in said
+        assert " requests to 2 servers in " in said
+        assert "sweep" not in said
+        assert "memory" not in said
+
+
+def test_one_address_may_be_given_as_it_is(model: Path, server: Server, rest: Server) -> None:
+    address = server.network.addresses[0]
+    assert options_of(address) == options_of([address]) == SwarmOptions((address,))
+    assert options_of(SwarmOptions((address,), timeout=3.0)).timeout == 3.0
+    with slowllm.load(model, swarm=address, ram="3GiB") as lm:
+        assert {record.name for record in lm.swarm.records()} == {"desk", "lamp"}
+    client = SlowLM(pretrained=str(model), swarm=[address])
+    assert client._swarm == (address,)
 
 
 def test_a_line_longer_than_a_server_takes_is_refused(
