@@ -27,6 +27,8 @@ DTYPE_ALIASES: dict[str, DTypeName] = {
     "float16": "float16",
 }
 
+# Of hidden states on the wire of a swarm.
+COMPRESSIONS = ("none", "bfloat16", "float16", "int8")
 # Of soft prompts.
 PromptKind = Literal["shallow", "deep", "prefix"]
 
@@ -123,6 +125,19 @@ def parse_devices(device: str) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise InputError(f"device {device!r} names a device twice")
     return names
+
+
+def parse_span(text: str) -> tuple[int, int] | int:
+    """Return what an option says of blocks: ``A:B`` the numbers from A to B - 1, ``N`` how many, chosen by the caller.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if match := re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text.strip()):
+        return int(match[1]), int(match[2])
+    if not re.fullmatch(r"[0-9]{1,6}", text.strip()):
+        raise InputError(f"{text!r} names no blocks; write 8:16 for the blocks 8 to 15, or 8 for any eight")
+    return int(text)
 
 
 def parse_dtype(name: str) -> DTypeName:

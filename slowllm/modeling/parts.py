@@ -5,7 +5,6 @@ Knows numbers of blocks and names of parameters; reads nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from slowllm.errors import InputError, counted
 from slowllm.modeling.blocks import find_blocks
+from slowllm.options import parse_span
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,12 @@ def parse_blocks(text: str, num_blocks: int) -> Part | int:
     Raises:
         InputError: it is neither, or the model has not as many.
     """
-    if match := re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip()):
-        part = Part.span(int(match[1]), int(match[2]))
+    said = parse_span(text)
+    if isinstance(said, tuple):
+        part = Part.span(*said)
         part.check(num_blocks)
         return part
-    if not re.fullmatch(r"\d{1,6}", text.strip()):
-        raise InputError(f"{text!r} names no blocks; write 8:16 for the blocks 8 to 15, or 8 for any eight")
-    count = int(text)
+    count = said
     if not 1 <= count <= num_blocks:
         raise InputError(f"{counted(count, 'block')}: the model has {num_blocks}, of which 1 at least")
     return count

@@ -6,6 +6,7 @@ Knows sockets; knows nothing of hivemind.
 from __future__ import annotations
 
 import errno
+import hashlib
 import ipaddress
 import re
 import socket
@@ -14,10 +15,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from slowllm.errors import InputError
+from slowllm.swarm.identity import ALPHABET, SHA256_CODE
 
 EXAMPLE = "/ip4/203.0.113.7/tcp/31330"
 _PEER = re.compile(r"[1-9A-HJ-NP-Za-km-z]{16,128}")
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
+# What may follow a port: how the bytes go, the peer, and the peer that is reached through it.
+_REST = re.compile(
+    r"(?:/quic-v1|/ws|/tls/ws|/wss)?(?:/p2p/(?P<peer>\w+)(?:/p2p-circuit(?:/p2p/(\w+))?)?)?", re.ASCII
+)
+# Of an Ed25519 key, as go-libp2p's own ids have it.
+_SHORT_KEY = b"\x00\x24"
 _CONNECT_SECONDS = 2.0
 # By which hivemind lets the clocks of peers differ.
 CLOCK_SECONDS = 3.0
@@ -48,8 +56,20 @@ class Address:
 
 
 def is_peer(text: str) -> bool:
-    """Whether this has the form of a peer id."""
-    return _PEER.fullmatch(text) is not None
+    """Whether this is a peer id: in base58, the SHA-256 of a key, or a short key as it is."""
+    if _PEER.fullmatch(text) is None:
+        return False
+    number = 0
+    for letter in text:
+        number = number * len(ALPHABET) + ALPHABET.index(letter)
+    code = bytes(len(text) - len(text.lstrip(ALPHABET[0]))) + number.to_bytes(
+        -(-number.bit_length() // 8), "big"
+    )
+    kinds = {
+        SHA256_CODE: len(SHA256_CODE) + hashlib.sha256().digest_size,
+        _SHORT_KEY: len(_SHORT_KEY) + _SHORT_KEY[1],
+    }
+    return len(code) == kinds.get(code[:2])
 
 
 def parse_address(text: str, option: str) -> Address:
@@ -74,9 +94,10 @@ def parse_address(text: str, option: str) -> Address:
         raise InputError(f"{problem}: after the host stands no /tcp/ or /udp/ with a port up to {_MAX_PORT}")
     if transport == "udp" and rest[:1] != ["quic-v1"]:
         raise InputError(f"{problem}: /udp/{port} is not followed by /quic-v1")
-    peer = rest[rest.index("p2p") + 1] if "p2p" in rest[:-1] else None
-    if not all(map(_NAME.fullmatch, rest)) or (peer is not None and not is_peer(peer)):
+    match = _REST.fullmatch("".join(f"/{word}" for word in rest))
+    if match is None or not all(map(is_peer, filter(None, match.groups()))):
         raise InputError(f"{problem}: it does not end in /p2p/ and a peer id")
+    peer = match["peer"]
     return Address(text, family, host, transport, int(port), peer)
 
 
@@ -142,22 +163,42 @@ def refuse_taken_ports(host: Sequence[str]) -> None:
         InputError: a port is taken, or may not be used, or the machine does not have the address.
     """
     for address in (parse_address(text, "host address") for text in host):
-        if not address.port or address.family not in ("ip4", "ip6"):
-            continue
-        family = socket.AF_INET if address.family == "ip4" else socket.AF_INET6
         kind = socket.SOCK_STREAM if address.transport == "tcp" else socket.SOCK_DGRAM
-        with socket.socket(family, kind) as trial:
-            # What a process that ended a minute ago has left behind does not matter.
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(kind == socket.SOCK_STREAM))
-            try:
-                trial.bind((address.host, address.port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise InputError(
-                        f"{address.text}: port {address.port} is taken by another process; choose another one, or 0 for any "
-                        "that is free"
-                    ) from error
-                raise InputError(f"{address.text}: cannot be listened at ({error.strerror})") from error
+        for family, where in _places_of(address, kind):
+            with socket.socket(family, kind) as trial:
+                # What a process that ended a minute ago has left behind does not matter.
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(kind == socket.SOCK_STREAM))
+                try:
+                    trial.bind(where)
+                except OSError as error:
+                    if error.errno == errno.EADDRINUSE:
+                        raise InputError(
+                            f"{address.text}: port {address.port} is taken by another process; choose another one, or 0 for any "
+                            "that is free"
+                        ) from error
+                    if error.errno == errno.EADDRNOTAVAIL:
+                        raise InputError(
+                            f"{address.text}: this machine does not have the address {where[0]}; listen at /ip4/0.0.0.0 for all "
+                            "that it has"
+                        ) from error
+                    raise InputError(f"{address.text}: cannot be listened at ({error.strerror})") from error
+
+
+def _places_of(
+    address: Address, kind: socket.SocketKind
+) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
+    """Return the families and numbers that an address to listen at means."""
+    if address.family in ("ip4", "ip6"):
+        family = socket.AF_INET if address.family == "ip4" else socket.AF_INET6
+        return [(family, (address.host, address.port))]
+    wanted = {"dns4": socket.AF_INET, "dns6": socket.AF_INET6}.get(address.family, socket.AF_UNSPEC)
+    try:
+        found = socket.getaddrinfo(address.host, address.port, wanted, kind)
+    except OSError as error:
+        raise InputError(
+            f"{address.text}: the name {address.host} is not known ({error.strerror})"
+        ) from error
+    return [(family, (str(place[0]), int(place[1]))) for family, _, _, _, place in found]
 
 
 def explain_unreachable(initial: Sequence[str]) -> str:

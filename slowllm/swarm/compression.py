@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from slowllm.errors import InputError, ProtocolError
+from slowllm.options import COMPRESSIONS
 
-COMPRESSIONS = ("none", "bfloat16", "float16", "int8")
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOATING = {
     "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,

@@ -2,7 +2,7 @@
 
 The directory is hivemind's DHT: under one key of a model, each server has one record, whose subkey names the server's
 public key, so that only the owner of the private key can write it. Every peer checks what it stores and what it finds.
-Knows the form of subkeys and values in bytes, and how a node is asked; imports nothing of hivemind.
+Knows the form of subkeys and values in bytes, and how a node is asked.
 """
 
 from __future__ import annotations
@@ -51,6 +51,17 @@ def may_be_stored(subkey: bytes, value: bytes, expires: float) -> bool:
         and len(content) <= MAX_RECORD_BYTES
         and expires <= time.time() + MAX_TTL_SECONDS + 2 * CLOCK_SECONDS
     )
+
+
+def directory_validator(signature: Any) -> Any:
+    """Return the validator of records: hivemind's signatures, and the form of a server's record."""
+    from hivemind.dht.validation import CompositeValidator, RecordValidatorBase
+
+    class OnlyServers(RecordValidatorBase):  # type: ignore[misc]
+        def validate(self, record: Any) -> bool:
+            return may_be_stored(record.subkey, record.value, record.expiration_time)
+
+    return CompositeValidator([signature, OnlyServers()])
 
 
 class Directory:

@@ -18,8 +18,8 @@ from slowllm.files import lock, system_errors
 
 KEY_BITS = 2048
 MAX_IDENTITY_BYTES = 16 << 10
-_ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
-_SHA256_CODE = b"\x12\x20"
+ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+SHA256_CODE = b"\x12\x20"
 _RSA = 0
 
 
@@ -142,14 +142,14 @@ def _peer_of(key: object) -> str:
         encoding=serialization.Encoding.DER, format=serialization.PublicFormat.SubjectPublicKeyInfo
     )
     message = b"\x08\x00" + b"\x12" + _varint(len(der)) + der
-    return _base58(_SHA256_CODE + hashlib.sha256(message).digest())
+    return _base58(SHA256_CODE + hashlib.sha256(message).digest())
 
 
 def _base58(data: bytes) -> str:
     number, letters = int.from_bytes(data, "big"), ""
     while number:
-        number, digit = divmod(number, len(_ALPHABET))
-        letters = _ALPHABET[digit] + letters
+        number, digit = divmod(number, len(ALPHABET))
+        letters = ALPHABET[digit] + letters
     assert data[0], "a multihash begins with its code"
     return letters
 

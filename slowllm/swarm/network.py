@@ -35,8 +35,9 @@ from slowllm.errors import (
     first_line,
 )
 from slowllm.swarm import addresses as multiaddresses
-from slowllm.swarm.directory import DIED, Directory, may_be_stored
+from slowllm.swarm.directory import DIED, Directory, directory_validator
 from slowllm.swarm.identity import Identity, holding_identity
+from slowllm.swarm.libp2p_log import without_faults_of_leaving
 from slowllm.swarm.loop_thread import LoopThread
 from slowllm.swarm.messages import Meta, Tensors, encode
 from slowllm.swarm.presence import Presence
@@ -111,6 +112,7 @@ class Network:
             key = held.enter_context(holding_identity(identity))
             multiaddresses.refuse_taken_ports(host_maddrs)
             network = cls(key, limits or Limits())
+            held.enter_context(without_faults_of_leaving())
             held.callback(network._loop.close, network._leave)
             network._loop.call(
                 lambda: network._join(key, host_maddrs, announce_maddrs, initial_peers, use_relay),
@@ -258,7 +260,7 @@ class Network:
                 # The same after a restart with the same identity: peers that still have the old node would else know two
                 # nodes at one peer, store at it twice, and hear from it that the second record is no newer.
                 p2p=self._p2p, node_id=DHTID.generate(source=identity.peer), initial_peers=list(initial) or None, client_mode=not host,
-                record_validator=_directory_validator(signature), cache_locally=False, cache_nearest=0,
+                record_validator=directory_validator(signature), cache_locally=False, cache_nearest=0,
                 cache_refresh_before_expiry=0, blacklist_time=0,
             )  # fmt: skip
         except (ValidationError, RuntimeError) as error:
@@ -357,14 +359,3 @@ class Network:
         # Not inside `except`: hivemind leaves a connection to the error's traceback, to be closed by whichever thread lets
         # go of it, and this must be the loop's.
         raise failure
-
-
-def _directory_validator(signature: Any) -> Any:
-    """Return the validator of records: hivemind's signatures, and the form of a server's record."""
-    from hivemind.dht.validation import CompositeValidator, RecordValidatorBase
-
-    class OnlyServers(RecordValidatorBase):  # type: ignore[misc]
-        def validate(self, record: Any) -> bool:
-            return may_be_stored(record.subkey, record.value, record.expiration_time)
-
-    return CompositeValidator([signature, OnlyServers()])

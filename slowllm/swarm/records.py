@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from slowllm.errors import ProtocolError
+from slowllm.options import COMPRESSIONS
 from slowllm.swarm.bounded_json import dump_json, load_json
-from slowllm.swarm.compression import COMPRESSIONS
 
 FORMAT = 1
 MAX_RECORD_BYTES = 32 << 10
@@ -31,7 +31,7 @@ _PEER = re.compile(r"[1-9A-HJ-NP-Za-km-z]{16,128}")
 _ADDRESS = re.compile(r"(/[\w.:%-]+){2,24}", re.ASCII)
 _WORD = re.compile(r"[\w.:+-]{1,128}", re.ASCII)
 _MAX_ADDRESS_LETTERS = 256
-_MAX_NAME_LETTERS = 64
+MAX_NAME_LETTERS = 64
 _LARGEST = 1e15
 
 
@@ -177,8 +177,9 @@ def _is_rate(value: object) -> bool:
     )
 
 
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= _MAX_NAME_LETTERS and value.isprintable()
+def is_name(value: object) -> bool:
+    """Whether people may call a server so: `MAX_NAME_LETTERS` letters at most, which do nothing to a terminal."""
+    return isinstance(value, str) and len(value) <= MAX_NAME_LETTERS and value.isprintable()
 
 
 def _are_pings(value: object) -> bool:
@@ -207,7 +208,7 @@ _CHECKS: Mapping[str, Callable[[object], bool]] = {
     "max_batch_tokens": _is_count,
     "max_length": _is_count,
     "has_backward": lambda value: isinstance(value, bool),
-    "name": _is_name,
+    "name": is_name,
     "version": _matches(_WORD),
     "ends_hash": lambda value: value == "" or _matches(_WORD)(value),
     "next_pings": _are_pings,

@@ -11,17 +11,15 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from slowllm.errors import InputError, NetworkError, PlanError
+from slowllm.errors import NetworkError, PlanError
 from slowllm.modeling.parts import Part, parse_blocks
 from slowllm.modeling.span import SpanCall
-from slowllm.planning.job import Job
 from slowllm.runtime.block_identity import block_hashes, ends_hash
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
@@ -29,11 +27,11 @@ from slowllm.runtime.memory import budget_of
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.swarm.announcer import Announcer
 from slowllm.swarm.client import config_key
-from slowllm.swarm.compression import COMPRESSIONS
 from slowllm.swarm.joining import take_scarcest
 from slowllm.swarm.messages import MAX_MESSAGE_BYTES
 from slowllm.swarm.network import Network
 from slowllm.swarm.records import ServerRecord, State
+from slowllm.swarm.server_options import ServerOptions
 from slowllm.swarm.span_checks import ServedSpan
 from slowllm.swarm.span_server import SpanServer
 from slowllm.swarm.streams import Limits
@@ -45,77 +43,6 @@ log = logging.getLogger(__name__)
 _MEASURED_TOKENS = 256
 # A tiny model's server takes messages of this size all the same.
 _LEAST_MESSAGE_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """What a server serves, and within which limits.
-
-    Attributes:
-        blocks: ``A:B``, or how many, of which the swarm then gets those that it lacks most.
-        ram: budget for the whole process, as for `slowllm.load`.
-        dtype: compute dtype.
-        device: where blocks are computed.
-        vram: budget on each GPU.
-        cache_tokens: that the sessions of all clients hold together.
-        max_batch_tokens: of one request.
-        max_length: of one sequence, what its session holds included.
-        max_waiting_tokens: of all requests that are under way or wait; four times as many by default.
-        backward: whether gradients are computed.
-        compression: of hidden states on the wire.
-        name: that people see.
-        session_seconds: after which an idle session ends.
-        identity: file of the server's key.
-        host_maddrs: multiaddresses to listen at.
-        announce_maddrs: multiaddresses that others are told, where they differ.
-        initial_peers: of the swarm; a new one is begun without.
-        use_relay: whether peers may be reached through others.
-        keep_resident: whether blocks that fit the budget stay in memory.
-    Raises:
-        InputError: a number is none that a server can have, or the compression is unknown.
-    """
-
-    blocks: str
-    ram: str | int = "auto"
-    dtype: str = "auto"
-    device: str = "cpu"
-    vram: str | None = None
-    cache_tokens: int = 4096
-    max_batch_tokens: int = 2048
-    max_length: int = 2048
-    max_waiting_tokens: int | None = None
-    backward: bool = True
-    compression: str = "none"
-    name: str = ""
-    session_seconds: float = 600.0
-    identity: Path | None = None
-    host_maddrs: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
-    announce_maddrs: tuple[str, ...] = ()
-    initial_peers: tuple[str, ...] = ()
-    use_relay: bool = False
-    keep_resident: bool = True
-
-    def __post_init__(self) -> None:
-        if self.compression not in COMPRESSIONS:
-            raise InputError(f"the compression {self.compression!r} is none of {', '.join(COMPRESSIONS)}")
-        if self.session_seconds <= 0:
-            raise InputError(f"a session cannot end after {self.session_seconds:g} s; give a time above 0")
-        if self.max_length < 1:
-            raise InputError(f"a sequence cannot have {self.max_length} tokens")
-        self.job()
-
-    def job(self) -> Job:
-        """Return what the plan must know."""
-        waiting = self.waiting_tokens
-        return Job.serving(
-            cache_tokens=self.cache_tokens, batch_tokens=self.max_batch_tokens, max_batch_tokens=waiting,
-            backward=self.backward, longest=self.max_length,
-        )  # fmt: skip
-
-    @property
-    def waiting_tokens(self) -> int:
-        """Tokens of all requests that are under way or wait."""
-        return 4 * self.max_batch_tokens if self.max_waiting_tokens is None else self.max_waiting_tokens
 
 
 def limits_of(config: Any, options: ServerOptions) -> Limits:
@@ -205,8 +132,8 @@ class Server:
                 raise
             try:
                 lm = opened(job=replace(options, backward=False).job())
-            except PlanError:
-                raise error from None
+            except PlanError as smaller:
+                raise PlanError(f"{smaller}; gradients need more than that") from None
             self._no_backward = "its budget has no room for them"
             log.warning("gradients are not served, because the budget has no room for them: %s", error)
             return lm

@@ -18,9 +18,9 @@ from torch import Tensor
 from slowllm.errors import BusyError, ProtocolError, SlowLLMError, forward_errors
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.span import SpanCall, SpanRunner
+from slowllm.options import COMPRESSIONS
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.ride import Ride
-from slowllm.swarm.compression import COMPRESSIONS
 from slowllm.swarm.progress import RequestProgress
 from slowllm.swarm.replay_messages import pack_replayed, unpack_replay
 from slowllm.swarm.requests import PeerRequest

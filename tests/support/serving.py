@@ -13,7 +13,8 @@ from torch import Tensor
 
 from slowllm.modeling.span import SpanCall
 from slowllm.swarm.network import Network
-from slowllm.swarm.server import Server, ServerOptions
+from slowllm.swarm.server import Server
+from slowllm.swarm.server_options import ServerOptions
 from slowllm.swarm.span_messages import SpanRequest, pack_request
 
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)

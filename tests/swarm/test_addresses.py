@@ -12,6 +12,7 @@ from slowllm.swarm.addresses import (
     check_addresses,
     explain_refusal,
     explain_unreachable,
+    is_peer,
     parse_address,
     refuse_taken_ports,
 )
@@ -43,6 +44,9 @@ def test_an_address_says_host_port_and_peer() -> None:
         ("/ip4/1.2.3.4/tcp/-1", "no /tcp/ or /udp/ with a port"),
         (f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}0", "does not end in /p2p/ and a peer id"),
         (f"/ip4/1.2.3.4/tcp/5/p2p/{PEER},/ip4/", "does not end in /p2p/"),
+        (f"/ip4/1.2.3.4/tcp/5/nonsense/p2p/{PEER}", "does not end in /p2p/"),
+        ("/ip4/1.2.3.4/tcp/5/p2p/1111111111111111111", "does not end in /p2p/ and a peer id"),
+        (f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}/p2p-circuit/p2p/1111111111111111111", "does not end in /p2p/ and a peer id"),
         ("/ip4/1.2.3.4/tcp/5", "lacks its port or its peer id; copy all of the line that `slowllm dht` prints there"),
         (f"/ip4/1.2.3.4/tcp/0/p2p/{PEER}", "lacks its port or its peer id"),
     ],
@@ -69,13 +73,46 @@ def test_taken_ports_and_foreign_addresses_are_refused() -> None:
             InputError, match=f"port {port} is taken by another process; choose another one, or 0"
         ):
             refuse_taken_ports([f"/ip4/127.0.0.1/tcp/{port}"])
-    refuse_taken_ports([f"/ip4/127.0.0.1/tcp/{port}", "/ip4/127.0.0.1/tcp/0", "/dns/a.example/tcp/1"])
+    refuse_taken_ports([f"/ip4/127.0.0.1/tcp/{port}", "/ip4/127.0.0.1/tcp/0"])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
         taken.bind(("127.0.0.1", 0))
         with pytest.raises(InputError, match="is taken by another process"):
             refuse_taken_ports([f"/ip4/127.0.0.1/udp/{taken.getsockname()[1]}/quic-v1"])
-    with pytest.raises(InputError, match=r"cannot be listened at \(Cannot assign requested address\)"):
-        refuse_taken_ports([f"/ip4/203.0.113.7/tcp/{port}"])
+    # libp2p would leave it out and listen at the other one.
+    for number in (port, 0):
+        with pytest.raises(
+            InputError,
+            match=rf"/ip4/203\.0\.113\.7/tcp/{number}: this machine does not have the address 203\.0\.113\.7; listen at",
+        ):
+            refuse_taken_ports(["/ip4/127.0.0.1/tcp/0", f"/ip4/203.0.113.7/tcp/{number}"])
+    with pytest.raises(InputError, match=r"the name no-such-host\.invalid is not known"):
+        refuse_taken_ports(["/dns/no-such-host.invalid/tcp/0"])
+
+
+def test_a_port_that_may_not_be_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forbidden(socket.socket):
+        def bind(self, address: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket, "socket", Forbidden)
+    with pytest.raises(InputError, match=r"cannot be listened at \(Permission denied\)"):
+        refuse_taken_ports(["/ip4/127.0.0.1/tcp/80"])
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        (PEER, True),
+        ("12D3KooWGC6TvWhfapngX6wvJHMYvKpDMXPb3ZnCZ6dMoaMtimQ5", True),
+        ("1111111111111111111", False),
+        (PEER[:-1], False),
+        (PEER[:-1] + "0", False),
+        ("Q" * 20, False),
+        ("", False),
+    ],
+)
+def test_a_peer_id_is_the_hash_of_a_key_or_a_short_key(text: str, is_one: bool) -> None:
+    assert is_peer(text) is is_one
 
 
 def test_what_is_at_an_address_is_said() -> None:

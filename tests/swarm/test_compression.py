@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slowllm.errors import InputError, ProtocolError
-from slowllm.swarm.compression import COMPRESSIONS, compress, restore, wire_bytes
+from slowllm.options import COMPRESSIONS
+from slowllm.swarm.compression import compress, restore, wire_bytes
 from slowllm.swarm.messages import decode, encode
 
 

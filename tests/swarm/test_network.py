@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from slowllm.errors import (
     ProtocolError,
     RemoteError,
 )
+from slowllm.swarm import addresses
+from slowllm.swarm.libp2p_log import without_faults_of_leaving
 from slowllm.swarm.network import Network
 from slowllm.swarm.streams import Limits
 from tests.support.swarm_processes import LOOPBACK, SwarmProcess, SwarmProcesses, wait_for_end
@@ -366,9 +369,25 @@ def test_a_taken_port_is_said(server: SwarmProcess) -> None:
         Network.open(host_maddrs=[f"/ip4/127.0.0.1/tcp/{port}"])
 
 
-def test_what_libp2p_says_of_a_start_that_fails_is_passed_on() -> None:
+def test_what_libp2p_says_of_a_start_that_fails_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "refuse_taken_ports", lambda host: None)
     with pytest.raises(NetworkError, match=r"libp2p does not start: .*failed to listen"):
         Network.open(host_maddrs=["/dns/no-such-host.invalid/tcp/0"])
+
+
+def test_connections_that_end_with_libp2ps_process_are_no_fault_in_the_log() -> None:
+    logger, said = logging.getLogger("hivemind.p2p.p2p_daemon"), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        with without_faults_of_leaving():
+            logger.error("accept unix x: use of closed network connection")
+            logger.error("another fault")
+        logger.error("use of closed network connection")
+    finally:
+        logger.removeHandler(handler)
+    assert said == ["another fault", "use of closed network connection"]
 
 
 @pytest.mark.parametrize(("wrong", "side"), [(10.0, "behind"), (-10.0, "ahead of")])

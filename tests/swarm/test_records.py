@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.errors import ProtocolError
-from slowllm.swarm.compression import COMPRESSIONS
+from slowllm.options import COMPRESSIONS
 from slowllm.swarm.records import MAX_RECORD_BYTES, STATES, ServerRecord, model_key
 from tests.support.properties import num_examples
 

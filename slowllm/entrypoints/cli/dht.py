@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 from slowllm.entrypoints.cli import options
-from slowllm.errors import InputError, counted
+from slowllm.errors import counted
 
 
 def dht(
@@ -27,8 +27,7 @@ def dht(
     peers of the swarm.
     """
     options.log_to_stderr(verbose)
-    if identity is not None and not identity.expanduser().parent.is_dir():
-        raise InputError(f"{identity.parent}: no such folder for --identity {identity.name}")
+    options.check_identity(identity)
     from slowllm.swarm.network import Network
 
     with Network.open(

@@ -166,6 +166,16 @@ def log_to_stderr(verbose: bool) -> None:
     logging.getLogger("slowllm").setLevel(logging.INFO if verbose else logging.WARNING)
 
 
+def check_identity(identity: Path | None) -> None:
+    """Refuse an identity file in a folder that is not there.
+
+    Raises:
+        InputError: names the folder.
+    """
+    if identity is not None and not identity.expanduser().parent.is_dir():
+        raise InputError(f"{identity.parent}: no such folder for --identity {identity.name}")
+
+
 def check_normalize(normalize: str) -> None:
     """Refuse an unknown normalization.
 

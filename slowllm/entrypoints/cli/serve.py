@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import tomllib
@@ -35,7 +36,13 @@ def _read_config(context: typer.Context, file: Path | None) -> Path | None:
             raise InputError(f"{file}: {name!r} is no option of serve; there are {names}")
         if isinstance(value, dict) or (isinstance(value, list) and not parameter.multiple):
             raise InputError(f"{file}: {name} takes one value")
-        defaults[str(parameter.name)] = value
+        if parameter.multiple:
+            texts = value if isinstance(value, list) else [value]
+            if not all(isinstance(text, str) for text in texts):
+                raise InputError(f"{file}: {name} takes a text, or a list of texts")
+            defaults[str(parameter.name)] = texts
+        else:
+            defaults[str(parameter.name)] = value
     context.default_map = {**(context.default_map or {}), **defaults}
     return file
 
@@ -111,19 +118,25 @@ def serve(
     the server.
     """
     options.log_to_stderr(verbose)
+    # Before anything large is imported: what cannot be right is refused at once.
+    from slowllm.swarm.server_options import ServerOptions
+
+    if not math.isfinite(drain):
+        raise InputError(f"--drain {drain:g}: sessions cannot get that long; give a number of seconds")
+    options.check_identity(identity)
+    chosen = ServerOptions(
+        blocks, ram=ram, dtype=dtype, device=device, vram=vram, cache_tokens=attn_cache_tokens,
+        max_batch_tokens=max_batch_tokens, max_length=max_length, max_waiting_tokens=max_waiting_tokens,
+        backward=backward, compression=compression, name=public_name, session_seconds=session_timeout,
+        identity=None if identity is None else identity.expanduser(),
+        host_maddrs=tuple(host_maddrs or [options.ANY_ADDRESS]), announce_maddrs=tuple(announce_maddrs or []),
+        initial_peers=tuple(initial_peers or []), use_relay=relay, keep_resident=resident,
+    )  # fmt: skip
     # Blocked before any thread begins, so that none of them is interrupted, and waited for below.
     signal.pthread_sigmask(signal.SIG_BLOCK, _END)
     try:
-        from slowllm.swarm.server import Server, ServerOptions
+        from slowllm.swarm.server import Server
 
-        chosen = ServerOptions(
-            blocks, ram=ram, dtype=dtype, device=device, vram=vram, cache_tokens=attn_cache_tokens,
-            max_batch_tokens=max_batch_tokens, max_length=max_length, max_waiting_tokens=max_waiting_tokens,
-            backward=backward, compression=compression, name=public_name, session_seconds=session_timeout,
-            identity=None if identity is None else identity.expanduser(),
-            host_maddrs=tuple(host_maddrs or [options.ANY_ADDRESS]), announce_maddrs=tuple(announce_maddrs or []),
-            initial_peers=tuple(initial_peers or []), use_relay=relay, keep_resident=resident,
-        )  # fmt: skip
         with Server(model, chosen) as server:
             for address in server.network.addresses:
                 print(address, flush=True)

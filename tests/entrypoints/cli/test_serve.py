@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,46 @@ def test_an_unknown_compression_is_refused(serve: Refused, model: Path) -> None:
     assert said == "slowllm: the compression 'zip' is none of none, bfloat16, float16, int8"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--blocks", "abc"], "'abc' names no blocks; write 8:16"),
+        (["--public-name", "n" * 65], "has 65 letters, or some that cannot be printed; at most 64 that can are allowed"),
+        (["--public-name", "a\x1b[2J"], "the public name"),
+        (["--compression", "zip"], "the compression 'zip' is none of"),
+        (["--dtype", "int3"], "dtype 'int3' is unknown"),
+        (["--device", "tpu"], "device 'tpu' is unknown"),
+        (["--ram", "much"], "'much' is not a size"),
+        (["--vram", "much"], "'much' is not a size"),
+        (["--session-timeout", "inf"], "a session cannot end after inf s"),
+        (["--drain", "inf"], "--drain inf: sessions cannot get that long; give a number of seconds"),
+        (["--identity", "no/such/key"], "no/such: no such folder for --identity key"),
+        (["--initial-peers", "/ip4/127.0.0.1/tcp/9/p2p/1111111111111111111"], "does not end in /p2p/ and a peer id"),
+    ],
+)  # fmt: skip
+def test_an_option_that_cannot_be_used_is_refused_before_anything_is_opened(
+    arguments: list[str], message: str, serve: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "slowllm.swarm.server", None)  # importing it would fail
+    assert message in serve("no-such-model", "--blocks", "0:2", *LOCAL, *arguments)
+
+
+def test_options_are_checked_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; import slowllm.entrypoints.cli.app, slowllm.swarm.server_options; "
+        "assert not {'torch', 'transformers', 'hivemind'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_smallest_budget_that_is_named_does(serve: Refused, model: Path) -> None:
+    said = serve(model, "--blocks", "0:2", *LOCAL, "--ram", "100MiB")
+    assert "gradients need more than that" in said
+    named = said.partition("the smallest that would do is ")[2].partition(" ")[0]
+    with serving(model, "0:2", ram=named, cache_tokens=4096, max_batch_tokens=2048) as server:
+        assert not server.record().has_backward
+
+
 def test_a_plan_that_does_not_fit_is_refused_with_the_smallest_that_does(serve: Refused, model: Path) -> None:
     said = serve(model, "--blocks", "0:2", *LOCAL, "--ram", "64MiB")
     assert "a budget of 64MiB is too small for this model: the smallest that would do is" in said
@@ -96,6 +138,9 @@ def test_a_model_that_cannot_be_cut_is_refused_by_its_family(
         ("model = 'x'", "'model' is no option of serve"),
         ("ram = {a = 1}", "ram takes one value"),
         ("ram = ", "cannot be read as TOML"),
+        ("initial-peers = 5", "initial-peers takes a text, or a list of texts"),
+        ("initial-peers = ['a', 5]", "initial-peers takes a text, or a list of texts"),
+        ("initial-peers = 'nonsense'", "initial peer 'nonsense' is no multiaddress"),
     ],
 )
 def test_a_config_file_with_what_serve_does_not_take_is_refused(
