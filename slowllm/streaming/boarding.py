@@ -50,8 +50,10 @@ class Boarding:
         self.over: RideError | None = None
         self.alone, self._is_serving = Alone(self.changed), False
         self._last_order = self._last_party = 0
-        # Of jobs that were boarded alone, and so are joined by no caller; each leaves when its callbacks are done.
+        # Of jobs that were boarded alone, and so are joined by no caller; each leaves when its callbacks are done, and
+        # has only to end then. It ends after the one that left before it, so that the last one stands for all.
         self._threads: dict[threading.Thread, Rider] = {}
+        self._last_left: threading.Thread | None = None
 
     # Called by callers' and riders' threads, without the lock.
 
@@ -197,6 +199,10 @@ class Boarding:
             threads = [thread for thread, rider in self._threads.items() if not rider.is_away]
         for thread in threads:
             thread.join()
+        with self.changed:
+            last = self._last_left
+        if last is not None:
+            last.join()
 
     @staticmethod
     def _leave_behind(party: Party, reason: RideError | None = None) -> Ride[Any] | None:
@@ -226,6 +232,9 @@ class Boarding:
             _end_ride(rider.party.ride, rider)
             with self.changed:
                 self._threads.pop(threading.current_thread(), None)
+                before, self._last_left = self._last_left, threading.current_thread()
+            if before is not None:
+                before.join()
 
     # Called by the carousel's thread.
 

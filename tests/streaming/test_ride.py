@@ -8,6 +8,8 @@ import logging
 import os
 import threading
 import weakref
+from collections import defaultdict
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.errors import RideError
+from slowllm.streaming.boarding import Boarding
 from slowllm.streaming.carousel import Carousel
 from slowllm.streaming.ride import Ride
 from slowllm.streaming.stops import Weights
@@ -419,6 +422,37 @@ def test_a_rider_may_cancel_itself_and_another(make: Make) -> None:
 
 
 # The end
+
+
+def test_closing_waits_for_threads_that_have_given_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each thread is held back when it has nothing left to do but to end, until somebody waits for it.
+    awaited: dict[threading.Thread, threading.Event] = defaultdict(threading.Event)
+    join = threading.Thread.join
+
+    def told(thread: threading.Thread, timeout: float | None = None) -> None:
+        awaited[thread].set()
+        join(thread, timeout)
+
+    def hold(frame: FrameType, event: str, _: object) -> None:
+        if event == "return" and frame.f_code is Boarding._run_rider.__code__:
+            awaited[threading.current_thread()].wait(60)
+
+    carousel = Carousel(MemoryStops(2))
+    monkeypatch.setattr(threading.Thread, "join", told)
+    threading.setprofile(hold)
+    try:
+        before = set(threading.enumerate())
+        rides = [carousel.board(lambda: sweep(carousel, 2)) for _ in range(3)]
+        assert [ride.result() for ride in rides] == [[0, 1]] * 3
+        until(lambda: not carousel._boarding._threads)
+        assert set(threading.enumerate()) - before, "the last one is held back"
+        carousel.close()
+        left = set(threading.enumerate()) - before
+    finally:
+        threading.setprofile(None)
+        for event in awaited.values():
+            event.set()
+    assert left == set()
 
 
 def test_closing_ends_all_rides(make: Make) -> None:
