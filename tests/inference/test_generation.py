@@ -24,6 +24,7 @@ from slowllm.inference.continuation import text_of
 from slowllm.inference.generation import generate
 from slowllm.inference.generation_types import Prompt, Settings, encode_prompt
 from slowllm.planning.packing import pack
+from tests.support.cases import quick_and_long
 from tests.support.families import resident, speaking
 from tests.support.paths import TINY_BLOOM
 
@@ -72,10 +73,13 @@ KINDS = {
 
 @pytest.mark.parametrize(
     "family",
-    [
-        "bloom", "llama-3-scaled-rope", "mixtral", "falcon-multi-query", "falcon-new-decoder", "gemma-2-soft-cap",
-        "gemma-3-sliding", "opt", "gpt-j-tables-in-blocks", "mamba",
-    ],
+    quick_and_long(
+        [
+            "bloom", "llama-3-scaled-rope", "mixtral", "falcon-multi-query", "falcon-new-decoder", "gemma-2-soft-cap",
+            "gemma-3-sliding", "opt", "gpt-j-tables-in-blocks", "mamba",
+        ],
+        quick=["bloom", "mixtral", "gemma-3-sliding", "mamba"],
+    ),
 )  # fmt: skip
 def test_tokens_are_those_of_plain_transformers(
     family: str, tiny: Callable[..., Path], tmp_path: Path

@@ -32,6 +32,7 @@ from slowllm.inference.speculative_loop import Acceptance
 from slowllm.planning.budget import Budget
 from slowllm.planning.job import Rates
 from slowllm.runtime.description import ModelInfo
+from tests.support.cases import quick_and_long
 from tests.support.families import speaking
 from tests.support.paths import ROOT, TINY_BLOOM
 
@@ -111,7 +112,11 @@ def test_settings_go_with_drafts(tiny_bloom: slowllm.StreamedLM, small: slowllm.
 
 
 @pytest.mark.parametrize(
-    "family", ["llama-3-scaled-rope", "mixtral", "falcon-multi-query", "opt", "gpt2", "deepseek-v3"]
+    "family",
+    quick_and_long(
+        ["llama-3-scaled-rope", "mixtral", "falcon-multi-query", "opt", "gpt2", "deepseek-v3"],
+        quick=["llama-3-scaled-rope", "gpt2", "deepseek-v3"],
+    ),
 )
 def test_other_families_take_drafts(family: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
     folder = speaking(tiny(family), tmp_path / family)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import slowllm
 from slowllm.errors import InputError, UnsupportedError
 from slowllm.modeling import layout
-from tests.support.families import FAMILIES, resident, save_tiny
+from tests.support.families import family_cases, resident, save_tiny
 from tests.support.stores import make_store
 
 Tiny = Callable[..., Path]
@@ -58,8 +58,7 @@ def test_what_is_known_without_a_visit_can_be_asked(tiny: Tiny) -> None:
         assert lm.model.state_dict().keys() == plain.state_dict().keys()
 
 
-@pytest.mark.parametrize("granularity", ["blocks", "leaves"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "granularity"), family_cases(["blocks", "leaves"]))
 def test_weights_are_those_of_the_resident_model(
     name: str, granularity: Any, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,11 +8,8 @@ import pytest
 
 from tests.support.census import ARCHITECTURES, HEADINGS, TABLE, judge, rows
 
-# Of each kind of block and of each verdict; the whole takes minutes.
-SAMPLE = (
-    "apertus", "bart", "bert", "cpmant", "deepseek_v3", "gemma3", "hrm_text", "jamba", "musicgen", "openai-gpt",
-    "qwen3_next", "rwkv", "xlm",
-)  # fmt: skip
+# Of each kind of block and of each verdict that `test_families` does not have; the whole takes minutes.
+SAMPLE = ("apertus", "bart", "bert", "cpmant", "gemma3", "hrm_text", "jamba", "musicgen", "openai-gpt", "xlm")
 
 
 @pytest.mark.parametrize(

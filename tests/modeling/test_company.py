@@ -26,7 +26,7 @@ from tests.support.company import (
     queries_of,
     score_deviations,
 )
-from tests.support.families import FAMILIES, VOCAB, resident, speaking
+from tests.support.families import FAMILIES, VOCAB, family_cases, resident, speaking
 from tests.support.paths import ROOT, TINY_BLOOM
 
 Tiny = Callable[..., Path]
@@ -69,7 +69,7 @@ def make_model(kind: str, config: dict[str, object]) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", family_cases())
 def test_a_row_of_any_family_gets_what_it_gets_alone(name: str, tiny: Tiny, tmp_path: Path) -> None:
     assert not deviations(speaking(tiny(name), tmp_path / "model"), VOCAB)
 

@@ -17,7 +17,15 @@ from torch import Tensor
 import slowllm
 from slowllm.errors import ArchitectureError
 from slowllm.runtime.streamed_lm import StreamedLM
-from tests.support.families import FAMILIES, MIXTURES, VOCAB, experts_in, resident, save_tiny
+from tests.support.families import (
+    MIXTURES,
+    QUICK_FAMILIES,
+    VOCAB,
+    experts_in,
+    family_cases,
+    resident,
+    save_tiny,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 # An online softmax and log_softmax round differently: a few units in the last place of a logarithm near -6.
@@ -31,7 +39,15 @@ FOLDED_TOLERANCE = 5e-6
 Pair = tuple[StreamedLM, Any]
 
 
-@pytest.fixture(scope="module", params=[(name, dtype) for name in FAMILIES for dtype in DTYPES], ids=str)
+@pytest.fixture(
+    scope="module",
+    # A parameter of a fixture is one value.
+    params=[
+        pytest.param(case.values, marks=case.marks, id=case.id)
+        # Of the recurrent ones also one without attention, whose products are others.
+        for case in family_cases(DTYPES, quick=(*QUICK_FAMILIES, "mamba"))
+    ],
+)
 def pair(request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> Iterator[Pair]:
     name, dtype = request.param
     folder = tiny(name, dtype)
@@ -111,8 +127,15 @@ def test_parameters_are_counted_as_transformers_counts_them(pair: Pair) -> None:
     assert [name for name, _ in lm.model.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", FAMILIES)
+# Who casts does not ask what the block is: fewer kinds than elsewhere.
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    family_cases(
+        [torch.bfloat16, torch.float16],
+        quick=("bloom", "gpt2", "llama-2", "mixtral", "mamba"),
+        few=("bloom",),
+    ),
+)
 def test_half_precision_checkpoints_compute_in_fp32(
     name: str, stored: torch.dtype, tiny: Callable[..., Path]
 ) -> None:

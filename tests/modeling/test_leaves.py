@@ -13,7 +13,7 @@ from slowllm.errors import ArchitectureError, InputError, PlanError, Unsupported
 from slowllm.modeling import layout
 from slowllm.planning.host_plan import least_bytes
 from slowllm.planning.job import Job
-from tests.support.families import FAMILIES, VOCAB, resident
+from tests.support.families import VOCAB, family_cases, resident
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +26,7 @@ def batches() -> list[torch.Tensor]:
     return [torch.randint(5, VOCAB, shape, generator=generator) for shape in [(1, 7), (3, 13), (2, 30)]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "dtype"), family_cases([torch.float32, torch.bfloat16]))
 def test_leaves_give_the_bits_of_the_resident_model(
     name: str, dtype: torch.dtype, tiny: Callable[..., Path]
 ) -> None:

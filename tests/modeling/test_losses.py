@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import slowllm
 from slowllm.modeling.losses import choice_logits, token_losses
-from tests.support.families import FAMILIES, VOCAB
+from tests.support.families import VOCAB, family_cases
 
 Tiny = Callable[..., Path]
 IDS = torch.randint(5, VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -37,7 +37,7 @@ def whole(model: Any, vectors: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, TOKENS, reduction="none")
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mamba"])
+@pytest.mark.parametrize("name", family_cases(leave_out={"mamba"}))
 def test_losses_and_gradients_equal_those_of_whole_logits(name: str, tiny: Tiny) -> None:
     plain = resident(tiny(name))
     theirs = embedded(plain)

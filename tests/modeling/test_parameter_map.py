@@ -35,7 +35,7 @@ from slowllm.modeling.skeleton import build_skeleton, read_config
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.shard import read_header
 from slowllm.storage.spans import Placement, Run, Span
-from tests.support.families import FAMILIES, resident, save_tiny
+from tests.support.families import family_cases, resident, save_tiny
 from tests.support.properties import num_examples
 
 Tensors = dict[str, Tensor]
@@ -154,12 +154,11 @@ def unprefixed(tensors: Tensors, prefix: str) -> Tensors:
     return short
 
 
-CASES = [*FAMILIES]
 # Single tensors on disk for each of so many experts.
 EXPERTS = {"mixtral": 4, "qwen3-moe": 4, "olmoe": 4, "deepseek-v3": 16}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", family_cases())
 def test_a_block_may_lie_across_three_shards(saved: Saved, tmp_path: Path, name: str) -> None:
     tensors = saved(tmp_path, name)
     rewrite(tmp_path, dealt(tensors, 3))
@@ -175,7 +174,7 @@ def test_three_blocks_may_lie_in_one_shard(saved: Saved, tmp_path: Path, name: s
 
 
 # On disk the multimodal model's names begin with the part that they belong to.
-@pytest.mark.parametrize("name", [name for name in CASES if name != "gemma-3-with-a-tower"])
+@pytest.mark.parametrize("name", family_cases(leave_out={"gemma-3-with-a-tower"}))
 def test_names_may_lack_the_prefix(saved: Saved, tmp_path: Path, name: str) -> None:
     tensors = saved(tmp_path, name)
     rewrite(tmp_path, [unprefixed(tensors, prefix_of(tmp_path))], index=False)

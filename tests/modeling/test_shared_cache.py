@@ -15,7 +15,7 @@ from slowllm.inference import scoring
 from slowllm.inference.text import Query
 from slowllm.modeling.shared_cache import Beginning, SharedPrefix, can_share
 from slowllm.runtime.streamed_lm import StreamedLM
-from tests.support.families import FAMILIES, resident
+from tests.support.families import family_cases, resident
 
 # Families whose cache is more than keys and values of every token, or that have none.
 OWN_CACHES = {
@@ -48,7 +48,7 @@ def eager(lm: StreamedLM) -> StreamedLM:
     return lm
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", family_cases())
 def test_shared_rows_score_as_plain_transformers_does(family: str, tiny: Callable[..., Path]) -> None:
     folder = tiny(family)
     reference = resident(folder)

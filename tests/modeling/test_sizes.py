@@ -16,7 +16,7 @@ from slowllm.modeling.recompute import tensor_refs
 from slowllm.modeling.sizes import MIN_ROW_TOKENS
 from slowllm.modeling.skeleton import build_skeleton
 from slowllm.rounding import ceil_div
-from tests.support.families import FAMILIES, VOCAB, save_tiny
+from tests.support.families import FAMILIES, QUICK_FAMILIES, VOCAB, family_cases, save_tiny
 
 # With a window of 8, and one longer than what is passed here.
 WINDOWS = {"gemma-2-soft-cap", "gemma-3-sliding", "gemma-3-with-a-tower", "gpt-oss"}
@@ -46,8 +46,8 @@ def held_by(model: Any, rows: int, tokens: int) -> int:
         return held_bytes(model(torch.randint(5, VOCAB, (rows, tokens)), use_cache=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
+# Also one without attention, and one whose windows lie beside whole attention with experts.
+@pytest.mark.parametrize(("name", "dtype"), family_cases(DTYPES, quick=(*QUICK_FAMILIES, "gpt-oss", "mamba")))
 def test_a_cache_is_counted_to_the_byte(name: str, dtype: torch.dtype) -> None:
     model, size = measured(name, dtype)
     for rows, tokens in [(1, 2), (3, 7), (2, 40)]:

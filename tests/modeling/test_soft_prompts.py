@@ -8,6 +8,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from slowllm.inference.text import Query
 from slowllm.modeling.soft_prompt_files import FILES, load_prompt, save_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.runtime.description import ModelInfo
+from tests.support.cases import crossed
 from tests.support.families import VOCAB
 from tests.support.paths import TINY_BLOOM
 from tests.support.properties import num_examples
@@ -35,6 +37,7 @@ from tests.support.properties import num_examples
 Tiny = Callable[..., Path]
 LENGTH = 3
 CLOSE = 1e-5  # padding and packing round otherwise
+KINDS = ["shallow", "deep", "prefix"]
 FAMILIES = [
     "bloom",
     "llama-3-scaled-rope",
@@ -44,6 +47,15 @@ FAMILIES = [
     "mpt-alibi",
     "opt",
 ]
+# In the quick run each kind of prompt with ALiBi, with windows and with experts.
+every_family_and_kind = pytest.mark.parametrize(
+    ("name", "kind"),
+    crossed(
+        FAMILIES,
+        KINDS,
+        quick=[*product(["bloom", "gemma-3-sliding"], KINDS), ("mixtral", "prefix"), ("opt", "deep")],
+    ),
+)
 
 
 def rows(num: int, low: int, high: int, seed: int = 5) -> list[tuple[int, ...]]:
@@ -110,8 +122,7 @@ def plain_logits(model: Any, prompt: SoftPrompt, ids: tuple[int, ...]) -> torch.
     return logits
 
 
-@pytest.mark.parametrize("kind", ["shallow", "deep", "prefix"])
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family_and_kind
 def test_scores_behind_a_prompt_are_the_resident_models(name: str, kind: str, tiny: Tiny) -> None:
     plain = resident(tiny(name))
     prompt = prompt_of(kind, plain)
@@ -139,8 +150,7 @@ def test_scores_behind_a_prompt_are_the_resident_models(name: str, kind: str, ti
         assert one.log_probs == pytest.approx(wanted, abs=CLOSE * 10)
 
 
-@pytest.mark.parametrize("kind", ["shallow", "deep", "prefix"])
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family_and_kind
 def test_continuations_behind_a_prompt_are_the_resident_models(name: str, kind: str, tiny: Tiny) -> None:
     plain = resident(tiny(name))
     prompt = prompt_of(kind, plain)
@@ -218,9 +228,19 @@ def in_pieces_plainly(
             hook.remove()
 
 
-@pytest.mark.parametrize("is_by_row", [False, True])
 @pytest.mark.parametrize(
-    "name", ["bloom", "llama-3-scaled-rope", "gemma-3-sliding", "qwen3-next-hybrid", "mamba"]
+    ("name", "is_by_row"),
+    crossed(
+        ["bloom", "llama-3-scaled-rope", "gemma-3-sliding", "qwen3-next-hybrid", "mamba"],
+        [False, True],
+        quick=[
+            ("bloom", False),
+            ("bloom", True),
+            ("gemma-3-sliding", False),
+            ("qwen3-next-hybrid", True),
+            ("mamba", False),
+        ],
+    ),
 )
 def test_a_deep_prompt_in_several_calls_is_added_by_position(name: str, is_by_row: bool, tiny: Tiny) -> None:
     plain = resident(tiny(name))

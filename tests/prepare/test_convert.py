@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from slowllm.prepare.workers import Progress, choose_workers
 from slowllm.storage import manifest
 from slowllm.storage.codecs import layout_constants
 from slowllm.storage.shard import read_header
-from tests.support.families import FAMILIES, resident, save_tiny
+from tests.support.cases import crossed
+from tests.support.families import family_cases, resident, save_tiny
 from tests.support.host_device import HostDevice
 from tests.support.paths import ROOT, TINY_BLOOM
 from tests.support.stores import gradients, make_store, passed
@@ -45,8 +47,7 @@ def _small_matrices_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_plan, "MIN_WEIGHTS", 64)
 
 
-@pytest.mark.parametrize("store", ["bf16", "lossless"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "store"), family_cases(["lossless", "bf16"]))
 def test_an_exact_store_gives_the_bits_and_the_gradients_of_its_source(
     name: str, store: str, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -61,8 +62,14 @@ def test_an_exact_store_gives_the_bits_and_the_gradients_of_its_source(
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("store", ["lossless", "int8", "int4"])
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(
+    ("name", "store"),
+    crossed(
+        SOME,
+        ["lossless", "int8", "int4"],
+        quick=[("bloom", "lossless"), ("bloom", "int4"), ("mixtral", "int8"), ("mixtral", "lossless")],
+    ),
+)
 def test_leaves_of_a_store_give_what_its_blocks_give(
     name: str, store: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,10 +78,19 @@ def test_leaves_of_a_store_give_what_its_blocks_give(
     assert torch.equal(passed(tmp_path / "store", "leaves")[0], passed(tmp_path / "store")[0])
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("store", NEAR)
 # Not gpt-oss, in whose toy rounding sends some tokens to other experts.
-@pytest.mark.parametrize("name", [*SOME, "gpt2", "deepseek-v3"])
+@pytest.mark.parametrize(
+    ("name", "store", "dtype"),
+    crossed(
+        [*SOME, "gpt2", "deepseek-v3"],
+        NEAR,
+        ["bf16", "fp32"],
+        quick=[
+            *product(["bloom"], NEAR, ["bf16", "fp32"]), ("mixtral", "int4", "fp32"), ("mixtral", "int8", "bf16"),
+            ("gpt2", "int4", "bf16"), ("gpt2", "int8", "fp32"), ("deepseek-v3", "int8", "bf16"),
+        ],
+    ),
+)  # fmt: skip
 def test_a_lossy_store_is_near_its_source_and_so_are_its_gradients(
     name: str, store: str, dtype: str, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -108,20 +124,23 @@ def test_gradients_go_through_the_decoded_weights(tiny: Tiny, tmp_path: Path) ->
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
+def perplexity(folder: Path) -> float:
+    lines = [line for line in (ROOT / "sentences.txt").read_text().splitlines() if line]
+    with slowllm.load(folder, dtype="bf16", keep_resident=False) as lm:
+        found = lm.score(lines)
+    return math.exp(-sum(text.log_likelihood for text in found) / sum(len(text.log_probs) for text in found))
+
+
+@pytest.fixture(scope="module")
+def plain_perplexity() -> float:
+    return perplexity(TINY_BLOOM)
+
+
 @pytest.mark.parametrize("store", ["bf16", "lossless", "int8", "int4"])
 def test_perplexity_stays_where_it_should(
-    store: str, embedded: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    store: str, embedded: Callable[[str], Path], plain_perplexity: float
 ) -> None:
-    lines = [line for line in (ROOT / "sentences.txt").read_text().splitlines() if line]
-
-    def perplexity(folder: Path) -> float:
-        with slowllm.load(folder, dtype="bf16", keep_resident=False) as lm:
-            found = lm.score(lines)
-            return math.exp(
-                -sum(text.log_likelihood for text in found) / sum(len(text.log_probs) for text in found)
-            )
-
-    change = perplexity(embedded(store)) / perplexity(TINY_BLOOM) - 1
+    change = perplexity(embedded(store)) / plain_perplexity - 1
     most = {"bf16": 0.0, "lossless": 0.0, "int8": 0.005, "int4": 0.05}[store]
     assert abs(change) <= most
 
@@ -230,12 +249,13 @@ def test_workers_and_ranks_make_the_same_store(embedded: Callable[[str], Path], 
     assert digests(tmp_path / "ranks") == wanted
 
 
+@pytest.mark.parametrize("num_kills", [2, pytest.param(6, marks=pytest.mark.long)])
 def test_killed_at_any_moment_it_goes_on_where_it_stopped(
-    embedded: Callable[[str], Path], tmp_path: Path
+    num_kills: int, embedded: Callable[[str], Path], tmp_path: Path
 ) -> None:
     wanted, store = digests(embedded("lossless")), tmp_path / "store"
-    found = converted("killed", store, 6, 5)
-    assert found["codes"] == [-signal.SIGKILL] * 6
+    found = converted("killed", store, num_kills, 5)
+    assert found["codes"] == [-signal.SIGKILL] * num_kills
     assert found["finished"] == sorted(found["finished"]), "what was finished stays finished"
     assert 0 < found["finished"][-1] < 11
     with pytest.raises(StoreError, match="this store is not finished; run the same `slowllm convert` again"):

@@ -19,7 +19,7 @@ from slowllm.inference.lines import Line, Lines, job_of, score_lines
 from slowllm.runtime.state import ResumedWay, State, read_inputs, read_job
 from slowllm.streaming.call_context import current_call
 from slowllm.streaming.way import Way
-from tests.support.families import FAMILIES, VOCAB
+from tests.support.families import VOCAB, family_cases
 from tests.support.paths import TINY_BLOOM
 from tests.support.processes import Processes
 
@@ -287,8 +287,7 @@ class Killed(SlowLLMError):
     pass
 
 
-@pytest.mark.parametrize("granularity", ["blocks", "leaves"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "granularity"), family_cases(["blocks", "leaves"]))
 def test_every_family_goes_on_from_any_block_with_the_same_bits(
     name: str, granularity: Any, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from tests.support.cases import crossed, quick_and_long
 from tests.support.paths import TINY_BLOOM
 
 VOCAB = 307
@@ -124,8 +127,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"d_model": 64, "num_layers": 3, "attention_heads": 4, "ffn_dim": 96, "vocab_size": VOCAB},
     ),
 }  # fmt: skip
+# Where a test takes every family, `make test` takes these, one of each kind of block, and `make test-long` takes all.
+QUICK_FAMILIES = (
+    "bloom",  # ALiBi, a norm behind the embedding
+    "deepseek-v3",  # latent keys and values, a dense block before mixtures
+    "falcon-multi-query",  # one head of keys for all, attention beside the MLP
+    "gemma-3-sliding",  # windows, two rotary tables, a scaled embedding
+    "gpt2",  # learnt positions, transposed matrices
+    "llama-2",  # rotary positions
+    "mixtral",  # experts
+    "qwen3-next-hybrid",  # recurrent states beside keys and values
+)
+# Of those, the ones that the quick run also takes with a second dtype, codec or granularity.
+FEW_FAMILIES = ("bloom", "mixtral")
 # The cases whose blocks hold experts, of which a token takes some.
 MIXTURES = {"deepseek-v3", "gpt-oss", "mixtral", "olmoe", "qwen3-moe", "qwen3-next-hybrid"}
+
+
+def family_cases(
+    others: Sequence[Any] = (),
+    *,
+    quick: Collection[str] = QUICK_FAMILIES,
+    few: Collection[str] = FEW_FAMILIES,
+    leave_out: Collection[str] = (),
+) -> list[Any]:
+    """Return every family as a parameter, marked as long where the quick run leaves it out.
+
+    Args:
+        others: values to combine each family with; a parameter is then a pair.
+        quick: families that the quick run takes, with the first of the values.
+        few: families that it takes with the other values, too.
+        leave_out: families that this test has no use for.
+    """
+    names = [name for name in FAMILIES if name not in leave_out]
+    if not others:
+        return quick_and_long(names, quick)
+    first, *further = others
+    return crossed(names, others, quick=[*product(quick, [first]), *product(few, further)])
 
 
 def experts_in(model: nn.Module) -> list[str]:

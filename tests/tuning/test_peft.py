@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import slowllm
+from tests.support.cases import crossed
 from tests.support.families import VOCAB, resident
 
 # Everywhere here equal is torch.equal: one micro-batch after another, the same products in the same order.
@@ -115,15 +116,27 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str,
 
 
 Runs = Callable[[str, str], tuple[Run, Run]]
-every_family = pytest.mark.parametrize("name", FAMILIES)
+# In the quick run each kind of prompt once more with a second family, of experts or of another attention.
+every_family_and_kind = pytest.mark.parametrize(
+    ("name", "kind"),
+    crossed(
+        FAMILIES,
+        KINDS,
+        quick=[
+            ("bloom", "prompt"),
+            ("mixtral", "prompt"),
+            ("mixtral", "prefix"),
+            ("llama-3-scaled-rope", "prefix"),
+        ],
+    ),
+)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 # Training
 
 
-@every_family
-@every_kind
+@every_family_and_kind
 def test_trainer_logs_and_learns_what_it_does_on_the_resident_model(
     name: str, kind: str, runs: Runs, tiny: Tiny
 ) -> None:
@@ -147,7 +160,9 @@ BEST = {
     [
         # Under AdamW the scale of a gradient cancels; under SGD a wrong sum or a wrong clip shows.
         ("bloom", "prompt", {"gradient_accumulation_steps": 2, **CLIPPED}),
-        ("mixtral", "prefix", {"gradient_accumulation_steps": 2, **CLIPPED}),
+        pytest.param(
+            "mixtral", "prefix", {"gradient_accumulation_steps": 2, **CLIPPED}, marks=pytest.mark.long
+        ),
         # With a prefix, transformers' own checkpointing drops the cache that holds it, and a resident model fails.
         ("llama-3-scaled-rope", "prompt", {"activation_checkpointing": True}),
         ("falcon-new-decoder", "prefix", BEST),
@@ -229,8 +244,7 @@ def test_training_goes_on_from_trainers_checkpoint(kind: str, tiny: Tiny, tmp_pa
 # What was saved
 
 
-@every_family
-@every_kind
+@every_family_and_kind
 def test_a_prompt_trained_while_streaming_serves_a_resident_model(
     name: str, kind: str, runs: Runs, tiny: Tiny
 ) -> None:
@@ -244,8 +258,7 @@ def test_a_prompt_trained_while_streaming_serves_a_resident_model(
     assert not torch.equal(found[:, -1], without[:, -1])
 
 
-@every_family
-@every_kind
+@every_family_and_kind
 def test_a_prompt_trained_on_a_resident_model_serves_a_streamed_one(
     name: str, kind: str, runs: Runs, tiny: Tiny
 ) -> None:
@@ -257,8 +270,7 @@ def test_a_prompt_trained_on_a_resident_model_serves_a_streamed_one(
     assert not torch.equal(found[:, -1], without[:, -1])
 
 
-@every_family
-@every_kind
+@every_family_and_kind
 def test_generation_with_a_prompt_gives_the_resident_models_tokens(
     name: str, kind: str, runs: Runs, tiny: Tiny
 ) -> None:

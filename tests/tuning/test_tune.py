@@ -40,6 +40,7 @@ from slowllm.tuning.rows import NumberedExample
 from slowllm.tuning.session import RunOptions
 from slowllm.tuning.trial import Trial
 from slowllm.tuning.tune import tune, tune_tasks
+from tests.support.cases import crossed, quick_and_long
 from tests.support.families import VOCAB
 from tests.support.paths import ROOT, TINY_BLOOM
 from tests.support.processes import Processes
@@ -48,6 +49,18 @@ from tests.support.properties import num_examples
 Tiny = Callable[..., Path]
 KINDS = ["shallow", "deep", "prefix"]
 FAMILIES = ["bloom", "llama-3-scaled-rope", "mixtral", "falcon-new-decoder"]
+# In the quick run each family once, and each kind of prompt.
+every_family_and_kind = pytest.mark.parametrize(
+    ("name", "kind"),
+    crossed(
+        FAMILIES,
+        KINDS,
+        quick=[
+            *zip(FAMILIES, ["deep", "shallow", "prefix", "deep"], strict=True),
+            ("bloom", "prefix"),
+        ],
+    ),
+)
 LENGTH = 3
 EXACT = 1e-6  # relative to the norm: sums in another order
 
@@ -132,8 +145,7 @@ def trial_of(lm: slowllm.StreamedLM, kind: str) -> Trial:
     return moved(Trial("t", Task("t", examples(5)), recipe, start))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family_and_kind
 def test_gradients_equal_the_resident_models_for_any_split_into_riders(
     name: str, kind: str, tiny: Tiny
 ) -> None:
@@ -148,8 +160,7 @@ def test_gradients_equal_the_resident_models_for_any_split_into_riders(
                 assert (found[key] - value).norm() <= EXACT * value.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family_and_kind
 def test_bf16_gradients_are_as_good_as_the_resident_models(name: str, kind: str, tiny: Tiny) -> None:
     chosen = examples(5)
     with slowllm.load(tiny(name), dtype="bf16", keep_resident=False, poison=True) as lm:
@@ -216,7 +227,7 @@ def curve(tuned: Any) -> list[tuple[Any, ...]]:
     return [tuple(record.get(key) for key in keys) for record in tuned.records]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick_and_long(KINDS, quick=["prefix"]))
 def test_trials_of_one_run_come_out_as_alone(kind: str, tiny: Tiny) -> None:
     recipes = [
         Recipe(kind=kind, learning_rate=lr, seed=seed, **QUICK) for lr in (0.1, 0.01) for seed in (0, 1)
@@ -285,9 +296,19 @@ def test_a_graph_that_is_kept_gives_the_numbers_of_a_replay(kind: str, tiny: Tin
     assert kept.prompt.digest() == replayed.prompt.digest()
 
 
-@pytest.mark.parametrize("kind", ["deep", "prefix"])
-@pytest.mark.parametrize("where", ["memory", "file"])
-@pytest.mark.parametrize("name", ["bloom", "llama-3-scaled-rope"])
+@pytest.mark.parametrize(
+    ("name", "where", "kind"),
+    crossed(
+        ["bloom", "llama-3-scaled-rope"],
+        ["memory", "file"],
+        ["deep", "prefix"],
+        quick=[
+            ("bloom", "memory", "prefix"),
+            ("bloom", "file", "deep"),
+            ("llama-3-scaled-rope", "file", "prefix"),
+        ],
+    ),
+)
 def test_frozen_blocks_are_passed_once_and_changes_no_number(
     name: str, where: str, kind: str, tiny: Tiny, tmp_path: Path
 ) -> None:
