@@ -191,13 +191,14 @@ class Failover:
     def _replaced(self, link: _Link, failed: _FailedError, call: SpanCall, deadline: float) -> list[_Link]:
         """Return links in the place of one whose server failed, in which what its session kept is rebuilt."""
         need = need_of(*link.history, call, keeps_cache=link.session is not None)
+        num_kept = len(call.hidden) * (call.length + call.hidden.shape[1])
         self._forget([link])
         while True:
             route = self._route_around(failed, link.hop, need, deadline)
             links = [_Link(hop, None if link.session is None else uuid.uuid4().hex) for hop in route]
             try:
                 if link.history:
-                    fast = merged(link.history, need.num_tokens) if self._replay == "fast" else None
+                    fast = merged(link.history, num_kept) if self._replay == "fast" else None
                     self._rebuild(link.history if fast is None else fast, links, deadline)
             except _FailedError as again:
                 failed = again
