@@ -79,6 +79,9 @@ class AsksServers(Protocol):
     def soon(self, work: Callable[[], object]) -> None:
         """Do a short piece of work on another thread. Takes no lock."""
 
+    def is_leaving(self, peer: str) -> bool:
+        """Whether a server has said that it will be gone soon."""
+
     def ban(self, peer: str, until: float) -> None:
         """Leave a server out of routes until a time of `time.monotonic`."""
 
@@ -166,6 +169,9 @@ class Failover:
         outputs: dict[int, Tensor] = {}
         while number < len(chain):
             part = _part_of(call, chain[number].hop, hidden)
+            if chain[number].history and self._servers.is_leaving(chain[number].hop.peer):
+                chain[number : number + 1] = self._moved(chain[number], part, deadline)
+                part = _part_of(call, chain[number].hop, hidden)
             try:
                 found = self._ask(chain[number], part, deadline)
             except _FailedError as failed:
@@ -191,21 +197,43 @@ class Failover:
     def _replaced(self, link: _Link, failed: _FailedError, call: SpanCall, deadline: float) -> list[_Link]:
         """Return links in the place of one whose server failed, in which what its session kept is rebuilt."""
         need = need_of(*link.history, call, keeps_cache=link.session is not None)
-        num_kept = len(call.hidden) * (call.length + call.hidden.shape[1])
         self._forget([link])
         while True:
             route = self._route_around(failed, link.hop, need, deadline)
             links = [_Link(hop, None if link.session is None else uuid.uuid4().hex) for hop in route]
             try:
                 if link.history:
-                    fast = merged(link.history, num_kept) if self._replay == "fast" else None
-                    self._rebuild(link.history if fast is None else fast, links, deadline)
+                    self._rebuild(self._calls_for(link, call), links, deadline)
             except _FailedError as again:
                 failed = again
                 self._forget(links)
                 continue
             self.num_rebuilt += bool(link.history)
             return links
+
+    def _moved(self, link: _Link, call: SpanCall, deadline: float) -> list[_Link]:
+        """Return links in the place of one whose server is about to leave; that one where nobody can take it over yet."""
+        need = need_of(*link.history, call, keeps_cache=True)
+        links: list[_Link] = []
+        try:
+            route = self._servers.route(link.hop.first, need, link.hop.end)
+            links = [_Link(hop, uuid.uuid4().hex) for hop in route]
+            self._rebuild(self._calls_for(link, call), links, deadline)
+        except (MissingBlocksError, _FailedError) as error:
+            # Its server still serves; whatever fails here is met again when it has gone.
+            log.info("the session at %s stays there (%s)", self._servers.name_of(link.hop.peer), error)
+            self._forget(links)
+            return [link]
+        log.info("%s is leaving; its session goes on elsewhere", self._servers.name_of(link.hop.peer))
+        self._forget([link])
+        self.num_rebuilt += 1
+        return links
+
+    def _calls_for(self, link: _Link, call: SpanCall) -> Sequence[SpanCall]:
+        """Return the calls by which the session of a link is rebuilt before a call."""
+        num_kept = len(call.hidden) * (call.length + call.hidden.shape[1])
+        fast = merged(link.history, num_kept) if self._replay == "fast" else None
+        return link.history if fast is None else fast
 
     def _rebuild(self, history: Sequence[SpanCall], links: Sequence[_Link], deadline: float) -> None:
         """Fill the new sessions of links by the calls that their predecessor had, one link after the other."""

@@ -126,6 +126,7 @@ class Hops:
         self._num_steps: dict[str, int] = {}
         self._num_calls = 0
         self._banned_until: dict[str, float] = {}
+        self._leaving: set[str] = set()
         self._last_route = ""
         self._named: set[tuple[str, str]] = set()
         self.times: dict[str, PeerTimes] = {}
@@ -162,7 +163,7 @@ class Hops:
             self._num_calls += 1
             number = self._num_calls % _SPREAD_ROUTES
             now = time.monotonic()
-            banned = {peer for peer, until in self._banned_until.items() if until > now}
+            banned = {peer for peer, until in self._banned_until.items() if until > now} | self._leaving
         goal = self._num_blocks if end is None else end
         wishes = replace(
             self._wishes,
@@ -278,6 +279,11 @@ class Hops:
         said, _ = self._ask(peer, {"op": "status"}, timeout=STATUS_SECONDS).result()
         return ServerStatus.from_meta(said)
 
+    def is_leaving(self, peer: str) -> bool:
+        """Whether a server has said with its last answer that it takes no new sessions and will be gone soon."""
+        with self._lock:
+            return peer in self._leaving
+
     def ban(self, peer: str, until: float) -> None:
         """Leave a server out of routes until a time of `time.monotonic`, and look for others at once."""
         with self._lock:
@@ -312,6 +318,8 @@ class Hops:
         )
         try:
             said, tensors = answer.result()
+            with self._lock:
+                (self._leaving.add if said.get("is_leaving") is True else self._leaving.discard)(hop.peer)
             found = unpack(tensors)
         except RemoteError as error:
             raise _as_own(error, self._name(hop.peer)) from error

@@ -74,6 +74,11 @@ class SpanServer:
         self._is_draining = True
 
     @property
+    def is_in_use(self) -> bool:
+        """Whether sessions are open, or requests are under way."""
+        return bool(len(self.sessions) or self._under_way)
+
+    @property
     def waiting_tokens(self) -> int:
         """Tokens of the requests that are under way or wait."""
         return self._waiting_tokens
@@ -190,7 +195,7 @@ class SpanServer:
             ended_at = time.time()
             said = {
                 "queue_seconds": began_at[0] - came_at, "compute_seconds": ended_at - began_at[0],
-                "began_at": began_at[0], "ended_at": ended_at,
+                "began_at": began_at[0], "ended_at": ended_at, "is_leaving": self._is_draining,
             }  # fmt: skip
             try:
                 tensors = pack(results)

@@ -104,6 +104,15 @@ class SwarmProcess:
         self.has_ended = True
         return self.process.end(signal.SIGTERM)
 
+    def leave(self) -> None:
+        """Tell it to end when its sessions have gone elsewhere."""
+        os.kill(self.process.pid, signal.SIGTERM)
+
+    def wait(self) -> Ended:
+        """Wait until it has ended by itself."""
+        self.has_ended = True
+        return self.process.wait()
+
     def kill(self) -> Ended:
         """End it as if the power were cut, and wait."""
         self.has_ended = True

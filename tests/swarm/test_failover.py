@@ -63,6 +63,7 @@ class FailingServers:
         self.asked: list[tuple[str, int, int]] = []
         self.ban_seconds: list[int] = []
         self.replayed: list[int] = []
+        self.leaving: set[str] = set()
         self.needs: list[Need] = []
         self.lengths_with_vectors: set[int] = set()
 
@@ -71,7 +72,9 @@ class FailingServers:
         hops, block, goal = [], first, NUM_BLOCKS if end is None else end
         while block < goal:
             able = [
-                (peer, b) for peer, (a, b) in self.spans.items() if a <= block < b and peer not in self.banned
+                (peer, b)
+                for peer, (a, b) in self.spans.items()
+                if a <= block < b and peer not in self.banned | self.leaving
             ]
             if not able:
                 raise MissingBlocksError((block,), f"nobody serves block {block}")
@@ -117,6 +120,9 @@ class FailingServers:
     def soon(self, work: Callable[[], object]) -> None:
         work()
 
+    def is_leaving(self, peer: str) -> bool:
+        return peer in self.leaving
+
     def ban(self, peer: str, until: float) -> None:
         self.banned.add(peer)
         self.ban_seconds.append(round(until - time.monotonic()))
@@ -155,6 +161,7 @@ class Swarm:
         self.servers.ban_seconds.clear()
         self.servers.fails = fails
         self.servers.replayed.clear()
+        self.servers.leaving.clear()
         self.failover = Failover(self.servers, timeout, replay)
 
 
@@ -521,3 +528,33 @@ def test_a_backward_pass_that_is_answered_ends_the_bans_too(swarm: Swarm) -> Non
         swarm.servers.banned.clear()
         loss.backward()
     assert set(swarm.servers.ban_seconds) == {5}
+
+
+def test_sessions_move_away_from_a_server_that_leaves(swarm: Swarm) -> None:
+    swarm.reset()
+    leave = iter(range(100))
+
+    def leaves_after_three(peer: str) -> None:
+        if next(leave) == 3:
+            swarm.servers.leaving.add("e")
+
+    swarm.servers.fails = leaves_after_three
+    with torch.no_grad():
+        ours = swarm.lm.model.generate(IDS, num_beams=3, **GREEDY)
+        assert torch.equal(ours, swarm.plain.generate(IDS, num_beams=3, **GREEDY))
+    assert not swarm.servers.banned
+    assert swarm.servers.replayed == [4, 4]
+    assert [peer for peer, _, _ in swarm.servers.asked].count("e") == 4
+    assert swarm.failover.num_rebuilt == 1
+
+
+def test_sessions_stay_at_a_server_that_leaves_while_nobody_else_can_have_them(swarm: Swarm) -> None:
+    swarm.reset()
+    swarm.servers.banned |= {"a", "c"}
+    swarm.servers.fails = lambda peer: swarm.servers.leaving.add("e")  # type: ignore[func-returns-value]
+    with torch.no_grad():
+        cache = DynamicCache(config=swarm.plain.config)
+        for _ in range(3):
+            swarm.lm.model(IDS, past_key_values=cache)
+    assert {peer for peer, _, _ in swarm.servers.asked} == {"e"}
+    assert not swarm.servers.replayed

@@ -23,9 +23,11 @@ class Replicas:
 
     def __init__(self, swarm: SwarmProcesses, served: Served) -> None:
         spans = (f"0:{HALF}", f"{HALF}:{NUM_BLOCKS}")
-        first = swarm.start(*serve_arguments(served.whole, spans[0]))
+        # Longer than the test takes: sessions must move.
+        drain = ("--drain", "600")
+        first = swarm.start(*serve_arguments(served.whole, spans[0], *drain))
         others = [
-            serve_arguments(served.whole, span, "--initial-peers", first.address)
+            serve_arguments(served.whole, span, "--initial-peers", first.address, *drain)
             for span in (*spans, spans[1])
         ]
         started = [first, *swarm.start_all(others)]
@@ -63,6 +65,7 @@ def at_step(number: int, do: Callable[[], object]) -> LogitsProcessorList:
     ("what", "settings"),
     [
         ("kill", {"num_beams": 4}),
+        pytest.param("leave", {"num_beams": 4}, marks=pytest.mark.long),
         pytest.param("kill", {}, marks=pytest.mark.long),
         pytest.param("freeze", {}, marks=pytest.mark.long),
         pytest.param("freeze", {"num_beams": 4}, marks=pytest.mark.long),
@@ -74,13 +77,18 @@ def test_a_generation_outlives_a_server(
     ids, mask = texts()
     given = {"attention_mask": mask, **GREEDY, **settings}
 
+    harmed: list[SwarmProcess] = []
+
     def do_harm() -> None:
-        getattr(replicas.used(), what)()
+        harmed.append(replicas.used())
+        getattr(harmed[0], what)()
 
     harm = at_step(3, do_harm)
     with torch.no_grad():
         ours = replicas.lm.model.generate(ids, logits_processor=harm, **given)
         assert torch.equal(ours, local.model.generate(ids, **given))
+    if what == "leave":
+        assert harmed[0].wait().returncode == 0
 
 
 def test_a_gradient_outlives_a_server(replicas: Replicas, local: slowllm.StreamedLM) -> None:

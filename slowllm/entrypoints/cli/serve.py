@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ import typer
 from slowllm.entrypoints.cli import options
 from slowllm.errors import InputError, counted, first_line
 
+# Between looks whether the sessions of a server that leaves have ended.
+_LOOK_SECONDS = 0.2
 _END = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -142,10 +145,16 @@ def serve(
                 print(address, flush=True)
             print(_described(server), file=sys.stderr, flush=True)
             signal.sigwait(_END)
-            if drain and len(server.spans.sessions):
+            if drain and server.spans.is_in_use:
                 server.drain()
-                print(f"leaving in {drain:g} s, or at the next signal", file=sys.stderr, flush=True)
-                signal.sigtimedwait(_END, drain)
+                print(
+                    f"leaving when the sessions have ended or moved, in {drain:g} s, or at the next signal",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+                deadline = time.monotonic() + drain
+                while server.spans.is_in_use and (left := deadline - time.monotonic()) > 0:
+                    if signal.sigtimedwait(_END, min(left, _LOOK_SECONDS)) is not None:
+                        break
         print("left the swarm", file=sys.stderr)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _END)
