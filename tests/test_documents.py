@@ -28,11 +28,13 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_EXAMPLES = [path for path in DOCUMENTS if any(examples_of(path.read_text()))]
 # Documents that fetch a model, from a small hub on the loopback that calls the embedded one bigscience/bloom.
 FETCHING = {"plan-and-download.md", "stores.md"}
+# Besides those, what takes long: this one looks at all tasks that lm-eval brings, twice.
+LONG = FETCHING | {"evaluation.md"}
 
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[pytest.mark.long] * (path.name in FETCHING)) for path in WITH_EXAMPLES],
+    [pytest.param(path, marks=[pytest.mark.long] * (path.name in LONG)) for path in WITH_EXAMPLES],
     ids=lambda path: path.name,
 )
 def test_every_command_and_example_runs(path: Path, processes: Processes, tmp_path: Path) -> None:

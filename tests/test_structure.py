@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import json
 import subprocess
 import sys
 from collections import defaultdict
@@ -80,19 +82,30 @@ MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 PACKAGES = sorted({name.split(".")[0] for name in MODULES})
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Yield what a file imports by full names, anywhere in it and by name (`importlib.import_module`), too."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+def called(function: ast.expr) -> str:
+    """Return the last part of the name by which a function is called, or nothing."""
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def imports(path: Path) -> tuple[str, ...]:
+    """Return what a file imports by full names, anywhere in it and by name (`importlib.import_module`), too."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: imports by full names only"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
-            "import_module",
-            "__import__",
-        ):
+        elif isinstance(node, ast.Call) and called(node.func) in ("import_module", "__import__"):
             argument = node.args[0]
             assert isinstance(argument, ast.Constant) or path == PACKAGE / "__init__.py", (
                 f"{path.name}: imports a module whose name cannot be read here"
@@ -151,24 +164,42 @@ def test_third_party_packages_stay_where_they_belong() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("package", sorted(NEVER_LOADED_BY))
-def test_nothing_heavy_is_loaded_by_a_detour(package: str) -> None:
-    names = [
-        f"slowllm.{name}"
-        for name in MODULES
-        if f"{name}.".startswith(f"{package}.") and name not in LOADED_LATE
-    ]
-    code = f"import sys\nfor name in {names}: __import__(name)\nprint(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert f"slowllm.{package}" in found.stdout.split()
-    assert not NEVER_LOADED_BY[package] & set(found.stdout.split())
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """Return what one process has loaded when it has imported every module of a package, and of those before it."""
+    names = {
+        package: [
+            f"slowllm.{name}"
+            for name in MODULES
+            if f"{name}.".startswith(f"{package}.") and name not in LOADED_LATE
+        ]
+        for package in NEVER_LOADED_BY
+    }
+    code = f"""
+import json, sys
+found = {{}}
+for package, names in {names}.items():
+    for name in names:
+        __import__(name)
+    found[package] = list(sys.modules)
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {package: set(modules) for package, modules in json.loads(done.stdout).items()}
+
+
+# One process for all, in the order of the table: what a package may not load, those before it may not either.
+@pytest.mark.parametrize("package", NEVER_LOADED_BY)
+def test_nothing_heavy_is_loaded_by_a_detour(package: str, loaded: dict[str, set[str]]) -> None:
+    assert f"slowllm.{package}" in loaded[package]
+    assert not NEVER_LOADED_BY[package] & loaded[package]
 
 
 # Every class of slowllm by its name; no two public ones share a name.
 CLASSES = {
     node.name: node
     for path in MODULES.values()
-    for node in ast.walk(ast.parse(path.read_text()))
+    for node in ast.walk(tree_of(path))
     if isinstance(node, ast.ClassDef)
 }
 
@@ -185,7 +216,7 @@ def inherits_docstring(method: str, node: ast.ClassDef) -> bool:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_what_is_public_is_documented(module: str) -> None:
-    tree = ast.parse(MODULES[module].read_text())
+    tree = tree_of(MODULES[module])
     assert ast.get_docstring(tree), f"{module} has no docstring"
 
     def check(body: list[ast.stmt], inside: ast.ClassDef | None = None) -> None:
@@ -205,7 +236,7 @@ def test_what_is_public_is_documented(module: str) -> None:
 def test_no_two_public_classes_share_a_name() -> None:
     homes = defaultdict(list)
     for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes[node.name].append(name)
     assert not {name: found for name, found in homes.items() if len(found) > 1}
@@ -222,7 +253,7 @@ def test_files_can_be_read_in_one_sitting() -> None:
 
 def test_no_module_keeps_state_or_patches_another() -> None:
     for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             assert not isinstance(node, ast.Global), f"{name}: module state"
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if called == "torch.load" and name == "storage.pickles":

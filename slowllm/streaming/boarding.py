@@ -197,12 +197,9 @@ class Boarding:
             # Of two threads that close, one waits for the other, and not each for each.
             self._threads.pop(threading.current_thread(), None)
             threads = [thread for thread, rider in self._threads.items() if not rider.is_away]
+            threads += [] if self._last_left is None else [self._last_left]
         for thread in threads:
             thread.join()
-        with self.changed:
-            last = self._last_left
-        if last is not None:
-            last.join()
 
     @staticmethod
     def _leave_behind(party: Party, reason: RideError | None = None) -> Ride[Any] | None:
@@ -229,7 +226,7 @@ class Boarding:
             self._leave(rider)
         if rider.party.ride is not None:
             self.local.rider = None  # whoever calls the model from here on is a guest
-            _end_ride(rider.party.ride, rider)
+            rider.hand_over(rider.party.ride)
             with self.changed:
                 self._threads.pop(threading.current_thread(), None)
                 before, self._last_left = self._last_left, threading.current_thread()
@@ -351,7 +348,7 @@ class Boarding:
                 # Without the lock: callbacks may board and cancel.
                 self.changed.release()
                 try:
-                    _end_ride(party.ride, rider)
+                    rider.hand_over(party.ride)
                 finally:
                     self.changed.acquire()
         return True
@@ -396,12 +393,6 @@ class Boarding:
     def _dismiss_party(self, party: Party, error: BaseException) -> None:
         turns = [*self.waiting, *self.returning]
         self._dismiss([turn for turn in turns if turn.rider and turn.rider.party is party], error)
-
-
-def _end_ride(ride: Ride[Any], rider: Rider) -> None:
-    """Give the outcome of a job that was boarded alone to its ride."""
-    error, rider.error = rider.error, None
-    ride.end(rider.result.pop()[1] if error is None else None, error)
 
 
 def _cancelled() -> RideError:

@@ -102,6 +102,11 @@ class Rider:
         self.result: list[tuple[RiderJob, Any]] = []
         self.error: BaseException | None = None
 
+    def hand_over(self, ride: Ride[Any]) -> None:
+        """Give the outcome of a job that was boarded alone to its ride, and keep nothing of it."""
+        error, self.error = self.error, None
+        ride.end(self.result.pop()[1] if error is None else None, error)
+
 
 class Party:
     """The riders of one `ride` or `stream`; those that have ended are kept until the caller takes them in order.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 import slowllm
 from slowllm.entrypoints import lm_eval_model
 from slowllm.errors import InputError
+from tests.support.cases import quick_and_long
 from tests.support.families import VOCAB, save_tiny
-from tests.support.paths import ROOT, TINY_BLOOM
+from tests.support.paths import TINY_BLOOM
+from tests.support.processes import Processes
 
 # A log-likelihood sums tens of nats; in fp32 a product of another shape rounds otherwise.
 TOLERANCE = 1e-5
@@ -151,7 +151,13 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
                 assert ours["results"][name][metric] == pytest.approx(value, rel=1e-4), (name, metric)
 
 
-@pytest.mark.parametrize("kind", ["bloom", "llama", "llama with BOS off", "llama after its own prefix"])
+@pytest.mark.parametrize(
+    "kind",
+    quick_and_long(
+        ["bloom", "llama", "llama with BOS off", "llama after its own prefix"],
+        quick=["bloom", "llama with BOS off"],
+    ),
+)
 def test_every_kind_of_request_equals_hf(kind: str, llama: Path, tasks: list[dict[str, Any]]) -> None:
     folder = TINY_BLOOM if kind == "bloom" else llama
     same = {"pretrained": str(folder)}
@@ -183,15 +189,15 @@ def test_chat_templates_equal_hf(llama: Path, tasks: list[dict[str, Any]]) -> No
     assert context.startswith("<s>user: ")  # the system's role is left out, which this template refuses
 
 
-def test_thinking_is_cut_off(llama: Path, tasks: list[dict[str, Any]]) -> None:
-    for end in ("e", 40):
-        arguments = {"pretrained": str(llama), "think_end_token": end}
-        theirs = evaluate("hf", tasks[4:], model_args={**arguments, "dtype": "float32"}, device="cpu")
-        ours = evaluate("slowllm", tasks[4:], model_args={**arguments, "dtype": "fp32"})
-        mine, others = (
-            [sample["resps"][0][0] for sample in found["samples"]["free"]] for found in (ours, theirs)
-        )
-        assert mine == others
+@pytest.mark.parametrize("end", ["e", pytest.param(40, marks=pytest.mark.long)])
+def test_thinking_is_cut_off(end: str | int, llama: Path, tasks: list[dict[str, Any]]) -> None:
+    arguments = {"pretrained": str(llama), "think_end_token": end}
+    theirs = evaluate("hf", tasks[4:], model_args={**arguments, "dtype": "float32"}, device="cpu")
+    ours = evaluate("slowllm", tasks[4:], model_args={**arguments, "dtype": "fp32"})
+    mine, others = (
+        [sample["resps"][0][0] for sample in found["samples"]["free"]] for found in (ours, theirs)
+    )
+    assert mine == others
 
 
 @pytest.fixture
@@ -376,11 +382,8 @@ def test_the_command_line_is_lm_evals(
     assert "lm-eval run" in capsys.readouterr().out
 
 
-def test_it_runs_as_a_module(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "slowllm.harness", "run", "--config", str(tmp_path / "none.yaml")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def test_it_runs_as_a_module(tmp_path: Path, processes: Processes) -> None:
+    done = processes.run("-m", "slowllm.harness", "run", "--config", tmp_path / "none.yaml")
     assert done.returncode == 2
     assert "slowllm: lm-eval: Config file not found" in done.stderr
     assert "Traceback" not in done.stderr

@@ -60,7 +60,7 @@ def test_scores_equal_the_resident_models(lm: StreamedLM, alone: dict[str, float
         assert len(found.log_probs) == len(line.ids)
 
 
-@num_examples(25)
+@num_examples(8)
 @given(
     order=st.permutations(range(len(LINES))),
     rider_tokens=st.integers(8, 300),
@@ -165,17 +165,18 @@ def test_lines_stream_through_without_being_drawn_all_at_once(lm: StreamedLM) ->
     assert drawn < 200
 
 
-def test_real_lines_are_likelier_than_their_words_shuffled(lm: StreamedLM) -> None:
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_real_lines_are_likelier_than_their_words_shuffled(lm: StreamedLM, every: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    lines = (ROOT / "tests" / "data" / "heldout.txt").read_text().splitlines()
-    assert len(lines) == 300
+    lines = (ROOT / "tests" / "data" / "heldout.txt").read_text().splitlines()[::every]
+    assert len(lines) == 300 // every
     shuffled = []
     for line in lines:
         words = line.split()
         shuffled.append(" ".join(words[i] for i in torch.randperm(len(words), generator=generator).tolist()))
     scores = [scored.log_likelihood for _, scored in score(lm, lines + shuffled)]
-    won = sum(real > fake for real, fake in zip(scores[:300], scores[300:], strict=True))
-    assert won >= 0.95 * 300
+    won = sum(real > fake for real, fake in zip(scores[: len(lines)], scores[len(lines) :], strict=True))
+    assert won >= 0.95 * len(lines)
 
 
 def test_the_embedded_models_are_as_small_and_as_laid_out_as_promised() -> None:

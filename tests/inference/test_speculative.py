@@ -73,7 +73,7 @@ def test_a_sweep_gives_four_tokens_of_text_never_seen(
 
 
 def test_prompts_share_the_sweeps(tiny_bloom: slowllm.StreamedLM, small: slowllm.StreamedLM) -> None:
-    prompts = begun(tiny_bloom, Settings(24), every=43)
+    prompts = begun(tiny_bloom, Settings(24), every=75)
     plain, counts = list(generate(tiny_bloom, prompts)), Acceptance()
     before = tiny_bloom.report.num_passages
     assert list(speculative.generate(tiny_bloom, prompts, small, counts=counts)) == plain
@@ -360,7 +360,7 @@ def test_a_job_with_drafts_has_room_for_trees(tiny_bloom: slowllm.StreamedLM) ->
     assert job.num_passes == plain.num_passes
 
 
-@pytest.mark.parametrize("draft", ["lookup", str(DRAFT)])
+@pytest.mark.parametrize("draft", [pytest.param("lookup", marks=pytest.mark.long), str(DRAFT)])
 def test_the_command_line_drafts(draft: str) -> None:
     arguments = ["generate", "Returns the number of", "The value", "--max-new-tokens", "8", "--dtype", "fp32"]
     plain, drafted = (

@@ -16,6 +16,7 @@ from slowllm.inference import scoring, speculative
 from slowllm.inference.generation_types import Settings
 from slowllm.modeling.batching import batch_rule
 from slowllm.planning.packing import pack
+from tests.support.cases import quick_and_long
 from tests.support.census import NotShrinkableError, save_toy
 from tests.support.census import rows as rows_of_table
 from tests.support.company import (
@@ -74,7 +75,7 @@ def test_a_row_of_any_family_gets_what_it_gets_alone(name: str, tiny: Tiny, tmp_
     assert not deviations(speaking(tiny(name), tmp_path / "model"), VOCAB)
 
 
-@pytest.mark.parametrize("name", STRETCHED)
+@pytest.mark.parametrize("name", quick_and_long(STRETCHED, quick=["phi3-longrope", "llama-dynamic-ntk"]))
 def test_a_rotary_table_is_chosen_for_each_row(name: str, tmp_path: Path) -> None:
     folder = save_stretched(name, tmp_path)
     lengths = (4, LIMIT - 3, LIMIT - 4, LIMIT, LIMIT + 9, LIMIT + 9, 2, 9)
@@ -91,7 +92,7 @@ def plain_score(plain: torch.nn.Module, query: scoring.Query) -> list[float]:
     return [float(logits[first + place, token]) for place, token in enumerate(query.continuation)]
 
 
-@pytest.mark.parametrize("name", STRETCHED)
+@pytest.mark.parametrize("name", quick_and_long(STRETCHED, quick=["llama-longrope", "qwen2-dynamic-ntk"]))
 def test_stretched_rows_get_what_a_fresh_model_gives(name: str, tmp_path: Path) -> None:
     folder = save_stretched(name, tmp_path)
     queries = queries_of(VOCAB, (30, 4, LIMIT - 2, LIMIT - 1, 20, 18))

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,7 @@ from slowllm.inference.scoring import score_queries
 from slowllm.inference.text import Query
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.model_folder import find_folder
+from tests.support.cases import crossed
 from tests.support.families import FAMILIES, VOCAB, resident, save_tiny
 from tests.support.paths import TINY_BLOOM
 
@@ -99,9 +101,13 @@ def test_what_a_folder_without_a_tokenizer_lacks_is_named(tmp_path: Path) -> Non
         _ = slowllm.load(tmp_path).tokenizer
 
 
-@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
 @pytest.mark.parametrize(
-    "value", ["some/repo", "flash_attention_2", "flex_attention", "kernels-community/x:y"]
+    ("value", "key"),
+    crossed(
+        ["some/repo", "flash_attention_2", "flex_attention", "kernels-community/x:y"],
+        KEYS := ["_attn_implementation", "attn_implementation", "experts_implementation"],
+        quick=[*product(["some/repo"], KEYS), ("flash_attention_2", "attn_implementation")],
+    ),
 )
 def test_no_code_is_fetched_for_what_a_config_names(
     key: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

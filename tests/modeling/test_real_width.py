@@ -18,9 +18,11 @@ import slowllm
 from slowllm import malloc
 from slowllm.modeling.layout import cut_head
 from slowllm.storage.spans import Placement, Run, Span
+from tests.support.cases import crossed
 from tests.support.families import resident
 
-WIDTH, VOCAB = 4096, 25_088
+# The quick run takes a block of BLOOM-1B7's width, which is a quarter as large.
+WIDTH, QUICK_WIDTH, VOCAB = 4096, 2048, 25_088
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,11 +35,11 @@ def every_core() -> Iterator[None]:
     malloc.give_back()  # gigabytes, which glibc keeps once a model was loaded, and others run beside this process
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A block of 201 million weights and a tied head of 103 million, 0.6 GB in bfloat16."""
-    folder = tmp_path_factory.mktemp("bloom-7b-block")
-    config = BloomConfig(hidden_size=WIDTH, n_layer=1, n_head=32, vocab_size=VOCAB)
+@pytest.fixture(scope="module", params=[QUICK_WIDTH, pytest.param(WIDTH, marks=pytest.mark.long)])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A block of BLOOM-7B's, 201 million weights and a tied head of 103 million, 0.6 GB in bfloat16; or a smaller one."""
+    folder = tmp_path_factory.mktemp("bloom-block")
+    config = BloomConfig(hidden_size=request.param, n_layer=1, n_head=request.param // 128, vocab_size=VOCAB)
     with torch.device("meta"):
         model = BloomForCausalLM(config).to(torch.bfloat16)
     model.to_empty(device="cpu")
@@ -66,8 +68,13 @@ def test_a_block_of_real_width_gives_the_resident_models_bits(folder: Path, dtyp
             assert torch.equal(streamed, plain(i).logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("num_rows", [1, 7, 37, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("num_rows", "dtype"),
+    crossed(
+        [1, 7, 37, 300], [torch.bfloat16, torch.float32],
+        quick=[(1, torch.bfloat16), (7, torch.float32), (37, torch.bfloat16)],
+    ),
+)  # fmt: skip
 def test_a_head_in_chunks_gives_the_bits_of_the_whole(dtype: torch.dtype, num_rows: int) -> None:
     span = Span("lm_head.weight", Path("x"), "BF16", (VOCAB, WIDTH), 0, VOCAB * WIDTH * 2)
     whole = Placement("lm_head.weight", span.shape, torch.bfloat16, (Run(span, 0, 0, span.num_bytes),))

@@ -35,7 +35,7 @@ from slowllm.planning.job import Granularity, Job, Rates, Sizes, StopSize
 from slowllm.planning.resident_stops import choose_resident, spread
 from tests.support.properties import num_examples
 
-fuzz = num_examples(200)
+fuzz = num_examples(60)
 
 num_bytes = st.integers(0, 6 * GIB) | st.integers(0, 10 * MIB)
 budgets = st.integers(0, 100 * GIB) | st.integers(0, 2 * GIB)

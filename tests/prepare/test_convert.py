@@ -266,7 +266,8 @@ def test_killed_at_any_moment_it_goes_on_where_it_stopped(
     assert {n: d for n, d in digests(tmp_path / "store").items() if not n.endswith(".part")} == wanted
 
 
-def test_memory_is_bounded_by_pieces_not_by_a_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stores", [("int4",), pytest.param(("lossless", "int4"), marks=pytest.mark.long)])
+def test_memory_is_bounded_by_pieces_not_by_a_block(stores: tuple[str, ...], tmp_path: Path) -> None:
     save_tiny(
         "llama-2", tmp_path / "source", torch.bfloat16, shard="1GB", hidden_size=2048, intermediate_size=8192,
         num_hidden_layers=1, num_attention_heads=16, num_key_value_heads=16,
@@ -281,7 +282,7 @@ import numba
 encode.PIECE_BYTES = 1 << 20
 convert({str(TINY_BLOOM)!r}, {str(tmp_path / "warm")!r}, store="int4", workers=1)
 before = peak_rss_bytes()
-for store in ("lossless", "int4"):
+for store in {stores}:
     convert({str(tmp_path / "source")!r}, {str(tmp_path)!r} + "/" + store, store=store, workers=1)
 print(peak_rss_bytes() - before)
 """

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from safetensors.torch import save
 from torch import ones
 
+import slowllm
 from slowllm.errors import CheckpointError
 from slowllm.prepare import hub
 from tests.support.command_line import refused
@@ -46,7 +48,9 @@ def server() -> Iterator[FakeHub]:
         yield server
 
 
-def test_a_model_is_fetched_once_and_loaded_offline_by_its_id(server: FakeHub, tmp_path: Path) -> None:
+def test_a_model_is_fetched_once_and_loaded_offline_by_its_id(
+    server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.repos["someone/tiny"] = Repo({**BLOOM, **STRAYS, "chat_template.jinja": b"{{ x }}"})
     env, call = environment(server, tmp_path), (["someone/tiny"], None, {})
     once, again = run_all({"once": call, "again": call}, env).values()
@@ -70,12 +74,13 @@ def test_a_model_is_fetched_once_and_loaded_offline_by_its_id(server: FakeHub, t
     trees.mkdir()
     listed = {"pytorch_model.bin": {"size": 10, "blob_id": "0" * 40}}
     (trees / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": listed}))
-    offline = {**env, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    code = "import slowllm; lm = slowllm.load('someone/tiny'); print(lm.name, lm.tokenizer('a')['input_ids'])"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=False
-    )
-    assert loaded.stdout.startswith("someone/tiny ["), loaded.stderr
+    # What HF_HOME and HF_ENDPOINT would have set; tests are offline.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert constants.is_offline_mode()
+    with slowllm.load("someone/tiny") as lm:
+        assert lm.name == "someone/tiny"
+        assert lm.tokenizer("a")["input_ids"]
 
 
 def test_an_interrupted_and_a_killed_download_go_on_where_they_were(server: FakeHub, tmp_path: Path) -> None:

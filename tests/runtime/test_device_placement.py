@@ -10,10 +10,12 @@ from tests.support.pretended_cases import CASES
 from tests.support.processes import Processes
 
 # Each in a process of its own, because registering a device cannot be taken back.
-NUM_PARTS = 4
+NUM_PARTS = 8
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.long) for part in (1, 2, 3))])
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(part, marks=pytest.mark.long) for part in range(1, NUM_PARTS))]
+)
 def test_nothing_is_left_on_the_wrong_device(part: int, processes: Processes) -> None:
     names = list(CASES)[part::NUM_PARTS]
     done = processes.run("-m", "tests.support.pretended_device", *names)

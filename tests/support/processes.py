@@ -2,8 +2,9 @@
 
 What is started here is a process of its own, with its own files, environment, signals, limits and end. But `python
 -m slowllm` takes most of its first five seconds to import torch and transformers, so it is forked from a server
-that has imported what others wrote; what is slowllm's is imported in each process. Where it matters how a process
-comes to its libraries, or in which cgroup their memory is, a test starts Python itself.
+that has imported what others wrote; what is slowllm's is imported in each process. What slowllm and transformers
+find out once a process is paid for as well: which products are fast here, and how checkpoints are named. Where it
+matters how a process comes to its libraries, or in which cgroup their memory is, a test starts Python itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -149,8 +150,31 @@ class Processes:
         return Process(told, reading or written, errors)
 
 
-def serve(requests: socket.socket) -> None:
-    """Fork a process for each request; return in each of them when it has run."""
+def in_a_fork(work: Callable[[], Any]) -> Any:
+    """Return what a function gives in a forked process, as JSON: this one must not begin threads, which have no forks."""
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        os.write(writing, json.dumps(work()).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        found = json.loads(answer.read())
+    os.waitpid(child, 0)
+    return found
+
+
+def product_times() -> tuple[float, float]:
+    """Return what `slowllm` measures to choose a compute dtype."""
+    return importlib.import_module("slowllm.runtime.rates")._product_times()  # type: ignore[no-any-return]
+
+
+def serve(requests: socket.socket, seconds: Sequence[float] | None) -> None:
+    """Fork a process for each request; return in each of them when it has run.
+
+    Args:
+        requests: as `Processes` sends them.
+        seconds: what `product_times` gave; None where the processes find out themselves.
+    """
     while True:
         head, files, _, _ = socket.recv_fds(requests, 8, 4)
         if not head:
@@ -163,6 +187,9 @@ def serve(requests: socket.socket) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if not (child := os.fork()):
                 requests.close()
+                if seconds is not None:
+                    # The same dtype for all, on however busy a machine: a test compares what several of them give.
+                    importlib.import_module("slowllm.runtime.rates")._product_times = lambda: seconds
                 become(files, *json.loads(data))
                 return
             with socket.socket(fileno=files[3]) as tell:
@@ -205,6 +232,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with whoever started it
     for name in sys.argv[2:]:
         importlib.import_module(name)
+    measured = None
+    if "transformers.conversion_mapping" in sys.argv:
+        measured = in_a_fork(product_times)
+        sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("legacy")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     gc.freeze()  # or each process would copy the memory of all that was imported, only to look for garbage in it
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[1])), measured)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import slowllm
-from tests.support.cases import crossed
+from tests.support.cases import crossed, quick_and_long
 from tests.support.families import VOCAB, resident
 
 # Everywhere here equal is torch.equal: one micro-batch after another, the same products in the same order.
@@ -126,11 +126,9 @@ every_family_and_kind = pytest.mark.parametrize(
             ("bloom", "prompt"),
             ("mixtral", "prompt"),
             ("mixtral", "prefix"),
-            ("llama-3-scaled-rope", "prefix"),
         ],
     ),
 )
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 # Training
@@ -196,7 +194,9 @@ def test_a_prefix_made_by_a_network_is_trained_as_on_the_resident_model(tiny: Ti
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"activation_checkpointing": True}], ids=["plainly", "checkpointing"]
+    "options",
+    [{}, pytest.param({"activation_checkpointing": True}, marks=pytest.mark.long)],
+    ids=["plainly", "checkpointing"],
 )
 def test_trainer_rides_and_a_micro_batch_is_one_sweep_up_and_down(
     options: dict[str, Any], tiny: Tiny, tmp_path: Path
@@ -224,7 +224,7 @@ def test_several_trainers_share_their_sweeps(runs: Runs, tiny: Tiny, tmp_path: P
         assert equal(prompts_of(adapted[kind]), wanted.prompts)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", quick_and_long(KINDS, quick=["prefix"]))
 def test_training_goes_on_from_trainers_checkpoint(kind: str, tiny: Tiny, tmp_path: Path) -> None:
     folder = tiny("llama-3-scaled-rope")
     plain = with_prompt(resident(folder), kind)

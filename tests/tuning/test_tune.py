@@ -278,7 +278,7 @@ def test_a_step_reads_the_blocks_twice_and_the_head_and_the_turns_once(tiny: Tin
     assert sum(steps) >= first + 4 * (middle + last + head + middle)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick_and_long(KINDS, quick=["deep"]))
 def test_a_graph_that_is_kept_gives_the_numbers_of_a_replay(kind: str, tiny: Tiny) -> None:
     directions: list[set[str]] = []
 
@@ -395,7 +395,7 @@ def test_a_learning_rate_that_diverges_is_one_sentence(tmp_path: Path) -> None:
         TuningError, match=r"data: step \d+: the loss has grown from .* lower the learning rate"
     ) as caught:
         tune(
-            TINY_BLOOM, corpus()[:24], out=tmp_path, kind="prefix", learning_rate=1e5, schedule="constant", dtype="fp32",
+            TINY_BLOOM, corpus()[:8], out=tmp_path, kind="prefix", learning_rate=1e5, schedule="constant", dtype="fp32",
             num_steps=30,
         )  # fmt: skip
     assert "\n" not in str(caught.value)
@@ -408,9 +408,9 @@ def test_one_trial_that_fails_leaves_the_others_alone() -> None:
     recipes = [
         Recipe(kind="prefix", learning_rate=rate, num_steps=8, schedule="constant") for rate in (0.05, 1e5)
     ]
-    both = tune(TINY_BLOOM, corpus()[:24], recipes=recipes, dtype="fp32")
+    both = tune(TINY_BLOOM, corpus()[:8], recipes=recipes, dtype="fp32")
     assert [one.failure is None for one in both] == [True, False]
-    (alone,) = tune(TINY_BLOOM, corpus()[:24], recipes=recipes[0], dtype="fp32")
+    (alone,) = tune(TINY_BLOOM, corpus()[:8], recipes=recipes[0], dtype="fp32")
     assert curve(both[0]) == curve(alone)
 
 
@@ -653,13 +653,20 @@ def log_of(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "read_bytes")} for row in rows]
 
 
-@pytest.mark.parametrize("more", [("--kind", "shallow", "--trials", "2"), ("--kind", "prefix", "--top", "3")])
+@pytest.mark.parametrize(
+    ("more", "kills"),  # after so many lines of the log
+    [
+        (("--kind", "prefix", "--top", "3"), (4,)),
+        pytest.param(("--kind", "prefix", "--top", "3"), (2, 5), marks=pytest.mark.long),
+        pytest.param(("--kind", "shallow", "--trials", "2"), (4,), marks=pytest.mark.long),
+    ],
+)
 def test_a_killed_run_goes_on_with_the_same_curve(
-    more: tuple[str, ...], tmp_path: Path, processes: Processes
+    more: tuple[str, ...], kills: tuple[int, ...], tmp_path: Path, processes: Processes
 ) -> None:
     whole = verb(*command(tmp_path, tmp_path / "whole", None, *more)[2:])
     assert whole.exit_code == 0, whole.output
-    for kill_after in (2, 5) if "--top" in more else (4,):  # lines of the log
+    for kill_after in kills:
         process = processes.start(
             *command(tmp_path, tmp_path / "out", tmp_path / "state", *more), stdout=subprocess.PIPE
         )
