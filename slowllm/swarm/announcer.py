@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from slowllm.errors import NetworkError
+from slowllm.swarm.model_list import ModelEntry
 from slowllm.swarm.network import Network
 from slowllm.swarm.records import ServerRecord
 
@@ -28,10 +29,11 @@ class Announcer:
     Args:
         network: of the server.
         record: returns what the server says of itself now; called on any thread.
+        kind: of its model, for the swarm's list of models.
     """
 
-    def __init__(self, network: Network, record: Callable[[], ServerRecord]) -> None:
-        self._network, self._record = network, record
+    def __init__(self, network: Network, record: Callable[[], ServerRecord], kind: str) -> None:
+        self._network, self._record, self._kind = network, record, kind
         self._closed, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._say_for_ever, name="slowllm-announce", daemon=True)
 
@@ -42,7 +44,9 @@ class Announcer:
             NetworkError: nobody took it.
         """
         with self._lock:  # what is older is announced first
-            self._network.announce(self._record(), RECORD_SECONDS)
+            record = self._record()
+            self._network.announce(record, RECORD_SECONDS)
+            self._network.list_model(ModelEntry(record.peer, record.model, self._kind), RECORD_SECONDS)
 
     def say(self) -> None:
         """Announce the record; that nobody took it is only logged: others come and go, and the next time may find some."""

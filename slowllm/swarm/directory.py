@@ -87,16 +87,7 @@ class Directory:
         """
         assert 0 < ttl <= MAX_TTL_SECONDS, f"{ttl} s is no time to live"
         await self._stay_joined()
-        expires = max(time.time() + ttl, self._expires.get(record.model, 0.0) + 1e-3)
-        key, data = directory_key(record.model), record.to_bytes()
-        # Of several peers that were asked, the answer is that of the last one, which may be none.
-        if not await self._node.store(key, data, expires, subkey=self._owner) and not await self._holds(
-            key, data
-        ):
-            raise NetworkError(
-                f"no peer of the swarm took the record of {record.label}; is this machine's clock right?"
-            )
-        self._expires[record.model] = expires
+        await self.put(record.model, record.to_bytes(), ttl, f"the record of {record.label}")
 
     async def find(self, model: str) -> list[ServerRecord]:
         """Return the records of a model that count, in the order of their first blocks.
@@ -104,17 +95,43 @@ class Directory:
         Raises:
             NetworkError: nobody answers any more.
         """
+        return self.check(model, await self.entries(model))
+
+    async def entries(self, name: str) -> list[tuple[object, object, float]]:
+        """Return what stands under a name, unchecked: subkeys, values, and when they expire.
+
+        Raises:
+            NetworkError: nobody answers any more.
+        """
         await self._stay_joined()
-        found = await self._node.get(directory_key(model), latest=True)
+        found = await self._node.get(directory_key(name), latest=True)
         if found is None and self._is_alone():
             # Peers that do not answer are noticed by asking them: an empty answer of nobody is none.
             await self._stay_joined()
-            found = await self._node.get(directory_key(model), latest=True)
+            found = await self._node.get(directory_key(name), latest=True)
         if found is None or not isinstance(found.value, dict):
             return []
-        return self.check(
-            model, [(owner, item.value, item.expiration_time) for owner, item in found.value.items()]
-        )
+        return [(owner, item.value, item.expiration_time) for owner, item in found.value.items()]
+
+    async def put(self, name: str, data: bytes, ttl: float, what: str) -> None:
+        """Put bytes of this peer under a name, in the place of what it put there before, and which they outlive.
+
+        Args:
+            name: under which they are found.
+            data: to be stored.
+            ttl: in seconds.
+            what: this is, for the message of an error.
+        Raises:
+            NetworkError: nobody took them.
+        """
+        expires = max(time.time() + ttl, self._expires.get(name, 0.0) + 1e-3)
+        key = directory_key(name)
+        # Of several peers that were asked, the answer is that of the last one, which may be none.
+        if not await self._node.store(key, data, expires, subkey=self._owner) and not await self._holds(
+            key, data
+        ):
+            raise NetworkError(f"no peer of the swarm took {what}; is this machine's clock right?")
+        self._expires[name] = expires
 
     def check(self, model: str, found: Iterable[tuple[object, object, float]]) -> list[ServerRecord]:
         """Return the records that count; count the others by their fault, and log each kind of fault once.
@@ -159,18 +176,27 @@ class Directory:
             )
 
 
-def _record_of(model: str, subkey: object, value: object, expires: float) -> ServerRecord:
+def signer_of(subkey: object, value: object, expires: float) -> tuple[str, bytes]:
+    """Return the id of the peer that signed an entry of the directory, and the entry.
+
+    Raises:
+        ProtocolError: it is not signed, no bytes, or expired.
+    """
     owner = _OWNER.fullmatch(subkey) if isinstance(subkey, bytes) else None
     if owner is None or not isinstance(value, bytes):
         raise ProtocolError("not signed: the subkey names no key, or the value is no record")
     if expires < time.time():
         raise ProtocolError(f"expired: {time.time() - expires:.0f} s ago")
     try:
-        signer = peer_of_public_key(owner[1])
+        return peer_of_public_key(owner[1]), value
     except ValueError as error:
         raise ProtocolError(f"not signed: by a key that can be read ({error})") from error
+
+
+def _record_of(model: str, subkey: object, value: object, expires: float) -> ServerRecord:
+    signer, data = signer_of(subkey, value, expires)
     try:
-        record = ServerRecord.from_bytes(value)
+        record = ServerRecord.from_bytes(data)
     except ProtocolError as error:
         raise ProtocolError(f"malformed: by peer {signer}: {error}") from error
     if record.peer != signer:

@@ -40,6 +40,7 @@ from slowllm.swarm.identity import Identity, holding_identity
 from slowllm.swarm.libp2p_log import without_faults_of_leaving
 from slowllm.swarm.loop_thread import LoopThread
 from slowllm.swarm.messages import Meta, Tensors, encode
+from slowllm.swarm.model_list import ModelEntry, list_model, models_of
 from slowllm.swarm.presence import Presence
 from slowllm.swarm.progress import RequestProgress
 from slowllm.swarm.records import ServerRecord
@@ -201,6 +202,23 @@ class Network:
         """
         assert record.peer == self.peer, f"{record.peer} is not this peer"
         self._loop.call(lambda: self._directory.announce(record, ttl), DIRECTORY_SECONDS)
+
+    def list_model(self, entry: ModelEntry, ttl: float) -> None:
+        """Name the model whose blocks this server has in the swarm's list of models, for `ttl` seconds.
+
+        Raises:
+            NetworkError: no peer took it, or the network is closed.
+        """
+        assert entry.peer == self.peer, f"{entry.peer} is not this peer"
+        self._loop.call(lambda: list_model(self._directory, entry, ttl), DIRECTORY_SECONDS)
+
+    def models(self) -> list[ModelEntry]:
+        """Return one entry for each model whose servers have named it.
+
+        Raises:
+            NetworkError: no peer answers any more, the search takes too long, or the network is closed.
+        """
+        return self._loop.call(lambda: models_of(self._directory), DIRECTORY_SECONDS)
 
     def find(self, model: str) -> list[ServerRecord]:
         """Return the records of a model's servers, in the order of their first blocks, its own among them.

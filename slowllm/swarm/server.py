@@ -30,7 +30,9 @@ from slowllm.swarm.client import config_key
 from slowllm.swarm.joining import take_scarcest
 from slowllm.swarm.messages import MAX_MESSAGE_BYTES
 from slowllm.swarm.network import Network
+from slowllm.swarm.reach import DialBack
 from slowllm.swarm.records import ServerRecord, State
+from slowllm.swarm.requests import PeerRequest
 from slowllm.swarm.server_options import ServerOptions
 from slowllm.swarm.span_checks import ServedSpan
 from slowllm.swarm.span_server import SpanServer
@@ -90,7 +92,7 @@ class Server:
             if isinstance(wanted, int):
                 self._record = take_scarcest(self.network, self._record, self.num_blocks, wanted)
                 wanted = Part.span(self._record.first, self._record.end)
-            self._announcer = Announcer(self.network, self.record)
+            self._announcer = Announcer(self.network, self.record, str(info.config.model_type))
             held.callback(self._say_goodbye)
             held.enter_context(self._announcer)  # while it opens its blocks, others must not take them
             self.lm = held.enter_context(self._open(info, wanted))
@@ -104,7 +106,8 @@ class Server:
             self._record = self._full_record(served)
             self.spans.block_seconds = self._record.decode_seconds
             self._record.to_bytes()  # one that is too large would not be taken the next time either
-            self.network.serve(self.spans.handle, self.spans.sessions.end_all_of)
+            self._reach = held.enter_context(DialBack(lambda: self.network.find(key), self.network.ask))
+            self.network.serve(self._handle, self.spans.sessions.end_all_of)
             self._state = "online"
             self._announcer.say()
             self._held = held.pop_all()
@@ -183,6 +186,10 @@ class Server:
         """Return what the server says of itself now."""
         state = self._state  # before the record, which is complete before the server is online
         return replace(self._record, state=state, cache_tokens_free=self._free_tokens())
+
+    def _handle(self, request: PeerRequest) -> None:
+        """Answer a request of a peer."""
+        (self._reach if request.meta.get("op") == "reach" else self.spans).handle(request)
 
     def announce(self) -> None:
         """Tell the swarm what the server is now.

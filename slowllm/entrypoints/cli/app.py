@@ -18,6 +18,7 @@ from slowllm.entrypoints.cli.plan import plan
 from slowllm.entrypoints.cli.prepare import convert, download, verify
 from slowllm.entrypoints.cli.score import score
 from slowllm.entrypoints.cli.serve import serve
+from slowllm.entrypoints.cli.swarm import swarm_app
 from slowllm.entrypoints.cli.tune import tune
 from slowllm.entrypoints.cli.yesno import yesno
 from slowllm.errors import SlowLLMError
@@ -63,6 +64,7 @@ for _verb in (
 ):
     app.command()(_verb)
 app.add_typer(eval_app, name="eval")
+app.add_typer(swarm_app, name="swarm")
 
 
 def run() -> None:

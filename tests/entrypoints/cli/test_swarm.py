@@ -1,0 +1,80 @@
+"""`slowllm swarm status` shows what real servers serve, as a table and as one JSON document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slowllm.runtime.block_identity import block_hashes
+from slowllm.storage.checkpoint import Checkpoint
+from slowllm.swarm.server import Server
+from slowllm.swarm.weights import weights_hash
+from tests.support.command_line import refused, run
+from tests.support.served import save_model
+from tests.support.serving import serving
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def servers(model: Path) -> Iterator[list[Server]]:
+    """Two servers, of blocks 0 to 3 and 2 to 3."""
+    with (
+        serving(model, "0:4", name="desk") as desk,
+        serving(model, "2:4", desk.network.addresses[0], name="lamp") as lamp,
+    ):
+        yield [desk, lamp]
+
+
+def test_the_servers_of_a_swarm_are_shown_as_json(
+    servers: list[Server], model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    address = servers[0].network.addresses[0]
+    for extra in ([], ["--model", model]):
+        assert run(["swarm", "status", "--initial-peers", address, "--json", *extra], monkeypatch) == 0
+        (shown,) = json.loads(capsys.readouterr().out)["models"]
+        assert (shown["kind"], shown["num_blocks"], shown["missing"]) == ("llama", 6, [[4, 6]])
+        assert shown["coverage"][:2] == [
+            {"first": 0, "end": 2, "servers": 1}, {"first": 2, "end": 4, "servers": 2},
+        ]  # fmt: skip
+        assert [(one["name"], one["reached"], one["reached_by_others"]) for one in shown["servers"]] == [
+            ("desk", True, True), ("lamp", True, True),
+        ]  # fmt: skip
+
+
+def test_the_table_names_servers_blocks_and_weights(
+    servers: list[Server], model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    address = servers[0].network.addresses[0]
+    with serving(model, "4:6", address, name="rest"):
+        assert run(["swarm", "status", "--initial-peers", address], monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("llama of 6 blocks, ")
+    assert lines[1] == "  served: 0:2 by 1, 2:4 by 2, 4:6 by 1"
+    whole = weights_hash(list(block_hashes(Checkpoint.open(model), range(6)).values()))
+    assert lines[2] == f"  weights: {whole}"
+    for server, row in zip(servers, lines[4:], strict=False):
+        served = server.spans.served
+        label = f"({server.network.peer[-6:]})"
+        assert row.split()[1:4] == [label, f"{served.first}:{served.end}", "online"]
+
+
+def test_a_swarm_without_models_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from slowllm.swarm.network import Network
+
+    with Network.open() as network:
+        assert run(["swarm", "status", "--initial-peers", network.addresses[0]], monkeypatch) == 0
+    assert capsys.readouterr().out == "no server of this swarm has named a model\n"
+
+
+def test_a_swarm_must_be_named(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert "name a peer of the swarm with --initial-peers" in refused(
+        ["swarm", "status"], monkeypatch, capsys
+    )
