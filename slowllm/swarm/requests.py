@@ -37,6 +37,7 @@ class PeerRequest:
         meta: what is asked.
         tensors: by name; they take memory until the request is answered and they are let go.
         progress: called on the loop once in a while, to tell the peer how far the work is; None to tell nothing.
+        on_end: called once with the outcome (``answered``, ``cancelled``, or the name of an error) and what was said.
     """
 
     def __init__(self, peer: str, meta: Meta, tensors: Tensors, max_bytes: int) -> None:
@@ -45,6 +46,7 @@ class PeerRequest:
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._is_answered = self._is_cancelled = False
+        self.on_end: Callable[[str, Mapping[str, Any]], object] | None = None
         self._on_cancel: list[Callable[[], object]] = []
         self.progress: Callable[[], RequestProgress] | None = None
         self.answer: asyncio.Future[Parts] = self._loop.create_future()
@@ -69,6 +71,7 @@ class PeerRequest:
             {ANSWER: dict(meta or {})}, tensors, compression=compression, max_bytes=self._max_bytes
         )
         self._settle(parts)
+        self._has_ended("answered", meta or {})
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error, which is raised as a RemoteError at the peer; after an answer, only log it.
@@ -84,6 +87,13 @@ class PeerRequest:
             logger.error("a request of peer %s failed", self.peer, exc_info=error)
             said = [type(error).__name__, "the server failed; its log says more"]
         self._settle(encode({ERROR: said}))
+        self._has_ended(said[0], {})
+
+    def _has_ended(self, outcome: str, said: Mapping[str, Any]) -> None:
+        with self._lock:
+            on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            on_end(outcome, said)
 
     def add_cancel_callback(self, callback: Callable[[], object]) -> None:
         """Call this on the loop's thread when the peer cancels or is lost before the answer; at once if it has."""
@@ -100,6 +110,7 @@ class PeerRequest:
             callbacks, self._on_cancel = self._on_cancel, []
         for callback in callbacks:
             callback()
+        self._has_ended("cancelled", {})
 
     def _settle(self, parts: Parts) -> None:
         with self._lock:

@@ -29,6 +29,7 @@ from slowllm.swarm.announcer import Announcer
 from slowllm.swarm.client import config_key
 from slowllm.swarm.joining import take_scarcest
 from slowllm.swarm.messages import MAX_MESSAGE_BYTES
+from slowllm.swarm.metrics import RequestCounts, metrics_text
 from slowllm.swarm.network import Network
 from slowllm.swarm.reach import DialBack
 from slowllm.swarm.records import ServerRecord, State
@@ -78,6 +79,7 @@ class Server:
         self._state: State = "joining"
         self._free_tokens: Callable[[], int] = lambda: 0
         self._no_backward = "" if options.backward else "it was started with --forward-only"
+        self._counts = RequestCounts()
         info = ModelInfo(path_or_hub_id)
         self.num_blocks = int(info.config.get_text_config().num_hidden_layers)
         wanted = parse_blocks(options.blocks, self.num_blocks)
@@ -187,8 +189,13 @@ class Server:
         state = self._state  # before the record, which is complete before the server is online
         return replace(self._record, state=state, cache_tokens_free=self._free_tokens())
 
+    def metrics(self) -> str:
+        """Return what the server has done and holds, in Prometheus's text format."""
+        return metrics_text(self.spans.status(), self._counts, self.spans.served.cache_tokens)
+
     def _handle(self, request: PeerRequest) -> None:
-        """Answer a request of a peer."""
+        """Answer a request of a peer, and count it."""
+        self._counts.watch(request)
         (self._reach if request.meta.get("op") == "reach" else self.spans).handle(request)
 
     def announce(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import sys
@@ -99,6 +100,13 @@ def serve(
         float, typer.Option(help="Seconds that sessions get to end after SIGTERM or Ctrl-C.", min=0.0)
     ] = 0.0,
     public_name: Annotated[str, typer.Option(help="Name that others see beside the peer's id.")] = "",
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics", help="Answer GET /metrics at this address, in Prometheus's text format; to whoever reaches it.",
+            metavar="HOST:PORT",
+        ),
+    ] = None,
     identity: options.Identity = None,
     host_maddrs: options.HostMaddrs = None,
     announce_maddrs: options.AnnounceMaddrs = None,
@@ -138,9 +146,17 @@ def serve(
     # Blocked before any thread begins, so that none of them is interrupted, and waited for below.
     signal.pthread_sigmask(signal.SIG_BLOCK, _END)
     try:
+        from slowllm.swarm.metrics import CONTENT_TYPE
+        from slowllm.swarm.metrics_http import parse_host_port, serving_metrics
         from slowllm.swarm.server import Server
 
-        with Server(model, chosen) as server:
+        if metrics is not None:
+            parse_host_port(metrics)  # before a model is opened
+        with contextlib.ExitStack() as held:
+            server = held.enter_context(Server(model, chosen))
+            if metrics is not None:
+                url = held.enter_context(serving_metrics(metrics, CONTENT_TYPE, server.metrics))
+                print(f"metrics at {url}", file=sys.stderr, flush=True)
             for address in server.network.addresses:
                 print(address, flush=True)
             print(_described(server), file=sys.stderr, flush=True)
