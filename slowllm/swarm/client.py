@@ -27,6 +27,7 @@ from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.swarm.failover import REPLAYS, Failover, Replay
+from slowllm.swarm.hop_table import hop_table
 from slowllm.swarm.hops import Hops
 from slowllm.swarm.network import Network
 from slowllm.swarm.records import model_key
@@ -155,8 +156,8 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
     usable = [record for record in hops.records() if wishes.refusal(record) is None]
 
     def leave() -> None:
-        for times in hops.times.values():
-            log.info("%s", times)
+        if hops.times:
+            log.info("%s", hop_table(hops.times, spans.rebuilt))
         spans.close()
         network.close()
 

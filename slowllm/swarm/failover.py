@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
@@ -114,6 +114,7 @@ class Failover:
         self._dropped: deque[str] = deque()
         self._failures: dict[str, _Failure] = {}
         self.num_rebuilt = 0
+        self.rebuilt: Counter[str] = Counter()
 
     def route(self, first: int, need: Need) -> Sequence[Hop]:
         """Return hops from block `first` to the last block; see `remote_spans.Spans`.
@@ -209,6 +210,7 @@ class Failover:
                 self._forget(links)
                 continue
             self.num_rebuilt += bool(link.history)
+            self.rebuilt.update(new.hop.peer for new in links if link.history)
             return links
 
     def _moved(self, link: _Link, call: SpanCall, deadline: float) -> list[_Link]:

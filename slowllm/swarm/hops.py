@@ -92,12 +92,6 @@ class PeerTimes:
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
 
-    def __str__(self) -> str:
-        return (
-            f"{self.name}: {self.num_requests:,} requests, {self.network_seconds:.2f} s on the network, "
-            f"{self.queue_seconds:.2f} s waiting, {self.compute_seconds:.2f} s computing"
-        )
-
 
 class Hops:
     """The servers of one model, as a client asks them.

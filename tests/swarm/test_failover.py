@@ -202,6 +202,7 @@ def test_a_generation_goes_on_with_the_same_tokens(
         assert torch.equal(ours, swarm.plain.generate(IDS, num_beams=3, **GREEDY))
     assert len(swarm.servers.banned) == 1
     assert swarm.failover.num_rebuilt == (number > 0)
+    assert bool(swarm.failover.rebuilt) == (number > 0)
 
 
 @settings(max_examples=20)

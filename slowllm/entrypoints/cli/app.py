@@ -14,6 +14,7 @@ from slowllm.entrypoints.cli.dht import dht
 from slowllm.entrypoints.cli.evaluate import eval_app
 from slowllm.entrypoints.cli.forward import forward
 from slowllm.entrypoints.cli.generate import generate
+from slowllm.entrypoints.cli.log_format import as_logged
 from slowllm.entrypoints.cli.plan import plan
 from slowllm.entrypoints.cli.prepare import convert, download, verify
 from slowllm.entrypoints.cli.score import score
@@ -93,7 +94,7 @@ def run() -> None:
 
 
 def _leave(reason: str) -> NoReturn:
-    print(f"slowllm: {reason}", file=sys.stderr)
+    print(as_logged(reason) or f"slowllm: {reason}", file=sys.stderr)
     sys.exit(2)
 
 

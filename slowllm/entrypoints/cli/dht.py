@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 
 from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli.log_format import LogFormat, log_to_stderr
 from slowllm.errors import counted
 
 
@@ -18,6 +18,7 @@ def dht(
     announce_maddrs: options.AnnounceMaddrs = None,
     initial_peers: options.InitialPeers = None,
     relay: options.Relay = True,
+    log_format: LogFormat = "text",
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Be a peer by which others join a swarm.
@@ -26,7 +27,7 @@ def dht(
     until Ctrl-C or SIGTERM. It serves no blocks and needs little memory and no weights. Nothing is sent to anybody but the
     peers of the swarm.
     """
-    options.log_to_stderr(verbose)
+    say = log_to_stderr(verbose, log_format)
     options.check_identity(identity)
     from slowllm.swarm.network import Network
 
@@ -37,14 +38,12 @@ def dht(
         for address in network.addresses:
             print(address, flush=True)
         what = counted(len(network.addresses), "address", "addresses")
-        print(
+        say(
             f"peer {network.peer} listens at {what}; others join with --initial-peers and one that leads here from where they "
-            "are. Ctrl-C ends it.",
-            file=sys.stderr,
-            flush=True,
+            "are. Ctrl-C ends it."
         )
         has_ended.wait()
-    print("left the swarm", file=sys.stderr)
+    say("left the swarm")
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import sys
 import time
 import tomllib
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli.log_format import LogFormat, log_to_stderr
 from slowllm.errors import InputError, counted, first_line
 
 # Between looks whether the sessions of a server that leaves have ended.
@@ -119,6 +119,7 @@ def serve(
             callback=_read_config,
         ),
     ] = None,
+    log_format: LogFormat = "text",
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Compute a span of a model's blocks for the clients of a swarm.
@@ -128,7 +129,7 @@ def serve(
     sessions and requests is planned before the start. Ends at Ctrl-C or SIGTERM. Anybody who can reach the addresses can use
     the server.
     """
-    options.log_to_stderr(verbose)
+    say = log_to_stderr(verbose, log_format)
     # Before anything large is imported: what cannot be right is refused at once.
     from slowllm.swarm.server_options import ServerOptions
 
@@ -156,22 +157,19 @@ def serve(
             server = held.enter_context(Server(model, chosen))
             if metrics is not None:
                 url = held.enter_context(serving_metrics(metrics, CONTENT_TYPE, server.metrics))
-                print(f"metrics at {url}", file=sys.stderr, flush=True)
+                say(f"metrics at {url}")
             for address in server.network.addresses:
                 print(address, flush=True)
-            print(_described(server), file=sys.stderr, flush=True)
+            say(_described(server))
             signal.sigwait(_END)
             if drain and server.spans.is_in_use:
                 server.drain()
-                print(
-                    f"leaving when the sessions have ended or moved, in {drain:g} s, or at the next signal",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                say(f"leaving when the sessions have ended or moved, in {drain:g} s, or at the next signal")
                 deadline = time.monotonic() + drain
                 while server.spans.is_in_use and (left := deadline - time.monotonic()) > 0:
                     if signal.sigtimedwait(_END, min(left, _LOOK_SECONDS)) is not None:
                         break
-        print("left the swarm", file=sys.stderr)
+        say("left the swarm")
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _END)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli.log_format import LogFormat, log_to_stderr
 from slowllm.entrypoints.cli.output import printable
 from slowllm.errors import InputError, counted
 
@@ -37,6 +38,7 @@ def status(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    log_format: LogFormat = "text",
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Show the models of a swarm: which blocks are served, how often, by whom, and who can be reached.
@@ -44,7 +46,7 @@ def status(
     Joins as a client that listens nowhere, asks each server for its status, and lets another server dial it. Servers of one
     block whose weights differ are named.
     """
-    options.log_to_stderr(verbose)
+    log_to_stderr(verbose, log_format)
     if not initial_peers:
         raise InputError(
             "name a peer of the swarm with --initial-peers, as `slowllm dht` or `slowllm serve` prints it"

@@ -1,0 +1,68 @@
+"""How the verbs that run for days write on stderr: sentences for people, or one JSON object a line for programs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from slowllm.entrypoints.cli import options
+from slowllm.errors import InputError
+
+FORMATS = ("text", "json")
+LogFormat = Annotated[
+    str,
+    typer.Option(
+        "--log-format",
+        help="How stderr is written: sentences, or a JSON object a line with time, level, logger and message.",
+        metavar="|".join(FORMATS),
+    ),
+]
+
+
+class JsonLines(logging.Formatter):
+    """Formats a record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, with the traceback under ``traceback`` where there is one."""
+        at = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        said = {
+            "time": at.isoformat(timespec="milliseconds"), "level": record.levelname.lower(), "logger": record.name,
+            "message": record.getMessage(),
+        }  # fmt: skip
+        if record.exc_info:
+            said["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(said)
+
+
+def log_to_stderr(verbose: bool, log_format: str) -> Callable[[str], None]:
+    """Log to stderr in a format; return what writes a verb's own sentences there in the same one.
+
+    Raises:
+        InputError: the format is none of `FORMATS`.
+    """
+    if log_format not in FORMATS:
+        raise InputError(f"--log-format {log_format!r} is unknown; use one of {', '.join(FORMATS)}")
+    options.log_to_stderr(verbose)
+    if log_format == "text":
+        return lambda sentence: print(sentence, file=sys.stderr, flush=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(JsonLines())
+    return lambda sentence: print(_line(logging.INFO, sentence), file=sys.stderr, flush=True)
+
+
+def as_logged(sentence: str) -> str | None:
+    """Return the sentence of an error in the format of stderr; None where that is text."""
+    if any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers):
+        return _line(logging.ERROR, sentence)
+    return None
+
+
+def _line(level: int, sentence: str) -> str:
+    record = logging.LogRecord("slowllm", level, "", 0, sentence, None, None)
+    return JsonLines().format(record)

@@ -1,0 +1,37 @@
+"""Where the time of a client's run went, as one table: a row for each server. Pure text; knows no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from slowllm.swarm.hops import PeerTimes
+
+_HEADER = ("hop", "requests", "network s", "queue s", "compute s", "rebuilt")
+
+
+def hop_table(times: Mapping[str, PeerTimes], rebuilt: Mapping[str, int]) -> str:
+    """Return a table with a header, the servers that took longest first.
+
+    Args:
+        times: by the servers' ids.
+        rebuilt: sessions that were rebuilt at a server after another one had failed, by the server's id.
+    """
+    order = sorted(times, key=lambda peer: -_seconds(times[peer]))
+    rows = [_HEADER]
+    for peer in order:
+        one = times[peer]
+        rows.append(
+            (
+                one.name, f"{one.num_requests:,}", f"{one.network_seconds:.2f}", f"{one.queue_seconds:.2f}",
+                f"{one.compute_seconds:.2f}", f"{rebuilt.get(peer, 0):,}",
+            )
+        )  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def _seconds(times: PeerTimes) -> float:
+    return times.network_seconds + times.queue_seconds + times.compute_seconds
