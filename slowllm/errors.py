@@ -124,6 +124,18 @@ class RemoteError(PeerError):
         self.kind, self.sentence = kind, sentence
 
 
+class RefusedError(PeerError):
+    """A peer does not belong to this swarm: it does not prove the token, or is none of those that are served.
+
+    Attributes:
+        problem: the sentence without the peer's name, as it is told to the peer.
+    """
+
+    def __init__(self, peer: str, problem: str) -> None:
+        super().__init__(peer, problem)
+        self.problem = problem
+
+
 class BusyError(NetworkError):
     """A server takes no more requests for now, or no new sessions, because it is leaving."""
 

@@ -32,6 +32,7 @@ from slowllm.swarm.hops import Hops
 from slowllm.swarm.network import Network
 from slowllm.swarm.records import model_key
 from slowllm.swarm.routing import Wishes
+from slowllm.swarm.shared_token import read_token
 from slowllm.swarm.streams import Limits
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class SwarmOptions:
         replay: how sessions are rebuilt that a server has lost: ``steps`` by the calls in which they grew, with equal bits;
             ``fast`` in one pass over all positions, which rounds otherwise.
         identity: file of this client's key; None for one that is forgotten.
+        token_file: of the swarm's shared secret; None for a swarm that is open to all.
     """
 
     peers: tuple[str, ...]
@@ -59,6 +61,7 @@ class SwarmOptions:
     step_timeout: float = 20.0
     replay: Replay = "steps"
     identity: Path | None = None
+    token_file: Path | None = None
 
     def __post_init__(self) -> None:
         """Check what is given.
@@ -103,9 +106,11 @@ def open_client(
     )
     num_blocks = int(info.config.get_text_config().num_hidden_layers)
     limits = Limits(silence_seconds=options.step_timeout)
+    token = None if options.token_file is None else read_token(options.token_file)
     network = Network.open(
-        identity=options.identity, host_maddrs=(), initial_peers=options.peers, limits=limits
+        identity=options.identity, host_maddrs=(), initial_peers=options.peers, limits=limits, token=token
     )
+    log.info("this client is peer %s", network.peer)
     with contextlib.ExitStack() as held:
         held.callback(network.close)
         if load_options.get("dtype", "auto") == "auto":

@@ -47,7 +47,7 @@ class RequestCounts:
                     self.queue_seconds[kind] += said.get("queue_seconds", 0.0)
                     self.compute_seconds[kind] += said.get("compute_seconds", 0.0)
 
-        request.on_end = ended
+        request.add_end_callback(ended)
 
     def copy(self) -> RequestCounts:
         """Return the counts of one moment."""

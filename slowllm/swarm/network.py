@@ -18,7 +18,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +35,9 @@ from slowllm.errors import (
     first_line,
 )
 from slowllm.swarm import addresses as multiaddresses
+from slowllm.swarm.admission import Admission
 from slowllm.swarm.directory import DIED, Directory, directory_validator
+from slowllm.swarm.directory_token import DirectoryToken
 from slowllm.swarm.identity import Identity, holding_identity
 from slowllm.swarm.libp2p_log import without_faults_of_leaving
 from slowllm.swarm.loop_thread import LoopThread
@@ -44,7 +46,8 @@ from slowllm.swarm.model_list import ModelEntry, list_model, models_of
 from slowllm.swarm.presence import Presence
 from slowllm.swarm.progress import RequestProgress
 from slowllm.swarm.records import ServerRecord
-from slowllm.swarm.requests import REQUEST, Handler, StreamServer, decoded, unpack_answer
+from slowllm.swarm.requests import REQUEST, Handler, StreamServer, decoded, ends_stream, unpack_answer
+from slowllm.swarm.shared_token import SharedToken, limited, prove_to_server
 from slowllm.swarm.stream_pool import StreamPool
 from slowllm.swarm.streams import Limits, Parts, Stream, exchange
 
@@ -64,9 +67,9 @@ class Network:
         dropped: how many records `find` left out, by their fault.
     """
 
-    def __init__(self, identity: Identity, limits: Limits) -> None:
+    def __init__(self, identity: Identity, limits: Limits, token: SharedToken | None) -> None:
         """Make what `open` opens."""
-        self.peer = identity.peer
+        self.peer, self._token = identity.peer, token
         self.addresses: tuple[str, ...] = ()
         self._limits = limits
         self.dropped: Counter[str] = Counter()
@@ -87,6 +90,7 @@ class Network:
         initial_peers: Sequence[str] = (),
         use_relay: bool = False,
         limits: Limits | None = None,
+        token: SharedToken | None = None,
     ) -> Network:
         """Join the swarm of the initial peers, or begin one.
 
@@ -98,6 +102,7 @@ class Network:
             use_relay: allow libp2p's circuit relay through the initial peers, and for others through this one. Which
                 of them it uses is libp2p's decision.
             limits: what peers may take.
+            token: that all peers of the swarm prove to one another; None for a swarm that is open to all.
         Raises:
             InputError: an address, the identity file or a port cannot be used; or hivemind is not installed.
             NetworkError: none of the initial peers can be joined; or the clock is wrong, or peers cannot reach us.
@@ -112,7 +117,7 @@ class Network:
         with contextlib.ExitStack() as held:
             key = held.enter_context(holding_identity(identity))
             multiaddresses.refuse_taken_ports(host_maddrs)
-            network = cls(key, limits or Limits())
+            network = cls(key, limits or Limits(), token)
             held.enter_context(without_faults_of_leaving())
             held.callback(network._loop.close, network._leave)
             network._loop.call(
@@ -130,7 +135,12 @@ class Network:
     ) -> None:
         self.close()
 
-    def serve(self, handler: Handler, left: Callable[[str], object] | None = None) -> None:
+    def serve(
+        self,
+        handler: Handler,
+        left: Callable[[str], object] | None = None,
+        allowed: Collection[str] | None = None,
+    ) -> None:
         """Answer requests of peers from now on.
 
         Args:
@@ -138,10 +148,15 @@ class Network:
                 at once, later, or from another thread, and must not wait. It may be a coroutine function. What it
                 raises is the answer.
             left: called on the network's thread with the id of a peer that has asked before, and has left.
+            allowed: ids of the only peers that are answered; None for all.
         Raises:
             NetworkError: the network is closed.
         """
-        server = StreamServer(handler, self._limits)
+        server = StreamServer(
+            handler,
+            self._limits,
+            Admission(self.peer, self._token, allowed, self._limits.connect_seconds).admits,
+        )
 
         async def take(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             stream = Stream(reader, writer)
@@ -278,13 +293,20 @@ class Network:
                 # The same after a restart with the same identity: peers that still have the old node would else know two
                 # nodes at one peer, store at it twice, and hear from it that the second record is no newer.
                 p2p=self._p2p, node_id=DHTID.generate(source=identity.peer), initial_peers=list(initial) or None, client_mode=not host,
-                record_validator=directory_validator(signature), cache_locally=False, cache_nearest=0,
+                record_validator=directory_validator(signature), authorizer=None if self._token is None else DirectoryToken(self._token), cache_locally=False, cache_nearest=0,
                 cache_refresh_before_expiry=0, blacklist_time=0,
             )  # fmt: skip
         except (ValidationError, RuntimeError) as error:
-            raise NetworkError(multiaddresses.explain_refusal(str(error), initial, host)) from error
+            problem = multiaddresses.explain_refusal(str(error), initial, host)
+            raise NetworkError(f"{problem}{self._about_token()}") from error
         peers = {text: PeerID.from_base58(multiaddresses.peer_of(text)) for text in initial}
         self._directory = Directory(self._node, signature.local_public_key, peers, self.dropped)
+
+    def _about_token(self) -> str:
+        """Return what may be wrong with the token where peers do not answer: without the right one, they say nothing."""
+        if self._token is None:
+            return "; if the swarm has a token, give its file with --token-file"
+        return "; is the --token-file that of this swarm, and does the swarm have a token?"
 
     async def _leave(self) -> None:
         """End libp2p's process, which also ends when this process dies: it watches its connection to it."""
@@ -337,7 +359,9 @@ class Network:
             async with asyncio.timeout(timeout):
                 async with pool.stream() as stream:
                     body = await exchange(stream, parts, peer, self._limits, note)
-                said, tensors = await decoded(body, self._limits.message_bytes)
+                    said, tensors = await decoded(body, self._limits.message_bytes)
+                    if ends_stream(said):
+                        stream.close()
         except TimeoutError:
             how_far = f"; it {last[0]}" if last else ""
             raise PeerTimeoutError(peer, f"has not answered in {timeout:g} s{how_far}") from None
@@ -364,7 +388,8 @@ class Network:
                     direct = [Multiaddr(way.partition("/p2p/")[0]) for way in ways if "circuit" not in way]
                     await self._p2p._client.connect(target, direct)
                     opened = await self._p2p.call_binary_stream_handler(target, PROTOCOL_NAME)
-                return Stream(opened[1], opened[2])
+                stream = Stream(opened[1], opened[2])
+            return await self._proved(stream, peer)
         except TimeoutError:
             failure = PeerTimeoutError(peer, f"cannot be reached in {seconds:g} s")
         except P2PDaemonError as error:
@@ -377,3 +402,25 @@ class Network:
         # Not inside `except`: hivemind leaves a connection to the error's traceback, to be closed by whichever thread lets
         # go of it, and this must be the loop's.
         raise failure
+
+    async def _proved(self, stream: Stream, peer: str) -> Stream:
+        """Prove the token, if there is one, at the begin of a stream to a peer."""
+        if self._token is None:
+            return stream
+        try:
+            proof = prove_to_server(stream, self._token, self.peer, peer)
+            await limited(proof, peer, self._limits.connect_seconds)
+        except (EOFError, OSError) as error:
+            stream.close()
+            raise PeerLostError(peer, "the connection ended before the token was proved") from error
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+
+def log_as_others() -> None:
+    """Let hivemind log through the root logger, as other modules do, and not by a handler of its own."""
+    from hivemind.utils.logging import use_hivemind_log_handler
+
+    use_hivemind_log_handler("nowhere")

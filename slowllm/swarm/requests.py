@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slowllm.errors import ProtocolError, RemoteError, SlowLLMError
+from slowllm.errors import ProtocolError, RefusedError, RemoteError, SlowLLMError
 from slowllm.swarm.messages import Meta, Tensors, body_bytes, decode, encode
 from slowllm.swarm.progress import RequestProgress
 from slowllm.swarm.room import Room
@@ -37,7 +37,6 @@ class PeerRequest:
         meta: what is asked.
         tensors: by name; they take memory until the request is answered and they are let go.
         progress: called on the loop once in a while, to tell the peer how far the work is; None to tell nothing.
-        on_end: called once with the outcome (``answered``, ``cancelled``, or the name of an error) and what was said.
     """
 
     def __init__(self, peer: str, meta: Meta, tensors: Tensors, max_bytes: int) -> None:
@@ -46,7 +45,7 @@ class PeerRequest:
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._is_answered = self._is_cancelled = False
-        self.on_end: Callable[[str, Mapping[str, Any]], object] | None = None
+        self._on_end: list[Callable[[str, Mapping[str, Any]], object]] = []
         self._on_cancel: list[Callable[[], object]] = []
         self.progress: Callable[[], RequestProgress] | None = None
         self.answer: asyncio.Future[Parts] = self._loop.create_future()
@@ -89,11 +88,19 @@ class PeerRequest:
         self._settle(encode({ERROR: said}))
         self._has_ended(said[0], {})
 
+    def add_end_callback(self, callback: Callable[[str, Mapping[str, Any]], object]) -> None:
+        """Call this once when the request ends, which it has not yet.
+
+        Args:
+            callback: gets the outcome (``answered``, ``cancelled``, or the name of an error) and the meta of the answer.
+        """
+        self._on_end.append(callback)
+
     def _has_ended(self, outcome: str, said: Mapping[str, Any]) -> None:
         with self._lock:
-            on_end, self.on_end = self.on_end, None
-        if on_end is not None:
-            on_end(outcome, said)
+            callbacks, self._on_end = self._on_end, []
+        for callback in callbacks:
+            callback(outcome, said)
 
     def add_cancel_callback(self, callback: Callable[[], object]) -> None:
         """Call this on the loop's thread when the peer cancels or is lost before the answer; at once if it has."""
@@ -132,8 +139,10 @@ Handler = Callable[[PeerRequest], Awaitable[None] | None]
 class StreamServer:
     """Answers the streams that peers open, as many as they may. Used on one loop."""
 
-    def __init__(self, handler: Handler, limits: Limits) -> None:
-        self._handler, self._limits = handler, limits
+    def __init__(
+        self, handler: Handler, limits: Limits, admits: Callable[[str, Stream], Awaitable[bool]] | None = None
+    ) -> None:
+        self._handler, self._limits, self._admits = handler, limits, admits
         self._room = Room(limits.held_bytes)
         self._num_streams: Counter[str] = Counter()
         self._asked: set[str] = set()
@@ -155,8 +164,10 @@ class StreamServer:
         self._num_streams[peer] += 1
         self._asked.add(peer)
         try:
-            await serve_stream(stream, peer, self._handler, self._room, self._limits)
+            if self._admits is None or await self._admits(peer, stream):
+                await serve_stream(stream, peer, self._handler, self._room, self._limits)
         finally:
+            stream.close()
             self._num_streams[peer] -= 1
             if not self._num_streams[peer]:
                 del self._num_streams[peer]
@@ -184,6 +195,12 @@ def unpack_answer(peer: str, said: Meta) -> Meta:
     # Letters that change how a terminal shows what follows are a stranger's way to write on it.
     kind, sentence = ("".join(c if c.isprintable() else " " for c in word) for word in error)
     raise RemoteError(peer, kind[:MAX_SENTENCE_LETTERS], sentence[:MAX_SENTENCE_LETTERS])
+
+
+def ends_stream(said: Meta) -> bool:
+    """Whether the peer that says this reads nothing more on its stream: it was not asked properly, or not by one of its own."""
+    error = said.get(ERROR)
+    return isinstance(error, list) and error[:1] in ([ProtocolError.__name__], [RefusedError.__name__])
 
 
 async def serve_stream(stream: Stream, peer: str, handler: Handler, room: Room, limits: Limits) -> None:

@@ -31,10 +31,12 @@ from slowllm.swarm.joining import take_scarcest
 from slowllm.swarm.messages import MAX_MESSAGE_BYTES
 from slowllm.swarm.metrics import RequestCounts, metrics_text
 from slowllm.swarm.network import Network
+from slowllm.swarm.quotas import RequestQuota
 from slowllm.swarm.reach import DialBack
 from slowllm.swarm.records import ServerRecord, State
 from slowllm.swarm.requests import PeerRequest
 from slowllm.swarm.server_options import ServerOptions
+from slowllm.swarm.shared_token import read_token
 from slowllm.swarm.span_checks import ServedSpan
 from slowllm.swarm.span_server import SpanServer
 from slowllm.swarm.streams import Limits
@@ -83,10 +85,12 @@ class Server:
         info = ModelInfo(path_or_hub_id)
         self.num_blocks = int(info.config.get_text_config().num_hidden_layers)
         wanted = parse_blocks(options.blocks, self.num_blocks)
+        token = None if options.token_file is None else read_token(options.token_file)
+        self._requests = RequestQuota(options.quotas.requests)
         with contextlib.ExitStack() as held:
             self.network = Network.open(
                 identity=options.identity, host_maddrs=options.host_maddrs, announce_maddrs=options.announce_maddrs,
-                initial_peers=options.initial_peers, use_relay=options.use_relay, limits=limits_of(info.config, options),
+                initial_peers=options.initial_peers, use_relay=options.use_relay, limits=limits_of(info.config, options), token=token,
             )  # fmt: skip
             held.callback(self.network.close)
             key = config_key(info.config)
@@ -103,13 +107,13 @@ class Server:
                 options.cache_tokens, options.session_seconds,
                 limits_of(info.config, options).message_bytes, self._no_backward,
             )  # fmt: skip
-            self.spans = SpanServer(self.lm, served)
+            self.spans = SpanServer(self.lm, served, options.quotas)
             self._free_tokens = lambda: self.spans.sessions.free_tokens
             self._record = self._full_record(served)
             self.spans.block_seconds = self._record.decode_seconds
             self._record.to_bytes()  # one that is too large would not be taken the next time either
             self._reach = held.enter_context(DialBack(lambda: self.network.find(key), self.network.ask))
-            self.network.serve(self._handle, self.spans.sessions.end_all_of)
+            self.network.serve(self._handle, self.spans.sessions.end_all_of, options.allowed or None)
             self._state = "online"
             self._announcer.say()
             self._held = held.pop_all()
@@ -196,6 +200,10 @@ class Server:
     def _handle(self, request: PeerRequest) -> None:
         """Answer a request of a peer, and count it."""
         self._counts.watch(request)
+        # What frees a server is never refused.
+        if request.meta.get("op") != "end_session":
+            self._requests.begin(request.peer)
+            request.add_end_callback(lambda *_: self._requests.end(request.peer))
         (self._reach if request.meta.get("op") == "reach" else self.spans).handle(request)
 
     def announce(self) -> None:

@@ -6,13 +6,14 @@ Imports neither torch nor transformers, so that an option that cannot be used is
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from slowllm.errors import InputError, counted
 from slowllm.options import AUTO, COMPRESSIONS, parse_bytes, parse_devices, parse_dtype, parse_span
 from slowllm.planning.job import Job
-from slowllm.swarm.addresses import check_addresses
+from slowllm.swarm.addresses import check_addresses, is_peer
+from slowllm.swarm.quotas import PeerQuotas
 from slowllm.swarm.records import MAX_NAME_LETTERS, is_name
 
 
@@ -40,6 +41,9 @@ class ServerOptions:
         initial_peers: of the swarm; a new one is begun without.
         use_relay: whether peers may be reached through others.
         keep_resident: whether blocks that fit the budget stay in memory.
+        token_file: of the swarm's shared secret; None for a swarm that is open to all.
+        allowed: ids of the only peers that are served; empty for all.
+        quotas: what one peer may take.
     Raises:
         InputError: an option is none that a server can have, whatever the model; the message names it.
     """
@@ -63,6 +67,9 @@ class ServerOptions:
     initial_peers: tuple[str, ...] = ()
     use_relay: bool = False
     keep_resident: bool = True
+    token_file: Path | None = None
+    allowed: tuple[str, ...] = ()
+    quotas: PeerQuotas = field(default_factory=PeerQuotas)
 
     def __post_init__(self) -> None:
         parse_span(self.blocks)
@@ -84,6 +91,11 @@ class ServerOptions:
                 f"at most {MAX_NAME_LETTERS} that can are allowed"
             )
         check_addresses(self.host_maddrs, self.announce_maddrs, self.initial_peers)
+        for peer in self.allowed:
+            if not is_peer(peer):
+                raise InputError(
+                    f"--allow-keys {peer[:80]!r} is no peer id, such as `slowllm dht` prints at the end of its lines"
+                )
         self.job()
 
     def job(self) -> Job:

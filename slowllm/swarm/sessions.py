@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from slowllm.errors import BusyError, LimitError, SessionError
+from slowllm.swarm.quotas import PeerQuotas, SessionQuota
 
 C = TypeVar("C")
 
@@ -45,11 +46,17 @@ class Sessions(Generic[C]):
         max_tokens: that all may hold together.
         idle_seconds: after which a session that is not used ends.
         clock: monotonic, in seconds.
+        quotas: of each peer; None for no limits.
     """
 
     def __init__(
-        self, max_tokens: int, idle_seconds: float, clock: Callable[[], float] = time.monotonic
+        self,
+        max_tokens: int,
+        idle_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        quotas: PeerQuotas | None = None,
     ) -> None:
+        self._quota = None if quotas is None else SessionQuota(quotas, max_tokens, idle_seconds, clock)
         self.max_tokens, self.idle_seconds, self._clock = max_tokens, idle_seconds, clock
         self._lock = threading.Lock()
         self._sessions: dict[tuple[str, str], ServedSession[C]] = {}
@@ -95,8 +102,11 @@ class Sessions(Generic[C]):
                 raise SessionError("a passage of this session is still under way")
             if session is not None and session.num_steps != step:
                 raise SessionError(f"the session has had {session.num_steps} passages, not {step}")
+            self._check_quota(peer, session, num_tokens)
             others = self._held() - (0 if session is None else session.num_tokens)
             if others + num_tokens > self.max_tokens:
+                if self._quota is not None:
+                    self._quota.note_refused(peer)
                 raise BusyError(
                     f"the server's cache is full: the session would hold {num_tokens:,} tokens, and "
                     f"{self.max_tokens - others:,} of {self.max_tokens:,} are free"
@@ -105,6 +115,16 @@ class Sessions(Generic[C]):
                 session = self._sessions[peer, name] = ServedSession(make_cache())
             session.is_busy, session.num_tokens = True, num_tokens
             return session
+
+    def _check_quota(self, peer: str, session: ServedSession[C] | None, num_tokens: int) -> None:
+        if self._quota is None:
+            return
+        own = [one for (owner, _), one in self._sessions.items() if owner == peer]
+        held = sum(one.num_tokens for one in own if one is not session)
+        self._quota.check(
+            peer, is_new=session is None, num_sessions=len(own), num_tokens=held + num_tokens,
+            has_others=len(own) < len(self._sessions),
+        )  # fmt: skip
 
     def end_step(
         self, peer: str, name: str, *, has_failed: bool, num_steps: int = 1, num_tokens: int | None = None

@@ -22,6 +22,7 @@ from slowllm.options import COMPRESSIONS
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.ride import Ride
 from slowllm.swarm.progress import RequestProgress
+from slowllm.swarm.quotas import PeerQuotas
 from slowllm.swarm.replay_messages import pack_replayed, unpack_replay
 from slowllm.swarm.requests import PeerRequest
 from slowllm.swarm.sessions import ServedSession, Sessions
@@ -54,15 +55,18 @@ class SpanServer:
     Args:
         lm: the model, or a part of it that has the blocks.
         served: what of it is served.
+        quotas: of each peer.
     Raises:
         UnsupportedError: the model cannot be cut between blocks.
     """
 
-    def __init__(self, lm: StreamedLM, served: ServedSpan) -> None:
+    def __init__(self, lm: StreamedLM, served: ServedSpan, quotas: PeerQuotas | None = None) -> None:
         self._lm, self.served = lm, served
         self.form = find_form(lm.model, lm.layout.blocks_name)
         self.runner = SpanRunner(lm.model, lm.layout.blocks_name, self.form)
-        self.sessions: Sessions[Any] = Sessions(served.cache_tokens, served.session_seconds)
+        self.sessions: Sessions[Any] = Sessions(
+            served.cache_tokens, served.session_seconds, quotas=quotas or PeerQuotas()
+        )
         self._lock = threading.Lock()
         self._waiting_tokens = 0
         self._under_way: dict[int, _Work] = {}

@@ -26,7 +26,9 @@ SAMPLE = re.compile(r'slowllm_[a-z_]+(\{[a-z]+="\w+"(,[a-z]+="\w+")*\})? [0-9.e+
 
 
 def request(**meta: Any) -> Any:
-    return SimpleNamespace(meta=meta, tensors={"hidden": torch.zeros(2, 3, 4)}, on_end=None)
+    ended: list[Any] = []
+    tensors = {"hidden": torch.zeros(2, 3, 4)}
+    return SimpleNamespace(meta=meta, tensors=tensors, ended=ended, add_end_callback=ended.append)
 
 
 def test_requests_are_counted_by_kind_and_outcome_and_no_word_of_a_stranger_is_a_label() -> None:
@@ -36,7 +38,7 @@ def test_requests_are_counted_by_kind_and_outcome_and_no_word_of_a_stranger_is_a
     ):  # fmt: skip
         asked = request(op=op)
         counts.watch(asked)
-        asked.on_end(outcome, {"queue_seconds": 0.5, "compute_seconds": 2.0})
+        asked.ended[0](outcome, {"queue_seconds": 0.5, "compute_seconds": 2.0})
     assert counts.requests == {
         ("forward", "answered"): 1, ("forward", "BusyError"): 1, (OTHER, "InputError"): 1, (OTHER, OTHER): 1,
     }  # fmt: skip

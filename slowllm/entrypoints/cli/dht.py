@@ -18,6 +18,7 @@ def dht(
     announce_maddrs: options.AnnounceMaddrs = None,
     initial_peers: options.InitialPeers = None,
     relay: options.Relay = True,
+    token_file: options.TokenFile = None,
     log_format: LogFormat = "text",
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
@@ -30,10 +31,12 @@ def dht(
     say = log_to_stderr(verbose, log_format)
     options.check_identity(identity)
     from slowllm.swarm.network import Network
+    from slowllm.swarm.shared_token import read_token
 
+    token = None if token_file is None else read_token(token_file.expanduser())
     with Network.open(
         identity=None if identity is None else identity.expanduser(), host_maddrs=host_maddrs or [options.ANY_ADDRESS],
-        announce_maddrs=announce_maddrs or [], initial_peers=initial_peers or [], use_relay=relay,
+        announce_maddrs=announce_maddrs or [], initial_peers=initial_peers or [], use_relay=relay, token=token,
     ) as network, _ends_by_signal() as has_ended:  # fmt: skip
         for address in network.addresses:
             print(address, flush=True)

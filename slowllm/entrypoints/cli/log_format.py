@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
@@ -32,7 +33,7 @@ class JsonLines(logging.Formatter):
         """Return the line, with the traceback under ``traceback`` where there is one."""
         at = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         said = {
-            "time": at.isoformat(timespec="milliseconds"), "level": record.levelname.lower(), "logger": record.name,
+            "time": at.isoformat(timespec="milliseconds"), "level": _level(record.levelno), "logger": record.name,
             "message": record.getMessage(),
         }  # fmt: skip
         if record.exc_info:
@@ -51,6 +52,10 @@ def log_to_stderr(verbose: bool, log_format: str) -> Callable[[str], None]:
     options.log_to_stderr(verbose)
     if log_format == "text":
         return lambda sentence: print(sentence, file=sys.stderr, flush=True)
+    with contextlib.suppress(ImportError):  # it is not installed, which the verb says
+        from slowllm.swarm.network import log_as_others
+
+        log_as_others()
     for handler in logging.getLogger().handlers:
         handler.setFormatter(JsonLines())
     return lambda sentence: print(_line(logging.INFO, sentence), file=sys.stderr, flush=True)
@@ -61,6 +66,12 @@ def as_logged(sentence: str) -> str | None:
     if any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers):
         return _line(logging.ERROR, sentence)
     return None
+
+
+def _level(number: int) -> str:
+    # Not the record's own name for it, which libraries change.
+    names = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
+    return names.get(number, "critical" if number > logging.ERROR else str(number))
 
 
 def _line(level: int, sentence: str) -> str:

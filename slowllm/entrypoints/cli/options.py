@@ -111,6 +111,15 @@ Relay = Annotated[
         "so through the initial peers.",
     ),
 ]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        help="File of the swarm's shared secret, at least 16 bytes and private (chmod 600): peers prove to one another that they "
+        "have it, and never send it.",
+        show_default="none: a swarm that is open to all",
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check the input and print the job's plan, as `plan` does; do nothing else."),

@@ -322,16 +322,7 @@ class Runner:
 
     def swarm_options(self) -> SwarmOptions | None:
         """Return how the swarm is used that was chosen; None where the blocks are computed here."""
-        if not self._swarm.peers:
-            return None
-        from slowllm.swarm.client import SwarmOptions
-        from slowllm.swarm.routing import Wishes
-
-        wishes = Wishes(allowed=self._swarm.allowed or None, blocked=self._swarm.blocked)
-        return SwarmOptions(
-            self._swarm.peers, wishes, timeout=self._swarm.timeout, step_timeout=self._swarm.step_timeout,
-            replay=self._swarm.replay,
-        )  # fmt: skip
+        return self._swarm.to_options()
 
     def open(self, job: Job, budget: Budget | None = None) -> StreamedLM:
         """Open the model for a job; the caller closes it.

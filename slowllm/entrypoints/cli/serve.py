@@ -100,6 +100,23 @@ def serve(
         float, typer.Option(help="Seconds that sessions get to end after SIGTERM or Ctrl-C.", min=0.0)
     ] = 0.0,
     public_name: Annotated[str, typer.Option(help="Name that others see beside the peer's id.")] = "",
+    token_file: options.TokenFile = None,
+    allow_keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-keys", help="Id of a peer that is served; others are refused; may be given several times.", metavar="ID",
+            show_default="all peers",
+        ),
+    ] = None,
+    peer_sessions: Annotated[
+        int, typer.Option(help="Sessions that one peer may have open.", min=1)
+    ] = 128,
+    peer_requests: Annotated[
+        int, typer.Option(help="Requests that one peer may have under way.", min=1)
+    ] = 48,
+    peer_cache_share: Annotated[
+        float, typer.Option(help="Share of the cache that one peer may hold while others want room.", min=0.0, max=1.0)
+    ] = 0.5,
     metrics: Annotated[
         str | None,
         typer.Option(
@@ -131,6 +148,7 @@ def serve(
     """
     say = log_to_stderr(verbose, log_format)
     # Before anything large is imported: what cannot be right is refused at once.
+    from slowllm.swarm.quotas import PeerQuotas
     from slowllm.swarm.server_options import ServerOptions
 
     if not math.isfinite(drain):
@@ -143,6 +161,8 @@ def serve(
         identity=None if identity is None else identity.expanduser(),
         host_maddrs=tuple(host_maddrs or [options.ANY_ADDRESS]), announce_maddrs=tuple(announce_maddrs or []),
         initial_peers=tuple(initial_peers or []), use_relay=relay, keep_resident=resident,
+        token_file=None if token_file is None else token_file.expanduser(), allowed=tuple(allow_keys or ()),
+        quotas=PeerQuotas(peer_sessions, peer_requests, peer_cache_share),
     )  # fmt: skip
     # Blocked before any thread begins, so that none of them is interrupted, and waited for below.
     signal.pthread_sigmask(signal.SIG_BLOCK, _END)

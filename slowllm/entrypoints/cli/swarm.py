@@ -38,6 +38,7 @@ def status(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    token_file: options.TokenFile = None,
     log_format: LogFormat = "text",
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
@@ -52,8 +53,10 @@ def status(
             "name a peer of the swarm with --initial-peers, as `slowllm dht` or `slowllm serve` prints it"
         )
     from slowllm.swarm.network import Network
+    from slowllm.swarm.shared_token import read_token
 
-    with Network.open(host_maddrs=(), initial_peers=initial_peers) as network:
+    token = None if token_file is None else read_token(token_file.expanduser())
+    with Network.open(host_maddrs=(), initial_peers=initial_peers, token=token) as network:
         views = _views(network, model)
     if as_json:
         print(json.dumps({"models": [view.to_json() for view in views]}))

@@ -7,12 +7,17 @@ import inspect
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
+from slowllm.entrypoints.cli import options
 from slowllm.errors import InputError
 from slowllm.swarm.addresses import check_swarm
+
+if TYPE_CHECKING:
+    from slowllm.swarm.client import SwarmOptions
 
 V = TypeVar("V", bound=Callable[..., None])
 
@@ -53,6 +58,14 @@ _StepTimeout = Annotated[
         min=1.0,
     ),
 ]
+_Identity = Annotated[
+    Path | None,
+    typer.Option(
+        "--identity",
+        help="With --swarm: file of this client's key, made if it is not there, for servers that were told whom to serve.",
+        show_default="a new one each time",
+    ),
+]
 
 _Replay = Annotated[
     str,
@@ -76,6 +89,8 @@ class SwarmChoice:
         timeout: seconds for one passage through a server's blocks, with all retries.
         step_timeout: seconds of silence after which a server counts as dead.
         replay: how sessions that were lost are rebuilt, ``steps`` or ``fast``.
+        token_file: of the swarm's shared secret; None for a swarm that is open to all.
+        identity: file of this client's key; None for one that is forgotten.
     """
 
     peers: tuple[str, ...] = ()
@@ -84,6 +99,24 @@ class SwarmChoice:
     timeout: float = 600.0
     step_timeout: float = 20.0
     replay: Literal["steps", "fast"] = "steps"
+    token_file: Path | None = None
+    identity: Path | None = None
+
+    def to_options(self) -> SwarmOptions | None:
+        """Return how the swarm is used; None where the blocks are computed here."""
+        if not self.peers:
+            return None
+        from slowllm.swarm.client import SwarmOptions
+        from slowllm.swarm.routing import Wishes
+
+        return SwarmOptions(
+            self.peers, Wishes(allowed=self.allowed or None, blocked=self.blocked), timeout=self.timeout,
+            step_timeout=self.step_timeout, replay=self.replay, identity=_expanded(self.identity), token_file=_expanded(self.token_file),
+        )  # fmt: skip
+
+
+def _expanded(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser()
 
 
 _OPTIONS: tuple[tuple[str, Any, Any], ...] = (
@@ -93,6 +126,8 @@ _OPTIONS: tuple[tuple[str, Any, Any], ...] = (
     ("timeout", _Timeout, SwarmChoice.timeout),
     ("step_timeout", _StepTimeout, SwarmChoice.step_timeout),
     ("replay", _Replay, SwarmChoice.replay),
+    ("token_file", options.TokenFile, None),
+    ("identity", _Identity, None),
 )
 
 
@@ -121,6 +156,8 @@ def takes_swarm(verb: V) -> V:
         timeout: float = SwarmChoice.timeout,
         step_timeout: float = SwarmChoice.step_timeout,
         replay: str = SwarmChoice.replay,
+        token_file: Path | None = None,
+        identity: Path | None = None,
         **kwargs: Any,
     ) -> None:
         choice = SwarmChoice(
@@ -130,6 +167,8 @@ def takes_swarm(verb: V) -> V:
             timeout,
             step_timeout,
             cast(Literal["steps", "fast"], replay),
+            token_file,
+            identity,
         )
         if replay not in ("steps", "fast"):
             raise InputError(f"--replay is steps or fast, not {replay!r}")
@@ -138,6 +177,8 @@ def takes_swarm(verb: V) -> V:
                 "--allowed-peers and --blocked-peers choose among the servers of a swarm; name it with --swarm"
             )
         check_swarm(choice.peers, choice.allowed, choice.blocked)
+        if not choice.peers and (token_file or identity):
+            raise InputError("--token-file and --identity are for a swarm; name it with --swarm")
         verb(*args, swarm=choice, **kwargs)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

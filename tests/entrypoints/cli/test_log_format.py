@@ -28,6 +28,7 @@ def test_a_record_is_one_line_of_json_with_its_traceback() -> None:
     assert "ValueError: two\nlines" in said["traceback"]
 
 
+@pytest.mark.long
 def test_the_error_that_ends_a_verb_is_a_line_of_json(processes: Processes) -> None:
     ended = processes.run(
         "-m", "slowllm", "swarm", "status", "--initial-peers", NOBODY, "--log-format", "json"
