@@ -153,6 +153,10 @@ class MissingBlocksError(NetworkError):
         self.blocks, self.is_full = blocks, is_full
 
 
+class DisagreementError(NetworkError):
+    """Servers of the same weights give different answers, and it cannot be known which one is right."""
+
+
 @contextlib.contextmanager
 def forward_errors(model: object) -> Iterator[None]:
     """Raise what fails inside a model's forward or backward pass as an ArchitectureError in one sentence."""

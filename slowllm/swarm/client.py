@@ -33,7 +33,9 @@ from slowllm.swarm.network import Network
 from slowllm.swarm.records import model_key
 from slowllm.swarm.routing import Wishes
 from slowllm.swarm.shared_token import read_token
+from slowllm.swarm.spot_check import SpotCheck
 from slowllm.swarm.streams import Limits
+from slowllm.swarm.weights import check_pin
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class SwarmOptions:
             ``fast`` in one pass over all positions, which rounds otherwise.
         identity: file of this client's key; None for one that is forgotten.
         token_file: of the swarm's shared secret; None for a swarm that is open to all.
+        weights: word for the blocks that servers must have, see `slowllm.swarm.weights`; empty for any.
+        spot_check: share of the forward calls that are computed at a second server, too.
     """
 
     peers: tuple[str, ...]
@@ -62,13 +66,17 @@ class SwarmOptions:
     replay: Replay = "steps"
     identity: Path | None = None
     token_file: Path | None = None
+    weights: str = ""
+    spot_check: float = 0.0
 
     def __post_init__(self) -> None:
         """Check what is given.
 
         Raises:
-            InputError: sessions cannot be rebuilt in this way.
+            InputError: sessions cannot be rebuilt in this way, or there is no such share of calls.
         """
+        if not 0 <= self.spot_check <= 1:
+            raise InputError(f"a share of the calls is a number from 0 to 1, not {self.spot_check:g}")
         if self.replay not in REPLAYS:
             raise InputError(f"sessions are rebuilt by {' or '.join(REPLAYS)}, not by {self.replay!r}")
 
@@ -148,8 +156,12 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
     key, blocks = config_key(lm.config), lm.layout.blocks
     dtype = str(lm.model.dtype).removeprefix("torch.")
     wishes = replace(options.wishes, dtype=dtype, ends_hash=ends_hash(lm), hashes=_own_hashes(lm))
+    if options.weights:
+        allowed = [record for record in network.find(key) if wishes.refusal(record) is None]
+        wishes = replace(wishes, hashes=check_pin(allowed, wishes.hashes, len(blocks), options.weights))
     hops = Hops(lambda: network.find(key), network.ask, network.soon, len(blocks), wishes)
-    spans = Failover(hops, options.timeout, options.replay)
+    checked = SpotCheck(hops, options.spot_check) if options.spot_check else None
+    spans = Failover(checked or hops, options.timeout, options.replay)
     # Now, so that missing blocks are named before any work.
     hops.route(0, Need(1, 1))
     remote = Remote(
@@ -163,6 +175,8 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
     def leave() -> None:
         if hops.times:
             log.info("%s", hop_table(hops.times, spans.rebuilt))
+        if checked is not None:
+            log.info("%s", checked)
         spans.close()
         network.close()
 

@@ -23,6 +23,7 @@ from slowllm.errors import (
     BusyError,
     InputError,
     LimitError,
+    MissingBlocksError,
     NonFiniteError,
     PeerError,
     ProtocolError,
@@ -36,7 +37,15 @@ from slowllm.modeling.span import SpanCall, SpanGrads
 from slowllm.swarm.progress import ProgressLog, RequestProgress
 from slowllm.swarm.records import ServerRecord
 from slowllm.swarm.replay_messages import ReplayRequest, pack_replay, unpack_replayed, windows
-from slowllm.swarm.routing import ServerHop, Wishes, fastest_route, format_route, other_weights, spread
+from slowllm.swarm.routing import (
+    ServerHop,
+    Wishes,
+    fastest_route,
+    format_route,
+    other_weights,
+    spread,
+    usable_spans,
+)
 from slowllm.swarm.span_messages import (
     Meta,
     SpanRequest,
@@ -177,6 +186,17 @@ class Hops:
             self._last_route = said
         self._keep_to(chosen)
         return [Hop(hop.first, hop.end, hop.record.peer) for hop in chosen]
+
+    def replicas(self, first: int, end: int) -> list[ServerRecord]:
+        """Return the servers that may be asked for all of these blocks, with the weights that this client keeps to."""
+        with self._lock:
+            now = time.monotonic()
+            banned = {peer for peer, until in self._banned_until.items() if until > now}
+            wishes = replace(self._wishes, banned=banned)
+        with contextlib.suppress(MissingBlocksError):
+            spans = usable_spans(self.records(), first, end, wishes)
+            return [span.record for span in spans if (span.first, span.end) == (first, end)]
+        return []
 
     def _keep_to(self, route: Sequence[ServerHop]) -> None:
         """Want from now on the weights that were chosen first, and name servers that have others, once each."""

@@ -15,7 +15,7 @@ from slowllm.swarm.status import ServerStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # A stranger's word must not become a label: each one would be a new series for ever.
-KINDS = ("forward", "backward", "end_session", "status", "reach")
+KINDS = ("forward", "replay", "backward", "end_session", "status", "reach")
 OTHER = "other"
 OUTCOMES = (
     "answered", "cancelled", "BusyError", "SessionError", "InputError", "ProtocolError", "NonFiniteError",

@@ -40,6 +40,7 @@ from slowllm.swarm.shared_token import read_token
 from slowllm.swarm.span_checks import ServedSpan
 from slowllm.swarm.span_server import SpanServer
 from slowllm.swarm.streams import Limits
+from slowllm.swarm.weights import weights_hash
 from slowllm.version import __version__
 
 log = logging.getLogger(__name__)
@@ -192,6 +193,14 @@ class Server:
         """Return what the server says of itself now."""
         state = self._state  # before the record, which is complete before the server is online
         return replace(self._record, state=state, cache_tokens_free=self._free_tokens())
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """The word for all blocks of the model, if they are in the folder; empty otherwise."""
+        checkpoint = self.lm.checkpoint
+        if checkpoint.absent:
+            return ""
+        return weights_hash(list(block_hashes(checkpoint, range(self.num_blocks)).values()))
 
     def metrics(self) -> str:
         """Return what the server has done and holds, in Prometheus's text format."""

@@ -190,8 +190,20 @@ def unpack_outputs(tensors: Mapping[str, Tensor], call: SpanCall) -> dict[int, T
         hidden = tensors.get(f"hidden.{number}")
         if hidden is None or hidden.shape[:2] != call.hidden.shape[:2] or hidden.dtype != call.hidden.dtype:
             raise ProtocolError(f"the answer lacks the hidden states behind block {number}")
+        if not _is_finite(hidden, call.mask):
+            raise ProtocolError(f"the answer has NaN or infinity in the hidden states behind block {number}")
         outputs[number] = hidden
     return outputs
+
+
+def _is_finite(hidden: Tensor, mask: Tensor | None) -> bool:
+    """Whether hidden states are finite where there is text; a server that computes right refuses others itself."""
+    finite = hidden.isfinite()
+    if bool(finite.all()):
+        return True
+    if mask is None or mask.dim() != 2 or len(mask) != len(hidden) or mask.shape[1] < hidden.shape[1]:
+        return mask is not None
+    return bool(finite[mask[:, mask.shape[1] - hidden.shape[1] :].bool()].all())
 
 
 def pack_grads(grads: SpanGrads) -> Tensors:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from slowllm.errors import InputError, MissingBlocksError
 from slowllm.swarm.records import ServerRecord
 
 WEIGHTS_LETTERS = 32
@@ -65,6 +66,41 @@ def assemblies(records: Iterable[ServerRecord], num_blocks: int) -> Iterator[tup
         if found not in seen:
             seen.add(found)
             yield found
+
+
+def check_pin(
+    records: Iterable[ServerRecord], own: Mapping[int, str], num_blocks: int, weights: str
+) -> dict[int, str]:
+    """Return the block hashes that a client must keep to, given the word that it was told.
+
+    Args:
+        records: of the servers that may be asked.
+        own: hashes of the client's own blocks, by their numbers, if it has all of them.
+        num_blocks: of the model.
+        weights: as `weights_hash` returns it.
+    Raises:
+        InputError: this is no such word, or the client's own blocks are others.
+        MissingBlocksError: no servers have these blocks together.
+    """
+    if not is_weights_hash(weights):
+        raise InputError(
+            f"--weights {weights[:80]!r} is no word of {WEIGHTS_LETTERS} hexadecimal digits, such as `slowllm swarm status` prints"
+        )
+    if own:
+        if (mine := weights_hash([own[block] for block in range(num_blocks)])) != weights:
+            raise InputError(
+                f"the blocks in the model's own folder are {mine}, not the {weights} of --weights"
+            )
+        return dict(own)
+    records = list(records)
+    if (found := pinned_blocks(records, num_blocks, weights)) is not None:
+        return found
+    others = [weights_hash(one) for one, _ in zip(assemblies(records, num_blocks), range(4), strict=False)]
+    raise MissingBlocksError(
+        tuple(range(num_blocks)),
+        f"no servers have the blocks of --weights {weights}; those that may be asked have "
+        + (f"those of {', '.join(others)}" if others else "no whole set of blocks"),
+    )
 
 
 def pinned_blocks(records: Iterable[ServerRecord], num_blocks: int, weights: str) -> dict[int, str] | None:

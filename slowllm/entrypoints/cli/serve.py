@@ -198,10 +198,11 @@ def _described(server: Any) -> str:
     served, plan = server.spans.served, server.lm.plan
     stays = len([stop for stop in plan.resident if served.first <= stop < served.end])
     where = "all in memory" if not plan.ring_bytes else f"{stays} of them in memory, the others streamed"
+    weights = f"the model's weights are {server.weights}; " if server.weights else ""
     gradients = "with" if served.has_backward else "without"
     return (
         f"serves blocks {served.first}:{served.end} of {server.num_blocks} ({where}) in {server.record().dtype}, {gradients} "
         f"gradients, sessions of {counted(served.cache_tokens, 'token')}, requests of {counted(served.max_batch_tokens, 'token')}; "
-        f"peer {server.network.peer}. Clients take --swarm, other servers --initial-peers, and one of these addresses. "
+        f"{weights}peer {server.network.peer}. Clients take --swarm, other servers --initial-peers, and one of these addresses. "
         "Ctrl-C ends it."
     )

@@ -67,6 +67,25 @@ _Identity = Annotated[
     ),
 ]
 
+_Weights = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        help="With --swarm: ask only servers with these blocks, by the word that `slowllm swarm status` and `slowllm serve` print.",
+        metavar="HASH",
+        show_default="the client's own, or those of most servers",
+    ),
+]
+_SpotCheck = Annotated[
+    float,
+    typer.Option(
+        "--spot-check",
+        help="With --swarm: compute this share of the forward calls at a second server, too, and leave out servers that are wrong.",
+        min=0.0,
+        max=1.0,
+        metavar="RATE",
+    ),
+]
 _Replay = Annotated[
     str,
     typer.Option(
@@ -91,6 +110,8 @@ class SwarmChoice:
         replay: how sessions that were lost are rebuilt, ``steps`` or ``fast``.
         token_file: of the swarm's shared secret; None for a swarm that is open to all.
         identity: file of this client's key; None for one that is forgotten.
+        weights: word for the blocks that servers must have; empty for any.
+        spot_check: share of the forward calls that are computed twice.
     """
 
     peers: tuple[str, ...] = ()
@@ -101,6 +122,8 @@ class SwarmChoice:
     replay: Literal["steps", "fast"] = "steps"
     token_file: Path | None = None
     identity: Path | None = None
+    weights: str = ""
+    spot_check: float = 0.0
 
     def to_options(self) -> SwarmOptions | None:
         """Return how the swarm is used; None where the blocks are computed here."""
@@ -112,6 +135,7 @@ class SwarmChoice:
         return SwarmOptions(
             self.peers, Wishes(allowed=self.allowed or None, blocked=self.blocked), timeout=self.timeout,
             step_timeout=self.step_timeout, replay=self.replay, identity=_expanded(self.identity), token_file=_expanded(self.token_file),
+            weights=self.weights, spot_check=self.spot_check,
         )  # fmt: skip
 
 
@@ -128,6 +152,8 @@ _OPTIONS: tuple[tuple[str, Any, Any], ...] = (
     ("replay", _Replay, SwarmChoice.replay),
     ("token_file", options.TokenFile, None),
     ("identity", _Identity, None),
+    ("weights", _Weights, ""),
+    ("spot_check", _SpotCheck, 0.0),
 )
 
 
@@ -148,37 +174,25 @@ def takes_swarm(verb: V) -> V:
             parameters.append(parameter.replace(name=option, annotation=kind, default=default))
 
     @functools.wraps(verb)
-    def call(
-        *args: Any,
-        swarm: list[str] | None = None,
-        allowed_peers: list[str] | None = None,
-        blocked_peers: list[str] | None = None,
-        timeout: float = SwarmChoice.timeout,
-        step_timeout: float = SwarmChoice.step_timeout,
-        replay: str = SwarmChoice.replay,
-        token_file: Path | None = None,
-        identity: Path | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def call(*args: Any, **kwargs: Any) -> None:
+        given = {option: kwargs.pop(option, default) for option, _, default in _OPTIONS}
         choice = SwarmChoice(
-            tuple(swarm or ()),
-            frozenset(allowed_peers or ()),
-            frozenset(blocked_peers or ()),
-            timeout,
-            step_timeout,
-            cast(Literal["steps", "fast"], replay),
-            token_file,
-            identity,
+            tuple(given.pop("swarm") or ()),
+            frozenset(given.pop("allowed_peers") or ()),
+            frozenset(given.pop("blocked_peers") or ()),
+            **given,
         )
-        if replay not in ("steps", "fast"):
-            raise InputError(f"--replay is steps or fast, not {replay!r}")
+        if choice.replay not in ("steps", "fast"):
+            raise InputError(f"--replay is steps or fast, not {choice.replay!r}")
         if not choice.peers and (choice.allowed or choice.blocked):
             raise InputError(
                 "--allowed-peers and --blocked-peers choose among the servers of a swarm; name it with --swarm"
             )
         check_swarm(choice.peers, choice.allowed, choice.blocked)
-        if not choice.peers and (token_file or identity):
-            raise InputError("--token-file and --identity are for a swarm; name it with --swarm")
+        if not choice.peers and (choice.token_file or choice.identity or choice.weights or choice.spot_check):
+            raise InputError(
+                "--token-file, --identity, --weights and --spot-check are for a swarm; name it with --swarm"
+            )
         verb(*args, swarm=choice, **kwargs)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

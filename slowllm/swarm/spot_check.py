@@ -1,0 +1,307 @@
+"""Compute some forward calls at a second server as well, and drop a server whose answers differ. No proof of anything.
+
+Stands between failover and the servers, and looks like them. A call without a session is checked by itself; a session is
+checked from its first step to its last or not at all, because its second server needs all of its steps. Where two servers
+disagree, a third one decides, if there is one; whoever is alone is not asked again in this run, and the call goes on with
+what two have said. Gradients are not checked.
+
+A server that lies seldom, within the tolerance, only in gradients, or together with the second one is not found.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from slowllm.errors import BusyError, DisagreementError, LimitError, PeerError, SessionError
+from slowllm.modeling.remote_spans import Hop, Kept
+from slowllm.modeling.span import SpanCall, SpanGrads
+from slowllm.swarm.failover import AsksServers
+from slowllm.swarm.records import ServerRecord
+
+log = logging.getLogger(__name__)
+
+# Of the largest value at a position. Servers of one kind of processor give equal bits; others add in another order, and each
+# block rounds anew: some hundred units in the last place of float32, some of the shorter dtypes.
+_OF_DTYPE = {"float32": 2.0**-13, "float16": 2.0**-7, "bfloat16": 2.0**-5}
+# What the compression of either server may add: what docs/swarm.md says of it.
+_OF_COMPRESSION = {"none": 0.0, "float16": 0.003, "bfloat16": 0.02, "int8": 0.05}
+# The second server could not be asked; that is no disagreement.
+_NOT_CHECKED = (PeerError, BusyError, SessionError, LimitError)
+_FOR_EVER = float("inf")
+
+
+class Replicated(AsksServers, Protocol):
+    """Servers of which several may have the same blocks; `hops.Hops` is one."""
+
+    def replicas(self, first: int, end: int) -> Sequence[ServerRecord]:
+        """Return the servers that may be asked for all of these blocks, with the weights that the client keeps to."""
+
+
+@dataclass
+class _Shadow:
+    """A session at a second server, and the calls that it has had."""
+
+    hop: Hop
+    session: str
+    calls: list[SpanCall] = field(default_factory=list)
+
+
+def tolerance(dtype: str, *compressions: str) -> float:
+    """Return by how much two honest answers may differ, as a part of the largest value at a position.
+
+    Args:
+        dtype: that both compute in.
+        compressions: of the two servers.
+    """
+    return _OF_DTYPE.get(dtype, _OF_DTYPE["bfloat16"]) + sum(_OF_COMPRESSION[one] for one in compressions)
+
+
+def difference(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor], mask: Tensor | None) -> float:
+    """Return the largest difference of two answers as a part of the largest value at its position; NaN of one is infinite.
+
+    Args:
+        ours: hidden states (B, T, ...) by blocks.
+        theirs: the same.
+        mask: (B, at least T), 0 where positions hold no text and anything may stand; None for text everywhere.
+    """
+    worst = 0.0
+    for number, one in ours.items():
+        other = theirs[number]
+        if torch.equal(one, other):
+            continue
+        a, b = one.detach().float().flatten(2), other.detach().float().flatten(2)
+        if mask is not None and mask.dim() == 2 and len(mask) == len(a) and mask.shape[1] >= a.shape[1]:
+            text = mask[:, mask.shape[1] - a.shape[1] :].bool()
+            a, b = a[text], b[text]
+        a, b = a.flatten(0, -2), b.flatten(0, -2)
+        if not a.numel():
+            continue
+        if not torch.equal(a.isfinite(), b.isfinite()):
+            return float("inf")
+        a, b = (torch.where(x.isfinite(), x, 0.0) for x in (a, b))
+        largest = torch.maximum(a.abs().amax(-1), b.abs().amax(-1)).clamp_min(torch.finfo(torch.float32).tiny)
+        worst = max(worst, float(((a - b).abs().amax(-1) / largest).max()))
+    return worst
+
+
+class SpotCheck:
+    """The servers of a client, some of whose answers are checked; an `AsksServers`.
+
+    Args:
+        servers: that are asked.
+        rate: share of the calls, and of the sessions, that are checked.
+        draw: returns a number from 0 to 1, where less than `rate` checks; None for the system's numbers, which no job seeds.
+    """
+
+    def __init__(self, servers: Replicated, rate: float, draw: Callable[[], float] | None = None) -> None:
+        assert 0 <= rate <= 1, f"{rate} is no share"
+        self._servers, self._rate = servers, rate
+        self._draw = draw or random.SystemRandom().random
+        self._lock = threading.Lock()
+        self._shadows: dict[str, _Shadow] = {}
+        self._wrong: set[str] = set()
+        self.num_checked = self.num_unchecked = self.num_wrong = 0
+
+    def __str__(self) -> str:
+        return (
+            f"spot checks: {self.num_checked:,} calls were computed twice, {self.num_wrong:,} answers were wrong, and "
+            f"{self.num_unchecked:,} calls had no second server"
+        )
+
+    def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
+        """Compute a span at its server, and perhaps at a second one; see `AsksServers.forward`.
+
+        Raises:
+            DisagreementError: two servers disagree, and no third one can decide.
+            PeerError: the server of a session was wrong, so that the session must be rebuilt elsewhere.
+        """
+        found = self._servers.forward(call, hop, session, deadline)
+        if session is None:
+            if self._draw() >= self._rate:
+                return found
+            shadow = self._second(hop, None)
+        else:
+            shadow = self._shadow_of(session, call, hop)
+        if shadow is None:
+            return found
+        try:
+            second = self._servers.forward(call, shadow.hop, shadow.session or None, deadline)
+        except _NOT_CHECKED as error:
+            self._drop(session, shadow, error)
+            return found
+        return self._compared(call, hop, session, shadow, found, second, deadline)
+
+    def replay(
+        self, calls: Sequence[SpanCall], hop: Hop, session: str, deadline: float, *, returns: bool
+    ) -> list[Tensor]:
+        """Fill a new session, and perhaps one at a second server, which is then checked; see `AsksServers.replay`.
+
+        What a replay itself returns is not compared.
+        """
+        found = self._servers.replay(calls, hop, session, deadline, returns=returns)
+        if self._draw() < self._rate and (shadow := self._second(hop, uuid.uuid4().hex)) is not None:
+            try:
+                self._servers.replay(calls, shadow.hop, shadow.session, deadline, returns=False)
+            except _NOT_CHECKED as error:
+                self._drop(session, shadow, error)
+            else:
+                shadow.calls = list(calls)
+                with self._lock:
+                    self._shadows[session] = shadow
+        return found
+
+    def _second(self, hop: Hop, session: str | None, *besides: str) -> _Shadow | None:
+        """Return another server for a hop; None, and count it, where there is none."""
+        able = [
+            record.peer
+            for record in self._servers.replicas(hop.first, hop.end)
+            if record.peer not in (hop.peer, *besides, *self._wrong)
+        ]
+        if not able:
+            self.num_unchecked += not besides
+            return None
+        # Any of them: a server that knew its checker could agree with it on what to say.
+        return _Shadow(
+            Hop(hop.first, hop.end, able[int(self._draw() * len(able)) % len(able)]), session or ""
+        )
+
+    def _shadow_of(self, session: str, call: SpanCall, hop: Hop) -> _Shadow | None:
+        """Return the second session of one that is checked, which is decided at its first step."""
+        with self._lock:
+            shadow = self._shadows.get(session)
+        if shadow is None and not call.length and self._draw() < self._rate:
+            shadow = self._second(hop, uuid.uuid4().hex)
+            if shadow is not None:
+                with self._lock:
+                    self._shadows[session] = shadow
+        return shadow
+
+    def _compared(
+        self, call: SpanCall, hop: Hop, session: str | None, shadow: _Shadow,
+        found: dict[int, Tensor], second: dict[int, Tensor], deadline: float,
+    ) -> dict[int, Tensor]:  # fmt: skip
+        """Return the answer that is right, as far as can be known."""
+        self.num_checked += 1
+        shadow.calls.append(call)
+        off = self._off(call, hop, shadow.hop, found, second)
+        if not off:
+            return found
+        names = [self._servers.name_of(peer) for peer in (hop.peer, shadow.hop.peer)]
+        what = f"{names[0]} and {names[1]} disagree about blocks {hop.first}:{hop.end} (by {off:.1g} of the largest value)"
+        third_hop, third = self._third(hop, shadow, call, deadline, what)
+        self.num_wrong += 1
+        if not self._off(call, hop, third_hop, found, third):
+            self._banish(shadow.hop.peer, what, third_hop)
+            self._forget(session)
+            return found
+        if self._off(call, shadow.hop, third_hop, second, third):
+            name = self._servers.name_of(third_hop.peer)
+            raise DisagreementError(f"{what}, and {name} says a third thing; leave out those that you do not trust with "
+                                    "--blocked-peers")  # fmt: skip
+        self._banish(hop.peer, what, third_hop)
+        if session is not None:
+            self._forget(session)
+            raise PeerError(hop.peer, "was wrong at a spot check")
+        return second
+
+    def _third(
+        self, hop: Hop, shadow: _Shadow, call: SpanCall, deadline: float, what: str
+    ) -> tuple[Hop, dict[int, Tensor]]:
+        """Return what a third server says.
+
+        Raises:
+            DisagreementError: there is none.
+        """
+        tried: list[str] = [shadow.hop.peer]
+        while (third := self._second(hop, uuid.uuid4().hex, *tried)) is not None:
+            tried.append(third.hop.peer)
+            try:
+                if not shadow.session:
+                    return third.hop, self._servers.forward(call, third.hop, None, deadline)
+                try:
+                    if before := shadow.calls[:-1]:
+                        self._servers.replay(before, third.hop, third.session, deadline, returns=False)
+                    return third.hop, self._servers.forward(call, third.hop, third.session, deadline)
+                finally:
+                    self._servers.end_session(Kept(third.hop, third.session))
+            except _NOT_CHECKED as error:
+                log.info("%s could not decide (%s)", self._servers.name_of(third.hop.peer), error)
+        raise DisagreementError(
+            f"{what}, and nobody else who may be asked has these blocks to decide; leave out the one that you do not trust with "
+            "--blocked-peers"
+        )
+
+    def _off(
+        self,
+        call: SpanCall,
+        one: Hop,
+        other: Hop,
+        ours: Mapping[int, Tensor],
+        theirs: Mapping[int, Tensor],
+    ) -> float:
+        """Return by how much two answers differ, 0 where that is within the tolerance."""
+        off = difference(ours, theirs, call.mask)
+        records = {record.peer: record for record in self._servers.replicas(one.first, one.end)}
+        how = [records[hop.peer].compression for hop in (one, other) if hop.peer in records]
+        allowed = tolerance(str(call.hidden.dtype).removeprefix("torch."), *how)
+        return 0.0 if off <= allowed else off
+
+    def _banish(self, peer: str, what: str, third: Hop) -> None:
+        self._wrong.add(peer)
+        self._servers.ban(peer, _FOR_EVER)
+        log.warning(
+            "%s; %s was alone with its answer when %s was asked, and is not asked again in this run",
+            what, self._servers.name_of(peer), self._servers.name_of(third.peer),
+        )  # fmt: skip
+
+    def _drop(self, session: str | None, shadow: _Shadow, error: BaseException) -> None:
+        """Go on without a second server that cannot be asked."""
+        self.num_unchecked += 1
+        log.info("%s could not check a call (%s)", self._servers.name_of(shadow.hop.peer), error)
+        if session is None:
+            return
+        self._forget(session)
+
+    def _forget(self, session: str | None) -> None:
+        """End the second session of one that is not checked any more."""
+        with self._lock:
+            shadow = self._shadows.pop(session, None) if session is not None else None
+        if shadow is not None:
+            self._servers.end_session(Kept(shadow.hop, shadow.session))
+
+    def route(
+        self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool, end: int | None = None
+    ) -> Sequence[Hop]:
+        """Return hops; see `AsksServers.route`."""
+        return self._servers.route(first, num_tokens, keeps_cache=keeps_cache, wants_grad=wants_grad, end=end)
+
+    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
+        """Return gradients, unchecked; see `AsksServers.backward`."""
+        return self._servers.backward(call, hop, grads, deadline)
+
+    def end_session(self, kept: Kept) -> Future[Any] | None:
+        """Let the servers forget a session; see `AsksServers.end_session`."""
+        self._forget(kept.session)
+        return self._servers.end_session(kept)
+
+    def soon(self, work: Callable[[], object]) -> None:
+        """Do a short piece of work on another thread; see `AsksServers.soon`."""
+        self._servers.soon(work)
+
+    def ban(self, peer: str, until: float) -> None:
+        """Leave a server out of routes; one that was wrong, for ever."""
+        self._servers.ban(peer, _FOR_EVER if peer in self._wrong else until)
+
+    def name_of(self, peer: str) -> str:
+        """Return how people know a server."""
+        return self._servers.name_of(peer)
