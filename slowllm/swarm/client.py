@@ -30,6 +30,7 @@ from slowllm.swarm.failover import REPLAYS, Failover, Replay
 from slowllm.swarm.hop_table import hop_table
 from slowllm.swarm.hops import Hops
 from slowllm.swarm.network import Network
+from slowllm.swarm.quotas import MOST_REQUESTS
 from slowllm.swarm.records import model_key
 from slowllm.swarm.routing import Wishes
 from slowllm.swarm.shared_token import read_token
@@ -113,7 +114,8 @@ def open_client(
         else ModelInfo(path_or_hub_id, load_options.pop("prompt", None))
     )
     num_blocks = int(info.config.get_text_config().num_hidden_layers)
-    limits = Limits(silence_seconds=options.step_timeout)
+    # As many requests as a server takes of one peer; more wait here, and are not refused there.
+    limits = Limits(silence_seconds=options.step_timeout, streams_per_peer=MOST_REQUESTS)
     token = None if options.token_file is None else read_token(options.token_file)
     network = Network.open(
         identity=options.identity, host_maddrs=(), initial_peers=options.peers, limits=limits, token=token

@@ -17,7 +17,7 @@ from slowllm.errors import BusyError
 
 # A client has a session for each group of prompts that it generates for; more are a mistake, or meant to harm.
 MOST_SESSIONS = 128
-# Of the 64 streams that a peer may open, so that it can still end sessions and ask for a server's status.
+# Of the 64 streams that a peer may open, so that it can still end sessions. Clients send no more at a time.
 MOST_REQUESTS = 48
 _SHARE = 0.5
 

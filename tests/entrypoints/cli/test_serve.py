@@ -135,7 +135,10 @@ def test_a_model_that_cannot_be_cut_is_refused_by_its_family(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bloks = '0:2'", "'bloks' is no option of serve; there are announce-maddrs, attn-cache-tokens"),
+        (
+            "bloks = '0:2'",
+            "'bloks' is no option of serve; there are allow-keys, announce-maddrs, attn-cache-tokens",
+        ),
         ("model = 'x'", "'model' is no option of serve"),
         ("ram = {a = 1}", "ram takes one value"),
         ("ram = ", "cannot be read as TOML"),

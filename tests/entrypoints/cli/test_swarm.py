@@ -16,11 +16,18 @@ from slowllm.swarm.weights import weights_hash
 from tests.support.command_line import refused, run
 from tests.support.served import save_model
 from tests.support.serving import serving
+from tests.support.swarm_processes import SwarmProcesses
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def swarm_processes() -> Iterator[SwarmProcesses]:
+    with SwarmProcesses() as processes:
+        yield processes
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +79,63 @@ def test_a_swarm_without_models_says_so(monkeypatch: pytest.MonkeyPatch, capsys:
     with Network.open() as network:
         assert run(["swarm", "status", "--initial-peers", network.addresses[0]], monkeypatch) == 0
     assert capsys.readouterr().out == "no server of this swarm has named a model\n"
+
+
+def test_a_swarm_with_a_token_is_seen_and_used_by_those_who_have_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    token = tmp_path / "swarm.token"
+    token.write_text("a token of this swarm\n")
+    token.chmod(0o600)
+    key = ["--token-file", token]
+    with serving(model, "0:6", token_file=token) as server:
+        peer = server.network.addresses[0]
+        asking = [
+            "forward",
+            "--model",
+            model,
+            "--ram",
+            "3GiB",
+            "--text",
+            "The value",
+            "--json",
+            "--swarm",
+            peer,
+        ]
+        assert run([*asking, *key, "--weights", server.weights], monkeypatch) == 0
+        assert json.loads(capsys.readouterr().out)["num_tokens"] > 0
+        status = ["swarm", "status", "--initial-peers", peer]
+        assert run([*status, *key, "--json"], monkeypatch) == 0
+        (shown,) = json.loads(capsys.readouterr().out)["models"]
+        assert shown["weights"] == [server.weights]
+        for arguments in (asking, status):
+            said = refused(arguments, monkeypatch, capsys)
+            assert said.endswith("; if the swarm has a token, give its file with --token-file")
+        token.chmod(0o644)
+        assert "may be read or written by others" in refused([*status, *key], monkeypatch, capsys)
+
+
+def test_options_of_a_swarm_without_one_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for option in (
+        ["--weights", "0" * 32],
+        ["--spot-check", "0.5"],
+        ["--token-file", "x"],
+        ["--identity", "x"],
+    ):
+        said = refused(["forward", "--text", "x", *option], monkeypatch, capsys)
+        assert "are for a swarm; name it with --swarm" in said
+
+
+@pytest.mark.long
+def test_serve_logs_json_lines_and_answers_prometheus(model: Path, swarm_processes: SwarmProcesses) -> None:
+    server = swarm_processes.serve(
+        model, "0:2", "--metrics", "127.0.0.1:0", "--log-format", "json", "--allow-keys", "Q" * 46
+    )
+    ended = server.stop()
+    assert ended.returncode == 0
+    lines = [json.loads(line) for line in ended.stderr.splitlines()]
+    assert any(line["message"].startswith("metrics at http://127.0.0.1:") for line in lines)
+    assert lines[-1]["message"] == "left the swarm"
 
 
 def test_a_swarm_must_be_named(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
