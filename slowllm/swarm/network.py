@@ -1,11 +1,12 @@
 """The network of a swarm: open, serve, ask, announce, find, close.
 
-This is the only module that knows hivemind, and of hivemind it uses `P2P` (libp2p's daemon, a process of its own that
+This module and `slowllm.swarm.dialling` are the only ones that know hivemind, and of hivemind it uses `P2P` (libp2p's daemon, a process of its own that
 ends when this one does) and `DHTNode`, both on one asyncio loop in one thread. What forks in hivemind (`DHT`,
 `ConnectionHandler`, `MPFuture`) is not used: this process has torch's threads, which do not survive a fork.
 
 Nothing leaves this machine but to the addresses that were given and to peers that are met there: no public relays, no
-default bootstrap peers, no port mapping, no dialling back for strangers.
+default bootstrap peers, no port mapping, no dialling for
+strangers but to servers that the directory names.
 
 All methods can be called from any thread but the network's own, on which handlers run.
 """
@@ -14,11 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -29,14 +29,14 @@ from torch import Tensor
 from slowllm.errors import (
     InputError,
     NetworkError,
-    PeerLostError,
     PeerTimeoutError,
     ProtocolError,
     first_line,
 )
 from slowllm.swarm import addresses as multiaddresses
 from slowllm.swarm.admission import Admission
-from slowllm.swarm.directory import DIED, Directory, directory_validator
+from slowllm.swarm.dialling import PROTOCOL_NAME, open_stream
+from slowllm.swarm.directory import Directory, directory_validator
 from slowllm.swarm.directory_token import DirectoryToken
 from slowllm.swarm.identity import Identity, holding_identity
 from slowllm.swarm.libp2p_log import without_faults_of_leaving
@@ -47,15 +47,13 @@ from slowllm.swarm.presence import Presence
 from slowllm.swarm.progress import RequestProgress
 from slowllm.swarm.records import ServerRecord
 from slowllm.swarm.requests import REQUEST, Handler, StreamServer, decoded, ends_stream, unpack_answer
-from slowllm.swarm.shared_token import SharedToken, limited, prove_to_server
+from slowllm.swarm.shared_token import SharedToken, prove
 from slowllm.swarm.stream_pool import StreamPool
 from slowllm.swarm.streams import Limits, Parts, Stream, exchange
 
-PROTOCOL_NAME = "slowllm.swarm.1"
 OPEN_SECONDS = 60.0
 DIRECTORY_SECONDS = 30.0
 CLOSE_SECONDS = 10.0
-_NOT_FOUND = re.compile("routing: not found|failed to find any peer")
 
 
 class Network:
@@ -336,6 +334,17 @@ class Network:
                 for peer in presence.left(server.take_asking(), connected):
                     left(peer)
 
+    def _dialling(self, peer: str) -> Callable[[], Awaitable[Stream]]:
+        async def dial() -> Stream:
+            stream = await open_stream(
+                self._p2p, peer, self._known.get(peer, ()), self._limits.connect_seconds
+            )
+            if self._token is not None:
+                await prove(stream, self._token, self.peer, peer, self._limits.connect_seconds)
+            return stream
+
+        return dial
+
     async def _ask(
         self,
         peer: str,
@@ -352,9 +361,7 @@ class Network:
 
         pool = self._pools.get(peer)
         if pool is None:
-            pool = self._pools[peer] = StreamPool(
-                lambda: self._open_stream(peer), self._limits.streams_per_peer
-            )
+            pool = self._pools[peer] = StreamPool(self._dialling(peer), self._limits.streams_per_peer)
         try:
             async with asyncio.timeout(timeout):
                 async with pool.stream() as stream:
@@ -368,55 +375,6 @@ class Network:
         except ProtocolError as error:
             raise ProtocolError(f"peer {peer}: {error}") from error
         return unpack_answer(peer, said), tensors
-
-    async def _open_stream(self, peer: str) -> Stream:
-        from hivemind.p2p import P2PDaemonError, PeerID
-        from hivemind.utils.multiaddr import Multiaddr
-
-        seconds = self._limits.connect_seconds
-        target = PeerID.from_base58(peer)
-        failure: NetworkError
-        try:
-            async with asyncio.timeout(seconds):
-                try:
-                    opened = await self._p2p.call_binary_stream_handler(target, PROTOCOL_NAME)
-                except P2PDaemonError as error:
-                    # libp2p did not hear of the peer from others; its record may say where it is.
-                    if not (ways := self._known.get(peer)) or not _NOT_FOUND.search(str(error)):
-                        raise
-                    # hivemind has no public way to say where a peer is, and its addresses have no room for ids.
-                    direct = [Multiaddr(way.partition("/p2p/")[0]) for way in ways if "circuit" not in way]
-                    await self._p2p._client.connect(target, direct)
-                    opened = await self._p2p.call_binary_stream_handler(target, PROTOCOL_NAME)
-                stream = Stream(opened[1], opened[2])
-            return await self._proved(stream, peer)
-        except TimeoutError:
-            failure = PeerTimeoutError(peer, f"cannot be reached in {seconds:g} s")
-        except P2PDaemonError as error:
-            reason = first_line(error).removeprefix("Connect failed. msg=")
-            if "protocols not supported" in reason:
-                reason = f"it does not serve {PROTOCOL_NAME}; it may be of another version"
-            failure = PeerLostError(peer, f"cannot be reached ({reason})")
-        except (OSError, EOFError):
-            failure = NetworkError(DIED)
-        # Not inside `except`: hivemind leaves a connection to the error's traceback, to be closed by whichever thread lets
-        # go of it, and this must be the loop's.
-        raise failure
-
-    async def _proved(self, stream: Stream, peer: str) -> Stream:
-        """Prove the token, if there is one, at the begin of a stream to a peer."""
-        if self._token is None:
-            return stream
-        try:
-            proof = prove_to_server(stream, self._token, self.peer, peer)
-            await limited(proof, peer, self._limits.connect_seconds)
-        except (EOFError, OSError) as error:
-            stream.close()
-            raise PeerLostError(peer, "the connection ended before the token was proved") from error
-        except BaseException:
-            stream.close()
-            raise
-        return stream
 
 
 def log_as_others() -> None:

@@ -18,7 +18,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from slowllm.errors import InputError, ProtocolError, RefusedError
+from slowllm.errors import InputError, PeerLostError, ProtocolError, RefusedError
 from slowllm.files import system_errors
 from slowllm.swarm.messages import body_bytes, decode, encode
 from slowllm.swarm.streams import Stream
@@ -138,6 +138,23 @@ async def demand_proof(stream: Stream, token: SharedToken, own: str, peer: str) 
     said = await _read(stream, peer)
     if not token.is_proof(said.get("proof"), "client", peer, own, nonce, hello):
         raise RefusedError(peer, "the token was not proved; is the --token-file that of this swarm?")
+
+
+async def prove(stream: Stream, token: SharedToken, own: str, peer: str, seconds: float) -> None:
+    """Prove the token to a server as `prove_to_server` does, in so many seconds; close the stream where that fails.
+
+    Raises:
+        RefusedError: the server does not prove the token, or not in time.
+        PeerLostError: the connection ended.
+    """
+    try:
+        await limited(prove_to_server(stream, token, own, peer), peer, seconds)
+    except (EOFError, OSError) as error:
+        stream.close()
+        raise PeerLostError(peer, "the connection ended before the token was proved") from error
+    except BaseException:
+        stream.close()
+        raise
 
 
 async def _read(stream: Stream, peer: str) -> dict[str, Any]:

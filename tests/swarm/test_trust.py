@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from slowllm.errors import InputError, NetworkError, RefusedError, RemoteError
+from slowllm.errors import InputError, NetworkError, PeerLostError, RefusedError, RemoteError
 from slowllm.modeling.span import SpanCall
+from slowllm.swarm.dialling import PROTOCOL_NAME
 from slowllm.swarm.directory_token import PROOF_SECONDS, DirectoryToken
 from slowllm.swarm.messages import body_bytes, decode, encode
-from slowllm.swarm.network import PROTOCOL_NAME, Network
+from slowllm.swarm.network import Network
 from slowllm.swarm.quotas import PeerQuotas
 from slowllm.swarm.server import ServerOptions
-from slowllm.swarm.shared_token import SharedToken, demand_proof, prove_to_server, read_token
+from slowllm.swarm.shared_token import SharedToken, demand_proof, limited, prove, prove_to_server, read_token
 from slowllm.swarm.streams import Limits, Stream
 from tests.support.served import save_model
 from tests.support.serving import hidden_states, send, serving
@@ -174,6 +175,8 @@ def pair() -> tuple[Stream, Stream]:
 
         async def drain(self) -> None: ...
 
+        def abort(self) -> None: ...
+
     left, right = asyncio.StreamReader(), asyncio.StreamReader()
     return Stream(left, Writer(right)), Stream(right, Writer(left))  # type: ignore[arg-type]
 
@@ -278,3 +281,27 @@ def test_a_server_of_a_swarm_with_a_token_refuses_a_thousand_sessions_of_one_pee
                         answer.result(PATIENCE)
             assert len(server.spans.sessions) == 5
             send(network, server.network.peer, replace(call, length=1), "session 0", 1).result(PATIENCE)
+
+
+def test_a_server_that_leaves_before_it_has_proved_the_token_is_lost() -> None:
+    async def meet(give_up: float) -> None:
+        ours, _ = pair()
+        if give_up:
+            await prove(ours, TOKEN, "client", "server", give_up)
+        ours._reader.feed_eof()
+        await prove(ours, TOKEN, "client", "server", 60)
+
+    with pytest.raises(PeerLostError, match="the connection ended before the token was proved"):
+        asyncio.run(meet(0))
+    with pytest.raises(RefusedError, match=r"has not proved the swarm's token in 0\.01 s"):
+        asyncio.run(meet(0.01))
+
+
+def test_what_is_no_proof_is_refused() -> None:
+    async def meet() -> None:
+        ours, theirs = pair()
+        await ours.write([(5).to_bytes(8, "big"), b"noise"])
+        await limited(demand_proof(theirs, TOKEN, "server", "client"), "client", 60)
+
+    with pytest.raises(RefusedError, match="sends what is no proof of a token"):
+        asyncio.run(meet())
