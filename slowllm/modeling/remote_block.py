@@ -1,8 +1,7 @@
 """Blocks that other machines compute, in a model whose ends are here.
 
-The first block of a hop makes the call for all blocks of the hop; the others return what it brought. The client's cache
-holds labels in the place of keys and values (`cache_labels`). Gradients: an autograd Function for each hop keeps the
-hop's inputs, and its backward asks for their gradients.
+The first block of a hop makes the call for all blocks of the hop (`remote_hop`); the others return what it brought. The
+client's cache holds labels in the place of keys and values (`cache_labels`).
 
 Knows transformers' models and what a span is (`span`); of the machines it knows a `Spans` only.
 """
@@ -10,20 +9,19 @@ Knows transformers' models and what a span is (`span`); of the machines it knows
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 
 from slowllm.errors import UnsupportedError
 from slowllm.modeling.recompute import is_cache
-from slowllm.modeling.remote_cache import kept_hop, tensors_of, with_cache
+from slowllm.modeling.remote_cache import kept_hop, with_cache
+from slowllm.modeling.remote_hop import compute_hop, pass_through
 from slowllm.modeling.remote_spans import Hop, Need, Remote, need_of
-from slowllm.modeling.span import SpanCall, SpanGrads
+from slowllm.modeling.span import SpanCall
 from slowllm.streaming.call_context import OwnerCall, current_call
 
 # What a call of the blocks' owner may be given. Anything else that is not None or False would have to reach the blocks.
@@ -52,6 +50,8 @@ class RemoteBlock(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the block returns, computed elsewhere.
 
+        Called by itself, without its owner, it takes hidden states (B, T, H) and returns hidden states; see `pass_through`.
+
         Raises:
             UnsupportedError: the model was called with something that is not sent.
             SessionError: the cache's keys and values are not kept any more.
@@ -60,7 +60,9 @@ class RemoteBlock(nn.Module):
         if known is not None:
             return known
         owner_call = current_call().owner_call
-        assert owner_call is not None, "blocks are called by their owner"
+        if owner_call is None:  # a block that is called by itself
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return pass_through(self._remote, self._number, self._number + 1, hidden)
         if self._number not in owner_call.outputs:
             hidden = args[0] if args else kwargs["hidden_states"]
             leaves = tree_leaves((args, kwargs), is_leaf=is_cache)
@@ -118,21 +120,7 @@ def _pass_hop(
         vectors=_vectors_behind(first, end), returns_all=returns_all, final_length=final_length,
     )  # fmt: skip
     call, session = (call, None) if cache is None else with_cache(remote, call, hop, cache)
-    # Each is added to the position of its number; behind the last one nothing is.
-    reached = {number: vectors for number, vectors in call.vectors.items() if call.length < vectors.shape[-2]}
-    call = replace(call, vectors=reached)
-    inputs = tensors_of(call)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        if session is not None:
-            raise UnsupportedError(
-                "a gradient is wanted through a cache whose keys and values other machines keep; call the model with "
-                "use_cache=False or with a new cache, or under torch.no_grad()"
-            )
-        numbers = tuple(range(first, end) if returns_all else (end - 1,))
-        flat = _HopFunction.apply(remote, call, hop, numbers, *inputs)  # type: ignore[no-untyped-call]
-        found = dict(zip(numbers, flat, strict=True))
-    else:
-        found = remote.away(lambda: remote.spans.forward(call, hop, session))
+    found = compute_hop(remote, call, hop, session)
     # Without the outputs in between, the last one stands for them: the blocks that get it return at once as well.
     last = found[end - 1]
     return {number: remote.form.stand_in(found.get(number, last)) for number in range(first, end)}
@@ -183,48 +171,3 @@ def _vectors_behind(first: int, end: int) -> dict[int, Tensor]:
     """Return a deep prompt's vectors for the blocks behind the first, which adds its own before it is called."""
     vectors = current_call().vectors
     return {n: v for n in range(first + 1, end) if n < len(vectors) and (v := vectors[n]) is not None}
-
-
-def _with_tensors(call: SpanCall, tensors: tuple[Tensor, ...]) -> SpanCall:
-    left = iter(tensors)
-    hidden = next(left)
-    vectors = {number: next(left) for number in call.vectors}
-    pairs = {number: (next(left), next(left)) for number in call.pairs}
-    return replace(call, hidden=hidden, vectors=vectors, pairs=pairs)
-
-
-class _HopFunction(torch.autograd.Function):
-    """A hop as one node of autograd's graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, remote: Remote, call: SpanCall, hop: Hop, numbers: tuple[int, ...], *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs)
-        # The graph keeps the inputs, and notices a later write into them.
-        ctx.remote, ctx.hop, ctx.numbers = remote, hop, numbers
-        ctx.call = _with_tensors(call, tuple(tensor.new_empty(0) for tensor in inputs))
-        given = _with_tensors(call, tuple(tensor.detach() for tensor in inputs))
-        found = remote.away(lambda: remote.spans.forward(given, hop, None))
-        return tuple(found[number] for number in numbers)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        call = _with_tensors(ctx.call, tuple(tensor.detach() for tensor in ctx.saved_tensors))
-        remote: Remote = ctx.remote
-        given = {n: grad for n, grad in zip(ctx.numbers, grads, strict=True) if grad is not None}
-        if not given:
-            return (None,) * (4 + len(ctx.saved_tensors))
-        found: SpanGrads = remote.away(lambda: remote.spans.backward(call, ctx.hop, given))
-        of_pairs = (side for number in call.pairs for side in found.pairs.get(number, (None, None)))
-        return (
-            None,
-            None,
-            None,
-            None,
-            found.hidden,
-            *(found.vectors.get(number) for number in call.vectors),
-            *of_pairs,
-        )

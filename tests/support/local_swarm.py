@@ -37,12 +37,12 @@ class LocalSpans:
 
     def route(self, first: int, need: Need) -> list[Hop]:
         self.needs.append(need)
-        return [Hop(start, end) for start, end in self.ends.items() if start >= first]
+        return [Hop(max(start, first), end) for start, end in self.ends.items() if end > first]
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
         self.num_calls += 1
         self.calls.append(call)
-        runner = self.runners[call.first]
+        runner = self.runners[self._start_of(call.first)]
         cache = None
         if session is not None:
             if session not in self.sessions:
@@ -52,10 +52,15 @@ class LocalSpans:
 
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
         self.num_calls += 1
-        return self._ride(call.first, lambda: self.runners[call.first].backward(call, grads))
+        runner = self.runners[self._start_of(call.first)]
+        return self._ride(call.first, lambda: runner.backward(call, grads))
 
     def _ride(self, first: int, job: Callable[[], Any]) -> Any:
-        return self.models[first].ride([job])[0]
+        return self.models[self._start_of(first)].ride([job])[0]
+
+    def _start_of(self, block: int) -> int:
+        """Return the first block of the machine that holds a block."""
+        return next(start for start, end in self.ends.items() if start <= block < end)
 
     def end_session(self, kept: Kept) -> None:
         self.sessions.pop(kept.session, None)
