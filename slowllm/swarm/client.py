@@ -30,6 +30,7 @@ from slowllm.swarm.failover import REPLAYS, Failover, Replay
 from slowllm.swarm.hop_table import hop_table
 from slowllm.swarm.hops import Hops
 from slowllm.swarm.network import Network
+from slowllm.swarm.patience import Patience
 from slowllm.swarm.quotas import MOST_REQUESTS
 from slowllm.swarm.records import model_key
 from slowllm.swarm.routing import Wishes
@@ -58,6 +59,7 @@ class SwarmOptions:
         token_file: of the swarm's shared secret; None for a swarm that is open to all.
         weights: word for the blocks that servers must have, see `slowllm.swarm.weights`; empty for any.
         spot_check: share of the forward calls that are computed at a second server, too.
+        patience: how often servers are tried, and how long is waited in between.
     """
 
     peers: tuple[str, ...]
@@ -69,6 +71,7 @@ class SwarmOptions:
     token_file: Path | None = None
     weights: str = ""
     spot_check: float = 0.0
+    patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
         """Check what is given.
@@ -115,11 +118,15 @@ def open_client(
     )
     num_blocks = int(info.config.get_text_config().num_hidden_layers)
     # As many requests as a server takes of one peer; more wait here, and are not refused there.
-    limits = Limits(silence_seconds=options.step_timeout, streams_per_peer=MOST_REQUESTS)
+    limits = Limits(
+        silence_seconds=options.step_timeout, streams_per_peer=MOST_REQUESTS,
+        connect_seconds=options.patience.connect_seconds,
+    )  # fmt: skip
     token = None if options.token_file is None else read_token(options.token_file)
     network = Network.open(
-        identity=options.identity, host_maddrs=(), initial_peers=options.peers, limits=limits, token=token
-    )
+        identity=options.identity, host_maddrs=(), initial_peers=options.peers, limits=limits, token=token,
+        open_seconds=options.patience.open_seconds,
+    )  # fmt: skip
     log.info("this client is peer %s", network.peer)
     with contextlib.ExitStack() as held:
         held.callback(network.close)
@@ -161,9 +168,9 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
     if options.weights:
         allowed = [record for record in network.find(key) if wishes.refusal(record) is None]
         wishes = replace(wishes, hashes=check_pin(allowed, wishes.hashes, len(blocks), options.weights))
-    hops = Hops(lambda: network.find(key), network.ask, network.soon, len(blocks), wishes)
+    hops = Hops(lambda: network.find(key), network.ask, network.soon, len(blocks), wishes, options.patience)
     checked = SpotCheck(hops, options.spot_check) if options.spot_check else None
-    spans = Failover(checked or hops, options.timeout, options.replay)
+    spans = Failover(checked or hops, options.timeout, options.replay, options.patience)
     # Now, so that missing blocks are named before any work.
     hops.route(0, Need(1, 1))
     remote = Remote(

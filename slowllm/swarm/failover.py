@@ -32,6 +32,7 @@ from slowllm.errors import (
 from slowllm.modeling.merged_calls import merged
 from slowllm.modeling.remote_spans import Hop, Kept, Need, need_of
 from slowllm.modeling.span import SpanCall, SpanGrads
+from slowllm.swarm.patience import Patience
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +43,10 @@ REPLAYS: tuple[str, ...] = get_args(Replay)
 # What another server may do better. A wrong input, a NaN, a pass that fails or a request that cannot be encoded would be
 # the same everywhere.
 _RETRIED = (PeerError, BusyError, SessionError, LimitError)
-# A server that failed is not asked for this time, which doubles with every failure until it has answered again.
-_FIRST_BAN_SECONDS, _MOST_BAN_SECONDS = 5.0, 300.0
+# A server that failed is not asked for a time that doubles with every failure until it has answered again, up to this.
+_MOST_BAN_SECONDS = 300.0
 # One that is well, but busy or too small for the work, is asked again after this time, however often it was.
 _SHORT_BAN_SECONDS = 1.0
-# Between looks for servers that have come back, where some blocks are served by nobody.
-_LOOK_SECONDS = 1.0
 # That a client waits at its end for servers to forget its sessions; they end by themselves when they are idle.
 CLOSE_SECONDS = 2.0
 
@@ -105,10 +104,19 @@ class Failover:
         servers: asks them.
         timeout: seconds for one call of a hop's blocks, with all retries and what is rebuilt.
         replay: ``steps`` rebuilds sessions by the calls in which they grew, with equal bits; ``fast`` in one pass.
+        patience: how many servers are tried, and with which waits.
     """
 
-    def __init__(self, servers: AsksServers, timeout: float, replay: Replay = "steps") -> None:
+    def __init__(
+        self,
+        servers: AsksServers,
+        timeout: float,
+        replay: Replay = "steps",
+        patience: Patience | None = None,
+    ) -> None:
         self._servers, self._timeout, self._replay = servers, timeout, replay
+        self._patience = patience or Patience()
+        self._local = threading.local()  # a call and its retries are on one thread
         self._lock = threading.Lock()
         self._chains: dict[str, list[_Link]] = {}
         self._dropped: deque[str] = deque()
@@ -131,7 +139,7 @@ class Failover:
         Raises:
             NetworkError: no servers could do it in time; the message says which were tried, and why each failed.
         """
-        deadline = time.monotonic() + self._timeout
+        deadline = self._begin()
         if session is None:
             return self._pass([_Link(hop, None)], call, deadline)
         with self._lock:
@@ -140,7 +148,12 @@ class Failover:
 
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
         """Return the gradients of a call's inputs; see `remote_spans.Spans`."""
-        return self._backward(call, hop, grads, time.monotonic() + self._timeout)
+        return self._backward(call, hop, grads, self._begin())
+
+    def _begin(self) -> float:
+        """Begin to count the failures of a call; return when it is given up."""
+        self._local.num_failed = 0
+        return time.monotonic() + self._timeout
 
     def end_session(self, kept: Kept) -> None:
         """Let the servers forget a session soon, wherever it is by now.
@@ -291,14 +304,19 @@ class Failover:
 
         Raises:
             MissingBlocksError: see `_wait_for_route`.
+            SlowLLMError: of the server, which was the last that may be tried.
         """
         now, is_well = time.monotonic(), isinstance(failed.error, BusyError | LimitError)
         with self._lock:
             last = self._failures.get(failed.peer)
             number = (0 if last is None else last.number) + (not is_well)
-            seconds = min(_FIRST_BAN_SECONDS * 2 ** (number - 1), _MOST_BAN_SECONDS)
+            seconds = min(self._patience.ban_seconds * 2 ** (number - 1), _MOST_BAN_SECONDS)
             seconds = _SHORT_BAN_SECONDS if is_well else seconds
             self._failures[failed.peer] = _Failure(failed.error, number, now, now + seconds)
+        self._local.num_failed += 1
+        if self._local.num_failed == self._patience.max_attempts:
+            self._servers.ban(failed.peer, now + seconds)
+            raise failed.error
         if now >= deadline:
             blocks = tuple(range(hop.first, hop.end))
             raise self._out_of_time(blocks, f"blocks {hop.first}:{hop.end} were not computed", deadline)
@@ -329,6 +347,7 @@ class Failover:
             MissingBlocksError: the time is over, or nobody takes so much; it says which servers were tried, and why each
                 failed.
         """
+        num_looks = 0
         while True:
             try:
                 return find()
@@ -348,7 +367,8 @@ class Failover:
                     raise self._out_of_time(
                         error.blocks, str(error), deadline, is_full=error.is_full
                     ) from error
-            time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+            time.sleep(min(self._patience.wait_seconds(num_looks), max(0.0, deadline - time.monotonic())))
+            num_looks += 1
 
     def _has_answered(self, peer: str) -> None:
         """Forget the failures of a server that is well again, or its bans would grow for ever."""

@@ -34,6 +34,7 @@ from slowllm.errors import (
 )
 from slowllm.modeling.remote_spans import Hop, Kept, Need
 from slowllm.modeling.span import SpanCall, SpanGrads
+from slowllm.swarm.patience import Patience
 from slowllm.swarm.progress import ProgressLog, RequestProgress
 from slowllm.swarm.records import ServerRecord
 from slowllm.swarm.replay_messages import ReplayRequest, pack_replay, unpack_replayed, windows
@@ -61,8 +62,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Servers that have come or left since are seen after this time at the latest.
-REFRESH_SECONDS = 15.0
 STATUS_SECONDS = 30.0
 # Calls without a cache take turns on so many routes, which share the work among replicas by their speed.
 _SPREAD_ROUTES = 8
@@ -111,6 +110,7 @@ class Hops:
         soon: does a short piece of work on another thread, and takes no lock; `Network.soon` is one.
         num_blocks: of the model.
         wishes: which servers may be asked.
+        patience: how long one answer is waited for, how old what is known of servers may be, and which routes are logged.
     """
 
     def __init__(
@@ -120,8 +120,10 @@ class Hops:
         soon: Callable[[Callable[[], object]], None],
         num_blocks: int,
         wishes: Wishes,
+        patience: Patience | None = None,
     ) -> None:
         self._find, self._ask, self._soon = find, ask, soon
+        self._patience = patience or Patience()
         self._num_blocks, self._wishes = num_blocks, wishes
         self._lock = threading.Lock()
         self._records: dict[str, ServerRecord] = {}
@@ -135,8 +137,8 @@ class Hops:
         self.times: dict[str, PeerTimes] = {}
 
     def records(self) -> list[ServerRecord]:
-        """Return the records of the servers, found within the last `REFRESH_SECONDS`."""
-        if time.monotonic() - self._found_at > REFRESH_SECONDS:
+        """Return the records of the servers, found lately."""
+        if time.monotonic() - self._found_at > self._patience.refresh_seconds:
             found = {record.peer: record for record in self._find()}
             with self._lock:
                 self._records, self._found_at = found, time.monotonic()
@@ -180,8 +182,8 @@ class Hops:
             chosen = fastest_route(self.records(), first, goal, wishes, self.latencies())
         else:
             chosen = spread(self.records(), number + 1, first, goal, wishes)[number]
-        said = format_route(chosen)
-        if said != self._last_route:
+        shown, said = self._patience.shown_routes, format_route(chosen)
+        if said != self._last_route and (shown == "all" or (shown == "inference" and need.session_tokens)):
             log.info("route: %s", said)
             self._last_route = said
         self._keep_to(chosen)
@@ -326,7 +328,7 @@ class Hops:
             hop.peer,
             meta,
             tensors,
-            timeout=max(0.0, deadline - time.monotonic()),
+            timeout=max(0.0, min(deadline - time.monotonic(), self._patience.request_seconds)),
             compression=dict.fromkeys(compressible(tensors), how),
             on_progress=ProgressLog(self._name(hop.peer)),
         )

@@ -89,6 +89,7 @@ class Network:
         use_relay: bool = False,
         limits: Limits | None = None,
         token: SharedToken | None = None,
+        open_seconds: float = OPEN_SECONDS,
     ) -> Network:
         """Join the swarm of the initial peers, or begin one.
 
@@ -101,6 +102,7 @@ class Network:
                 of them it uses is libp2p's decision.
             limits: what peers may take.
             token: that all peers of the swarm prove to one another; None for a swarm that is open to all.
+            open_seconds: for joining, at most.
         Raises:
             InputError: an address, the identity file or a port cannot be used; or hivemind is not installed.
             NetworkError: none of the initial peers can be joined; or the clock is wrong, or peers cannot reach us.
@@ -119,8 +121,10 @@ class Network:
             held.enter_context(without_faults_of_leaving())
             held.callback(network._loop.close, network._leave)
             network._loop.call(
-                lambda: network._join(key, host_maddrs, announce_maddrs, initial_peers, use_relay),
-                OPEN_SECONDS,
+                lambda: network._join(
+                    key, host_maddrs, announce_maddrs, initial_peers, use_relay, open_seconds
+                ),
+                open_seconds,
             )
             network._held = held.pop_all()
         return network
@@ -256,6 +260,7 @@ class Network:
         announce: Sequence[str],
         initial: Sequence[str],
         use_relay: bool,
+        open_seconds: float,
     ) -> None:
         from hivemind.dht.crypto import RSASignatureValidator
         from hivemind.dht.node import DHTNode
@@ -273,7 +278,7 @@ class Network:
                     identity_path=str(path), host_maddrs=list(host), announce_maddrs=list(announce) or None,
                     initial_peers=list(initial) or None, no_listen=not host, dht_mode="server" if host else "client",
                     use_relay=use_relay, use_auto_relay=use_relay and bool(initial), use_ipfs=False,
-                    auto_nat=False, nat_port_map=False, check_if_identity_free=False, startup_timeout=OPEN_SECONDS / 2,
+                    auto_nat=False, nat_port_map=False, check_if_identity_free=False, startup_timeout=open_seconds / 2,
                 )  # fmt: skip
         except P2PDaemonError as error:
             if "bootstrap" not in str(error):
