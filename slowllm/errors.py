@@ -75,6 +75,10 @@ class SessionError(SlowLLMError):
     """What other machines keep of a cache does not fit the call that continues it."""
 
 
+class SessionLengthError(SessionError, ValueError):
+    """A session has no room for a step; a ValueError as well, which code written for Petals may catch."""
+
+
 class TuningError(SlowLLMError):
     """A soft prompt cannot be tuned further: a loss or gradient is NaN or grows without bound."""
 

@@ -78,8 +78,8 @@ def find_form(model: Any, blocks_name: str) -> BlockForm:
     zeros = torch.zeros_like(noise)
     try:
         with torch.no_grad():
-            hidden, first = _given_to(owner, blocks[0], zeros)
-            _, second = _given_to(owner, blocks[0], noise)
+            hidden, first = given_to_first(owner, blocks[0], zeros)
+            _, second = given_to_first(owner, blocks[0], noise)
     except Exception as error:  # whatever a model may raise where it is given embeddings without token ids
         raise UnsupportedError(
             f"{family}: cannot be cut between blocks, because it fails without token ids ({first_line(error)})"
@@ -107,8 +107,16 @@ def find_form(model: Any, blocks_name: str) -> BlockForm:
     )
 
 
-def _given_to(owner: nn.Module, block: nn.Module, embeddings: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
-    """Return the hidden states that the first block gets for embeddings, and its other arguments by name."""
+def given_to_first(
+    owner: nn.Module, block: nn.Module, embeddings: Tensor
+) -> tuple[Tensor, Mapping[str, Any]]:
+    """Return the hidden states that the first block gets for embeddings, and its other arguments by name.
+
+    Args:
+        owner: of the blocks.
+        block: the first.
+        embeddings: (B, T, H).
+    """
     caught: list[tuple[Tensor, dict[str, Any]]] = []
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
