@@ -18,6 +18,7 @@ import pytest
 import typer
 
 from slowllm.entrypoints.cli.app import app
+from slowllm.entrypoints.cli.petals_flags import DHT_FLAGS, SERVER_FLAGS
 from tests.support.documents import examples_of
 from tests.support.fake_hub import FakeHub, Repo
 from tests.support.paths import ROOT
@@ -132,7 +133,7 @@ def options_of(command: click.Command, name: str = "slowllm") -> Iterator[tuple[
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_verbs_and_options_that_a_document_names_exist(path: Path) -> None:
     verbs = dict(options_of(typer.main.get_command(app)))
-    known = set().union(*verbs.values())
+    known = set().union(*verbs.values(), SERVER_FLAGS, DHT_FLAGS)
     for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)):
         if code.startswith("slowllm "):
             named = re.match(r"slowllm(?: (?:eval )?[a-z]+)?", code)

@@ -36,7 +36,7 @@ MAY_IMPORT |= {"files": {"errors"}}
 # Where a third-party package may be imported: a package of slowllm, or one of its modules. What is not listed here
 # (the standard library, torch, numpy) is free, but see `NEVER_LOADED_BY`.
 ONLY_IN = {
-    "transformers": {"modeling", "runtime", "prepare", "inference", "tuning", "entrypoints"},
+    "transformers": {"modeling", "runtime", "prepare", "inference", "swarm.petals", "tuning", "entrypoints"},
     "peft": {"modeling.soft_prompt_files"},
     "pyarrow": {"tables"},
     "safetensors": {"modeling", "runtime", "prepare"},

@@ -79,7 +79,7 @@ class StreamedHead(nn.Linear):
 
             def work(weights: Weights, chunk: int = chunk) -> Tensor:
                 part = F.linear(flat, self.weight_of(weights), self.bias_of(chunk))
-                part = part.view(*hidden.shape[:-1], -1)
+                part = part.view(*hidden.shape[:-1], part.shape[-1])
                 check_finite("the head", part, infinity_is_legal=True)
                 return part
 

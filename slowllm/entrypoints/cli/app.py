@@ -15,6 +15,7 @@ from slowllm.entrypoints.cli.evaluate import eval_app
 from slowllm.entrypoints.cli.forward import forward
 from slowllm.entrypoints.cli.generate import generate
 from slowllm.entrypoints.cli.log_format import as_logged
+from slowllm.entrypoints.cli.petals_flags import from_petals
 from slowllm.entrypoints.cli.plan import plan
 from slowllm.entrypoints.cli.prepare import convert, download, verify
 from slowllm.entrypoints.cli.score import score
@@ -78,7 +79,10 @@ def run() -> None:
     keep_together()
     try:
         try:
-            app()
+            arguments, said = from_petals(sys.argv[1:])
+            for line in said:
+                print(line, file=sys.stderr)
+            app(args=arguments)
         finally:
             sys.stdout.flush()  # else what cannot be written would fail when Python ends, with another exit code
     except SlowLLMError as error:

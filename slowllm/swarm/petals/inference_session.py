@@ -116,7 +116,12 @@ class InferenceSession:
                 f"a session of {counted(self.position, 'position')} cannot be rolled back to {length}; give a number from 0 to "
                 f"{self.position}"
             )
-        if (num_left := self.position - length) > 0:
+        num_left = self.position - length
+        if not length:
+            # What begins anew may have another number of rows, and the servers need not keep the old ones meanwhile.
+            self._forget()
+            self.cache = TextCache(self._remote.config, self.cache.num_virtual)
+        elif num_left:
             self.cache.crop(-num_left)
 
     @property
@@ -196,6 +201,9 @@ class InferenceSession:
         if self._is_closed:
             return
         self._is_closed = True
+        self._forget()
+
+    def _forget(self) -> None:
         helds = (held_of(cast(CacheLayerMixin, layer)) for layer in self.cache.layers)
         for kept in {held.kept for held in helds if held is not None and isinstance(held.kept, Kept)}:
             self._remote.spans.end_session(kept)

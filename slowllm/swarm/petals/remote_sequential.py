@@ -173,6 +173,5 @@ class RemoteSequential(nn.ModuleList):
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([block for block in self._modules.values() if block is not None])
 
-    def extra_repr(self) -> str:
-        """Return the numbers of its blocks."""
-        return f"{self.blocks.start}:{self.blocks.stop}"
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(blocks {self.blocks.start}:{self.blocks.stop})"
