@@ -64,4 +64,4 @@ def encode(batch):
     return {"input_ids": encoded["input_ids"], "labels": labels}
 
 
-train(model, reviews, 6, encode)
+train(model, reviews, 10, encode)

@@ -98,6 +98,7 @@ class InferenceSession:
 
     @position.setter
     def position(self, length: int) -> None:
+        """Roll back to a length."""
         self.rewind(length)
         num_tokens = max(0, length - self.cache.num_virtual)
         if self.output_ids is not None:
@@ -131,6 +132,7 @@ class InferenceSession:
 
     @last_token_id.setter
     def last_token_id(self, value: Tensor) -> None:
+        """Let other tokens (B, 1) be continued."""
         if self.output_ids is None:
             raise SessionError("last_token_id cannot be set before the session's first generate()")
         self.output_ids[:, -1:] = value

@@ -55,14 +55,14 @@ class RemoteSequential(nn.ModuleList):
         for name, value in (("dht", dht), ("sequence_manager", sequence_manager)):
             if value is not None:
                 raise InputError(f"{name} is not taken: the swarm is joined by the config's initial_peers")
+        num_blocks = int(config.get_text_config().num_hidden_layers)
+        first, end = start_block or 0, num_blocks if end_block is None else end_block
+        if not 0 <= first < end <= num_blocks:
+            raise InputError(
+                f"start_block={start_block} and end_block={end_block} name none of {counted(num_blocks, 'block')}"
+            )
         lm = open_ends(read_call(config._name_or_path, {"config": config}))
         blocks = list(lm.layout.blocks)
-        first, end = start_block or 0, len(blocks) if end_block is None else end_block
-        if not 0 <= first < end <= len(blocks):
-            lm.close()
-            raise InputError(
-                f"start_block={start_block} and end_block={end_block} name none of {counted(len(blocks), 'block')}"
-            )
         super().__init__(blocks[first:end])
         self._set(remote_of(lm), first, 0)
         self.__dict__["_slowllm"] = lm
