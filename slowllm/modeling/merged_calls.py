@@ -24,7 +24,7 @@ def merged(calls: Sequence[SpanCall], max_tokens: int) -> list[SpanCall] | None:
         max_tokens: rows times positions of one of the returned calls, at most; at least one position each.
     Returns:
         one call, or several where it would have too many tokens; None where the session can only grow by its own steps:
-        it began with keys and values, or its blocks keep different positions.
+        it began with keys and values, its blocks keep different positions, or its calls added vectors that differ.
     """
     first, last = calls[0], calls[-1]
     hidden, positions = first.hidden[:, :0], None if first.positions is None else first.positions[..., :0]
@@ -41,7 +41,7 @@ def merged(calls: Sequence[SpanCall], max_tokens: int) -> list[SpanCall] | None:
                 return None
             hidden = _moved(hidden, move)
             positions = None if positions is None else _moved_positions(positions, move)
-        if hidden.shape[1] != call.length:
+        if hidden.shape[1] != call.length or not _add_the_same(first, call):
             return None
         hidden = torch.cat([hidden.expand(len(call.hidden), *hidden.shape[1:]), call.hidden], 1)
         if positions is not None and call.positions is not None:
@@ -53,6 +53,13 @@ def merged(calls: Sequence[SpanCall], max_tokens: int) -> list[SpanCall] | None:
     )
     width = max(1, max_tokens // len(hidden))
     return [_piece(whole, begin, width) for begin in range(0, hidden.shape[1], width)]
+
+
+def _add_the_same(first: SpanCall, call: SpanCall) -> bool:
+    """Whether a call added to its positions what the vectors of the first call say of them."""
+    own, others = ({n: v[..., call.length :, :] for n, v in one.vectors.items()} for one in (call, first))
+    own, others = ({n: v for n, v in one.items() if v.numel()} for one in (own, others))
+    return own.keys() == others.keys() and all(torch.equal(vector, others[n]) for n, vector in own.items())
 
 
 def _piece(whole: SpanCall, begin: int, width: int) -> SpanCall:

@@ -43,6 +43,7 @@ from slowllm.modeling.soft_prompts import SoftPrompt, hook_inputs
 from slowllm.modeling.span import SpanCall, SpanGrads, SpanRunner
 from slowllm.streaming.call_context import call_context
 from slowllm.swarm.failover import Failover, Replay
+from slowllm.swarm.patience import Patience
 from tests.support.families import resident, save_tiny
 
 NUM_BLOCKS = 4
@@ -559,3 +560,28 @@ def test_sessions_stay_at_a_server_that_leaves_while_nobody_else_can_have_them(s
             swarm.lm.model(IDS, past_key_values=cache)
     assert {peer for peer, _, _ in swarm.servers.asked} == {"e"}
     assert not swarm.servers.replayed
+
+
+def test_as_many_servers_are_tried_as_the_client_allows(swarm: Swarm) -> None:
+    for count in (1, 2):
+        swarm.reset(lost)
+        swarm.failover = Failover(swarm.servers, PATIENCE, patience=Patience(max_attempts=count))
+        for _ in range(2):  # each call has so many
+            swarm.servers.banned.clear()
+            swarm.servers.asked.clear()
+            with torch.no_grad(), pytest.raises(PeerLostError, match="has died"):
+                swarm.lm.model(IDS)
+            assert len(swarm.servers.asked) == count
+
+
+def test_a_server_that_failed_is_not_asked_for_the_time_that_the_client_says(swarm: Swarm) -> None:
+    swarm.reset(at_calls([0], lost))
+    times: list[float] = []
+    swarm.servers.ban = lambda peer, until: times.append(until - time.monotonic())  # type: ignore[method-assign]
+    swarm.failover = Failover(swarm.servers, PATIENCE, patience=Patience(ban_seconds=77.0))
+    try:
+        with torch.no_grad():
+            swarm.lm.model(IDS)
+    finally:
+        del swarm.servers.ban
+    assert 70 < times[0] <= 77

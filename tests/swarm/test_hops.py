@@ -30,6 +30,8 @@ from slowllm.modeling.remote_spans import Hop
 from slowllm.modeling.span import SpanCall
 from slowllm.swarm.hops import Hops
 from slowllm.swarm.messages import Meta, Tensors
+from slowllm.swarm.patience import Patience, ShownRoutes
+from slowllm.swarm.records import ServerRecord
 from slowllm.swarm.routing import Wishes
 
 PEER = "QmW11AesEZBsQMwuZYzujBuqVfbUKMvUJgX9icaKqEhcT7"
@@ -116,3 +118,47 @@ def test_what_cannot_be_sent_is_not() -> None:
     mask = torch.full((1, 3), 2)
     with pytest.raises(UnsupportedError, match="other values than 0 and 1"):
         Asked().hops().forward(replace(CALL, mask=mask), HOP, None, time.monotonic() + 9)
+
+
+def record(first: int, end: int) -> ServerRecord:
+    return ServerRecord(
+        peer=PEER, first=first, end=end, state="online", dtype="float32", version="1", addresses=(), model="m-4",
+        block_hashes=("a",) * (end - first), decode_seconds=0.01, forward_tokens_per_second=9.0, max_batch_tokens=99,
+        cache_tokens_free=99, has_backward=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shown", "logged"), [("all", [True, True]), ("inference", [False, True]), ("none", [False, False])]
+)
+def test_routes_are_logged_of_the_calls_that_are_wanted(
+    shown: ShownRoutes, logged: list[bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "slowllm.swarm.hops")
+    for keeps_cache, is_logged in zip((False, True), logged, strict=True):
+        patience = Patience(shown_routes=shown)
+        hops = Hops(lambda: [record(0, 4)], Asked(), lambda work: None, 4, Wishes(), patience)
+        hops.route(0, 1, keeps_cache=keeps_cache, wants_grad=False)
+        assert ("route: 0:4" in caplog.text) == is_logged
+        caplog.clear()
+
+
+def test_a_request_and_what_is_known_of_servers_have_the_clients_limits() -> None:
+    asked, found = Asked(PeerTimeoutError(PEER, "has not answered")), []
+
+    def find() -> list[ServerRecord]:
+        found.append(record(0, 4))
+        return found[-1:]
+
+    hops = Hops(
+        find, asked, lambda work: None, 4, Wishes(), Patience(request_seconds=3.0, refresh_seconds=1e9)
+    )
+    with pytest.raises(PeerTimeoutError, match="has not answered"):
+        hops.forward(CALL, HOP, None, time.monotonic() + 100.0)
+    assert asked.timeouts == [3.0]
+    assert [len(hops.records()) for _ in range(3)] == [1, 1, 1]
+    assert len(found) == 1
+    impatient = Hops(find, asked, lambda work: None, 4, Wishes(), Patience(refresh_seconds=1e-9))
+    for _ in range(3):
+        impatient.records()
+    assert len(found) == 4
