@@ -165,3 +165,17 @@ def test_calls_of_a_prefix_or_of_blocks_that_keep_different_positions_are_not_me
     assert (
         merged([first, call_of(token, length=3, positions=torch.zeros(1, 1, dtype=torch.int64))], 100) is None
     )
+
+
+def test_calls_that_add_other_vectors_than_the_first_are_not_merged() -> None:
+    hidden, vectors = torch.zeros(1, 3, 4), {1: torch.ones(5, 4)}
+    first = call_of(hidden, vectors=vectors)
+    both = merged([first, call_of(hidden, length=3, vectors=dict(vectors))], 100)
+    assert both is not None
+    assert torch.equal(both[0].vectors[1], vectors[1])
+    assert merged([first, call_of(hidden, length=3)], 100) is None
+    assert merged([first, call_of(hidden, length=3, vectors={1: torch.zeros(5, 4)})], 100) is None
+    assert merged([call_of(hidden), call_of(hidden, length=3, vectors=vectors)], 100) is None
+    assert (
+        merged([call_of(hidden), call_of(hidden, length=3, vectors={1: torch.ones(3, 4)})], 100) is not None
+    )

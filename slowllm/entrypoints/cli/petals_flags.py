@@ -133,7 +133,7 @@ DHT_FLAGS: dict[str, Flag] = {
     "--refresh_period": _refused("the directory is kept fresh as it is used"),
 }
 # Which of a verb's options take no value, to tell the argument MODEL from a value.
-_WITHOUT_VALUE = {
+WITHOUT_VALUE = {
     "--resident", "--stream-all", "--backward", "--forward-only", "--no-relay", "--relay", "--verbose", "-v", "--help",
     "-h",
 }  # fmt: skip
@@ -184,7 +184,7 @@ def _keep(line: _Line, argument: str, left: list[str]) -> None:
         line.model = line.model or argument
         return
     line.arguments.append(argument)
-    if "=" not in argument and argument not in _WITHOUT_VALUE and left:
+    if "=" not in argument and argument not in WITHOUT_VALUE and left:
         line.arguments.append(left.pop(0))
 
 

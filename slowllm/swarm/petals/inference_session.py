@@ -31,6 +31,10 @@ class TextCache(DynamicCache):
 
     def __init__(self, config: Any, num_virtual: int = 0) -> None:
         super().__init__(config=config)
+        if any(self.is_sliding):
+            # A window forgets what has left it, so no position before that could be gone back to. Without the config every
+            # block keeps every position, and masks leave out what is outside of its window.
+            super().__init__()
         self.num_virtual = num_virtual
         self._hidden = num_virtual
 

@@ -6,8 +6,10 @@ import re
 from typing import Any
 
 import pytest
+import typer
 
-from slowllm.entrypoints.cli.petals_flags import DHT_FLAGS, SERVER_FLAGS, Flag, from_petals
+from slowllm.entrypoints.cli.app import app
+from slowllm.entrypoints.cli.petals_flags import DHT_FLAGS, SERVER_FLAGS, WITHOUT_VALUE, Flag, from_petals
 from slowllm.errors import InputError
 from tests.support.command_line import refused
 from tests.support.paths import ROOT
@@ -118,3 +120,12 @@ def test_the_document_has_every_flag_with_these_words() -> None:
         for name, flag in flags.items():
             words = f"refused: {flag.words}" if flag.is_refused else flag.words
             assert f"| `{name}` | {words} |" in document, name
+
+
+@pytest.mark.parametrize("verb", ["serve", "dht"])
+def test_it_is_known_which_options_take_no_value(verb: str) -> None:
+    verbs: Any = typer.main.get_command(app)
+    parameters = [one for one in verbs.commands[verb].params if getattr(one, "is_flag", False)]
+    options = {option for one in parameters for option in (*one.opts, *one.secondary_opts)}
+    assert options
+    assert options <= WITHOUT_VALUE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from slowllm.errors import InputError, SessionError, SessionLengthError
-from tests.support.petals import embedded, greedy, ids
+from tests.support.petals import Case, embedded, greedy, ids
 
 Pair = tuple[Any, Any]
 
@@ -238,3 +239,15 @@ def test_nothing_is_left_at_the_servers_behind_a_session(pair: Pair) -> None:
         model.generate(ids(), **greedy(2))
         assert len(spans.sessions) > before
     assert len(spans.sessions) == before
+
+
+def test_a_session_is_rolled_back_behind_sliding_windows(tmp_path: Path) -> None:
+    with Case("gemma-3-sliding", tmp_path) as case:  # windows of 8 positions
+        model, whole = case.model, case.plain.generate(ids(), **greedy(14))
+        with model.inference_session(max_length=60) as session:
+            parts = [model.generate(ids(), **greedy(6)), model.generate(None, **greedy(8))]
+            assert torch.equal(torch.cat(parts, 1), whole)
+            for position in (15, 9, 20):
+                session.position = min(position, session.position)
+                start = session.position
+                assert torch.equal(model.generate(None, **greedy(21 - start)), whole[:, start:])
