@@ -58,7 +58,7 @@ def test_a_classifier_with_a_prompt_learns_its_labels(mode: str, tmp_path: Path)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
         assert losses[-1] < 0.3 * losses[0]
         after = model.transformer.soft_prompt().tensors
         assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))

@@ -39,6 +39,17 @@ def test_a_model_from_the_swarm_is_transformers_own(served: Served) -> None:
         assert (model.config.max_retries, model.config.initial_peers) == (3, [served.address])
         with torch.no_grad():
             assert torch.equal(model(ids()).logits, plain(ids()).logits)
+    finally:
+        model.close()
+    model.close()
+
+
+@pytest.mark.long
+def test_sessions_are_kept_and_rolled_back_at_servers(served: Served) -> None:
+    plain: Any = resident(served.whole)
+    model = opened(AutoDistributedModelForCausalLM, served)
+    try:
+        with torch.no_grad():
             hidden = embedded(model, ids())
             part = model.transformer.h[1:4]
             with part.inference_session(max_length=9) as session:
@@ -53,7 +64,6 @@ def test_a_model_from_the_swarm_is_transformers_own(served: Served) -> None:
         assert torch.equal(again, expected[:, 8:])
     finally:
         model.close()
-    model.close()
 
 
 @pytest.mark.long
