@@ -14,7 +14,7 @@ from slowllm.swarm.petals.base_model import DistributedBase, distribute
 from slowllm.swarm.petals.client_config import ClientConfig, read_call
 from slowllm.swarm.petals.config import class_for, with_client
 from slowllm.swarm.petals.inference_session import InferenceSession, TextCache
-from slowllm.swarm.petals.opening import open_ends, remote_of
+from slowllm.swarm.petals.opening import closed_on_error, open_ends, remote_of
 from slowllm.swarm.petals.tied_gradient import add_gradient_of_tied_head
 
 # What makes `generate` pass the blocks in another order than one text that grows.
@@ -49,7 +49,8 @@ class ForCausalLM:
         """
         call = read_call(model_name_or_path, arguments)
         lm = open_ends(call, cls)
-        return cls.of_client(lm, call.client)
+        with closed_on_error(lm):
+            return cls.of_client(lm, call.client)
 
     @classmethod
     def of_client(cls, lm: StreamedLM, client: ClientConfig) -> Any:

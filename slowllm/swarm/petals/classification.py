@@ -15,7 +15,7 @@ from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.swarm.petals.base_model import DistributedBase, distribute
 from slowllm.swarm.petals.client_config import ClientConfig, read_call
 from slowllm.swarm.petals.config import class_for, with_client
-from slowllm.swarm.petals.opening import open_ends
+from slowllm.swarm.petals.opening import closed_on_error, open_ends
 
 
 class Score(nn.Linear):
@@ -51,7 +51,9 @@ class ForSequenceClassification:
             NetworkError: the swarm cannot be joined, or lacks blocks.
         """
         call = read_call(model_name_or_path, arguments, ("num_labels",))
-        return cls.of_client(open_ends(call, cls), call.client, call.others.get("num_labels"))
+        lm = open_ends(call, cls)
+        with closed_on_error(lm):
+            return cls.of_client(lm, call.client, call.others.get("num_labels"))
 
     @classmethod
     def of_client(cls, lm: StreamedLM, client: ClientConfig, num_labels: int | None = None) -> Any:
@@ -61,6 +63,8 @@ class ForSequenceClassification:
             lm: whose blocks are remote.
             client: with the prompt to tune.
             num_labels: by default those of the config, which are 2 where it names none.
+        Raises:
+            InputError: transformers has no such class for the family, or one of another form.
         """
         config = copy.deepcopy(lm.config)
         if num_labels is not None:
@@ -72,14 +76,13 @@ class ForSequenceClassification:
             )
         with torch.device("meta"):
             model = kind(config)
-        base = distribute(lm, client, class_for(cls.base_marker, lm.config))
-        if (
-            isinstance(getattr(model, "score", None), nn.Linear) is False
-            or model.base_model_prefix not in model._modules
+        if not isinstance(getattr(model, "score", None), nn.Linear) or not hasattr(
+            model, model.base_model_prefix
         ):
             raise InputError(
                 f"{kind.__name__}: has no score behind a base model, so it cannot be put on remote blocks"
             )
+        base = distribute(lm, client, class_for(cls.base_marker, lm.config))
         setattr(model, model.base_model_prefix, base)
         text = config.get_text_config()
         model.score = Score(text.hidden_size, config.num_labels, bias=False, dtype=torch.float32)

@@ -9,7 +9,7 @@ from slowllm.swarm.petals.causal_lm import ForCausalLM, ForSpeculation
 from slowllm.swarm.petals.classification import ForSequenceClassification
 from slowllm.swarm.petals.client_config import read_call
 from slowllm.swarm.petals.config import class_for
-from slowllm.swarm.petals.opening import open_ends
+from slowllm.swarm.petals.opening import closed_on_error, open_ends
 
 
 class AutoDistributedModel(DistributedBase):
@@ -27,7 +27,8 @@ class AutoDistributedModel(DistributedBase):
         """
         call = read_call(model_name_or_path, arguments)
         lm = open_ends(call, cls)
-        return distribute(lm, call.client, class_for(cls, lm.config))
+        with closed_on_error(lm):
+            return distribute(lm, call.client, class_for(cls, lm.config))
 
     def close(self) -> None:
         """Leave the swarm, and give files, threads and memory back. Idempotent."""

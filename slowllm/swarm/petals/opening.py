@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from slowllm.modeling.remote_spans import Remote
@@ -34,3 +36,13 @@ def remote_of(lm: StreamedLM) -> Remote:
     """Return what the remote blocks of a client share."""
     remote: Remote = lm.layout.blocks[0]._remote  # type: ignore[assignment]
     return remote
+
+
+@contextlib.contextmanager
+def closed_on_error(lm: StreamedLM) -> Iterator[None]:
+    """Close a client where what is made of it fails."""
+    try:
+        yield
+    except BaseException:
+        lm.close()
+        raise

@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from slowllm.errors import InputError, UnsupportedError
-from slowllm.swarm.petals import DistributedBloomForSequenceClassification, DistributedBloomModel
+from slowllm.swarm.petals import (
+    DistributedBloomForSequenceClassification,
+    DistributedBloomModel,
+    classification,
+)
 from tests.support.petals import FAMILIES, Case, ids
 
 LABELS = torch.tensor([0, 2])
@@ -74,3 +79,21 @@ def test_a_family_without_a_classifier_is_refused(tmp_path: Path) -> None:
         ),
     ):
         case.classifier(2)
+
+
+class WithoutScore(nn.Module):
+    """A classifier of another form than those of transformers' decoders."""
+
+    base_model_prefix = "model"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.model, self.classifier = nn.Identity(), nn.Linear(2, config.num_labels)
+
+
+def test_a_classifier_of_another_form_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Case("llama-2", tmp_path) as case:
+        classes = {type(case.swarm.lm.config): WithoutScore}
+        monkeypatch.setattr(classification, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", classes)
+        with pytest.raises(InputError, match="WithoutScore: has no score behind a base model"):
+            case.classifier(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from slowllm.errors import InputError, UnsupportedError
-from slowllm.swarm.petals import RemoteSequential
+from slowllm.swarm.petals import ClientConfig, RemoteSequential
+from slowllm.swarm.petals.base_model import distribute
 from tests.support.petals import Case, embedded, ids
 
 Pair = tuple[Any, Any]
@@ -134,3 +136,17 @@ def test_a_family_that_adds_positions_does_not_pretend_to_have_a_norm_only(tmp_p
             model.transformer.word_embeddings_layernorm  # noqa: B018
         with torch.no_grad():
             assert torch.equal(model(ids()).logits, case.plain(ids()).logits)
+
+
+def test_a_norm_without_a_known_name_is_not_guessed(tmp_path: Any) -> None:
+    with Case("llama-2", tmp_path) as case:
+        base = case.model.transformer
+        base._modules["another"] = base._modules.pop("norm")
+        with pytest.raises(UnsupportedError, match="the norm behind its last block has no known name"):
+            base.ln_f  # noqa: B018
+
+
+def test_a_model_that_owns_its_blocks_itself_is_refused() -> None:
+    lm: Any = SimpleNamespace(layout=SimpleNamespace(blocks_name="h"), model=nn.Module())
+    with pytest.raises(UnsupportedError, match="Module: owns its blocks itself"):
+        distribute(lm, ClientConfig())
