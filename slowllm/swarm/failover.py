@@ -43,10 +43,6 @@ REPLAYS: tuple[str, ...] = get_args(Replay)
 # What another server may do better. A wrong input, a NaN, a pass that fails or a request that cannot be encoded would be
 # the same everywhere.
 _RETRIED = (PeerError, BusyError, SessionError, LimitError)
-# A server that failed is not asked for a time that doubles with every failure until it has answered again, up to this.
-_MOST_BAN_SECONDS = 300.0
-# One that is well, but busy or too small for the work, is asked again after this time, however often it was.
-_SHORT_BAN_SECONDS = 1.0
 # That a client waits at its end for servers to forget its sessions; they end by themselves when they are idle.
 CLOSE_SECONDS = 2.0
 
@@ -108,11 +104,7 @@ class Failover:
     """
 
     def __init__(
-        self,
-        servers: AsksServers,
-        timeout: float,
-        replay: Replay = "steps",
-        patience: Patience | None = None,
+        self, servers: AsksServers, timeout: float, replay: Replay = "steps", patience: Patience | None = None
     ) -> None:
         self._servers, self._timeout, self._replay = servers, timeout, replay
         self._patience = patience or Patience()
@@ -310,8 +302,7 @@ class Failover:
         with self._lock:
             last = self._failures.get(failed.peer)
             number = (0 if last is None else last.number) + (not is_well)
-            seconds = min(self._patience.ban_seconds * 2 ** (number - 1), _MOST_BAN_SECONDS)
-            seconds = _SHORT_BAN_SECONDS if is_well else seconds
+            seconds = self._patience.seconds_banned(number, is_well=is_well)
             self._failures[failed.peer] = _Failure(failed.error, number, now, now + seconds)
         self._local.num_failed += 1
         if self._local.num_failed == self._patience.max_attempts:

@@ -8,6 +8,10 @@ from typing import Literal
 
 from slowllm.errors import InputError
 
+# Bans double with every failure of a server until it has answered again, up to this.
+MOST_BAN_SECONDS = 300.0
+# A server that is well, but busy or too small for the work, is asked again after this time, however often it was.
+SHORT_BAN_SECONDS = 1.0
 # Of which calls the route is logged: all, those that keep a cache, or none.
 ShownRoutes = Literal["all", "inference", "none"]
 
@@ -52,3 +56,14 @@ class Patience:
     def wait_seconds(self, num_looks: int) -> float:
         """Return the seconds before the next look for servers, after `num_looks` in vain."""
         return float(min(self.max_wait_seconds, self.min_wait_seconds * 2.0 ** min(num_looks, 60)))
+
+    def seconds_banned(self, num_failures: int, *, is_well: bool) -> float:
+        """Return for how long a server is not asked.
+
+        Args:
+            num_failures: since it last answered.
+            is_well: whether it only has no room, or takes less at a time.
+        """
+        if is_well:
+            return SHORT_BAN_SECONDS
+        return float(min(self.ban_seconds * 2.0 ** min(num_failures - 1, 60), MOST_BAN_SECONDS))
