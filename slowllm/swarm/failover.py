@@ -32,6 +32,7 @@ from slowllm.errors import (
 from slowllm.modeling.merged_calls import merged
 from slowllm.modeling.remote_spans import Hop, Kept, Need, need_of
 from slowllm.modeling.span import SpanCall, SpanGrads
+from slowllm.swarm.failures import Failures
 from slowllm.swarm.patience import Patience
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class Failover:
         self._lock = threading.Lock()
         self._chains: dict[str, list[_Link]] = {}
         self._dropped: deque[str] = deque()
-        self._failures: dict[str, _Failure] = {}
+        self._failures = Failures(servers.name_of, timeout, self._patience)
         self.num_rebuilt = 0
         self.rebuilt: Counter[str] = Counter()
 
@@ -195,7 +196,7 @@ class Failover:
             found = self._servers.forward(call, link.hop, link.session, deadline)
         except _RETRIED as error:
             raise _FailedError(link.hop.peer, error) from error
-        self._has_answered(link.hop.peer)
+        self._failures.forget(link.hop.peer)
         if link.session is not None:
             link.history.append(call)
         return found
@@ -267,7 +268,7 @@ class Failover:
     def _backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         try:
             answer = self._servers.backward(call, hop, grads, deadline)
-            self._has_answered(hop.peer)
+            self._failures.forget(hop.peer)
             return answer
         except _RETRIED as error:
             failed = _FailedError(hop.peer, error)
@@ -298,23 +299,21 @@ class Failover:
             MissingBlocksError: see `_wait_for_route`.
             SlowLLMError: of the server, which was the last that may be tried.
         """
-        now, is_well = time.monotonic(), isinstance(failed.error, BusyError | LimitError)
-        with self._lock:
-            last = self._failures.get(failed.peer)
-            number = (0 if last is None else last.number) + (not is_well)
-            seconds = self._patience.seconds_banned(number, is_well=is_well)
-            self._failures[failed.peer] = _Failure(failed.error, number, now, now + seconds)
+        failure = self._failures.note(failed.peer, failed.error)
         self._local.num_failed += 1
         if self._local.num_failed == self._patience.max_attempts:
-            self._servers.ban(failed.peer, now + seconds)
+            self._servers.ban(failed.peer, failure.until)
             raise failed.error
-        if now >= deadline:
+        if failure.at >= deadline:
             blocks = tuple(range(hop.first, hop.end))
-            raise self._out_of_time(blocks, f"blocks {hop.first}:{hop.end} were not computed", deadline)
+            raise self._failures.out_of_time(
+                blocks, f"blocks {hop.first}:{hop.end} were not computed", deadline
+            )
         name = self._servers.name_of(failed.peer)
-        level = logging.INFO if is_well else logging.WARNING
+        level = logging.INFO if failure.is_well else logging.WARNING
+        seconds = round(failure.until - failure.at, 3)
         log.log(level, "%s failed (%s); it is not asked for %g s", name, failed.error, seconds)
-        self._servers.ban(failed.peer, now + seconds)
+        self._servers.ban(failed.peer, failure.until)
         route = self._wait_for_route(
             lambda: self._servers.route(hop.first, need, hop.end),
             deadline,
@@ -343,7 +342,7 @@ class Failover:
             try:
                 return find()
             except MissingBlocksError as error:
-                tried = self._tried(deadline)
+                tried = self._failures.since(deadline)
                 # Sessions of this client may be what fills the servers, and they end.
                 waits_for_room = error.is_full and bool(self._chains)
                 if not tried and not waits_for_room:
@@ -355,54 +354,11 @@ class Failover:
                     and all(isinstance(one.error, LimitError) for one in tried.values())
                 )
                 if is_lasting or time.monotonic() >= deadline:
-                    raise self._out_of_time(
+                    raise self._failures.out_of_time(
                         error.blocks, str(error), deadline, is_full=error.is_full
                     ) from error
             time.sleep(min(self._patience.wait_seconds(num_looks), max(0.0, deadline - time.monotonic())))
             num_looks += 1
-
-    def _has_answered(self, peer: str) -> None:
-        """Forget the failures of a server that is well again, or its bans would grow for ever."""
-        with self._lock:
-            self._failures.pop(peer, None)
-
-    def _tried(self, deadline: float) -> dict[str, _Failure]:
-        """Return the servers that failed since a call with this deadline began, or are not asked because of it."""
-        now = time.monotonic()
-        with self._lock:
-            return {
-                peer: failure
-                for peer, failure in self._failures.items()
-                if failure.at >= deadline - self._timeout or failure.until > now
-            }
-
-    def _out_of_time(
-        self, blocks: tuple[int, ...], problem: str, deadline: float, *, is_full: bool = False
-    ) -> MissingBlocksError:
-        """Return the error at the end of a call's time, with the servers that were tried, and why each failed."""
-        tried = self._tried(deadline).items()
-        told = "; ".join(f"{self._servers.name_of(peer)}: {failure.error}" for peer, failure in tried)
-        seconds = self._timeout - max(0.0, deadline - time.monotonic())
-        return MissingBlocksError(
-            blocks, f"{problem}; tried for {seconds:.1f} s{': ' if told else ''}{told}", is_full=is_full
-        )
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """The last failure of a server.
-
-    Attributes:
-        error: why.
-        number: of failures since the server last answered, this one included; refusals of one that is well do not count.
-        at: when, on the clock of `time.monotonic`.
-        until: when the server is asked again.
-    """
-
-    error: SlowLLMError
-    number: int
-    at: float
-    until: float
 
 
 class _FailedError(Exception):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from slowllm.errors import BusyError, DisagreementError, LimitError, PeerError, SessionError
-from slowllm.modeling.remote_spans import Hop, Kept
+from slowllm.modeling.remote_spans import Hop, Kept, Need
 from slowllm.modeling.span import SpanCall, SpanGrads
 from slowllm.swarm.failover import AsksServers
 from slowllm.swarm.records import ServerRecord
@@ -279,11 +279,9 @@ class SpotCheck:
         if shadow is not None:
             self._servers.end_session(Kept(shadow.hop, shadow.session))
 
-    def route(
-        self, first: int, num_tokens: int, *, keeps_cache: bool, wants_grad: bool, end: int | None = None
-    ) -> Sequence[Hop]:
+    def route(self, first: int, need: Need, end: int | None = None) -> Sequence[Hop]:
         """Return hops; see `AsksServers.route`."""
-        return self._servers.route(first, num_tokens, keeps_cache=keeps_cache, wants_grad=wants_grad, end=end)
+        return self._servers.route(first, need, end)
 
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         """Return gradients, unchecked; see `AsksServers.backward`."""
@@ -297,6 +295,10 @@ class SpotCheck:
     def soon(self, work: Callable[[], object]) -> None:
         """Do a short piece of work on another thread; see `AsksServers.soon`."""
         self._servers.soon(work)
+
+    def is_leaving(self, peer: str) -> bool:
+        """Whether a server has said that it will be gone soon; see `AsksServers.is_leaving`."""
+        return self._servers.is_leaving(peer)
 
     def ban(self, peer: str, until: float) -> None:
         """Leave a server out of routes; one that was wrong, for ever."""
