@@ -26,7 +26,7 @@ from slowllm.errors import (
     SlowLLMError,
     UnsupportedError,
 )
-from slowllm.modeling.remote_spans import Hop
+from slowllm.modeling.remote_spans import Hop, Need
 from slowllm.modeling.span import SpanCall
 from slowllm.swarm.hops import Hops
 from slowllm.swarm.messages import Meta, Tensors
@@ -138,7 +138,7 @@ def test_routes_are_logged_of_the_calls_that_are_wanted(
     for keeps_cache, is_logged in zip((False, True), logged, strict=True):
         patience = Patience(shown_routes=shown)
         hops = Hops(lambda: [record(0, 4)], Asked(), lambda work: None, 4, Wishes(), patience)
-        hops.route(0, 1, keeps_cache=keeps_cache, wants_grad=False)
+        hops.route(0, Need(1, 1, session_tokens=int(keeps_cache)))
         assert ("route: 0:4" in caplog.text) == is_logged
         caplog.clear()
 

@@ -18,6 +18,7 @@ from slowllm.errors import UnsupportedError
 from slowllm.modeling.cutting import given_to_first
 from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.streaming.call_context import call_context
 from slowllm.swarm.petals.client_config import ClientConfig
 from slowllm.swarm.petals.inference_session import InferenceSession, TextCache
 from slowllm.swarm.petals.opening import remote_of
@@ -139,6 +140,7 @@ def _continuing(forward: Callable[..., Any]) -> Callable[..., Any]:
         with contextlib.ExitStack() as held:
             if session is not None:
                 held.enter_context(torch.no_grad())
+                held.enter_context(call_context(final_length=session.max_length))
             if isinstance(cache, TextCache):
                 held.enter_context(cache.whole())
             prompt = self.soft_prompt(self.get_input_embeddings().weight.dtype)

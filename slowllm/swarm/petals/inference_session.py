@@ -59,7 +59,7 @@ class InferenceSession:
         remote: of the model.
         first: the first block.
         end: the number after the last.
-        max_length: positions that it may have, virtual tokens among them. Nothing is reserved at the servers.
+        max_length: positions that it may have, virtual tokens among them. Servers with room for so many are sought.
         num_virtual: virtual tokens of a prompt that is tuned, with which it begins.
     Attributes:
         max_length: as given.
@@ -183,7 +183,13 @@ class InferenceSession:
             }
         with torch.no_grad(), self.cache.whole():
             return pass_through(
-                self._remote, self._first, self._end, inputs, cache=self.cache, vectors=vectors
+                self._remote,
+                self._first,
+                self._end,
+                inputs,
+                cache=self.cache,
+                vectors=vectors,
+                final_length=self.max_length,
             )
 
     def _reorder(self, hypo_ids: Tensor, num_rows: int) -> None:
