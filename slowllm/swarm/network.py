@@ -1,12 +1,12 @@
 """The network of a swarm: open, serve, ask, announce, find, close.
 
-This module and `slowllm.swarm.dialling` are the only ones that know hivemind, and of hivemind it uses `P2P` (libp2p's daemon, a process of its own that
-ends when this one does) and `DHTNode`, both on one asyncio loop in one thread. What forks in hivemind (`DHT`,
-`ConnectionHandler`, `MPFuture`) is not used: this process has torch's threads, which do not survive a fork.
+This module, `slowllm.swarm.dialling` and `slowllm.swarm.directory` are the only ones that know hivemind, and of hivemind they
+use `P2P` (libp2p's daemon, a process of its own that ends when this one does) and `DHTNode`, both on one asyncio loop in one
+thread. What forks in hivemind (`DHT`, `ConnectionHandler`, `MPFuture`) is not used: this process has torch's threads, which do
+not survive a fork.
 
 Nothing leaves this machine but to the addresses that were given and to peers that are met there: no public relays, no
-default bootstrap peers, no port mapping, no dialling for
-strangers but to servers that the directory names.
+default bootstrap peers, no port mapping, no dialling for strangers but to servers that the directory names.
 
 All methods can be called from any thread but the network's own, on which handlers run.
 """

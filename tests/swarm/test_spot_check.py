@@ -69,7 +69,7 @@ class FewServers:
             if peer not in self.banned
         ]
 
-    def route(self, first: int, num_tokens: int, **wants: Any) -> list[Hop]:
+    def route(self, first: int, need: Any, end: int | None = None) -> list[Hop]:
         return [HOP]
 
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
