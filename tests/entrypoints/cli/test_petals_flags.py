@@ -90,7 +90,6 @@ def test_what_cannot_be_obeyed_is_refused_with_what_to_use_instead(verb: str, na
     ("arguments", "sentence"),
     [
         (["--num_blocks"], "--num_blocks takes a value; it is --blocks N here"),
-        (["--compression", "ZIP"], "--compression ZIP is unknown; there are NONE, FLOAT16"),
         (["--port", "1", "--host_maddrs", "/ip4/0.0.0.0/tcp/1"], "--port and --host_maddrs both say where"),
         (["--public_ip", "1.2.3.4"], "--public_ip needs a --port"),
         (
