@@ -3,8 +3,9 @@
 #   make test       install what the tests need, then lint, types and tests
 #
 # Before a release, and after a change to streaming, to state folders or to how models of other families are read:
-#   make test-long  the same, with the tests that take minutes (pytest's marker `long`: every architecture, a
-#                   thousand schedules, twenty kills) and five times as many examples in property tests
+#   make test-long  the same, with the tests that take minutes (pytest's marker `long`: every family and
+#                   architecture, a thousand schedules, twenty kills) and five times as many examples in property
+#                   tests
 #
 # On Linux the registry's torch brings gigabytes of CUDA; for the build without it:
 #   make forward TORCH_INDEX=https://download.pytorch.org/whl/cpu

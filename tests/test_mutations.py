@@ -30,7 +30,7 @@ from tests.support.mutations import mutated
 from tests.support.paths import TINY_BLOOM
 from tests.support.stores import make_store
 
-NUM_LONG, NUM_SHORT = 2000, 6
+NUM_LONG, NUM_SHORT = 2000, 12
 # Of which the tokenizer makes tokens that the tiny vocabularies have.
 TEXT = "QZ7K"
 FAMILIES = ("bloom", "llama-3-scaled-rope", "mixtral", "deepseek-v3", "gemma-2-soft-cap", "falcon-new-decoder", "gpt-oss", "mamba")  # fmt: skip
