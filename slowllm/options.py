@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from slowllm.errors import InputError
 from slowllm.rounding import ceil_div
@@ -42,8 +42,8 @@ _UNITS = {
 }
 
 
-# As a memory budget: what the machine and its container allow, less a reserve.
-AUTO = "auto"
+# As a memory budget: what the machine and its container allow, less a reserve. As blocks: as many as stay in memory.
+AUTO: Final = "auto"
 
 
 def parse_bytes(size: str | int) -> int:
@@ -127,16 +127,23 @@ def parse_devices(device: str) -> tuple[str, ...]:
     return names
 
 
-def parse_span(text: str) -> tuple[int, int] | int:
-    """Return what an option says of blocks: ``A:B`` the numbers from A to B - 1, ``N`` how many, chosen by the caller.
+def parse_span(text: str) -> tuple[int, int] | int | Literal["auto"]:
+    """Return what an option says of blocks.
 
+    Args:
+        text: ``A:B`` for the numbers from A to B - 1, ``N`` for how many, which the caller chooses, and ``auto`` for as many
+            as the caller finds room for.
     Raises:
-        InputError: it is neither.
+        InputError: it is none of these.
     """
+    if text.strip() == AUTO:
+        return AUTO
     if match := re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text.strip()):
         return int(match[1]), int(match[2])
     if not re.fullmatch(r"[0-9]{1,6}", text.strip()):
-        raise InputError(f"{text!r} names no blocks; write 8:16 for the blocks 8 to 15, or 8 for any eight")
+        raise InputError(
+            f"{text!r} names no blocks; write 8:16 for the blocks 8 to 15, 8 for any eight, or auto for as many as stay in memory"
+        )
     return int(text)
 
 

@@ -22,8 +22,9 @@ from transformers.core_model_loading import (
 )
 
 from slowllm.errors import CheckpointError
+from slowllm.modeling.blocks import find_blocks
 from slowllm.modeling.fused_parameters import place_fused
-from slowllm.modeling.parts import Part, names_in
+from slowllm.modeling.parts import Part, block_of, names_in
 from slowllm.storage.spans import Placement, Run, Span
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,20 @@ def names_of_part(model: PreTrainedModel, names: Iterable[str], part: Part) -> l
     """
     is_in, state = names_in(model, part), model.state_dict()
     return [name for name, target, _ in _targets(model, state, names) if target in state and is_in(target)]
+
+
+def blocks_of_names(model: PreTrainedModel, names: Iterable[str]) -> frozenset[int]:
+    """Return the numbers of the blocks that a checkpoint's tensors belong to.
+
+    Args:
+        model: a skeleton.
+        names: of tensors, as in the checkpoint.
+    """
+    blocks_name, state = find_blocks(model)[0], model.state_dict()
+    numbers = {
+        block_of(target, blocks_name) for _, target, _ in _targets(model, state, names) if target in state
+    }
+    return frozenset(number for number in numbers if number is not None)
 
 
 def _converters(model: PreTrainedModel) -> list[WeightConverter]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 from transformers import PreTrainedModel
 
 from slowllm.errors import InputError, counted
 from slowllm.modeling.blocks import find_blocks
-from slowllm.options import parse_span
+from slowllm.options import AUTO, parse_span
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,15 @@ class Part:
         return f"{blocks} and {ends}" if self.has_ends else blocks
 
 
-def parse_blocks(text: str, num_blocks: int) -> Part | int:
-    """Return what an option says of blocks: ``A:B`` a span from A to B - 1, ``N`` how many, chosen by the caller.
+def parse_blocks(text: str, num_blocks: int) -> Part | int | Literal["auto"]:
+    """Return what an option says of blocks; see `options.parse_span`.
 
     Raises:
-        InputError: it is neither, or the model has not as many.
+        InputError: it names no blocks, or the model has not as many.
     """
     said = parse_span(text)
+    if said == AUTO:
+        return AUTO
     if isinstance(said, tuple):
         part = Part.span(*said)
         part.check(num_blocks)

@@ -97,5 +97,9 @@ def _part(blocks: str | None, num_blocks: int, *, ends: bool) -> Part:
         return Part.ends(num_blocks)
     span = parse_blocks(blocks, num_blocks)
     if not isinstance(span, Part):
-        raise InputError(f"--blocks {blocks} is a number of blocks; say which, such as 0:{blocks}")
+        raise InputError(
+            f"--blocks {blocks} is a number of blocks; say which, such as 0:{blocks}"
+            if isinstance(span, int)
+            else f"--blocks {blocks} is for servers; say which blocks, such as 0:8"
+        )
     return Part(span.first, span.end, has_ends=ends)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import replace
 
 from slowllm.errors import NetworkError
@@ -30,6 +31,7 @@ def take_scarcest(
     num_blocks: int,
     count: int,
     settle_seconds: float = SETTLE_SECONDS,
+    allowed: Collection[int] | None = None,
 ) -> ServerRecord:
     """Return a joining server's record with the blocks that it has chosen and announced.
 
@@ -39,7 +41,9 @@ def take_scarcest(
         num_blocks: of the model.
         count: of the blocks to take.
         settle_seconds: after an announcement, before others are looked at again.
+        allowed: blocks that the server can have; None for all.
     Raises:
+        InputError: no span of so many blocks is allowed.
         NetworkError: the swarm cannot be asked.
     """
 
@@ -48,7 +52,7 @@ def take_scarcest(
 
     known = others()
     for _ in range(MAX_ROUNDS):
-        first, end = scarcest_blocks(known, num_blocks, count)
+        first, end = scarcest_blocks(known, num_blocks, count, allowed)
         record = replace(record, first=first, end=end)
         try:
             network.announce(record, RECORD_SECONDS)

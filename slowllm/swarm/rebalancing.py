@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Sequence
 
+from slowllm.errors import counted
 from slowllm.swarm.placement import block_rates, scarcest_blocks
 from slowllm.swarm.records import ServerRecord
 
@@ -56,6 +57,25 @@ def better_blocks(
     if not all(online[own.first : own.end]):
         return None
     return span if min(after) > least_gain * min(before) else None
+
+
+def reason_to_move(
+    records: Iterable[ServerRecord], own: ServerRecord, span: tuple[int, int], num_blocks: int
+) -> str:
+    """Return in words what the swarm gains where a server moves to a span that `better_blocks` returned.
+
+    Args:
+        records: as for `better_blocks`.
+        own: as for `better_blocks`.
+        span: the first block and the number after the last.
+        num_blocks: of the model.
+    """
+    rates = block_rates([record for record in records if record.peer != own.peer], num_blocks)
+    rate = own.forward_tokens_per_second or 1.0
+    before, after = (_with(rates, *place, rate) for place in ((own.first, own.end), span))
+    if (gained := before.count(0.0) - after.count(0.0)) > 0:
+        return f"{counted(gained, 'block more is', 'blocks more are')} served then"
+    return f"the swarm's slowest block gets {min(after) / min(before):.2g} times the tokens a second then"
 
 
 def next_check_seconds(generator: random.Random) -> float:

@@ -105,6 +105,8 @@ class PeerRequest:
     def add_cancel_callback(self, callback: Callable[[], object]) -> None:
         """Call this on the loop's thread when the peer cancels or is lost before the answer; at once if it has."""
         with self._lock:
+            if self._is_answered:
+                return
             if not self._is_cancelled:
                 self._on_cancel.append(callback)
                 return
@@ -277,7 +279,8 @@ async def _answer(request: PeerRequest, handler: Handler, prefix: asyncio.Task[b
             request.cancel()
             if running is not None:
                 running.cancel()
-        request.tensors = {}
+        # The stream keeps the request until the next one comes, which must not keep a server's model in memory.
+        request.tensors, request.progress = {}, None
 
 
 async def _finish(request: PeerRequest, result: Awaitable[None]) -> None:

@@ -22,7 +22,9 @@ class ServerOptions:
     """What a server serves, and within which limits.
 
     Attributes:
-        blocks: ``A:B``, or how many, of which the swarm then gets those that it lacks most.
+        blocks: ``A:B``; or how many, of which the swarm then gets those that it lacks most; or ``auto``, as many as stay in
+            memory.
+        rebalances: whether a server that has chosen its blocks moves to others where the swarm gains much by that.
         ram: budget for the whole process, as for `slowllm.load`.
         dtype: compute dtype.
         device: where blocks are computed.
@@ -70,9 +72,13 @@ class ServerOptions:
     token_file: Path | None = None
     allowed: tuple[str, ...] = ()
     quotas: PeerQuotas = field(default_factory=PeerQuotas)
+    rebalances: bool = True
 
     def __post_init__(self) -> None:
-        parse_span(self.blocks)
+        if parse_span(self.blocks) == AUTO and not self.keep_resident:
+            raise InputError(
+                "--blocks auto takes as many blocks as stay in memory, and with --stream-all none do; say how many"
+            )
         if self.ram != AUTO:
             parse_bytes(self.ram)
         if self.vram is not None:

@@ -164,6 +164,11 @@ class Sessions(Generic[C]):
         for name in names:
             self.end(peer, name)
 
+    def end_idle(self) -> None:
+        """End the sessions that were idle for too long."""
+        with self._lock:
+            self._end_idle()
+
     def _end_idle(self) -> None:
         oldest = self._clock() - self.idle_seconds
         idle = [

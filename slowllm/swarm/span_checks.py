@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slowllm.errors import InputError, LimitError, NonFiniteError, counted
+from slowllm.errors import BusyError, InputError, LimitError, NonFiniteError, counted
 from slowllm.modeling.span import SpanCall
 from slowllm.swarm.messages import MAX_HEADER_BYTES
 
@@ -80,11 +80,13 @@ def check_request(
         wants_grad: whether gradients are asked for.
     Raises:
         InputError: the shape is not the model's.
-        LimitError: it asks for other blocks, too many tokens, or gradients that are not computed.
+        BusyError: it asks for blocks that are not served here.
+        LimitError: it asks for too many tokens, or for gradients that are not computed.
     """
     width = call.hidden.shape[1]
     if not served.first <= call.first < call.end <= served.end:
-        raise LimitError(
+        # No limit that lasts: who asks has an old record of a server that has moved, and should look for others.
+        raise BusyError(
             f"blocks {call.first}:{call.end} are not served here; this server has {served.first}:{served.end}"
         )
     if call.hidden.shape[2:] != hidden_shape:

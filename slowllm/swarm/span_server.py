@@ -45,6 +45,8 @@ from slowllm.swarm.status import ServerStatus
 
 T = TypeVar("T")
 
+MOVING = "the server is moving to other blocks; ask again later"
+
 
 class SpanServer:
     """Answers requests for a span of a loaded model.
@@ -71,7 +73,15 @@ class SpanServer:
         self._waiting_tokens = 0
         self._under_way: dict[int, _Work] = {}
         self.block_seconds = 0.0
-        self._is_draining = False
+        self._is_draining = self._is_closed = False
+
+    def close_if_unused(self) -> bool:
+        """Take no more requests that are computed, if no session is open and no request under way; return whether that is so."""
+        with self._lock:
+            if not self._is_closed:
+                self.sessions.end_idle()
+                self._is_closed = not self.is_in_use
+            return self._is_closed
 
     def drain(self) -> None:
         """Take no new sessions from now on."""
@@ -102,14 +112,12 @@ class SpanServer:
             ProtocolError: the request is damaged.
             InputError: it does not fit the model; or, as a LimitError, it asks for what this server does not serve.
             SessionError: its session is not here.
-            BusyError: too many tokens wait already, or other sessions leave no room.
+            BusyError: too many tokens wait already, other sessions leave no room, or the blocks are not served here any more.
         """
         operation = request.meta.get("op")
         if operation == "end_session":
             self.sessions.end(request.peer, str(request.meta.get("session")))
             request.respond()
-        elif operation == "status":
-            request.respond(self.status().to_meta())
         elif operation in ("forward", "backward"):
             self._compute(request)
         elif operation == "replay":
@@ -224,6 +232,8 @@ class SpanServer:
         served, num_tokens = self.served, work.num_tokens
         session: ServedSession[Any] | None = None
         with self._lock:
+            if self._is_closed:
+                raise BusyError(MOVING)
             if self._waiting_tokens and self._waiting_tokens + num_tokens > served.max_waiting_tokens:
                 raise BusyError(
                     f"{self._waiting_tokens:,} tokens wait here, and no more than {served.max_waiting_tokens:,} may; ask again later"

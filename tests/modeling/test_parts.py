@@ -208,7 +208,8 @@ def test_blocks_that_the_model_does_not_have_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("0:3", Part.span(0, 3)), ("1:2", Part.span(1, 2)), (" 3 ", 3), ("1", 1)]
+    ("text", "expected"),
+    [("0:3", Part.span(0, 3)), ("1:2", Part.span(1, 2)), (" 3 ", 3), ("1", 1), ("auto", "auto")],
 )
 def test_an_option_names_a_span_or_a_number_of_blocks(text: str, expected: object) -> None:
     assert parse_blocks(text, 3) == expected

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, list[str], set[str] | str]] = {
     "single": ("single", ["--blocks", "0:1"], {SINGLE}),
     "outside": ("mixtral", ["--blocks", "1:4"], "blocks 1 to 3: the model has 3 blocks, numbered from 0 to 2"),
     "number": ("mixtral", ["--blocks", "2"], "--blocks 2 is a number of blocks; say which, such as 0:2"),
+    "auto": ("mixtral", ["--blocks", "auto"], "--blocks auto is for servers; say which blocks, such as 0:8"),
     "words": ("mixtral", ["--blocks", "all"], "'all' names no blocks; write 8:16"),
     "no tensors": ("strange", ["--blocks", "0:1"], "index.json names no tensor of block 0"),
     "no config": ("unknown", ["--ends"], "someone/no-config/config.json: names no model_type"),

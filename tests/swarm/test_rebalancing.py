@@ -15,6 +15,7 @@ from slowllm.swarm.rebalancing import (
     better_blocks,
     delay_seconds,
     next_check_seconds,
+    reason_to_move,
 )
 from slowllm.swarm.records import ServerRecord, State
 
@@ -56,6 +57,15 @@ def test_a_server_moves_only_to_blocks_that_it_has() -> None:
     others = [server("b", 0, 4), server("c", 0, 4)]
     assert better_blocks([own, *others], own, NUM_BLOCKS, allowed=range(8)) == (4, 8)
     assert better_blocks([own, *others], own, NUM_BLOCKS, allowed=range(4)) is None
+
+
+def test_the_reason_to_move_is_what_the_swarm_gains() -> None:
+    own = server("a", 0, 5)
+    gap = [own, server("b", 0, 5)]
+    assert reason_to_move(gap, own, (5, 10), NUM_BLOCKS) == "5 blocks more are served then"
+    slow = [own, server("b", 0, 5, 100.0), server("c", 5, 10, 30.0)]
+    said = reason_to_move(slow, own, (5, 10), NUM_BLOCKS)
+    assert said == "the swarm's slowest block gets 1.3 times the tokens a second then"
 
 
 spans = st.tuples(st.integers(0, 8), st.integers(1, 6), st.floats(1, 100), st.booleans())

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slowllm.errors import InputError, LimitError, NonFiniteError
+from slowllm.errors import BusyError, InputError, LimitError, NonFiniteError
 from slowllm.modeling.span import SpanCall
 from slowllm.swarm.messages import encode
 from slowllm.swarm.span_checks import (
@@ -48,7 +48,7 @@ def check(call: SpanCall, served: ServedSpan = SERVED, *, wants_grad: bool = Fal
 )
 def test_what_is_not_served_is_refused(call: SpanCall, match: str) -> None:
     check(CALL)
-    with pytest.raises((InputError, LimitError), match=match):
+    with pytest.raises((InputError, LimitError, BusyError), match=match):
         check(call)
 
 

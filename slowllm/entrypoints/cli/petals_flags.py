@@ -122,8 +122,8 @@ SERVER_FLAGS: dict[str, Flag] = {
     "--increase_file_limit": _refused("set it with `ulimit -n`"),
     "--stats_report_interval": _refused("ask a server with `lm.swarm.status(peer)`"),
     "--custom_module_path": _refused("only transformers' own classes are used"),
-    "--balance_quality": _refused("a server keeps the blocks that it began with"),
-    "--mean_balance_check_period": _refused("a server keeps the blocks that it began with"),
+    "--balance_quality": _refused("a server moves where the swarm gains a quarter; `--no-rebalance` keeps it where it is"),
+    "--mean_balance_check_period": _refused("a server looks every two minutes whether it should move; `--no-rebalance` keeps it where it is"),
 }  # fmt: skip
 DHT_FLAGS: dict[str, Flag] = {
     **_PEERS,
@@ -134,7 +134,7 @@ DHT_FLAGS: dict[str, Flag] = {
 }
 # Which of a verb's options take no value, to tell the argument MODEL from a value.
 WITHOUT_VALUE = {
-    "--resident", "--stream-all", "--backward", "--forward-only", "--no-relay", "--relay", "--verbose", "-v", "--help",
+    "--resident", "--stream-all", "--backward", "--forward-only", "--no-relay", "--relay", "--rebalance", "--no-rebalance", "--verbose", "-v", "--help",
     "-h",
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.log_format import LogFormat, log_to_stderr
 from slowllm.errors import InputError, counted, first_line
 
-# Between looks whether the sessions of a server that leaves have ended.
+# Between looks whether the sessions of a server that leaves have ended, or whether one that moved has failed.
 _LOOK_SECONDS = 0.2
 _END = (signal.SIGINT, signal.SIGTERM)
 
@@ -59,9 +59,9 @@ def serve(
         str,
         typer.Option(
             "--blocks",
-            help="Blocks to serve: A:B for those from A to B - 1, or how many, of which the swarm then gets those that it "
-            "lacks most.",
-            metavar="A:B|N",
+            help="Blocks to serve: A:B for those from A to B - 1; or how many, of which the swarm then gets those that it "
+            "lacks most; or auto, as many as stay in memory.",
+            metavar="A:B|N|auto",
         ),
     ],
     ram: options.Ram = "auto",
@@ -93,6 +93,14 @@ def serve(
             metavar="none|bfloat16|float16|int8",
         ),
     ] = "none",
+    rebalance: Annotated[
+        bool,
+        typer.Option(
+            "--rebalance/--no-rebalance",
+            help="Move to other blocks where the swarm gains much by that and nobody uses the server; only where --blocks does "
+            "not say which.",
+        ),
+    ] = True,
     session_timeout: Annotated[
         float, typer.Option(help="Seconds after which a session that is not used ends.", min=1.0)
     ] = 600.0,
@@ -162,7 +170,7 @@ def serve(
         host_maddrs=tuple(host_maddrs or [options.ANY_ADDRESS]), announce_maddrs=tuple(announce_maddrs or []),
         initial_peers=tuple(initial_peers or []), use_relay=relay, keep_resident=resident,
         token_file=None if token_file is None else token_file.expanduser(), allowed=tuple(allow_keys or ()),
-        quotas=PeerQuotas(peer_sessions, peer_requests, peer_cache_share),
+        quotas=PeerQuotas(peer_sessions, peer_requests, peer_cache_share), rebalances=rebalance,
     )  # fmt: skip
     # Blocked before any thread begins, so that none of them is interrupted, and waited for below.
     signal.pthread_sigmask(signal.SIG_BLOCK, _END)
@@ -181,12 +189,13 @@ def serve(
             for address in server.network.addresses:
                 print(address, flush=True)
             say(_described(server))
-            signal.sigwait(_END)
-            if drain and server.spans.is_in_use:
+            while signal.sigtimedwait(_END, _LOOK_SECONDS) is None:
+                server.check()
+            if drain and server.is_in_use:
                 server.drain()
                 say(f"leaving when the sessions have ended or moved, in {drain:g} s, or at the next signal")
                 deadline = time.monotonic() + drain
-                while server.spans.is_in_use and (left := deadline - time.monotonic()) > 0:
+                while server.is_in_use and (left := deadline - time.monotonic()) > 0:
                     if signal.sigtimedwait(_END, min(left, _LOOK_SECONDS)) is not None:
                         break
         say("left the swarm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import slowllm
 from slowllm.entrypoints.lm_eval_model import SlowLM
-from slowllm.errors import MissingBlocksError
+from slowllm.errors import CheckpointError, MissingBlocksError
 from slowllm.swarm.client import SwarmOptions, options_of
 from slowllm.swarm.routing import Wishes
 from slowllm.swarm.server import Server
@@ -73,6 +74,7 @@ def test_an_unknown_compression_is_refused(serve: Refused, model: Path) -> None:
     ("arguments", "message"),
     [
         (["--blocks", "abc"], "'abc' names no blocks; write 8:16"),
+        (["--blocks", "auto", "--stream-all"], "as many blocks as stay in memory, and with --stream-all none do; say how many"),
         (["--public-name", "n" * 65], "has 65 letters, or some that cannot be printed; at most 64 that can are allowed"),
         (["--public-name", "a\x1b[2J"], "the public name"),
         (["--compression", "zip"], "the compression 'zip' is none of"),
@@ -303,6 +305,24 @@ def test_a_server_without_the_shard_of_a_block_is_refused(
 ) -> None:
     folder = parted(model, tmp_path / "some", shard_of(0))
     assert "block-1.safetensors" in serve(folder, "--blocks", "0:2", *LOCAL)
+
+
+def test_a_server_that_can_neither_move_nor_go_back_ends_with_one_sentence(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder, check = parted(model, tmp_path / "some", shard_of(0), shard_of(1)), Server.check
+
+    def check_after_move(server: Server) -> None:
+        (folder / shard_of(0)).unlink(missing_ok=True)
+        with contextlib.suppress(CheckpointError):
+            server.move(2, 3)
+        check(server)
+
+    monkeypatch.setattr(Server, "check", check_after_move)
+    assert run(["serve", folder, "--blocks", "0:1", "--no-rebalance", *LOCAL], monkeypatch) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("slowllm: ")]
+    assert len(said) == 1
+    assert "block-0.safetensors, which is not there; fetch this shard" in said[0]
 
 
 def with_other_weights(model: Path, out: Path, block: int) -> Path:
