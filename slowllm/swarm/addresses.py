@@ -27,6 +27,9 @@ _REST = re.compile(
 # Of an Ed25519 key, as go-libp2p's own ids have it.
 _SHORT_KEY = b"\x00\x24"
 _CONNECT_SECONDS = 2.0
+# By which libp2p's peers begin; the other side answers with the same.
+_HELLO = b"\x13/multistream/1.0.0\n"
+_HANGS = "somebody takes connections there and says nothing; it hangs, or is no peer"
 # By which hivemind lets the clocks of peers differ.
 CLOCK_SECONDS = 3.0
 _TIMES = re.compile(r"local: ([\d.]+), peer: ([\d.]+)")
@@ -230,12 +233,22 @@ def explain_refusal(reason: str, initial: Sequence[str], host: Sequence[str]) ->
     return f"{', '.join(initial)} cannot be joined ({reason.strip()})"
 
 
+def explain_hanging(initial: Sequence[str]) -> str:
+    """Return which initial peers take connections and say nothing; empty where none does, or none can be asked."""
+    return "; ".join(text for text in _explanations(initial) if text.endswith(_HANGS))
+
+
 def _explanations(initial: Sequence[str]) -> Iterator[str]:
     for address in (parse_address(text, "initial peer") for text in initial):
         if address.transport != "tcp":
             yield f"{address.text} cannot be joined"
             continue
         reason = "nobody answers there"
-        with suppress(OSError), socket.create_connection((address.host, address.port), _CONNECT_SECONDS):
-            reason = "somebody listens there, but not a peer with this id"
+        place = (address.host, address.port)
+        with suppress(OSError), socket.create_connection(place, _CONNECT_SECONDS) as connection:
+            # The system takes connections for a process that is frozen, too.
+            reason = _HANGS
+            connection.sendall(_HELLO)
+            if connection.recv(1):
+                reason = "somebody listens there, but not a peer with this id"
         yield f"{address.text}: {reason}"

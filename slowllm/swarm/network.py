@@ -281,9 +281,11 @@ class Network:
                     auto_nat=False, nat_port_map=False, check_if_identity_free=False, startup_timeout=open_seconds / 2,
                 )  # fmt: skip
         except P2PDaemonError as error:
-            if "bootstrap" not in str(error):
+            # One that hangs may keep libp2p from its start until that is given up.
+            failed = "bootstrap" in str(error)
+            explain = multiaddresses.explain_unreachable if failed else multiaddresses.explain_hanging
+            if not (sides := await asyncio.to_thread(explain, initial)):
                 raise NetworkError(f"libp2p does not start: {first_line(error)}") from error
-            sides = await asyncio.to_thread(multiaddresses.explain_unreachable, initial)
             raise NetworkError(f"no initial peer can be joined: {sides}") from error
         if host:
             self.addresses = tuple(str(address) for address in await self._p2p.get_visible_maddrs())

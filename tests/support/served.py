@@ -13,6 +13,7 @@ from torch import Tensor
 import slowllm
 from slowllm.entrypoints.api import LM
 from slowllm.modeling.remote_spans import Hop
+from slowllm.modeling.soft_prompts import SoftPrompt
 from tests.support.families import save_tiny, speaking
 from tests.support.parted import OUTSIDE, parted, shard_of
 from tests.support.swarm_processes import LOOPBACK, SwarmProcess, SwarmProcesses, serve_arguments
@@ -48,10 +49,11 @@ class Served:
         return slowllm.load(self.whole, **{"ram": "3GiB", "dtype": "float32", **options})
 
 
-def save_model(folder: Path, **fields: Any) -> Path:
-    """Save a tiny llama of six blocks with a tokenizer, a shard for each block and one for the rest."""
+def save_model(folder: Path, family: str = "llama-2", **fields: Any) -> Path:
+    """Save a tiny model of six blocks with a tokenizer, a shard for each block and one for the rest."""
+    num_blocks = {"n_layer" if family == "bloom" else "num_hidden_layers": NUM_BLOCKS}
     # As many tokens as the tokenizer has.
-    save_tiny("llama-2", folder / "plain", num_hidden_layers=NUM_BLOCKS, vocab_size=4096, **fields)
+    save_tiny(family, folder / "plain", vocab_size=4096, **num_blocks, **fields)
     return parted(speaking(folder / "plain", folder / "speaking"), folder / "whole")
 
 
@@ -73,6 +75,25 @@ def texts() -> tuple[Tensor, Tensor]:
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     return ids, mask
+
+
+def deep_prompt(model: Any) -> SoftPrompt:
+    """Return a prompt of four vectors for the embedding and for each block, which want gradients."""
+    generator = torch.Generator().manual_seed(3)
+    size = model.config.hidden_size
+    made = [torch.randn(4, size, generator=generator).requires_grad_(True) for _ in range(NUM_BLOCKS + 1)]
+    return SoftPrompt("deep", made[0], tuple(made[1:]))
+
+
+def deep_prompt_grads(model: Any, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    """Take a step with a deep prompt before rows of text; return the logits of text and the gradients of all vectors."""
+    prompt = deep_prompt(model)
+    rows = torch.cat([torch.tensor(prompt.virtual_ids).expand(2, -1), ids], 1)
+    whole = torch.cat([torch.ones(2, 4, dtype=torch.int64), mask], 1)
+    with prompt.applied(model, rows, whole) as given:
+        logits = model(**given, use_cache=False).logits
+    logits.logsumexp(-1)[whole.bool()].sum().backward()
+    return [logits.detach()[whole.bool()], *(tensor.grad for tensor in prompt.tensors)]
 
 
 def same(work: Callable[[Any], list[Tensor]], ours: Any, theirs: Any) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from tests.support.processes import PAID as MODEL_PAID
 from tests.support.processes import Ended, Process, Processes
 
@@ -73,6 +75,11 @@ class SwarmProcess:
         told: dict[str, Any] = json.loads(self.line)
         return told
 
+    @property
+    def children(self) -> list[int]:
+        """The ids of the processes that it has started: libp2p's."""
+        return [child.pid for child in psutil.Process(self.process.pid).children()]
+
     def wait_for(self, text: str) -> str:
         """Return the next line on standard output that has this text; lines before it are forgotten."""
         assert self.process.stdout is not None
@@ -88,7 +95,7 @@ class SwarmProcess:
 
     def freeze(self, also_children: bool = False) -> None:
         """Stop it where it is; nobody is told. Its libp2p process goes on, unless `also_children`."""
-        for pid in [self.process.pid, *(self.told["children"] if also_children else [])]:
+        for pid in [self.process.pid, *(self.children if also_children else [])]:
             os.kill(pid, signal.SIGSTOP)
             # Its threads stop one by one, and the one that would answer may be the last.
             while not _is_frozen(pid):
@@ -96,7 +103,7 @@ class SwarmProcess:
 
     def thaw(self) -> None:
         """Let it go on after a freeze."""
-        for pid in [*self.told["children"], self.process.pid]:
+        for pid in [*self.children, self.process.pid]:
             os.kill(pid, signal.SIGCONT)
 
     def stop(self) -> Ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 
 import pytest
 
@@ -10,6 +11,7 @@ from slowllm.errors import InputError
 from slowllm.swarm.addresses import (
     Address,
     check_addresses,
+    explain_hanging,
     explain_refusal,
     explain_unreachable,
     is_peer,
@@ -119,12 +121,26 @@ def test_what_is_at_an_address_is_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         addresses = [f"/ip4/127.0.0.1/tcp/{port}/p2p/{PEER}", f"/ip4/127.0.0.1/udp/{port}/quic-v1/p2p/{PEER}"]
+
+        def answer() -> None:
+            with other.accept()[0] as connection:
+                connection.sendall(connection.recv(20))
+
+        answering = threading.Thread(target=answer)
+        answering.start()
         said = explain_unreachable(addresses)
+        answering.join()
+        hanging = explain_hanging(addresses)
     assert (
         said
         == f"{addresses[0]}: somebody listens there, but not a peer with this id; {addresses[1]} cannot be joined"
     )
+    assert (
+        hanging
+        == f"{addresses[0]}: somebody takes connections there and says nothing; it hangs, or is no peer"
+    )
     assert explain_unreachable(addresses[:1]) == f"{addresses[0]}: nobody answers there"
+    assert explain_hanging(addresses) == ""
 
 
 @pytest.mark.parametrize(

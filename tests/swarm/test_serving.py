@@ -23,7 +23,7 @@ from slowllm.inference import speculative
 from slowllm.inference.generation_types import Settings, encode_prompt
 from slowllm.inference.speculative_loop import Acceptance
 from slowllm.modeling.soft_prompts import SoftPrompt
-from tests.support.served import GREEDY, NUM_BLOCKS, Served, same, texts
+from tests.support.served import GREEDY, NUM_BLOCKS, Served, deep_prompt_grads, same, texts
 
 SENTENCES = ["The value is returned.", "Paris is the capital.", "A buffer of bytes"]
 QUESTIONS = ["Is the value returned?", "Is the buffer a value?"]
@@ -96,13 +96,6 @@ def test_drafts_are_verified_elsewhere_and_give_the_same_tokens(
         assert continued(lm, small) == plain
 
 
-def deep_prompt(model: Any) -> SoftPrompt:
-    generator = torch.Generator().manual_seed(3)
-    size = model.config.hidden_size
-    made = [torch.randn(4, size, generator=generator).requires_grad_(True) for _ in range(NUM_BLOCKS + 1)]
-    return SoftPrompt("deep", made[0], tuple(made[1:]))
-
-
 def test_gradients_of_inputs_deep_vectors_and_prefixes_are_those_of_a_local_model(lm: LM, local: LM) -> None:
     ids, mask = texts()
     mask = mask.flip(1)
@@ -114,13 +107,7 @@ def test_gradients_of_inputs_deep_vectors_and_prefixes_are_those_of_a_local_mode
         return [loss.detach(), embeddings.grad]
 
     def deep(model: Any) -> list[Tensor]:
-        prompt = deep_prompt(model)
-        rows = torch.cat([torch.tensor(prompt.virtual_ids).expand(2, -1), ids], 1)
-        whole = torch.cat([torch.ones(2, 4, dtype=torch.int64), mask], 1)
-        with prompt.applied(model, rows, whole) as given:
-            logits = model(**given, use_cache=False).logits
-        logits.logsumexp(-1)[whole.bool()].sum().backward()
-        return [logits.detach()[whole.bool()], *(tensor.grad for tensor in prompt.tensors)]
+        return deep_prompt_grads(model, ids, mask)
 
     def prefix(model: Any) -> list[Tensor]:
         generator = torch.Generator().manual_seed(4)
