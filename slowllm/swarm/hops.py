@@ -167,27 +167,33 @@ class Hops:
         with self._lock:
             self._num_calls += 1
             number = self._num_calls % _SPREAD_ROUTES
-            now = time.monotonic()
-            banned = {peer for peer, until in self._banned_until.items() if until > now} | self._leaving
         goal = self._num_blocks if end is None else end
-        wishes = replace(
-            self._wishes,
-            banned=banned,
-            needs_backward=need.wants_grad,
-            batch_tokens=need.num_tokens,
-            cache_tokens=need.session_tokens,
-            length=need.length,
-        )
-        if need.session_tokens:
-            chosen = fastest_route(self.records(), first, goal, wishes, self.latencies())
-        else:
-            chosen = spread(self.records(), number + 1, first, goal, wishes)[number]
+        try:
+            chosen = self._choose(number, first, goal, need)
+        except MissingBlocksError:
+            # Others may have come since.
+            with self._lock:
+                self._found_at = float("-inf")
+            chosen = self._choose(number, first, goal, need)
         shown, said = self._patience.shown_routes, format_route(chosen)
         if said != self._last_route and (shown == "all" or (shown == "inference" and need.session_tokens)):
             log.info("route: %s", said)
             self._last_route = said
         self._keep_to(chosen)
         return [Hop(hop.first, hop.end, hop.record.peer) for hop in chosen]
+
+    def _choose(self, number: int, first: int, end: int, need: Need) -> Sequence[ServerHop]:
+        """Return a route among the servers that are known; `number` says which one of those that share work."""
+        with self._lock:
+            now = time.monotonic()
+            banned = {peer for peer, until in self._banned_until.items() if until > now} | self._leaving
+        wishes = replace(
+            self._wishes, banned=banned, needs_backward=need.wants_grad, batch_tokens=need.num_tokens,
+            cache_tokens=need.session_tokens, length=need.length,
+        )  # fmt: skip
+        if need.session_tokens:
+            return fastest_route(self.records(), first, end, wishes, self.latencies())
+        return spread(self.records(), number + 1, first, end, wishes)[number]
 
     def replicas(self, first: int, end: int) -> list[ServerRecord]:
         """Return the servers that may be asked for all of these blocks, with the weights that this client keeps to."""
@@ -301,10 +307,13 @@ class Hops:
             return peer in self._leaving
 
     def ban(self, peer: str, until: float) -> None:
-        """Leave a server out of routes until a time of `time.monotonic`, and look for others at once."""
+        """Leave a server out of routes until a time of `time.monotonic`.
+
+        Others are looked for only where those that are known do not do: a peer of the directory that hangs, as this one
+        may be, holds up a look for seconds.
+        """
         with self._lock:
             self._banned_until[peer] = until
-            self._found_at = float("-inf")
 
     def name_of(self, peer: str) -> str:
         """Return a server's name and the end of its id."""

@@ -7,6 +7,7 @@ as a share of what the work takes undisturbed. All are chosen by a seed, so that
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import statistics
 import threading
@@ -102,8 +103,9 @@ def moments(generator: random.Random, num_requests: int) -> Iterator[Moment]:
 
 
 def run(
-    lm: LM, work: Work, moment: Moment | None = None, do_harm: Callable[[str], object] | None = None
-) -> Run:
+    lm: LM, work: Work, moment: Moment | None = None, do_harm: Callable[[str], object] | None = None,
+    is_alive: Callable[[str], bool] = lambda _: True,
+) -> Run:  # fmt: skip
     """Do work on a client's model, and harm the server that is asked at a moment, once.
 
     Args:
@@ -111,16 +113,19 @@ def run(
         work: to be done.
         moment: at which to harm; None for work that is not disturbed.
         do_harm: harms the server with this id. Called on the thread that asks, or on one of its own.
+        is_alive: whether a server can be harmed.
     """
     found, send, lock = Run([], [], 0), lm.swarm._ask, threading.Lock()
     asked: list[str] = []
 
-    def harm(peer: str) -> None:
+    def harm(peers: Sequence[str]) -> None:
         assert do_harm is not None
         with lock:
-            if not found.harmed:
-                found.harmed.append(peer)
-                do_harm(peer)
+            # One that died before may be asked again, as long as the directory has its record.
+            living = next((peer for peer in reversed(peers) if is_alive(peer)), None)
+            if living is not None and not found.harmed:
+                found.harmed.append(living)
+                do_harm(living)
 
     def ask(peer: str, meta: Any, *args: Any, **options: Any) -> Any:
         if meta["op"] not in ("forward", "backward"):
@@ -128,15 +133,15 @@ def run(
         asked.append(peer)
         is_now = moment is not None and len(asked) > moment.request
         if moment is not None and is_now and moment.when == "before":
-            harm(peer)
+            harm([peer])
         answer = send(peer, meta, *args, **options)
         if moment is not None and is_now and moment.when == "sent":
-            harm(peer)
+            harm([peer])
         return answer
 
     timers = []
     if moment is not None and moment.when == "time":
-        timers.append(threading.Timer(moment.share, lambda: harm(asked[-1]) if asked else None))
+        timers.append(threading.Timer(moment.share, lambda: harm(list(asked))))
     lm.swarm._ask = ask
     marks = [time.perf_counter()]
     for timer in timers:
@@ -149,7 +154,7 @@ def run(
             timer.join()
         lm.swarm._ask = send
     marks.append(time.perf_counter())
-    found.steps = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    found.steps = [after - before for before, after in itertools.pairwise(marks)]
     found.num_requests = len(asked)
     return found
 
@@ -188,6 +193,10 @@ class TwiceServed:
     def process(self, peer: str) -> SwarmProcess:
         """Return the process of a server."""
         return self._by_peer[peer][0]
+
+    def is_alive(self, peer: str) -> bool:
+        """Return whether a server was not harmed for good."""
+        return peer in self._by_peer
 
     def restart(self, peer: str) -> None:
         """Start another server in the place of one that has died."""
@@ -258,7 +267,7 @@ def disturb(
             do_harm(swarm.process(peer), generator)
 
         try:
-            ours = run(swarm.lm, WORKS[name], moment, harm)
+            ours = run(swarm.lm, WORKS[name], moment, harm, swarm.is_alive)
         except slowllm.errors.SlowLLMError as error:
             found.wrong.append(f"{what}: {error}")
         if ours is not None:

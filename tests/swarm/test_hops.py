@@ -17,6 +17,7 @@ from slowllm.errors import (
     BusyError,
     InputError,
     LimitError,
+    MissingBlocksError,
     NonFiniteError,
     PeerError,
     PeerTimeoutError,
@@ -162,3 +163,28 @@ def test_a_request_and_what_is_known_of_servers_have_the_clients_limits() -> Non
     for _ in range(3):
         impatient.records()
     assert len(found) == 4
+
+
+def test_others_are_looked_for_only_where_those_that_are_known_do_not_do() -> None:
+    others = ["1" * 20, "2" * 20]
+    found = [[record(0, 4), replace(record(0, 4), peer=others[0])]]
+    num_looks = 0
+
+    def find() -> list[ServerRecord]:
+        nonlocal num_looks
+        num_looks += 1
+        return found[-1]
+
+    hops = Hops(find, Asked(), lambda work: None, 4, Wishes(), Patience(refresh_seconds=1e9))
+    need = Need(1, 1)
+    assert hops.route(0, need)[0].peer in (PEER, others[0])
+    hops.ban(PEER, float("inf"))
+    assert [hop.peer for hop in hops.route(0, need)] == others[:1]
+    assert num_looks == 1
+    found.append([*found[0], replace(record(0, 4), peer=others[1])])
+    hops.ban(others[0], float("inf"))
+    assert [hop.peer for hop in hops.route(0, need)] == others[1:]
+    assert num_looks == 2
+    hops.ban(others[1], float("inf"))
+    with pytest.raises(MissingBlocksError, match="nobody serves blocks 0:4"):
+        hops.route(0, need)
