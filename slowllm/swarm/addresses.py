@@ -11,6 +11,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ _REST = re.compile(
 # Of an Ed25519 key, as go-libp2p's own ids have it.
 _SHORT_KEY = b"\x00\x24"
 _CONNECT_SECONDS = 2.0
+# That it takes at most to say what is at addresses.
+EXPLAIN_SECONDS = 2 * _CONNECT_SECONDS + 1
 # By which libp2p's peers begin; the other side answers with the same.
 _HELLO = b"\x13/multistream/1.0.0\n"
 _HANGS = "somebody takes connections there and says nothing; it hangs, or is no peer"
@@ -239,16 +242,18 @@ def explain_hanging(initial: Sequence[str]) -> str:
 
 
 def _explanations(initial: Sequence[str]) -> Iterator[str]:
-    for address in (parse_address(text, "initial peer") for text in initial):
-        if address.transport != "tcp":
-            yield f"{address.text} cannot be joined"
-            continue
-        reason = "nobody answers there"
-        place = (address.host, address.port)
-        with suppress(OSError), socket.create_connection(place, _CONNECT_SECONDS) as connection:
-            # The system takes connections for a process that is frozen, too.
-            reason = _HANGS
-            connection.sendall(_HELLO)
-            if connection.recv(1):
-                reason = "somebody listens there, but not a peer with this id"
-        yield f"{address.text}: {reason}"
+    with ThreadPoolExecutor(max(1, len(initial))) as pool:
+        yield from pool.map(_explanation, [parse_address(text, "initial peer") for text in initial])
+
+
+def _explanation(address: Address) -> str:
+    if address.transport != "tcp":
+        return f"{address.text} cannot be joined"
+    reason, place = "nobody answers there", (address.host, address.port)
+    with suppress(OSError), socket.create_connection(place, _CONNECT_SECONDS) as connection:
+        # The system takes connections for a process that is frozen, too.
+        reason = _HANGS
+        connection.sendall(_HELLO)
+        if connection.recv(1):
+            reason = "somebody listens there, but not a peer with this id"
+    return f"{address.text}: {reason}"

@@ -124,7 +124,7 @@ class Network:
                 lambda: network._join(
                     key, host_maddrs, announce_maddrs, initial_peers, use_relay, open_seconds
                 ),
-                open_seconds,
+                open_seconds + multiaddresses.EXPLAIN_SECONDS,
             )
             network._held = held.pop_all()
         return network

@@ -269,7 +269,8 @@ def disturb(
         try:
             ours = run(swarm.lm, WORKS[name], moment, harm, swarm.is_alive)
         except slowllm.errors.SlowLLMError as error:
-            found.wrong.append(f"{what}: {error}")
+            found.wrong.append(f"{what}: {type(error).__name__}: {error}")
+            print(found.wrong[-1], flush=True)
         if ours is not None:
             if not all(map(torch.equal, ours.outputs, references[name])):
                 found.wrong.append(f"{what}: other bits")

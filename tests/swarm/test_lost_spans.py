@@ -18,7 +18,7 @@ from slowllm.errors import MissingBlocksError
 from slowllm.swarm.client import SwarmOptions
 from tests.support.parted import OUTSIDE, parted
 from tests.support.served import GREEDY, save_model, texts
-from tests.support.swarm_processes import SwarmProcess, SwarmProcesses
+from tests.support.swarm_processes import LOOPBACK, SwarmProcess, SwarmProcesses, serve_arguments
 
 pytestmark = pytest.mark.long
 
@@ -33,11 +33,12 @@ class OneSpanTwice:
         self.first = swarm.serve(self.whole, "0:3", "--public-name", "first")
         self.pair = [self._start(name) for name in ("desk", "lamp")]
 
-    def _start(self, name: str, *options: object) -> SwarmProcess:
-        return self._swarm.serve(
+    def _start(self, name: str, listen_at: str = LOOPBACK) -> SwarmProcess:
+        given = serve_arguments(
             self.whole, "3:6", "--public-name", name, "--identity", self._folder / name, "--initial-peers",
-            self.first.address, *options,
+            self.first.address,
         )  # fmt: skip
+        return self._swarm.start(*(listen_at if word == LOOPBACK else word for word in given))
 
     def kill_both(self) -> None:
         for process in self.pair:
@@ -46,8 +47,7 @@ class OneSpanTwice:
     def bring_back(self, number: int) -> None:
         """Start a server again with the identity and the port that it had."""
         address = self.pair[number].address.partition("/p2p/")[0]
-        again = self._start(("desk", "lamp")[number], "--host-maddrs", address)
-        assert again.address == self.pair[number].address
+        self.back = self._start(("desk", "lamp")[number], address)
 
     def client(self, timeout: float) -> LM:
         return slowllm.load(
@@ -103,4 +103,5 @@ def test_work_goes_on_when_a_server_comes_back_with_its_identity_and_port(spans:
     with spans.client(timeout=200.0) as lm:
         ours = generated(lm.model, kill_both)
     coming.join()
+    assert spans.back.address == spans.pair[1].address
     assert torch.equal(ours, theirs)
