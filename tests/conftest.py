@@ -39,6 +39,7 @@ from tests.support.paths import TINY_BLOOM
 from tests.support.processes import Processes
 from tests.support.properties import register_profiles
 from tests.support.stores import make_store
+from tests.support.swarm_processes import SwarmProcesses
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -77,6 +78,13 @@ def processes() -> Iterator[Processes]:
     """What starts processes whose imports are paid for."""
     with Processes() as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def swarm() -> Iterator[SwarmProcesses]:
+    """What starts peers of swarms in processes of their own."""
+    with SwarmProcesses() as processes:
+        yield processes
 
 
 @pytest.fixture

@@ -17,13 +17,6 @@ QUICK = {"beat_seconds": 0.2, "silence_seconds": 2.0}
 
 
 @pytest.fixture(scope="session")
-def swarm() -> Iterator[SwarmProcesses]:
-    """What starts peers in processes of their own."""
-    with SwarmProcesses() as processes:
-        yield processes
-
-
-@pytest.fixture(scope="session")
 def server(swarm: SwarmProcesses) -> SwarmProcess:
     """A server that all tests share; those that harm one start their own."""
     return swarm.peer(limits=QUICK)
