@@ -127,7 +127,9 @@ def test_visit_cost_compares_equal_bits(capsys: pytest.CaptureFixture[str]) -> N
         assert report[f"{side}_speed"] == pytest.approx(report["plain_token_ms"] / report[f"{side}_token_ms"])
 
 
-@pytest.mark.parametrize("module", ["forward_pass", "generation", "scoring", "swarm", "tuning_step", "visit_cost"])
+@pytest.mark.parametrize(
+    "module", ["forward_pass", "generation", "scoring", "swarm", "tuning_step", "visit_cost"]
+)
 def test_benchmarks_are_programs(module: str, processes: Processes) -> None:
     done = processes.run("-m", f"benchmarks.{module}", "--help")
     assert (done.returncode, done.stderr) == (0, "")
