@@ -33,7 +33,7 @@ from slowllm.swarm.network import Network
 from slowllm.swarm.patience import Patience
 from slowllm.swarm.quotas import MOST_REQUESTS
 from slowllm.swarm.records import model_key
-from slowllm.swarm.routing import Wishes
+from slowllm.swarm.routing import Wishes, most_batch_tokens
 from slowllm.swarm.shared_token import read_token
 from slowllm.swarm.spot_check import SpotCheck
 from slowllm.swarm.streams import Limits
@@ -179,7 +179,6 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
     for number, block in enumerate(blocks):
         blocks[number] = make_remote(block, number, remote)
     hook_inputs(blocks)
-    usable = [record for record in hops.records() if wishes.refusal(record) is None]
 
     def leave() -> None:
         if hops.times:
@@ -189,7 +188,7 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
         spans.close()
         network.close()
 
-    lm.become_client(hops, leave, min(record.max_batch_tokens for record in usable))
+    lm.become_client(hops, leave, most_batch_tokens(hops.records(), len(blocks), wishes))
 
 
 def _own_hashes(lm: StreamedLM) -> dict[int, str]:

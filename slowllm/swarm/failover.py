@@ -26,13 +26,15 @@ from slowllm.errors import (
     LimitError,
     MissingBlocksError,
     PeerError,
+    RemoteError,
     SessionError,
     SlowLLMError,
 )
 from slowllm.modeling.merged_calls import merged
 from slowllm.modeling.remote_spans import Hop, Kept, Need, need_of
 from slowllm.modeling.span import SpanCall, SpanGrads
-from slowllm.swarm.failures import Failures
+from slowllm.swarm.asking import AsksServers
+from slowllm.swarm.failures import Failure, Failures
 from slowllm.swarm.patience import Patience
 
 log = logging.getLogger(__name__)
@@ -44,45 +46,10 @@ REPLAYS: tuple[str, ...] = get_args(Replay)
 # What another server may do better. A wrong input, a NaN, a pass that fails or a request that cannot be encoded would be
 # the same everywhere.
 _RETRIED = (PeerError, BusyError, SessionError, LimitError)
+# Servers that say the same of what they were given are believed.
+_OPINIONS = 2
 # That a client waits at its end for servers to forget its sessions; they end by themselves when they are idle.
 CLOSE_SECONDS = 2.0
-
-
-class AsksServers(Protocol):
-    """Asks one server, once; `hops.Hops` does."""
-
-    def route(self, first: int, need: Need, end: int | None = None) -> Sequence[Hop]:
-        """Return hops from block `first` to block `end` - 1, or to the last block."""
-
-    def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
-        """Compute a span at its server; give up at a time of `time.monotonic`."""
-
-    def replay(
-        self, calls: Sequence[SpanCall], hop: Hop, session: str, deadline: float, *, returns: bool
-    ) -> list[Tensor]:
-        """Fill a new session by the calls in which it grew elsewhere; give up at a time of `time.monotonic`.
-
-        Returns:
-            the hidden states (B, T, ...) behind the hop's last block, of each call, if they are wanted.
-        """
-
-    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
-        """Return the gradients of a call's inputs; give up at a time of `time.monotonic`."""
-
-    def end_session(self, kept: Kept) -> Future[Any] | None:
-        """Let a server forget a session; return what comes when it has, None where there is nothing to wait for."""
-
-    def soon(self, work: Callable[[], object]) -> None:
-        """Do a short piece of work on another thread. Takes no lock."""
-
-    def is_leaving(self, peer: str) -> bool:
-        """Whether a server has said that it will be gone soon."""
-
-    def ban(self, peer: str, until: float) -> None:
-        """Leave a server out of routes until a time of `time.monotonic`."""
-
-    def name_of(self, peer: str) -> str:
-        """Return how people know a server."""
 
 
 @dataclass
@@ -145,7 +112,7 @@ class Failover:
 
     def _begin(self) -> float:
         """Begin to count the failures of a call; return when it is given up."""
-        self._local.num_failed = 0
+        self._local.num_failed, self._local.accusers = 0, []
         return time.monotonic() + self._timeout
 
     def end_session(self, kept: Kept) -> None:
@@ -194,7 +161,9 @@ class Failover:
         """Ask the server of a link, and note the call in the history of its session."""
         try:
             found = self._servers.forward(call, link.hop, link.session, deadline)
-        except _RETRIED as error:
+        except SlowLLMError as error:
+            if not _may_be_retried(error):
+                raise
             raise _FailedError(link.hop.peer, error) from error
         self._failures.forget(link.hop.peer)
         if link.session is not None:
@@ -256,7 +225,9 @@ class Failover:
                 inputs = self._servers.replay(
                     calls, link.hop, link.session, deadline, returns=link is not links[-1]
                 )
-            except _RETRIED as error:
+            except SlowLLMError as error:
+                if not _may_be_retried(error):
+                    raise
                 raise _FailedError(link.hop.peer, error) from error
             link.history.extend(calls)
 
@@ -270,7 +241,9 @@ class Failover:
             answer = self._servers.backward(call, hop, grads, deadline)
             self._failures.forget(hop.peer)
             return answer
-        except _RETRIED as error:
+        except SlowLLMError as error:
+            if not _may_be_retried(error):
+                raise
             failed = _FailedError(hop.peer, error)
         route = self._route_around(failed, hop, need_of(call, wants_grad=True), deadline)
         # The hidden states between the new hops were never here.
@@ -304,6 +277,9 @@ class Failover:
         if self._local.num_failed == self._patience.max_attempts:
             self._servers.ban(failed.peer, failure.until)
             raise failed.error
+        if not isinstance(failed.error, _RETRIED):
+            return self._route_to_another_opinion(failed, failure, hop, need)
+        self._servers.ban(failed.peer, failure.until)
         if failure.at >= deadline:
             blocks = tuple(range(hop.first, hop.end))
             raise self._failures.out_of_time(
@@ -313,7 +289,6 @@ class Failover:
         level = logging.INFO if failure.is_well else logging.WARNING
         seconds = round(failure.until - failure.at, 3)
         log.log(level, "%s failed (%s); it is not asked for %g s", name, failed.error, seconds)
-        self._servers.ban(failed.peer, failure.until)
         route = self._wait_for_route(
             lambda: self._servers.route(hop.first, need, hop.end),
             deadline,
@@ -322,6 +297,30 @@ class Failover:
         others = ", ".join(f"{own.first}:{own.end} {self._servers.name_of(own.peer)}" for own in route)
         log.warning("blocks %d:%d go on: %s", hop.first, hop.end, others)
         return route
+
+    def _route_to_another_opinion(
+        self, failed: _FailedError, failure: Failure, hop: Hop, need: Need
+    ) -> Sequence[Hop]:
+        """Return hops at other servers than the one that says that what it was given is wrong.
+
+        Raises:
+            SlowLLMError: what it says: another server has said so, too, or there is no other.
+        """
+        accusers: list[str] = self._local.accusers
+        accusers.append(failed.peer)
+        self._servers.ban(failed.peer, failure.until)
+        try:
+            if len(accusers) < _OPINIONS:
+                route = self._servers.route(hop.first, need, hop.end)
+                name = self._servers.name_of(failed.peer)
+                log.warning("%s refuses its work (%s); others are asked", name, failed.error)
+                return route
+        except MissingBlocksError:
+            pass
+        for peer in accusers:  # they may be right, and then they are well
+            self._failures.forget(peer)
+            self._servers.ban(peer, 0.0)
+        raise failed.error
 
     def _wait_for_route(
         self, find: Callable[[], Sequence[Hop]], deadline: float, *, is_too_large: bool = False
@@ -359,6 +358,11 @@ class Failover:
                     ) from error
             time.sleep(min(self._patience.wait_seconds(num_looks), max(0.0, deadline - time.monotonic())))
             num_looks += 1
+
+
+def _may_be_retried(error: SlowLLMError) -> bool:
+    """Whether another server may do better; so may it where a server says that what it was given is wrong."""
+    return isinstance(error, _RETRIED) or isinstance(error.__cause__, RemoteError)
 
 
 class _FailedError(Exception):

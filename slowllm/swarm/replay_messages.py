@@ -17,7 +17,14 @@ from slowllm.errors import ProtocolError
 from slowllm.modeling.span import SpanCall
 from slowllm.swarm.bounded_json import dump_json
 from slowllm.swarm.messages import MAX_META_BYTES, MAX_TENSORS
-from slowllm.swarm.span_messages import Meta, SpanRequest, Tensors, pack_request, unpack_request
+from slowllm.swarm.span_messages import (
+    Meta,
+    SpanRequest,
+    Tensors,
+    checked_hidden,
+    pack_request,
+    unpack_request,
+)
 
 # Each is a thread at the server.
 MAX_CALLS = 128
@@ -114,7 +121,7 @@ def unpack_replay(
     for said, given in zip(metas, own, strict=True):
         if not isinstance(said, dict) or said.get("op") != "forward" or "session" in said:
             raise ProtocolError("a replay's call is no passage forward")
-        calls.append(unpack_request(said, given, dtype).call)
+        calls.append(unpack_request(said, given, dtype, is_replayed=True).call)
     if len({(call.first, call.end, call.keeps_everything) for call in calls}) > 1:
         raise ProtocolError("a replay's calls are of different spans or caches")
     return ReplayRequest(calls, session, step, returns)
@@ -133,8 +140,6 @@ def unpack_replayed(tensors: Mapping[str, Tensor], calls: Sequence[SpanCall]) ->
     """
     outputs = []
     for number, call in enumerate(calls):
-        hidden = tensors.get(f"{number}/hidden")
-        if hidden is None or hidden.shape[:2] != call.hidden.shape[:2] or hidden.dtype != call.hidden.dtype:
-            raise ProtocolError(f"the answer lacks the hidden states of passage {number}")
-        outputs.append(hidden)
+        what = f"the hidden states of passage {number}"
+        outputs.append(checked_hidden(tensors.get(f"{number}/hidden"), call, what))
     return outputs

@@ -9,6 +9,7 @@ weights, otherwise that of most servers, and servers that have another one at a 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -242,6 +243,26 @@ def _load(hop: ServerHop) -> float:
     """Return the seconds that a hop takes of its server for each token."""
     rate = hop.record.forward_tokens_per_second or UNKNOWN_TOKENS_PER_SECOND
     return (hop.end - hop.first) / ((hop.record.end - hop.record.first) * rate)
+
+
+def most_batch_tokens(records: Iterable[ServerRecord], num_blocks: int, wishes: Wishes) -> int:
+    """Return the tokens of the largest request that servers take at every block; those that take less are passed by.
+
+    Args:
+        records: of servers.
+        num_blocks: of the model.
+        wishes: whom the client may ask.
+    Raises:
+        MissingBlocksError: some blocks are served by nobody who may be asked.
+    """
+    records = list(records)
+    sizes = sorted({record.max_batch_tokens for record in records}, reverse=True)
+    for size in sizes[:-1]:
+        with contextlib.suppress(MissingBlocksError):
+            usable_spans(records, 0, num_blocks, replace(wishes, batch_tokens=size))
+            return size
+    usable_spans(records, 0, num_blocks, wishes)
+    return sizes[-1]
 
 
 def other_weights(records: Iterable[ServerRecord], first: int, end: int, wishes: Wishes) -> dict[str, str]:

@@ -91,13 +91,16 @@ def compressible(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name in tensors if _TO_COMPRESS.fullmatch(name)]
 
 
-def unpack_request(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> SpanRequest:
+def unpack_request(
+    meta: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype, *, is_replayed: bool = False
+) -> SpanRequest:
     """Return the request of a message.
 
     Args:
         meta: of the message.
         tensors: of the message.
         dtype: that the server computes in.
+        is_replayed: whether it is a call of a session that is named elsewhere.
     Raises:
         ProtocolError: it is not a request, or its tensors do not fit one another.
     """
@@ -115,6 +118,8 @@ def unpack_request(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype
             raise ProtocolError(
                 f"a request's mask has the shape {list(mask.shape)}, but there are {batch} rows of {width} positions"
             )
+        if int(mask.max()) > 1:
+            raise ProtocolError("a request's mask has other values than 0 and 1")
         mask = mask.to(_MASK_DTYPES[reader.word("mask_dtype", tuple(_MASK_DTYPES))])
     positions = reader.tensor("positions", torch.int64)
     if positions is not None:
@@ -155,6 +160,10 @@ def unpack_request(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype
         reader.flag("records_past"), reader.flag("keeps_everything"), reader.flag("returns_all"),
     )  # fmt: skip
     session = reader.optional_word("session")
+    if session is not None and meta.get("op") == "backward":
+        raise ProtocolError("a backward request names a session, and gradients are computed without one")
+    if length and not pairs and session is None and not is_replayed:
+        raise ProtocolError(f"a request without a session continues {length:,} positions")
     grads: dict[int, Tensor] | None = None
     if meta.get("op") == "backward":
         grads = {}
@@ -187,13 +196,35 @@ def unpack_outputs(tensors: Mapping[str, Tensor], call: SpanCall) -> dict[int, T
     wanted = range(call.first, call.end) if call.returns_all else (call.end - 1,)
     outputs = {}
     for number in wanted:
-        hidden = tensors.get(f"hidden.{number}")
-        if hidden is None or hidden.shape[:2] != call.hidden.shape[:2] or hidden.dtype != call.hidden.dtype:
-            raise ProtocolError(f"the answer lacks the hidden states behind block {number}")
-        if not _is_finite(hidden, call.mask):
-            raise ProtocolError(f"the answer has NaN or infinity in the hidden states behind block {number}")
-        outputs[number] = hidden
+        what = f"the hidden states behind block {number}"
+        outputs[number] = checked_hidden(tensors.get(f"hidden.{number}"), call, what)
     return outputs
+
+
+def checked_hidden(hidden: Tensor | None, call: SpanCall, what: str) -> Tensor:
+    """Return the hidden states of an answer to a call.
+
+    Args:
+        hidden: that came; None where none came.
+        call: which they are the answer to.
+        what: they are, for the error.
+    Raises:
+        ProtocolError: they have another shape or dtype than those that were sent, or are not finite where there is text.
+    """
+    sent = call.hidden
+    if hidden is None:
+        raise ProtocolError(f"the answer lacks {what}")
+    if hidden.shape != sent.shape or hidden.dtype != sent.dtype:
+        raise ProtocolError(
+            f"the answer has {what} as {_form_of(hidden)}, but what was sent is {_form_of(sent)}"
+        )
+    if not _is_finite(hidden, call.mask):
+        raise ProtocolError(f"the answer has NaN or infinity in {what}")
+    return hidden
+
+
+def _form_of(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _is_finite(hidden: Tensor, mask: Tensor | None) -> bool:
@@ -221,14 +252,18 @@ def unpack_grads(tensors: Mapping[str, Tensor], call: SpanCall) -> SpanGrads:
     """Return the gradients of an answer.
 
     Raises:
-        ProtocolError: one has another shape than what it is the gradient of.
+        ProtocolError: that of the hidden states is missing, or one has another shape or dtype than what it is the gradient of.
     """
 
     def take(name: str, of: Tensor) -> Tensor | None:
         grad = tensors.get(name)
-        if grad is not None and grad.shape != of.shape:
-            raise ProtocolError(f"the gradient {name} has the shape {list(grad.shape)}, not {list(of.shape)}")
+        if grad is not None and (grad.shape != of.shape or grad.dtype != of.dtype):
+            raise ProtocolError(f"the gradient {name} is {_form_of(grad)}, not {_form_of(of)}")
         return grad
+
+    # The outputs depend on them in any case; on vectors and keys only where there are positions for them.
+    if "hidden" not in tensors:
+        raise ProtocolError("the answer lacks the gradient of the hidden states")
 
     return SpanGrads(
         take("hidden", call.hidden),

@@ -22,10 +22,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from slowllm.errors import BusyError, DisagreementError, LimitError, PeerError, SessionError
+from slowllm.errors import (
+    BusyError,
+    DisagreementError,
+    LimitError,
+    PeerError,
+    RemoteError,
+    SessionError,
+    SlowLLMError,
+)
 from slowllm.modeling.remote_spans import Hop, Kept, Need
 from slowllm.modeling.span import SpanCall, SpanGrads
-from slowllm.swarm.failover import AsksServers
+from slowllm.swarm.asking import AsksServers
 from slowllm.swarm.records import ServerRecord
 
 log = logging.getLogger(__name__)
@@ -94,6 +102,11 @@ def difference(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor], mask: T
     return worst
 
 
+def _was_not_checked(error: SlowLLMError) -> bool:
+    """Whether a server that was to check could not, or would not."""
+    return isinstance(error, _NOT_CHECKED) or isinstance(error.__cause__, RemoteError)
+
+
 class SpotCheck:
     """The servers of a client, some of whose answers are checked; an `AsksServers`.
 
@@ -110,6 +123,8 @@ class SpotCheck:
         self._lock = threading.Lock()
         self._shadows: dict[str, _Shadow] = {}
         self._wrong: set[str] = set()
+        # Sessions that were to be checked, and have no second server.
+        self._alone: set[str] = set()
         self.num_checked = self.num_unchecked = self.num_wrong = 0
 
     def __str__(self) -> str:
@@ -136,7 +151,9 @@ class SpotCheck:
             return found
         try:
             second = self._servers.forward(call, shadow.hop, shadow.session or None, deadline)
-        except _NOT_CHECKED as error:
+        except SlowLLMError as error:
+            if not _was_not_checked(error):
+                raise
             self._drop(session, shadow, error)
             return found
         return self._compared(call, hop, session, shadow, found, second, deadline)
@@ -152,7 +169,9 @@ class SpotCheck:
         if self._draw() < self._rate and (shadow := self._second(hop, uuid.uuid4().hex)) is not None:
             try:
                 self._servers.replay(calls, shadow.hop, shadow.session, deadline, returns=False)
-            except _NOT_CHECKED as error:
+            except SlowLLMError as error:
+                if not _was_not_checked(error):
+                    raise
                 self._drop(session, shadow, error)
             else:
                 shadow.calls = list(calls)
@@ -179,10 +198,15 @@ class SpotCheck:
         """Return the second session of one that is checked, which is decided at its first step."""
         with self._lock:
             shadow = self._shadows.get(session)
+            if session in self._alone:
+                self.num_unchecked += 1
+                return None
         if shadow is None and not call.length and self._draw() < self._rate:
             shadow = self._second(hop, uuid.uuid4().hex)
-            if shadow is not None:
-                with self._lock:
+            with self._lock:
+                if shadow is None:
+                    self._alone.add(session)
+                else:
                     self._shadows[session] = shadow
         return shadow
 
@@ -234,7 +258,9 @@ class SpotCheck:
                     return third.hop, self._servers.forward(call, third.hop, third.session, deadline)
                 finally:
                     self._servers.end_session(Kept(third.hop, third.session))
-            except _NOT_CHECKED as error:
+            except SlowLLMError as error:
+                if not _was_not_checked(error):
+                    raise
                 log.info("%s could not decide (%s)", self._servers.name_of(third.hop.peer), error)
         raise DisagreementError(
             f"{what}, and nobody else who may be asked has these blocks to decide; leave out the one that you do not trust with "
@@ -271,6 +297,8 @@ class SpotCheck:
         if session is None:
             return
         self._forget(session)
+        with self._lock:
+            self._alone.add(session)
 
     def _forget(self, session: str | None) -> None:
         """End the second session of one that is not checked any more."""
@@ -290,6 +318,8 @@ class SpotCheck:
     def end_session(self, kept: Kept) -> Future[Any] | None:
         """Let the servers forget a session; see `AsksServers.end_session`."""
         self._forget(kept.session)
+        with self._lock:
+            self._alone.discard(kept.session)
         return self._servers.end_session(kept)
 
     def soon(self, work: Callable[[], object]) -> None:

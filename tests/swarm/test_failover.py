@@ -31,6 +31,7 @@ from slowllm.errors import (
     PeerLostError,
     PeerTimeoutError,
     ProtocolError,
+    RemoteError,
     SessionError,
     SlowLLMError,
     UnsupportedError,
@@ -585,3 +586,49 @@ def test_a_server_that_failed_is_not_asked_for_the_time_that_the_client_says(swa
     finally:
         del swarm.servers.ban
     assert 70 < times[0] <= 77
+
+
+def said_by(peer: str, kind: type[Exception], sentence: str) -> Exception:
+    """Return what a server says of the work that it was given, as a client raises it."""
+    error = kind(f"{peer}: {sentence}")
+    error.__cause__ = RemoteError(peer, kind.__name__, sentence)
+    return error
+
+
+def test_one_server_alone_does_not_end_a_run_by_what_it_says_of_the_work(swarm: Swarm) -> None:
+    swarm.reset(lambda peer: said_by(peer, InputError, "no") if peer == "e" else None)
+    with torch.no_grad():
+        ours = swarm.lm.model.generate(IDS, num_beams=3, **GREEDY)
+        assert torch.equal(ours, swarm.plain.generate(IDS, num_beams=3, **GREEDY))
+    assert swarm.servers.banned == {"e"}
+
+
+def test_what_two_servers_say_of_the_work_is_believed(swarm: Swarm) -> None:
+    swarm.reset(lambda peer: said_by(peer, InputError, "wrong"))
+    with torch.no_grad(), pytest.raises(InputError, match="c: wrong"):
+        swarm.lm.model(IDS)
+    assert [peer for peer, _, _ in swarm.servers.asked] == ["e", "c"]
+
+
+def test_what_the_only_server_says_is_raised_at_once(swarm: Swarm) -> None:
+    swarm.reset(lambda peer: said_by(peer, InputError, "wrong"))
+    swarm.servers.banned |= {"a", "b", "c", "d"}
+    with torch.no_grad(), pytest.raises(InputError, match="e: wrong"):
+        swarm.lm.model(IDS)
+
+
+def test_a_server_that_uses_up_the_time_is_not_asked_by_the_next_call(swarm: Swarm) -> None:
+    swarm.reset(timeout=0.05)
+
+    def never_answers(peer: str) -> Exception | None:
+        if peer != "e":
+            return None
+        threading.Event().wait(0.06)
+        return PeerTimeoutError(peer, "has not answered in 0.05 s")
+
+    swarm.servers.fails = never_answers
+    with torch.no_grad():
+        with pytest.raises(MissingBlocksError, match="blocks 0:4 were not computed"):
+            swarm.lm.model(IDS)
+        swarm.failover._timeout = PATIENCE
+        assert torch.equal(swarm.lm.model(IDS).logits, swarm.plain(IDS).logits)

@@ -116,8 +116,38 @@ def test_an_answer_that_lacks_hidden_states_is_refused() -> None:
 
 
 def test_a_gradient_of_another_shape_is_refused() -> None:
-    with pytest.raises(ProtocolError, match=r"gradient hidden has the shape \[1\]"):
-        unpack_grads({"hidden": torch.zeros(1)}, whole_request().call)
+    call = whole_request().call
+    with pytest.raises(ProtocolError, match=r"gradient hidden is float32 \[1\], not float32 \[2, 3, 8\]"):
+        unpack_grads({"hidden": torch.zeros(1)}, call)
+    with pytest.raises(ProtocolError, match="gradient hidden is float64"):
+        unpack_grads({"hidden": torch.zeros(2, 3, 8, dtype=torch.float64)}, call)
+    with pytest.raises(ProtocolError, match="lacks the gradient of the hidden states"):
+        unpack_grads({}, call)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 9), (2, 3, 8, 1), (1, 3, 8)])
+def test_hidden_states_of_another_shape_are_no_answer(shape: tuple[int, ...]) -> None:
+    call = whole_request().call
+    with pytest.raises(ProtocolError, match=r"behind block 4 as float32 .*, but what was sent is float32 \[2, 3, 8\]"):
+        unpack_outputs({"hidden.4": torch.zeros(shape)}, call)
+
+
+def test_a_request_without_a_session_has_no_past_and_a_backward_has_no_session() -> None:
+    meta, tensors = pack_request(SpanRequest(SpanCall(0, 1, torch.randn(1, 2, 4), length=5)))
+    with pytest.raises(ProtocolError, match="without a session continues 5 positions"):
+        unpack_request(*sent(meta, tensors), F32)
+    assert unpack_request(*sent(meta, tensors), F32, is_replayed=True).call.length == 5
+    meta, tensors = pack_request(
+        SpanRequest(SpanCall(0, 1, torch.randn(1, 2, 4)), grads={0: torch.randn(1, 2, 4)})
+    )
+    with pytest.raises(ProtocolError, match="a backward request names a session"):
+        unpack_request(*sent({**meta, "session": "s", "step": 0}, tensors), F32)
+
+
+def test_a_mask_of_other_bytes_is_refused() -> None:
+    meta, tensors = pack_request(SpanRequest(SpanCall(0, 1, torch.randn(1, 2, 4), torch.ones(1, 2).long())))
+    with pytest.raises(ProtocolError, match="mask has other values than 0 and 1"):
+        unpack_request(*sent(meta, {**tensors, "mask": tensors["mask"] * 7}), F32)
 
 
 FAULTS: list[tuple[str, Callable[[dict[str, Any], dict[str, Tensor]], None], str]] = [
