@@ -20,7 +20,8 @@ class Failure:
 
     Attributes:
         error: why.
-        number: of failures since the server last answered, this one included; refusals of one that is well do not count.
+        number: of failures since the server last answered, this one included; refusals of one that is well do not count, nor
+            failures in the time in which it is left alone.
         at: when, on the clock of `time.monotonic`.
         until: when the server is asked again.
     """
@@ -55,7 +56,9 @@ class Failures:
         now, is_well = time.monotonic(), isinstance(error, BusyError | LimitError)
         with self._lock:
             last = self._failures.get(peer)
-            number = (0 if last is None else last.number) + (not is_well)
+            # Several calls that were at the server when it failed, or the hops of one call, are one failure of it.
+            is_known = last is not None and not last.is_well and now < last.until
+            number = (0 if last is None else last.number) + (not is_well and not is_known)
             seconds = self._patience.seconds_banned(number, is_well=is_well)
             self._failures[peer] = Failure(error, number, now, now + seconds)
             return self._failures[peer]

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -511,6 +512,9 @@ def ban_seconds_of(swarm: Swarm, errors: Sequence[Exception | None]) -> list[int
     with torch.no_grad():
         for _ in errors:
             swarm.servers.banned.clear()
+            # As if the time were over in which it is left alone: failures within it do not count.
+            failed = swarm.failover._failures._failures
+            failed.update({peer: replace(failure, until=0.0) for peer, failure in failed.items()})
             swarm.lm.model(IDS)
     return swarm.servers.ban_seconds
 
