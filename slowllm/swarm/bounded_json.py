@@ -25,7 +25,7 @@ def dump_json(value: object, what: str, max_bytes: int) -> bytes:
     """
     try:
         _check(value)
-        text = json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+        text = _ENCODER.encode(value).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"{what} cannot be written as JSON ({error})") from error
     if len(text) > max_bytes:
@@ -48,13 +48,7 @@ def load_json(text: bytes, what: str, max_bytes: int) -> dict[str, Any]:
         raise ProtocolError(f"{what} has {len(text):,} bytes of JSON, more than the {max_bytes:,} allowed")
     try:
         # Not json.loads(bytes), which guesses UTF-16 and UTF-32.
-        value = json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=_without_duplicates,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-            parse_int=_integer,
-        )
+        value = _DECODER.decode(text.decode("utf-8"))
         _check(value)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"{what} is not valid JSON ({error})") from error
@@ -107,3 +101,13 @@ def _check(value: object) -> None:
             return
         level = inner
     raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+
+
+# Made once: `json.dumps` and `json.loads` make theirs anew at each call that has options.
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_without_duplicates,
+    parse_constant=_no_constant,
+    parse_float=_finite,
+    parse_int=_integer,
+)
