@@ -261,7 +261,7 @@ def most_batch_tokens(records: Iterable[ServerRecord], num_blocks: int, wishes: 
         with contextlib.suppress(MissingBlocksError):
             usable_spans(records, 0, num_blocks, replace(wishes, batch_tokens=size))
             return size
-    usable_spans(records, 0, num_blocks, wishes)
+    usable_spans(records, 0, num_blocks, wishes)  # without any server, it says so
     return sizes[-1]
 
 

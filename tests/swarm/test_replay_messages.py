@@ -54,7 +54,9 @@ def test_outputs_are_unpacked_and_may_be_compressed() -> None:
     assert_same(tuple(unpack_replayed(sent({}, tensors)[1], calls)), tuple(outputs))
     with pytest.raises(ProtocolError, match="lacks the hidden states of passage 2"):
         unpack_replayed({name: tensors[name] for name in ("0/hidden", "1/hidden")}, calls)
-    with pytest.raises(ProtocolError, match=r"passage 0 as float32 \[2, 1, 4\], but what was sent is float32 \[2, 3, 4\]"):
+    with pytest.raises(
+        ProtocolError, match=r"passage 0 as float32 \[2, 1, 4\], but what was sent is float32 \[2, 3, 4\]"
+    ):
         unpack_replayed({**tensors, "0/hidden": tensors["1/hidden"]}, calls)
     with pytest.raises(ProtocolError, match="NaN or infinity in the hidden states of passage 2"):
         unpack_replayed({**tensors, "2/hidden": tensors["2/hidden"] / 0}, calls)

@@ -21,6 +21,7 @@ from slowllm.swarm.routing import (
     Wishes,
     fastest_route,
     format_route,
+    most_batch_tokens,
     other_weights,
     spread,
     usable_spans,
@@ -268,3 +269,14 @@ def test_what_fills_a_server_counts_only_at_blocks_that_are_missing() -> None:
     with pytest.raises(MissingBlocksError, match="nobody serves blocks 2:4") as caught:
         fastest_route([full, blocked, other], 0, 4, Wishes(cache_tokens=50, blocked={blocked.peer}))
     assert not caught.value.is_full
+
+
+def test_a_server_that_takes_little_does_not_bound_the_requests_of_others() -> None:
+    many = [server("A", 0, 6, max_batch_tokens=500), server("B", 6, 9, max_batch_tokens=300)]
+    little = [server("C", 0, 9, max_batch_tokens=1)]
+    assert most_batch_tokens([*many, *little], 9, Wishes()) == 300
+    assert most_batch_tokens([many[0], *little], 9, Wishes()) == 1
+    with pytest.raises(MissingBlocksError, match="nobody serves blocks 6:9"):
+        most_batch_tokens(many[:1], 9, Wishes())
+    with pytest.raises(MissingBlocksError, match="no server was found"):
+        most_batch_tokens([], 9, Wishes())

@@ -128,7 +128,9 @@ def test_a_gradient_of_another_shape_is_refused() -> None:
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 9), (2, 3, 8, 1), (1, 3, 8)])
 def test_hidden_states_of_another_shape_are_no_answer(shape: tuple[int, ...]) -> None:
     call = whole_request().call
-    with pytest.raises(ProtocolError, match=r"behind block 4 as float32 .*, but what was sent is float32 \[2, 3, 8\]"):
+    with pytest.raises(
+        ProtocolError, match=r"behind block 4 as float32 .*, but what was sent is float32 \[2, 3, 8\]"
+    ):
         unpack_outputs({"hidden.4": torch.zeros(shape)}, call)
 
 
