@@ -25,6 +25,8 @@ from tests.support.served import GREEDY, Served, save_model, texts
 from tests.support.serving import serving
 from tests.support.swarm_processes import SwarmProcesses
 
+pytestmark = pytest.mark.long
+
 # A client that keeps a session open until it is killed: folder and address.
 CLIENT = """
 import signal, sys, torch, slowllm
@@ -38,7 +40,6 @@ with slowllm.load(folder, swarm=[address]) as lm, torch.no_grad():
 """
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("also_libp2p", "open_seconds", "said"),
     [
@@ -64,7 +65,6 @@ def test_a_frozen_peer_as_the_only_way_into_the_swarm_is_said_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.long
 def test_a_frozen_peer_among_others_keeps_nobody_out_of_the_swarm(
     swarm: SwarmProcesses, served: Served
 ) -> None:
@@ -77,7 +77,6 @@ def test_a_frozen_peer_among_others_keeps_nobody_out_of_the_swarm(
         frozen.thaw()
 
 
-@pytest.mark.long
 def test_the_room_of_a_client_that_was_killed_comes_back(
     swarm: SwarmProcesses, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
