@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 import socket
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -15,8 +18,9 @@ import torch
 
 from slowllm.errors import InputError, RemoteError
 from slowllm.modeling.span import SpanCall
+from slowllm.swarm import metrics_http
 from slowllm.swarm.metrics import CONTENT_TYPE, KINDS, OTHER, OUTCOMES, RequestCounts, metrics_text
-from slowllm.swarm.metrics_http import parse_host_port, serving_metrics
+from slowllm.swarm.metrics_http import MOST_CONNECTIONS, parse_host_port, serving_metrics
 from slowllm.swarm.network import Network
 from slowllm.swarm.status import ServerStatus
 from tests.support.served import save_model
@@ -73,7 +77,9 @@ def test_metrics_of_a_server_are_read_over_http(tmp_path: Path) -> None:
     assert "slowllm_cache_tokens_free 19" in lines
 
 
-@pytest.mark.parametrize("text", ["", "9100", ":9100", "::1:9100", "127.0.0.1:", "127.0.0.1:65536", "a:b"])
+@pytest.mark.parametrize(
+    "text", ["", "9100", ":9100", "::1:9100", "127.0.0.1:", "127.0.0.1:65536", "a:b", "a:" + "9" * 5000]
+)
 def test_what_is_no_host_and_port_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"is no HOST:PORT such as 127\.0\.0\.1:9100"):
         parse_host_port(text)
@@ -92,3 +98,69 @@ def test_a_port_that_is_taken_is_said() -> None:
             serving_metrics(address, CONTENT_TYPE, str),
         ):
             pass
+
+
+def connect(url: str) -> socket.socket:
+    host, _, port = url.split("/")[2].rpartition(":")
+    return socket.create_connection((host, int(port)), 30)
+
+
+def read(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        text: str = answer.read().decode()
+        return text
+
+
+def test_silent_clients_keep_nobody_waiting_and_the_oldest_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_http, "REQUEST_SECONDS", math.inf)
+    with contextlib.ExitStack() as held:
+        with serving_metrics("127.0.0.1:0", CONTENT_TYPE, lambda: "all well") as url:
+            silent = [held.enter_context(connect(url)) for _ in range(MOST_CONNECTIONS)]
+            assert read(url) == "all well"
+            assert silent[0].recv(1) == b""
+            silent[1].sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            assert silent[1].recv(8) == b"HTTP/1.0"
+        # The end has not waited for the others, which are told.
+        assert silent[-1].recv(1) == b""
+
+
+def test_a_request_that_drips_is_ended_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_http, "REQUEST_SECONDS", 0.5)
+    with serving_metrics("127.0.0.1:0", CONTENT_TYPE, lambda: "all well") as url, connect(url) as dripping:
+        dripping.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
+        # Each byte by itself comes in time.
+        dripping.settimeout(0.05)
+        with contextlib.suppress(ConnectionError):
+            while dripping.sendall(b"y") is None:
+                with contextlib.suppress(TimeoutError):
+                    assert dripping.recv(1) == b""
+                    break
+
+
+def test_clients_that_hang_up_are_not_spoken_of_and_errors_of_the_metrics_are(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def large() -> str:
+        started.set()
+        go_on.wait(30)
+        return "x" * 50_000_000
+
+    def broken() -> str:
+        raise ArithmeticError("seven")
+
+    with serving_metrics("127.0.0.1:0", CONTENT_TYPE, large) as url:
+        with connect(url) as leaving:
+            leaving.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            assert started.wait(30)
+            threads = [one for one in threading.enumerate() if "process_request_thread" in one.name]
+        go_on.set()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+    assert threads
+    assert (capsys.readouterr().err, caplog.messages) == ("", [])
+    with serving_metrics("127.0.0.1:0", CONTENT_TYPE, broken) as url, pytest.raises(ConnectionError):
+        read(url)
+    assert caplog.messages == ["the metrics were not answered: ArithmeticError: seven"]
