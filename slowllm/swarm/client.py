@@ -30,14 +30,14 @@ from slowllm.swarm.failover import REPLAYS, Failover, Replay
 from slowllm.swarm.hop_table import hop_table
 from slowllm.swarm.hops import Hops
 from slowllm.swarm.network import Network
-from slowllm.swarm.patience import Patience
+from slowllm.swarm.patience import Patience, check_seconds, check_share
 from slowllm.swarm.quotas import MOST_REQUESTS
 from slowllm.swarm.records import model_key
 from slowllm.swarm.routing import Wishes, most_batch_tokens
 from slowllm.swarm.shared_token import read_token
 from slowllm.swarm.spot_check import SpotCheck
 from slowllm.swarm.streams import Limits
-from slowllm.swarm.weights import check_pin
+from slowllm.swarm.weights import check_pin, parse_weights
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +77,13 @@ class SwarmOptions:
         """Check what is given.
 
         Raises:
-            InputError: sessions cannot be rebuilt in this way, or there is no such share of calls.
+            InputError: a field has a value that it cannot have; the message names it.
         """
-        if not 0 <= self.spot_check <= 1:
-            raise InputError(f"a share of the calls is a number from 0 to 1, not {self.spot_check:g}")
+        check_seconds("timeout", self.timeout)
+        check_seconds("step_timeout", self.step_timeout)
+        check_share("spot_check", self.spot_check)
+        if self.weights != "":
+            object.__setattr__(self, "weights", parse_weights(self.weights, "weights"))
         if self.replay not in REPLAYS:
             raise InputError(f"sessions are rebuilt by {' or '.join(REPLAYS)}, not by {self.replay!r}")
 

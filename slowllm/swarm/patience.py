@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
 
 from slowllm.errors import InputError
 
@@ -14,6 +15,70 @@ MOST_BAN_SECONDS = 300.0
 SHORT_BAN_SECONDS = 1.0
 # Of which calls the route is logged: all, those that keep a cache, or none.
 ShownRoutes = Literal["all", "inference", "none"]
+# Of any time that is given: systems take no much longer waits.
+MOST_SECONDS = 1e9
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_seconds(name: str, value: Any, *, zero: bool = False, endless: bool = False) -> None:
+    """Refuse what is no time.
+
+    Args:
+        name: of the field or option, for the message.
+        value: seconds.
+        zero: whether 0 is allowed.
+        endless: whether `math.inf` is allowed.
+    Raises:
+        InputError: it is no number, or one that is not allowed.
+    """
+    if _is_number(value) and (
+        0 < value <= MOST_SECONDS or (zero and value == 0) or (endless and value == math.inf)
+    ):
+        return
+    lowest = "from 0" if zero else "more than 0"
+    raise InputError(
+        f"{name}={value!r} is no time that can be used; give seconds, {lowest} and up to {MOST_SECONDS:.0e}"
+        + (", or math.inf for no limit" if endless else "")
+    )
+
+
+def check_share(name: str, value: Any) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        InputError: it is no number from 0 to 1; the message has the name.
+    """
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise InputError(f"{name}={value!r} is no share; give a number from 0 to 1")
+
+
+def check_patience(field: str, value: Any, name: str = "") -> None:
+    """Refuse a value of a field of `Patience`.
+
+    Args:
+        field: its name here.
+        value: for it.
+        name: by which the message calls it; by default its name here.
+    Raises:
+        InputError: the field cannot have it.
+    """
+    name = name or field
+    if field == "max_attempts":
+        if value is not None and (not _is_number(value, Integral) or value < 1):
+            raise InputError(
+                f"{name}={value!r} is no number of attempts; give 1 or more, or None for no limit"
+            )
+    elif field == "shown_routes":
+        if value not in get_args(ShownRoutes):
+            raise InputError(
+                f"{name}={value!r} is unknown; use {', '.join(map(repr, get_args(ShownRoutes)))}"
+            )
+    else:
+        may_be_zero = field in ("ban_seconds", "min_wait_seconds", "max_wait_seconds")
+        check_seconds(name, value, zero=may_be_zero, endless=field == "request_seconds")
 
 
 @dataclass(frozen=True)
@@ -46,12 +111,8 @@ class Patience:
     shown_routes: ShownRoutes = "all"
 
     def __post_init__(self) -> None:
-        if self.max_attempts is not None and self.max_attempts < 1:
-            raise InputError(f"{self.max_attempts} attempts are none; give 1 at least, or None for no limit")
-        for name in ("request_seconds", "connect_seconds", "open_seconds", "refresh_seconds"):
-            seconds = getattr(self, name)
-            if not seconds > 0:
-                raise InputError(f"{name} of {seconds:g} s is no time; give more than 0")
+        for own in fields(self):
+            check_patience(own.name, getattr(self, own.name))
 
     def wait_seconds(self, num_looks: int) -> float:
         """Return the seconds before the next look for servers, after `num_looks` in vain."""

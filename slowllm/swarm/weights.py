@@ -32,6 +32,22 @@ def is_weights_hash(text: str) -> bool:
     return len(text) == WEIGHTS_LETTERS and not text.strip("0123456789abcdef")
 
 
+def parse_weights(text: object, name: str) -> str:
+    """Return the word that somebody typed as `weights_hash` returns it: in lower case.
+
+    Args:
+        text: of any case.
+        name: of the field or option, for the message.
+    Raises:
+        InputError: it is no such word.
+    """
+    if not isinstance(text, str) or not is_weights_hash(text.lower()):
+        raise InputError(
+            f"{name} {str(text)[:80]!r} is no word of {WEIGHTS_LETTERS} hexadecimal digits, such as `slowllm swarm status` prints"
+        )
+    return text.lower()
+
+
 def assemblies(records: Iterable[ServerRecord], num_blocks: int) -> Iterator[tuple[str, ...]]:
     """Yield whole lists of block hashes that servers can give together, the most common blocks first.
 
@@ -79,13 +95,9 @@ def check_pin(
         num_blocks: of the model.
         weights: as `weights_hash` returns it.
     Raises:
-        InputError: this is no such word, or the client's own blocks are others.
+        InputError: the client's own blocks are others.
         MissingBlocksError: no servers have these blocks together.
     """
-    if not is_weights_hash(weights):
-        raise InputError(
-            f"--weights {weights[:80]!r} is no word of {WEIGHTS_LETTERS} hexadecimal digits, such as `slowllm swarm status` prints"
-        )
     if own:
         if (mine := weights_hash([own[block] for block in range(num_blocks)])) != weights:
             raise InputError(

@@ -12,8 +12,9 @@ from typing import Any, cast
 
 from slowllm.errors import InputError
 from slowllm.options import parse_dtype
+from slowllm.swarm.addresses import is_peer
 from slowllm.swarm.client import SwarmOptions
-from slowllm.swarm.patience import Patience, ShownRoutes
+from slowllm.swarm.patience import Patience, ShownRoutes, check_patience
 from slowllm.swarm.routing import Wishes
 
 # Of each field: what it is here; and for those that cannot be obeyed, the values that ask for nothing.
@@ -43,6 +44,12 @@ FIELDS: dict[str, str] = {
 _ASKS_FOR_NOTHING: dict[str, tuple[object, ...]] = {
     "dht_prefix": (None,), "use_server_to_server": (None, False), "active_adapter": (None,), "max_pinged": (None,),
     "ping_timeout": (None,), "use_chunked_forward": (None, "auto", True), "chunked_forward_step": (None,),
+}  # fmt: skip
+# The numbers that `Patience` has under other names.
+_PATIENCE = {
+    "max_retries": "max_attempts", "ban_timeout": "ban_seconds", "min_backoff": "min_wait_seconds",
+    "max_backoff": "max_wait_seconds", "request_timeout": "request_seconds", "connect_timeout": "connect_seconds",
+    "update_period": "refresh_seconds", "daemon_startup_timeout": "open_seconds",
 }  # fmt: skip
 _SHOWN_ROUTES: dict[object, ShownRoutes] = {None: "all", True: "all", "inference": "inference", False: "none"}
 TUNING_MODES = (None, "ptune", "deep_ptune")
@@ -98,6 +105,9 @@ class ClientConfig:
                 raise InputError(
                     f"{name}={value!r} is {FIELDS[name].replace('`', '')}; leave {name} out of the call"
                 )
+        for name, own in _PATIENCE.items():
+            if (number := getattr(self, name)) is not None:
+                check_patience(own, number, name)
         if self.show_route not in _SHOWN_ROUTES:
             raise InputError(f"show_route={self.show_route!r} is unknown; use True, 'inference' or False")
         if self.tuning_mode not in TUNING_MODES:
@@ -111,7 +121,7 @@ class ClientConfig:
         """Return the same in slowllm's words.
 
         Raises:
-            InputError: no peer is given, or a number cannot be used.
+            InputError: no peer is given, or a server is named by something else than its peer id.
         """
         peers = (self.initial_peers,) if isinstance(self.initial_peers, str) else tuple(self.initial_peers)
         if not peers:
@@ -120,15 +130,10 @@ class ClientConfig:
                 "prints"
             )
         wishes = Wishes(
-            allowed=None if self.allowed_servers is None else _ids(self.allowed_servers),
-            blocked=_ids(self.blocked_servers or ()),
+            allowed=None if self.allowed_servers is None else _ids("allowed_servers", self.allowed_servers),
+            blocked=_ids("blocked_servers", self.blocked_servers or ()),
         )
-        given = {
-            "max_attempts": self.max_retries, "ban_seconds": self.ban_timeout, "min_wait_seconds": self.min_backoff,
-            "max_wait_seconds": self.max_backoff, "request_seconds": self.request_timeout,
-            "connect_seconds": self.connect_timeout, "refresh_seconds": self.update_period,
-            "open_seconds": self.daemon_startup_timeout,
-        }  # fmt: skip
+        given = {own: getattr(self, name) for name, own in _PATIENCE.items()}
         patience = Patience(
             shown_routes=_SHOWN_ROUTES[self.show_route],
             **cast(dict[str, Any], {name: value for name, value in given.items() if value is not None}),
@@ -139,9 +144,17 @@ class ClientConfig:
 CLIENT_FIELDS = tuple(field.name for field in fields(ClientConfig))
 
 
-def _ids(peers: Sequence[object]) -> frozenset[str]:
+def _ids(field: str, peers: Sequence[object]) -> frozenset[str]:
     """Return peers' ids as texts; hivemind's own kind of id is written by `to_base58`."""
-    return frozenset(str(peer.to_base58()) if hasattr(peer, "to_base58") else str(peer) for peer in peers)
+    given = (peers,) if isinstance(peers, str) else peers
+    ids = [str(peer.to_base58()) if hasattr(peer, "to_base58") else str(peer) for peer in given]
+    for text in ids:
+        if not is_peer(text):
+            raise InputError(
+                f"{field}: {text!r} is no peer id, and servers are not chosen by their names; copy what stands behind /p2p/ in "
+                "the line that the server prints"
+            )
+    return frozenset(ids)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,14 @@ class PeerID:
 
 def test_fields_are_obeyed_under_slowllms_names() -> None:
     options = ClientConfig(
-        initial_peers=[PEER], allowed_servers=[PeerID()], blocked_servers=["x"], max_retries=3, min_backoff=0.5, max_backoff=9,
+        initial_peers=[PEER], allowed_servers=[PeerID()], blocked_servers=ID, max_retries=3, min_backoff=0.5, max_backoff=9,
         ban_timeout=7, request_timeout=11, connect_timeout=4, update_period=30, daemon_startup_timeout=20,
         show_route="inference",
     ).swarm_options()  # fmt: skip
     patience = options.patience
     assert options.peers == (PEER,)
     assert options.wishes.allowed == {ID}
-    assert options.wishes.blocked == {"x"}
+    assert options.wishes.blocked == {ID}
     assert (patience.max_attempts, patience.ban_seconds, patience.request_seconds) == (3, 7, 11)
     assert (patience.min_wait_seconds, patience.max_wait_seconds) == (0.5, 9)
     assert (patience.connect_seconds, patience.refresh_seconds, patience.open_seconds) == (4, 30, 20)
@@ -80,8 +81,22 @@ def test_values_that_are_not_known_are_refused(fields: dict[str, Any], sentence:
     ("fields", "sentence"),
     [
         ({}, "initial_peers is missing: there is no public swarm"),
-        ({"initial_peers": [PEER], "max_retries": 0}, "0 attempts are none"),
-        ({"initial_peers": [PEER], "request_timeout": 0}, "request_seconds of 0 s is no time"),
+        (
+            {"initial_peers": [PEER], "max_retries": 0},
+            "max_retries=0 is no number of attempts; give 1 or more",
+        ),
+        ({"initial_peers": [PEER], "max_retries": "x"}, "max_retries='x' is no number of attempts"),
+        (
+            {"initial_peers": [PEER], "request_timeout": 0},
+            "request_timeout=0 is no time .* more than 0 .* or math.inf",
+        ),
+        ({"initial_peers": [PEER], "ban_timeout": -1}, "ban_timeout=-1 is no time .* from 0 and up"),
+        ({"initial_peers": [PEER], "min_backoff": math.nan}, "min_backoff=nan is no time"),
+        (
+            {"initial_peers": [PEER], "allowed_servers": ["desk"]},
+            "allowed_servers: 'desk' is no peer id, and servers",
+        ),
+        ({"initial_peers": [PEER], "blocked_servers": [ID[:-1]]}, "blocked_servers: .* is no peer id"),
     ],
 )
 def test_a_swarm_is_not_joined_with_wrong_numbers(fields: dict[str, Any], sentence: str) -> None:
