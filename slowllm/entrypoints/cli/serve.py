@@ -156,11 +156,14 @@ def serve(
     """
     say = log_to_stderr(verbose, log_format)
     # Before anything large is imported: what cannot be right is refused at once.
+    from slowllm.swarm.metrics_http import parse_host_port, serving_metrics
     from slowllm.swarm.quotas import PeerQuotas
     from slowllm.swarm.server_options import ServerOptions
 
     if not math.isfinite(drain):
         raise InputError(f"--drain {drain:g}: sessions cannot get that long; give a number of seconds")
+    if metrics is not None:
+        parse_host_port(metrics)
     options.check_identity(identity)
     chosen = ServerOptions(
         blocks, ram=ram, dtype=dtype, device=device, vram=vram, cache_tokens=attn_cache_tokens,
@@ -176,11 +179,8 @@ def serve(
     signal.pthread_sigmask(signal.SIG_BLOCK, _END)
     try:
         from slowllm.swarm.metrics import CONTENT_TYPE
-        from slowllm.swarm.metrics_http import parse_host_port, serving_metrics
         from slowllm.swarm.server import Server
 
-        if metrics is not None:
-            parse_host_port(metrics)  # before a model is opened
         with contextlib.ExitStack() as held:
             server = held.enter_context(Server(model, chosen))
             if metrics is not None:

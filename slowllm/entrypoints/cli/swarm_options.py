@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
@@ -15,6 +15,8 @@ import typer
 from slowllm.entrypoints.cli import options
 from slowllm.errors import InputError
 from slowllm.swarm.addresses import check_swarm
+from slowllm.swarm.patience import check_seconds, check_share
+from slowllm.swarm.weights import parse_weights
 
 if TYPE_CHECKING:
     from slowllm.swarm.client import SwarmOptions
@@ -43,19 +45,21 @@ _Blocked = Annotated[
     typer.Option("--blocked-peers", help="With --swarm: id of a server that is not asked.", metavar="ID"),
 ]
 _Timeout = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--timeout",
         help="With --swarm: seconds after which a passage through a server's blocks is given up, with all retries.",
         min=1.0,
+        show_default="600",
     ),
 ]
 _StepTimeout = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--step-timeout",
         help="With --swarm: seconds of silence after which a server counts as dead. One that works says so all the while.",
         min=1.0,
+        show_default="20",
     ),
 ]
 _Identity = Annotated[
@@ -68,7 +72,7 @@ _Identity = Annotated[
 ]
 
 _Weights = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--weights",
         help="With --swarm: ask only servers with these blocks, by the word that `slowllm swarm status` and `slowllm serve` print.",
@@ -77,22 +81,24 @@ _Weights = Annotated[
     ),
 ]
 _SpotCheck = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--spot-check",
         help="With --swarm: compute this share of the forward calls at a second server, too, and leave out servers that are wrong.",
         min=0.0,
         max=1.0,
         metavar="RATE",
+        show_default="0",
     ),
 ]
 _Replay = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--replay",
         help="With --swarm: how a session is rebuilt that a server has lost: by the steps in which it grew, with the same bits, "
         "or fast, in one pass over all positions, which rounds otherwise.",
         metavar="steps|fast",
+        show_default="steps",
     ),
 ]
 
@@ -143,25 +149,54 @@ def _expanded(path: Path | None) -> Path | None:
     return None if path is None else path.expanduser()
 
 
-_OPTIONS: tuple[tuple[str, Any, Any], ...] = (
-    ("swarm", _Peers, None),
-    ("allowed_peers", _Allowed, None),
-    ("blocked_peers", _Blocked, None),
-    ("timeout", _Timeout, SwarmChoice.timeout),
-    ("step_timeout", _StepTimeout, SwarmChoice.step_timeout),
-    ("replay", _Replay, SwarmChoice.replay),
-    ("token_file", options.TokenFile, None),
-    ("identity", _Identity, None),
-    ("weights", _Weights, ""),
-    ("spot_check", _SpotCheck, 0.0),
+# None by default, so that what was given without a swarm is known.
+_OPTIONS: tuple[tuple[str, Any], ...] = (
+    ("swarm", _Peers),
+    ("allowed_peers", _Allowed),
+    ("blocked_peers", _Blocked),
+    ("timeout", _Timeout),
+    ("step_timeout", _StepTimeout),
+    ("replay", _Replay),
+    ("token_file", options.TokenFile),
+    ("identity", _Identity),
+    ("weights", _Weights),
+    ("spot_check", _SpotCheck),
 )
+
+
+def _choice_of(given: Mapping[str, Any]) -> SwarmChoice:
+    """Return what the options say that were given, by their names.
+
+    Raises:
+        InputError: they are given without a swarm, or cannot mean anything.
+    """
+    if not given.get("swarm") and given:
+        names = [f"--{name.replace('_', '-')}" for name in given]
+        raise InputError(
+            f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} for a swarm; name it with --swarm"
+        )
+    values = dict(given)
+    peers, allowed, blocked = (
+        values.pop(name, None) or () for name in ("swarm", "allowed_peers", "blocked_peers")
+    )
+    if (replay := values.get("replay", "steps")) not in ("steps", "fast"):
+        raise InputError(f"--replay is steps or fast, not {replay!r}")
+    check_swarm(peers, allowed, blocked)
+    for name in ("timeout", "step_timeout"):
+        if name in values:
+            check_seconds(f"--{name.replace('_', '-')}", values[name])
+    if "spot_check" in values:
+        check_share("--spot-check", values["spot_check"])
+    if "weights" in values:
+        values["weights"] = parse_weights(values["weights"], "--weights")
+    return SwarmChoice(tuple(peers), frozenset(allowed), frozenset(blocked), **values)
 
 
 def takes_swarm(verb: V) -> V:
     """Give a verb the options of a swarm; its own parameter `swarm` gets a `SwarmChoice`.
 
     Raises:
-        InputError: when called, if servers are chosen without a swarm, or what is given is no address or peer id.
+        InputError: when called, if options of a swarm are given without one, or cannot mean anything.
     """
     hints = typing.get_type_hints(verb, include_extras=True)
     own = inspect.signature(verb).parameters
@@ -170,29 +205,13 @@ def takes_swarm(verb: V) -> V:
         if name != "swarm":
             parameters.append(parameter.replace(annotation=hints[name]))
             continue
-        for option, kind, default in _OPTIONS:
-            parameters.append(parameter.replace(name=option, annotation=kind, default=default))
+        for option, kind in _OPTIONS:
+            parameters.append(parameter.replace(name=option, annotation=kind, default=None))
 
     @functools.wraps(verb)
     def call(*args: Any, **kwargs: Any) -> None:
-        given = {option: kwargs.pop(option, default) for option, _, default in _OPTIONS}
-        choice = SwarmChoice(
-            tuple(given.pop("swarm") or ()),
-            frozenset(given.pop("allowed_peers") or ()),
-            frozenset(given.pop("blocked_peers") or ()),
-            **given,
-        )
-        if choice.replay not in ("steps", "fast"):
-            raise InputError(f"--replay is steps or fast, not {choice.replay!r}")
-        if not choice.peers and (choice.allowed or choice.blocked):
-            raise InputError(
-                "--allowed-peers and --blocked-peers choose among the servers of a swarm; name it with --swarm"
-            )
-        check_swarm(choice.peers, choice.allowed, choice.blocked)
-        if not choice.peers and (choice.token_file or choice.identity or choice.weights or choice.spot_check):
-            raise InputError(
-                "--token-file, --identity, --weights and --spot-check are for a swarm; name it with --swarm"
-            )
+        asked = {option: kwargs.pop(option, None) for option, _ in _OPTIONS}
+        choice = _choice_of({name: value for name, value in asked.items() if value not in (None, [])})
         verb(*args, swarm=choice, **kwargs)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

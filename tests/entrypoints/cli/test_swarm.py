@@ -121,9 +121,35 @@ def test_options_of_a_swarm_without_one_are_refused(monkeypatch: pytest.MonkeyPa
         ["--spot-check", "0.5"],
         ["--token-file", "x"],
         ["--identity", "x"],
+        ["--replay", "steps"],
+        ["--timeout", "600"],
+        ["--step-timeout", "20"],
+        ["--allowed-peers", "x"],
+        ["--blocked-peers", "x"],
+        ["--spot-check", "0"],
+        ["--weights", ""],
     ):
         said = refused(["forward", "--text", "x", *option], monkeypatch, capsys)
-        assert "are for a swarm; name it with --swarm" in said
+        assert f"{option[0]} is for a swarm; name it with --swarm" in said
+    said = refused(["forward", "--text", "x", "--timeout", "5", "--replay", "fast"], monkeypatch, capsys)
+    assert "--timeout and --replay are for a swarm; name it with --swarm" in said
+
+
+def test_values_of_a_swarms_options_are_refused_before_anything_is_opened(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    peer = "/ip4/127.0.0.1/tcp/9/p2p/QmbFTxrLH22v1EbhBqqeZSgDdQFCUVdXjQnrCvvGUVTJqn"
+    for option, value, sentence in (
+        ("--weights", "zz", "--weights 'zz' is no word of 32 hexadecimal digits"),
+        ("--weights", "", "--weights '' is no word of 32 hexadecimal digits"),
+        ("--timeout", "inf", "--timeout=inf is no time"),
+        ("--step-timeout", "inf", "--step-timeout=inf is no time"),
+        ("--replay", "slow", "--replay is steps or fast, not 'slow'"),
+    ):
+        said = refused(["forward", "--text", "x", "--swarm", peer, option, value], monkeypatch, capsys)
+        assert sentence in said
+    said = refused(["serve", "nowhere", "--blocks", "0:1", "--metrics", "foo"], monkeypatch, capsys)
+    assert "--metrics 'foo' is no HOST:PORT" in said
 
 
 @pytest.mark.long
