@@ -23,7 +23,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from slowllm.errors import SessionError, UnsupportedError
+from slowllm.errors import SessionError, UnsupportedError, counted
 from slowllm.modeling.shared_cache import Pair
 
 # Layers that a holder can keep: keys and values of positions, and nothing that depends on their order.
@@ -178,9 +178,14 @@ def move_layer(layer: CacheLayerMixin, move: Move) -> None:
     ):
         raise SessionError("the session has no keys and values yet, but the call moves some")
     batch, length = layer.keys.shape[0], layer.keys.shape[-2]
-    for index, limit in ((move.rows, batch), (move.positions, length)):
-        if index is not None and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < limit:
-            raise SessionError(f"a move names row or position {int(index.max())} of {limit}")
+    for noun, index, limit in (("row", move.rows, batch), ("position", move.positions, length)):
+        if index is None or not index.numel():
+            continue
+        lowest, highest = int(index.min()), int(index.max())
+        if not 0 <= lowest <= highest < limit:
+            raise SessionError(
+                f"a move names {noun} {lowest if lowest < 0 else highest}, but the session has {counted(limit, noun)} from 0 on"
+            )
     if move.length > length and move.positions is None:
         raise SessionError(f"a move keeps {move.length} of {length} positions")
     layer.keys = _moved(layer.keys, move, -2)

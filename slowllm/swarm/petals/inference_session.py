@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -114,11 +115,11 @@ class InferenceSession:
         """Forget the keys and values behind the first `length` positions, and no tokens.
 
         Raises:
-            InputError: it has fewer.
+            InputError: it has fewer, or this is no whole number.
         """
-        if not 0 <= length <= self.position:
+        if isinstance(length, bool) or not isinstance(length, Integral) or not 0 <= length <= self.position:
             raise InputError(
-                f"a session of {counted(self.position, 'position')} cannot be rolled back to {length}; give a number from 0 to "
+                f"a session of {counted(self.position, 'position')} cannot be rolled back to {length!r}; give a number from 0 to "
                 f"{self.position}"
             )
         num_left = self.position - length
@@ -172,9 +173,10 @@ class InferenceSession:
             SessionLengthError: "Maximum length exceeded".
             InputError: the tensors do not fit one another, or the session.
         """
-        self.check_room(inputs.shape[1] if inputs.dim() > 1 else 0)
+        check_inputs(inputs, self._remote.config.hidden_size)
+        self.check_room(inputs.shape[1])
         position, vectors = self.position, vectors_of(prompts, inputs, self._first, self.num_blocks)
-        if hypo_ids is not None and hypo_ids.numel():
+        if hypo_ids is not None:
             self._reorder(hypo_ids, len(inputs))
         if position:
             # A prompt's vectors are added to the positions of their numbers.
@@ -193,6 +195,12 @@ class InferenceSession:
             )
 
     def _reorder(self, hypo_ids: Tensor, num_rows: int) -> None:
+        if not isinstance(hypo_ids, Tensor):
+            raise InputError(
+                f"hypo_ids of type {type(hypo_ids).__name__} were given; give a tensor of int64, one number for each row"
+            )
+        if not hypo_ids.numel():
+            return
         if hypo_ids.dtype != torch.int64 or hypo_ids.shape != (num_rows,):
             raise InputError(
                 f"hypo_ids of shape {list(hypo_ids.shape)} and {hypo_ids.dtype} were given; {counted(num_rows, 'row')} of inputs "
@@ -202,10 +210,9 @@ class InferenceSession:
             return
         layer: Any = self.cache.layers[self._first]
         kept_rows = len(layer.keys)
-        if not 0 <= int(hypo_ids.min()) <= int(hypo_ids.max()) < kept_rows:
-            raise InputError(
-                f"hypo_ids name row {int(hypo_ids.max())}, but the session has {kept_rows} rows from 0 on"
-            )
+        wrong = [row for row in hypo_ids.tolist() if not 0 <= row < kept_rows]
+        if wrong:
+            raise InputError(f"hypo_ids name row {wrong[0]}, but the session has {kept_rows} rows from 0 on")
         self.cache.batch_select_indices(hypo_ids)
 
     def close(self) -> None:
@@ -229,6 +236,25 @@ class InferenceSession:
         self.close()
 
 
+def check_inputs(inputs: object, width: int) -> None:
+    """Refuse what are no hidden states.
+
+    Args:
+        inputs: of a call.
+        width: of the hidden states.
+    Raises:
+        InputError: it is no tensor (B, T, width) of floating-point numbers.
+    """
+    if not isinstance(inputs, Tensor):
+        raise InputError(
+            f"inputs of type {type(inputs).__name__} were given; give a tensor of hidden states (rows, positions, {width})"
+        )
+    if inputs.dim() != 3 or inputs.shape[2] != width or not inputs.is_floating_point():
+        raise InputError(
+            f"inputs of shape {list(inputs.shape)} and {inputs.dtype} were given; give hidden states (rows, positions, {width})"
+        )
+
+
 def vectors_of(prompts: Tensor | None, inputs: Tensor, first: int, num_blocks: int) -> dict[int, Tensor]:
     """Return a deep prompt's vectors by the numbers of blocks; none where there is no prompt.
 
@@ -240,7 +266,11 @@ def vectors_of(prompts: Tensor | None, inputs: Tensor, first: int, num_blocks: i
     Raises:
         InputError: they do not fit the inputs.
     """
-    if prompts is None or not prompts.numel():
+    if prompts is None:
+        return {}
+    if not isinstance(prompts, Tensor):
+        raise InputError(f"prompts of type {type(prompts).__name__} were given; give a tensor, or None")
+    if not prompts.numel():
         return {}
     fits = (
         prompts.dim() == 4

@@ -17,7 +17,7 @@ from slowllm.errors import InputError, counted
 from slowllm.modeling.remote_hop import pass_through
 from slowllm.modeling.remote_spans import Remote
 from slowllm.swarm.petals.client_config import read_call
-from slowllm.swarm.petals.inference_session import InferenceSession, vectors_of
+from slowllm.swarm.petals.inference_session import InferenceSession, check_inputs, vectors_of
 from slowllm.swarm.petals.opening import open_ends, remote_of
 
 
@@ -117,7 +117,8 @@ class RemoteSequential(nn.ModuleList):
         """
         if self.active_session is not None:
             return self.active_session.step(inputs, prompts, hypo_ids)
-        if hypo_ids is not None and hypo_ids.numel():
+        check_inputs(inputs, self._remote.config.hidden_size)
+        if hypo_ids is not None and len(hypo_ids):
             raise InputError(
                 "hypo_ids reorder the rows of a session; call the blocks inside inference_session()"
             )
@@ -129,8 +130,13 @@ class RemoteSequential(nn.ModuleList):
         """Let calls inside the context continue a session; None for none.
 
         Raises:
-            InputError: it is a session of other blocks.
+            InputError: it is a session of other blocks, or none that was begun.
         """
+        if session is not None and not isinstance(session, InferenceSession):
+            raise InputError(
+                f"the session is a {type(session).__name__}, not one that was begun; write `with "
+                "model.inference_session(max_length=...) as session:` and give what that names"
+            )
         if session is not None and session.blocks != self.blocks:
             raise InputError(
                 f"the session is of blocks {session.blocks.start}:{session.blocks.stop}, but these are "

@@ -60,9 +60,9 @@ def test_a_session_is_rolled_back_to_any_position(pair: Pair) -> None:
         assert torch.equal(session.step(hidden[:, 3:5]), second)
         session.position = 0
         assert torch.equal(session.step(hidden[:, :3]), first)
-        for wrong in (4, -1):
+        for wrong in (4, -1, 1.5, "x", None, True):
             with pytest.raises(
-                InputError, match=f"a session of 3 positions cannot be rolled back to {wrong}"
+                InputError, match=f"a session of 3 positions cannot be rolled back to {wrong!r};"
             ):
                 session.position = wrong
 
@@ -81,6 +81,10 @@ def test_rows_are_reordered_and_multiplied(pair: Pair) -> None:
         )
         with pytest.raises(InputError, match="hypo_ids name row 3, but the session has 3 rows"):
             session.step(hidden[order, :1], hypo_ids=torch.tensor([0, 1, 3]))
+        with pytest.raises(InputError, match="hypo_ids name row -1, but the session has 3 rows"):
+            session.step(hidden[order, :1], hypo_ids=torch.tensor([0, -1, 2]))
+        with pytest.raises(InputError, match="hypo_ids of type list were given; give a tensor of int64"):
+            session.step(hidden[order, :1], hypo_ids=[0, 1, 2])
         with pytest.raises(
             InputError, match=r"hypo_ids of shape \[2\] and torch.int64 were given; 3 rows of inputs"
         ):
@@ -228,6 +232,33 @@ def test_what_does_not_fit_a_session_is_refused(pair: Pair) -> None:
             model.generate(ids(3), **greedy(2))
         with pytest.raises(SessionLengthError, match="Maximum length exceeded"):
             model.generate(None, **greedy(9))
+
+
+def test_what_are_no_hidden_states_is_refused_with_its_shape(pair: Pair) -> None:
+    model, _ = pair
+    blocks = model.transformer.h
+    hidden = embedded(model, ids())
+    width = hidden.shape[-1]
+    with blocks.inference_session(max_length=12) as session:
+        for wrong, said in (
+            (hidden[0], rf"shape \[7, {width}\]"), (hidden[:, :, 1:], rf"shape \[2, 7, {width - 1}\]"), (ids(), "torch.int64"),
+            ("x", "type str"), (None, "type NoneType"),
+        ):  # fmt: skip
+            with pytest.raises(
+                InputError, match=rf"inputs of .*{said}.* give .*\(rows, positions, {width}\)"
+            ):
+                session.step(wrong)
+            with blocks.use_session(None), pytest.raises(InputError, match=f"inputs of .*{said}"):
+                blocks(wrong)
+        with pytest.raises(InputError, match="prompts of type str were given"):
+            session.step(hidden, prompts="x")
+        assert session.position == 0
+
+
+def test_a_session_that_was_not_begun_is_refused(pair: Pair) -> None:
+    model, _ = pair
+    with pytest.raises(InputError, match="the session is a _GeneratorContextManager, not one that was begun"):
+        model.generate(ids(), session=model.inference_session(max_length=12), **greedy(1))
 
 
 def test_nothing_is_left_at_the_servers_behind_a_session(pair: Pair) -> None:
