@@ -114,7 +114,7 @@ def test_deep_prompts_are_added_before_each_block_and_get_gradients(pair: Pair) 
 def test_what_blocks_cannot_take_is_refused(pair: Pair) -> None:
     model, _ = pair
     blocks, hidden = model.transformer.h, embedded(model, ids())
-    with pytest.raises(InputError, match=r"hidden states of the shape \[2, 7, 63\] were given"):
+    with pytest.raises(InputError, match=r"inputs of shape \[2, 7, 63\] and torch.float32 were given"):
         blocks(hidden[..., 1:])
     with pytest.raises(InputError, match="hypo_ids reorder the rows of a session"):
         blocks(hidden, hypo_ids=torch.tensor([1, 0]))
