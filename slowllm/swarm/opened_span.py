@@ -21,6 +21,7 @@ from slowllm.modeling.parts import Part
 from slowllm.modeling.span import SpanCall
 from slowllm.options import Options, parse_bytes, parse_devices, parse_dtype
 from slowllm.planning.budget import Budget
+from slowllm.planning.host_plan import SLACK_BYTES
 from slowllm.runtime.block_identity import block_hashes, ends_hash
 from slowllm.runtime.blocks_here import most_resident_blocks
 from slowllm.runtime.description import ModelInfo
@@ -72,10 +73,14 @@ def count_auto(info: ModelInfo, options: ServerOptions, here: Collection[int]) -
     return most_resident_blocks(info, here, opened, budget, jobs, devices)
 
 
-def _budget(info: ModelInfo, options: ServerOptions) -> Budget:
+def _budget(info: ModelInfo, options: ServerOptions, first_used_bytes: int = 0) -> Budget:
     # Requests that were read and wait, and one answer, are memory that the plan of the model does not know.
     limits = limits_of(info.config, options)
-    return budget_of(options.ram, limits.held_bytes + limits.message_bytes)
+    budget = budget_of(options.ram, limits.held_bytes + limits.message_bytes)
+    if first_used_bytes:
+        # Thread stacks and the libraries' own buffers, which stay when a model is closed, are what each plan has slack for.
+        budget.used_bytes = max(first_used_bytes, budget.used_bytes - SLACK_BYTES)
+    return budget
 
 
 class OpenedSpan:
@@ -85,12 +90,14 @@ class OpenedSpan:
         lm: the part of the model.
         spans: answers requests for it.
         record: what the server says of itself, in the state of the record that was given.
+        first_used_bytes: of the budget, what the process held before its first span was opened.
 
     Args:
         info: of the model.
         options: of the server.
         part: the blocks.
         record: of the server while it joins.
+        first_used_bytes: of the span that was opened first; 0 for that one.
     Raises:
         PlanError: the span, its sessions and requests do not fit the budget.
         CheckpointError: a shard is missing or damaged.
@@ -98,8 +105,17 @@ class OpenedSpan:
         ProtocolError: the record of so many blocks is too large.
     """
 
-    def __init__(self, info: ModelInfo, options: ServerOptions, part: Part, record: ServerRecord) -> None:
+    def __init__(
+        self,
+        info: ModelInfo,
+        options: ServerOptions,
+        part: Part,
+        record: ServerRecord,
+        first_used_bytes: int = 0,
+    ) -> None:
         self._info, self._options = info, options
+        self._budget = _budget(info, options, first_used_bytes)
+        self.first_used_bytes = first_used_bytes or self._budget.used_bytes
         self._no_backward = "" if options.backward else "it was started with --forward-only"
         with contextlib.ExitStack() as held:
             self.lm = held.enter_context(self._open(part))
@@ -120,7 +136,7 @@ class OpenedSpan:
             open_model,
             StreamedLM,
             self._info,
-            ram=_budget(self._info, options),
+            ram=self._budget,
             dtype=options.dtype,
             device=options.device,
             vram=options.vram,

@@ -71,6 +71,7 @@ class Server:
         self._state: State = "joining"
         self._opened: OpenedSpan | None = None
         self._done = ServerStatus(0, 0, 0, 0, 0, 0)
+        self._first_used_bytes = 0
         # State, record and span change together; one move at a time.
         self._lock, self._moving = threading.Lock(), threading.Lock()
         self._counts = RequestCounts()
@@ -127,9 +128,12 @@ class Server:
         )  # fmt: skip
 
     def _open(self, part: Part) -> None:
-        opened = OpenedSpan(self._info, self.options, part, self._joining_record(part))
+        opened = OpenedSpan(
+            self._info, self.options, part, self._joining_record(part), self._first_used_bytes
+        )
         with self._lock:
             self._opened, self._record = opened, opened.record
+            self._first_used_bytes = opened.first_used_bytes
 
     def _release(self) -> None:
         """Close the model, if one is open, and give its memory back to the system, by which the next plan is made."""
