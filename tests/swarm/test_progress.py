@@ -69,7 +69,7 @@ def test_a_peer_hears_how_far_its_request_is_until_the_answer_comes() -> None:
 
 
 def test_the_log_has_a_line_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "slowllm")
     times = iter([0.0, 1.0, LOG_SECONDS, LOG_SECONDS + 1, 2 * LOG_SECONDS])
     told = ProgressLog("desk", lambda: next(times))
     for block in range(4):

@@ -122,7 +122,7 @@ def test_the_thread_looks_once_in_a_while_until_it_is_closed(caplog: pytest.LogC
         return may_end.wait(60)
 
     scene.is_closed = is_closed
-    with caplog.at_level(logging.INFO), scene.rebalancer():
+    with caplog.at_level(logging.INFO, "slowllm"), scene.rebalancer():
         assert has_looked.wait(60)
         may_end.set()
     assert "whether other blocks need this server is not known (nobody answers)" in caplog.text
