@@ -54,6 +54,6 @@ class Admission:
     async def _tell(self, stream: Stream, refusal: RefusedError) -> None:
         async with asyncio.timeout(self.seconds):
             await stream.write(encode({"error": [type(refusal).__name__, refusal.problem]}))
-            # Closing now could overtake the sentence; the peer closes when it has read it.
-            stream.end()
+            # Closing now, in either direction, could overtake the sentence: libp2p would refuse what the peer still writes,
+            # and the peer would hear of that first. It closes when it has read it.
             await stream.discard()

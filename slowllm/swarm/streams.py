@@ -82,11 +82,6 @@ class Stream:
         """Close it at once. What was not yet sent is lost, and the other side sees the end of the stream."""
         self._writer.transport.abort()
 
-    def end(self) -> None:
-        """Say that nothing more comes; the other side can still be heard."""
-        if self._writer.can_write_eof():
-            self._writer.write_eof()
-
     def beat(self, progress: RequestProgress | None = None) -> None:
         """Tell the other side that an answer is being made, and how far it is."""
         if not self._writer.is_closing():
