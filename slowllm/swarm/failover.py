@@ -2,8 +2,8 @@
 
 To a client's blocks a hop stays a hop. Behind it stands a chain of links, each at one server. When a link's server fails,
 its span alone is cut anew among the other servers, and a session's keys and values are rebuilt there from the history of
-the link's inputs, by the very calls in which they grew, so that they have the same bits, and in one sweep. A call that may have been
-applied is never sent to the same session again.
+the link's inputs, by the very calls in which they grew, so that they have the same bits, and in one sweep. A call that may
+have been applied is never sent to the same session again.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ T = TypeVar("T")
 Replay = Literal["steps", "fast"]
 REPLAYS: tuple[str, ...] = get_args(Replay)
 
-# What another server may do better. A wrong input, a NaN, a pass that fails or a request that cannot be encoded would be
-# the same everywhere.
+# What another server may do better. What is wrong here, such as a request that cannot be encoded, is not tried elsewhere;
+# where a server says that its input is wrong or its pass fails, another one is asked whether it is.
 _RETRIED = (PeerError, BusyError, SessionError, LimitError)
 # Servers that say the same of what they were given are believed.
 _OPINIONS = 2
@@ -184,8 +184,8 @@ class Failover:
                 failed = again
                 self._forget(links)
                 continue
-            self.num_rebuilt += bool(link.history)
-            self.rebuilt.update(new.hop.peer for new in links if link.history)
+            if link.history:
+                self._count(links)
             return links
 
     def _moved(self, link: _Link, call: SpanCall, deadline: float) -> list[_Link]:
@@ -203,8 +203,13 @@ class Failover:
             return [link]
         log.info("%s is leaving; its session goes on elsewhere", self._servers.name_of(link.hop.peer))
         self._forget([link])
-        self.num_rebuilt += 1
+        self._count(links)
         return links
+
+    def _count(self, links: Sequence[_Link]) -> None:
+        """Count a session that was rebuilt, and where."""
+        self.num_rebuilt += 1
+        self.rebuilt.update(link.hop.peer for link in links)
 
     def _calls_for(self, link: _Link, call: SpanCall) -> Sequence[SpanCall]:
         """Return the calls by which the session of a link is rebuilt before a call."""

@@ -553,6 +553,7 @@ def test_sessions_move_away_from_a_server_that_leaves(swarm: Swarm) -> None:
     assert swarm.servers.replayed == [4, 4]
     assert [peer for peer, _, _ in swarm.servers.asked].count("e") == 4
     assert swarm.failover.num_rebuilt == 1
+    assert swarm.failover.rebuilt == {"c": 1, "b": 1}
 
 
 def test_sessions_stay_at_a_server_that_leaves_while_nobody_else_can_have_them(swarm: Swarm) -> None:
