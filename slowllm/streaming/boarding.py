@@ -17,6 +17,7 @@ from slowllm.errors import RideError
 from slowllm.streaming.alone import Alone
 from slowllm.streaming.baton import Baton, twin
 from slowllm.streaming.ride import SIGNAL_SECONDS, Ride
+from slowllm.streaming.rider_threads import RiderThreads
 from slowllm.streaming.riders import Course, Party, Rider, RiderJob, ThreadState, Turn, Visit
 from slowllm.streaming.rng_state import SharedGenerators, past_seeds
 
@@ -50,10 +51,8 @@ class Boarding:
         self.over: RideError | None = None
         self.alone, self._is_serving = Alone(self.changed), False
         self._last_order = self._last_party = 0
-        # Of jobs that were boarded alone, and so are joined by no caller; each leaves when its callbacks are done, and
-        # has only to end then. It ends after the one that left before it, so that the last one stands for all.
-        self._threads: dict[threading.Thread, Rider] = {}
-        self._last_left: threading.Thread | None = None
+        # Of jobs that were boarded alone, and so are joined by no caller.
+        self._threads = RiderThreads()
 
     # Called by callers' and riders' threads, without the lock.
 
@@ -193,13 +192,7 @@ class Boarding:
 
     def join(self) -> None:
         """After the end, join the threads of jobs that were boarded alone, but for those that are away."""
-        with self.changed:
-            # Of two threads that close, one waits for the other, and not each for each.
-            self._threads.pop(threading.current_thread(), None)
-            threads = [thread for thread, rider in self._threads.items() if not rider.is_away]
-            threads += [] if self._last_left is None else [self._last_left]
-        for thread in threads:
-            thread.join()
+        self._threads.join()
 
     @staticmethod
     def _leave_behind(party: Party, reason: RideError | None = None) -> Ride[Any] | None:
@@ -215,8 +208,8 @@ class Boarding:
         if rider is not None and rider.party.cancelled:
             raise _cancelled()
 
-    def _run_rider(self, rider: Rider) -> None:
-        self.local.rider = rider
+    def _run_rider(self, rider: Rider, is_kept: bool = False) -> None:
+        self.local.begin(rider, is_kept=is_kept)
         try:
             rider.result.append((rider.job, rider.party.run(rider.job)))
         except BaseException as caught:  # raised again by the call that began the ride
@@ -227,11 +220,6 @@ class Boarding:
         if rider.party.ride is not None:
             self.local.rider = None  # whoever calls the model from here on is a guest
             rider.hand_over(rider.party.ride)
-            with self.changed:
-                self._threads.pop(threading.current_thread(), None)
-                before, self._last_left = self._last_left, threading.current_thread()
-            if before is not None:
-                before.join()
 
     # Called by the carousel's thread.
 
@@ -333,16 +321,16 @@ class Boarding:
         party.num_boarded += 1
         party.active.add(rider)
         self.baton.hand(rider)
-        name = f"slowllm-rider-{rider.index}"
-        thread = threading.Thread(target=self._run_rider, args=(rider,), name=name, daemon=True)
-        if party.ride is not None:
-            self._threads[thread] = rider
+        run = functools.partial(self._run_rider, rider)
         try:
-            thread.start()
-            rider.thread = thread
+            if party.ride is not None:
+                self._threads.run(rider, run)
+            else:
+                thread = threading.Thread(target=run, name=f"slowllm-rider-{rider.index}", daemon=True)
+                thread.start()
+                rider.thread = thread
         except RuntimeError as error:  # the system has no more threads
             rider.error = error
-            self._threads.pop(thread, None)
             self._leave(rider)
             if party.ride is not None:
                 # Without the lock: callbacks may board and cancel.

@@ -87,9 +87,10 @@ class Carousel:
             raise RideError("the model was called inside the work of away(), where a rider may not run")
         local.comes_round = local.comes_round or (direction == "up" and stop <= local.last_stop)
         local.last_stop = stop
-        # Only threads that have swept once: each that computes has a team of OpenMP threads of its own, and whoever passes
-        # once would make one for little. A backward pass within a backward pass stays on the carousel's thread.
-        if local.comes_round and direction == "up" and (weights := self._held(stop)) is not None:
+        # Only threads that go on: each that computes has a team of OpenMP threads of its own, and whoever passes once would
+        # make one for little. A backward pass within a backward pass stays on the carousel's thread.
+        goes_on = local.comes_round or local.is_kept
+        if goes_on and direction == "up" and (weights := self._held(stop)) is not None:
             try:
                 if self._boarding.claim(local.rider):
                     return self._compute_alone(stop, work, weights)

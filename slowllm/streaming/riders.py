@@ -51,7 +51,13 @@ class ThreadState(threading.local):
 
     rider: Rider | None = None
     last_stop, comes_round = -1, False
+    is_kept = False  # for one job after the other
     is_computing = False  # at a stop, by itself
+
+    def begin(self, rider: Rider, *, is_kept: bool) -> None:
+        """Forget the rider that this thread ran before."""
+        self.rider, self.is_kept = rider, is_kept
+        self.last_stop, self.comes_round = -1, False
 
 
 class Turn:

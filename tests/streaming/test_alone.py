@@ -66,6 +66,15 @@ def test_whoever_is_alone_computes_by_itself_from_its_second_sweep(carousel: Car
     assert not carousel.visit(0, "down", lambda _: threading.current_thread() is threading.main_thread())
 
 
+def test_a_thread_that_is_kept_for_other_jobs_computes_them_by_itself(carousel: Carousel) -> None:
+    found = []
+    for _ in range(3):
+        found.append(carousel.board(lambda: (threads_of(carousel, 1), threading.get_ident())).result())
+        until(lambda: carousel._boarding._threads._kept is not None)
+    assert [computes for computes, _ in found] == [[False] * 3, [True] * 3, [True] * 3]
+    assert len({thread for _, thread in found}) == 1
+
+
 def test_of_several_riders_the_carousel_computes_all(carousel: Carousel) -> None:
     assert carousel.ride([lambda: threads_of(carousel, 4)] * 3) == [[False] * 12] * 3
 

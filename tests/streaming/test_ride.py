@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.errors import RideError
-from slowllm.streaming.boarding import Boarding
 from slowllm.streaming.carousel import Carousel
 from slowllm.streaming.ride import Ride
+from slowllm.streaming.rider_threads import RiderThreads
 from slowllm.streaming.stops import Weights
 from tests.support.memory_stops import Big, Make, MemoryStops, draw, in_thread, number, sweep, until
 from tests.support.properties import num_examples
@@ -285,7 +285,7 @@ def test_callbacks_run_when_the_result_is_there_and_the_seat_is_free(make: Make)
     ride.add_done_callback(lambda ride: heard.append(ride.result()))
     gate.open.set()
     until(lambda: len(heard) == 2)
-    assert heard == [(True, [], "slowllm-rider-0"), 7]
+    assert heard == [(True, [], "slowllm-rider"), 7]
     ride.add_done_callback(lambda ride: heard.append(threading.current_thread()))
     assert heard[-1] is threading.current_thread()
 
@@ -434,7 +434,7 @@ def test_closing_waits_for_threads_that_have_given_their_results(monkeypatch: py
         join(thread, timeout)
 
     def hold(frame: FrameType, event: str, _: object) -> None:
-        if event == "return" and frame.f_code is Boarding._run_rider.__code__:
+        if event == "return" and frame.f_code is RiderThreads._run.__code__:
             awaited[threading.current_thread()].wait(60)
 
     carousel = Carousel(MemoryStops(2))
@@ -444,7 +444,7 @@ def test_closing_waits_for_threads_that_have_given_their_results(monkeypatch: py
         before = set(threading.enumerate())
         rides = [carousel.board(lambda: sweep(carousel, 2)) for _ in range(3)]
         assert [ride.result() for ride in rides] == [[0, 1]] * 3
-        until(lambda: not carousel._boarding._threads)
+        until(lambda: not carousel._boarding._threads._busy)
         assert set(threading.enumerate()) - before, "the last one is held back"
         carousel.close()
         left = set(threading.enumerate()) - before
