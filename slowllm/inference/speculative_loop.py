@@ -11,16 +11,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-)
+from transformers import LogitsProcessorList
 
 from slowllm.inference.branching_cache import CachedModel
 from slowllm.inference.continuation import make_continuation
 from slowllm.inference.draft_trees import Costs, Node, choose_tree, free_tokens, paths_of, pays
 from slowllm.inference.generation_types import Continuation, Prompt
+from slowllm.inference.live_rows import processors_of
 from slowllm.inference.ngram_cache import MAX_NGRAM, NgramCache
 from slowllm.inference.stopping import EndDetector, special_tokens, without_eos
 from slowllm.runtime.streamed_lm import StreamedLM
@@ -119,7 +116,7 @@ def continue_with_draft(
 ) -> Continuation:
     """Continue one prompt; runs as a rider."""
     settings, tokens, counts = prompt.settings, special_tokens(lm), stats.counts
-    detector, processors = EndDetector(lm, settings, tokens), _processors(prompt, tokens.eos)
+    detector, processors = EndDetector(lm, settings, tokens), processors_of(prompt, tokens.eos)
     ids, start = list(prompt.ids), len(prompt.ids)
     large = CachedModel(lm.model, start + settings.max_new_tokens)
     small, ngrams = CachedModel(draft.model), NgramCache()
@@ -226,17 +223,6 @@ def _update_ngrams(
         contexts.append([*ids[-MAX_NGRAM:], *path_tokens][-MAX_NGRAM:])
     rows, depths = zip(*places.values(), strict=True)
     ngrams.update(contexts, logits[list(rows), list(depths)])
-
-
-def _processors(prompt: Prompt, eos: Sequence[int]) -> LogitsProcessorList:
-    settings, processors = prompt.settings, LogitsProcessorList()
-    if settings.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.min_new_tokens and eos:
-        processors.append(
-            MinNewTokensLengthLogitsProcessor(len(prompt.ids), settings.min_new_tokens, torch.tensor(eos))
-        )
-    return processors
 
 
 def _verify(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from slowllm.modeling.finite import check_finite
 from slowllm.modeling.logit_transform import LogitTransform
 from slowllm.modeling.online_softmax import OnlineSoftmax, tiles_of
+from slowllm.modeling.online_top import OnlineTop
 from slowllm.storage.spans import Placement
 from slowllm.streaming.call_context import call_context, current_call
 from slowllm.streaming.carousel import Carousel
@@ -96,18 +97,23 @@ class StreamedHead(nn.Linear):
         start, stop = self.chunk_rows[chunk]
         return None if self.bias is None else self.bias[start:stop]
 
-    def gather(self, hidden: Tensor, rows: Tensor, tokens: Tensor) -> TokenScores:
+    def gather(
+        self, hidden: Tensor, rows: Tensor, tokens: Tensor, top: OnlineTop | None = None
+    ) -> TokenScores:
         """Return the log-probabilities of tokens after some hidden states; see `log_probs_at`.
 
         Args:
             hidden: (P, H), after the last block.
             rows: (N,) int64, the hidden state that each token follows.
             tokens: (N,) int64.
+            top: for P rows, new; it gets the logits of all tiles, and the normalizers.
         """
         rows, tokens = rows.to(hidden.device), tokens.to(hidden.device)
         softmax = OnlineSoftmax(len(hidden), rows, tokens)
         likeliest = torch.zeros_like(softmax.highest, dtype=torch.int64)
-        sums = (softmax.highest, softmax.total, likeliest, softmax.token_logits)
+        sums: tuple[Tensor, ...] = (softmax.highest, softmax.total, likeliest, softmax.token_logits)
+        if top is not None:
+            sums += (top.keys,)
         way = current_call().way
         for chunk, stop in enumerate(self.stops if len(tokens) else ()):
             if saved_sums := way.sums_of(chunk):
@@ -122,11 +128,16 @@ class StreamedHead(nn.Linear):
                     best = logits.max(-1)
                     is_higher = best.values > softmax.highest
                     likeliest.copy_(torch.where(is_higher, best.indices + first, likeliest))
+                    if top is not None:
+                        top.add(logits, first, best.values)
                     softmax.add(logits, first, best.values)
 
             self.carousel.visit(stop, "up", work)
             way.pass_chunk(chunk, sums)
-        log_probs = softmax.token_logits - softmax.normalizers()[rows]
+        normalizers = softmax.normalizers()
+        if top is not None:
+            top.normalize(normalizers)
+        log_probs = softmax.token_logits - normalizers[rows]
         check_finite("the head", log_probs, infinity_is_legal=True)
         return TokenScores(log_probs, tokens == likeliest[rows])
 

@@ -64,10 +64,7 @@ def log_probs_at(
     """
     head = model.get_output_embeddings()
     assert isinstance(head, StreamedHead), "log_probs_at needs a streamed model"
-    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < head.out_features:
-        raise InputError(
-            f"targets lie between {int(tokens.min())} and {int(tokens.max())}, but there are {head.out_features} tokens"
-        )
+    check_tokens(tokens, head)
     inputs = {"use_cache": False, **inputs}
     with torch.no_grad():
         if head.logit_transform is None:
@@ -87,6 +84,18 @@ def log_probs_at(
             return _on_host(logits, torch.zeros(len(tokens), dtype=torch.bool))
         gathered = head.gather(hidden, hidden_rows, tokens)
         return _on_host(gathered.log_probs, gathered.is_likeliest)
+
+
+def check_tokens(tokens: Tensor, head: StreamedHead) -> None:
+    """Refuse tokens that are not in the vocabulary.
+
+    Raises:
+        InputError: one is not.
+    """
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < head.out_features:
+        raise InputError(
+            f"targets lie between {int(tokens.min())} and {int(tokens.max())}, but there are {head.out_features} tokens"
+        )
 
 
 def _on_host(log_probs: Tensor, is_likeliest: Tensor) -> TokenScores:

@@ -26,7 +26,7 @@ MAX_ASKED = 64
 
 
 @dataclass(frozen=True)
-class Answer:
+class StatusAnswer:
     """What came of asking one server.
 
     Attributes:
@@ -55,7 +55,7 @@ class ServerView:
     """
 
     record: ServerRecord
-    answer: Answer
+    answer: StatusAnswer
     odd_blocks: tuple[tuple[int, int], ...]
 
 
@@ -110,7 +110,11 @@ def look(network: Network, model: str, kind: str, num_blocks: int) -> ModelView:
 
 
 def view_of(
-    model: str, kind: str, num_blocks: int, records: Sequence[ServerRecord], answers: Mapping[str, Answer]
+    model: str,
+    kind: str,
+    num_blocks: int,
+    records: Sequence[ServerRecord],
+    answers: Mapping[str, StatusAnswer],
 ) -> ModelView:
     """Return the view of a model from its records and answers, by the ids of peers."""
     records = [record for record in records if record.end <= num_blocks]
@@ -123,7 +127,7 @@ def view_of(
             usual[block] = min(found, key=lambda name: (-found.count(name), name))
     # Few, for the eye; a pin is looked for among more of them.
     sets = [weights_hash(hashes) for hashes, _ in zip(assemblies(online, num_blocks), range(4), strict=False)]
-    nobody = Answer(why="was not asked")
+    nobody = StatusAnswer(why="was not asked")
     servers = tuple(
         ServerView(record, answers.get(record.peer, nobody), _odd_blocks(record, usual)) for record in records
     )
@@ -146,7 +150,7 @@ def _runs(values: Sequence[object]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def _ask_all(network: Network, records: Sequence[ServerRecord]) -> dict[str, Answer]:
+def _ask_all(network: Network, records: Sequence[ServerRecord]) -> dict[str, StatusAnswer]:
     """Return the answer of each server, all of which are asked at the same time."""
     began = time.monotonic()
     ended: dict[str, float] = {}
@@ -159,20 +163,20 @@ def _ask_all(network: Network, records: Sequence[ServerRecord]) -> dict[str, Ans
             lambda _, peer=record.peer: ended.setdefault(peer, time.monotonic() - began)  # type: ignore[misc]
         )
         asked[record.peer] = future
-    found: dict[str, Answer] = {}
+    found: dict[str, StatusAnswer] = {}
     for peer, future in asked.items():
         try:
             status = ServerStatus.from_meta(future.result()[0])
         except (NetworkError, ProtocolError) as error:
-            found[peer] = Answer(why=str(error))
+            found[peer] = StatusAnswer(why=str(error))
         else:
-            found[peer] = Answer(status, ended.get(peer, 0.0))
+            found[peer] = StatusAnswer(status, ended.get(peer, 0.0))
     return _dialled_by_others(network, records, found)
 
 
 def _dialled_by_others(
-    network: Network, records: Sequence[ServerRecord], found: Mapping[str, Answer]
-) -> dict[str, Answer]:
+    network: Network, records: Sequence[ServerRecord], found: Mapping[str, StatusAnswer]
+) -> dict[str, StatusAnswer]:
     """Return the answers with what another server says of reaching each one."""
     able = [record for record in records if record.peer in found and found[record.peer].status is not None]
     dialled: dict[str, tuple[ServerRecord, Future[Any]]] = {}
@@ -190,7 +194,7 @@ def _dialled_by_others(
             said = future.result()[0].get("reached")
         reached = said if isinstance(said, bool) else None
         old = answers[peer]
-        answers[peer] = Answer(old.status, old.seconds, old.why, reached, other.label)
+        answers[peer] = StatusAnswer(old.status, old.seconds, old.why, reached, other.label)
     return answers
 
 

@@ -1,0 +1,134 @@
+"""One row of a batch whose rows have settings of their own: what it has got so far, and which token comes next.
+
+Tokens are chosen as transformers' `generate` chooses them for the prompt alone: by its own processors, and of a sampled row
+by a generator that is seeded as `torch.manual_seed` seeds the global one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from slowllm.inference.continuation import text_of
+from slowllm.inference.generation_types import Continuation, Prompt
+from slowllm.inference.stopping import EndDetector, SpecialTokens, without_eos
+from slowllm.inference.text import TextSide
+
+
+class LiveRow:
+    """One continuation of a prompt that grows token by token.
+
+    Args:
+        lm: with the tokenizer.
+        prompt: that is continued; of its settings, `num_beams` is 1.
+        index: of the continuation among those of the prompt; its seed counts up with it.
+        tokens: with EOS.
+        on_tokens: called with the ids so far after each token.
+    """
+
+    def __init__(
+        self,
+        lm: TextSide,
+        prompt: Prompt,
+        index: int,
+        tokens: SpecialTokens,
+        on_tokens: Callable[[tuple[int, ...]], None] | None = None,
+    ) -> None:
+        self.prompt, self.has_ended = prompt, False
+        self._lm, self._tokens, self._on_tokens = lm, tokens, on_tokens
+        self._settings = prompt.settings
+        self._ids = list(prompt.ids)
+        self._is_stopped = False
+        self._detector = EndDetector(lm, prompt.settings, tokens)
+        self._processors = processors_of(prompt, tokens.eos)
+        self._generator: torch.Generator | None = None
+        if prompt.settings.do_sample:
+            self._generator = torch.Generator()
+            seed = prompt.settings.seed
+            if seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed((seed + index) % (1 << 64))
+        self._log_probs: list[float] = []
+        self._tops: list[dict[int, float]] = []
+
+    @property
+    def last_token(self) -> int:
+        """The token that the model has not seen yet."""
+        return self._ids[-1]
+
+    @property
+    def num_new(self) -> int:
+        """Tokens that were chosen so far, EOS included."""
+        return len(self._ids) - len(self.prompt.ids)
+
+    def advance(self, logits: Tensor) -> None:
+        """Choose the next token.
+
+        Args:
+            logits: (V,) behind the last token, as the model returns them.
+        """
+        raw = logits.detach().to("cpu", torch.float32)
+        scores = raw[None].clone()
+        if self._processors:
+            scores = self._processors(cast(Any, torch.tensor([self._ids])), cast(Any, scores))
+        if self._generator is None:
+            token = int(scores.argmax(-1))
+        else:
+            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        self._ids.append(token)
+        if (num_top := self._settings.top_log_probs) is not None and token not in self._tokens.eos:
+            log_probs = raw.log_softmax(-1)
+            best = log_probs.topk(min(num_top, len(log_probs)))
+            self._log_probs.append(float(log_probs[token]))
+            self._tops.append(dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        width = len(self.prompt.ids)
+        self._is_stopped = bool(self._detector.has_ended(torch.tensor([self._ids]), width))
+        self.has_ended = self._is_stopped or self.num_new >= self._settings.max_new_tokens
+        if self._on_tokens is not None:
+            self._on_tokens(self._new_ids())
+
+    def _new_ids(self) -> tuple[int, ...]:
+        return without_eos(self._ids[len(self.prompt.ids) :], self._tokens)
+
+    def continuation(self) -> Continuation:
+        """Return what has come so far."""
+        ids = self._new_ids()
+        has_log_probs = self._settings.top_log_probs is not None
+        return Continuation(
+            ids,
+            text_of(self._lm, self.prompt, ids),
+            "stop" if self._is_stopped else "length",
+            tuple(self._log_probs) if has_log_probs else None,
+            tuple(self._tops) if has_log_probs else None,
+        )
+
+
+def processors_of(prompt: Prompt, eos: tuple[int, ...]) -> LogitsProcessorList:
+    """Return transformers' processors for the settings of a prompt, in the order in which `generate` has them."""
+    settings, processors = prompt.settings, LogitsProcessorList()
+    if settings.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.min_new_tokens and eos:
+        processors.append(
+            MinNewTokensLengthLogitsProcessor(len(prompt.ids), settings.min_new_tokens, torch.tensor(eos))
+        )
+    if settings.do_sample:
+        if settings.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k:
+            processors.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1.0:
+            processors.append(TopPLogitsWarper(settings.top_p))
+    return processors
