@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from slowllm.swarm.overview import Answer, view_of
+from slowllm.swarm.overview import StatusAnswer, view_of
 from slowllm.swarm.records import ServerRecord
 from slowllm.swarm.status import ServerStatus
 from slowllm.swarm.weights import weights_hash
@@ -39,7 +39,10 @@ def test_whole_sets_of_blocks_have_their_words_the_most_common_first() -> None:
 
 def test_the_json_says_what_came_of_asking() -> None:
     status = ServerStatus(1, 2, 3, 4, 5, 6)
-    answers = {A.peer: Answer(status, 0.25, reached_by=True, asked="lamp"), B.peer: Answer(why="is lost")}
+    answers = {
+        A.peer: StatusAnswer(status, 0.25, reached_by=True, asked="lamp"),
+        B.peer: StatusAnswer(why="is lost"),
+    }
     said = json.loads(json.dumps(view_of("m-6", "llama", 6, [A, B, LEAVING], answers).to_json()))
     first, second, third = said["servers"]
     assert (first["reached"], first["reach_seconds"], first["reached_by_others"]) == (True, 0.25, True)
