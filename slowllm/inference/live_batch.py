@@ -38,12 +38,21 @@ class BatchModel:
         self._model = with_own_defaults(lm)
         self._takes = set(inspect.signature(lm.model.forward).parameters)
 
-    def start(self, prompts: Sequence[Prompt]) -> tuple[RowCache, Tensor]:
+    def start(self, prompts: Sequence[Prompt], kept: RowCache | None = None) -> tuple[RowCache, Tensor]:
         """Pass prompts through the model.
 
+        Args:
+            prompts: that share a batch.
+            kept: of the first tokens of a single prompt, which are not computed again.
         Returns:
             their keys and values, and the logits (B, V) behind the last token of each.
         """
+        if kept is not None:
+            (prompt,) = prompts
+            ids = torch.tensor([prompt.ids[kept.mask.shape[1] :]])
+            mask = torch.ones(1, len(prompt.ids), dtype=torch.int64)
+            positions = torch.arange(kept.mask.shape[1], len(prompt.ids))[None]
+            return RowCache(kept.cache, mask), self._pass(ids, mask, positions, kept.cache)
         width = max(len(prompt.ids) for prompt in prompts)
         ids = torch.full((len(prompts), width), self.tokens.pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -94,16 +103,25 @@ class Seat:
         is_over: returns whether nobody waits for it any more.
         give: called once when it has ended.
         fail: called with the error that has ended it early.
+        keep: called with the row's cache when it has ended, before `give`; None where nobody keeps it.
     """
 
     row: LiveRow
     is_over: Callable[[], bool]
     give: Callable[[], None]
     fail: Callable[[BaseException], None]
+    keep: Callable[[RowCache], None] | None = None
 
-    def give_if_ended(self) -> bool:
-        """Hand the row over if it has ended; return whether it goes no further."""
+    def give_if_ended(self, cache: RowCache, place: int) -> bool:
+        """Hand the row over if it has ended; return whether it goes no further.
+
+        Args:
+            cache: of the rows that were passed with it.
+            place: of the row there.
+        """
         if self.row.has_ended:
+            if self.keep is not None:
+                self.keep(cache.rows([place]))
             self.give()
         return self.row.has_ended or self.is_over()
 
@@ -185,7 +203,8 @@ class LiveBatch:
                 if not seat.is_over():
                     seat.row.advance(of_row)
             num_rows = len(self._seats)
-            cache = self._keep([not seat.give_if_ended() for seat in self._seats], cache)
+            stays = [not seat.give_if_ended(cache, number) for number, seat in enumerate(self._seats)]
+            cache = self._keep(stays, cache)
             self._has_passed(num_rows)
 
     def _keep(self, stays: Sequence[bool], cache: RowCache | None) -> RowCache | None:

@@ -72,6 +72,14 @@ class RowCache:
             own.keys, own.values = _cut(layer.keys, index, first), _cut(layer.values, index, first)
         return RowCache(copied, mask[:, first:])
 
+    def beginning(self, length: int) -> RowCache:
+        """Return a copy of the first tokens of a single row without padding."""
+        copied = self.rows([0])
+        for layer in copied._layers():
+            if layer.is_initialized:
+                layer.keys, layer.values = _first(layer.keys, length), _first(layer.values, length)
+        return RowCache(copied.cache, copied.mask[:, :length])
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drop the rows that are not named."""
         # Layer by layer in `rows`, but the old ones stay until all are copied: rows that stay are the larger part seldom.
@@ -91,3 +99,8 @@ def _pad(tensor: Tensor | None, num_columns: int) -> Tensor:
 def _cut(tensor: Tensor | None, rows: Tensor, first: int) -> Tensor:
     assert tensor is not None, "as above"
     return tensor[rows, :, first:]
+
+
+def _first(tensor: Tensor | None, length: int) -> Tensor:
+    assert tensor is not None, "as above"
+    return tensor[:, :, :length].clone()  # a view would keep the rest

@@ -69,6 +69,11 @@ class LiveRow:
         return self._ids[-1]
 
     @property
+    def seen_ids(self) -> tuple[int, ...]:
+        """The tokens that the model has seen: all but the last."""
+        return tuple(self._ids[:-1])
+
+    @property
     def num_new(self) -> int:
         """Tokens that were chosen so far, EOS included."""
         return len(self._ids) - len(self.prompt.ids)

@@ -67,15 +67,18 @@ def read_templates(path: Path) -> list[Template]:
         InputError: it cannot be read, or is in another format.
     """
     try:
-        import yaml  # type: ignore[import-untyped]
+        import yaml
     except ModuleNotFoundError as error:
         raise missing_package("PyYAML", error) from error
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    class Loader(yaml.SafeLoader):
         """Plain data, and promptsource's two tags as mappings."""
 
+    def mapping(loader: yaml.SafeLoader, node: Any) -> dict[Any, Any]:
+        return loader.construct_mapping(node, deep=True)
+
     for tag in ("!Template", "!TemplateMetadata"):
-        Loader.add_constructor(tag, lambda loader, node: loader.construct_mapping(node, deep=True))
+        Loader.add_constructor(tag, mapping)
     try:
         document = yaml.load(read_description(path, InputError).decode("utf-8"), Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

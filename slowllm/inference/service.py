@@ -24,6 +24,7 @@ from typing import Self
 from slowllm.errors import BusyError, NonFiniteError, RideError
 from slowllm.inference.continuation import continue_prompts, with_own_defaults
 from slowllm.inference.generation_types import Continuation, OnTokens
+from slowllm.inference.kept_caches import KeptCaches
 from slowllm.inference.live_batch import BatchModel, LiveBatch, Seat, may_share_a_batch
 from slowllm.inference.live_cache import RowCache
 from slowllm.inference.live_rows import LiveRow
@@ -46,16 +47,24 @@ class Service:
         lm: a loaded model, opened for `service_job`.
         max_rows: that are continued at once.
         max_waiting: asks that may wait for room.
+        kept_tokens: whose keys and values are kept behind answers, for prompts that begin alike.
         is_exact: let each prompt ride alone, with the bits that it has alone; the products of several rows together may
             round otherwise, by 2e-4 of a log-probability in float32.
     """
 
     def __init__(
-        self, lm: StreamedLM, *, max_rows: int = 64, max_waiting: int = 256, is_exact: bool = False
+        self,
+        lm: StreamedLM,
+        *,
+        max_rows: int = 64,
+        max_waiting: int = 256,
+        kept_tokens: int = 0,
+        is_exact: bool = False,
     ) -> None:
         self._lm, self._max_rows, self._max_waiting = lm, max_rows, max_waiting
         self._rule = batch_rule(lm.config)
         self._shares = may_share_a_batch(lm) and not is_exact
+        self._kept = KeptCaches(kept_tokens if self._shares else 0)
         self._model, self._plain = BatchModel(lm), with_own_defaults(lm)
         self._changed = threading.Condition()
         self._waiting: deque[ServiceTask] = deque()
@@ -118,6 +127,7 @@ class Service:
             return ServiceStatus(
                 len(self._under_way), len(self._waiting), self._held_tokens, self._lm.plan.sweep_tokens, self._stop,
                 self._lm.num_stops, self._num_sweeps, self._num_prompt_tokens, self._num_new_tokens,
+                self._kept.num_found_tokens,
             )  # fmt: skip
 
     def drain(self, seconds: float) -> None:
@@ -174,7 +184,12 @@ class Service:
             task.num_parts += task.ask.prompt.settings.num_return_sequences
         for group in self._groups(scored):
             self._pass(self._score, group)
-        for group in self._groups(joining):
+        kept = {
+            task: cache for task in joining if (cache := self._kept.take(task.ask.prompt.ids)) is not None
+        }
+        for task, cache in kept.items():
+            self._pass(functools.partial(self._start, kept=cache), [task])
+        for group in self._groups([task for task in joining if task not in kept]):
             self._pass(self._start, group)
         for task in alone:
             self._ride_alone(task)
@@ -260,10 +275,11 @@ class Service:
             task.scores = scores
             self._finish(task, {})
 
-    def _start(self, tasks: Sequence[ServiceTask]) -> None:
+    def _start(self, tasks: Sequence[ServiceTask], kept: RowCache | None = None) -> None:
         """Make the first pass of prompts, and let their rows join those that go on."""
-        cache, logits = self._model.start([task.ask.prompt for task in tasks])
-        self._count(sum(len(task.ask.prompt.ids) for task in tasks), 0)
+        num_kept = 0 if kept is None else kept.mask.shape[1]
+        cache, logits = self._model.start([task.ask.prompt for task in tasks], kept)
+        self._count(sum(len(task.ask.prompt.ids) for task in tasks) - num_kept, 0)
         seats = [
             self._seat(task, place, index)
             for place, task in enumerate(tasks)
@@ -273,7 +289,7 @@ class Service:
         for place, seat in seats:
             seat.row.advance(logits[place])
             self._count(0, 1)
-            if not seat.give_if_ended():
+            if not seat.give_if_ended(cache, place):
                 going.setdefault(class_of(seat.row.prompt), []).append((place, seat))
         for length, members in going.items():
             self._join(length, [seat for _, seat in members], cache.rows([place for place, _ in members]))
@@ -291,6 +307,7 @@ class Service:
             is_over=lambda: task.is_over,
             give=lambda: self._finish(task, {index: row.continuation()}),
             fail=lambda error: self._end(task, None, error),
+            keep=(lambda cache: self._kept.keep(row.seen_ids, cache)) if self._kept.max_tokens else None,
         )
         return place, seat
 

@@ -57,6 +57,7 @@ class ServiceStatus:
         num_sweeps: that have passed the last stop.
         num_prompt_tokens: that have passed the model.
         num_new_tokens: that were made.
+        num_found_tokens: of prompts, that were found in kept keys and values.
     """
 
     num_riding: int
@@ -68,9 +69,10 @@ class ServiceStatus:
     num_sweeps: int
     num_prompt_tokens: int
     num_new_tokens: int
+    num_found_tokens: int = 0
 
 
-def service_job(lm: TextSide, max_tokens: int, longest: int, max_rows: int) -> Job:
+def service_job(lm: TextSide, max_tokens: int, longest: int, max_rows: int, kept_tokens: int = 0) -> Job:
     """Return the job that a model is opened for if it serves asks that nobody knows yet.
 
     Args:
@@ -78,6 +80,7 @@ def service_job(lm: TextSide, max_tokens: int, longest: int, max_rows: int) -> J
         max_tokens: that all asks under way hold at their end.
         longest: tokens of the longest of them, prompt and answer.
         max_rows: that are continued at once.
+        kept_tokens: whose keys and values are kept behind answers.
     Raises:
         InputError: the model takes no sequences of that length, or the numbers do not go together.
     """
@@ -91,5 +94,5 @@ def service_job(lm: TextSide, max_tokens: int, longest: int, max_rows: int) -> J
     rows = ((ContinuedRow(1, 2, 2, 1), max_rows), (ContinuedRow(1, 2, 0, 12), 1))
     return Job(
         num_tokens=max_tokens, longest=longest, repeated=True, forward_only=True, keeps_results=False,
-        num_passes=max(1, longest // 2), rows=rows,
+        num_passes=max(1, longest // 2), rows=rows, cache_tokens=kept_tokens,
     )  # fmt: skip

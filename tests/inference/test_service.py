@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 
 import slowllm
 from slowllm.errors import BusyError, InputError, RideError
 from slowllm.inference import generation
 from slowllm.inference.generation_types import Continuation, Prompt, Settings, encode_prompt
+from slowllm.inference.kept_caches import KeptCaches
+from slowllm.inference.live_cache import RowCache
 from slowllm.inference.service import Service
 from slowllm.inference.service_types import Ask, service_job
 from tests.support.families import family_cases, save_tiny, speaking
@@ -281,10 +284,10 @@ def test_a_number_that_is_not_finite_ends_its_own_prompt_only(
         [Prompt((number,), Settings(max_new_tokens=3)) for number in range(5, 9)],
     )
 
-    def failing(self: BatchModel, given: Any) -> Any:
+    def failing(self: BatchModel, given: Any, kept: Any) -> Any:
         if any(prompt.ids == (6,) for prompt in given):
             raise NonFiniteError("block 1 returned NaN")
-        return start(self, given)
+        return start(self, given, kept)
 
     monkeypatch.setattr(BatchModel, "start", failing)
     with Service(lm) as service:
@@ -323,3 +326,48 @@ def test_families_continue_rows_that_come_and_go(name: str, tmp_path: Path) -> N
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.prompt_scores is not None
             assert len(answer.prompt_scores.log_probs) == len(prompt.ids) - 1
+
+
+def test_a_conversation_goes_on_from_what_was_kept_of_it(lm: Any) -> None:
+    settings, prompt = (
+        Settings(max_new_tokens=20, min_new_tokens=20),
+        encode_prompt(lm, TEXTS[2] * 2, Settings()),
+    )
+    with Service(lm, kept_tokens=100) as service:
+        (first,) = service.submit(Ask(Prompt(prompt.ids, settings))).result(60).continuations
+        longer = Prompt(prompt.ids + first.ids + (5, 6, 7), settings)
+        before = service.status().num_prompt_tokens
+        assert service.submit(Ask(longer)).result(60).continuations == alone(lm, longer)
+        # The last token of the answer has not passed the model yet.
+        assert service.status().num_prompt_tokens - before == 4
+        # Another conversation with the same beginning finds that.
+        other = Prompt((*prompt.ids, 9, 9), settings)
+        before = service.status()
+        assert service.submit(Ask(other)).result(60).continuations == alone(lm, other)
+        assert service.status().num_prompt_tokens - before.num_prompt_tokens == 2
+        assert service.status().num_found_tokens - before.num_found_tokens == len(prompt.ids)
+        assert service._kept.num_tokens <= 100
+
+
+def test_no_more_is_kept_than_there_is_room_for() -> None:
+    def cache(length: int) -> RowCache:
+        held = DynamicCache()
+        held.update(torch.randn(1, 2, length, 4), torch.randn(1, 2, length, 4), 0)
+        return RowCache(held, torch.ones(1, length, dtype=torch.int64))
+
+    kept = KeptCaches(60)
+    kept.keep(range(30), cache(30))
+    kept.keep(range(100, 130), cache(30))
+    assert kept.take(range(20)) is not None, "and it was used last"
+    kept.keep(range(200, 220), cache(20))
+    assert kept.num_tokens == 50
+    assert kept.take(range(100, 130)) is None
+    found = kept.take([*range(25), 7, 7])
+    assert found is not None
+    assert found.mask.shape == (1, 25)
+    kept.keep(range(10), cache(10))  # too short
+    kept.keep(range(61), cache(61))  # too long
+    kept.keep(range(40), cache(40))  # goes on from the first one
+    assert (len(kept._kept), kept.num_tokens) == (2, 60)
+    kept.keep(range(35), cache(35))  # is a part of it
+    assert (len(kept._kept), kept.num_tokens) == (2, 60)
