@@ -24,6 +24,7 @@ from benchmarks import (
     passes,
     scoring,
     sentences,
+    serving,
     sides,
     tuning_sides,
     tuning_step,
@@ -60,6 +61,7 @@ def measured(
         "passes": (passes.RUNNERS, sentences.Task),
         "scoring": (scoring.RUNNERS, scoring.Task),
         "generation": (generation.RUNNERS, generation.Task),
+        "serving": (serving.RUNNERS, serving.Task),
         "tuning_sides": (tuning_sides.RUNNERS, tuning_sides.Task),
     }
 
@@ -128,7 +130,7 @@ def test_visit_cost_compares_equal_bits(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "module", ["forward_pass", "generation", "scoring", "swarm", "tuning_step", "visit_cost"]
+    "module", ["forward_pass", "generation", "scoring", "serving", "swarm", "tuning_step", "visit_cost"]
 )
 def test_benchmarks_are_programs(module: str, processes: Processes) -> None:
     done = processes.run("-m", f"benchmarks.{module}", "--help")
@@ -392,3 +394,14 @@ def test_a_disk_too_small_is_refused_with_the_numbers(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"needs 811\.\d GB but .* GB are free"):
         make_checkpoint.make_checkpoint("llama-405b", 126, tmp_path / "big")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_serving_asks_from_many_threads(measured: Callable[..., dict[str, Any]]) -> None:
+    report = measured("--clients", "8", "--new-tokens", "3", module=serving)
+    assert report["verified"] is True
+    assert report["all_tokens"] == 6 * 3 + 2
+    assert report["one_tokens"] == 3
+    assert report["all_sweeps"] <= 2 * report["one_sweeps"] + 2
+    assert report["aggregate_of_one"] == pytest.approx(
+        report["all_tokens_per_s"] / report["one_tokens_per_s"]
+    )
