@@ -48,7 +48,7 @@ class RowCache:
         """Take the rows of another batch behind the own ones."""
         length = max(self.mask.shape[1], other.mask.shape[1])
         ours, theirs = length - self.mask.shape[1], length - other.mask.shape[1]
-        for layer, joining in zip(self._layers(), other._layers(), strict=True):
+        for layer, joining in zip(self.layers(), other.layers(), strict=True):
             if not layer.is_initialized:  # its block takes those of another
                 continue
             layer.keys = torch.cat([_pad(layer.keys, ours), _pad(joining.keys, theirs)])
@@ -62,7 +62,7 @@ class RowCache:
         mask = self.mask[kept]
         first = int(mask.any(0).nonzero()[0])
         copied = DynamicCache()
-        for layer in self._layers():
+        for layer in self.layers():
             own = DynamicLayer()
             copied.layers.append(own)
             if not layer.is_initialized:
@@ -75,7 +75,7 @@ class RowCache:
     def beginning(self, length: int) -> RowCache:
         """Return a copy of the first tokens of a single row without padding."""
         copied = self.rows([0])
-        for layer in copied._layers():
+        for layer in copied.layers():
             if layer.is_initialized:
                 layer.keys, layer.values = _first(layer.keys, length), _first(layer.values, length)
         return RowCache(copied.cache, copied.mask[:, :length])
@@ -86,7 +86,8 @@ class RowCache:
         kept = self.rows(rows)
         self.cache, self.mask = kept.cache, kept.mask
 
-    def _layers(self) -> list[DynamicLayer]:
+    def layers(self) -> list[DynamicLayer]:
+        """Return the keys and values of each block; a block that takes those of another has none."""
         return cast(list[DynamicLayer], self.cache.layers)
 
 

@@ -22,9 +22,10 @@ from types import TracebackType
 from typing import Self
 
 from slowllm.errors import BusyError, NonFiniteError, RideError
+from slowllm.inference.cache_folder import CacheFolder
 from slowllm.inference.continuation import continue_prompts, with_own_defaults
 from slowllm.inference.generation_types import Continuation, OnTokens
-from slowllm.inference.kept_caches import KeptCaches
+from slowllm.inference.kept_caches import FoundCache, KeptCaches
 from slowllm.inference.live_batch import BatchModel, LiveBatch, Seat, may_share_a_batch
 from slowllm.inference.live_cache import RowCache
 from slowllm.inference.live_rows import LiveRow
@@ -48,6 +49,7 @@ class Service:
         max_rows: that are continued at once.
         max_waiting: asks that may wait for room.
         kept_tokens: whose keys and values are kept behind answers, for prompts that begin alike.
+        folder: where they are kept on disk as well; closed by who made it.
         is_exact: let each prompt ride alone, with the bits that it has alone; the products of several rows together may
             round otherwise, by 2e-4 of a log-probability in float32.
     """
@@ -59,12 +61,13 @@ class Service:
         max_rows: int = 64,
         max_waiting: int = 256,
         kept_tokens: int = 0,
+        folder: CacheFolder | None = None,
         is_exact: bool = False,
     ) -> None:
         self._lm, self._max_rows, self._max_waiting = lm, max_rows, max_waiting
         self._rule = batch_rule(lm.config)
         self._shares = may_share_a_batch(lm) and not is_exact
-        self._kept = KeptCaches(kept_tokens if self._shares else 0)
+        self._kept = KeptCaches(kept_tokens, folder) if self._shares else KeptCaches(0)
         self._model, self._plain = BatchModel(lm), with_own_defaults(lm)
         self._changed = threading.Condition()
         self._waiting: deque[ServiceTask] = deque()
@@ -185,10 +188,10 @@ class Service:
         for group in self._groups(scored):
             self._pass(self._score, group)
         kept = {
-            task: cache for task in joining if (cache := self._kept.take(task.ask.prompt.ids)) is not None
+            task: found for task in joining if (found := self._kept.find(task.ask.prompt.ids)) is not None
         }
-        for task, cache in kept.items():
-            self._pass(functools.partial(self._start, kept=cache), [task])
+        for task, found in kept.items():
+            self._pass(functools.partial(self._start, found=found), [task])
         for group in self._groups([task for task in joining if task not in kept]):
             self._pass(self._start, group)
         for task in alone:
@@ -275,8 +278,9 @@ class Service:
             task.scores = scores
             self._finish(task, {})
 
-    def _start(self, tasks: Sequence[ServiceTask], kept: RowCache | None = None) -> None:
+    def _start(self, tasks: Sequence[ServiceTask], found: FoundCache | None = None) -> None:
         """Make the first pass of prompts, and let their rows join those that go on."""
+        kept = None if found is None else self._lm.away(found.load)
         num_kept = 0 if kept is None else kept.mask.shape[1]
         cache, logits = self._model.start([task.ask.prompt for task in tasks], kept)
         self._count(sum(len(task.ask.prompt.ids) for task in tasks) - num_kept, 0)
@@ -307,7 +311,7 @@ class Service:
             is_over=lambda: task.is_over,
             give=lambda: self._finish(task, {index: row.continuation()}),
             fail=lambda error: self._end(task, None, error),
-            keep=(lambda cache: self._kept.keep(row.seen_ids, cache)) if self._kept.max_tokens else None,
+            keep=(lambda cache: self._kept.keep(row.seen_ids, cache)) if self._kept.keeps_any else None,
         )
         return place, seat
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 import slowllm
 from slowllm.errors import BusyError, InputError, RideError
 from slowllm.inference import generation
+from slowllm.inference.cache_folder import CacheFolder
 from slowllm.inference.generation_types import Continuation, Prompt, Settings, encode_prompt
 from slowllm.inference.kept_caches import KeptCaches
 from slowllm.inference.live_cache import RowCache
@@ -358,16 +360,65 @@ def test_no_more_is_kept_than_there_is_room_for() -> None:
     kept = KeptCaches(60)
     kept.keep(range(30), cache(30))
     kept.keep(range(100, 130), cache(30))
-    assert kept.take(range(20)) is not None, "and it was used last"
+    assert kept.find(range(20)) is not None, "and it was used last"
     kept.keep(range(200, 220), cache(20))
     assert kept.num_tokens == 50
-    assert kept.take(range(100, 130)) is None
-    found = kept.take([*range(25), 7, 7])
+    assert kept.find(range(100, 130)) is None
+    found = kept.find([*range(25), 7, 7])
     assert found is not None
-    assert found.mask.shape == (1, 25)
+    loaded = found.load()
+    assert loaded is not None
+    assert (found.num_tokens, loaded.mask.shape) == (25, (1, 25))
     kept.keep(range(10), cache(10))  # too short
     kept.keep(range(61), cache(61))  # too long
     kept.keep(range(40), cache(40))  # goes on from the first one
     assert (len(kept._kept), kept.num_tokens) == (2, 60)
     kept.keep(range(35), cache(35))  # is a part of it
     assert (len(kept._kept), kept.num_tokens) == (2, 60)
+
+
+def test_a_conversation_is_found_on_disk_by_a_later_process(lm: Any, tmp_path: Path) -> None:
+    settings, prompt = (
+        Settings(max_new_tokens=20, min_new_tokens=20),
+        encode_prompt(lm, TEXTS[2] * 2, Settings()),
+    )
+    with (
+        closing(CacheFolder(tmp_path, "of-this-model", 1 << 20)) as folder,
+        Service(lm, folder=folder) as service,
+    ):
+        (first,) = service.submit(Ask(Prompt(prompt.ids, settings))).result(60).continuations
+    longer = Prompt(prompt.ids + first.ids + (5, 6, 7), settings)
+    with (
+        closing(CacheFolder(tmp_path, "of-this-model", 1 << 20)) as folder,
+        Service(lm, folder=folder) as service,
+    ):
+        assert folder.conversations == [prompt.ids + first.ids[:-1]]
+        assert service.submit(Ask(longer)).result(60).continuations == alone(lm, longer)
+        assert service.status().num_prompt_tokens == 4
+    with closing(CacheFolder(tmp_path, "of-another-model", 1 << 20)) as folder:
+        assert not folder.conversations
+
+
+def test_damaged_files_and_full_folders_cost_a_computation_only(
+    lm: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(max_new_tokens=20, min_new_tokens=20)
+    prompts = [Prompt(encode_prompt(lm, text * 3, settings).ids, settings) for text in TEXTS[2:]]
+    with closing(CacheFolder(tmp_path, "m", 1 << 30)) as folder, Service(lm, folder=folder) as service:
+        for prompt in prompts:
+            assert service.submit(Ask(prompt)).result(60).continuations == alone(lm, prompt)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 3
+    size = max(file.stat().st_size for file in files)
+    with closing(CacheFolder(tmp_path, "m", 1 << 30)) as folder, Service(lm, folder=folder) as service:
+        for file in files:
+            file.write_bytes(b"damaged")
+        for prompt in prompts:
+            assert service.submit(Ask(prompt)).result(60).continuations == alone(lm, prompt)
+    assert "is left aside" in caplog.text
+    with closing(CacheFolder(tmp_path, "m", 2 * size)) as folder, Service(lm, folder=folder) as service:
+        for prompt in prompts:
+            service.submit(Ask(prompt)).result(60)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) <= 2 * size
+    with pytest.raises(InputError, match="cannot be used as a folder of caches"):
+        CacheFolder(tmp_path / "m" / files[0].name, "m", 1)
