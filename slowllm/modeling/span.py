@@ -13,7 +13,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from slowllm.streaming.hints import Reach
 from slowllm.streaming.way import SpanOfBlocks, StopForward
 
 OnBlock = Callable[[int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,25 @@ class SpanGrads:
     hidden: Tensor | None
     vectors: Mapping[int, Tensor]
     pairs: Mapping[int, tuple[Tensor | None, Tensor | None]]
+
+
+def part_of(call: SpanCall, first: int, end: int, hidden: Tensor) -> SpanCall:
+    """Return the part of a call that some of its blocks compute.
+
+    Args:
+        call: of a span.
+        first: the first of the blocks.
+        end: the number after the last.
+        hidden: (B, T, ...) that the first of them gets.
+    """
+
+    def within(table: Mapping[int, T]) -> dict[int, T]:
+        return {number: value for number, value in table.items() if first <= number < end}
+
+    return replace(
+        call, first=first, end=end, hidden=hidden, vectors=within(call.vectors), pairs=within(call.pairs),
+        moves=within(call.moves),
+    )  # fmt: skip
 
 
 class SpanRunner:

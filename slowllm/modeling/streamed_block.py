@@ -45,7 +45,7 @@ class _Streamed(nn.Module):
     _name: str
     # Where the weights go: a module's table of parameters, the name there, and the name of the weight.
     _places: tuple[tuple[dict[str, Tensor | None], str, str], ...]
-    # Every submodule's tables of modules and parameters, and what they held at first.
+    # Every submodule's tables of modules and parameters, and what they held when they were looked at.
     _built: tuple[tuple[dict[str, Any], tuple[Any, ...], dict[str, Any], tuple[str, ...]], ...]
 
     def train(self, mode: bool = True) -> _Streamed:
@@ -61,10 +61,8 @@ class _Streamed(nn.Module):
     def _run(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for modules, kept, parameters, names in self._built:
             if (*modules.values(),) != kept or (*parameters,) != names:
-                raise UnsupportedError(
-                    f"{self._name} was changed after loading: adapters inside streamed blocks (LoRA and "
-                    "its like) are not supported; use prompt tuning or prefix tuning"
-                )
+                self._take_as_it_is()
+                break
         # What `torch.func.functional_call` does, which costs half as much as a small block itself.
         absent = [parameters[name] for parameters, name, _ in self._places]
         try:
@@ -74,6 +72,31 @@ class _Streamed(nn.Module):
         finally:
             for (parameters, name, _), parameter in zip(self._places, absent, strict=True):
                 parameters[name] = parameter
+
+    def _take_as_it_is(self) -> None:
+        """Go on with submodules that were exchanged for others around the same parameters, as BigBird does for short texts.
+
+        Raises:
+            UnsupportedError: the parameters are others.
+        """
+        before = {id(parameters): names for _, _, parameters, names in self._built if names}
+        built = _built_of(self._plain)
+        if {id(parameters): names for _, _, parameters, names in built if names} != before:
+            raise UnsupportedError(
+                f"{self._name} was changed after loading: adapters inside streamed blocks (LoRA and "
+                "its like) are not supported; use prompt tuning or prefix tuning"
+            )
+        self._built = built
+
+
+def _built_of(
+    plain: nn.Module,
+) -> tuple[tuple[dict[str, Any], tuple[Any, ...], dict[str, Any], tuple[str, ...]], ...]:
+    """Return every submodule's tables of modules and parameters, and what they hold."""
+    return tuple(
+        (module._modules, tuple(module._modules.values()), module._parameters, tuple(module._parameters))
+        for module in plain.modules()
+    )
 
 
 @dataclass(frozen=True)
@@ -229,12 +252,11 @@ def _shell(mixin: type[_Streamed], plain: nn.Module, carousel: Carousel, stop: i
     shell._carousel, shell._stop, shell._name = carousel, stop, name
     # A parameter that several modules share has one name.
     keys = {id(parameter): f"{name}.{inner}" for inner, parameter in plain.named_parameters()}
-    places, built = [], []
+    places = []
     for module in plain.modules():
         parameters = cast(dict[str, Tensor | None], module._parameters)
         places += [(parameters, own, keys[id(held)]) for own, held in parameters.items() if held is not None]
-        built.append((module._modules, tuple(module._modules.values()), parameters, tuple(parameters)))
-    shell._places, shell._built = tuple(places), tuple(built)
+    shell._places, shell._built = tuple(places), _built_of(plain)
     return shell
 
 

@@ -33,10 +33,23 @@ from slowllm.streaming.devices import Device
 
 
 def blocks_here(info: ModelInfo) -> frozenset[int]:
-    """Return the numbers of the blocks of which all shards are in the folder.
+    """Return what `find_blocks_here` finds, if it finds any.
 
     Raises:
         InputError: there are none.
+    """
+    blocks = find_blocks_here(info)
+    if not blocks:
+        raise InputError(
+            f"{info.folder}: has no block whose shards are all there; fetch some with `slowllm download --blocks`"
+        )
+    return blocks
+
+
+def find_blocks_here(info: ModelInfo) -> frozenset[int]:
+    """Return the numbers of the blocks of which all shards are in the folder.
+
+    Raises:
         CheckpointError: a file is damaged, or of a kind that is not read.
         ArchitectureError: the model does not have one list of blocks.
     """
@@ -45,10 +58,6 @@ def blocks_here(info: ModelInfo) -> frozenset[int]:
         if checkpoint.absent:
             model = build_skeleton(info.config, info.folder, torch.bfloat16)
             blocks -= blocks_of_names(model, checkpoint.absent)
-    if not blocks:
-        raise InputError(
-            f"{info.folder}: has no block whose shards are all there; fetch some with `slowllm download --blocks`"
-        )
     return blocks
 
 

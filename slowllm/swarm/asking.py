@@ -23,11 +23,11 @@ class AsksServers(Protocol):
 
     def replay(
         self, calls: Sequence[SpanCall], hop: Hop, session: str, deadline: float, *, returns: bool
-    ) -> list[Tensor]:
-        """Fill a new session by the calls in which it grew elsewhere; give up at a time of `time.monotonic`.
+    ) -> list[dict[int, Tensor]]:
+        """Fill a session by the calls in which it grew elsewhere; give up at a time of `time.monotonic`.
 
         Returns:
-            the hidden states (B, T, ...) behind the hop's last block, of each call, if they are wanted.
+            what `forward` returns, of each call, if that is wanted.
         """
 
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:

@@ -15,21 +15,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slowllm.errors import InputError, MissingBlocksError
+from slowllm.errors import InputError, MissingBlocksError, PlanError
 from slowllm.modeling.cache_labels import LabelSource
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.parts import Part
 from slowllm.modeling.remote_block import make_remote
 from slowllm.modeling.remote_spans import Need, Remote
 from slowllm.modeling.soft_prompts import hook_inputs
+from slowllm.options import AUTO
+from slowllm.planning.budget import Budget
 from slowllm.runtime.block_identity import block_hashes, config_hash, ends_hash
+from slowllm.runtime.blocks_here import find_blocks_here
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
+from slowllm.runtime.memory import budget_of
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.swarm.failover import REPLAYS, Failover, Replay
 from slowllm.swarm.hop_table import hop_table
 from slowllm.swarm.hops import Hops
 from slowllm.swarm.network import Network
+from slowllm.swarm.own_blocks import OwnBlocks
 from slowllm.swarm.patience import Patience, check_seconds, check_share
 from slowllm.swarm.quotas import MOST_REQUESTS
 from slowllm.swarm.records import model_key
@@ -58,7 +63,8 @@ class SwarmOptions:
         identity: file of this client's key; None for one that is forgotten.
         token_file: of the swarm's shared secret; None for a swarm that is open to all.
         weights: word for the blocks that servers must have, see `slowllm.swarm.weights`; empty for any.
-        spot_check: share of the forward calls that are computed at a second server, too.
+        spot_check: share of the forward calls that are checked: by a block that is in the client's folder, or at a second
+            server.
         patience: how often servers are tried, and how long is waited in between.
     """
 
@@ -135,9 +141,15 @@ def open_client(
         held.callback(network.close)
         if load_options.get("dtype", "auto") == "auto":
             load_options["dtype"] = _dtype_of(network, config_key(info.config), num_blocks, options)
+        if options.spot_check and not isinstance(load_options.get("ram"), Budget):
+            # Shared with the blocks that are computed here, which get what the ends leave.
+            load_options["ram"] = budget_of(load_options.get("ram", AUTO))
         lm = open_model(kind, info, part=Part.ends(num_blocks), **load_options)
         held.callback(lm.close)
-        _connect(lm, network, options)
+        own = _own_blocks(lm, info, load_options["ram"]) if options.spot_check else None
+        if own is not None:
+            held.callback(own.close)
+        _connect(lm, network, options, own)
         held.pop_all()
     return lm
 
@@ -163,7 +175,23 @@ def config_key(config: Any) -> str:
     return model_key(config_hash(config)[:32], int(config.get_text_config().num_hidden_layers))
 
 
-def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
+def _own_blocks(lm: StreamedLM, info: ModelInfo, budget: Budget) -> OwnBlocks | None:
+    """Return the blocks that are in the folder, if there are any and the budget has room for one."""
+    numbers = find_blocks_here(info)
+    if not numbers:
+        return None
+    dtype = str(lm.model.dtype).removeprefix("torch.")
+    try:
+        return OwnBlocks(info, block_hashes(lm.checkpoint, numbers), budget, dtype)
+    except PlanError as error:
+        log.warning(
+            "spot checks ask second servers, because the budget has no room for a block of one's own: %s",
+            error,
+        )
+        return None
+
+
+def _connect(lm: StreamedLM, network: Network, options: SwarmOptions, own: OwnBlocks | None) -> None:
     """Put remote blocks into a model that has its ends, and let the handle own the network."""
     key, blocks = config_key(lm.config), lm.layout.blocks
     dtype = str(lm.model.dtype).removeprefix("torch.")
@@ -172,7 +200,7 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
         allowed = [record for record in network.find(key) if wishes.refusal(record) is None]
         wishes = replace(wishes, hashes=check_pin(allowed, wishes.hashes, len(blocks), options.weights))
     hops = Hops(lambda: network.find(key), network.ask, network.soon, len(blocks), wishes, options.patience)
-    checked = SpotCheck(hops, options.spot_check) if options.spot_check else None
+    checked = SpotCheck(hops, options.spot_check, own=own) if options.spot_check else None
     spans = Failover(checked or hops, options.timeout, options.replay, options.patience)
     # Now, so that missing blocks are named before any work.
     hops.route(0, Need(1, 1))
@@ -188,6 +216,7 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions) -> None:
             log.info("%s", hop_table(hops.times, spans.rebuilt))
         if checked is not None:
             log.info("%s", checked)
+            checked.close()
         spans.close()
         network.close()
 

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -32,14 +32,13 @@ from slowllm.errors import (
 )
 from slowllm.modeling.merged_calls import merged
 from slowllm.modeling.remote_spans import Hop, Kept, Need, need_of
-from slowllm.modeling.span import SpanCall, SpanGrads
+from slowllm.modeling.span import SpanCall, SpanGrads, part_of
 from slowllm.swarm.asking import AsksServers
 from slowllm.swarm.failures import Failure, Failures
 from slowllm.swarm.patience import Patience
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Replay = Literal["steps", "fast"]
 REPLAYS: tuple[str, ...] = get_args(Replay)
 
@@ -227,13 +226,14 @@ class Failover:
             ]
             assert link.session is not None, "only sessions are rebuilt"
             try:
-                inputs = self._servers.replay(
+                found = self._servers.replay(
                     calls, link.hop, link.session, deadline, returns=link is not links[-1]
                 )
             except SlowLLMError as error:
                 if not _may_be_retried(error):
                     raise
                 raise _FailedError(link.hop.peer, error) from error
+            inputs = [outputs[link.hop.end - 1] for outputs in found]
             link.history.extend(calls)
 
     def _forget(self, links: Sequence[_Link]) -> list[Future[Any]]:
@@ -379,12 +379,4 @@ class _FailedError(Exception):
 
 
 def _part_of(call: SpanCall, hop: Hop, hidden: Tensor) -> SpanCall:
-    """Return the part of a call that a hop computes, on the hidden states that its first block gets."""
-
-    def within(table: Mapping[int, T]) -> dict[int, T]:
-        return {number: value for number, value in table.items() if hop.first <= number < hop.end}
-
-    return replace(
-        call, first=hop.first, end=hop.end, hidden=hidden, vectors=within(call.vectors), pairs=within(call.pairs),
-        moves=within(call.moves),
-    )  # fmt: skip
+    return part_of(call, hop.first, hop.end, hidden)

@@ -248,21 +248,25 @@ class Hops:
 
     def replay(
         self, calls: Sequence[SpanCall], hop: Hop, session: str, deadline: float, *, returns: bool
-    ) -> list[Tensor]:
-        """Fill a new session at a server by calls, in as few sweeps as its requests allow; see `Failover`.
+    ) -> list[dict[int, Tensor]]:
+        """Fill a session at a server by calls, in as few sweeps as its requests allow; see `Failover`.
 
         Args:
             calls: in which the session grew elsewhere, in their order.
             hop: at whose server.
-            session: a new name.
+            session: a new name, or of one that was filled so before and goes on.
             deadline: as for `forward`.
             returns: whether the outputs of the calls are wanted.
         Returns:
-            the hidden states behind the hop's last block, of each call; nothing where they are not wanted.
+            what `forward` returns, of each call; nothing where it is not wanted.
+        Raises:
+            SessionError: a passage of the session has failed.
         """
         record = self._records.get(hop.peer)
-        outputs: list[Tensor] = []
-        step = 0
+        outputs: list[dict[int, Tensor]] = []
+        with self._lock:
+            step = self._num_steps.get(session, 0)
+        _refuse_failed(step)
         for window in windows(calls, 0 if record is None else record.max_batch_tokens):
             with self._lock:
                 self._num_steps[session] = -1  # until it has worked
@@ -320,10 +324,7 @@ class Hops:
         return self._name(peer)
 
     def _send(self, request: SpanRequest, hop: Hop, deadline: float, unpack: Callable[[Tensors], T]) -> T:
-        if request.step < 0:
-            raise SessionError(
-                "a passage of this session has failed before, so its cache cannot be continued"
-            )
+        _refuse_failed(request.step)
         return self._exchange(*pack_request(request), hop, deadline, unpack)
 
     def _exchange(
@@ -371,8 +372,13 @@ class Hops:
         return peer[-6:] if record is None else record.label
 
 
-def _outputs_of(calls: Sequence[SpanCall], tensors: Tensors) -> list[Tensor]:
+def _outputs_of(calls: Sequence[SpanCall], tensors: Tensors) -> list[dict[int, Tensor]]:
     return unpack_replayed(tensors, calls)
+
+
+def _refuse_failed(step: int) -> None:
+    if step < 0:
+        raise SessionError("a passage of this session has failed before, so its cache cannot be continued")
 
 
 def _seconds(value: object) -> float:

@@ -17,6 +17,7 @@ from slowllm.errors import ProtocolError
 from slowllm.modeling.span import SpanCall
 from slowllm.swarm.bounded_json import dump_json
 from slowllm.swarm.messages import MAX_META_BYTES, MAX_TENSORS
+from slowllm.swarm.span_checks import waiting_tokens
 from slowllm.swarm.span_messages import (
     Meta,
     SpanRequest,
@@ -41,7 +42,7 @@ class ReplayRequest:
         calls: of one span, in the order in which the session grew.
         session: its name; the server makes it, or continues its own replay of it.
         step: how many passages the session has had.
-        returns: whether the hidden states behind the last block are returned, for the next hop of the route.
+        returns: whether hidden states are returned: those behind the last block, or behind every one where a call says so.
     """
 
     calls: Sequence[SpanCall]
@@ -55,13 +56,14 @@ def windows(calls: Sequence[SpanCall], max_tokens: int) -> Iterator[Sequence[Spa
 
     Args:
         calls: of a session.
-        max_tokens: rows times positions of one request. A call with more makes a piece of its own.
+        max_tokens: rows times positions of one request, and of its answer for each block whose hidden states are wanted. A
+            call with more makes a piece of its own.
     """
     piece: list[SpanCall] = []
     num_tokens = num_tensors = num_bytes = 0
     for call in calls:
         meta, tensors = pack_request(SpanRequest(call))
-        own_tokens = call.hidden.shape[0] * call.hidden.shape[1]
+        own_tokens = waiting_tokens(call)
         own_bytes = len(dump_json(meta, "a call's meta", MAX_META_BYTES)) + 2
         is_full = (
             len(piece) == MAX_CALLS
@@ -127,19 +129,29 @@ def unpack_replay(
     return ReplayRequest(calls, session, step, returns)
 
 
-def pack_replayed(outputs: Sequence[Tensor]) -> Tensors:
-    """Return the hidden states behind the last block, of each call, as tensors of a message."""
-    return {f"{number}/hidden": hidden for number, hidden in enumerate(outputs)}
+def pack_replayed(outputs: Sequence[Mapping[int, Tensor]]) -> Tensors:
+    """Return the hidden states of each call, behind its blocks by their numbers, as tensors of a message."""
+    tensors: Tensors = {}
+    for number, own in enumerate(outputs):
+        last = max(own)
+        tensors |= {_name_of(number, block, last): hidden for block, hidden in own.items()}
+    return tensors
 
 
-def unpack_replayed(tensors: Mapping[str, Tensor], calls: Sequence[SpanCall]) -> list[Tensor]:
-    """Return the hidden states of an answer, one for each call.
+def unpack_replayed(tensors: Mapping[str, Tensor], calls: Sequence[SpanCall]) -> list[dict[int, Tensor]]:
+    """Return the hidden states of an answer for each call: behind its last block, or behind each if it asks for all.
 
     Raises:
         ProtocolError: they are not those that the calls asked for.
     """
     outputs = []
     for number, call in enumerate(calls):
-        what = f"the hidden states of passage {number}"
-        outputs.append(checked_hidden(tensors.get(f"{number}/hidden"), call, what))
+        last, what = call.end - 1, f"the hidden states of passage {number}"
+        wanted = range(call.first, call.end) if call.returns_all else (last,)
+        found = {block: tensors.get(_name_of(number, block, last)) for block in wanted}
+        outputs.append({block: checked_hidden(hidden, call, what) for block, hidden in found.items()})
     return outputs
+
+
+def _name_of(number: int, block: int, last: int) -> str:
+    return f"{number}/hidden" if block == last else f"{number}/hidden.{block}"

@@ -5,7 +5,8 @@ Pure checks of a request that is well formed. Knows no network, no sessions and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,24 +107,24 @@ def check_request(
         raise LimitError(f"this server computes no gradients: {served.no_backward}")
 
 
-def check_answer(call: SpanCall, served: ServedSpan, compression: str) -> None:
-    """Refuse a forward pass whose hidden states do not fit an answer. Gradients are no more than what was sent.
+def check_answer(calls: Sequence[SpanCall], served: ServedSpan, compression: str) -> None:
+    """Refuse forward passes whose hidden states do not fit an answer. Gradients are no more than what was sent.
 
     Args:
-        call: that is asked for.
+        calls: that are asked for in one request, of one span.
         served: what the server serves.
         compression: of the answer.
     Raises:
         LimitError: the message has both numbers of bytes.
     """
-    hidden = call.hidden
+    hidden, num_rows = calls[0].hidden, sum(map(waiting_tokens, calls))
     row_bytes = hidden.shape[-1] * _WIRE_BYTES.get(compression, hidden.element_size())
     if compression == "int8":
         row_bytes += _SCALE_BYTES
-    num_bytes = _num_outputs(call) * (hidden.numel() // hidden.shape[-1]) * row_bytes + MAX_HEADER_BYTES
+    num_bytes = num_rows * math.prod(hidden.shape[2:-1]) * row_bytes + MAX_HEADER_BYTES
     if num_bytes > served.max_answer_bytes:
         raise LimitError(
-            f"the hidden states behind {counted(_num_outputs(call), 'block')} for {tokens_of(call):,} tokens have "
+            f"the hidden states behind {counted(_num_outputs(calls[0]), 'block')} for {sum(map(tokens_of, calls)):,} tokens have "
             f"{num_bytes:,} bytes, more than the {served.max_answer_bytes:,} of an answer; ask for fewer tokens or blocks at once"
         )
 

@@ -134,7 +134,7 @@ class SpanServer:
             call, tokens_of(call), self.served, self.form.hidden_shape, wants_grad=grads is not None
         )
         if grads is None:
-            check_answer(call, self.served, compression)
+            check_answer([call], self.served, compression)
         num_tokens = tokens_of(call) if grads is not None else waiting_tokens(call)
         num_visits = (3 if grads is not None else 1) * (call.end - call.first)
         work = _Work(request, compression, num_tokens, asked.session, asked.step, num_visits=num_visits)
@@ -152,16 +152,18 @@ class SpanServer:
     def _replay(self, request: PeerRequest) -> None:
         """Board the passages in which a session grew elsewhere, all in one sweep."""
         asked = unpack_replay(request.meta, request.tensors, self.form.hidden_dtype)
-        num_tokens = sum(map(tokens_of, asked.calls))
+        compression, num_tokens = _compression_of(request), sum(map(tokens_of, asked.calls))
         for call in asked.calls:
             check_request(call, num_tokens, self.served, self.form.hidden_shape)
+        if asked.returns:
+            check_answer(asked.calls, self.served, compression)
+            num_tokens = sum(map(waiting_tokens, asked.calls))
         work = _Work(
-            request, _compression_of(request), num_tokens, asked.session, asked.step, len(asked.calls),
+            request, compression, num_tokens, asked.session, asked.step, len(asked.calls),
             _held_tokens_of(asked.calls[-1]), asked.calls[0].end - asked.calls[0].first,
         )  # fmt: skip
         session = self._reserve(work, asked.calls)
         assert session is not None, "a replay names one"
-        last = asked.calls[0].end - 1
         jobs = self.runner.replay(asked.calls, session.cache, work.pass_block)
 
         def checked(call: SpanCall, job: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:
@@ -171,7 +173,7 @@ class SpanServer:
         self._board(
             work,
             [functools.partial(checked, call, job) for call, job in zip(asked.calls, jobs, strict=True)],
-            lambda results: pack_replayed([result[last] for result in results]) if asked.returns else {},
+            lambda results: pack_replayed(results) if asked.returns else {},
         )
 
     def _board(

@@ -1,11 +1,13 @@
-"""Compute some forward calls at a second server as well, and drop a server whose answers differ. No proof of anything.
+"""Check some forward calls, and drop a server whose answers are wrong. No proof of anything.
 
-Stands between failover and the servers, and looks like them. A call without a session is checked by itself; a session is
-checked from its first step to its last or not at all, because its second server needs all of its steps. Where two servers
+Stands between failover and the servers, and looks like them. Where a block of the hop is in this client's folder, it is
+computed here (`home_check`), because two servers may agree on what to say. Otherwise a second server is asked: then a session
+is checked from its first step to its last or not at all, because that server needs all of its steps. Where two servers
 disagree, a third one decides, if there is one; whoever is alone is not asked again in this run, and the call goes on with
 what two have said. Gradients are not checked.
 
-A server that lies seldom, within the tolerance, only in gradients, or together with the second one is not found.
+A server that lies seldom, within the tolerance, only in gradients, in blocks that are not here, or together with the second
+one is not found.
 """
 
 from __future__ import annotations
@@ -17,42 +19,19 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from slowllm.errors import (
-    BusyError,
-    DisagreementError,
-    LimitError,
-    PeerError,
-    RemoteError,
-    SessionError,
-    SlowLLMError,
-)
+from slowllm.errors import DisagreementError, PeerError, SlowLLMError
 from slowllm.modeling.remote_spans import Hop, Kept, Need
 from slowllm.modeling.span import SpanCall, SpanGrads
-from slowllm.swarm.asking import AsksServers
-from slowllm.swarm.records import ServerRecord
+from slowllm.swarm.home_check import HomeCheck
+from slowllm.swarm.own_blocks import OwnBlocks
+from slowllm.swarm.tolerances import difference, tolerance
+from slowllm.swarm.verdicts import FOR_EVER, Replicated, Verdicts, was_not_checked
 
 log = logging.getLogger(__name__)
-
-# Of the largest value at a position. Servers of one kind of processor give equal bits; others add in another order, and each
-# block rounds anew: some hundred units in the last place of float32, some of the shorter dtypes.
-_OF_DTYPE = {"float32": 2.0**-13, "float16": 2.0**-7, "bfloat16": 2.0**-5}
-# What the compression of either server may add: what docs/swarm.md says of it.
-_OF_COMPRESSION = {"none": 0.0, "float16": 0.003, "bfloat16": 0.02, "int8": 0.05}
-# The second server could not be asked; that is no disagreement.
-_NOT_CHECKED = (PeerError, BusyError, SessionError, LimitError)
-_FOR_EVER = float("inf")
-
-
-class Replicated(AsksServers, Protocol):
-    """Servers of which several may have the same blocks; `hops.Hops` is one."""
-
-    def replicas(self, first: int, end: int) -> Sequence[ServerRecord]:
-        """Return the servers that may be asked for all of these blocks, with the weights that the client keeps to."""
 
 
 @dataclass
@@ -64,87 +43,60 @@ class _Shadow:
     calls: list[SpanCall] = field(default_factory=list)
 
 
-def tolerance(dtype: str, *compressions: str) -> float:
-    """Return by how much two honest answers may differ, as a part of the largest value at a position.
-
-    Args:
-        dtype: that both compute in.
-        compressions: of the two servers.
-    """
-    return _OF_DTYPE.get(dtype, _OF_DTYPE["bfloat16"]) + sum(_OF_COMPRESSION[one] for one in compressions)
-
-
-def difference(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor], mask: Tensor | None) -> float:
-    """Return the largest difference of two answers as a part of the largest value at its position; NaN of one is infinite.
-
-    Args:
-        ours: hidden states (B, T, ...) by blocks.
-        theirs: the same.
-        mask: (B, at least T), 0 where positions hold no text and anything may stand; None for text everywhere.
-    """
-    worst = 0.0
-    for number, one in ours.items():
-        other = theirs[number]
-        if torch.equal(one, other):
-            continue
-        a, b = one.detach().float().flatten(2), other.detach().float().flatten(2)
-        if mask is not None and mask.dim() == 2 and len(mask) == len(a) and mask.shape[1] >= a.shape[1]:
-            text = mask[:, mask.shape[1] - a.shape[1] :].bool()
-            a, b = a[text], b[text]
-        a, b = a.flatten(0, -2), b.flatten(0, -2)
-        if not a.numel():
-            continue
-        if not torch.equal(a.isfinite(), b.isfinite()):
-            return float("inf")
-        a, b = (torch.where(x.isfinite(), x, 0.0) for x in (a, b))
-        largest = torch.maximum(a.abs().amax(-1), b.abs().amax(-1)).clamp_min(torch.finfo(torch.float32).tiny)
-        worst = max(worst, float(((a - b).abs().amax(-1) / largest).max()))
-    return worst
-
-
-def _was_not_checked(error: SlowLLMError) -> bool:
-    """Whether a server that was to check could not, or would not."""
-    return isinstance(error, _NOT_CHECKED) or isinstance(error.__cause__, RemoteError)
-
-
 class SpotCheck:
     """The servers of a client, some of whose answers are checked; an `AsksServers`.
+
+    Attributes:
+        verdicts: what has been found so far.
 
     Args:
         servers: that are asked.
         rate: share of the calls, and of the sessions, that are checked.
         draw: returns a number from 0 to 1, where less than `rate` checks; None for the system's numbers, which no job seeds.
+        own: blocks that are computed here rather than at a second server.
     """
 
-    def __init__(self, servers: Replicated, rate: float, draw: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        servers: Replicated,
+        rate: float,
+        draw: Callable[[], float] | None = None,
+        own: OwnBlocks | None = None,
+    ) -> None:
         assert 0 <= rate <= 1, f"{rate} is no share"
         self._servers, self._rate = servers, rate
         self._draw = draw or random.SystemRandom().random
+        self.verdicts = Verdicts()
+        self._home = None if own is None else HomeCheck(servers, own, rate, self._draw, self.verdicts)
         self._lock = threading.Lock()
         self._shadows: dict[str, _Shadow] = {}
-        self._wrong: set[str] = set()
         # Sessions that were to be checked, and have no second server.
         self._alone: set[str] = set()
-        self.num_checked = self.num_unchecked = self.num_wrong = 0
 
     def __str__(self) -> str:
-        return (
-            f"spot checks: {self.num_checked:,} calls were computed twice, {self.num_wrong:,} answers were wrong, and "
-            f"{self.num_unchecked:,} calls had no second server"
-        )
+        return str(self.verdicts)
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
-        """Compute a span at its server, and perhaps at a second one; see `AsksServers.forward`.
+        """Compute a span at its server, and perhaps a part of it here, or all at a second one; see `AsksServers.forward`.
 
         Raises:
             DisagreementError: two servers disagree, and no third one can decide.
-            PeerError: the server of a session was wrong, so that the session must be rebuilt elsewhere.
+            PeerError: the server was wrong, so that others must be asked, and a session must be rebuilt there.
         """
         found = self._servers.forward(call, hop, session, deadline)
         if session is None:
             if self._draw() >= self._rate:
                 return found
+            if self._home is not None and self._home.was_right(call, hop, found, deadline):
+                return found
             shadow = self._second(hop, None)
+        elif self._is_followed(session, call, hop):
+            assert self._home is not None, "who follows it"
+            self._home.check_step(session, call, hop, found, deadline)
+            if not self._home.follows(session):
+                with self._lock:
+                    self._alone.add(session)
+            return found
         else:
             shadow = self._shadow_of(session, call, hop)
         if shadow is None:
@@ -152,7 +104,7 @@ class SpotCheck:
         try:
             second = self._servers.forward(call, shadow.hop, shadow.session or None, deadline)
         except SlowLLMError as error:
-            if not _was_not_checked(error):
+            if not was_not_checked(error):
                 raise
             self._drop(session, shadow, error)
             return found
@@ -160,17 +112,19 @@ class SpotCheck:
 
     def replay(
         self, calls: Sequence[SpanCall], hop: Hop, session: str, deadline: float, *, returns: bool
-    ) -> list[Tensor]:
+    ) -> list[dict[int, Tensor]]:
         """Fill a new session, and perhaps one at a second server, which is then checked; see `AsksServers.replay`.
 
         What a replay itself returns is not compared.
         """
         found = self._servers.replay(calls, hop, session, deadline, returns=returns)
+        if self._home is not None and self._home.begin(session, hop, calls[-1], calls):
+            return found
         if self._draw() < self._rate and (shadow := self._second(hop, uuid.uuid4().hex)) is not None:
             try:
                 self._servers.replay(calls, shadow.hop, shadow.session, deadline, returns=False)
             except SlowLLMError as error:
-                if not _was_not_checked(error):
+                if not was_not_checked(error):
                     raise
                 self._drop(session, shadow, error)
             else:
@@ -179,15 +133,23 @@ class SpotCheck:
                     self._shadows[session] = shadow
         return found
 
+    def _is_followed(self, session: str, call: SpanCall, hop: Hop) -> bool:
+        """Whether a session is checked by a block that is here, which is decided at its first step."""
+        if self._home is None:
+            return False
+        with self._lock:
+            is_decided = bool(call.length) or session in self._alone or session in self._shadows
+        return self._home.follows(session) or (not is_decided and self._home.begin(session, hop, call))
+
     def _second(self, hop: Hop, session: str | None, *besides: str) -> _Shadow | None:
         """Return another server for a hop; None, and count it, where there is none."""
         able = [
             record.peer
             for record in self._servers.replicas(hop.first, hop.end)
-            if record.peer not in (hop.peer, *besides, *self._wrong)
+            if record.peer not in (hop.peer, *besides, *self.verdicts.wrong)
         ]
         if not able:
-            self.num_unchecked += not besides
+            self.verdicts.num_unchecked += not besides
             return None
         # Any of them: a server that knew its checker could agree with it on what to say.
         return _Shadow(
@@ -199,7 +161,7 @@ class SpotCheck:
         with self._lock:
             shadow = self._shadows.get(session)
             if session in self._alone:
-                self.num_unchecked += 1
+                self.verdicts.num_unchecked += 1
                 return None
         if shadow is None and not call.length and self._draw() < self._rate:
             shadow = self._second(hop, uuid.uuid4().hex)
@@ -215,7 +177,7 @@ class SpotCheck:
         found: dict[int, Tensor], second: dict[int, Tensor], deadline: float,
     ) -> dict[int, Tensor]:  # fmt: skip
         """Return the answer that is right, as far as can be known."""
-        self.num_checked += 1
+        self.verdicts.num_checked += 1
         shadow.calls.append(call)
         off = self._off(call, hop, shadow.hop, found, second)
         if not off:
@@ -223,7 +185,7 @@ class SpotCheck:
         names = [self._servers.name_of(peer) for peer in (hop.peer, shadow.hop.peer)]
         what = f"{names[0]} and {names[1]} disagree about blocks {hop.first}:{hop.end} (by {off:.1g} of the largest value)"
         third_hop, third = self._third(hop, shadow, call, deadline, what)
-        self.num_wrong += 1
+        self.verdicts.num_wrong += 1
         if not self._off(call, hop, third_hop, found, third):
             self._banish(shadow.hop.peer, what, third_hop)
             self._forget(session)
@@ -259,7 +221,7 @@ class SpotCheck:
                 finally:
                     self._servers.end_session(Kept(third.hop, third.session))
             except SlowLLMError as error:
-                if not _was_not_checked(error):
+                if not was_not_checked(error):
                     raise
                 log.info("%s could not decide (%s)", self._servers.name_of(third.hop.peer), error)
         raise DisagreementError(
@@ -283,16 +245,14 @@ class SpotCheck:
         return 0.0 if off <= allowed else off
 
     def _banish(self, peer: str, what: str, third: Hop) -> None:
-        self._wrong.add(peer)
-        self._servers.ban(peer, _FOR_EVER)
-        log.warning(
-            "%s; %s was alone with its answer when %s was asked, and is not asked again in this run",
-            what, self._servers.name_of(peer), self._servers.name_of(third.peer),
-        )  # fmt: skip
+        name, decided_by = self._servers.name_of(peer), self._servers.name_of(third.peer)
+        self.verdicts.banish(
+            self._servers, peer, f"{what}; {name} was alone with its answer when {decided_by} was asked,"
+        )
 
     def _drop(self, session: str | None, shadow: _Shadow, error: BaseException) -> None:
         """Go on without a second server that cannot be asked."""
-        self.num_unchecked += 1
+        self.verdicts.num_unchecked += 1
         log.info("%s could not check a call (%s)", self._servers.name_of(shadow.hop.peer), error)
         if session is None:
             return
@@ -301,7 +261,9 @@ class SpotCheck:
             self._alone.add(session)
 
     def _forget(self, session: str | None) -> None:
-        """End the second session of one that is not checked any more."""
+        """End the second session of one that is not checked any more, and its twin."""
+        if session is not None and self._home is not None:
+            self._home.end(session)
         with self._lock:
             shadow = self._shadows.pop(session, None) if session is not None else None
         if shadow is not None:
@@ -332,8 +294,13 @@ class SpotCheck:
 
     def ban(self, peer: str, until: float) -> None:
         """Leave a server out of routes; one that was wrong, for ever."""
-        self._servers.ban(peer, _FOR_EVER if peer in self._wrong else until)
+        self._servers.ban(peer, FOR_EVER if peer in self.verdicts.wrong else until)
 
     def name_of(self, peer: str) -> str:
         """Return how people know a server."""
         return self._servers.name_of(peer)
+
+    def close(self) -> None:
+        """Give back what is kept here of blocks and sessions. Idempotent."""
+        if self._home is not None:
+            self._home.close()

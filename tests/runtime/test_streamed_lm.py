@@ -201,6 +201,16 @@ def test_lora_adapters_are_refused(tiny_bloom: StreamedLM) -> None:
         adapted(some_ids(1, 5))
 
 
+def test_a_module_exchanged_for_another_around_the_same_parameters_computes(tiny_bloom: StreamedLM) -> None:
+    ids = some_ids(1, 5)
+    attention = tiny_bloom.model.transformer.h[0].self_attention
+    with torch.no_grad():
+        expected = tiny_bloom.model(ids).logits
+        attention.attention_dropout = torch.nn.Identity()
+        attention.dense = torch.nn.Sequential(attention.dense)
+        assert torch.equal(tiny_bloom.model(ids).logits, expected)
+
+
 def test_a_cache_written_in_place_is_refused_for_gradients(tiny_bloom: StreamedLM) -> None:
     ids = some_ids(1, 5)
     cache = StaticCache(config=tiny_bloom.model.config, max_cache_len=16)

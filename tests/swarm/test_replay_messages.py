@@ -47,7 +47,7 @@ def test_what_is_packed_is_unpacked() -> None:
 
 def test_outputs_are_unpacked_and_may_be_compressed() -> None:
     calls = steps(3)
-    outputs = [torch.randn_like(call.hidden) for call in calls]
+    outputs = [{call.end - 1: torch.randn_like(call.hidden)} for call in calls]
     tensors = pack_replayed(outputs)
     assert compressible(tensors) == ["0/hidden", "1/hidden", "2/hidden"]
     assert compressible(pack_replay(ReplayRequest(calls, "s"))[1]) == ["0/hidden", "1/hidden", "2/hidden"]

@@ -67,12 +67,12 @@ def test_an_answer_that_does_not_fit_a_message_is_refused_and_every_other_one_fi
     answer = pack_outputs(dict.fromkeys(range(2, 5), CALL.hidden))
     parts = encode({}, answer, compression=dict.fromkeys(compressible(answer), compression))
     needed = sum(map(len, parts)) + (256 << 10)
-    check_answer(call, replace(SERVED, max_answer_bytes=needed), compression)
+    check_answer([call], replace(SERVED, max_answer_bytes=needed), compression)
     with pytest.raises(
         LimitError,
         match=r"the hidden states behind 3 blocks for 10 tokens have .* bytes, more than the .* of an answer; ask for fewer",
     ):
-        check_answer(call, replace(SERVED, max_answer_bytes=needed - (258 << 10)), compression)
+        check_answer([call], replace(SERVED, max_answer_bytes=needed - (258 << 10)), compression)
 
 
 def test_an_answer_with_several_outputs_counts_for_each_of_them_while_it_waits() -> None:

@@ -28,7 +28,8 @@ from slowllm.swarm.records import ServerRecord
 from slowllm.swarm.routing import Wishes
 from slowllm.swarm.server import Server
 from slowllm.swarm.span_messages import unpack_outputs
-from slowllm.swarm.spot_check import SpotCheck, difference, tolerance
+from slowllm.swarm.spot_check import SpotCheck
+from slowllm.swarm.tolerances import difference, tolerance
 from slowllm.swarm.weights import weights_hash
 from tests.support.parted import OUTSIDE, parted
 from tests.support.served import GREEDY, Served, save_model, texts
@@ -59,8 +60,8 @@ class FewServers:
 
     def replay(
         self, calls: Sequence[SpanCall], hop: Hop, session: str, deadline: float, *, returns: bool
-    ) -> list[Tensor]:
-        return [self.forward(call, hop, session, deadline)[1] for call in calls]
+    ) -> list[dict[int, Tensor]]:
+        return [self.forward(call, hop, session, deadline) for call in calls]
 
     def replicas(self, first: int, end: int) -> list[ServerRecord]:
         return [
@@ -113,7 +114,8 @@ def test_servers_that_agree_are_asked_twice_and_nobody_is_banned() -> None:
     assert servers.asked == [A, B]
     assert not servers.banned
     assert str(checked) == (
-        "spot checks: 1 calls were computed twice, 0 answers were wrong, and 0 calls had no second server"
+        "spot checks: 1 calls were computed twice, a block of 0 of them here, 0 answers were wrong, and 0 calls had no second "
+        "server"
     )
 
 
@@ -169,7 +171,7 @@ def test_where_nobody_can_decide_the_run_ends_with_both_names() -> None:
 def test_a_call_without_a_second_server_is_counted() -> None:
     checked = SpotCheck(FewServers((A,)), 1.0, lambda: 0.0)
     assert torch.equal(checked.forward(call(), HOP, None, 0.0)[1], right(call()))
-    assert checked.num_unchecked == 1
+    assert checked.verdicts.num_unchecked == 1
 
 
 def lost(hidden: Tensor) -> Tensor:
@@ -182,7 +184,7 @@ def test_a_second_server_that_dies_is_no_disagreement() -> None:
     for session in (None, "x"):
         assert torch.equal(checked.forward(call(), HOP, session, 0.0)[1], right(call()))
     assert not servers.banned
-    assert checked.num_unchecked == 2
+    assert checked.verdicts.num_unchecked == 2
     checked.end_session(Kept(HOP, "x"))
     assert not servers.sessions
 

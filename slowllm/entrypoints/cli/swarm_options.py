@@ -84,7 +84,8 @@ _SpotCheck = Annotated[
     float | None,
     typer.Option(
         "--spot-check",
-        help="With --swarm: compute this share of the forward calls at a second server, too, and leave out servers that are wrong.",
+        help="With --swarm: check this share of the forward calls, by a block whose weights are here or at a second server, and leave "
+        "out servers that are wrong.",
         min=0.0,
         max=1.0,
         metavar="RATE",
