@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slowllm.entrypoints.lm_eval_command import ALLOW_DOWNLOADS, check_arguments
-from slowllm.entrypoints.lm_eval_settings import checkpoint_options, settings_of
+from slowllm.entrypoints.lm_eval_settings import checkpoint_options, settings_of, swarm_options
 from slowllm.entrypoints.progress import progress
 from slowllm.errors import InputError, first_line
 from slowllm.inference import generation, scoring
@@ -64,6 +64,8 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         device: where blocks are computed, as for `load`.
         vram: memory budget on each GPU.
         swarm: multiaddresses of peers of the swarm that computes the blocks, with + between them or as a list.
+        allowed_peers, blocked_peers, timeout, step_timeout, replay, token_file, identity, weights, spot_check: of the swarm, as
+            the options of the command line; several ids with + between them.
         max_length: tokens that the model takes, if not the number in its config.
         max_gen_toks: new tokens where a task sets no limit.
         add_bos_token: whether texts begin with BOS; by default the tokenizer decides.
@@ -72,8 +74,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         enable_thinking: passed to the chat template.
         think_end_token: text or id of the token after which the answer begins.
         chat_template_args: further arguments of the chat template.
-        batch_size: ignored; the plan decides how micro-batches are packed.
-        max_batch_size: the same.
+        batch_size, max_batch_size: ignored; the plan decides how micro-batches are packed.
         trust_remote_code: only False.
     Raises:
         InputError: an argument cannot be used.
@@ -104,6 +105,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if pretrained is None:
             raise InputError("no model is named; give its folder with --model_args pretrained=DIR")
+        self._swarm = swarm_options(swarm, unknown)
         if unknown:
             raise InputError(f"slowllm's model has no argument {', '.join(sorted(unknown))}")
         if trust_remote_code:
@@ -122,7 +124,6 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         else:
             self._info = ModelInfo(pretrained, prompt)
         self._ram, self._dtype, self._device, self._vram = ram, dtype, device or "cpu", vram
-        self._swarm = tuple(swarm.split("+") if isinstance(swarm, str) else swarm or ())
         self.tokenizer: Any = self._info.tokenizer
         self._max_length, self._max_gen_toks = max_length, max_gen_toks
         self.add_bos_token, self.custom_prefix_token_id = add_bos_token, prefix_token_id
@@ -280,10 +281,10 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
                 "ram": self._ram, "dtype": self._dtype, "device": self._device, "vram": self._vram, "job": job,
                 "rates": self._rates,
             }  # fmt: skip
-            if self._swarm:
-                from slowllm.swarm.client import SwarmOptions, open_client
+            if self._swarm is not None:
+                from slowllm.swarm.client import open_client
 
-                self._lm = open_client(StreamedLM, self._info, SwarmOptions(self._swarm), **options)
+                self._lm = open_client(StreamedLM, self._info, self._swarm, **options)
             else:
                 self._lm = open_model(StreamedLM, self._info, **options)
             self._job = job

@@ -1,21 +1,55 @@
-"""lm-eval's generation options as `Settings`."""
+"""lm-eval's generation options as `Settings`, and its model arguments of a swarm."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slowllm.entrypoints.cli.swarm_options import choice_of
 from slowllm.errors import InputError, first_line
 from slowllm.inference.generation_types import Settings
+from slowllm.swarm.weights import WEIGHTS_LETTERS
+
+if TYPE_CHECKING:
+    from slowllm.swarm.client import SwarmOptions
 
 # Options of transformers' generation that `Settings` has as well.
 OPTIONS = (
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "min_new_tokens",
 )  # fmt: skip
+# Model arguments of a swarm, with the names of the command line's options.
+_SWARM_ARGUMENTS = (
+    "allowed_peers", "blocked_peers", "timeout", "step_timeout", "replay", "token_file", "identity", "weights", "spot_check",
+)  # fmt: skip
+
+
+def swarm_options(swarm: str | Sequence[str] | None, arguments: dict[str, Any]) -> SwarmOptions | None:
+    """Return how a swarm is used; None where none is named.
+
+    Args:
+        swarm: multiaddresses of peers, with + between them or as a list.
+        arguments: of the model, as lm-eval reads them: what looks like a number is one. Those of a swarm are taken out; several
+            ids have + between them.
+    Raises:
+        InputError: an argument cannot be used.
+    """
+    values = {name: arguments.pop(name) for name in _SWARM_ARGUMENTS if name in arguments}
+    for name in ("token_file", "identity"):
+        if name in values:
+            values[name] = Path(str(values[name]))
+    if isinstance(word := values.get("weights"), int):  # a word of decimal digits only
+        values["weights"] = str(word).zfill(WEIGHTS_LETTERS)
+    for name, texts in (
+        ("swarm", swarm),
+        *((name, values.get(name)) for name in ("allowed_peers", "blocked_peers")),
+    ):
+        if texts:
+            values[name] = texts.split("+") if isinstance(texts, str) else list(texts)
+    return choice_of(values, "").to_options()
 
 
 def checkpoint_options(folder: Path) -> dict[str, Any]:

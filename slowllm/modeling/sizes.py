@@ -59,7 +59,7 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
     inside = (
         2 * max((max(side) for side in sides if side), default=0) if layout.granularity == "leaves" else 0
     )
-    cache_bytes = cache.token_bytes + ceil_div(cache.row_bytes, MIN_ROW_TOKENS)
+    cache_bytes = planned_token_bytes(cache)
     checkpoint_bytes = itemsize * len(layout.part.blocks) * hidden
     if not layout.part.blocks:
         # A client's cache holds two labels a block, and what each hop was given, from which it could be rebuilt.
@@ -83,6 +83,11 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
         num_head_stops=len(layout.chunks),
         num_blocks=max(1, len(layout.part.blocks)),
     )
+
+
+def planned_token_bytes(cache: CacheSize) -> int:
+    """Return the bytes that are planned for each token of a cache."""
+    return cache.token_bytes + ceil_div(cache.row_bytes, MIN_ROW_TOKENS)
 
 
 def _size_of(stop: Sequence[Placement], config: Any) -> StopSize:

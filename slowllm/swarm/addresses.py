@@ -10,7 +10,7 @@ import hashlib
 import ipaddress
 import re
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -107,23 +107,26 @@ def parse_address(text: str, option: str) -> Address:
     return Address(text, family, host, transport, int(port), peer)
 
 
-def check_swarm(peers: Sequence[str], allowed: Iterable[str], blocked: Iterable[str]) -> None:
+def check_swarm(
+    peers: Sequence[str], allowed: Iterable[str], blocked: Iterable[str], named: Callable[[str], str]
+) -> None:
     """Refuse what a client's options cannot mean, before anything heavy is imported.
 
     Args:
-        peers: of ``--swarm``.
-        allowed: of ``--allowed-peers``.
-        blocked: of ``--blocked-peers``.
+        peers: of the swarm.
+        allowed: ids of servers that may be asked.
+        blocked: ids of servers that may not.
+        named: returns how people write the option ``swarm``, ``allowed_peers`` or ``blocked_peers``.
     Raises:
         InputError: one is no multiaddress with a peer id, or no peer id; the message names the option.
     """
     for text in peers:
-        _check_initial(text, "--swarm")
-    for option, ids in (("--allowed-peers", allowed), ("--blocked-peers", blocked)):
+        _check_initial(text, named("swarm"))
+    for option, ids in (("allowed_peers", allowed), ("blocked_peers", blocked)):
         for text in ids:
             if not is_peer(text):
                 raise InputError(
-                    f"{option} {text!r} is no peer id; copy what stands behind /p2p/ in the line that the server prints"
+                    f"{named(option)} {text!r} is no peer id; copy what stands behind /p2p/ in the line that the server prints"
                 )
 
 

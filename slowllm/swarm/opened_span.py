@@ -16,25 +16,32 @@ from typing import Any, Self
 
 import torch
 
-from slowllm.errors import PlanError
-from slowllm.modeling.parts import Part
+from slowllm.errors import InputError, PlanError, counted
+from slowllm.modeling.cache_sizes import cache_size_of
+from slowllm.modeling.parts import Part, parse_blocks
+from slowllm.modeling.sizes import planned_token_bytes
+from slowllm.modeling.skeleton import build_skeleton
 from slowllm.modeling.span import SpanCall
-from slowllm.options import Options, parse_bytes, parse_devices, parse_dtype
+from slowllm.options import AUTO, Options, format_binary, parse_bytes, parse_devices, parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.host_plan import SLACK_BYTES
-from slowllm.runtime.block_identity import block_hashes, ends_hash
-from slowllm.runtime.blocks_here import most_resident_blocks
+from slowllm.runtime.block_identity import block_hashes, config_hash, ends_hash
+from slowllm.runtime.blocks_here import blocks_here, most_resident_blocks, runs_of
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.memory import budget_of
+from slowllm.runtime.rates import choose_dtype
 from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.storage.manifest import open_checkpoint
 from slowllm.streaming.devices import open_devices
+from slowllm.swarm.identity import new_identity
 from slowllm.swarm.messages import MAX_MESSAGE_BYTES
-from slowllm.swarm.records import ServerRecord
+from slowllm.swarm.records import ServerRecord, model_key
 from slowllm.swarm.server_options import ServerOptions
 from slowllm.swarm.span_checks import ServedSpan
 from slowllm.swarm.span_server import SpanServer
 from slowllm.swarm.streams import Limits
+from slowllm.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +90,54 @@ def _budget(info: ModelInfo, options: ServerOptions, first_used_bytes: int = 0) 
     return budget
 
 
+def with_cache_tokens(info: ModelInfo, options: ServerOptions, part: Part) -> ServerOptions:
+    """Return options in which room for sessions is counted in tokens, as many as have the given bytes in some blocks.
+
+    Raises:
+        InputError: these hold not even one token.
+    """
+    if options.cache_bytes is None:
+        return options
+    with open_checkpoint(info.folder, may_lack_shards=True) as checkpoint:
+        is_on_gpu = parse_devices(options.device) != ("cpu",)
+        dtype = choose_dtype(parse_dtype(options.dtype), checkpoint, is_on_gpu=is_on_gpu)
+    size = cache_size_of(build_skeleton(info.config, info.folder, dtype), part)
+    token_bytes = max(1, planned_token_bytes(size))
+    num_tokens = options.cache_bytes // token_bytes
+    if not num_tokens:
+        raise InputError(
+            f"--attn-cache-size {format_binary(options.cache_bytes)} holds no token: the keys and values of one have "
+            f"{token_bytes:,} bytes in {part}"
+        )
+    log.info("sessions of %s tokens in %s, each of %s bytes", f"{num_tokens:,}", part, f"{token_bytes:,}")
+    return replace(options, cache_tokens=num_tokens, cache_bytes=None)
+
+
+def measured(info: ModelInfo, options: ServerOptions) -> ServerRecord:
+    """Return what a server of such options would say of itself, without a network: its rates above all.
+
+    Of blocks that it would choose by what others serve, it takes the first ones that are here.
+
+    Raises:
+        InputError, PlanError, CheckpointError, UnsupportedError: as for `Server`.
+    """
+    num_blocks = int(info.config.get_text_config().num_hidden_layers)
+    part = parse_blocks(options.blocks, num_blocks)
+    if not isinstance(part, Part):
+        here = blocks_here(info)
+        count = count_auto(info, options, here) if part == AUTO else int(part)
+        first = next((run.start for run in runs_of(here) if len(run) >= count), None)
+        if first is None:
+            raise InputError(f"{info.folder}: has no {counted(count, 'block')} in a row")
+        part = Part.span(first, first + count)
+    record = ServerRecord(
+        new_identity().peer, (), model_key(config_hash(info.config)[:32], num_blocks), part.first, part.end, "joining",
+        options.dtype, __version__,
+    )  # fmt: skip
+    with OpenedSpan(info, options, part, record) as opened:
+        return opened.record
+
+
 class OpenedSpan:
     """A span that is open; a context manager.
 
@@ -99,6 +154,7 @@ class OpenedSpan:
         record: of the server while it joins.
         first_used_bytes: of the span that was opened first; 0 for that one.
     Raises:
+        InputError: sessions have less room than one token needs.
         PlanError: the span, its sessions and requests do not fit the budget.
         CheckpointError: a shard is missing or damaged.
         UnsupportedError: the model cannot be cut between blocks.
@@ -113,6 +169,7 @@ class OpenedSpan:
         record: ServerRecord,
         first_used_bytes: int = 0,
     ) -> None:
+        options = with_cache_tokens(info, options, part)
         self._info, self._options = info, options
         self._budget = _budget(info, options, first_used_bytes)
         self.first_used_bytes = first_used_bytes or self._budget.used_bytes
@@ -126,7 +183,6 @@ class OpenedSpan:
             )  # fmt: skip
             self.spans = SpanServer(self.lm, served, options.quotas)
             self.record = self._full_record(record)
-            self.spans.block_seconds = self.record.decode_seconds
             self.record.to_bytes()  # one that is too large would not be taken the next time either
             held.pop_all()
 
@@ -162,11 +218,17 @@ class OpenedSpan:
     def _full_record(self, record: ServerRecord) -> ServerRecord:
         served = self.spans.served
         batch_rate, decode_seconds = self._measure(served)
+        decode_seconds /= served.end - served.first
+        self.spans.block_seconds = decode_seconds
+        if said := self._options.tokens_per_second:
+            log.info("measured %.1f tokens a second; %g are announced", batch_rate, said)
+            # As much faster or slower at single tokens, by which generation chooses its route.
+            batch_rate, decode_seconds = said, decode_seconds * batch_rate / said
         return replace(
             record, dtype=str(self.lm.model.dtype).removeprefix("torch."),
             block_hashes=tuple(block_hashes(self.lm, range(served.first, served.end)).values()),
             ends_hash="" if self.lm.checkpoint.absent else ends_hash(self.lm.checkpoint),
-            forward_tokens_per_second=batch_rate, decode_seconds=decode_seconds / (served.end - served.first),
+            forward_tokens_per_second=batch_rate, decode_seconds=decode_seconds,
             cache_tokens=served.cache_tokens, has_backward=served.has_backward,
         )  # fmt: skip
 

@@ -268,7 +268,7 @@ class Server:
 
     def metrics(self) -> str:
         """Return what the server has done and holds, in Prometheus's text format."""
-        return metrics_text(self.status(), self._counts, self.options.cache_tokens)
+        return metrics_text(self.status(), self._counts, self.record().cache_tokens)
 
     def _handle(self, request: PeerRequest) -> None:
         """Answer a request of a peer, and count it."""

@@ -16,6 +16,25 @@ from slowllm.swarm.addresses import check_addresses, is_peer
 from slowllm.swarm.quotas import PeerQuotas
 from slowllm.swarm.records import MAX_NAME_LETTERS, is_name
 
+MEASURED = ("auto", "eval", "dry_run")
+
+
+def parse_throughput(text: str) -> float:
+    """Return the tokens a second that ``--throughput`` says are announced; 0 where it says that they are measured.
+
+    Raises:
+        InputError: it is none of `MEASURED`, and no number above 0.
+    """
+    if text in MEASURED:
+        return 0.0
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < math.inf:
+        raise InputError(f"--throughput is {', '.join(MEASURED)} or tokens a second, not {text!r}")
+    return rate
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -24,12 +43,15 @@ class ServerOptions:
     Attributes:
         blocks: ``A:B``; or how many, of which the swarm then gets those that it lacks most; or ``auto``, as many as stay in
             memory.
+        tokens_per_second: of a batch, which is announced in place of what was measured; 0 for that.
         rebalances: whether a server that has chosen its blocks moves to others where the swarm gains much by that.
         ram: budget for the whole process, as for `slowllm.load`.
         dtype: compute dtype.
         device: where blocks are computed.
         vram: budget on each GPU.
         cache_tokens: that the sessions of all clients hold together.
+        cache_bytes: of the keys and values of all sessions together, from which `cache_tokens` follows where the blocks are known;
+            None where that is given as it is.
         max_batch_tokens: of one request.
         max_length: of one sequence, what its session holds included.
         max_waiting_tokens: of all requests that are under way or wait; four times as many by default.
@@ -56,6 +78,7 @@ class ServerOptions:
     device: str = "cpu"
     vram: str | None = None
     cache_tokens: int = 4096
+    cache_bytes: int | None = None
     max_batch_tokens: int = 2048
     max_length: int = 2048
     max_waiting_tokens: int | None = None
@@ -73,12 +96,20 @@ class ServerOptions:
     allowed: tuple[str, ...] = ()
     quotas: PeerQuotas = field(default_factory=PeerQuotas)
     rebalances: bool = True
+    tokens_per_second: float = 0.0
 
     def __post_init__(self) -> None:
         if parse_span(self.blocks) == AUTO and not self.keep_resident:
             raise InputError(
                 "--blocks auto takes as many blocks as stay in memory, and with --stream-all none do; say how many"
             )
+        if parse_span(self.blocks) == AUTO and self.cache_bytes is not None:
+            raise InputError(
+                "--blocks auto takes as many blocks as stay in memory beside a number of tokens; give --attn-cache-tokens in place "
+                "of --attn-cache-size, or say how many blocks"
+            )
+        if not 0 <= self.tokens_per_second < math.inf:
+            raise InputError(f"a server cannot compute {self.tokens_per_second:g} tokens a second")
         if self.ram != AUTO:
             parse_bytes(self.ram)
         if self.vram is not None:

@@ -18,7 +18,6 @@ COMPRESSIONS = {
 _STORE = "write a store with `slowllm convert MODEL OUT --store int8` and serve that"
 _ONE_PROCESS = "one process answers all requests"
 _HUB = "files are read from the local cache; fetch them with `slowllm download`"
-_MEASURED = "a server measures its speed and announces it"
 
 
 @dataclass
@@ -93,12 +92,13 @@ SERVER_FLAGS: dict[str, Flag] = {
     "--inference_max_length": _same("--max-length"),
     "--max_batch_size": _same("--max-batch-tokens"),
     "--attn_cache_tokens": _same("--attn-cache-tokens"),
+    "--attn_cache_size": Flag("1", "--attn-cache-size", "`--attn-cache-size`: bytes of the keys and values of all sessions, in the blocks that are served"),
+    "--throughput": Flag("1", "--throughput", "`--throughput`: `auto` and `eval` measure at each start, `dry_run` prints that and ends, a number is announced as tokens a second"),
     "--step_timeout": Flag("1", "--session-timeout", "`--session-timeout`: how long a session may be idle"),
     "--torch_dtype": _same("--dtype"),
     "--tensor_parallel_devices": Flag("+", "--device", "`--device`, devices with commas; they take turns at blocks"),
     "--revision": Flag("1", "MODEL@", "`MODEL@REVISION`"),
     "--skip_reachability_check": Flag("0", "", "the default: nobody is asked whether the server can be reached"),
-    "--attn_cache_size": _refused("room for sessions is counted in tokens: give `--attn-cache-tokens`"),
     "--load_in_8bit": _refused(_STORE, "0"),
     "--quant_type": _refused(_STORE),
     "--adapters": _refused("merge the adapter into a checkpoint and serve that", "+"),
@@ -107,7 +107,6 @@ SERVER_FLAGS: dict[str, Flag] = {
     "--use_auth_token": _refused(_HUB, "0"),
     "--cache_dir": _refused("set HF_HUB_CACHE, or give the folder"),
     "--max_disk_space": _refused("nothing is downloaded while a server runs; fetch its blocks with `slowllm download --blocks`"),
-    "--throughput": _refused(_MEASURED),
     "--daemon_startup_timeout": _refused("joining takes a minute at most"),
     "--num_handlers": _refused(_ONE_PROCESS),
     "--prefetch_batches": _refused(_ONE_PROCESS),

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import signal
 import time
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.log_format import LogFormat, log_to_stderr
 from slowllm.errors import InputError, counted, first_line
+from slowllm.options import parse_bytes
+
+if TYPE_CHECKING:
+    from slowllm.swarm.server_options import ServerOptions
 
 # Between looks whether the sessions of a server that leaves have ended, or whether one that moved has failed.
 _LOOK_SECONDS = 0.2
@@ -70,8 +75,16 @@ def serve(
     resident: options.Resident = True,
     dtype: options.DType = "auto",
     attn_cache_tokens: Annotated[
-        int, typer.Option(help="Tokens that the sessions of all clients hold together.", min=0)
-    ] = 4096,
+        int | None,
+        typer.Option(help="Tokens that the sessions of all clients hold together.", min=0, show_default="4096"),
+    ] = None,
+    attn_cache_size: Annotated[
+        str | None,
+        typer.Option(
+            help="The same in bytes: of the keys and values of all sessions, in the blocks that are served.", metavar="SIZE",
+            show_default="that of the tokens",
+        ),
+    ] = None,
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one request.", min=1)] = 2048,
     max_length: Annotated[
         int, typer.Option(help="Tokens of one sequence, with what its session holds.", min=1)
@@ -101,6 +114,14 @@ def serve(
             "not say which.",
         ),
     ] = True,
+    throughput: Annotated[
+        str,
+        typer.Option(
+            help="Tokens a second that are announced, by which clients choose: auto and eval measure at each start; a number is "
+            "announced as it is; dry_run prints what was measured as JSON and ends, without a swarm.",
+            metavar="auto|eval|dry_run|NUMBER",
+        ),
+    ] = "auto",
     session_timeout: Annotated[
         float, typer.Option(help="Seconds after which a session that is not used ends.", min=1.0)
     ] = 600.0,
@@ -158,15 +179,21 @@ def serve(
     # Before anything large is imported: what cannot be right is refused at once.
     from slowllm.swarm.metrics_http import parse_host_port, serving_metrics
     from slowllm.swarm.quotas import PeerQuotas
-    from slowllm.swarm.server_options import ServerOptions
+    from slowllm.swarm.server_options import ServerOptions, parse_throughput
 
+    if attn_cache_tokens is not None and attn_cache_size is not None:
+        raise InputError(
+            "--attn-cache-tokens and --attn-cache-size both say how much sessions hold; give one of them"
+        )
     if not math.isfinite(drain):
         raise InputError(f"--drain {drain:g}: sessions cannot get that long; give a number of seconds")
     if metrics is not None:
         parse_host_port(metrics)
     options.check_identity(identity)
     chosen = ServerOptions(
-        blocks, ram=ram, dtype=dtype, device=device, vram=vram, cache_tokens=attn_cache_tokens,
+        blocks, ram=ram, dtype=dtype, device=device, vram=vram, cache_tokens=4096 if attn_cache_tokens is None else attn_cache_tokens,
+        cache_bytes=None if attn_cache_size is None else parse_bytes(attn_cache_size),
+        tokens_per_second=parse_throughput(throughput),
         max_batch_tokens=max_batch_tokens, max_length=max_length, max_waiting_tokens=max_waiting_tokens,
         backward=backward, compression=compression, name=public_name, session_seconds=session_timeout,
         identity=None if identity is None else identity.expanduser(),
@@ -175,6 +202,9 @@ def serve(
         token_file=None if token_file is None else token_file.expanduser(), allowed=tuple(allow_keys or ()),
         quotas=PeerQuotas(peer_sessions, peer_requests, peer_cache_share), rebalances=rebalance,
     )  # fmt: skip
+    if throughput == "dry_run":
+        _print_measured(model, chosen)
+        return
     # Blocked before any thread begins, so that none of them is interrupted, and waited for below.
     signal.pthread_sigmask(signal.SIG_BLOCK, _END)
     try:
@@ -201,6 +231,19 @@ def serve(
         say("left the swarm")
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _END)
+
+
+def _print_measured(model: str, chosen: ServerOptions) -> None:
+    """Print, as JSON, the rates of a server that does not begin."""
+    from slowllm.runtime.description import ModelInfo
+    from slowllm.swarm.opened_span import measured
+
+    record = measured(ModelInfo(model), chosen)
+    said = {
+        "blocks": f"{record.first}:{record.end}", "dtype": record.dtype, "cache_tokens": record.cache_tokens,
+        "forward_tokens_per_second": record.forward_tokens_per_second, "decode_seconds": record.decode_seconds,
+    }  # fmt: skip
+    print(json.dumps(said), flush=True)
 
 
 def _described(server: Any) -> str:

@@ -165,31 +165,39 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
 )
 
 
-def _choice_of(given: Mapping[str, Any]) -> SwarmChoice:
+def choice_of(given: Mapping[str, Any], option: str = "--") -> SwarmChoice:
     """Return what the options say that were given, by their names.
+
+    Args:
+        given: values by the names of options, with _ for -.
+        option: what stands before a name where people write it; empty where they write it as it is.
 
     Raises:
         InputError: they are given without a swarm, or cannot mean anything.
     """
+
+    def named(name: str) -> str:
+        return f"{option}{name.replace('_', '-')}" if option else name
+
     if not given.get("swarm") and given:
-        names = [f"--{name.replace('_', '-')}" for name in given]
+        names = [named(name) for name in given]
         raise InputError(
-            f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} for a swarm; name it with --swarm"
+            f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} for a swarm; name it with {named('swarm')}"
         )
     values = dict(given)
     peers, allowed, blocked = (
         values.pop(name, None) or () for name in ("swarm", "allowed_peers", "blocked_peers")
     )
     if (replay := values.get("replay", "steps")) not in ("steps", "fast"):
-        raise InputError(f"--replay is steps or fast, not {replay!r}")
-    check_swarm(peers, allowed, blocked)
+        raise InputError(f"{named('replay')} is steps or fast, not {replay!r}")
+    check_swarm(peers, allowed, blocked, named)
     for name in ("timeout", "step_timeout"):
         if name in values:
-            check_seconds(f"--{name.replace('_', '-')}", values[name])
+            check_seconds(named(name), values[name])
     if "spot_check" in values:
-        check_share("--spot-check", values["spot_check"])
+        check_share(named("spot_check"), values["spot_check"])
     if "weights" in values:
-        values["weights"] = parse_weights(values["weights"], "--weights")
+        values["weights"] = parse_weights(values["weights"], named("weights"))
     return SwarmChoice(tuple(peers), frozenset(allowed), frozenset(blocked), **values)
 
 
@@ -212,7 +220,7 @@ def takes_swarm(verb: V) -> V:
     @functools.wraps(verb)
     def call(*args: Any, **kwargs: Any) -> None:
         asked = {option: kwargs.pop(option, None) for option, _ in _OPTIONS}
-        choice = _choice_of({name: value for name, value in asked.items() if value not in (None, [])})
+        choice = choice_of({name: value for name, value in asked.items() if value not in (None, [])})
         verb(*args, swarm=choice, **kwargs)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -30,6 +30,19 @@ def test_a_servers_flags_are_taken_under_their_old_names() -> None:
     assert said[0] == "--num_blocks is --blocks N here"
 
 
+def test_a_cache_in_bytes_and_an_announced_rate_are_taken() -> None:
+    arguments, said = from_petals(
+        ["serve", "m", "--num_blocks", "2", "--attn_cache_size", "1.0 GiB", "--throughput", "dry_run"]
+    )
+    assert arguments == [
+        "serve", "m", "--blocks", "2", "--attn-cache-size", "1.0 GiB", "--throughput", "dry_run",
+    ]  # fmt: skip
+    assert said[1].startswith("--attn_cache_size is --attn-cache-size: bytes of the keys and values")
+    assert said[2].startswith(
+        "--throughput is --throughput: auto and eval measure at each start, dry_run prints"
+    )
+
+
 def test_a_port_listens_at_all_interfaces_and_is_announced_with_a_public_address() -> None:
     arguments, _ = from_petals(
         ["serve", "m", "--block_indices", "0:5", "--port", "31337", "--public_ip", "1.2.3.4"]

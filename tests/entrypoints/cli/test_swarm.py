@@ -155,7 +155,14 @@ def test_values_of_a_swarms_options_are_refused_before_anything_is_opened(
 @pytest.mark.long
 def test_serve_logs_json_lines_and_answers_prometheus(model: Path, swarm_processes: SwarmProcesses) -> None:
     server = swarm_processes.serve(
-        model, "0:2", "--metrics", "127.0.0.1:0", "--log-format", "json", "--allow-keys", "Q" * 46
+        model,
+        "0:2",
+        "--metrics",
+        "127.0.0.1:0",
+        "--log-format",
+        "json",
+        "--allow-keys",
+        "QmbFTxrLH22v1EbhBqqeZSgDdQFCUVdXjQnrCvvGUVTJqn",
     )
     ended = server.stop()
     assert ended.returncode == 0
