@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import PurePath
 
 
 class SlowLLMError(Exception):
@@ -163,11 +164,19 @@ class DisagreementError(NetworkError):
 
 @contextlib.contextmanager
 def forward_errors(model: object) -> Iterator[None]:
-    """Raise what fails inside a model's forward or backward pass as an ArchitectureError in one sentence."""
+    """Raise what fails inside a model's forward or backward pass as an ArchitectureError in one sentence.
+
+    A file that cannot be read any more is a CheckpointError, which names it without its folder.
+    """
     try:
         yield
     except (SlowLLMError, MemoryError):
         raise
+    except OSError as error:
+        where = f"{PurePath(error.filename).name}: " if isinstance(error.filename, str) else ""
+        raise CheckpointError(
+            f"{where}{error.strerror or error}; look at the disk, or fetch the file again"
+        ) from error
     except Exception as error:  # whatever transformers and torch may raise on a config that does not fit
         raise ArchitectureError(
             f"{type(model).__name__}: its pass fails ({type(error).__name__}: {first_line(error)})"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slowllm.errors import InputError
-from slowllm.files import lock, system_errors
+from slowllm.files import lock, sync, system_errors
 
 KEY_BITS = 2048
 MAX_IDENTITY_BYTES = 16 << 10
@@ -90,8 +90,14 @@ def holding_identity(path: Path | None) -> Iterator[Identity]:
     with system_errors(InputError, path):
         if not path.exists():
             # Only its owner may read it: whoever has the file can speak as this peer.
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(new_identity().file_bytes())
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                with open(file, "wb") as made:
+                    made.write(new_identity().file_bytes())
+                    sync(made)
+            except BaseException:  # a full disk: the next start would take a part of a key for a damaged one
+                path.unlink(missing_ok=True)
+                raise
         held = path.open("rb")
     with held:
         with system_errors(InputError, path):

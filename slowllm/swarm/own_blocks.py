@@ -12,9 +12,9 @@ import gc
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.parts import Part
@@ -46,7 +46,7 @@ class _Opened:
 class _Held:
     """The keys and values of one block of a session, and how many tokens they are."""
 
-    cache: Cache
+    cache: Any
     num_tokens: int = 0
 
 

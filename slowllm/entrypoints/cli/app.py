@@ -14,7 +14,7 @@ from slowllm.entrypoints.cli.dht import dht
 from slowllm.entrypoints.cli.evaluate import eval_app
 from slowllm.entrypoints.cli.forward import forward
 from slowllm.entrypoints.cli.generate import generate
-from slowllm.entrypoints.cli.log_format import as_logged
+from slowllm.entrypoints.cli.log_format import as_logged, write_line
 from slowllm.entrypoints.cli.petals_flags import from_petals
 from slowllm.entrypoints.cli.plan import plan
 from slowllm.entrypoints.cli.prepare import convert, download, verify
@@ -70,6 +70,18 @@ app.add_typer(swarm_app, name="swarm")
 
 
 def run() -> None:
+    """Run the command line; a stderr that takes nothing more changes no exit code."""
+    try:
+        _run()
+    finally:
+        try:
+            if sys.stderr is not None:
+                sys.stderr.flush()
+        except OSError:  # Python would fail to write what is left when it ends, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def _run() -> None:
     """Run the command line. An error that the user can mend is one sentence on stderr and exit code 2.
 
     An interrupt exits with 130 and a closed pipe with 1, as in click.
@@ -81,7 +93,7 @@ def run() -> None:
         try:
             arguments, said = from_petals(sys.argv[1:])
             for line in said:
-                print(line, file=sys.stderr)
+                write_line(line)
             app(args=arguments)
         finally:
             sys.stdout.flush()  # else what cannot be written would fail when Python ends, with another exit code
@@ -98,7 +110,7 @@ def run() -> None:
 
 
 def _leave(reason: str) -> NoReturn:
-    print(as_logged(reason) or f"slowllm: {reason}", file=sys.stderr)
+    write_line(as_logged(reason) or f"slowllm: {reason}")
     sys.exit(2)
 
 

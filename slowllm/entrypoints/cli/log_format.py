@@ -51,14 +51,14 @@ def log_to_stderr(verbose: bool, log_format: str) -> Callable[[str], None]:
         raise InputError(f"--log-format {log_format!r} is unknown; use one of {', '.join(FORMATS)}")
     options.log_to_stderr(verbose)
     if log_format == "text":
-        return lambda sentence: print(sentence, file=sys.stderr, flush=True)
+        return write_line
     with contextlib.suppress(ImportError):  # it is not installed, which the verb says
         from slowllm.swarm.network import log_as_others
 
         log_as_others()
     for handler in logging.getLogger().handlers:
         handler.setFormatter(JsonLines())
-    return lambda sentence: print(_line(logging.INFO, sentence), file=sys.stderr, flush=True)
+    return lambda sentence: write_line(_line(logging.INFO, sentence))
 
 
 def as_logged(sentence: str) -> str | None:
@@ -72,6 +72,13 @@ def _level(number: int) -> str:
     # Not the record's own name for it, which libraries change.
     names = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
     return names.get(number, "critical" if number > logging.ERROR else str(number))
+
+
+def write_line(line: str) -> None:
+    """Write a line on stderr, if that is possible."""
+    # A disk that is full, or a reader who has left, is no reason to end what runs; `logging` goes on as well.
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _line(level: int, sentence: str) -> str:
