@@ -39,7 +39,7 @@ ONLY_IN = {
     "transformers": {"modeling", "runtime", "prepare", "inference", "swarm.petals", "tuning", "entrypoints"},
     "peft": {"modeling.soft_prompt_files"},
     "pyarrow": {"tables"},
-    "safetensors": {"modeling", "runtime", "prepare"},
+    "safetensors": {"inference", "modeling", "runtime", "prepare"},
     "numba": {"storage.codecs.cpu_kernels"},
     "huggingface_hub": {"prepare", "runtime.model_folder"},
     "psutil": {"runtime", "tuning", "entrypoints"},
