@@ -67,6 +67,8 @@ def progress(
         f"{lm.name}: {weights}; {counted(job.num_tokens or 0, 'token')} with padding{takes}{resumed}",
         style="dim",
         highlight=False,
+        # A line that is cut at 80 columns would be two in a log.
+        soft_wrap=not console.is_terminal,
     )
     before, started = lm.report, time.perf_counter()
     num_results = num_new_tokens = 0

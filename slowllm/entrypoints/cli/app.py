@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from slowllm.entrypoints.cli.batch import batch
 from slowllm.entrypoints.cli.chat import chat
+from slowllm.entrypoints.cli.config import config
 from slowllm.entrypoints.cli.dht import dht
+from slowllm.entrypoints.cli.doctor import doctor
 from slowllm.entrypoints.cli.evaluate import eval_app
 from slowllm.entrypoints.cli.forward import forward
 from slowllm.entrypoints.cli.generate import generate
-from slowllm.entrypoints.cli.log_format import as_logged, write_line
+from slowllm.entrypoints.cli.log_format import Stderr, write_line
 from slowllm.entrypoints.cli.petals_flags import from_petals
 from slowllm.entrypoints.cli.plan import plan
 from slowllm.entrypoints.cli.prepare import convert, download, verify
@@ -22,6 +25,7 @@ from slowllm.entrypoints.cli.score import score
 from slowllm.entrypoints.cli.serve import serve
 from slowllm.entrypoints.cli.swarm import swarm_app
 from slowllm.entrypoints.cli.tune import tune
+from slowllm.entrypoints.cli.verb import add_verb
 from slowllm.entrypoints.cli.yesno import yesno
 from slowllm.errors import SlowLLMError
 from slowllm.malloc import keep_together
@@ -30,7 +34,8 @@ app = typer.Typer(
     name="slowllm",
     help="Run, score and tune language models far larger than memory, by streaming their weights from disk.",
     no_args_is_help=True,
-    add_completion=False,
+    # Completion of a shell: --install-completion, --show-completion.
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -49,22 +54,27 @@ def _main(
         raise typer.Exit
 
 
-for _verb in (
-    forward,
-    plan,
-    download,
-    generate,
-    batch,
-    chat,
-    score,
-    yesno,
-    tune,
-    convert,
-    verify,
-    serve,
-    dht,
-):
-    app.command()(_verb)
+# Each verb with an example of its use, which ends its help.
+_VERBS: tuple[tuple[Callable[..., Any], str], ...] = (
+    (forward, "slowllm forward sentences.txt --ram 12GiB --out scores.jsonl"),
+    (plan, "slowllm plan bigscience/bloom --ram 12GiB --tokens 100000 --longest 60"),
+    (doctor, "slowllm doctor bigscience/bloom --folder ~/models"),
+    (config, "slowllm config forward --preset bloom-176b-16gb"),
+    (download, "slowllm download bigscience/bloom"),
+    (generate, 'slowllm generate "The value is" --max-new-tokens 5'),
+    (batch, "slowllm batch requests.jsonl --out answers.jsonl"),
+    (chat, "slowllm chat --model bigscience/bloomz-7b1 --context 512"),
+    (score, "slowllm score items.jsonl --out scores.jsonl"),
+    (yesno, "slowllm yesno questions.txt"),
+    (tune, "slowllm tune train.jsonl --validation test.jsonl --out prompt --steps 200"),
+    (convert, "slowllm convert bigscience/bloom bloom-int8 --store int8"),
+    (verify, "slowllm verify bloom-int8"),
+    (serve, "slowllm serve bigscience/bloom --blocks 0:8"),
+    (dht, "slowllm dht --identity peer.key --host-maddrs /ip4/0.0.0.0/tcp/31330"),
+)
+for _verb, _command in _VERBS:
+    # What follows the verb of `config` are options of that verb.
+    add_verb(app, _verb, _command, context_settings={"ignore_unknown_options": _verb is config})
 app.add_typer(eval_app, name="eval")
 app.add_typer(swarm_app, name="swarm")
 
@@ -86,32 +96,40 @@ def _run() -> None:
 
     An interrupt exits with 130 and a closed pipe with 1, as in click.
     """
-    if sys.stdout is None:
-        _leave("standard output is closed")
-    keep_together()
-    try:
+    with Stderr() as stderr:
+        if sys.stdout is None:
+            stderr.error("standard output is closed")
+            sys.exit(2)
+        keep_together()
         try:
-            arguments, said = from_petals(sys.argv[1:])
-            for line in said:
-                write_line(line)
-            app(args=arguments)
-        finally:
-            sys.stdout.flush()  # else what cannot be written would fail when Python ends, with another exit code
-    except SlowLLMError as error:
-        _leave(str(error))
-    except OSError as error:
-        if not _stdout_fails():
-            raise
-        # Python writes what is left when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            sys.exit(1)  # whoever read has left, and needs no sentence
-        _leave(f"standard output: {error.strerror or error}")
+            try:
+                arguments, said = from_petals(sys.argv[1:])
+                for line in said:
+                    write_line(line)
+                app(args=arguments, obj=stderr)
+            finally:
+                sys.stdout.flush()  # else what cannot be written would fail when Python ends, with another exit code
+        except SlowLLMError as error:
+            stderr.error(str(error))
+            sys.exit(2)
+        except OSError as error:
+            if not _stdout_fails():
+                _leave_unexpected(stderr, error)
+            # Python writes what is left when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                sys.exit(1)  # whoever read has left, and needs no sentence
+            stderr.error(f"standard output: {error.strerror or error}")
+            sys.exit(2)
+        except Exception as error:
+            _leave_unexpected(stderr, error)
 
 
-def _leave(reason: str) -> NoReturn:
-    write_line(as_logged(reason) or f"slowllm: {reason}")
-    sys.exit(2)
+def _leave_unexpected(stderr: Stderr, error: Exception) -> NoReturn:
+    """End with a traceback, as JSON where stderr is JSON lines."""
+    if stderr.unexpected(error):
+        sys.exit(1)
+    raise error
 
 
 def _stdout_fails() -> bool:

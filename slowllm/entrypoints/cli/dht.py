@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
 from slowllm.entrypoints.cli import options
-from slowllm.entrypoints.cli.log_format import LogFormat, log_to_stderr
+from slowllm.entrypoints.cli.log_format import log_as_others
 from slowllm.errors import counted
 
 
@@ -19,7 +20,6 @@ def dht(
     initial_peers: options.InitialPeers = None,
     relay: options.Relay = True,
     token_file: options.TokenFile = None,
-    log_format: LogFormat = "text",
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Be a peer by which others join a swarm.
@@ -28,10 +28,12 @@ def dht(
     until Ctrl-C or SIGTERM. It serves no blocks and needs little memory and no weights. Nothing is sent to anybody but the
     peers of the swarm.
     """
-    say = log_to_stderr(verbose, log_format)
+    options.log_to_stderr(verbose)
     options.check_identity(identity)
     from slowllm.swarm.network import Network
     from slowllm.swarm.shared_token import read_token
+
+    log_as_others()
 
     token = None if token_file is None else read_token(token_file.expanduser())
     with Network.open(
@@ -41,12 +43,13 @@ def dht(
         for address in network.addresses:
             print(address, flush=True)
         what = counted(len(network.addresses), "address", "addresses")
-        say(
+        print(
             f"peer {network.peer} listens at {what}; others join with --initial-peers and one that leads here from where they "
-            "are. Ctrl-C ends it."
-        )
+            "are. Ctrl-C ends it.",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
         has_ended.wait()
-    say("left the swarm")
+    print("left the swarm", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

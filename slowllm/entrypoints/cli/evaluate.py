@@ -19,6 +19,7 @@ from slowllm.entrypoints.cli.inputs import check_installed
 from slowllm.entrypoints.cli.output import STDOUT, json_writer, print_table
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
+from slowllm.entrypoints.cli.verb import add_verb, example
 from slowllm.entrypoints.lm_eval_command import ALLOW_DOWNLOADS, check_arguments, stay_offline
 from slowllm.errors import InputError, counted
 
@@ -62,7 +63,6 @@ PredictionsOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-@eval_app.command()
 @takes_swarm
 def boolq(
     data: DataOption,
@@ -129,7 +129,6 @@ def boolq(
     _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json)
 
 
-@eval_app.command()
 @takes_swarm
 def task(
     data: DataOption,
@@ -180,8 +179,13 @@ def task(
     _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json)
 
 
+add_verb(eval_app, boolq, "slowllm eval boolq --data boolq.jsonl --templates all --out answers.jsonl")
+add_verb(eval_app, task, "slowllm eval task --data reviews.jsonl --template-file templates.yaml")
+
+
 @eval_app.command(
     "lm",
+    epilog=example("slowllm eval lm --tasks boolq --model_args pretrained=DIR,ram=16GiB"),
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
 )
@@ -197,8 +201,7 @@ def lm(
 ) -> None:
     """Run lm-eval's command line with slowllm's model.
 
-    All requests of a kind share as few sweeps as possible. For example: slowllm eval lm --tasks boolq
-    --model_args pretrained=DIR,ram=16GiB
+    All requests of a kind share as few sweeps as possible.
 
     All other options are lm-eval's own, which `slowllm eval lm run --help` prints. --model_args takes pretrained (a
     folder, or a model of the local cache), ram, dtype, device, vram, prompt and max_length.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 
+from slowllm.entrypoints.cli.log_format import StderrHandler
 from slowllm.entrypoints.cli.output import STDOUT
 from slowllm.errors import InputError
 from slowllm.files import part_of
@@ -161,17 +161,9 @@ Normalize = Annotated[
 ]
 
 
-class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what stderr is at the time: while a bar is shown, to what prints above it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
 def log_to_stderr(verbose: bool) -> None:
     """Log warnings to stderr; with `verbose`, also what slowllm chooses by itself, and why."""
-    logging.basicConfig(handlers=[_StderrHandler()], format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(handlers=[StderrHandler()], format="%(message)s", level=logging.WARNING)
     logging.getLogger("slowllm").setLevel(logging.INFO if verbose else logging.WARNING)
 
 

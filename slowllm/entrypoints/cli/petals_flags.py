@@ -134,7 +134,7 @@ DHT_FLAGS: dict[str, Flag] = {
 # Which of a verb's options take no value, to tell the argument MODEL from a value.
 WITHOUT_VALUE = {
     "--resident", "--stream-all", "--backward", "--forward-only", "--no-relay", "--relay", "--rebalance", "--no-rebalance", "--verbose", "-v", "--help",
-    "-h",
+    "-h", "--quiet", "-q", "--log-json",
 }  # fmt: skip
 
 

@@ -194,7 +194,14 @@ class Runner:
         from slowllm.runtime.state import SAVE_SECONDS, State
 
         if self._state is None:
-            yield None
+            try:
+                yield None
+            except KeyboardInterrupt:
+                print(
+                    "slowllm: interrupted; nothing was kept, as it would be with --out FILE or --state DIR",
+                    file=sys.stderr,
+                )
+                raise
             return
         is_beside = self._out is not None and self._state == state_of(self._out)
         seconds = math.inf if is_beside else SAVE_SECONDS if save_seconds is None else save_seconds

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slowllm.entrypoints.cli import options
-from slowllm.entrypoints.cli.log_format import LogFormat, log_to_stderr
+from slowllm.entrypoints.cli.defaults import GIVEN_FILE, given_of
+from slowllm.entrypoints.cli.log_format import log_as_others, write_line
 from slowllm.errors import InputError, counted, first_line
 from slowllm.options import parse_bytes
 
@@ -52,7 +53,7 @@ def _read_config(context: typer.Context, file: Path | None) -> Path | None:
             defaults[str(parameter.name)] = texts
         else:
             defaults[str(parameter.name)] = value
-    context.default_map = {**(context.default_map or {}), **defaults}
+    given_of(context).lay(GIVEN_FILE, str(file), defaults)
     return file
 
 
@@ -165,7 +166,6 @@ def serve(
             callback=_read_config,
         ),
     ] = None,
-    log_format: LogFormat = "text",
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Compute a span of a model's blocks for the clients of a swarm.
@@ -175,7 +175,7 @@ def serve(
     sessions and requests is planned before the start. Ends at Ctrl-C or SIGTERM. Anybody who can reach the addresses can use
     the server.
     """
-    say = log_to_stderr(verbose, log_format)
+    options.log_to_stderr(verbose)
     # Before anything large is imported: what cannot be right is refused at once.
     from slowllm.swarm.metrics_http import parse_host_port, serving_metrics
     from slowllm.swarm.quotas import PeerQuotas
@@ -211,24 +211,27 @@ def serve(
         from slowllm.swarm.metrics import CONTENT_TYPE
         from slowllm.swarm.server import Server
 
+        log_as_others()
         with contextlib.ExitStack() as held:
             server = held.enter_context(Server(model, chosen))
             if metrics is not None:
                 url = held.enter_context(serving_metrics(metrics, CONTENT_TYPE, server.metrics))
-                say(f"metrics at {url}")
+                write_line(f"metrics at {url}")
             for address in server.network.addresses:
                 print(address, flush=True)
-            say(_described(server))
+            write_line(_described(server))
             while signal.sigtimedwait(_END, _LOOK_SECONDS) is None:
                 server.check()
             if drain and server.is_in_use:
                 server.drain()
-                say(f"leaving when the sessions have ended or moved, in {drain:g} s, or at the next signal")
+                write_line(
+                    f"leaving when the sessions have ended or moved, in {drain:g} s, or at the next signal"
+                )
                 deadline = time.monotonic() + drain
                 while server.is_in_use and (left := deadline - time.monotonic()) > 0:
                     if signal.sigtimedwait(_END, min(left, _LOOK_SECONDS)) is not None:
                         break
-        say("left the swarm")
+        write_line("left the swarm")
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _END)
 

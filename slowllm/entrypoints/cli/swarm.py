@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slowllm.entrypoints.cli import options
-from slowllm.entrypoints.cli.log_format import LogFormat, log_to_stderr
+from slowllm.entrypoints.cli.log_format import log_as_others
 from slowllm.entrypoints.cli.output import printable
+from slowllm.entrypoints.cli.verb import add_verb
 from slowllm.errors import InputError, counted
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ def _swarm() -> None:
     """See what a swarm serves, and who is in it."""
 
 
-@swarm_app.command()
 def status(
     initial_peers: options.InitialPeers = None,
     model: Annotated[
@@ -39,7 +39,6 @@ def status(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
     token_file: options.TokenFile = None,
-    log_format: LogFormat = "text",
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Show the models of a swarm: which blocks are served, how often, by whom, and who can be reached.
@@ -47,13 +46,15 @@ def status(
     Joins as a client that listens nowhere, asks each server for its status, and lets another server dial it. Servers of one
     block whose weights differ are named.
     """
-    log_to_stderr(verbose, log_format)
+    options.log_to_stderr(verbose)
     if not initial_peers:
         raise InputError(
             "name a peer of the swarm with --initial-peers, as `slowllm dht` or `slowllm serve` prints it"
         )
     from slowllm.swarm.network import Network
     from slowllm.swarm.shared_token import read_token
+
+    log_as_others()
 
     token = None if token_file is None else read_token(token_file.expanduser())
     with Network.open(host_maddrs=(), initial_peers=initial_peers, token=token) as network:
@@ -65,6 +66,13 @@ def status(
         print("no server of this swarm has named a model")
     for view in views:
         _print(view)
+
+
+add_verb(
+    swarm_app,
+    status,
+    "slowllm swarm status --initial-peers /ip4/203.0.113.7/tcp/31330/p2p/QmW11AesEZBsQMwuZYzujBuqVfbUKMvUJgX9icaKqEhcT7",
+)
 
 
 def _views(network: Network, model: str | None) -> list[ModelView]:

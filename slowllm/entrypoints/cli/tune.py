@@ -14,6 +14,7 @@ import typer
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.inputs import check_installed
 from slowllm.entrypoints.cli.output import prints_text
+from slowllm.entrypoints.cli.recipe_file import RecipeFile
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.errors import InputError, counted
@@ -64,6 +65,7 @@ def tune(
             show_default=False,
         ),
     ] = None,
+    recipe: RecipeFile = None,
     kind: Annotated[
         str,
         typer.Option(
@@ -155,6 +157,7 @@ def tune(
     Use the prompt with --prompt OUT of forward, score, yesno, eval and generate, or in PEFT.
     """
     options.log_to_stderr(verbose)
+    del recipe  # its fields came as the defaults of the options below
     if steps is not None and epochs is not None:
         raise InputError("--steps and --epochs contradict each other; give one of them")
     if validation and len(validation) != len(data):
