@@ -45,7 +45,7 @@ ONLY_IN = {
     "psutil": {"runtime", "tuning", "entrypoints"},
     "datasets": {"inference.eval_tasks"},
     "jinja2": {"inference.prompt_templates"},
-    "yaml": {"inference.prompt_templates"},
+    "yaml": {"inference.prompt_templates", "entrypoints.settings"},
     "promptsource": {"inference.prompt_templates"},
     "lm_eval": {"entrypoints.lm_eval_model"},
     "rich": {"entrypoints"},

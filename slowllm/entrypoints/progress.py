@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from slowllm.entrypoints.cost import cost_of
 from slowllm.entrypoints.live import LiveLine
+from slowllm.entrypoints.slow_sweeps import SlowSweeps
 from slowllm.errors import counted
 from slowllm.options import format_bytes
 
@@ -91,6 +93,7 @@ def progress(
         num_new_tokens += num_tokens
 
     is_local = lm.swarm is None
+    slow = SlowSweeps(lm.num_stops, forecast, _warn, lambda: lm.report.read_bytes)
     title, end = (f"sweep 1 of {num_sweeps}", num_planned) if is_local else ("in the swarm", total or None)
     with _bar(title, console, end, facts(0, 0)) as update:
 
@@ -105,9 +108,14 @@ def progress(
                 description=f"sweep {(done - 1) // lm.num_stops + 1} of {max(num_sweeps, (done - 1) // lm.num_stops + 1)}",
                 facts=facts(done, passage.stop + 1),
             )
+            slow.on_passage(passage)
 
         with lm.watching(on_passage):
             yield count
+
+
+def _warn(sentence: str) -> None:
+    print(f"slowllm: {sentence}", file=sys.stderr)
 
 
 @contextlib.contextmanager

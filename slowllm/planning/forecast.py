@@ -49,6 +49,34 @@ def compute_seconds(stop: StopSize, rates: Rates, rider: int, sweep: int) -> flo
     return ceil_div(sweep, rider) * passing_bytes / rates.memory + sweep * stop.flops / rates.compute
 
 
+def free_tokens(sizes: Sizes, rider_tokens: int, read_seconds: float, rates: Rates) -> int:
+    """Return how many tokens a sweep computes in the time that its bytes take to be read.
+
+    Args:
+        sizes: of the stops.
+        rider_tokens: of a micro-batch.
+        read_seconds: of a sweep's bytes.
+        rates: of the machine.
+    Returns:
+        whole micro-batches, and where not even one is free as many tokens as one holds in the time; 0 if nothing is read.
+    """
+
+    def seconds(num_tokens: int) -> float:
+        rider = min(rider_tokens, num_tokens)
+        return math.fsum(compute_seconds(stop, rates, rider, num_tokens) for stop in sizes.stops)
+
+    if not read_seconds or seconds(1) > read_seconds:
+        return 0
+    unit = rider_tokens if seconds(rider_tokens) <= read_seconds else 1
+    low, high = 1, 2  # `low` units are free
+    while seconds(high * unit) <= read_seconds:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if seconds(middle * unit) <= read_seconds else (low, middle)
+    return low * unit
+
+
 def forecast_of(
     sizes: Sizes,
     resident: frozenset[int],

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from slowllm.errors import CheckpointError
+from slowllm.errors import CheckpointError, InputError
 from slowllm.modeling.cache_sizes import cache_size_of
 from slowllm.modeling.layout import granularities, lay_out
 from slowllm.modeling.sizes import sizes_of
 from slowllm.modeling.skeleton import build_skeleton, read_config
 from slowllm.planning.job import Granularity, Sizes
 from slowllm.runtime.description import load_tokenizer
-from slowllm.runtime.known_models import KnownModel, find_folder_or_known
+from slowllm.runtime.known_models import KNOWN_MODELS, KnownModel, find_folder_or_known, find_known
 from slowllm.storage.checkpoint import INDEX, read_json, read_weight_map
 from slowllm.storage.manifest import is_store
 from slowllm.storage.spans import DTYPE_NAMES, Placement, Run, Span
@@ -104,6 +104,17 @@ def _lacks_weights(folder: Path) -> bool:
         return not all(os.path.isfile(folder / shard) for shard in shards)
     others = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
     return not any(any(folder.glob(pattern)) for pattern in others)
+
+
+def known_blueprint(hub_id: str) -> Blueprint:
+    """Return the blueprint of a model of the package's table, whether or not it is on this machine.
+
+    Raises:
+        InputError: the table does not have it.
+    """
+    if (found := find_known(hub_id)) is None:
+        raise InputError(f"{hub_id}: is no known model; there are {', '.join(KNOWN_MODELS)}")
+    return _from_table(*found)
 
 
 def _from_table(hub_id: str, known: KnownModel) -> Blueprint:

@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from slowllm.options import DTypeName
 from slowllm.planning.job import Rates
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.manifest import open_checkpoint
-from slowllm.storage.spans import Placement, Run
+from slowllm.storage.spans import Placement, Run, Span
 from slowllm.streaming.read_requests import ring_bytes_of
 from slowllm.streaming.reader import Reader
 
@@ -113,7 +113,12 @@ def disk_rate(checkpoint: Checkpoint, num_bytes: int) -> DiskRate:
     The first touch of the buffer is not counted, because the engine touches its buffers once. The measured rate is too
     high if the page cache holds parts of the files.
     """
-    pieces = itertools.islice(_pieces(checkpoint), num_bytes // PIECE_BYTES + RING_PIECES)
+    return read_rate(checkpoint.spans.values(), num_bytes)
+
+
+def read_rate(spans: Iterable[Span], num_bytes: int) -> DiskRate:
+    """Measure direct reads of about `num_bytes` of the largest of some spans, of which there is one at least."""
+    pieces = itertools.islice(_pieces(spans), num_bytes // PIECE_BYTES + RING_PIECES)
     stops = [[Placement("probe", (run.num_bytes,), torch.uint8, (run,))] for run in pieces]
     ring = RING_PIECES * max(ring_bytes_of(stop[0]) for stop in stops)
     with contextlib.closing(Reader(stops, ring_bytes=ring)) as reader:
@@ -131,9 +136,9 @@ def disk_rate(checkpoint: Checkpoint, num_bytes: int) -> DiskRate:
     return DiskRate(read_bytes / seconds, core_seconds / read_bytes * 1e9)
 
 
-def _pieces(checkpoint: Checkpoint) -> Iterator[Run]:
-    """Yield pieces of a checkpoint's tensors, the largest tensor first."""
-    for span in sorted(checkpoint.spans.values(), key=lambda span: -span.num_bytes):
+def _pieces(spans: Iterable[Span]) -> Iterator[Run]:
+    """Yield pieces of tensors, the largest tensor first."""
+    for span in sorted(spans, key=lambda span: -span.num_bytes):
         piece = min(PIECE_BYTES, span.num_bytes)
         for start in range(0, span.num_bytes - piece + 1, piece) if piece else ():
             yield Run(span, start, 0, piece)

@@ -18,10 +18,10 @@ from slowllm.errors import forward_errors
 from slowllm.options import AUTO, parse_bytes, parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates, least_host_bytes
-from slowllm.planning.forecast import forecast_of
-from slowllm.planning.host_plan import Plan, advise, least_bytes, make_plan, with_smaller_weights
+from slowllm.planning.forecast import forecast_of, free_tokens
+from slowllm.planning.host_plan import Plan, advise, least_bytes, make_plan, sizes_for, with_smaller_weights
 from slowllm.planning.job import Job, Rates, Sizes
-from slowllm.runtime.blueprint import Blueprint, measure_blueprint, stored_dtype_of
+from slowllm.runtime.blueprint import Blueprint, BlueprintSizes, measure_blueprint, stored_dtype_of
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
 from slowllm.runtime.load import open_model
@@ -96,6 +96,7 @@ class Survey:
         devices: for each GPU its name, the bytes that are taken there, and the number of stops that stay there.
         store: the kind of the store, None where the model is none.
         planned_from: what the sizes are taken from where the weights are not there, None where they are.
+        free_tokens: that a sweep computes while its bytes are read; 0 where nothing is read, or on devices.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Survey:
     devices: tuple[tuple[str, int, int], ...] = ()
     store: str | None = None
     planned_from: str | None = None
+    free_tokens: int = 0
 
 
 def survey(
@@ -171,17 +173,29 @@ def survey_blueprint(
     job: Job,
     keep_resident: bool = True,
     reserved_bytes: int = 0,
+    rates: Rates | None = None,
+    sizes: BlueprintSizes | None = None,
 ) -> Survey:
     """Plan a job of a model whose weights are not on this machine; the processor is measured, the disk assumed.
 
+    Args:
+        blueprint: of the model.
+        ram: as for `survey`.
+        dtype: as for `load`.
+        job: to be planned.
+        keep_resident: as for `survey`.
+        reserved_bytes: as for `survey`.
+        rates: of this machine, where they are known.
+        sizes: of the model in this dtype, by `measure_blueprint`, where they are known.
     Raises:
         PlanError: as for `survey`.
         ArchitectureError: the model does not fit the carousel.
     """
     stored_dtype = stored_dtype_of(blueprint)
     compute_dtype = dtype_for(parse_dtype(dtype), DTYPE_NAMES[stored_dtype])
-    sizes = measure_blueprint(blueprint, stored_dtype, compute_dtype, forward_only=job.forward_only)
-    rates = processor_rates(compute_dtype) if sizes.weight_bytes >= WORTH_MEASURING_BYTES else Rates()
+    sizes = sizes or measure_blueprint(blueprint, stored_dtype, compute_dtype, forward_only=job.forward_only)
+    if rates is None:
+        rates = processor_rates(compute_dtype) if sizes.weight_bytes >= WORTH_MEASURING_BYTES else Rates()
     ram_bytes, process_bytes = _budget_bytes(ram), psutil.Process().memory_info().rss + reserved_bytes
     planned = _planned(sizes.choices, ram_bytes, process_bytes, job, rates, keep_resident)
     return Survey(
@@ -197,6 +211,20 @@ def _budget_bytes(ram: str | int) -> int:
     return memory_limit().auto_bytes if ram == AUTO else parse_bytes(ram)
 
 
+def smallest_budget(
+    choices: Sequence[Sizes], job: Job, process_bytes: int, *, keep_resident: bool = True
+) -> int:
+    """Return the bytes of the smallest budget in which a job can run.
+
+    Args:
+        choices: sizes of the model cut into whole blocks, and into leaves where it can be.
+        job: to be done.
+        process_bytes: what the process holds before the model is opened.
+        keep_resident: whether stops that fit the budget stay in memory.
+    """
+    return process_bytes + min(least_bytes(sizes, job, keep_resident) for sizes in choices)
+
+
 def _planned(
     choices: Sequence[Sizes],
     ram_bytes: int,
@@ -210,10 +238,12 @@ def _planned(
     plan = make_plan(choices, job=job, rates=rates, keep_resident=keep_resident, **budget)
     halved_sizes = [with_smaller_weights(sizes, 0.5) for sizes in choices]
     halved = make_plan(halved_sizes, job=job, rates=rates, keep_resident=keep_resident, **budget)
-    smallest = min(least_bytes(sizes, job, keep_resident) for sizes in choices)
     return {
         "plan": plan,
-        "smallest_bytes": process_bytes + smallest,
+        "smallest_bytes": smallest_budget(choices, job, process_bytes, keep_resident=keep_resident),
+        "free_tokens": free_tokens(
+            sizes_for(plan, choices), plan.rider_tokens, plan.forecast.read_seconds, rates
+        ),
         "larger": tuple(advise(choices, plan, job=job, rates=rates, **budget)),
         "halved_seconds": halved.forecast.seconds,
     }

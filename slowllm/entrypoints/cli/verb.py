@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 
 from slowllm.entrypoints.cli.defaults import (
     META,
@@ -103,7 +103,7 @@ def _named(error: typer.BadParameter, given: Given) -> InputError | None:
         return None
     if source.name == "ENVIRONMENT":
         return InputError(f"{variable_of(option)}: {error.message}")
-    word = word_of(option) if hasattr(option, "multiple") else str(option.name)
+    word = word_of(option) if isinstance(option, TyperOption) else str(option.name)
     return InputError(f"{given.sources.get(str(option.name), 'defaults')}: {word}: {error.message}")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from slowllm.errors import InputError
 from slowllm.files import read_description
@@ -19,29 +20,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, is too large, is no YAML or no mapping with texts as keys, or has a key twice.
     """
-    import yaml  # type: ignore[import-untyped]
+    yaml: Any = importlib.import_module("yaml")  # which takes its time, and has types or not
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Plain data, with every key of a mapping once."""
+    def construct_mapping(loader: Any, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping of which every key is a text and stands in it once; PyYAML would keep the last value."""
+        found: set[str] = set()
+        for key_node, _ in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            if not isinstance(key, str) or key in found:
+                problem = (
+                    f"the key {key!r} stands in it twice" if key in found else f"the key {key!r} is no text"
+                )
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            found.add(key)
+        return cast("dict[Any, Any]", yaml.SafeLoader.construct_mapping(loader, node, deep))
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            """Return the mapping; PyYAML would keep the last value of a key that stands in it twice."""
-            found: set[Any] = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if not isinstance(key, str):
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} is no text", key_node.start_mark
-                    )
-                if key in found:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} stands in it twice", key_node.start_mark
-                    )
-                found.add(key)
-            return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
-
+    loader = type("Loader", (yaml.SafeLoader,), {"construct_mapping": construct_mapping})
     try:
-        document = yaml.load(read_description(path, InputError).decode("utf-8"), Loader)
+        document = yaml.load(read_description(path, InputError).decode("utf-8"), loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: cannot be read as YAML ({reason[:200]})") from error
