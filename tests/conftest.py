@@ -31,6 +31,12 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+# Whoever runs the tests may have options in a file of their own.
+os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
+if _set := [name for name in os.environ if name.startswith("SLOWLLM_")]:
+    for _name in _set:
+        del os.environ[_name]
+
 import transformers
 
 import slowllm

@@ -16,7 +16,6 @@ from rich.text import Text
 
 from slowllm.entrypoints.cost import cost_of
 from slowllm.entrypoints.live import LiveLine
-from slowllm.entrypoints.slow_sweeps import SlowSweeps
 from slowllm.errors import counted
 from slowllm.options import format_bytes
 
@@ -45,6 +44,8 @@ def progress(
         noun: what a result is, in the singular; empty where none are counted.
         total: number of results.
     """
+    from slowllm.entrypoints.slow_sweeps import SlowSweeps
+
     console = Console(stderr=True)
     plan, forecast = lm.plan, lm.plan.forecast
     num_sweeps = forecast.num_sweeps

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from slowllm.planning.forecast import Forecast
 from slowllm.planning.slowdown import SweepFacts, why_slow
 from slowllm.runtime.pressure import SystemTimes, system_times
-from slowllm.streaming.stops import Passage
+
+if TYPE_CHECKING:
+    from slowllm.streaming.stops import Passage
 
 # Sweeps after which those before count as what is usual, where no forecast is measured.
 NUM_USUAL = 2

@@ -21,7 +21,6 @@ from slowllm.entrypoints.cli.defaults import (
     unknown_variables,
     verbs_of,
 )
-from slowllm.entrypoints.cli.output import print_table
 from slowllm.entrypoints.cli.verb import use_preset, variable_of
 from slowllm.entrypoints.settings.presets import preset_names, read_preset
 from slowllm.entrypoints.settings.user_file import user_file
@@ -101,10 +100,11 @@ def config(
     if not settings:
         print("every option of every verb has its default; `slowllm config VERB` lists those of a verb")
         return
-    print_table(
-        ("verb", "option", "value", "from"),
-        [(one.verb, one.option, _shown(one.value), one.source) for one in settings],
-    )
+    rows = [("verb", "option", "value", "from")]
+    rows += [(one.verb, one.option, _shown(one.value), one.source) for one in settings]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for *cells, where in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), where]))
 
 
 def _verb_of(words: Sequence[str], verbs: Sequence[tuple[str, ...]]) -> tuple[str, ...]:

@@ -54,11 +54,11 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
-    """Say what this machine is, which models it runs and how fast, and what to change first.
+    """Say what this machine is, and which models it runs how fast.
 
     Measures the processor and the disk under each --folder, and plans two jobs for a model, or for twelve known ones: BoolQ with
-    one template (3,270 questions of about 150 tokens), and one text that is continued token by token. Nothing is downloaded.
-    The plans are those of `slowllm plan`.
+    one template (3,270 questions of about 150 tokens), and one text that is continued token by token. Says what to
+    change first. Nothing is downloaded. The plans are those of `slowllm plan`.
     """
     options.log_to_stderr(verbose)
     for path in folder or ():

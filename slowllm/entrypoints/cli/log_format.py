@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Annotated, Any, Self, TextIO
 
@@ -244,8 +245,8 @@ def log_as_others() -> None:
         swarm_logs_as_others()
 
 
-def options_of_logging() -> list[Any]:
-    """Return the options of `logging_options`, new ones each time."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command()(logging_options)
-    return list(typer.main.get_command(app).params)
+def choose_early(stderr: Any, arguments: Sequence[str]) -> None:
+    """Write JSON lines if the arguments ask for it, before they are parsed: what cannot be parsed is said so, too."""
+    text = " ".join(arguments).replace("=", " ")
+    if isinstance(stderr, Stderr) and re.search(r"(^| )--log-(json|format json)( |$)", text):
+        stderr.write_json()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import os
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -23,7 +25,7 @@ from slowllm.entrypoints.cli.defaults import (
     words_of,
 )
 from slowllm.entrypoints.cli.interrupts import second_interrupt_ends_at_once
-from slowllm.entrypoints.cli.log_format import Stderr, options_of_logging
+from slowllm.entrypoints.cli.log_format import Stderr, choose_early, logging_options
 from slowllm.entrypoints.settings.presets import check_preset, preset_names, read_preset
 from slowllm.errors import CheckpointError, InputError
 from slowllm.runtime.model_folder import find_folder
@@ -55,8 +57,8 @@ class Verb(TyperCommand):
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         if any(option.name == "ram" for option in self.params):
-            self.params += _preset_options()
-        self.params += options_of_logging()
+            self.params += _copies(_preset)
+        self.params += _copies(logging_options)
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Parse the arguments; what they leave open is taken from the environment and from files.
@@ -68,6 +70,7 @@ class Verb(TyperCommand):
         name_variables(self, words)
         given = Given()
         if parent is not None:
+            choose_early(parent.obj, args)
             parent.meta[META] = given
             if not extra.get("resilient_parsing"):  # for the completion of a shell, which shows no errors
                 source, values = in_user_file(parent.find_root().command, words)
@@ -163,10 +166,17 @@ def _preset(preset: PresetOption = None) -> None:
     """Have the option of a preset."""
 
 
-def _preset_options() -> list[Any]:
+# Every start of the program makes all verbs: what they share is made once, and copied.
+@functools.cache
+def _options_of(function: Callable[..., None]) -> tuple[Any, ...]:
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command()(_preset)
-    return list(typer.main.get_command(app).params)
+    app.command()(function)
+    return tuple(typer.main.get_command(app).params)
+
+
+def _copies(function: Callable[..., None]) -> list[Any]:
+    """Return the options that a function has, for another verb."""
+    return [copy.copy(option) for option in _options_of(function)]
 
 
 def add_verb(app: typer.Typer, verb: Callable[..., Any], command: str, **settings: Any) -> None:

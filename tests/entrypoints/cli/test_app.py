@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from slowllm.entrypoints.cli.app import app
+from slowllm.entrypoints.cli.defaults import verbs_of
 from tests.support.command_line import run
 from tests.support.paths import ROOT
 
@@ -71,3 +75,69 @@ def test_help_prints_no_markup(verb: list[str]) -> None:
     assert shown.exit_code == 0
     assert shown.output.startswith("Usage: ")
     assert not re.search(r"\\b|[\b\f]|\[/?(bold|dim)|``", shown.output)
+
+
+def verbs() -> list[tuple[tuple[str, ...], Any]]:
+    return list(verbs_of(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("verb", [words for words, _ in verbs()], ids=" ".join)
+def test_every_verbs_help_ends_with_an_example_that_can_be_parsed(verb: tuple[str, ...]) -> None:
+    root = typer.main.get_command(app)
+    (command,) = [command for words, command in verbs_of(root) if words == verb]
+    epilog = command.epilog or ""
+    assert epilog.startswith(f"Example: slowllm {' '.join(verb)}"), f"add_verb(..., example) for {verb}"
+    shown = CliRunner().invoke(app, [*verb, "--help"], terminal_width=200).output
+    assert shown.rstrip().endswith(epilog)
+    words = shlex.split(epilog.removeprefix("Example: slowllm "))[len(verb) :]
+    parent = root.make_context("slowllm", [], resilient_parsing=True)
+    command.make_context(verb[-1], words, parent=parent)
+
+
+def completed(words: str, number: int, tmp_path: Path) -> list[str]:
+    """Return what bash is told to complete the last of some words with."""
+    code = "import sys; sys.argv = ['slowllm']\nfrom slowllm.cli import run; run()"
+    environment = {
+        **ENVIRONMENT, "_SLOWLLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(number),
+        # A file that cannot be read must not disturb the completion.
+        "XDG_CONFIG_HOME": str(tmp_path),
+    }  # fmt: skip
+    (tmp_path / "slowllm").mkdir(exist_ok=True)
+    (tmp_path / "slowllm" / "config.yaml").write_text("{")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not names & {"torch", "transformers", "numpy", "huggingface_hub"}
+    return done.stdout.split()
+
+
+def test_a_shell_completes_verbs_options_and_presets_without_loading_anything_heavy(tmp_path: Path) -> None:
+    assert completed("slowllm fo", 1, tmp_path) == ["forward"]
+    assert completed("slowllm forward --save", 2, tmp_path) == ["--save-every"]
+    assert completed("slowllm forward --preset bloom-1", 3, tmp_path) == ["bloom-176b-16gb"]
+
+
+@pytest.mark.long
+def test_completion_is_installed_for_bash(tmp_path: Path) -> None:
+    bash = shutil.which("bash")
+    assert bash is not None
+    (tmp_path / "slowllm").write_text(
+        f"#!{sys.executable}\nimport sys\nsys.argv[0] = 'slowllm'\nfrom slowllm.cli import run\nrun()\n"
+    )
+    (tmp_path / "slowllm").chmod(0o755)
+    environment = {**ENVIRONMENT, "HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = """
+        slowllm --install-completion bash || slowllm --install-completion || exit 3
+        source "$HOME/.bash_completions/slowllm.sh"
+        COMP_WORDS=(slowllm gen); COMP_CWORD=1
+        _slowllm_completion slowllm
+        echo "completed: ${COMPREPLY[*]}"
+    """
+    done = subprocess.run([bash, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert "completed: generate" in done.stdout, done.stdout + done.stderr
+    assert ".bash_completions/slowllm.sh" in (tmp_path / ".bashrc").read_text()
