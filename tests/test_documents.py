@@ -9,6 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
+import sysconfig
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ import typer
 
 from slowllm.entrypoints.cli.app import app
 from slowllm.entrypoints.cli.petals_flags import DHT_FLAGS, SERVER_FLAGS
+from slowllm.entrypoints.settings.presets import preset_names
 from tests.support.documents import examples_of
 from tests.support.fake_hub import FakeHub, Repo
 from tests.support.paths import ROOT
@@ -168,15 +171,77 @@ def test_the_commands_of_make_are_targets_of_the_makefile(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_the_wheel_carries_the_embedded_models(tmp_path: Path) -> None:
+def built_wheel(folder: Path) -> Path:
+    """Build the wheel without a network."""
     pytest.importorskip("hatchling", reason="building the wheel without a network needs hatchling here")
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
         cwd=ROOT, check=True, capture_output=True,
     )  # fmt: skip
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_carries_the_embedded_models_and_the_presets(tmp_path: Path) -> None:
+    names = zipfile.ZipFile(built_wheel(tmp_path)).namelist()
     for model in ("tiny-bloom", "tiny-bloom-draft"):
         assert f"slowllm/weights/{model}/config.json" in names
         assert any(name.startswith(f"slowllm/weights/{model}/model") for name in names)
     assert "slowllm/py.typed" in names
+    for preset in preset_names():
+        assert f"slowllm/presets/{preset}.yaml" in names
+
+
+@pytest.mark.long
+def test_the_wheel_runs_in_a_clean_environment(tmp_path: Path) -> None:
+    wheel, folder = built_wheel(tmp_path / "dist"), tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, capture_output=True)
+    python = folder / "bin" / "python"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel)
+    # Its dependencies are those of this environment, without this environment's slowllm: the lines of such a file are
+    # folders to import from, whose own files of this kind are not read.
+    here = sysconfig.get_path("purelib")
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    (packages / "dependencies.pth").write_text(f"{here}\n")
+    place = run(python, "-c", "import slowllm; print(slowllm.__file__)")
+    assert place.startswith(str(folder))
+    command = folder / "bin" / "slowllm"
+    (tmp_path / "in.txt").write_text("The value is returned.\n")
+    assert json.loads(run(command, "forward", "in.txt", "--preset", "tiny-bloom", "--json"))["line"] == 1
+    assert "bloom-176b-16gb" in run(command, "config", "presets")
+    assert "Usage: slowllm" in run(command, "--help")
+    # Every requirement that it names without an extra is met by what it ran with.
+    assert "slowllm" not in run(python, "-c", CHECK)
+
+
+# Prints the requirements of the installed package that are not met.
+CHECK = """
+import importlib.metadata as metadata
+from packaging.requirements import Requirement
+for line in metadata.requires("slowllm"):
+    need = Requirement(line)
+    if need.marker is None and metadata.version(need.name) not in need.specifier:
+        print("slowllm needs", need)
+"""
+
+
+def test_the_container_is_made_of_files_that_are_there() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    ignored = (ROOT / ".dockerignore").read_text()
+    for line in lines:
+        if line.startswith("COPY "):
+            for name in line.split()[1:-1]:
+                assert (ROOT / name).exists()
+                assert f"!{name}\n" in ignored
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "ARG EXTRAS=store" in lines
+    assert "store" in extras

@@ -63,7 +63,7 @@ class Screen:
             room = width - self._column % width - 1
             if room >= LEAST_STATUS_CELLS:
                 text = text[:room]
-                self._file.write(f"\033[2m{text}\033[0m")
+                self._file.write(text if os.environ.get("NO_COLOR") else f"\033[2m{text}\033[0m")
                 self._file.flush()
                 self._num_status_cells = cell_len(text)
 

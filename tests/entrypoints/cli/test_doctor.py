@@ -42,9 +42,8 @@ def test_a_model_is_planned_on_a_disk_that_was_measured(
     assert row["disk_measured"]
     assert row["processor_measured"]
     assert 0 < row["smallest_ram_bytes"] <= 4 << 30
-    # A token reads all weights but those that stay; a question's tokens share a sweep.
+    # A token reads all weights but those that stay.
     assert row["token_seconds"] >= 0.5 * row["weight_bytes"] / 1.5e9
-    assert row["boolq_hours"] * 3600 < row["token_seconds"] * 3270
     assert [change["boolq_hours"] for change in row["faster"]] == sorted(
         change["boolq_hours"] for change in row["faster"]
     )
@@ -72,6 +71,7 @@ def test_a_model_that_does_not_fit_says_what_would_do(monkeypatch: Any, capsys: 
     assert "bigscience/bloom-560m would run with --ram " in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_weights_that_are_here_and_a_store_are_planned(
     embedded: Callable[[str], Path], monkeypatch: Any, capsys: Any
 ) -> None:
