@@ -100,10 +100,10 @@ def config(
     if not settings:
         print("every option of every verb has its default; `slowllm config VERB` lists those of a verb")
         return
-    rows = [("verb", "option", "value", "from")]
-    rows += [(one.verb, one.option, _shown(one.value), one.source) for one in settings]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for *cells, where in rows:
+    lines = [("verb", "option", "value", "from")]
+    lines += [(one.verb, one.option, _shown(one.value), one.source) for one in settings]
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    for *cells, where in lines:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), where]))
 
 
