@@ -220,7 +220,7 @@ def serve(
             for address in server.network.addresses:
                 print(address, flush=True)
             write_line(_described(server))
-            while signal.sigtimedwait(_END, _LOOK_SECONDS) is None:
+            while not has_been_told_to_end(_LOOK_SECONDS):
                 server.check()
             if drain and server.is_in_use:
                 server.drain()
@@ -229,7 +229,7 @@ def serve(
                 )
                 deadline = time.monotonic() + drain
                 while server.is_in_use and (left := deadline - time.monotonic()) > 0:
-                    if signal.sigtimedwait(_END, min(left, _LOOK_SECONDS)) is not None:
+                    if has_been_told_to_end(min(left, _LOOK_SECONDS)):
                         break
         write_line("left the swarm")
     finally:
@@ -247,6 +247,13 @@ def _print_measured(model: str, chosen: ServerOptions) -> None:
         "forward_tokens_per_second": record.forward_tokens_per_second, "decode_seconds": record.decode_seconds,
     }  # fmt: skip
     print(json.dumps(said), flush=True)
+
+
+def has_been_told_to_end(seconds: float) -> bool:
+    """Wait for Ctrl-C or SIGTERM, which must be blocked, at most so long; return whether one has come."""
+    found = signal.sigtimedwait(_END, seconds)
+    # CPython returns memory that it has not written when the process was stopped (Ctrl-Z) for longer than that, and goes on.
+    return found is not None and found.si_signo in _END
 
 
 def _described(server: Any) -> str:

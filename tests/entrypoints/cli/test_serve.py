@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from tests.support.parted import OUTSIDE, parted, shard_of
 from tests.support.paths import TINY_BLOOM
 from tests.support.served import Served, save_model, texts
 from tests.support.serving import serving
+from tests.support.swarm_processes import SwarmProcesses
 
 Refused = Callable[..., str]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/QmbFTxrLH22v1EbhBqqeZSgDdQFCUVdXjQnrCvvGUVTJqn"
@@ -388,3 +392,25 @@ def test_a_dry_run_does_not_plan_what_others_do(
     assert "leave one of them out" in refused(
         ["forward", "--model", model, "--dry-run", "--swarm", NOBODY, "--text", "x"], monkeypatch, capsys
     )
+
+
+def test_a_server_that_was_stopped_for_a_while_goes_on_and_does_not_leave() -> None:
+    program = """
+import signal
+from slowllm.entrypoints.cli.serve import has_been_told_to_end
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+print("waits", flush=True)
+print([number for number in range(200) if has_been_told_to_end(0.01)][:1] or "goes on", flush=True)
+print(has_been_told_to_end(60.0), flush=True)
+"""
+    with SwarmProcesses() as processes:
+        waits = processes.start("-c", program)
+        assert waits.line == "waits\n"
+        for _ in range(20):
+            waits.freeze()
+            threading.Event().wait(0.05)  # longer than it waits for a signal
+            waits.thaw()
+        assert waits.process.stdout.readline() == "goes on\n"
+        os.kill(waits.process.pid, signal.SIGTERM)
+        assert waits.process.stdout.readline() == "True\n"
+        waits.wait()
