@@ -23,7 +23,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from slowllm.errors import SessionError, UnsupportedError, counted
+from slowllm.errors import InputError, SessionError, UnsupportedError, counted
 from slowllm.modeling.shared_cache import Pair
 
 # Layers that a holder can keep: keys and values of positions, and nothing that depends on their order.
@@ -83,24 +83,46 @@ def held_of(layer: CacheLayerMixin) -> Held | None:
     return held
 
 
+def check_kinds(cache: Cache) -> None:
+    """Refuse a cache whose layers others cannot keep.
+
+    Raises:
+        UnsupportedError: a layer holds other things than keys and values of positions as they come.
+    """
+    for layer in cache.layers:
+        # A subclass of ours grows as its parent does, and says so itself.
+        if not isinstance(layer, DynamicLayer) or (
+            type(layer) not in _PLAIN_LAYERS and type(layer).__module__.startswith("transformers.")
+        ):
+            raise UnsupportedError(
+                f"a cache with layers of kind {type(layer).__name__} cannot be kept by other machines: only growing keys and "
+                "values (DynamicCache) can; recurrent states, static and quantised caches cannot"
+            )
+
+
+def check_rows(layer: CacheLayerMixin, num_rows: int) -> None:
+    """Refuse a call of other rows than a layer holds, keys and values or labels.
+
+    Raises:
+        InputError: the message has both numbers.
+    """
+    # A subclass of ours may hold rows that it fans out.
+    keys = layer.keys if layer.is_initialized and type(layer) in _PLAIN_LAYERS else None
+    if keys is not None and keys.numel() and len(keys) != num_rows:
+        raise InputError(
+            f"the call has {counted(num_rows, 'row')}, but the cache that it continues has {counted(len(keys), 'row')}; select "
+            "the cache's rows first (batch_select_indices, hypo_ids), or begin another cache"
+        )
+
+
 def adopt(layer: CacheLayerMixin, source: LabelSource) -> Pair | None:
     """Put labels in the place of a layer's keys and values; return these, which the holder begins with.
 
     Returns:
         keys and values (B, heads, L, head_dim); None where the layer is new, or has labels already.
-    Raises:
-        UnsupportedError: the layer holds other things than keys and values of every position.
     """
     if held_of(layer) is not None:
         return None
-    # A subclass of ours grows as its parent does, and says so itself.
-    if not isinstance(layer, DynamicLayer) or (
-        type(layer) not in _PLAIN_LAYERS and type(layer).__module__.startswith("transformers.")
-    ):
-        raise UnsupportedError(
-            f"a cache with layers of kind {type(layer).__name__} cannot be kept by other machines: only growing keys and values "
-            "(DynamicCache) can; recurrent states, static and quantised caches cannot"
-        )
     held = Held()
     layer.__dict__[_HELD] = held
     keys, values = layer.keys, layer.values

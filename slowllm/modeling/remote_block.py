@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 
 from slowllm.errors import UnsupportedError
+from slowllm.modeling.cache_labels import check_kinds
 from slowllm.modeling.recompute import is_cache
 from slowllm.modeling.remote_cache import kept_hop, with_cache
 from slowllm.modeling.remote_hop import compute_hop, pass_through
@@ -100,7 +101,7 @@ def _pass_hop(
 ) -> dict[int, Any]:
     """Return what the blocks of the hop that begins at `first` return, by their numbers."""
     arguments = owner_call.arguments
-    _refuse_unsent(arguments, remote.config)
+    _refuse_unsent(arguments, cache, remote.config)
     wants_grad = torch.is_grad_enabled() and _wants_grad(hidden, cache)
     hop = kept_hop(cache, first)
     final_length = current_call().final_length
@@ -146,11 +147,13 @@ def _next_hop(remote: Remote, owner_call: OwnerCall, first: int, need: Need) -> 
     return cast(Hop, known[0])
 
 
-def _refuse_unsent(arguments: Mapping[str, Any], config: Any) -> None:
+def _refuse_unsent(arguments: Mapping[str, Any], cache: Cache | None, config: Any) -> None:
     if "cache_params" in arguments:
         raise UnsupportedError(
             "a recurrent cache (cache_params) cannot be kept by other machines; call the model with use_cache=False"
         )
+    if cache is not None:
+        check_kinds(cache)  # before the mask, which transformers gives another form for some kinds
     asked = {name: True for name in _ASKED_BY_CONFIG if getattr(config, name, False)}
     for name, value in {**asked, **arguments}.items():
         if name not in _SENT | _STAYS_HERE and value is not False:

@@ -15,7 +15,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from slowllm.errors import SessionError, UnsupportedError
-from slowllm.modeling.cache_labels import Held, Move, adopt, held_of, is_as_configured, step
+from slowllm.modeling.cache_labels import (
+    Held,
+    Move,
+    adopt,
+    check_kinds,
+    check_rows,
+    held_of,
+    is_as_configured,
+    step,
+)
 from slowllm.modeling.remote_spans import Hop, Kept, Remote
 from slowllm.modeling.shared_cache import Pair
 from slowllm.modeling.span import SpanCall
@@ -35,7 +44,13 @@ def kept_hop(cache: Cache | None, first: int) -> Hop | None:
 
 
 def with_cache(remote: Remote, call: SpanCall, hop: Hop, cache: Cache) -> tuple[SpanCall, str | None]:
-    """Append labels to a cache; return the call with what the cache says of its past, and the session of the hop."""
+    """Append labels to a cache; return the call with what the cache says of its past, and the session of the hop.
+
+    Raises:
+        UnsupportedError: the cache is of a kind that others cannot keep.
+        InputError: it has other rows than the call.
+        SessionError: what it says of its past is not kept as it says.
+    """
     configured = DynamicCache(config=remote.config)
     while len(cache.layers) < call.end:
         kind = getattr(cache, "layer_class_to_replicate", None)
@@ -44,9 +59,12 @@ def with_cache(remote: Remote, call: SpanCall, hop: Hop, cache: Cache) -> tuple[
                 f"a cache of {len(cache.layers)} layers was given to a model of more blocks"
             )
         cache.layers.append(kind())
+    check_kinds(cache)
     keeps_everything = not is_as_configured(cache, configured)
     numbers = range(call.first, call.end)
     layers = cast(list[CacheLayerMixin], [cache.layers[number] for number in numbers])
+    for layer in layers:
+        check_rows(layer, len(call.hidden))
     is_new = held_of(layers[0]) is None
     pairs: dict[int, Pair] = {}
     for number, layer in zip(numbers, layers, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import slowllm
-from slowllm.errors import SessionError, UnsupportedError
+from slowllm.errors import InputError, SessionError, UnsupportedError
 from slowllm.inference.branching_cache import CachedModel
 from slowllm.modeling.cutting import find_form
 from slowllm.modeling.soft_prompts import SoftPrompt
@@ -297,6 +297,51 @@ def test_what_is_not_sent_is_refused_by_name(llama: LocalSwarm) -> None:
             model(ids, attention_mask=torch.ones(2, 1, 11, 11, dtype=torch.bool))
         with pytest.raises(UnsupportedError, match="layers of kind Static"):
             model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=20))
+
+
+def test_a_static_cache_of_a_model_with_windows_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    save_tiny("gemma-3-sliding", tmp_path)
+    ids, _ = texts()
+    with LocalSwarm(tmp_path) as swarm, torch.no_grad():
+        model = swarm.lm.model
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        with pytest.raises(UnsupportedError, match=r"layers of kind Static.* static and quantised caches"):
+            model(ids, past_key_values=cache)
+        # generate() makes other masks for it.
+        with pytest.raises(UnsupportedError, match=r"layers of kind Static.* static and quantised caches"):
+            model.generate(ids, cache_implementation="static", disable_compile=True, **GREEDY)
+
+
+def test_a_call_of_other_rows_than_its_cache_has_is_refused_and_the_cache_stays_as_it_was(
+    llama: LocalSwarm,
+) -> None:
+    ids, _ = texts()
+    model, cache = llama.lm.model, DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        num_calls = llama.spans.num_calls
+        for rows in (ids[:1, :2], ids[:1, :2].repeat(3, 1)):
+            with pytest.raises(
+                InputError,
+                match=rf"the call has {len(rows)} rows?, but the cache that it continues has 2 rows",
+            ):
+                model(rows, past_key_values=cache)
+        assert llama.spans.num_calls == num_calls
+        known = [layer.keys.shape for layer in cache.layers]
+        assert {tuple(shape) for shape in known} == {(2, 1, 11, 1)}
+        cache.batch_select_indices(torch.tensor([1, 0, 1]))
+        assert model(ids[:1, :2].repeat(3, 1), past_key_values=cache).logits.shape[:2] == (3, 2)
+
+
+def test_a_prefix_of_other_rows_than_the_call_keeps_its_keys_and_values(llama: LocalSwarm) -> None:
+    ids, _ = texts()
+    cache = DynamicCache()
+    pair = torch.randn(3, 4, 5, 16), torch.randn(3, 4, 5, 16)
+    for number in range(3):
+        cache.update(*pair, number)
+    with torch.no_grad(), pytest.raises(InputError, match=r"the call has 2 rows, .* continues has 3 rows"):
+        llama.lm.model(ids, past_key_values=cache)
+    assert all(layer.keys is not None and torch.equal(layer.keys, pair[0]) for layer in cache.layers)
 
 
 def test_what_a_config_asks_for_in_every_call_is_refused_by_name(llama: LocalSwarm) -> None:

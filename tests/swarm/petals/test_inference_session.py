@@ -91,6 +91,20 @@ def test_rows_are_reordered_and_multiplied(pair: Pair) -> None:
             session.step(hidden[order, :1], hypo_ids=torch.tensor([0, 1]))
 
 
+def test_a_step_of_other_rows_needs_hypo_ids(pair: Pair) -> None:
+    model, _ = pair
+    base, hidden = model.transformer, embedded(model, ids())
+    with torch.no_grad(), base.h.inference_session(max_length=20) as session:
+        first = session.step(hidden[:, :4])
+        with pytest.raises(
+            InputError, match="the call has 1 row, but the cache that it continues has 2 rows"
+        ):
+            session.step(hidden[:1, 4:])
+        assert session.position == 4
+        second = session.step(hidden[:1, 4:], hypo_ids=torch.tensor([0]))
+    assert (len(first), len(second)) == (2, 1)
+
+
 def test_a_steps_prompts_are_added_to_the_first_positions_of_the_step(pair: Pair) -> None:
     model, _ = pair
     blocks, hidden = model.transformer.h, embedded(model, ids())
