@@ -92,6 +92,10 @@ class NetworkError(SlowLLMError):
     """The swarm cannot be joined or asked; the message names the addresses that were given, or the peer."""
 
 
+class DirectoryError(NetworkError):
+    """The swarm's directory does not answer; servers that are known may work all the same."""
+
+
 class ProtocolError(NetworkError):
     """A message or record of a peer is damaged, too large, of another version, or cannot be sent as it is."""
 

@@ -53,7 +53,7 @@ ONLY_IN = {
     "tensorboard": set(),
     "gradio": set(),
     # It takes seconds to import, and forks in its higher layers: only what opens the network knows it.
-    "hivemind": {"swarm.network", "swarm.dialling", "swarm.directory"},
+    "hivemind": {"swarm.network", "swarm.dialling", "swarm.libp2p_start", "swarm.directory"},
     "cryptography": {"swarm.identity"},
     "msgpack": set(),
     "accelerate": set(),

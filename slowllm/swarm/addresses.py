@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from slowllm.errors import InputError
+from slowllm.errors import InputError, NetworkError
 from slowllm.swarm.identity import ALPHABET, SHA256_CODE
 
 EXAMPLE = "/ip4/203.0.113.7/tcp/31330"
@@ -27,11 +27,13 @@ _REST = re.compile(
 )
 # Of an Ed25519 key, as go-libp2p's own ids have it.
 _SHORT_KEY = b"\x00\x24"
-_CONNECT_SECONDS = 2.0
-# That it takes at most to say what is at addresses.
-EXPLAIN_SECONDS = 2 * _CONNECT_SECONDS + 1
+# That it takes at most to say what is at addresses: half of it to connect, and half to hear something.
+EXPLAIN_SECONDS = 4.0
+# That a machine which is there takes to say that nobody listens at a port.
+_REFUSE_SECONDS = 1.0
 # By which libp2p's peers begin; the other side answers with the same.
 _HELLO = b"\x13/multistream/1.0.0\n"
+_NOBODY = "nobody answers there"
 _HANGS = "somebody takes connections there and says nothing; it hangs, or is no peer"
 # By which hivemind lets the clocks of peers differ.
 CLOCK_SECONDS = 3.0
@@ -210,9 +212,34 @@ def _places_of(
     return [(family, (str(place[0]), int(place[1]))) for family, _, _, _, place in found]
 
 
-def explain_unreachable(initial: Sequence[str]) -> str:
+def refuse_dead(initial: Sequence[str]) -> None:
+    """Refuse initial peers where nobody listens, before anything heavy is imported to join them.
+
+    Raises:
+        NetworkError: the machines of all of them say so. What else may be wrong is found when they are joined.
+    """
+
+    def is_dead(address: Address) -> bool:
+        try:
+            with socket.create_connection((address.host, address.port), _REFUSE_SECONDS):
+                return False
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+
+    addresses = [parse_address(text, "initial peer") for text in initial]
+    if any(address.transport != "tcp" for address in addresses):
+        return
+    with ThreadPoolExecutor(max(1, len(addresses))) as pool:
+        if addresses and all(pool.map(is_dead, addresses)):
+            sides = "; ".join(f"{address.text}: {_NOBODY}" for address in addresses)
+            raise NetworkError(f"no initial peer can be joined: {sides}")
+
+
+def explain_unreachable(initial: Sequence[str], seconds: float = EXPLAIN_SECONDS) -> str:
     """Return what is known of each initial peer after none of them could be joined; connects to those with a number."""
-    return "; ".join(_explanations(initial))
+    return "; ".join(_explanations(initial, seconds))
 
 
 def explain_refusal(reason: str, initial: Sequence[str], host: Sequence[str]) -> str:
@@ -239,21 +266,22 @@ def explain_refusal(reason: str, initial: Sequence[str], host: Sequence[str]) ->
     return f"{', '.join(initial)} cannot be joined ({reason.strip()})"
 
 
-def explain_hanging(initial: Sequence[str]) -> str:
+def explain_hanging(initial: Sequence[str], seconds: float = EXPLAIN_SECONDS) -> str:
     """Return which initial peers take connections and say nothing; empty where none does, or none can be asked."""
-    return "; ".join(text for text in _explanations(initial) if text.endswith(_HANGS))
+    return "; ".join(text for text in _explanations(initial, seconds) if text.endswith(_HANGS))
 
 
-def _explanations(initial: Sequence[str]) -> Iterator[str]:
+def _explanations(initial: Sequence[str], seconds: float) -> Iterator[str]:
     with ThreadPoolExecutor(max(1, len(initial))) as pool:
-        yield from pool.map(_explanation, [parse_address(text, "initial peer") for text in initial])
+        addresses = [parse_address(text, "initial peer") for text in initial]
+        yield from pool.map(lambda address: _explanation(address, seconds), addresses)
 
 
-def _explanation(address: Address) -> str:
+def _explanation(address: Address, seconds: float) -> str:
     if address.transport != "tcp":
         return f"{address.text} cannot be joined"
-    reason, place = "nobody answers there", (address.host, address.port)
-    with suppress(OSError), socket.create_connection(place, _CONNECT_SECONDS) as connection:
+    reason, place = _NOBODY, (address.host, address.port)
+    with suppress(OSError), socket.create_connection(place, seconds / 2) as connection:
         # The system takes connections for a process that is frozen, too.
         reason = _HANGS
         connection.sendall(_HELLO)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +12,6 @@ from slowllm.swarm.directory import DIED
 from slowllm.swarm.streams import Stream
 
 PROTOCOL_NAME = "slowllm.swarm.1"
-_NOT_FOUND = re.compile("routing: not found|failed to find any peer")
 
 
 async def open_stream(p2p: Any, peer: str, ways: Sequence[str], seconds: float) -> Stream:
@@ -35,16 +34,13 @@ async def open_stream(p2p: Any, peer: str, ways: Sequence[str], seconds: float) 
     failure: NetworkError
     try:
         async with asyncio.timeout(seconds):
-            try:
-                opened = await p2p.call_binary_stream_handler(target, PROTOCOL_NAME)
-            except P2PDaemonError as error:
-                # libp2p did not hear of the peer from others; its record may say where it is.
-                if not ways or not _NOT_FOUND.search(str(error)):
-                    raise
-                # hivemind has no public way to say where a peer is, and its addresses have no room for ids.
-                direct = [Multiaddr(way.partition("/p2p/")[0]) for way in ways if "circuit" not in way]
-                await p2p._client.connect(target, direct)
-                opened = await p2p.call_binary_stream_handler(target, PROTOCOL_NAME)
+            # libp2p asks others where a peer is, and one of them that hangs holds it up for seconds: its record may say it.
+            # hivemind has no public way to pass that on, and its addresses have no room for ids.
+            direct = [Multiaddr(way.partition("/p2p/")[0]) for way in ways if "circuit" not in way]
+            if direct:
+                with contextlib.suppress(P2PDaemonError):  # it may have moved, or be behind a relay
+                    await p2p._client.connect(target, direct)
+            opened = await p2p.call_binary_stream_handler(target, PROTOCOL_NAME)
             return Stream(opened[1], opened[2])
     except TimeoutError:
         failure = PeerTimeoutError(peer, f"cannot be reached in {seconds:g} s")

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from slowllm.errors import NetworkError, ProtocolError
+from slowllm.errors import DirectoryError, NetworkError, ProtocolError
 from slowllm.swarm.addresses import CLOCK_SECONDS
 from slowllm.swarm.identity import peer_of_public_key
 from slowllm.swarm.records import MAX_RECORD_BYTES, ServerRecord
@@ -93,7 +93,7 @@ class Directory:
         """Return the records of a model that count, in the order of their first blocks.
 
         Raises:
-            NetworkError: nobody answers any more.
+            DirectoryError: nobody answers any more.
         """
         return self.check(model, await self.entries(model))
 
@@ -101,7 +101,7 @@ class Directory:
         """Return what stands under a name, unchecked: subkeys, values, and when they expire.
 
         Raises:
-            NetworkError: nobody answers any more.
+            DirectoryError: nobody answers any more.
         """
         await self._stay_joined()
         found = await self._node.get(directory_key(name), latest=True)
@@ -171,7 +171,7 @@ class Directory:
         if self._is_alone() and not any(
             await asyncio.gather(*map(self._node.protocol.call_ping, self._initial.values()))
         ):
-            raise NetworkError(
+            raise DirectoryError(
                 f"no peer of the swarm answers any more; it was joined by {', '.join(self._initial)}"
             )
 

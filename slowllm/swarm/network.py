@@ -1,7 +1,7 @@
 """The network of a swarm: open, serve, ask, announce, find, close.
 
-This module, `slowllm.swarm.dialling` and `slowllm.swarm.directory` are the only ones that know hivemind, and of hivemind they
-use `P2P` (libp2p's daemon, a process of its own that ends when this one does) and `DHTNode`, both on one asyncio loop in one
+This module, `slowllm.swarm.libp2p_start`, `slowllm.swarm.dialling` and `slowllm.swarm.directory` are the only ones that know
+hivemind, and of hivemind they use `P2P` (libp2p's daemon, a process of its own that ends when this one does) and `DHTNode`, both on one asyncio loop in one
 thread. What forks in hivemind (`DHT`, `ConnectionHandler`, `MPFuture`) is not used: this process has torch's threads, which do
 not survive a fork.
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -27,11 +26,11 @@ from typing import Any
 from torch import Tensor
 
 from slowllm.errors import (
+    DirectoryError,
     InputError,
     NetworkError,
     PeerTimeoutError,
     ProtocolError,
-    first_line,
 )
 from slowllm.swarm import addresses as multiaddresses
 from slowllm.swarm.admission import Admission
@@ -40,6 +39,7 @@ from slowllm.swarm.directory import Directory, directory_validator
 from slowllm.swarm.directory_token import DirectoryToken
 from slowllm.swarm.identity import Identity, holding_identity
 from slowllm.swarm.libp2p_log import without_faults_of_leaving
+from slowllm.swarm.libp2p_start import start_libp2p
 from slowllm.swarm.loop_thread import LoopThread
 from slowllm.swarm.messages import Meta, Tensors, encode
 from slowllm.swarm.model_list import ModelEntry, list_model, models_of
@@ -237,17 +237,23 @@ class Network:
         """
         return self._loop.call(lambda: models_of(self._directory), DIRECTORY_SECONDS)
 
-    def find(self, model: str) -> list[ServerRecord]:
+    def find(self, model: str, seconds: float = DIRECTORY_SECONDS) -> list[ServerRecord]:
         """Return the records of a model's servers, in the order of their first blocks, its own among them.
 
         Records that are forged, expired, too large or malformed are left out and counted in `dropped`.
 
+        Args:
+            model: key of the model.
+            seconds: for the search.
         Raises:
-            NetworkError: no peer answers any more, the search takes too long, or the network is closed.
+            DirectoryError: no peer answers any more, or the search takes too long.
+            NetworkError: the network is closed.
         """
-        records = self._loop.call(lambda: self._directory.find(model), DIRECTORY_SECONDS)
-        self._known.update({record.peer: record.addresses for record in records})
-        return records
+        return self._loop.call(lambda: self._find(model, seconds), seconds + 1)
+
+    def look(self, model: str, seconds: float = DIRECTORY_SECONDS) -> Future[list[ServerRecord]]:
+        """Begin to find the records of a model's servers, and return the future of what `find` returns or raises."""
+        return self._loop.submit(lambda: self._find(model, seconds))
 
     def close(self) -> None:
         """Leave the swarm: end all requests, libp2p's process, and the thread. Again, or after a crash, does no harm."""
@@ -266,27 +272,10 @@ class Network:
         from hivemind.dht.node import DHTNode
         from hivemind.dht.protocol import ValidationError
         from hivemind.dht.routing import DHTID
-        from hivemind.p2p import P2P, P2PDaemonError, PeerID
+        from hivemind.p2p import PeerID
         from hivemind.utils.crypto import RSAPrivateKey
 
-        try:
-            with tempfile.TemporaryDirectory(prefix="slowllm-") as folder:
-                path = Path(folder) / "identity"
-                path.touch(0o600)
-                path.write_bytes(identity.file_bytes())
-                self._p2p = await P2P.create(
-                    identity_path=str(path), host_maddrs=list(host), announce_maddrs=list(announce) or None,
-                    initial_peers=list(initial) or None, no_listen=not host, dht_mode="server" if host else "client",
-                    use_relay=use_relay, use_auto_relay=use_relay and bool(initial), use_ipfs=False,
-                    auto_nat=False, nat_port_map=False, check_if_identity_free=False, startup_timeout=open_seconds / 2,
-                )  # fmt: skip
-        except P2PDaemonError as error:
-            # One that hangs may keep libp2p from its start until that is given up.
-            failed = "bootstrap" in str(error)
-            explain = multiaddresses.explain_unreachable if failed else multiaddresses.explain_hanging
-            if not (sides := await asyncio.to_thread(explain, initial)):
-                raise NetworkError(f"libp2p does not start: {first_line(error)}") from error
-            raise NetworkError(f"no initial peer can be joined: {sides}") from error
+        self._p2p = await start_libp2p(identity, host, announce, initial, use_relay, open_seconds)
         if host:
             self.addresses = tuple(str(address) for address in await self._p2p.get_visible_maddrs())
         # The key that libp2p has; a new one would sign for another peer than this one. As pickle makes the object.
@@ -312,6 +301,15 @@ class Network:
         if self._token is None:
             return "; if the swarm has a token, give its file with --token-file"
         return "; is the --token-file that of this swarm, and does the swarm have a token?"
+
+    async def _find(self, model: str, seconds: float) -> list[ServerRecord]:
+        try:
+            async with asyncio.timeout(seconds):
+                records = await self._directory.find(model)
+        except TimeoutError as error:
+            raise DirectoryError(f"the swarm's directory has not answered in {seconds:g} s") from error
+        self._known.update({record.peer: record.addresses for record in records})
+        return records
 
     async def _leave(self) -> None:
         """End libp2p's process, which also ends when this process dies: it watches its connection to it."""
@@ -342,12 +340,13 @@ class Network:
                     left(peer)
 
     def _dialling(self, peer: str) -> Callable[[], Awaitable[Stream]]:
+        # A machine that says nothing for that long is lost, however it is connected.
+        seconds = min(self._limits.connect_seconds, self._limits.silence_seconds)
+
         async def dial() -> Stream:
-            stream = await open_stream(
-                self._p2p, peer, self._known.get(peer, ()), self._limits.connect_seconds
-            )
+            stream = await open_stream(self._p2p, peer, self._known.get(peer, ()), seconds)
             if self._token is not None:
-                await prove(stream, self._token, self.peer, peer, self._limits.connect_seconds)
+                await prove(stream, self._token, self.peer, peer, seconds)
             return stream
 
         return dial

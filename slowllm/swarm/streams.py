@@ -41,7 +41,7 @@ class Limits:
             unread; those of at most `SMALL_BYTES` of `slowllm.swarm.room` neither wait nor count.
         streams_per_peer: that one peer may open to this one; and how many this one opens to a peer.
         num_streams: that all peers together may open.
-        connect_seconds: for opening a stream to a peer.
+        connect_seconds: for opening a stream to a peer, if `silence_seconds` are not fewer.
         beat_seconds: between the beats of a server that has no answer yet.
         silence_seconds: without a byte, after which a peer is lost; some multiple of its beats.
         least_rate: bytes a second of a request and of an answer, below which a client counts as silent, too.

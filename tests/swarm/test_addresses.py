@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from slowllm.errors import InputError
+from slowllm.errors import InputError, NetworkError
 from slowllm.swarm.addresses import (
     Address,
     check_addresses,
@@ -16,6 +16,7 @@ from slowllm.swarm.addresses import (
     explain_unreachable,
     is_peer,
     parse_address,
+    refuse_dead,
     refuse_taken_ports,
 )
 
@@ -141,6 +142,18 @@ def test_what_is_at_an_address_is_said() -> None:
     )
     assert explain_unreachable(addresses[:1]) == f"{addresses[0]}: nobody answers there"
     assert explain_hanging(addresses) == ""
+
+
+def test_peers_where_nobody_listens_are_refused_at_once_and_others_are_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as other:
+        there, dead = (f"/ip4/127.0.0.1/tcp/{one.getsockname()[1]}/p2p/{PEER}" for one in (silent, other))
+        other.close()
+        with pytest.raises(
+            NetworkError, match=f"no initial peer can be joined: {dead}: nobody answers there; {dead}: nobody"
+        ):
+            refuse_dead([dead, dead])
+        for known in ([dead, there], [dead.replace("/tcp/", "/udp/").replace("/p2p", "/quic-v1/p2p")], []):
+            refuse_dead(known)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from slowllm.errors import (
+    DirectoryError,
     InputError,
     NetworkError,
     PeerLostError,
@@ -178,8 +180,24 @@ def test_a_machine_that_stands_still_is_lost_too(swarm: SwarmProcesses, server: 
     other.kill()
 
 
-def test_a_peer_that_libp2p_does_not_find_is_reached_by_its_record(client: Network) -> None:
-    with Network.open() as stranger:
+def test_a_silent_machine_is_dialled_for_no_longer_than_silence_is_waited_for(server: SwarmProcess) -> None:
+    stranger = "QmbFTxrLH22v1EbhBqqeZSgDdQFCUVdXjQnrCvvGUVTJqn"
+    limits = Limits(beat_seconds=0.1, silence_seconds=0.5, connect_seconds=60.0)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        Network.open(host_maddrs=(), initial_peers=server.told["addresses"], limits=limits) as client,
+    ):
+        client._known[stranger] = (f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}",)
+        with pytest.raises(PeerTimeoutError, match=rf"peer {stranger}: cannot be reached in 0\.5 s"):
+            client.ask(stranger, {}).result(PATIENCE)
+
+
+def test_a_peer_that_libp2p_does_not_find_is_reached_by_its_record(server: SwarmProcess) -> None:
+    # With the time that libp2p may need to find nobody on a crowded machine.
+    with (
+        Network.open() as stranger,
+        Network.open(host_maddrs=(), initial_peers=server.told["addresses"]) as client,
+    ):
         stranger.serve(lambda request: request.respond({"here": True}))
         with pytest.raises(PeerLostError, match=rf"peer {stranger.peer}: cannot be reached \("):
             client.ask(stranger.peer, {}).result(PATIENCE)
@@ -291,6 +309,11 @@ def test_a_swarm_that_has_died_is_not_an_empty_one(swarm: SwarmProcesses) -> Non
     (address,) = other.told["addresses"]
     with Network.open(host_maddrs=(), initial_peers=[address]) as network:
         assert network.find("m-1") == []
+        other.freeze()
+        with pytest.raises(DirectoryError, match=r"the swarm's directory has not answered in 0\.2 s"):
+            network.find("m-1", 0.2)
+        with pytest.raises(DirectoryError, match=r"the swarm's directory has not answered in 0\.2 s"):
+            network.look("m-1", 0.2).result(PATIENCE)
         other.kill()
         with pytest.raises(
             NetworkError, match=f"no peer of the swarm answers any more; it was joined by {address}"

@@ -20,6 +20,7 @@ from slowllm.files import part_of, shown, state_of
 from slowllm.options import AUTO, parse_bytes, parse_devices, parse_dtype
 from slowllm.runtime.known_models import find_folder_or_known
 from slowllm.runtime.model_folder import DEFAULT, EMBEDDED, find_folder
+from slowllm.swarm.addresses import refuse_dead
 
 if TYPE_CHECKING:
     from slowllm.entrypoints.progress import CountResult
@@ -98,7 +99,11 @@ class Runner:
         """Load torch and transformers, which takes seconds, and say so on a terminal.
 
         To be called when everything that can be checked without them is checked.
+
+        Raises:
+            NetworkError: nobody listens at any peer of the swarm.
         """
+        refuse_dead(self._swarm.peers)
         if sys.stderr.isatty():
             print(f"loading {self._model.removeprefix(EMBEDDED)}", file=sys.stderr)
         import transformers

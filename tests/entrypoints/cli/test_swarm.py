@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,38 @@ def test_values_of_a_swarms_options_are_refused_before_anything_is_opened(
 
 
 @pytest.mark.long
+def test_a_swarm_at_whose_address_nobody_listens_is_said_before_anything_heavy_is_loaded(
+    swarm_processes: SwarmProcesses,
+) -> None:
+    peer = "/ip4/127.0.0.1/tcp/9/p2p/QmbFTxrLH22v1EbhBqqeZSgDdQFCUVdXjQnrCvvGUVTJqn"
+    arguments = [
+        "slowllm",
+        "generate",
+        "embedded:tiny-bloom",
+        "Hello",
+        "--max-new-tokens",
+        "2",
+        "--swarm",
+        peer,
+    ]
+    said = f"slowllm: no initial peer can be joined: {peer}: nobody answers there\n"
+    ended = swarm_processes.run("-m", *arguments)
+    assert (ended.returncode, ended.stderr) == (2, said)
+    program = f"""
+import sys
+from slowllm.entrypoints.cli import app
+sys.argv = {arguments!r}
+try:
+    app.run()
+finally:
+    print("torch" in sys.modules, "hivemind" in sys.modules)
+"""
+    alone = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert (alone.returncode, alone.stdout, alone.stderr) == (2, "False False\n", said)
+
+
 def test_serve_logs_json_lines_and_answers_prometheus(model: Path, swarm_processes: SwarmProcesses) -> None:
     server = swarm_processes.serve(
         model,
