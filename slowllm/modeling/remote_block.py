@@ -21,7 +21,7 @@ from slowllm.modeling.cache_labels import check_kinds
 from slowllm.modeling.recompute import is_cache
 from slowllm.modeling.remote_cache import kept_hop, with_cache
 from slowllm.modeling.remote_hop import compute_hop, pass_through
-from slowllm.modeling.remote_spans import Hop, Need, Remote, need_of
+from slowllm.modeling.remote_spans import CallTime, Hop, Need, Remote, need_of
 from slowllm.modeling.span import SpanCall
 from slowllm.streaming.call_context import OwnerCall, current_call
 
@@ -102,6 +102,8 @@ def _pass_hop(
     """Return what the blocks of the hop that begins at `first` return, by their numbers."""
     arguments = owner_call.arguments
     _refuse_unsent(arguments, cache, remote.config)
+    if owner_call.time is None:
+        owner_call.time = CallTime(remote.spans)
     wants_grad = torch.is_grad_enabled() and _wants_grad(hidden, cache)
     hop = kept_hop(cache, first)
     final_length = current_call().final_length
@@ -121,7 +123,7 @@ def _pass_hop(
         vectors=_vectors_behind(first, end), returns_all=returns_all, final_length=final_length,
     )  # fmt: skip
     call, session = (call, None) if cache is None else with_cache(remote, call, hop, cache)
-    found = compute_hop(remote, call, hop, session)
+    found = compute_hop(remote, call, hop, session, owner_call.time)
     # Without the outputs in between, the last one stands for them: the blocks that get it return at once as well.
     last = found[end - 1]
     return {number: remote.form.stand_in(found.get(number, last)) for number in range(first, end)}
@@ -142,7 +144,8 @@ def _next_hop(remote: Remote, owner_call: OwnerCall, first: int, need: Need) -> 
     known = [hop for hop in owner_call.route if hop.first == first]
     if not known:
         # It may wait for room that other riders of this process give back.
-        owner_call.route = tuple(remote.away(lambda: remote.spans.route(first, need)))
+        deadline = owner_call.time.deadline
+        owner_call.route = tuple(remote.away(lambda: remote.spans.route(first, need, deadline)))
         known = [hop for hop in owner_call.route if hop.first == first]
     return cast(Hop, known[0])
 

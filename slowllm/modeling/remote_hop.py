@@ -19,11 +19,13 @@ from transformers.cache_utils import Cache
 
 from slowllm.errors import InputError, UnsupportedError
 from slowllm.modeling.remote_cache import kept_hop, tensors_of, with_cache
-from slowllm.modeling.remote_spans import Hop, Remote, need_of
+from slowllm.modeling.remote_spans import CallTime, Hop, Remote, need_of
 from slowllm.modeling.span import SpanCall, SpanGrads
 
 
-def compute_hop(remote: Remote, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
+def compute_hop(
+    remote: Remote, call: SpanCall, hop: Hop, session: str | None, time: CallTime
+) -> dict[int, Tensor]:
     """Return the hidden states (B, T, ...) behind the last block of a hop, or behind each if the call asks for all.
 
     They have a gradient where an input of the call wants one.
@@ -33,6 +35,7 @@ def compute_hop(remote: Remote, call: SpanCall, hop: Hop, session: str | None) -
         call: of all blocks of the hop.
         hop: whose machine is asked.
         session: in which it keeps keys and values; None where it keeps none.
+        time: of the model's call that this hop is a part of.
     Raises:
         UnsupportedError: a gradient is wanted within a session.
     """
@@ -41,14 +44,14 @@ def compute_hop(remote: Remote, call: SpanCall, hop: Hop, session: str | None) -
     call = replace(call, vectors=reached)
     inputs = tensors_of(call)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
-        return remote.away(lambda: remote.spans.forward(call, hop, session))  # type: ignore[no-any-return]
+        return remote.away(lambda: remote.spans.forward(call, hop, session, time.deadline))  # type: ignore[no-any-return]
     if session is not None:
         raise UnsupportedError(
             "a gradient is wanted through a cache whose keys and values other machines keep; call the model with "
             "use_cache=False or with a new cache, or under torch.no_grad()"
         )
     numbers = tuple(range(call.first, call.end) if call.returns_all else (call.end - 1,))
-    flat = _HopFunction.apply(remote, call, hop, numbers, *inputs)  # type: ignore[no-untyped-call]
+    flat = _HopFunction.apply(remote, call, hop, numbers, time, *inputs)  # type: ignore[no-untyped-call]
     return dict(zip(numbers, flat, strict=True))
 
 
@@ -95,12 +98,12 @@ def pass_through(
         SpanCall(first, end, inside, length=past, final_length=final_length),
         keeps_cache=cache is not None and not wants_grad, wants_grad=wants_grad,
     )  # fmt: skip
-    block, route = first, list[Hop]()
+    block, route, time = first, list[Hop](), CallTime(remote.spans)
     while block < end:
         kept = kept_hop(cache, block)
         if kept is None:
             route = [hop for hop in route if hop.first >= block] or list(
-                remote.away(functools.partial(remote.spans.route, block, need))
+                remote.away(functools.partial(remote.spans.route, block, need, time.deadline))
             )
         hop = route.pop(0) if kept is None else kept
         hop = replace(hop, end=min(hop.end, end))
@@ -108,7 +111,7 @@ def pass_through(
         call, session = SpanCall(block, hop.end, inside, vectors=own, final_length=final_length), None
         if cache is not None:
             call, session = with_cache(remote, call, hop, cache)
-        inside = compute_hop(remote, call, hop, session)[hop.end - 1]
+        inside = compute_hop(remote, call, hop, session, time)[hop.end - 1]
         block = hop.end
     return inside.to(hidden.dtype)
 
@@ -126,15 +129,21 @@ class _HopFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, remote: Remote, call: SpanCall, hop: Hop, numbers: tuple[int, ...], *inputs: Tensor
+        ctx: Any,
+        remote: Remote,
+        call: SpanCall,
+        hop: Hop,
+        numbers: tuple[int, ...],
+        time: CallTime,
+        *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         # The graph keeps the inputs, and notices a later write into them.
-        ctx.remote, ctx.hop, ctx.numbers = remote, hop, numbers
+        ctx.remote, ctx.hop, ctx.numbers, ctx.time = remote, hop, numbers, time
         ctx.call = _with_tensors(call, tuple(tensor.new_empty(0) for tensor in inputs))
         given = _with_tensors(call, tuple(tensor.detach() for tensor in inputs))
-        found = remote.away(lambda: remote.spans.forward(given, hop, None))
+        found = remote.away(lambda: remote.spans.forward(given, hop, None, time.deadline))
         return tuple(found[number] for number in numbers)
 
     @staticmethod
@@ -144,14 +153,12 @@ class _HopFunction(torch.autograd.Function):
         remote: Remote = ctx.remote
         given = {n: grad for n, grad in zip(ctx.numbers, grads, strict=True) if grad is not None}
         if not given:
-            return (None,) * (4 + len(ctx.saved_tensors))
-        found: SpanGrads = remote.away(lambda: remote.spans.backward(call, ctx.hop, given))
+            return (None,) * (5 + len(ctx.saved_tensors))
+        deadline = ctx.time.backward(call.first)
+        found: SpanGrads = remote.away(lambda: remote.spans.backward(call, ctx.hop, given, deadline))
         of_pairs = (side for number in call.pairs for side in found.pairs.get(number, (None, None)))
         return (
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 5,
             found.hidden,
             *(found.vectors.get(number) for number in call.vectors),
             *of_pairs,

@@ -75,21 +75,48 @@ def need_of(*calls: SpanCall, keeps_cache: bool = False, wants_grad: bool = Fals
 class Spans(Protocol):
     """The machines that hold the blocks. `forward` and `backward` block until they are answered."""
 
-    def route(self, first: int, need: Need) -> Sequence[Hop]:
+    def deadline(self) -> float:
+        """Return when a call of the model that begins now is given up, on the clock of `time.monotonic`."""
+
+    def route(self, first: int, need: Need, deadline: float) -> Sequence[Hop]:
         """Return hops from block `first` to the last block, for one call of the model and those that continue it."""
 
-    def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
-        """Compute a span; within a session, its keys and values are read and kept.
+    def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
+        """Compute a span by the deadline of the model's call; within a session, its keys and values are read and kept.
 
         Returns:
             the hidden states (B, T, ...) behind the last block, or behind each if the call asks for all.
         """
 
-    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
-        """Return the gradients of a call's inputs."""
+    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
+        """Return the gradients of a call's inputs by the deadline of the model's backward pass."""
 
     def end_session(self, kept: Kept) -> None:
         """Let go of what a session keeps. Does not wait, does not raise, and takes no lock: finalizers call it."""
+
+
+class CallTime:
+    """The time of one call of the model, for all of its hops together, and that of the backward pass behind it.
+
+    Args:
+        spans: the machines that are asked.
+    Attributes:
+        deadline: when the call is given up, on the clock of `time.monotonic`.
+    """
+
+    def __init__(self, spans: Spans) -> None:
+        self._spans = spans
+        self.deadline = spans.deadline()
+        self._backward_deadline = self.deadline
+        self._reached: int | None = None
+
+    def backward(self, first: int) -> float:
+        """Return when the backward pass is given up that has come down to the hop that begins at block `first`."""
+        # One that is not below the last hop has begun at the top again.
+        if self._reached is None or first >= self._reached:
+            self._backward_deadline = self._spans.deadline()
+        self._reached = first
+        return self._backward_deadline
 
 
 class Away(Protocol):

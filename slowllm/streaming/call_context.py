@@ -25,12 +25,14 @@ class OwnerCall:
         arguments: what the module was called with, by name, without those that are None.
         outputs: of blocks that were computed elsewhere ahead of their turn, by their numbers.
         route: the hops of this call, where blocks are elsewhere.
+        time: that the call has for all of its hops; None before the first.
         past_length: the position of the call's first column; None until somebody counted it.
     """
 
     arguments: Mapping[str, Any]
     outputs: dict[int, Any] = field(default_factory=dict)
     route: tuple[Any, ...] = ()
+    time: Any = None
     past_length: int | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -11,12 +12,20 @@ from torch import Tensor
 from slowllm.modeling.remote_spans import Hop, Kept, Need
 from slowllm.modeling.span import SpanCall, SpanGrads
 
+# A deadline that is over: what is known must do, and nothing is waited for.
+NO_WAIT = -math.inf
+
 
 class AsksServers(Protocol):
     """Asks one server, once; `hops.Hops` does."""
 
-    def route(self, first: int, need: Need, end: int | None = None) -> Sequence[Hop]:
-        """Return hops from block `first` to block `end` - 1, or to the last block."""
+    def route(
+        self, first: int, need: Need, end: int | None = None, *, deadline: float = math.inf
+    ) -> Sequence[Hop]:
+        """Return hops from block `first` to block `end` - 1, or to the last block.
+
+        Where those that are known do not do, others are looked for until the deadline, a time of `time.monotonic`.
+        """
 
     def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
         """Compute a span at its server; give up at a time of `time.monotonic`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -33,11 +34,11 @@ from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.swarm.failover import REPLAYS, Failover, Replay
 from slowllm.swarm.hop_table import hop_table
 from slowllm.swarm.hops import Hops
-from slowllm.swarm.network import Network
+from slowllm.swarm.network import DIRECTORY_SECONDS, Network
 from slowllm.swarm.own_blocks import OwnBlocks
 from slowllm.swarm.patience import Patience, check_seconds, check_share
 from slowllm.swarm.quotas import MOST_REQUESTS
-from slowllm.swarm.records import model_key
+from slowllm.swarm.records import ServerRecord, model_key
 from slowllm.swarm.routing import Wishes, most_batch_tokens
 from slowllm.swarm.shared_token import read_token
 from slowllm.swarm.spot_check import SpotCheck
@@ -56,7 +57,8 @@ class SwarmOptions:
     Attributes:
         peers: multiaddresses of peers of the swarm, as `slowllm dht` and `slowllm serve` print them.
         wishes: which servers may be asked.
-        timeout: seconds for a passage through a server's blocks, with all retries and what is rebuilt; then it is given up.
+        timeout: seconds for a call of the model through the blocks of all servers, with all retries and what is rebuilt, and
+            as many for the backward pass behind it; then it is given up. So is joining the swarm, if it is less.
         step_timeout: seconds of silence after which a server counts as dead; one that works says so all the while.
         replay: how sessions are rebuilt that a server has lost: ``steps`` by the calls in which they grew, with equal bits;
             ``fast`` in one pass over all positions, which rounds otherwise.
@@ -134,7 +136,7 @@ def open_client(
     token = None if options.token_file is None else read_token(options.token_file)
     network = Network.open(
         identity=options.identity, host_maddrs=(), initial_peers=options.peers, limits=limits, token=token,
-        open_seconds=options.patience.open_seconds,
+        open_seconds=min(options.patience.open_seconds, options.timeout),
     )  # fmt: skip
     log.info("this client is peer %s", network.peer)
     with contextlib.ExitStack() as held:
@@ -156,7 +158,7 @@ def open_client(
 
 def _dtype_of(network: Network, key: str, num_blocks: int, options: SwarmOptions) -> str:
     """Return the dtype in which most servers of a model compute."""
-    online = [record for record in network.find(key) if options.wishes.refusal(record) is None]
+    online = [record for record in _find(network, key, options) if options.wishes.refusal(record) is None]
     if not online:
         raise MissingBlocksError(
             tuple(range(num_blocks)),
@@ -164,6 +166,10 @@ def _dtype_of(network: Network, key: str, num_blocks: int, options: SwarmOptions
             "another model, or its servers have not joined yet",
         )
     return Counter(record.dtype for record in online).most_common(1)[0][0]
+
+
+def _find(network: Network, key: str, options: SwarmOptions) -> list[ServerRecord]:
+    return network.find(key, min(DIRECTORY_SECONDS, options.timeout))
 
 
 def config_key(config: Any) -> str:
@@ -197,13 +203,13 @@ def _connect(lm: StreamedLM, network: Network, options: SwarmOptions, own: OwnBl
     dtype = str(lm.model.dtype).removeprefix("torch.")
     wishes = replace(options.wishes, dtype=dtype, ends_hash=ends_hash(lm), hashes=_own_hashes(lm))
     if options.weights:
-        allowed = [record for record in network.find(key) if wishes.refusal(record) is None]
+        allowed = [record for record in _find(network, key, options) if wishes.refusal(record) is None]
         wishes = replace(wishes, hashes=check_pin(allowed, wishes.hashes, len(blocks), options.weights))
-    hops = Hops(lambda: network.find(key), network.ask, network.soon, len(blocks), wishes, options.patience)
+    hops = Hops(lambda: network.look(key), network.ask, network.soon, len(blocks), wishes, options.patience)
     checked = SpotCheck(hops, options.spot_check, own=own) if options.spot_check else None
     spans = Failover(checked or hops, options.timeout, options.replay, options.patience)
     # Now, so that missing blocks are named before any work.
-    hops.route(0, Need(1, 1))
+    hops.route(0, Need(1, 1), deadline=time.monotonic() + options.timeout)
     remote = Remote(
         spans, find_form(lm.model, lm.layout.blocks_name), lm.config.get_text_config(), lm.away, LabelSource()
     )

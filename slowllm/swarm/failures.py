@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from slowllm.errors import BusyError, LimitError, MissingBlocksError, SlowLLMError
+from slowllm.errors import BusyError, LimitError, MissingBlocksError, PeerError, SlowLLMError
 from slowllm.swarm.patience import Patience
 
 
@@ -67,6 +67,17 @@ class Failures:
         """Forget the failures of a server that has answered, or its bans would grow for ever."""
         with self._lock:
             self._failures.pop(peer, None)
+
+    def is_left_alone(self, peer: str) -> bool:
+        """Whether a server was just lost or answers wrongly, so that its sessions are better looked for elsewhere.
+
+        One that is busy, or has lost a session, works for others.
+        """
+        with self._lock:
+            failure = self._failures.get(peer)
+        return (
+            failure is not None and isinstance(failure.error, PeerError) and time.monotonic() < failure.until
+        )
 
     def since(self, deadline: float) -> dict[str, Failure]:
         """Return the servers that failed since a call with this deadline began, or are not asked because of it."""

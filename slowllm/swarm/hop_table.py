@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from slowllm.swarm.hops import PeerTimes
+from dataclasses import dataclass
 
 _HEADER = ("hop", "requests", "network s", "queue s", "compute s", "rebuilt")
+
+
+@dataclass
+class PeerTimes:
+    """Where the time of the requests to one server went, as the client and the server have measured it.
+
+    Attributes:
+        name: of the server.
+        num_requests: that were answered.
+        network_seconds: neither waiting nor computing at the server.
+        queue_seconds: waiting at the server for the first stop of the span.
+        compute_seconds: passing through the span, the waits for weights included.
+    """
+
+    name: str
+    num_requests: int = 0
+    network_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
 
 
 def hop_table(times: Mapping[str, PeerTimes], rebuilt: Mapping[str, int]) -> str:

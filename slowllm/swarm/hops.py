@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from slowllm.errors import (
     ArchitectureError,
     BusyError,
+    DirectoryError,
     InputError,
     LimitError,
     MissingBlocksError,
@@ -34,6 +36,8 @@ from slowllm.errors import (
 )
 from slowllm.modeling.remote_spans import Hop, Kept, Need
 from slowllm.modeling.span import SpanCall, SpanGrads
+from slowllm.swarm.hop_table import PeerTimes
+from slowllm.swarm.known_servers import KnownServers
 from slowllm.swarm.patience import Patience
 from slowllm.swarm.progress import ProgressLog, RequestProgress
 from slowllm.swarm.records import ServerRecord
@@ -82,30 +86,11 @@ class Asks(Protocol):
     ) -> Future[tuple[Meta, Tensors]]: ...
 
 
-@dataclass
-class PeerTimes:
-    """Where the time of the requests to one server went, as the client and the server have measured it.
-
-    Attributes:
-        name: of the server.
-        num_requests: that were answered.
-        network_seconds: neither waiting nor computing at the server.
-        queue_seconds: waiting at the server for the first stop of the span.
-        compute_seconds: passing through the span, the waits for weights included.
-    """
-
-    name: str
-    num_requests: int = 0
-    network_seconds: float = 0.0
-    queue_seconds: float = 0.0
-    compute_seconds: float = 0.0
-
-
 class Hops:
     """The servers of one model, as a client asks them.
 
     Args:
-        find: returns the records of the servers as they are now.
+        look: begins to look for the servers, and returns the future of their records; see `KnownServers`.
         ask: sends a request.
         soon: does a short piece of work on another thread, and takes no lock; `Network.soon` is one.
         num_blocks: of the model.
@@ -115,19 +100,18 @@ class Hops:
 
     def __init__(
         self,
-        find: Callable[[], Sequence[ServerRecord]],
+        look: Callable[[], Future[list[ServerRecord]]],
         ask: Asks,
         soon: Callable[[Callable[[], object]], None],
         num_blocks: int,
         wishes: Wishes,
         patience: Patience | None = None,
     ) -> None:
-        self._find, self._ask, self._soon = find, ask, soon
+        self._ask, self._soon = ask, soon
         self._patience = patience or Patience()
+        self._known = KnownServers(look, self._patience.refresh_seconds)
         self._num_blocks, self._wishes = num_blocks, wishes
         self._lock = threading.Lock()
-        self._records: dict[str, ServerRecord] = {}
-        self._found_at = float("-inf")
         self._num_steps: dict[str, int] = {}
         self._num_calls = 0
         self._banned_until: dict[str, float] = {}
@@ -137,13 +121,12 @@ class Hops:
         self.times: dict[str, PeerTimes] = {}
 
     def records(self) -> list[ServerRecord]:
-        """Return the records of the servers, found lately."""
-        if time.monotonic() - self._found_at > self._patience.refresh_seconds:
-            found = {record.peer: record for record in self._find()}
-            with self._lock:
-                self._records, self._found_at = found, time.monotonic()
-        with self._lock:
-            return list(self._records.values())
+        """Return the records of the servers, found lately; see `KnownServers.records`."""
+        return self._known.records()
+
+    def renew(self, deadline: float = math.inf) -> None:
+        """Look for servers that have come or left, and wait for what is found; see `KnownServers.renew`."""
+        self._known.renew(deadline)
 
     def hashes(self) -> dict[int, str]:
         """Return the identities of the blocks that this client keeps to, by their numbers."""
@@ -155,8 +138,10 @@ class Hops:
         with self._lock:
             return {peer: times.network_seconds / times.num_requests for peer, times in self.times.items()}
 
-    def route(self, first: int, need: Need, end: int | None = None) -> Sequence[Hop]:
-        """Return hops from block `first` to block `end` - 1, or to the last block; see `remote_spans.Spans`.
+    def route(
+        self, first: int, need: Need, end: int | None = None, *, deadline: float = math.inf
+    ) -> Sequence[Hop]:
+        """Return hops from block `first` to block `end` - 1, or to the last block; see `AsksServers.route`.
 
         Generation takes the route on which a token is fastest; calls without a cache are spread over replicas, so that
         all servers have work.
@@ -169,12 +154,16 @@ class Hops:
             number = self._num_calls % _SPREAD_ROUTES
         goal = self._num_blocks if end is None else end
         try:
-            chosen = self._choose(number, first, goal, need)
-        except MissingBlocksError:
+            chosen = self._choose(number, first, goal, need, deadline)
+        except MissingBlocksError as missing:
             # Others may have come since.
-            with self._lock:
-                self._found_at = float("-inf")
-            chosen = self._choose(number, first, goal, need)
+            try:
+                self._known.renew(deadline)
+            except DirectoryError as error:
+                raise MissingBlocksError(
+                    missing.blocks, f"{missing}; {error}", is_full=missing.is_full
+                ) from error
+            chosen = self._choose(number, first, goal, need, deadline)
         shown, said = self._patience.shown_routes, format_route(chosen)
         if said != self._last_route and (shown == "all" or (shown == "inference" and need.session_tokens)):
             log.info("route: %s", said)
@@ -182,8 +171,9 @@ class Hops:
         self._keep_to(chosen)
         return [Hop(hop.first, hop.end, hop.record.peer) for hop in chosen]
 
-    def _choose(self, number: int, first: int, end: int, need: Need) -> Sequence[ServerHop]:
+    def _choose(self, number: int, first: int, end: int, need: Need, deadline: float) -> Sequence[ServerHop]:
         """Return a route among the servers that are known; `number` says which one of those that share work."""
+        records = self._known.records(deadline)
         with self._lock:
             now = time.monotonic()
             banned = {peer for peer, until in self._banned_until.items() if until > now} | self._leaving
@@ -192,8 +182,8 @@ class Hops:
             cache_tokens=need.session_tokens, length=need.length,
         )  # fmt: skip
         if need.session_tokens:
-            return fastest_route(self.records(), first, end, wishes, self.latencies())
-        return spread(self.records(), number + 1, first, end, wishes)[number]
+            return fastest_route(records, first, end, wishes, self.latencies())
+        return spread(records, number + 1, first, end, wishes)[number]
 
     def replicas(self, first: int, end: int) -> list[ServerRecord]:
         """Return the servers that may be asked for all of these blocks, with the weights that this client keeps to."""
@@ -208,12 +198,13 @@ class Hops:
 
     def _keep_to(self, route: Sequence[ServerHop]) -> None:
         """Want from now on the weights that were chosen first, and name servers that have others, once each."""
+        records = self._known.records()
         with self._lock:
             chosen = {
                 block: hop.record.hash_of(block) for hop in route for block in range(hop.first, hop.end)
             }
             self._wishes = replace(self._wishes, hashes={**chosen, **self._wishes.hashes})
-            others = other_weights(self._records.values(), 0, self._num_blocks, self._wishes)
+            others = other_weights(records, 0, self._num_blocks, self._wishes)
             new = others.items() - self._named
             self._named |= new
         for label, blocks in sorted(new):
@@ -262,7 +253,7 @@ class Hops:
         Raises:
             SessionError: a passage of the session has failed.
         """
-        record = self._records.get(hop.peer)
+        record = self._known.get(hop.peer)
         outputs: list[dict[int, Tensor]] = []
         with self._lock:
             step = self._num_steps.get(session, 0)
@@ -314,7 +305,7 @@ class Hops:
         """Leave a server out of routes until a time of `time.monotonic`.
 
         Others are looked for only where those that are known do not do: a peer of the directory that hangs, as this one
-        may be, holds up a look for seconds.
+        may be, holds up a look for seconds, and the call waits for it then.
         """
         with self._lock:
             self._banned_until[peer] = until
@@ -330,7 +321,7 @@ class Hops:
     def _exchange(
         self, meta: Meta, tensors: Tensors, hop: Hop, deadline: float, unpack: Callable[[Tensors], T]
     ) -> T:
-        record = self._records.get(hop.peer)
+        record = self._known.get(hop.peer)
         how = "none" if record is None else record.compression
         meta["compression"] = how
         began = time.perf_counter()
@@ -368,7 +359,7 @@ class Hops:
             times.network_seconds += max(0.0, seconds - queue - compute)
 
     def _name(self, peer: str) -> str:
-        record = self._records.get(peer)
+        record = self._known.get(peer)
         return peer[-6:] if record is None else record.label
 
 

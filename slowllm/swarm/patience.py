@@ -92,9 +92,9 @@ class Patience:
             time.
         max_wait_seconds: between two looks, at most.
         request_seconds: for one answer, within the time of the passage; without a limit as long as the server gives signs of life.
-        connect_seconds: for opening a connection to a server.
-        refresh_seconds: after which servers that have come or left are seen, at the latest.
-        open_seconds: for joining the swarm.
+        connect_seconds: for opening a connection to a server, within the silence after which it counts as dead.
+        refresh_seconds: after which servers that have come or left are looked for, beside the work.
+        open_seconds: for joining the swarm, within the time of a call.
         shown_routes: of which calls the route is logged when it changes.
     Raises:
         InputError: a number cannot be used.

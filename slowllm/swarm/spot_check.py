@@ -13,6 +13,7 @@ one is not found.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import uuid
@@ -269,9 +270,11 @@ class SpotCheck:
         if shadow is not None:
             self._servers.end_session(Kept(shadow.hop, shadow.session))
 
-    def route(self, first: int, need: Need, end: int | None = None) -> Sequence[Hop]:
+    def route(
+        self, first: int, need: Need, end: int | None = None, *, deadline: float = math.inf
+    ) -> Sequence[Hop]:
         """Return hops; see `AsksServers.route`."""
-        return self._servers.route(first, need, end)
+        return self._servers.route(first, need, end, deadline=deadline)
 
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         """Return gradients, unchecked; see `AsksServers.backward`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,14 @@ class LocalSpans:
         self.calls: list[SpanCall] = []
         self.needs: list[Need] = []
 
-    def route(self, first: int, need: Need) -> list[Hop]:
+    def deadline(self) -> float:
+        return math.inf
+
+    def route(self, first: int, need: Need, deadline: float) -> list[Hop]:
         self.needs.append(need)
         return [Hop(max(start, first), end) for start, end in self.ends.items() if end > first]
 
-    def forward(self, call: SpanCall, hop: Hop, session: str | None) -> dict[int, Tensor]:
+    def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
         self.num_calls += 1
         self.calls.append(call)
         runner = self.runners[self._start_of(call.first)]
@@ -50,7 +54,7 @@ class LocalSpans:
             cache = self.sessions[session]
         return self._ride(call.first, lambda: runner.forward(call, cache))
 
-    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor]) -> SpanGrads:
+    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
         self.num_calls += 1
         runner = self.runners[self._start_of(call.first)]
         return self._ride(call.first, lambda: runner.backward(call, grads))

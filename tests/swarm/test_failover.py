@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -37,161 +37,30 @@ from slowllm.errors import (
     SlowLLMError,
     UnsupportedError,
 )
-from slowllm.modeling.cache_labels import LabelSource
-from slowllm.modeling.cutting import find_form
-from slowllm.modeling.remote_block import make_remote
-from slowllm.modeling.remote_spans import Hop, Kept, Need, Remote
-from slowllm.modeling.soft_prompts import SoftPrompt, hook_inputs
-from slowllm.modeling.span import SpanCall, SpanGrads, SpanRunner
+from slowllm.modeling.remote_spans import Hop, Kept, Need
+from slowllm.modeling.soft_prompts import SoftPrompt
+from slowllm.modeling.span import SpanCall
 from slowllm.streaming.call_context import call_context
 from slowllm.swarm.failover import Failover, Replay
 from slowllm.swarm.patience import Patience
-from tests.support.families import resident, save_tiny
+from tests.support.failing_swarm import (
+    IDS,
+    NUM_BLOCKS,
+    PATIENCE,
+    Swarm,
+    at_calls,
+    embeddings_of,
+    failing_swarm,
+    lost,
+)
 
-NUM_BLOCKS = 4
-PATIENCE = 60.0
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-
-
-class FailingServers:
-    """Servers of spans that overlap. Before each call it is asked whether the call's server fails."""
-
-    def __init__(self, lm: slowllm.StreamedLM, spans: Mapping[str, tuple[int, int]]) -> None:
-        self.spans = dict(spans)
-        self._lm = lm
-        self._runner = SpanRunner(lm.model, lm.layout.blocks_name, find_form(lm.model, lm.layout.blocks_name))
-        self._caches: dict[tuple[str, str], DynamicCache] = {}
-        self.fails: Callable[[str], Exception | None] = lambda peer: None
-        self.banned: set[str] = set()
-        self.asked: list[tuple[str, int, int]] = []
-        self.ban_seconds: list[int] = []
-        self.replayed: list[int] = []
-        self.leaving: set[str] = set()
-        self.needs: list[Need] = []
-        self.lengths_with_vectors: set[int] = set()
-
-    def route(self, first: int, need: Need, end: int | None = None) -> list[Hop]:
-        self.needs.append(need)
-        hops, block, goal = [], first, NUM_BLOCKS if end is None else end
-        while block < goal:
-            able = [
-                (peer, b)
-                for peer, (a, b) in self.spans.items()
-                if a <= block < b and peer not in self.banned | self.leaving
-            ]
-            if not able:
-                raise MissingBlocksError((block,), f"nobody serves block {block}")
-            peer, reach = max(able, key=lambda one: one[1])
-            hops.append(Hop(block, min(reach, goal), peer))
-            block = hops[-1].end
-        return hops
-
-    def _check(self, hop: Hop) -> None:
-        self.asked.append((hop.peer, hop.first, hop.end))
-        error = self.fails(hop.peer)
-        if error is not None:
-            # A server that died has lost its sessions; one that answers again begins anew.
-            self._caches = {key: cache for key, cache in self._caches.items() if key[0] != hop.peer}
-            raise error
-
-    def forward(self, call: SpanCall, hop: Hop, session: str | None, deadline: float) -> dict[int, Tensor]:
-        self._check(hop)
-        self.lengths_with_vectors.update({call.length} if call.vectors else ())
-        cache = None
-        if session is not None:
-            new = self._runner.new_cache(keeps_everything=call.keeps_everything)
-            cache = self._caches.setdefault((hop.peer, session), new)
-        return self._lm.ride([lambda: self._runner.forward(call, cache)])[0]
-
-    def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:
-        self._check(hop)
-        return self._lm.ride([lambda: self._runner.backward(call, grads)])[0]
-
-    def replay(
-        self, calls: Sequence[SpanCall], hop: Hop, session: str, deadline: float, *, returns: bool
-    ) -> list[dict[int, Tensor]]:
-        self._check(hop)
-        self.replayed.append(len(calls))
-        cache = self._runner.new_cache(keeps_everything=calls[0].keeps_everything)
-        outputs = self._lm.ride(self._runner.replay(calls, cache))
-        self._caches[hop.peer, session] = cache
-        return list(outputs) if returns else []
-
-    def end_session(self, kept: Kept) -> None:
-        self._caches.pop((kept.hop.peer, kept.session), None)
-
-    def soon(self, work: Callable[[], object]) -> None:
-        work()
-
-    def is_leaving(self, peer: str) -> bool:
-        return peer in self.leaving
-
-    def ban(self, peer: str, until: float) -> None:
-        self.banned.add(peer)
-        self.ban_seconds.append(round(until - time.monotonic()))
-
-    def name_of(self, peer: str) -> str:
-        return peer
-
-
-class Swarm:
-    def __init__(self, folder: Path) -> None:
-        self.plain: Any = resident(folder)
-        self.server, self.lm = (slowllm.load(folder, dtype="float32", ram="6GiB") for _ in range(2))
-        self.servers = FailingServers(
-            self.server, {"a": (0, 2), "b": (2, 4), "c": (0, 3), "d": (1, 4), "e": (0, 4)}
-        )
-        self.failover = Failover(self.servers, PATIENCE)
-        blocks = self.lm.layout.blocks
-        form = find_form(self.lm.model, self.lm.layout.blocks_name)
-        self.source = LabelSource()
-        for number, block in enumerate(blocks):
-            remote = Remote(self, form, self.lm.config, lambda work: work(), self.source)  # type: ignore[arg-type]
-            blocks[number] = make_remote(block, number, remote)
-        hook_inputs(blocks)
-
-    def __getattr__(self, name: str) -> Any:  # the `Spans` of the moment
-        return getattr(self.__dict__["failover"], name)
-
-    def reset(
-        self,
-        fails: Callable[[str], Exception | None] = lambda peer: None,
-        timeout: float = PATIENCE,
-        replay: Replay = "steps",
-    ) -> None:
-        self.servers.banned.clear()
-        self.servers.asked.clear()
-        self.servers.ban_seconds.clear()
-        self.servers.fails = fails
-        self.servers.replayed.clear()
-        self.servers.leaving.clear()
-        self.failover = Failover(self.servers, timeout, replay)
 
 
 @pytest.fixture(scope="module")
 def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny("llama-2", folder, num_hidden_layers=NUM_BLOCKS)
-    swarm = Swarm(folder)
-    with swarm.server, swarm.lm:
+    with failing_swarm(tmp_path_factory.mktemp("model")) as swarm:
         yield swarm
-
-
-def at_calls(numbers: Sequence[int], error: Callable[[str], Exception]) -> Callable[[str], Exception | None]:
-    """Return what lets the servers of some calls fail, counted from 0."""
-    count = iter(range(1 << 30))
-    return lambda peer: error(peer) if next(count) in numbers else None
-
-
-def lost(peer: str) -> Exception:
-    return PeerLostError(peer, "has died")
-
-
-IDS = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
-
-
-def embeddings_of(model: Any) -> Tensor:
-    return model.get_input_embeddings()(IDS).detach().requires_grad_(True)
 
 
 @pytest.mark.parametrize("error", [lost, lambda peer: BusyError("busy"), lambda peer: SessionError("gone")])
@@ -314,7 +183,7 @@ def test_a_new_session_waits_while_our_own_fill_the_servers(swarm: Swarm) -> Non
     )
     cache: Any = DynamicCache(config=swarm.plain.config)
 
-    def refuse_once(first: int, need: Need, end: int | None = None) -> list[Hop]:
+    def refuse_once(*_: object, **__: object) -> list[Hop]:
         del swarm.servers.route
         raise full
 
@@ -423,10 +292,8 @@ def test_a_server_that_comes_back_in_time_is_asked_again(swarm: Swarm) -> None:
 
 
 def test_windows_are_rebuilt_with_what_has_left_them(tmp_path: Path) -> None:
-    save_tiny("gemma-3-sliding", tmp_path, num_hidden_layers=NUM_BLOCKS)
-    swarm = Swarm(tmp_path)
     look_up = IDS[:1].repeat(1, 3)
-    with swarm.server, swarm.lm, torch.no_grad():
+    with failing_swarm(tmp_path, "gemma-3-sliding") as swarm, torch.no_grad():
         for ids, given in ((IDS, {"num_beams": 3}), (look_up, {"prompt_lookup_num_tokens": 3})):
             swarm.reset(at_calls([2, 5], lost))
             ours = swarm.lm.model.generate(ids, **given, **GREEDY)
@@ -513,7 +380,7 @@ def ban_seconds_of(swarm: Swarm, errors: Sequence[Exception | None]) -> list[int
         for _ in errors:
             swarm.servers.banned.clear()
             # As if the time were over in which it is left alone: failures within it do not count.
-            failed = swarm.failover._failures._failures
+            failed = swarm.failover._detours._failures._failures
             failed.update({peer: replace(failure, until=0.0) for peer, failure in failed.items()})
             swarm.lm.model(IDS)
     return swarm.servers.ban_seconds
@@ -635,5 +502,5 @@ def test_a_server_that_uses_up_the_time_is_not_asked_by_the_next_call(swarm: Swa
     with torch.no_grad():
         with pytest.raises(MissingBlocksError, match="blocks 0:4 were not computed"):
             swarm.lm.model(IDS)
-        swarm.failover._timeout = PATIENCE
+        swarm.failover._detours._timeout = PATIENCE
         assert torch.equal(swarm.lm.model(IDS).logits, swarm.plain(IDS).logits)

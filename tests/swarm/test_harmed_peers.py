@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 import slowllm
-from slowllm.errors import NetworkError
+from slowllm.errors import MissingBlocksError, NetworkError
 from slowllm.swarm import server as server_module
 from slowllm.swarm.client import SwarmOptions
 from slowllm.swarm.patience import Patience
@@ -41,27 +41,51 @@ with slowllm.load(folder, swarm=[address]) as lm, torch.no_grad():
 
 
 @pytest.mark.parametrize(
-    ("also_libp2p", "open_seconds", "said"),
+    ("also_libp2p", "given", "said"),
     [
-        (False, 20.0, "answers as a peer of the swarm's directory"),
+        (False, {"patience": Patience(open_seconds=20.0)}, "answers as a peer of the swarm's directory"),
+        (False, {"timeout": 8.0}, "answers as a peer of the swarm's directory"),
         # libp2p's own start ends before libp2p has given up the peer, or behind it.
-        (True, 4.0, "somebody takes connections there and says nothing; it hangs, or is no peer"),
-        (True, 60.0, "somebody takes connections there and says nothing; it hangs, or is no peer"),
+        (True, {"patience": Patience(open_seconds=4.0)}, "somebody takes connections there and says nothing; it hangs"),
+        (True, {"patience": Patience(open_seconds=60.0)}, "somebody takes connections there and says nothing; it hangs"),
+        (True, {"timeout": 8.0}, "somebody takes connections there and says nothing; it hangs"),
     ],
-)
+)  # fmt: skip
 def test_a_frozen_peer_as_the_only_way_into_the_swarm_is_said_in_one_sentence(
-    also_libp2p: bool, open_seconds: float, said: str, swarm: SwarmProcesses, served: Served
+    also_libp2p: bool, given: dict[str, Any], said: str, swarm: SwarmProcesses, served: Served
 ) -> None:
     meeting = swarm.peer()
     (address,) = meeting.told["addresses"]
     meeting.freeze(also_children=also_libp2p)
-    options = SwarmOptions((address,), patience=Patience(open_seconds=open_seconds))
+    options = SwarmOptions((address,), **given)
     try:
         with pytest.raises(NetworkError, match=said) as caught:
             slowllm.load(served.ends, swarm=options)
     finally:
         meeting.thaw()
     assert address in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("also_libp2p", [False, True])
+def test_the_only_server_of_a_swarm_that_freezes_ends_the_work_in_one_sentence(
+    also_libp2p: bool, swarm: SwarmProcesses, served: Served
+) -> None:
+    server = swarm.serve(served.whole, "0:6", "--public-name", "desk")
+    # It is the only peer of the directory, too.
+    patience = Patience(refresh_seconds=1e-6)
+    options = SwarmOptions((server.address,), timeout=8.0, step_timeout=2.0, patience=patience)
+    ids, mask = texts()
+    with served.load(swarm=options) as lm:
+        lm.model.generate(ids, attention_mask=mask, **GREEDY)
+        server.freeze(also_children=also_libp2p)
+        try:
+            with pytest.raises(
+                MissingBlocksError, match=r"; tried for \d+\.\d s: desk \(\w+\): peer .*(silent|not answered)"
+            ) as caught:
+                lm.model.generate(ids, attention_mask=mask, **GREEDY)
+        finally:
+            server.thaw()
     assert "\n" not in str(caught.value)
 
 

@@ -86,7 +86,9 @@ class OneServer:
     def replicas(self, first: int, end: int) -> list[ServerRecord]:
         return [] if self.banned else [self.record]
 
-    def route(self, first: int, need: Any, end: int | None = None) -> list[Hop]:
+    def route(
+        self, first: int, need: Any, end: int | None = None, *, deadline: float = float("inf")
+    ) -> list[Hop]:
         return [Hop(0, NUM_BLOCKS, A)]
 
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from slowllm.swarm.hop_table import hop_table
-from slowllm.swarm.hops import PeerTimes
+from slowllm.swarm.hop_table import PeerTimes, hop_table
 
 
 def test_the_table_shows_where_the_time_went_and_what_was_rebuilt() -> None:

@@ -40,6 +40,13 @@ CALL = SpanCall(0, 2, torch.zeros(1, 3, 4))
 HOP = Hop(0, 2, PEER)
 
 
+def found(records: list[ServerRecord]) -> Future[list[ServerRecord]]:
+    """Return the future of a look that has ended."""
+    looked: Future[list[ServerRecord]] = Future()
+    looked.set_result(records)
+    return looked
+
+
 class Asked:
     """Takes requests, and answers each with an error, or hidden states."""
 
@@ -68,7 +75,7 @@ class Asked:
         return answer
 
     def hops(self) -> Hops:
-        return Hops(lambda: [], self, lambda work: None, 4, Wishes())
+        return Hops(lambda: found([]), self, lambda work: None, 4, Wishes())
 
 
 def test_a_request_has_the_time_that_is_left() -> None:
@@ -138,50 +145,50 @@ def test_routes_are_logged_of_the_calls_that_are_wanted(
     caplog.set_level("INFO", "slowllm.swarm.hops")
     for keeps_cache, is_logged in zip((False, True), logged, strict=True):
         patience = Patience(shown_routes=shown)
-        hops = Hops(lambda: [record(0, 4)], Asked(), lambda work: None, 4, Wishes(), patience)
+        hops = Hops(lambda: found([record(0, 4)]), Asked(), lambda work: None, 4, Wishes(), patience)
         hops.route(0, Need(1, 1, session_tokens=int(keeps_cache)))
         assert ("route: 0:4" in caplog.text) == is_logged
         caplog.clear()
 
 
 def test_a_request_and_what_is_known_of_servers_have_the_clients_limits() -> None:
-    asked, found = Asked(PeerTimeoutError(PEER, "has not answered")), []
+    asked, looks = Asked(PeerTimeoutError(PEER, "has not answered")), []
 
-    def find() -> list[ServerRecord]:
-        found.append(record(0, 4))
-        return found[-1:]
+    def look() -> Future[list[ServerRecord]]:
+        looks.append(record(0, 4))
+        return found(looks[-1:])
 
     hops = Hops(
-        find, asked, lambda work: None, 4, Wishes(), Patience(request_seconds=3.0, refresh_seconds=1e9)
+        look, asked, lambda work: None, 4, Wishes(), Patience(request_seconds=3.0, refresh_seconds=1e9)
     )
     with pytest.raises(PeerTimeoutError, match="has not answered"):
         hops.forward(CALL, HOP, None, time.monotonic() + 100.0)
     assert asked.timeouts == [3.0]
     assert [len(hops.records()) for _ in range(3)] == [1, 1, 1]
-    assert len(found) == 1
-    impatient = Hops(find, asked, lambda work: None, 4, Wishes(), Patience(refresh_seconds=1e-9))
+    assert len(looks) == 1
+    impatient = Hops(look, asked, lambda work: None, 4, Wishes(), Patience(refresh_seconds=1e-9))
     for _ in range(3):
         impatient.records()
-    assert len(found) == 4
+    assert len(looks) == 4
 
 
 def test_others_are_looked_for_only_where_those_that_are_known_do_not_do() -> None:
     others = ["1" * 20, "2" * 20]
-    found = [[record(0, 4), replace(record(0, 4), peer=others[0])]]
+    there = [[record(0, 4), replace(record(0, 4), peer=others[0])]]
     num_looks = 0
 
-    def find() -> list[ServerRecord]:
+    def look() -> Future[list[ServerRecord]]:
         nonlocal num_looks
         num_looks += 1
-        return found[-1]
+        return found(there[-1])
 
-    hops = Hops(find, Asked(), lambda work: None, 4, Wishes(), Patience(refresh_seconds=1e9))
+    hops = Hops(look, Asked(), lambda work: None, 4, Wishes(), Patience(refresh_seconds=1e9))
     need = Need(1, 1)
     assert hops.route(0, need)[0].peer in (PEER, others[0])
     hops.ban(PEER, float("inf"))
     assert [hop.peer for hop in hops.route(0, need)] == others[:1]
     assert num_looks == 1
-    found.append([*found[0], replace(record(0, 4), peer=others[1])])
+    there.append([*there[0], replace(record(0, 4), peer=others[1])])
     hops.ban(others[0], float("inf"))
     assert [hop.peer for hop in hops.route(0, need)] == others[1:]
     assert num_looks == 2

@@ -70,7 +70,9 @@ class FewServers:
             if peer not in self.banned
         ]
 
-    def route(self, first: int, need: Any, end: int | None = None) -> list[Hop]:
+    def route(
+        self, first: int, need: Any, end: int | None = None, *, deadline: float = float("inf")
+    ) -> list[Hop]:
         return [HOP]
 
     def backward(self, call: SpanCall, hop: Hop, grads: Mapping[int, Tensor], deadline: float) -> SpanGrads:

@@ -48,7 +48,7 @@ _Timeout = Annotated[
     float | None,
     typer.Option(
         "--timeout",
-        help="With --swarm: seconds after which a passage through a server's blocks is given up, with all retries.",
+        help="With --swarm: seconds after which a call of the model through all servers is given up, with all retries.",
         min=1.0,
         show_default="600",
     ),
@@ -112,7 +112,7 @@ class SwarmChoice:
         peers: multiaddresses of some of its peers; empty where the blocks are computed here.
         allowed: ids of the only servers that may be asked; empty for all.
         blocked: ids of servers that are not asked.
-        timeout: seconds for one passage through a server's blocks, with all retries.
+        timeout: seconds for one call of the model through all servers, with all retries.
         step_timeout: seconds of silence after which a server counts as dead.
         replay: how sessions that were lost are rebuilt, ``steps`` or ``fast``.
         token_file: of the swarm's shared secret; None for a swarm that is open to all.

@@ -24,7 +24,7 @@ FIELDS: dict[str, str] = {
     "connect_timeout": "`Patience.connect_seconds`",
     "request_timeout": "`Patience.request_seconds`; by default as long as the server gives signs of life",
     "update_period": "`Patience.refresh_seconds`",
-    "max_retries": "`Patience.max_attempts`, within 10 minutes for a passage",
+    "max_retries": "`Patience.max_attempts`, within 10 minutes for a call of the model",
     "min_backoff": "`Patience.min_wait_seconds`, where nobody else has the blocks",
     "max_backoff": "`Patience.max_wait_seconds`",
     "ban_timeout": "`Patience.ban_seconds`",
