@@ -18,6 +18,8 @@ from typing import IO, Any
 from slowllm.errors import InputError, SlowLLMError
 
 MAX_SHOWN_LETTERS = 60
+# The folder of a job's state in its folder of results; what begins with a dot is no data for `datasets`.
+STATE_NAME = ".state"
 # Descriptions of models, tokenizers and templates are smaller; a sparse file of gigabytes is not read.
 MAX_DESCRIPTION_BYTES = 256 << 20
 

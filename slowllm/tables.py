@@ -5,11 +5,13 @@ Knows no model and no verb: callers name the columns that they look for.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 from slowllm.errors import InputError, counted
@@ -20,6 +22,8 @@ _KINDS: dict[str, Kind] = {
     ".jsonl": "json", ".json": "json", ".ndjson": "json", ".jsonlines": "json",
     ".csv": "csv", ".parquet": "parquet",
 }  # fmt: skip
+# Of a Parquet file whose rows are streamed.
+ROWS_AT_ONCE = 1024
 KIND_NAMES = {"json": "JSON Lines", "csv": "CSV", "parquet": "Parquet"}
 
 
@@ -62,6 +66,33 @@ def read_table(
     return rows
 
 
+def stream_column(file: str | Path, column: str) -> Iterator[tuple[int, Any]]:
+    """Yield the numbers of rows, as in `read_table`, and their cells of one column; of Parquet few rows are in memory.
+
+    Raises:
+        InputError: as for `read_table`.
+    """
+    missing = f"{file}: has no column {column}; there are "
+    if kind_of(file) == "csv":
+        for number, row in _csv_rows(file, ()):
+            if column not in row:
+                raise InputError(missing + ", ".join(row))
+            yield number, row[column]
+        return
+    with _parquet_file(file) as (opened, errors):
+        if column not in opened.schema_arrow.names:
+            raise InputError(missing + ", ".join(opened.schema_arrow.names))
+        batches, number = opened.iter_batches(ROWS_AT_ONCE, columns=[column]), 0
+        while True:
+            with errors:
+                batch = next(batches, None)
+            if batch is None:
+                return
+            for cell in batch.column(0).to_pylist():
+                number += 1
+                yield number, cell
+
+
 def _csv_rows(file: str | Path, lists: Collection[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     data = read_text_bytes(file).removeprefix(b"\xef\xbb\xbf")
     try:
@@ -102,14 +133,34 @@ def _list(where: str, cell: str) -> list[Any]:
 
 
 def _parquet_rows(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with _parquet_file(file) as (opened, errors):
+        with errors:
+            rows = opened.read().to_pylist()
+        yield from enumerate(rows, 1)
+
+
+@contextlib.contextmanager
+def _parquet_file(file: str | Path) -> Iterator[tuple[Any, contextlib.AbstractContextManager[None]]]:
+    """Yield an open Parquet file, and a context, for any number of uses, that names the file in errors of pyarrow."""
     with system_errors(InputError, file), open(file, "rb"):
         pass
     try:
         from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise InputError(f"{file}: reading Parquet needs pyarrow ({error}); pip install pyarrow") from error
-    try:
-        rows = parquet.ParquetFile(file).read().to_pylist()
-    except (ArrowException, OSError) as error:
-        raise InputError(f"{file}: is no Parquet file that can be read ({error})") from error
-    yield from enumerate(rows, 1)
+    errors = _ReadErrors(file, (ArrowException, OSError))
+    with errors:
+        opened = parquet.ParquetFile(file)
+    with opened:
+        yield opened, errors
+
+
+class _ReadErrors(contextlib.AbstractContextManager[None]):
+    def __init__(self, file: str | Path, kinds: tuple[type[BaseException], ...]) -> None:
+        self._file, self._kinds = file, kinds
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, self._kinds):
+            raise InputError(f"{self._file}: is no Parquet file that can be read ({error})") from error

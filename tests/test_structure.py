@@ -38,7 +38,7 @@ MAY_IMPORT |= {"files": {"errors"}}
 ONLY_IN = {
     "transformers": {"modeling", "runtime", "prepare", "inference", "swarm.petals", "tuning", "entrypoints"},
     "peft": {"modeling.soft_prompt_files"},
-    "pyarrow": {"tables"},
+    "pyarrow": {"tables", "inference.shard_files"},
     "safetensors": {"inference", "modeling", "runtime", "prepare"},
     "numba": {"storage.codecs.cpu_kernels"},
     "huggingface_hub": {"prepare", "runtime.model_folder"},

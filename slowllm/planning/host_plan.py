@@ -150,6 +150,7 @@ def padding_worth(rates: Rates) -> int:
 def working_bytes(sizes: Sizes, job: Job, rider_tokens: int, sweep_tokens: int) -> int:
     """Return the memory of a sweep's riders, one of which computes, and of sessions."""
     waiting = sizes.rider_token_bytes + (sizes.result_token_bytes if job.keeps_results else 0)
+    waiting += job.held_token_bytes
     scratch = sizes.scratch_bytes(rider_tokens, job.longest)
     if job.rows:
         waiting += sizes.cache_token_bytes

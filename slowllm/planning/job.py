@@ -127,6 +127,7 @@ class Job:
             keeps keys and values, and logits of its last positions only.
         serves: whether requests of others come as long as the model is open; see `serving`.
         cache_tokens: that the caches of sessions hold beside the riders.
+        held_token_bytes: further memory of one token of a sweep, for results that wait to be written.
     Raises:
         InputError: these are no numbers of tokens.
     """
@@ -144,6 +145,7 @@ class Job:
     rows: tuple[tuple[ContinuedRow, int], ...] = ()
     serves: bool = False
     cache_tokens: int = 0
+    held_token_bytes: int = 0
 
     @classmethod
     def serving(

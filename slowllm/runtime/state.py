@@ -171,6 +171,10 @@ class State:
             self._path_of(name), lambda tensors, metadata: (tensors, dict(json.loads(metadata["about"])))
         )
 
+    def forget(self, name: int | str) -> None:
+        """Delete what is saved under a name, or of an unfinished rider, by its number."""
+        self._path_of(name).unlink(missing_ok=True)
+
     def way(self, number: int) -> Way:
         """Return the way of a rider, resumed if an earlier process saved it."""
         return Way() if self.save_seconds == math.inf else ResumedWay(self, number)

@@ -24,6 +24,7 @@ from slowllm.entrypoints.cli.prepare import convert, download, verify
 from slowllm.entrypoints.cli.score import score
 from slowllm.entrypoints.cli.serve import serve
 from slowllm.entrypoints.cli.swarm import swarm_app
+from slowllm.entrypoints.cli.teach import teach
 from slowllm.entrypoints.cli.tune import tune
 from slowllm.entrypoints.cli.verb import add_verb
 from slowllm.entrypoints.cli.yesno import yesno

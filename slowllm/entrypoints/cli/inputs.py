@@ -29,7 +29,7 @@ TEXTS_NAME = "--text"
 # Optional packages and the extras of slowllm that they are in, by their modules.
 OPTIONAL = {
     "datasets": ("datasets", "eval"), "jinja2": ("jinja2", "eval"), "yaml": ("pyyaml", "eval"),
-    "lm_eval": ("lm-eval", "eval"), "peft": ("peft", "tune"),
+    "lm_eval": ("lm-eval", "eval"), "peft": ("peft", "tune"), "pyarrow": ("pyarrow", "eval"),
 }  # fmt: skip
 
 
