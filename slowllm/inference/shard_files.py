@@ -160,7 +160,7 @@ def check_folder(folder: Path) -> None:
 def _num_rows(path: Path) -> int:
     """Return how many rows a shard has."""
     if path.suffix == ".parquet":
-        from pyarrow import parquet
+        from pyarrow import parquet  # type: ignore[import-untyped]
 
         return int(parquet.read_metadata(path).num_rows)
     with safetensors.safe_open(path, framework="pt") as file:
@@ -185,7 +185,7 @@ def _write_safetensors(path: Path, rows: Sequence[Row], grows: frozenset[str], a
 
 
 def _write_parquet(path: Path, rows: Sequence[Row], grows: frozenset[str], about: str) -> None:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from pyarrow import parquet
 
     columns: dict[str, Any] = {

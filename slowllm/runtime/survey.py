@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from slowllm.errors import forward_errors
+from slowllm.modeling.parts import Part
 from slowllm.options import AUTO, parse_bytes, parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates, least_host_bytes
@@ -127,6 +128,7 @@ def survey(
     job: Job,
     keep_resident: bool = True,
     reserved_bytes: int = 0,
+    part: Part | None = None,
 ) -> Survey:
     """Measure the disk under a checkpoint and the processor, or a GPU, on its first block, and plan a job.
 
@@ -139,6 +141,7 @@ def survey(
         job: to be planned.
         keep_resident: whether stops that fit the budget stay in memory.
         reserved_bytes: of the budget, what the job holds beside this model.
+        part: of the model that the job needs; None for the whole.
     Raises:
         PlanError: the job cannot run in the budget; the message names the smallest that would do.
     """
@@ -147,7 +150,7 @@ def survey(
     process_bytes = psutil.Process().memory_info().rss + reserved_bytes
     with open_model(
         StreamedLM, info, ram=Budget(ram_bytes, process_bytes), device=device, vram=vram, dtype=dtype, job=job, rates=rates,
-        keep_resident=keep_resident, granularity=None if job.forward_only else "blocks",
+        keep_resident=keep_resident, granularity=None if job.forward_only else "blocks", part=part,
     ) as lm:  # fmt: skip
         placement = lm.device_placement
         rates = rates if placement is None else device_rates(rates)

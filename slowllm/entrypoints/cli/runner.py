@@ -25,6 +25,7 @@ from slowllm.swarm.addresses import refuse_dead
 if TYPE_CHECKING:
     from slowllm.entrypoints.progress import CountResult
     from slowllm.inference.text import Query
+    from slowllm.modeling.parts import Part
     from slowllm.planning.budget import Budget
     from slowllm.planning.job import Job, Rates
     from slowllm.runtime.blueprint import Blueprint
@@ -60,6 +61,8 @@ class Runner:
     Raises:
         InputError: an option cannot be read, or does not go with another.
         CheckpointError: there is no such model.
+    Attributes:
+        part: of the model that is opened; None, as it is at first, for the whole.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Runner:
         parse_dtype(dtype)
         self.ram, self.device, self.vram, self.resident = ram, device, vram, resident
         self.dry_run, self._swarm = dry_run, swarm
+        self.part: Part | None = None
         if swarm.peers and dry_run:
             raise InputError(
                 "--dry-run plans what this machine does, and with --swarm others do it; leave one of them out"
@@ -317,7 +321,7 @@ class Runner:
                 else:
                     found = survey(
                         self.info, ram=ram, device=self.device, vram=self.vram, dtype=self.dtype, job=job,
-                        keep_resident=self.resident, reserved_bytes=reserved_bytes,
+                        keep_resident=self.resident, reserved_bytes=reserved_bytes, part=self.part,
                     )  # fmt: skip
             except PlanError:
                 if job is jobs[-1]:
@@ -348,7 +352,7 @@ class Runner:
 
         options: dict[str, Any] = {
             "ram": budget or self.ram, "device": self.device, "vram": self.vram, "dtype": self.dtype,
-            "keep_resident": self.resident, "job": job, "rates": self.rates,
+            "keep_resident": self.resident, "job": job, "rates": self.rates, "part": self.part,
         }  # fmt: skip
         if (swarm := self.swarm_options()) is not None:
             from slowllm.swarm.client import open_client
