@@ -124,7 +124,7 @@ class StreamedHead(nn.Linear):
             def work(weights: Weights, chunk: int = chunk) -> None:
                 first_row = self.chunk_rows[chunk][0]
                 for first, weight, bias in tiles_of(self.weight_of(weights), self.bias_of(chunk), first_row):
-                    logits = self._tile_logits(hidden, weight, bias)
+                    logits = self.tile_logits(hidden, weight, bias)
                     best = logits.max(-1)
                     is_higher = best.values > softmax.highest
                     likeliest.copy_(torch.where(is_higher, best.indices + first, likeliest))
@@ -146,10 +146,11 @@ class StreamedHead(nn.Linear):
         assert self.read_rows is not None, "log_probs_at() uses gather() for such a model"
         wanted, places = tokens.unique(return_inverse=True)
         weight = self.read_rows(wanted).to(hidden.device, hidden.dtype)
-        logits = self._tile_logits(hidden, weight, None if self.bias is None else self.bias[wanted])
+        logits = self.tile_logits(hidden, weight, None if self.bias is None else self.bias[wanted])
         return logits[rows, places]
 
-    def _tile_logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def tile_logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the model's logits (P, W) float32 of some rows (W, H) of the head."""
         assert self.logit_transform is not None, "log_probs_at() uses whole logits for such a model"
         logits = self.logit_transform(F.linear(hidden, weight, bias)[None])[0].float()
         check_finite("the head", logits[None], infinity_is_legal=True)
