@@ -32,8 +32,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_EXAMPLES = [path for path in DOCUMENTS if any(examples_of(path.read_text()))]
 # Documents that fetch a model, from a small hub on the loopback that calls the embedded one bigscience/bloom.
 FETCHING = {"plan-and-download.md", "stores.md"}
-# Besides those, what takes long: this one looks at all tasks that lm-eval brings, twice.
-LONG = FETCHING | {"evaluation.md"}
+# Besides those, what takes long: all tasks that lm-eval brings are looked at twice; a store is made, and `datasets` loaded.
+LONG = FETCHING | {"evaluation.md", "teach.md"}
 
 
 @pytest.mark.parametrize(
