@@ -203,6 +203,7 @@ class Job:
             bool(self.rows) == bool(other.rows)
             and self.most_logits(tokens, tokens) >= other.most_logits(tokens, tokens)
             and self.keeps_results == other.keeps_results
+            and self.held_token_bytes >= other.held_token_bytes
             and self.num_passes >= other.num_passes
             and self.longest >= other.longest
             and (self.num_tokens or 0) >= (other.num_tokens or 0)

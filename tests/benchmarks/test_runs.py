@@ -26,6 +26,7 @@ from benchmarks import (
     sentences,
     serving,
     sides,
+    teaching,
     tuning_sides,
     tuning_step,
     visit_cost,
@@ -105,6 +106,16 @@ def test_forward_pass_runs_its_sides_as_processes(
     assert report["read_bytes"] >= report["weight_bytes"], "every stop comes from the disk once"
 
 
+def test_teaching_compares_equal_likelihoods(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pyarrow")
+    options = ["--texts", "3", "--tokens", "5", "--top", "4", "--repeat", "1", "--dtype", "fp32"]
+    teaching.main(["--checkpoint", str(tiny_llama), *options])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["verified"] is True
+    assert report["tokens"] == 18
+    assert report["ratio"] == pytest.approx(report["teach_s"] / report["forward_s"])
+
+
 def test_visit_cost_compares_equal_bits(capsys: pytest.CaptureFixture[str]) -> None:
     tiny = [
         "--blocks",
@@ -130,7 +141,8 @@ def test_visit_cost_compares_equal_bits(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "module", ["forward_pass", "generation", "scoring", "serving", "swarm", "tuning_step", "visit_cost"]
+    "module",
+    ["forward_pass", "generation", "scoring", "serving", "swarm", "teaching", "tuning_step", "visit_cost"],
 )
 def test_benchmarks_are_programs(module: str, processes: Processes) -> None:
     done = processes.run("-m", f"benchmarks.{module}", "--help")

@@ -32,6 +32,7 @@ def found(logits: Tensor, num_top: int, width: int) -> tuple[Tensor, Tensor]:
 
 @num_examples(40)
 @given(
+
     seed=st.integers(0, 1 << 16), num_rows=st.integers(1, 9), vocabulary=st.integers(1, 60),
     num_top=st.integers(1, 60), width=st.integers(1, 70), num_values=st.integers(1, 40), rising=st.booleans(),
 )  # fmt: skip
@@ -50,6 +51,15 @@ def test_equal_logits_are_ordered_by_their_ids(
     ids_wanted, logits_wanted = wanted(logits, num_top)
     assert torch.equal(ids, ids_wanted)
     assert torch.equal(logits_found, logits_wanted)
+
+
+@pytest.mark.parametrize("width", [64, 150, 200, 400])
+def test_groups_of_columns_are_looked_at_first(width: int) -> None:
+    logits = torch.randn(70, 400, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    for changed in (logits, logits.sort(-1).values):
+        ids, values = found(changed, 20, width)
+        assert torch.equal(ids, wanted(changed, 20)[0])
+        assert torch.equal(values, wanted(changed, 20)[1])
 
 
 def test_rows_are_ordered_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from slowllm.planning.host_plan import (
     make_plan,
     widen,
     with_smaller_weights,
+    working_bytes,
 )
 from slowllm.planning.job import Granularity, Job, Rates, Sizes, StopSize
 from slowllm.planning.resident_stops import choose_resident, spread
@@ -550,3 +551,12 @@ def test_a_widened_plan_keeps_the_budget(more: int) -> None:
     wide = widen(plan, [SESSION_SIZES], free)
     assert plan.sweep_tokens <= wide.sweep_tokens <= MAX_SWEEP_TOKENS
     assert wide.peak_bytes <= free
+
+
+@fuzz
+@given(sizes=sizes(), job=jobs(), held=st.integers(1, MIB))
+def test_results_that_wait_to_be_written_take_memory(sizes: Sizes, job: Job, held: int) -> None:
+    holding = replace(job, held_token_bytes=held)
+    assert working_bytes(sizes, holding, 64, 640) == working_bytes(sizes, job, 64, 640) + 640 * held
+    assert holding.covers(job)
+    assert not job.covers(holding)

@@ -49,7 +49,7 @@ def compare(
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
-    """Compare two models' predictions on texts, within one memory budget.
+    """Compare two models' predictions on texts, within one budget.
 
     They must have one tokenizer. Gives the mean of KL(A || B) of a token in nats, exact over the whole vocabulary, with its quantiles; how often both
     find the same token likeliest; both perplexities and their ratio; and the places where they are farthest apart.

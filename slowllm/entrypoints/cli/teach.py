@@ -41,7 +41,7 @@ def teach(
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Write the likeliest tokens of each place of texts, to distil a student.
+    """Write the likeliest tokens of each place of texts, for a student.
 
     A row of the shards has a text's file, line, text and input_ids; and for every token but the first its log_probs,
     and the top_ids and top_log_probs of its place, from the likeliest on. Parquet is what `datasets` loads. After a kill,
