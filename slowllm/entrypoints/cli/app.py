@@ -11,12 +11,14 @@ import typer
 
 from slowllm.entrypoints.cli.batch import batch
 from slowllm.entrypoints.cli.chat import chat
+from slowllm.entrypoints.cli.compare import compare
 from slowllm.entrypoints.cli.config import config
 from slowllm.entrypoints.cli.dht import dht
 from slowllm.entrypoints.cli.doctor import doctor
 from slowllm.entrypoints.cli.evaluate import eval_app
 from slowllm.entrypoints.cli.forward import forward
 from slowllm.entrypoints.cli.generate import generate
+from slowllm.entrypoints.cli.hidden import hidden
 from slowllm.entrypoints.cli.log_format import Stderr, write_line
 from slowllm.entrypoints.cli.petals_flags import from_petals
 from slowllm.entrypoints.cli.plan import plan
@@ -66,6 +68,9 @@ _VERBS: tuple[tuple[Callable[..., Any], str], ...] = (
     (batch, "slowllm batch requests.jsonl --out answers.jsonl"),
     (chat, "slowllm chat --model bigscience/bloomz-7b1 --context 512"),
     (score, "slowllm score items.jsonl --out scores.jsonl"),
+    (teach, "slowllm teach texts.txt --top 64 --out teacher"),
+    (compare, "slowllm compare bloom bloom-int8 texts.txt"),
+    (hidden, "slowllm hidden texts.txt --blocks 10,20 --out states"),
     (yesno, "slowllm yesno questions.txt"),
     (tune, "slowllm tune train.jsonl --validation test.jsonl --out prompt --steps 200"),
     (convert, "slowllm convert bigscience/bloom bloom-int8 --store int8"),
