@@ -92,9 +92,11 @@ def continue_prompts(
             sources = output.beam_indices[row]
             length = width + int((sources >= 0).sum())
         ended = bool(detector.has_ended(sequence[None, :length], width))
-        ids = without_eos(sequence[width:length].tolist(), tokens)
+        made = sequence[width:length].tolist()
+        ids = without_eos(made, tokens)
+        eos = made[-1] if len(ids) < len(made) else None
         prompt = prompts[row // settings.num_return_sequences]
-        continuations.append(make_continuation(lm, prompt, ids, ended, _logits_of(output, sources)))
+        continuations.append(make_continuation(lm, prompt, ids, ended, _logits_of(output, sources), eos))
     step = settings.num_return_sequences
     return [tuple(continuations[start : start + step]) for start in range(0, len(continuations), step)]
 
@@ -157,7 +159,12 @@ def _logits_of(output: Any, sources: Tensor) -> Iterator[Tensor]:
 
 
 def make_continuation(
-    lm: TextSide, prompt: Prompt, ids: Sequence[int], ended: bool, logits: Iterable[Tensor]
+    lm: TextSide,
+    prompt: Prompt,
+    ids: Sequence[int],
+    ended: bool,
+    logits: Iterable[Tensor],
+    eos: int | None = None,
 ) -> Continuation:
     """Return a continuation with its text, and with log-probabilities where the prompt asks for them.
 
@@ -166,7 +173,8 @@ def make_continuation(
         prompt: that is continued.
         ids: of the continuation, without EOS.
         ended: whether EOS or a stop string ended it.
-        logits: (V,) raw logits of each new token, where log-probabilities are asked for.
+        logits: (V,) raw logits of each new token, and of EOS, where log-probabilities are asked for.
+        eos: the token that ended it, if one did.
     """
     text = text_of(lm, prompt, ids)
     reason: Literal["stop", "length"] = "stop" if ended else "length"
@@ -174,12 +182,13 @@ def make_continuation(
     if num_top is None:
         return Continuation(tuple(ids), text, reason)
     log_probs, tops = list[float](), list[dict[int, float]]()
-    for token, row in zip(ids, logits, strict=False):  # EOS has logits, too
+    for token, row in zip(ids if eos is None else (*ids, eos), logits, strict=False):
         scores = row.float().log_softmax(-1)
         best = scores.topk(min(num_top, len(scores)))
         log_probs.append(float(scores[token]))
         tops.append(dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
-    return Continuation(tuple(ids), text, reason, tuple(log_probs), tuple(tops))
+    end = (eos, log_probs.pop(), tops.pop()) if eos is not None and len(log_probs) > len(ids) else None
+    return Continuation(tuple(ids), text, reason, tuple(log_probs), tuple(tops), end)
 
 
 def text_of(lm: TextSide, prompt: Prompt, ids: Sequence[int]) -> str:

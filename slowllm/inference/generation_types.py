@@ -136,6 +136,8 @@ class Continuation:
         log_probs: natural logarithm of each new token's probability, where asked for; by the model's own logits,
             before temperature and the like.
         top_log_probs: the likeliest tokens of each place with theirs, where asked for.
+        eos: the EOS token that ended it with its log-probability and the likeliest tokens of its place, where these are
+            asked for; None where none did.
     """
 
     ids: tuple[int, ...]
@@ -143,6 +145,7 @@ class Continuation:
     finish_reason: Literal["stop", "length"]
     log_probs: tuple[float, ...] | None = None
     top_log_probs: tuple[dict[int, float], ...] | None = None
+    eos: tuple[int, float, dict[int, float]] | None = None
 
 
 # Called on a rider's thread with the number of a prompt (from 0), of its continuation, and the ids it has so far,

@@ -7,7 +7,7 @@ by a generator that is seeded as `torch.manual_seed` seeds the global one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class LiveRow:
         else:
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
         self._ids.append(token)
-        if (num_top := self._settings.top_log_probs) is not None and token not in self._tokens.eos:
+        if (num_top := self._settings.top_log_probs) is not None:
             log_probs = raw.log_softmax(-1)
             best = log_probs.topk(min(num_top, len(log_probs)))
             self._log_probs.append(float(log_probs[token]))
@@ -110,13 +110,15 @@ class LiveRow:
     def continuation(self) -> Continuation:
         """Return what has come so far."""
         ids = self._new_ids()
-        has_log_probs = self._settings.top_log_probs is not None
+        text = text_of(self._lm, self.prompt, ids)
+        reason: Literal["stop", "length"] = "stop" if self._is_stopped else "length"
+        if self._settings.top_log_probs is None:
+            return Continuation(ids, text, reason)
+        eos = None
+        if len(ids) < self.num_new:
+            eos = (self.last_token, self._log_probs[-1], self._tops[-1])
         return Continuation(
-            ids,
-            text_of(self._lm, self.prompt, ids),
-            "stop" if self._is_stopped else "length",
-            tuple(self._log_probs) if has_log_probs else None,
-            tuple(self._tops) if has_log_probs else None,
+            ids, text, reason, tuple(self._log_probs[: len(ids)]), tuple(self._tops[: len(ids)]), eos
         )
 
 

@@ -34,18 +34,20 @@ def _resume_or_continue(
 
 
 def _to_json(continuation: Continuation) -> dict[str, Any]:
-    tops = continuation.top_log_probs
+    tops, eos = continuation.top_log_probs, continuation.eos
     # JSON has only strings as keys.
     pairs = None if tops is None else [list(top.items()) for top in tops]
-    return {**asdict(continuation), "top_log_probs": pairs}
+    end = None if eos is None else [*eos[:2], list(eos[2].items())]
+    return {**asdict(continuation), "top_log_probs": pairs, "eos": end}
 
 
 def _from_json(saved: Mapping[str, Any]) -> Continuation:
-    log_probs, tops = saved["log_probs"], saved["top_log_probs"]
+    log_probs, tops, eos = saved["log_probs"], saved["top_log_probs"], saved.get("eos")
     return Continuation(
         ids=tuple(saved["ids"]),
         text=saved["text"],
         finish_reason=saved["finish_reason"],
         log_probs=None if log_probs is None else tuple(log_probs),
         top_log_probs=None if tops is None else tuple(dict(map(tuple, top)) for top in tops),
+        eos=None if eos is None else (eos[0], eos[1], dict(map(tuple, eos[2]))),
     )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from slowllm.entrypoints.cli.api import api
 from slowllm.entrypoints.cli.batch import batch
 from slowllm.entrypoints.cli.chat import chat
 from slowllm.entrypoints.cli.compare import compare

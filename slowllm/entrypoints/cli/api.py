@@ -1,0 +1,255 @@
+"""`slowllm api`: answer OpenAI's requests over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import ipaddress
+import math
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli.log_format import LogFormat, log_to_stderr
+from slowllm.entrypoints.cli.runner import Runner
+from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
+from slowllm.errors import InputError, PlanError, counted
+from slowllm.options import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from slowllm.planning.job import Job
+    from slowllm.runtime.streamed_lm import StreamedLM
+
+_LOOK_SECONDS = 0.2
+_BACKLOG = 128
+_END = (signal.SIGINT, signal.SIGTERM)
+# Tokens of all requests together, of which the most that fit are planned for by default.
+_TOKENS = (8192, 4096, 2048, 1024, 512)
+_CONTEXT = 2048
+# What bodies of requests take, and what Python and a tokenizer make of them.
+_SERVER_BYTES = 160 << 20
+_LEAST_BODY_BYTES = 1 << 10
+
+
+@takes_swarm
+def api(
+    model: Annotated[
+        str, typer.Argument(help="Folder of a checkpoint or store, hub id of a model in the local cache, or embedded:tiny-bloom.")
+    ],
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at; with any but the loopback's, others can reach the server.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen at; 0 for any that is free.", min=0, max=65535)] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            help="File of a key that every request must bear, at least 16 bytes and private (chmod 600).",
+            show_default="none: whoever reaches the address is answered",
+        ),
+    ] = None,
+    ram: options.Ram = "auto",
+    device: options.Device = "cpu",
+    vram: options.Vram = None,
+    dtype: options.DType = "auto",
+    resident: options.Resident = True,
+    swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Maximum number of tokens of a prompt with its answer; memory is planned for them.", min=2,
+            show_default=f"what the model takes, at most {_CONTEXT}",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Maximum number of tokens of all requests that are answered at once, answers included; others wait.", min=2,
+            show_default=f"as the plan has it, at most {_TOKENS[0]}",
+        ),
+    ] = None,
+    max_rows: Annotated[
+        int, typer.Option(help="Answers that are made at once; further ones wait.", min=1)
+    ] = 64,
+    max_waiting: Annotated[
+        int, typer.Option(help="Prompts that may wait for room; further ones are refused with 429.", min=1)
+    ] = 256,
+    max_body: Annotated[str, typer.Option(help="Maximum size of a request's body.")] = "4MiB",
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="Let each prompt ride alone, with the bits that it has alone; together they take less time and round otherwise.",
+        ),
+    ] = False,
+    drain: Annotated[
+        float, typer.Option(help="Seconds that requests get to end after SIGTERM or Ctrl-C; a second signal ends them.", min=0.0)
+    ] = 30.0,
+    dry_run: options.DryRun = False,
+    log_format: LogFormat = "text",
+    verbose: options.Verbose = False,
+) -> None:  # fmt: skip
+    """Answer OpenAI's requests over HTTP: completions, chats, and log-probabilities of prompts.
+
+    Prints the base URL for clients when it serves. All requests that are under way share the sweeps over the weights, each token
+    of theirs takes a sweep, and streamed answers come as they are made. The model that a request names is ignored. Memory is
+    planned before the start; requests for which there is no room wait. Ends at Ctrl-C or SIGTERM.
+    """
+    say = log_to_stderr(verbose, log_format)
+    if not math.isfinite(drain):
+        raise InputError(f"--drain {drain:g}: requests cannot get that long; give a number of seconds")
+    if (body_bytes := parse_bytes(max_body)) < _LEAST_BODY_BYTES:
+        raise InputError(
+            f"--max-body {max_body}: is too small for any request; give {_LEAST_BODY_BYTES} bytes at least"
+        )
+    runner = Runner(model, ram, device, vram, dtype, resident=resident, swarm=swarm, dry_run=dry_run)
+    if dry_run:
+        runner.load_libraries()
+        runner.print_plan(
+            *_jobs(runner, context, max_tokens, max_rows), reserved_bytes=_server_bytes(body_bytes)
+        )
+        return
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"{name} is not installed; pip install 'slowllm[api]'")
+    from slowllm.entrypoints.server.limits import ClientLimits, read_key
+
+    key = None if api_key_file is None else read_key(api_key_file.expanduser())
+    # Blocked before any thread begins, so that none of them is interrupted, and waited for below.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _END)
+    try:
+        with contextlib.ExitStack() as held:
+            listening = held.enter_context(_bound(host, port))
+            runner.load_libraries()
+            from slowllm.entrypoints.openai.responses import system_fingerprint
+            from slowllm.entrypoints.server.answering import Answering, Served
+            from slowllm.entrypoints.server.running import HTTPServer
+            from slowllm.inference.service import Service
+            from slowllm.runtime.run_identity import run_identity
+
+            lm = held.enter_context(
+                _opened(runner, _jobs(runner, context, max_tokens, max_rows), _server_bytes(body_bytes))
+            )
+            service = held.enter_context(
+                Service(lm, max_rows=max_rows, max_waiting=max_waiting, is_exact=exact)
+            )
+            served = Served(
+                lm,
+                service,
+                system_fingerprint(run_identity("api", lm)),
+                ClientLimits(body_bytes=body_bytes),
+                max_prompts=max_waiting,
+                key=key,
+            )
+            answering = Answering(served)
+            server = held.enter_context(HTTPServer(answering, listening))
+            url = f"http://{_shown(listening)}/v1"
+            print(url, flush=True)
+            say(_described(lm, key is not None, _is_loopback(listening), body_bytes))
+            while signal.sigtimedwait(_END, _LOOK_SECONDS) is None:
+                server.check()
+            answering.leave()
+            draining = threading.Thread(target=service.drain, args=(drain,), name="slowllm-drain")
+            draining.start()
+            if service.status().num_riding + service.status().num_waiting:
+                say(f"ending when all requests are answered, in {drain:g} s, or at the next signal")
+            while draining.is_alive() and signal.sigtimedwait(_END, _LOOK_SECONDS) is None:
+                pass
+            service.drain(0.0)
+            draining.join()
+        say("ended")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _END)
+
+
+def _server_bytes(body_bytes: int) -> int:
+    from slowllm.entrypoints.server.limits import BODIES_AT_ONCE
+
+    return _SERVER_BYTES + BODIES_AT_ONCE * body_bytes
+
+
+def _jobs(runner: Runner, context: int | None, max_tokens: int | None, max_rows: int) -> list[Job]:
+    """Return jobs for the plan, of which the first that fits is taken."""
+    from dataclasses import replace
+
+    from slowllm.inference.service_types import service_job
+    from slowllm.inference.text import max_line_tokens
+    from slowllm.planning.host_plan import MIN_RIDER_TOKENS, padding_worth
+
+    info = runner.info
+    longest = min(_CONTEXT, max_line_tokens(info)) if context is None else context
+    if max_tokens is None:
+        choices = [tokens for tokens in _TOKENS if tokens >= longest] or [longest]
+    else:
+        longest = min(longest, max_tokens) if context is None else longest
+        choices = [max_tokens]
+    jobs = [service_job(info, tokens, longest, max_rows) for tokens in choices]
+    if max_tokens is not None:
+        # As many as were asked for, or none.
+        rider_tokens = min(max_tokens, max(longest, MIN_RIDER_TOKENS))
+        jobs = [replace(jobs[0], packing=(rider_tokens, max_tokens, padding_worth(runner.rates)))]
+    return jobs
+
+
+def _opened(runner: Runner, jobs: list[Job], reserved_bytes: int) -> StreamedLM:
+    """Open the model for the first job that fits the budget, beside what the server takes."""
+    from slowllm.runtime.memory import budget_of
+
+    for job in jobs:
+        try:
+            return runner.open(job, budget_of(runner.ram, reserved_bytes))
+        except PlanError:
+            if job is jobs[-1]:
+                raise
+    raise AssertionError("there is a job")
+
+
+@contextlib.contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    """Listen at an address for the length of the context, before a model is opened for nothing."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, proto, _, address = found[0]
+        bound = socket.socket(family, kind, proto)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"--host {host}: is no address of this machine ({error})") from error
+    with bound:
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            bound.listen(_BACKLOG)
+        except OSError as error:
+            raise InputError(
+                f"--host {host} --port {port}: cannot be listened at ({error.strerror or error}); choose another port, or a "
+                "host of this machine"
+            ) from error
+        yield bound
+
+
+def _shown(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_loopback(listening: socket.socket) -> bool:
+    return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+
+
+def _described(lm: StreamedLM, has_key: bool, is_loopback: bool, body_bytes: int) -> str:
+    plan = lm.plan
+    open_to_all = (
+        ""
+        if has_key or is_loopback
+        else "whoever reaches the address is answered (--api-key-file asks for a key); "
+    )
+    return (
+        f"serves {lm.name}, {format_bytes(lm.weight_bytes)} a sweep: {counted(plan.sweep_tokens, 'token')} of all requests at once, "
+        f"{counted(plan.longest, 'token')} in a prompt with its answer, bodies of {format_bytes(body_bytes)}; {open_to_all}"
+        "Ctrl-C ends it."
+    )

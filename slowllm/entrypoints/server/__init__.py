@@ -1,0 +1,1 @@
+"""An HTTP server over one model. Only here is FastAPI known."""
