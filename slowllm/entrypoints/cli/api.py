@@ -20,7 +20,7 @@ from slowllm.entrypoints.cli.log_format import LogFormat, log_to_stderr
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.errors import InputError, PlanError, counted
-from slowllm.options import format_bytes, parse_bytes
+from slowllm.options import format_binary, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from slowllm.planning.job import Job
@@ -81,6 +81,12 @@ def api(
         int, typer.Option(help="Prompts that may wait for room; further ones are refused with 429.", min=1)
     ] = 256,
     max_body: Annotated[str, typer.Option(help="Maximum size of a request's body.")] = "4MiB",
+    head_seconds: Annotated[
+        float, typer.Option(help="Seconds in which the head of a request must have come.", min=0.1)
+    ] = 20.0,
+    body_seconds: Annotated[
+        float, typer.Option(help="Seconds in which the body of a request must have come.", min=0.1)
+    ] = 60.0,
     exact: Annotated[
         bool,
         typer.Option(
@@ -104,6 +110,11 @@ def api(
     say = log_to_stderr(verbose, log_format)
     if not math.isfinite(drain):
         raise InputError(f"--drain {drain:g}: requests cannot get that long; give a number of seconds")
+    for name, seconds in (("--head-seconds", head_seconds), ("--body-seconds", body_seconds)):
+        if not math.isfinite(seconds):
+            raise InputError(
+                f"{name} {seconds:g}: a client cannot be waited for that long; give a number of seconds"
+            )
     if (body_bytes := parse_bytes(max_body)) < _LEAST_BODY_BYTES:
         raise InputError(
             f"--max-body {max_body}: is too small for any request; give {_LEAST_BODY_BYTES} bytes at least"
@@ -120,6 +131,7 @@ def api(
             raise InputError(f"{name} is not installed; pip install 'slowllm[api]'")
     from slowllm.entrypoints.server.limits import ClientLimits, read_key
 
+    limits = ClientLimits(body_bytes, body_seconds, head_seconds)
     key = None if api_key_file is None else read_key(api_key_file.expanduser())
     # Blocked before any thread begins, so that none of them is interrupted, and waited for below.
     signal.pthread_sigmask(signal.SIG_BLOCK, _END)
@@ -143,7 +155,7 @@ def api(
                 lm,
                 service,
                 system_fingerprint(run_identity("api", lm)),
-                ClientLimits(body_bytes=body_bytes),
+                limits,
                 max_prompts=max_waiting,
                 key=key,
             )
@@ -165,6 +177,8 @@ def api(
             draining.join()
         say("ended")
     finally:
+        while signal.sigtimedwait(_END, 0) is not None:
+            pass  # of several signals at once, the first has ended the server
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _END)
 
 
@@ -184,13 +198,14 @@ def _jobs(runner: Runner, context: int | None, max_tokens: int | None, max_rows:
 
     info = runner.info
     longest = min(_CONTEXT, max_line_tokens(info)) if context is None else context
-    if max_tokens is None:
-        choices = [tokens for tokens in _TOKENS if tokens >= longest] or [longest]
-    else:
-        longest = min(longest, max_tokens) if context is None else longest
-        choices = [max_tokens]
-    jobs = [service_job(info, tokens, longest, max_rows) for tokens in choices]
+    totals = [tokens for tokens in _TOKENS if context is None or tokens >= context] or [longest]
+    # By default, sequences are shorter where there is no room for more.
+    jobs = [
+        service_job(info, tokens, min(longest, tokens) if context is None else longest, max_rows)
+        for tokens in (totals if max_tokens is None else [max_tokens])
+    ]
     if max_tokens is not None:
+        longest = jobs[0].longest
         # As many as were asked for, or none.
         rider_tokens = min(max_tokens, max(longest, MIN_RIDER_TOKENS))
         jobs = [replace(jobs[0], packing=(rider_tokens, max_tokens, padding_worth(runner.rates)))]
@@ -250,6 +265,6 @@ def _described(lm: StreamedLM, has_key: bool, is_loopback: bool, body_bytes: int
     )
     return (
         f"serves {lm.name}, {format_bytes(lm.weight_bytes)} a sweep: {counted(plan.sweep_tokens, 'token')} of all requests at once, "
-        f"{counted(plan.longest, 'token')} in a prompt with its answer, bodies of {format_bytes(body_bytes)}; {open_to_all}"
+        f"{counted(plan.longest, 'token')} in a prompt with its answer, bodies of {format_binary(body_bytes)}; {open_to_all}"
         "Ctrl-C ends it."
     )
