@@ -6,18 +6,22 @@ time at which the job was begun. Knows nothing of terminals.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from slowllm.entrypoints.openai_requests import CHAT, Refusal, Request
-from slowllm.entrypoints.openai_responses import ResponseMeta, answered, failed, refused
+from slowllm.entrypoints.openai.responses import ResponseOrigin, system_fingerprint
+from slowllm.entrypoints.openai_requests import Refusal, Request
+from slowllm.entrypoints.openai_responses import answered, failed, refused
 from slowllm.errors import StateError
 from slowllm.inference.continuation import continue_prompts, with_own_defaults
 from slowllm.inference.generation import job_of, ride_prompts
 from slowllm.inference.generation_types import Continuation, Prompt
+from slowllm.inference.live_batch import may_share_a_batch
+from slowllm.inference.prompt_scores import PromptScores, score_prompts
 from slowllm.inference.saved_continuations import saved_in
+from slowllm.inference.service_types import Answer
 from slowllm.inference.text import TextSide
 from slowllm.planning.job import Job, Rates
 from slowllm.runtime.run_identity import batch_identity, digest_of
@@ -70,7 +74,7 @@ def rendered_chats(entries: Iterable[Request | Refusal]) -> dict[str, list[int]]
     return {
         str(entry.number): list(entry.prompts[0].ids)
         for entry in entries
-        if isinstance(entry, Request) and entry.url == CHAT
+        if isinstance(entry, Request) and entry.is_chat
     }
 
 
@@ -94,22 +98,93 @@ def answer(
         job: from `describe`.
         state: keeps finished micro-batches, and returns those that an earlier process finished.
     """
-    fingerprint = digest_of([job["versions"], job["model"], job["dtype"]])
-    meta = ResponseMeta(lm.name, job["created"], f"fp_{fingerprint[:10]}")
-    rider = functools.partial(continue_prompts, lm, with_own_defaults(lm), on_tokens=None)
-    results = ride_prompts(lm, _prompts(entries), saved_in(state, rider))
+    origin = ResponseOrigin(lm.name, job["created"], system_fingerprint(job))
+    riding = _Riding(lm, entries, state)
+    results = ride_prompts(lm, _prompts(entries), riding.answer_group)
+    numbers = itertools.count()
     for entry in entries:
         if isinstance(entry, Refusal):
             yield refused(entry)
             continue
-        continuations, errors = list[tuple[Continuation, ...]](), list[Exception]()
+        answers, errors = list[Answer](), list[Exception]()
         for _ in entry.prompts:
-            result = next(results)
+            number, result = next(numbers), next(results)
             if isinstance(result, Exception):
                 errors.append(result)
             else:
-                continuations.append(result)
+                answers.append(Answer(result, riding.scores.pop(number, None)))
         if errors:
             yield failed(entry, 500, "server_error", str(errors[0]))
         else:
-            yield answered(lm, entry, continuations, meta)
+            yield answered(lm, entry, answers, origin)
+
+
+class _Riding:
+    """What riders do for groups of prompts, and what they find out about the prompts themselves."""
+
+    def __init__(self, lm: StreamedLM, entries: Iterable[Request | Refusal], state: State | None) -> None:
+        self.scores: dict[int, PromptScores] = {}
+        self._lm, self._state = lm, state
+        asked = [
+            (entry.num_prompt_top, entry.only_prompt)
+            for entry in entries
+            if isinstance(entry, Request)
+            for _ in entry.prompts
+        ]
+        self._num_top, self._only_prompt = zip(*asked, strict=True) if asked else ((), ())
+        self._plain = with_own_defaults(lm)
+        self._continue = saved_in(state, self._continue_group)
+
+    def answer_group(
+        self, numbers: Sequence[int], prompts: Sequence[Prompt]
+    ) -> list[tuple[Continuation, ...]]:
+        """Continue and score a group of prompts; runs as a rider."""
+        continuations = self._continue(numbers, prompts)
+        scored = [
+            (number, prompt.ids)
+            for number, prompt in zip(numbers, prompts, strict=True)
+            if self._num_top[number] is not None
+        ]
+        if scored:
+            self.scores.update(
+                zip((number for number, _ in scored), self._score(numbers[0], scored), strict=True)
+            )
+        return continuations
+
+    def _continue_group(
+        self, numbers: Sequence[int], prompts: Sequence[Prompt]
+    ) -> list[tuple[Continuation, ...]]:
+        if all(self._only_prompt[number] for number in numbers):
+            return [()] * len(numbers)
+        found = continue_prompts(self._lm, self._plain, numbers, prompts, on_tokens=None)
+        return [() if self._only_prompt[number] else one for number, one in zip(numbers, found, strict=True)]
+
+    def _score(self, first: int, scored: Sequence[tuple[int, tuple[int, ...]]]) -> list[PromptScores]:
+        # Continuations are saved under the number of a group's first prompt; these are behind all of them.
+        place = len(self._num_top) + first
+        if self._state is not None and (saved := self._state.result(place)) is not None:
+            return [_scores_of(*one) for one in saved]
+        num_top = [self._num_top[number] or 0 for number, _ in scored]
+        groups = (
+            [range(len(scored))]
+            if may_share_a_batch(self._lm)
+            else [range(n, n + 1) for n in range(len(scored))]
+        )
+        found = [
+            scores
+            for group in groups
+            for scores in score_prompts(self._lm, [scored[n][1] for n in group], [num_top[n] for n in group])
+        ]
+        if self._state is not None:
+            self._state.finish(place, [_saved_scores(one) for one in found])
+        return found
+
+
+def _saved_scores(scores: PromptScores) -> list[Any]:
+    # JSON has only strings as keys.
+    tops = [list(top.items()) for top in scores.top_log_probs]
+    return [scores.log_probs, scores.is_likeliest, tops]
+
+
+def _scores_of(log_probs: list[float], is_likeliest: list[bool], tops: list[Any]) -> PromptScores:
+    return PromptScores(tuple(log_probs), tuple(is_likeliest), tuple(dict(map(tuple, top)) for top in tops))

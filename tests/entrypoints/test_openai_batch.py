@@ -181,6 +181,33 @@ def test_prompts_may_be_token_ids_and_be_echoed(lm: Any) -> None:
     assert all(text.startswith(prompt) for text, prompt in zip(texts_of(rows[0]), PROMPTS, strict=False))
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_an_echo_has_the_log_probabilities_of_the_prompt(max_tokens: int, lm: Any, plain: Any) -> None:
+    request = functools.partial(line, max_tokens=max_tokens, temperature=0, echo=True, logprobs=2)
+    before = lm.report.num_passages
+    rows = done(
+        lm,
+        *(request(f"r{n}", prompt=prompt) for n, prompt in enumerate(PROMPTS)),
+        line("a", **GOOD, max_tokens=1),
+    )
+    assert lm.report.num_passages - before <= 2 * lm.num_stops
+    for row, prompt in zip(rows, PROMPTS, strict=False):
+        ids = lm.tokenizer(prompt)["input_ids"]
+        [new] = expected(lm, plain, prompt, 1, do_sample=False) if max_tokens else [[]]
+        [choice] = body_of(row)["choices"]
+        assert choice["text"] == prompt + lm.tokenizer.decode(new)
+        with torch.no_grad():
+            reference = plain(torch.tensor([ids + new])).logits[0].log_softmax(-1)
+        wanted = reference[range(len(ids + new) - 1), (ids + new)[1:]].tolist()
+        assert choice["logprobs"]["token_logprobs"] == [
+            None,
+            *(pytest.approx(one, abs=TOLERANCE) for one in wanted),
+        ]
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+        assert body_of(row)["usage"]["completion_tokens"] == len(new)
+    assert body_of(rows[-1])["choices"][0]["logprobs"] is None
+
+
 def test_chats_go_through_the_chat_template(lm: Any, plain: Any, monkeypatch: Any) -> None:
     template = "{% for m in messages %}{{ m.role }} says {{ m.content }} {% endfor %}"
     monkeypatch.setattr(lm.tokenizer, "chat_template", template)
@@ -235,13 +262,12 @@ BAD = [
     (line("a", **GOOD, seed=-1), "invalid_value", "seed must be a whole number from 0"),
     (line("a", **GOOD, logprobs=6), "invalid_value", "logprobs must be a whole number from 0 to 5"),
     (line("a", **GOOD, logprobs=True), "invalid_value", "logprobs must be a whole number from 0 to 5"),
-    (line("a", **GOOD, stop=[""]), "invalid_value", "stop must be a string or up to 4"),
-    (line("a", **GOOD, stop=list("abcde")), "invalid_value", "stop must be a string or up to 4"),
+    (line("a", **GOOD, stop=[""]), "invalid_value", "stop must be a string or up to 16"),
+    (line("a", **GOOD, stop=list("abcdefghijklmnopq")), "invalid_value", "stop must be a string or up to 16"),
     (line("a", **GOOD, echo=1), "invalid_value", "echo must be true or false"),
     (line("a", **GOOD, model=7), "invalid_value", "model must be a string"),
     (line("a", **GOOD, temperature=1e-30), "invalid_request", "temperature must be a number of at least 0.0001"),
     (line("a", **GOOD, best_of=2), "unsupported_parameter", "best_of other than n"),
-    (line("a", **GOOD, echo=True, logprobs=1), "unsupported_parameter", "echo with logprobs"),
     (line("a", **GOOD, stream=True), "unsupported_parameter", "stream true is not supported"),
     (line("a", **GOOD, presence_penalty=0.5), "unsupported_parameter", "presence_penalty 0.5"),
     (line("a", **GOOD, logit_bias={"5": 1}), "unsupported_parameter", "logit_bias"),
@@ -421,6 +447,8 @@ REQUESTS = [
         f"r{n}", prompt=f"The value number {n}{' again' * (n % 5)} is", max_tokens=1 + n % 4, temperature=n % 2, logprobs=1
     )
     for n in range(24)
+] + [
+    line(f"e{n}", prompt=f"The value {n} is", max_tokens=n % 2, echo=True, logprobs=2, temperature=0) for n in range(4)
 ] + ["nonsense"]  # fmt: skip
 
 

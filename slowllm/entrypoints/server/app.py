@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from slowllm.entrypoints.openai.responses import error_body
@@ -35,10 +35,20 @@ _ERROR = {
 
 def _described(schema: type[RequestBody]) -> dict[str, Any]:
     """Return what the OpenAPI description says of a route whose body is read as a schema has it."""
-    document = schema.model_json_schema(
-        ref_template=f"#/components/schemas/{schema.__name__}/$defs/{{model}}"
-    )
+    document = schema.model_json_schema()
+    document = _with_parts(document, document.pop("$defs", {}))
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": document}}}}
+
+
+def _with_parts(document: Any, parts: dict[str, Any]) -> Any:
+    """Return a schema with its parts in the places where they are named."""
+    if isinstance(document, list):
+        return [_with_parts(one, parts) for one in document]
+    if not isinstance(document, dict):
+        return document
+    if "$ref" in document:
+        return parts[document["$ref"].rpartition("/")[2]]
+    return {name: _with_parts(value, parts) for name, value in document.items()}
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -117,7 +127,7 @@ def make_app(answering: Answering) -> FastAPI:
         }  # fmt: skip
         return JSONResponse(said, 503 if answering.is_leaving else 200)
 
-    @app.get("/metrics", responses=_errors(401))
+    @app.get("/metrics", responses=_errors(401), response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:
         """Return counts in Prometheus's format."""
         check_key(request, served.key)
