@@ -122,7 +122,7 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
             assert ours_one["arguments"] == theirs_one["arguments"]
             for (mine, *_), (other, *_) in zip(ours_one["resps"], theirs_one["resps"], strict=True):
                 if isinstance(other, str):
-                    assert mine == other
+                    assert mine == other, ours_one["arguments"]
                     num_texts += 1
                     continue
                 if isinstance(other, tuple | list):

@@ -83,8 +83,10 @@ def test_likelihoods_are_the_same(
 def test_generated_texts_are_the_same(
     more: dict[str, Any], server: ApiServer, folder: Path, tasks: list[dict[str, Any]]
 ) -> None:
-    greedy = {**tasks[4], "generation_kwargs": {"max_tokens": 12, "do_sample": False, "until": []}}
-    asked = [tasks[3], greedy]
+    greedy = {**tasks[4], "generation_kwargs": {"max_gen_toks": 12, "do_sample": False, "until": []}}
+    # Of stop strings that overlap, `hf` cuts at the one that is listed first; an API, where the first begins.
+    until = {**tasks[3], "generation_kwargs": {"until": ["\n", "e"], "max_gen_toks": 9}}
+    asked = [until, greedy]
     ours = evaluate(
         "local-completions", asked,
         model_args={**arguments(server, folder, "completions"), "max_length": API_LENGTH, **more},
@@ -99,7 +101,7 @@ def test_chats_are_the_same(
 ) -> None:
     if folder == TINY_BLOOM:
         pytest.skip("it has no chat template")
-    greedy = {**tasks[4], "generation_kwargs": {"max_tokens": 12, "do_sample": False, "until": ["re"]}}
+    greedy = {**tasks[4], "generation_kwargs": {"max_gen_toks": 12, "do_sample": False, "until": ["re"]}}
     ours = evaluate(
         "local-chat-completions", [greedy], apply_chat_template=True,
         model_args=arguments(server, folder, "chat/completions", num_concurrent=num_concurrent),
