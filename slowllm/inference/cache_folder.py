@@ -42,7 +42,8 @@ class CacheFolder:
     """
 
     def __init__(self, folder: Path, fingerprint: str, max_bytes: int) -> None:
-        self._folder, self._max_bytes = folder / fingerprint[:32], max_bytes
+        self._folder = folder / hashlib.sha256(fingerprint.encode()).hexdigest()[:32]
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._files: dict[tuple[int, ...], Path] = {}  # those used last are last
         self._pending: queue.Queue[tuple[tuple[int, ...], RowCache] | None] = queue.Queue(_MAX_PENDING)

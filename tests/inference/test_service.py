@@ -421,4 +421,4 @@ def test_damaged_files_and_full_folders_cost_a_computation_only(
             service.submit(Ask(prompt)).result(60)
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) <= 2 * size
     with pytest.raises(InputError, match="cannot be used as a folder of caches"):
-        CacheFolder(tmp_path / "m" / files[0].name, "m", 1)
+        CacheFolder(files[0], "m", 1)

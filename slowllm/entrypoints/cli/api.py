@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slowllm.entrypoints.cli import options
-from slowllm.entrypoints.cli.log_format import LogFormat, log_to_stderr
+from slowllm.entrypoints.cli.log_format import write_line
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.errors import InputError, PlanError, counted
@@ -77,6 +77,18 @@ def api(
     max_rows: Annotated[
         int, typer.Option(help="Answers that are made at once; further ones wait.", min=1)
     ] = 64,
+    kept_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of ended answers whose keys and values stay in memory, for prompts that begin alike.", min=0,
+            show_default="half of --max-tokens",
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", help="Folder in which they are kept as well, also for a later server.", show_default=False),
+    ] = None,
+    cache_size: Annotated[str, typer.Option(help="Maximum size of the files there.")] = "10GiB",
     max_waiting: Annotated[
         int, typer.Option(help="Prompts that may wait for room; further ones are refused with 429.", min=1)
     ] = 256,
@@ -98,7 +110,6 @@ def api(
         float, typer.Option(help="Seconds that requests get to end after SIGTERM or Ctrl-C; a second signal ends them.", min=0.0)
     ] = 30.0,
     dry_run: options.DryRun = False,
-    log_format: LogFormat = "text",
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Answer OpenAI's requests over HTTP: completions, chats, and log-probabilities of prompts.
@@ -107,7 +118,7 @@ def api(
     of theirs takes a sweep, and streamed answers come as they are made. The model that a request names is ignored. Memory is
     planned before the start; requests for which there is no room wait. Ends at Ctrl-C or SIGTERM.
     """
-    say = log_to_stderr(verbose, log_format)
+    options.log_to_stderr(verbose)
     if not math.isfinite(drain):
         raise InputError(f"--drain {drain:g}: requests cannot get that long; give a number of seconds")
     for name, seconds in (("--head-seconds", head_seconds), ("--body-seconds", body_seconds)):
@@ -119,11 +130,13 @@ def api(
         raise InputError(
             f"--max-body {max_body}: is too small for any request; give {_LEAST_BODY_BYTES} bytes at least"
         )
+    cache_bytes = parse_bytes(cache_size)
     runner = Runner(model, ram, device, vram, dtype, resident=resident, swarm=swarm, dry_run=dry_run)
     if dry_run:
         runner.load_libraries()
         runner.print_plan(
-            *_jobs(runner, context, max_tokens, max_rows), reserved_bytes=_server_bytes(body_bytes)
+            *_jobs(runner, context, max_tokens, max_rows, kept_tokens),
+            reserved_bytes=_server_bytes(body_bytes),
         )
         return
     for name in ("fastapi", "uvicorn", "prometheus_client"):
@@ -142,14 +155,27 @@ def api(
             from slowllm.entrypoints.openai.responses import system_fingerprint
             from slowllm.entrypoints.server.answering import Answering, Served
             from slowllm.entrypoints.server.running import HTTPServer
+            from slowllm.inference.cache_folder import CacheFolder
             from slowllm.inference.service import Service
             from slowllm.runtime.run_identity import run_identity
 
-            lm = held.enter_context(
-                _opened(runner, _jobs(runner, context, max_tokens, max_rows), _server_bytes(body_bytes))
-            )
+            jobs = _jobs(runner, context, max_tokens, max_rows, kept_tokens)
+            opened, job = _opened(runner, jobs, _server_bytes(body_bytes))
+            lm = held.enter_context(opened)
+            folder = None
+            if cache is not None:
+                owner = f"{lm.fingerprint()}-{str(lm.model.dtype).removeprefix('torch.')}"
+                folder = CacheFolder(cache.expanduser(), owner, cache_bytes)
+                held.callback(folder.close)
             service = held.enter_context(
-                Service(lm, max_rows=max_rows, max_waiting=max_waiting, is_exact=exact)
+                Service(
+                    lm,
+                    max_rows=max_rows,
+                    max_waiting=max_waiting,
+                    kept_tokens=job.cache_tokens,
+                    folder=folder,
+                    is_exact=exact,
+                )
             )
             served = Served(
                 lm,
@@ -163,19 +189,19 @@ def api(
             server = held.enter_context(HTTPServer(answering, listening))
             url = f"http://{_shown(listening)}/v1"
             print(url, flush=True)
-            say(_described(lm, key is not None, _is_loopback(listening), body_bytes))
+            write_line(_described(lm, key is not None, _is_loopback(listening), body_bytes))
             while signal.sigtimedwait(_END, _LOOK_SECONDS) is None:
                 server.check()
             answering.leave()
             draining = threading.Thread(target=service.drain, args=(drain,), name="slowllm-drain")
             draining.start()
             if service.status().num_riding + service.status().num_waiting:
-                say(f"ending when all requests are answered, in {drain:g} s, or at the next signal")
+                write_line(f"ending when all requests are answered, in {drain:g} s, or at the next signal")
             while draining.is_alive() and signal.sigtimedwait(_END, _LOOK_SECONDS) is None:
                 pass
             service.drain(0.0)
             draining.join()
-        say("ended")
+        write_line("ended")
     finally:
         while signal.sigtimedwait(_END, 0) is not None:
             pass  # of several signals at once, the first has ended the server
@@ -188,7 +214,9 @@ def _server_bytes(body_bytes: int) -> int:
     return _SERVER_BYTES + BODIES_AT_ONCE * body_bytes
 
 
-def _jobs(runner: Runner, context: int | None, max_tokens: int | None, max_rows: int) -> list[Job]:
+def _jobs(
+    runner: Runner, context: int | None, max_tokens: int | None, max_rows: int, kept_tokens: int | None
+) -> list[Job]:
     """Return jobs for the plan, of which the first that fits is taken."""
     from dataclasses import replace
 
@@ -201,7 +229,13 @@ def _jobs(runner: Runner, context: int | None, max_tokens: int | None, max_rows:
     totals = [tokens for tokens in _TOKENS if context is None or tokens >= context] or [longest]
     # By default, sequences are shorter where there is no room for more.
     jobs = [
-        service_job(info, tokens, min(longest, tokens) if context is None else longest, max_rows)
+        service_job(
+            info,
+            tokens,
+            min(longest, tokens) if context is None else longest,
+            max_rows,
+            tokens // 2 if kept_tokens is None else kept_tokens,
+        )
         for tokens in (totals if max_tokens is None else [max_tokens])
     ]
     if max_tokens is not None:
@@ -212,13 +246,13 @@ def _jobs(runner: Runner, context: int | None, max_tokens: int | None, max_rows:
     return jobs
 
 
-def _opened(runner: Runner, jobs: list[Job], reserved_bytes: int) -> StreamedLM:
-    """Open the model for the first job that fits the budget, beside what the server takes."""
+def _opened(runner: Runner, jobs: list[Job], reserved_bytes: int) -> tuple[StreamedLM, Job]:
+    """Open the model for the first job that fits the budget, beside what the server takes; return that job, too."""
     from slowllm.runtime.memory import budget_of
 
     for job in jobs:
         try:
-            return runner.open(job, budget_of(runner.ram, reserved_bytes))
+            return runner.open(job, budget_of(runner.ram, reserved_bytes)), job
         except PlanError:
             if job is jobs[-1]:
                 raise

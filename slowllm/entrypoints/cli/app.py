@@ -76,6 +76,7 @@ _VERBS: tuple[tuple[Callable[..., Any], str], ...] = (
     (tune, "slowllm tune train.jsonl --validation test.jsonl --out prompt --steps 200"),
     (convert, "slowllm convert bigscience/bloom bloom-int8 --store int8"),
     (verify, "slowllm verify bloom-int8"),
+    (api, "slowllm api bigscience/bloomz-7b1 --port 8000"),
     (serve, "slowllm serve bigscience/bloom --blocks 0:8"),
     (dht, "slowllm dht --identity peer.key --host-maddrs /ip4/0.0.0.0/tcp/31330"),
 )
