@@ -58,7 +58,9 @@ ONLY_IN = {
     "rich": {"entrypoints"},
     "typer": {"entrypoints.cli"},
     "tensorboard": set(),
-    "gradio": set(),
+    "gradio": {"entrypoints.web"},
+    "fastapi": {"entrypoints.web"},
+    "uvicorn": {"entrypoints.web"},
     # It takes seconds to import, and forks in its higher layers: only what opens the network knows it.
     "hivemind": {"swarm.network", "swarm.dialling", "swarm.libp2p_start", "swarm.directory"},
     "cryptography": {"swarm.identity"},
