@@ -21,7 +21,14 @@ from slowllm.entrypoints.web.judging import (
     score,
     yes_no_item,
 )
-from slowllm.entrypoints.web.words import bars_html, escaped, paragraph, scale_html, tokens_html
+from slowllm.entrypoints.web.words import (
+    bars_html,
+    escaped,
+    paragraph,
+    progress_html,
+    scale_html,
+    tokens_html,
+)
 from slowllm.errors import InputError, RideError, SlowLLMError, counted
 from slowllm.inference.choices import Chosen, Item, Normalize
 
@@ -187,8 +194,7 @@ def file_answered(
         own.mkdir()
         result = own / "results.jsonl"
         async for found in answer_file(desk, errand, Path(upload), what, settings, result):
-            share = found.num_done / found.num_lines
-            body = bars_html([("done", share, f"{found.num_done:,} of {found.num_lines:,}")], 0)
+            body = progress_html(found.num_done / found.num_lines)
             yield Shown(paragraph(found.status), body, found.result is not None, file=found.result)
 
     return _answers(desk, visitor, files.KIND, work)

@@ -55,22 +55,29 @@ class Completion:
 def settings_of(form: Mapping[str, Any]) -> Settings:
     """Return settings from the fields of a form, by the names of `Settings`.
 
-    Empty fields have their defaults, fields of sampling as well where `do_sample` is off; `stop` has a string a line.
+    Empty fields have their defaults, fields of sampling as well where `do_sample` is off; numbers may be given as texts; `stop` has
+    a string a line.
 
     Raises:
         InputError: a value cannot be used.
     """
-    given = {name: value for name, value in form.items() if value is not None}
+    given = {name: value for name, value in form.items() if value is not None and value != ""}
     if not given.get("do_sample"):
         given = {name: value for name, value in given.items() if name not in (*SAMPLING, "top_k")}
-    for name in _WHOLE:
-        if isinstance(value := given.get(name), float):
-            if not value.is_integer():
-                raise InputError(f"{name} must be a whole number, not {value!r}")
-            given[name] = int(value)
+    given |= {name: _whole(name, given[name]) for name in _WHOLE if name in given}
     # A stop string may have a line break in it, which is written as in the command line.
     stops = str(given.pop("stop", "")).splitlines()
     return Settings(**given, stop=tuple(stop.replace("\\n", "\n") for stop in stops if stop))
+
+
+def _whole(name: str, value: object) -> int:
+    try:
+        number = int(value) if isinstance(value, str | int) else int(float(str(value)))
+    except (ValueError, OverflowError):
+        number = None
+    if number is None or (isinstance(value, float) and number != value):
+        raise InputError(f"{name} must be a whole number, not {value!r}")
+    return number
 
 
 async def complete(desk: Desk, errand: Errand, text: str, settings: Settings) -> AsyncIterator[Completion]:

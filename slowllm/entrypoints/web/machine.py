@@ -125,7 +125,10 @@ class Machine:
             ),
             ("tokens", f"{status.num_prompt_tokens:,} of prompts, {status.num_new_tokens:,} new"),
             ("room taken", f"{status.held_tokens:,} of {counted(status.max_tokens, 'token')}"),
-            ("disk", f"{format_bytes(self.read_rate())}/s now, {format_bytes(lm.report.read_bytes)} in all"),
+            (
+                "disk",
+                f"{format_bytes(self.read_rate())}/s in the last {_WINDOW_SECONDS:g} s, {format_bytes(lm.report.read_bytes)} in all",
+            ),
             (
                 "resident set",
                 f"{format_binary(psutil.Process().memory_info().rss)} now, {format_binary(lm.report.peak_rss_bytes)} at most, of "

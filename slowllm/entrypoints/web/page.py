@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -53,19 +54,24 @@ def _blocks(desk: Desk, machine: Machine, folder: Path) -> gr.Blocks:
             f'<p class="title">{escaped(name)}</p>'
             + paragraph("All visitors share the sweeps over the weights; each token takes one.", "subtitle")
         )
+        others = []
         with gr.Tabs():
-            with gr.Tab("Complete", id="complete"):
-                tabs.complete_tab(desk)
-            with gr.Tab("Score", id="score"):
-                tabs.score_tab(desk)
-            with gr.Tab("Choose", id="choose"):
-                tabs.choose_tab(desk)
-            with gr.Tab("Yes or no", id="yes-or-no"):
-                tabs.yes_no_tab(desk)
-            with gr.Tab("File", id="file"):
-                tabs.file_tab(desk, folder)
-            with gr.Tab("Machine", id="machine"):
-                _machine_tab(machine)
+            for label, fill in (
+                ("Complete", tabs.complete_tab),
+                ("Score", tabs.score_tab),
+                ("Choose", tabs.choose_tab),
+                ("Yes or no", tabs.yes_no_tab),
+                ("File", functools.partial(tabs.file_tab, folder=folder)),
+            ):
+                with gr.Tab(label) as tab:
+                    fill(desk)
+                others.append(tab)
+            with gr.Tab("Machine") as tab:
+                timer = _machine_tab(machine)
+            quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+            tab.select(lambda: gr.Timer(active=True), None, timer, **quick)
+            for other in others:
+                other.select(lambda: gr.Timer(active=False), None, timer, **quick)
         # Without a limit: waiting coroutines cost nothing, and the service itself says who waits.
         blocks.queue(default_concurrency_limit=None, api_open=False)
         blocks.unload(_left(desk))
@@ -79,11 +85,14 @@ def _left(desk: Desk) -> Any:
     return left
 
 
-def _machine_tab(machine: Machine) -> None:
+def _machine_tab(machine: Machine) -> gr.Timer:
+    """Fill the tab; return what renews it while it is looked at."""
+
     def renewed(request: gr.Request) -> str:
         return machine.live_html(str(request.session_hash))
 
-    live = gr.HTML(elem_id="machine-live")
+    live = gr.HTML(machine.live_html(""), elem_id="machine-live")
     gr.HTML(machine.plan_html(), elem_id="machine-plan")
-    timer = gr.Timer(_RENEW_SECONDS)
+    timer = gr.Timer(_RENEW_SECONDS, active=False)
     timer.tick(renewed, None, live, queue=False, api_visibility="private", show_progress="hidden")
+    return timer

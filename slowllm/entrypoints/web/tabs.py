@@ -98,9 +98,7 @@ def complete_tab(desk: Desk) -> None:
             temperature = gr.Number(1.0, label="temperature", minimum=0.0001, step=0.1, interactive=False)
             top_k = gr.Number(50, label="top_k", precision=0, minimum=0, info="0 for all", interactive=False)
             top_p = gr.Number(1.0, label="top_p", minimum=0, maximum=1, step=0.05, interactive=False)
-            seed = gr.Number(
-                None, label="seed", precision=0, minimum=0, placeholder="random", interactive=False
-            )
+            seed = gr.Textbox(label="seed", placeholder="random", interactive=False)
         with gr.Row():
             penalty = gr.Number(1.0, label="repetition_penalty", minimum=0.0001, step=0.1, info="1 for none")
             stop = gr.Textbox(
@@ -108,7 +106,7 @@ def complete_tab(desk: Desk) -> None:
             )
     drawn = [temperature, top_k, top_p, seed]
     samples.change(
-        lambda on: [gr.Number(interactive=on) for _ in drawn], samples, drawn, queue=False, **_PRIVATE
+        lambda on: [gr.update(interactive=on) for _ in drawn], samples, drawn, queue=False, **_PRIVATE
     )
     names = (
         "max_new_tokens", "min_new_tokens", "num_return_sequences", "num_beams", "top_log_probs", "do_sample",

@@ -81,6 +81,11 @@ def bars_html(rows: Sequence[tuple[str, float, str]], best: int) -> str:
     return f'<div class="bars">{"".join(lines)}</div>'
 
 
+def progress_html(share: float) -> str:
+    """Return a bar of what is done, a share from 0 to 1."""
+    return f'<div class="progress"><span style="width: {100 * share:.2f}%"></span></div>'
+
+
 def table_html(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
     """Return a table."""
     head = "".join(f"<th>{escaped(cell)}</th>" for cell in header)
