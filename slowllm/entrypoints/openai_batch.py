@@ -131,7 +131,8 @@ class _Riding:
             if isinstance(entry, Request)
             for _ in entry.prompts
         ]
-        self._num_top, self._only_prompt = zip(*asked, strict=True) if asked else ((), ())
+        self._num_top = [num_top for num_top, _ in asked]
+        self._only_prompt = [only_prompt for _, only_prompt in asked]
         self._plain = with_own_defaults(lm)
         self._continue = saved_in(state, self._continue_group)
 

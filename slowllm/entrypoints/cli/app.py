@@ -30,6 +30,7 @@ from slowllm.entrypoints.cli.swarm import swarm_app
 from slowllm.entrypoints.cli.teach import teach
 from slowllm.entrypoints.cli.tune import tune
 from slowllm.entrypoints.cli.verb import add_verb
+from slowllm.entrypoints.cli.web import web
 from slowllm.entrypoints.cli.yesno import yesno
 from slowllm.errors import SlowLLMError
 from slowllm.malloc import keep_together
@@ -77,6 +78,7 @@ _VERBS: tuple[tuple[Callable[..., Any], str], ...] = (
     (convert, "slowllm convert bigscience/bloom bloom-int8 --store int8"),
     (verify, "slowllm verify bloom-int8"),
     (api, "slowllm api bigscience/bloomz-7b1 --port 8000"),
+    (web, "slowllm web bigscience/bloomz-7b1 --port 7860"),
     (serve, "slowllm serve bigscience/bloom --blocks 0:8"),
     (dht, "slowllm dht --identity peer.key --host-maddrs /ip4/0.0.0.0/tcp/31330"),
 )

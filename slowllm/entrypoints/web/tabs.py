@@ -52,7 +52,7 @@ def _connect(
         yield ["", "", gr.Button(interactive=False), gr.Button(interactive=True), *downloads]
         async for shown in answer(str(request.session_hash), *values):
             if shown.problem is not None:
-                gr.Warning(html.escape(shown.problem), title="Not done")
+                gr.Warning(html.escape(shown.problem))
             if file is not None:
                 downloads = [None if shown.file is None else str(shown.file)]
             is_over = shown.is_over
@@ -84,14 +84,7 @@ def complete_tab(desk: Desk) -> None:
         least = gr.Number(0, label="min_new_tokens", precision=0, minimum=0)
         sequences = gr.Number(1, label="num_return_sequences", precision=0, minimum=1)
         beams = gr.Number(1, label="num_beams", precision=0, minimum=1)
-        tops = gr.Number(
-            None,
-            label="top_log_probs",
-            precision=0,
-            minimum=0,
-            placeholder="none",
-            elem_id="complete-top-log-probs",
-        )
+        tops = gr.Textbox(label="top_log_probs", placeholder="none", elem_id="complete-top-log-probs")
     with gr.Accordion("Sampling, penalty and stop strings", open=False):
         with gr.Row():
             samples = gr.Checkbox(False, label="do_sample", info="Draw tokens instead of the likeliest")
@@ -123,7 +116,11 @@ def complete_tab(desk: Desk) -> None:
 def score_tab(desk: Desk) -> None:
     """Add the tab that scores a text."""
     text = gr.Textbox(
-        label="Text", lines=6, elem_id="score-text", placeholder="A text to be scored, token by token"
+        label="Text",
+        lines=6,
+        max_lines=12,
+        elem_id="score-text",
+        placeholder="A text to be scored, token by token",
     )
 
     def answer(visitor: str, given: str) -> AsyncIterator[Shown]:
@@ -135,7 +132,11 @@ def score_tab(desk: Desk) -> None:
 def choose_tab(desk: Desk) -> None:
     """Add the tab that compares choices."""
     context = gr.Textbox(
-        label="Context", lines=3, elem_id="choose-context", placeholder="What comes before; may be empty"
+        label="Context",
+        lines=3,
+        max_lines=12,
+        elem_id="choose-context",
+        placeholder="What comes before; may be empty",
     )
     choices = gr.Textbox(label="Choices, one a line", lines=4, elem_id="choose-choices")
     with gr.Row():
