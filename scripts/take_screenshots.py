@@ -7,6 +7,7 @@ Needs playwright and a Chromium on the PATH.
 
 from __future__ import annotations
 
+import io
 import shutil
 import signal
 import subprocess
@@ -15,10 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZE = {"width": 960, "height": 640}
+SIZE = {"width": 960, "height": 680}
 TEXT = "The value is the value of the object. Return the number of bytes that a zebra has read from the file."
 
 
@@ -119,7 +121,9 @@ def shot(page: Any, folder: Path, name: str) -> None:
     """Write a picture of what is seen, without the pointer's marks."""
     page.mouse.move(5, 5)
     page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
-    page.screenshot(path=folder / f"{name}.png")
+    picture = Image.open(io.BytesIO(page.screenshot()))
+    # A page has few colours, and a picture with a palette has few bytes.
+    picture.convert("RGB").quantize(96).save(folder / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

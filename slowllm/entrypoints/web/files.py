@@ -27,8 +27,9 @@ from slowllm.tables import kind_of
 
 KIND = "file"
 MAX_UPLOAD_BYTES = 16 << 20
-# Lines of one file that are asked for at once; those of others come between them.
-MAX_AT_ONCE = 16
+# Lines of one file that are asked for at once; those of others come between them. While some ride, as many wait for the end of
+# their sweep.
+MAX_AT_ONCE = 32
 What = Literal["score", "continue"]
 _KEYS = {"score": ("text", "continuation"), "continue": ("prompt", "text")}
 
@@ -94,6 +95,9 @@ async def answer_file(
     while (left or riding) and not errand.is_stopped:
         _submit(errand, left, riding, bell)
         await bell.wait(LOOK_SECONDS)
+        await asyncio.sleep(
+            REST_SECONDS
+        )  # lines that rode together end together, and the next ones shall, too
         for number in [number for number, ride in riding.items() if ride.done()]:
             ride = riding.pop(number)
             if errand.is_stopped:
@@ -103,7 +107,6 @@ async def answer_file(
             yield FileProgress(
                 f"{_how_far(len(done), len(lines), started)}; {where(desk)}", len(done), len(lines)
             )
-            await asyncio.sleep(REST_SECONDS)
     rows = [json.dumps(done[number], ensure_ascii=False) + "\n" for number in sorted(done)]
     await asyncio.to_thread(replace_file, result, "".join(rows))
     said = f"{_how_far(len(done), len(lines), started)}" + (f"; {STOPPED}" if len(done) < len(lines) else "")

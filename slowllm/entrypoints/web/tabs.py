@@ -48,13 +48,13 @@ def _connect(
     outputs = [status, body, run, stop, *([] if file is None else [file])]
 
     async def asked(request: gr.Request, *values: Any) -> AsyncIterator[list[Any]]:
-        downloads: list[str | None] = [] if file is None else [None]
+        downloads = [] if file is None else [gr.File(None, visible=False)]
         yield ["", "", gr.Button(interactive=False), gr.Button(interactive=True), *downloads]
         async for shown in answer(str(request.session_hash), *values):
             if shown.problem is not None:
                 gr.Warning(html.escape(shown.problem))
-            if file is not None:
-                downloads = [None if shown.file is None else str(shown.file)]
+            if shown.file is not None:
+                downloads = [gr.File(str(shown.file), visible=True)]
             is_over = shown.is_over
             yield [
                 shown.status, shown.body, gr.Button(interactive=is_over), gr.Button(interactive=not is_over), *downloads,
@@ -75,28 +75,26 @@ def _id(kind: str) -> str:
 def complete_tab(desk: Desk) -> None:
     """Add the tab that continues a prompt."""
     prompt = gr.Textbox(
-        label="Prompt", lines=4, elem_id="complete-text", placeholder="A text to be continued"
+        label="Prompt", lines=4, max_lines=12, elem_id="complete-text", placeholder="A text to be continued"
     )
     with gr.Row():
         most = gr.Number(
             32, label="max_new_tokens", precision=0, minimum=1, elem_id="complete-max-new-tokens"
         )
         least = gr.Number(0, label="min_new_tokens", precision=0, minimum=0)
-        sequences = gr.Number(1, label="num_return_sequences", precision=0, minimum=1)
-        beams = gr.Number(1, label="num_beams", precision=0, minimum=1)
         tops = gr.Textbox(label="top_log_probs", placeholder="none", elem_id="complete-top-log-probs")
-    with gr.Accordion("Sampling, penalty and stop strings", open=False):
+    with gr.Accordion("Sampling, beams, penalty and stop strings", open=False):
+        samples = gr.Checkbox(False, label="do_sample", info="Draw tokens instead of the likeliest")
         with gr.Row():
-            samples = gr.Checkbox(False, label="do_sample", info="Draw tokens instead of the likeliest")
             temperature = gr.Number(1.0, label="temperature", minimum=0.0001, step=0.1, interactive=False)
-            top_k = gr.Number(50, label="top_k", precision=0, minimum=0, info="0 for all", interactive=False)
+            top_k = gr.Number(50, label="top_k (0 for all)", precision=0, minimum=0, interactive=False)
             top_p = gr.Number(1.0, label="top_p", minimum=0, maximum=1, step=0.05, interactive=False)
             seed = gr.Textbox(label="seed", placeholder="random", interactive=False)
         with gr.Row():
-            penalty = gr.Number(1.0, label="repetition_penalty", minimum=0.0001, step=0.1, info="1 for none")
-            stop = gr.Textbox(
-                label="stop", lines=2, info=r"Strings that end it, one a line; \n is a line break"
-            )
+            sequences = gr.Number(1, label="num_return_sequences", precision=0, minimum=1)
+            beams = gr.Number(1, label="num_beams", precision=0, minimum=1)
+            penalty = gr.Number(1.0, label="repetition_penalty", minimum=0.0001, step=0.1)
+        stop = gr.Textbox(label="stop", lines=2, info=r"Strings that end it, one a line; \n is a line break")
     drawn = [temperature, top_k, top_p, seed]
     samples.change(
         lambda on: [gr.update(interactive=on) for _ in drawn], samples, drawn, queue=False, **_PRIVATE
@@ -138,7 +136,7 @@ def choose_tab(desk: Desk) -> None:
         elem_id="choose-context",
         placeholder="What comes before; may be empty",
     )
-    choices = gr.Textbox(label="Choices, one a line", lines=4, elem_id="choose-choices")
+    choices = gr.Textbox(label="Choices, one a line", lines=4, max_lines=12, elem_id="choose-choices")
     with gr.Row():
         blank = gr.Checkbox(True, label="A blank before each choice")
         normalize = gr.Dropdown(
@@ -192,7 +190,7 @@ def file_tab(desk: Desk, folder: Path) -> None:
         return answers.file_answered(desk, visitor, path, how, number, folder)
 
     result = gr.File(
-        label="Result, JSON Lines", interactive=False, elem_id="file-result", height=100, render=False
+        label="Result, JSON Lines", interactive=False, elem_id="file-result", visible=False, render=False
     )
     _connect(desk, files.KIND, [upload, what, most], answer, "Start", file=result)
     result.render()  # type: ignore[no-untyped-call]
