@@ -51,7 +51,7 @@ ONLY_IN = {
     "pydantic": {"entrypoints.openai"},
     "pydantic_core": {"entrypoints.openai"},
     "fastapi": {"entrypoints.server", "entrypoints.web"},
-    "starlette": {"entrypoints.server"},
+    "starlette": {"entrypoints.server", "entrypoints.web"},
     "uvicorn": {"entrypoints.server", "entrypoints.web"},
     "h11": {"entrypoints.server"},
     "prometheus_client": {"entrypoints.server"},

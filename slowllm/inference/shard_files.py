@@ -38,7 +38,7 @@ _NAME = re.compile(r"part-(\d{5,})\.(parquet|safetensors)(\.part)?")
 
 
 @dataclass(frozen=True)
-class Row:
+class ShardRow:
     """One row.
 
     Attributes:
@@ -82,7 +82,7 @@ class ShardWriter:
     ) -> None:
         self._folder, self._format, self._grows = folder, format, frozenset(grows)
         self._about, self._shard_bytes = json.dumps(about, sort_keys=True), shard_bytes
-        self._rows: list[Row] = []
+        self._rows: list[ShardRow] = []
         self._num_bytes = self._number = self.num_done = 0
         while (path := self._path(self._number)).exists():
             try:
@@ -96,7 +96,7 @@ class ShardWriter:
     def _path(self, number: int) -> Path:
         return self._folder / f"part-{number:05d}.{self._format}"
 
-    def add(self, row: Row) -> bool:
+    def add(self, row: ShardRow) -> bool:
         """Add a row; return whether it ended a shard, so that all rows so far are on disk.
 
         Raises:
@@ -167,7 +167,7 @@ def _num_rows(path: Path) -> int:
         return int(file.get_slice("line").get_shape()[0])
 
 
-def _write_safetensors(path: Path, rows: Sequence[Row], grows: frozenset[str], about: str) -> None:
+def _write_safetensors(path: Path, rows: Sequence[ShardRow], grows: frozenset[str], about: str) -> None:
     files = list(dict.fromkeys(row.file for row in rows))
     numbers = {file: number for number, file in enumerate(files)}
     tensors = {
@@ -184,7 +184,7 @@ def _write_safetensors(path: Path, rows: Sequence[Row], grows: frozenset[str], a
     save_file(tensors, path, {"slowllm": json.dumps({"files": files, "job": json.loads(about)})})
 
 
-def _write_parquet(path: Path, rows: Sequence[Row], grows: frozenset[str], about: str) -> None:
+def _write_parquet(path: Path, rows: Sequence[ShardRow], grows: frozenset[str], about: str) -> None:
     import pyarrow
     from pyarrow import parquet
 

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from slowllm.errors import InputError
 from slowllm.files import STATE_NAME
 from slowllm.inference import shard_files
-from slowllm.inference.shard_files import FORMATS, Format, Row, ShardWriter, check_folder
+from slowllm.inference.shard_files import FORMATS, Format, ShardRow, ShardWriter, check_folder
 
 pytest.importorskip("pyarrow")
 ROWS = [
-    Row(
+    ShardRow(
         "a.txt" if number < 6 else "b.txt", number, f"text {number}",
         {
             "ids": torch.arange(number % 4, dtype=torch.int32), "top": torch.full((number % 4, 3), float(number)).half(),
@@ -29,7 +29,7 @@ ROWS = [
 GROWS = ("ids", "top")
 
 
-def write(folder: Path, kind: Format, rows: list[Row]) -> ShardWriter:
+def write(folder: Path, kind: Format, rows: list[ShardRow]) -> ShardWriter:
     writer = ShardWriter(folder, kind, GROWS, {"k": 1}, shard_bytes=130)
     for row in rows[writer.num_done :]:
         writer.add(row)

@@ -16,7 +16,7 @@ import pytest
 import slowllm
 from slowllm.entrypoints.web.answers import Shown
 from slowllm.entrypoints.web.desk import Desk
-from slowllm.entrypoints.web.machine import Machine
+from slowllm.entrypoints.web.machine import MachineView
 from slowllm.entrypoints.web.running import PageServer, listening_at, quiet_gradio, url_of
 from slowllm.inference.service import Service
 from slowllm.planning.job import Rates
@@ -50,7 +50,7 @@ class Counter:
     desk: Desk
     service: Service
     gate: Gate
-    machine: Machine
+    machine: MachineView
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def counter(max_waiting: int = 64) -> Iterator[Counter]:
         Service(lm, max_rows=MAX_ROWS, max_waiting=max_waiting) as service,
     ):
         desk = Desk(lm, service, MAX_ROWS)
-        with Machine(desk, Rates(), 1 << 32) as machine:
+        with MachineView(desk, Rates(), 1 << 32) as machine:
             try:
                 yield Counter(lm, desk, service, gate, machine)
             finally:

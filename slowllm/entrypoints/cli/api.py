@@ -112,7 +112,7 @@ def api(
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
-    """Answer OpenAI's requests over HTTP: completions, chats, and log-probabilities of prompts.
+    """Answer OpenAI's requests over HTTP, many at once.
 
     Prints the base URL for clients when it serves. All requests that are under way share the sweeps over the weights, each token
     of theirs takes a sweep, and streamed answers come as they are made. The model that a request names is ignored. Memory is

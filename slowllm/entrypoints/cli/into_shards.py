@@ -165,7 +165,7 @@ def write_shards(
     import psutil
 
     from slowllm.entrypoints.progress import progress
-    from slowllm.inference.shard_files import COPIES, SHARD_BYTES, Row, ShardWriter
+    from slowllm.inference.shard_files import COPIES, SHARD_BYTES, ShardRow, ShardWriter
     from slowllm.planning.budget import Budget
     from slowllm.runtime.memory import budget_bytes
 
@@ -183,7 +183,7 @@ def write_shards(
         found = passes(lm, state, num_done)
         count = stack.enter_context(progress(lm, job, state, noun="text", total=texts.num_texts - num_done))
         for text, result in found:
-            if writer.add(Row(text.file, text.line.number, text.line.text, result)):
+            if writer.add(ShardRow(text.file, text.line.number, text.line.text, result)):
                 found.forget(writer.num_done)
             count(len(text.ids))
         num_shards = writer.finish()

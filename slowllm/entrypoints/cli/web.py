@@ -76,7 +76,7 @@ def web(
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
-    """Show a page in the browser that completes, scores and compares texts.
+    """Show a page in the browser that completes and scores texts.
 
     Prints the page's address when it serves. All visitors share the sweeps over the weights; who leaves, or presses Stop,
     makes room for others. Nothing is sent to or loaded from any other machine. Ends at Ctrl-C or SIGTERM.
@@ -98,7 +98,7 @@ def web(
         jobs = _jobs(runner, context, max_tokens, max_rows)
         # Before the model, so that the budget counts what it holds.
         from slowllm.entrypoints.web.desk import Desk
-        from slowllm.entrypoints.web.machine import Machine
+        from slowllm.entrypoints.web.machine import MachineView
         from slowllm.entrypoints.web.page import page_app
         from slowllm.inference.service import Service
         from slowllm.runtime.memory import budget_of
@@ -107,7 +107,7 @@ def web(
         lm = held.enter_context(_opened(runner, jobs, budget))
         service = held.enter_context(Service(lm, max_rows=max_rows, max_waiting=max_waiting))
         desk = Desk(lm, service, max_rows)
-        machine = held.enter_context(Machine(desk, runner.rates, budget.total_bytes))
+        machine = held.enter_context(MachineView(desk, runner.rates, budget.total_bytes))
         results = folder / "results"
         results.mkdir()
         app, end_streams = page_app(desk, machine, results)

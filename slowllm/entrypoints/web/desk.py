@@ -23,7 +23,7 @@ STOPPED = "it was stopped"
 
 
 @dataclass(frozen=True)
-class Row:
+class DeskRow:
     """What a visitor has under way.
 
     Attributes:
@@ -160,7 +160,7 @@ class Desk:
         """Return how the service is doing now."""
         return self._service.status()
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[DeskRow]:
         """Return what visitors have under way, those first whose asks board first."""
         with self._lock:
             rides = list(self._rides.items())
@@ -172,6 +172,6 @@ class Desk:
                 counts[1 if place >= len(rides) - num_waiting else 0] += 1
                 counts[2] += sum(list(errand.told[ride].values()))
             return [
-                Row(self._numbers.get(errand.visitor, 0), errand.visitor, errand.kind, *counts)
+                DeskRow(self._numbers.get(errand.visitor, 0), errand.visitor, errand.kind, *counts)
                 for errand, counts in found.items()
             ]

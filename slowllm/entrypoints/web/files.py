@@ -35,7 +35,7 @@ _KEYS = {"score": ("text", "continuation"), "continue": ("prompt", "text")}
 
 
 @dataclass(frozen=True)
-class Line:
+class UploadLine:
     """A line of an uploaded file.
 
     Attributes:
@@ -113,7 +113,7 @@ async def answer_file(
     yield FileProgress(said, len(done), len(lines), result)
 
 
-def _submit(errand: Errand, left: list[Line], riding: dict[int, Ride[Answer]], bell: Bell) -> None:
+def _submit(errand: Errand, left: list[UploadLine], riding: dict[int, Ride[Answer]], bell: Bell) -> None:
     """Ask for as many of the lines that are left as may be under way at once; the last of `left` comes first."""
     while left and len(riding) < MAX_AT_ONCE and not errand.is_stopped:
         try:
@@ -134,7 +134,7 @@ def _how_far(num_done: int, num_lines: int, started: float) -> str:
     return said
 
 
-def _read(desk: Desk, upload: Path, what: What, settings: Settings) -> list[Line]:
+def _read(desk: Desk, upload: Path, what: What, settings: Settings) -> list[UploadLine]:
     name, kind = upload.name, kind_of(upload)
     if kind not in ("text", "json"):
         raise InputError(f"{name}: is no file of lines; upload a text file, or JSON Lines that end in .jsonl")
@@ -155,7 +155,7 @@ def _read(desk: Desk, upload: Path, what: What, settings: Settings) -> list[Line
     return lines
 
 
-def _line(desk: Desk, number: int, content: dict[str, Any], what: What, settings: Settings) -> Line:
+def _line(desk: Desk, number: int, content: dict[str, Any], what: What, settings: Settings) -> UploadLine:
     """Return a line of a file by its content, checked for this model."""
     key = next((key for key in _KEYS[what] if key in content), None)
     context = content.get("context", "") if key == "continuation" else ""
@@ -172,10 +172,10 @@ def _line(desk: Desk, number: int, content: dict[str, Any], what: What, settings
     else:
         query, ask = None, Ask(encode_prompt(desk.lm, text, settings))
     desk.check(ask)
-    return Line(number, read, ask, query)
+    return UploadLine(number, read, ask, query)
 
 
-def _result(line: Line, answer: Answer) -> dict[str, Any]:
+def _result(line: UploadLine, answer: Answer) -> dict[str, Any]:
     found: dict[str, Any] = {"line": line.number, **line.read}
     if line.query is None:
         rows = [

@@ -24,7 +24,7 @@ from slowllm.streaming.stops import Passage
 _WINDOW_SECONDS, _LOOK_SECONDS = 10.0, 0.2
 
 
-class Machine:
+class MachineView:
     """Watches a model's carousel, and describes it in HTML. Thread-safe.
 
     Args:

@@ -14,7 +14,7 @@ from starlette.routing import Mount
 from slowllm.entrypoints.web import tabs
 from slowllm.entrypoints.web.desk import Desk
 from slowllm.entrypoints.web.files import MAX_UPLOAD_BYTES
-from slowllm.entrypoints.web.machine import Machine
+from slowllm.entrypoints.web.machine import MachineView
 from slowllm.entrypoints.web.words import escaped, paragraph
 
 # How often the tab of the machine is renewed while it is looked at.
@@ -23,7 +23,7 @@ _FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 _MONO_FONTS = ("ui-monospace", "monospace")
 
 
-def page_app(desk: Desk, machine: Machine, folder: Path) -> tuple[FastAPI, Callable[[], None]]:
+def page_app(desk: Desk, machine: MachineView, folder: Path) -> tuple[FastAPI, Callable[[], None]]:
     """Return the application, and what ends its streams to browsers, to be called in its event loop.
 
     Args:
@@ -44,7 +44,7 @@ def page_app(desk: Desk, machine: Machine, folder: Path) -> tuple[FastAPI, Calla
     return app, cast(gr.routes.App, mounted).stop_event.set
 
 
-def _blocks(desk: Desk, machine: Machine, folder: Path) -> gr.Blocks:
+def _blocks(desk: Desk, machine: MachineView, folder: Path) -> gr.Blocks:
     name = desk.lm.name
     with (
         gr.Blocks(analytics_enabled=False, title=f"slowllm: {name}") as blocks,
@@ -66,7 +66,7 @@ def _blocks(desk: Desk, machine: Machine, folder: Path) -> gr.Blocks:
                 with gr.Tab(label) as tab:
                     fill(desk)
                 others.append(tab)
-            with gr.Tab("Machine") as tab:
+            with gr.Tab("MachineView") as tab:
                 timer = _machine_tab(machine)
             quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
             tab.select(lambda: gr.Timer(active=True), None, timer, **quick)
@@ -85,7 +85,7 @@ def _left(desk: Desk) -> Any:
     return left
 
 
-def _machine_tab(machine: Machine) -> gr.Timer:
+def _machine_tab(machine: MachineView) -> gr.Timer:
     """Fill the tab; return what renews it while it is looked at."""
 
     def renewed(request: gr.Request) -> str:
