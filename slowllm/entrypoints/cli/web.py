@@ -28,7 +28,7 @@ _LOOK_SECONDS = 0.5
 _TOKENS = (8192, 4096, 2048, 1024, 512)
 _CONTEXT = 2048
 # What requests, uploads and answers take beside the model; and Gradio itself, which a dry run does not load.
-_PAGE_BYTES, _GRADIO_BYTES = 64 << 20, 160 << 20
+_PAGE_BYTES, _GRADIO_BYTES = 192 << 20, 160 << 20
 
 
 @takes_swarm
@@ -76,9 +76,9 @@ def web(
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
-    """Show a page in the browser that completes and scores texts.
+    """Show a page in the browser over a model.
 
-    Prints the page's address when it serves. All visitors share the sweeps over the weights; who leaves, or presses Stop,
+    It completes, scores and compares texts. Prints the page's address when it serves. All visitors share the sweeps over the weights; who leaves, or presses Stop,
     makes room for others. Nothing is sent to or loaded from any other machine. Ends at Ctrl-C or SIGTERM.
     """
     options.log_to_stderr(verbose)

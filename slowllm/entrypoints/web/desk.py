@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from slowllm.errors import RideError
+from slowllm.errors import BusyError, RideError, counted
 from slowllm.inference.generation_types import OnTokens
 from slowllm.inference.service import Service
 from slowllm.inference.service_tasks import checked_size
@@ -23,7 +23,7 @@ STOPPED = "it was stopped"
 
 
 @dataclass(frozen=True)
-class DeskRow:
+class ErrandRow:
     """What a visitor has under way.
 
     Attributes:
@@ -117,6 +117,17 @@ class Desk:
         """
         checked_size(self.lm, ask, self._max_rows, joins=False)
 
+    def refuse_more(self, kind: str, most: int) -> None:
+        """Refuse an errand that is one too many of its kind.
+
+        Raises:
+            BusyError: with it, there are more than `most`.
+        """
+        with self._lock:
+            number = sum(one.kind == kind for one in self._errands)
+        if number > most:
+            raise BusyError(f"{counted(most, kind)} of visitors are under way already; ask again later")
+
     def submit(self, errand: Errand, ask: Ask, on_tokens: OnTokens | None) -> Ride[Answer]:
         """Ask the service for an errand; see `Errand.submit`."""
         counts: dict[int, int] = {}
@@ -160,7 +171,7 @@ class Desk:
         """Return how the service is doing now."""
         return self._service.status()
 
-    def rows(self) -> list[DeskRow]:
+    def rows(self) -> list[ErrandRow]:
         """Return what visitors have under way, those first whose asks board first."""
         with self._lock:
             rides = list(self._rides.items())
@@ -172,6 +183,6 @@ class Desk:
                 counts[1 if place >= len(rides) - num_waiting else 0] += 1
                 counts[2] += sum(list(errand.told[ride].values()))
             return [
-                DeskRow(self._numbers.get(errand.visitor, 0), errand.visitor, errand.kind, *counts)
+                ErrandRow(self._numbers.get(errand.visitor, 0), errand.visitor, errand.kind, *counts)
                 for errand, counts in found.items()
             ]

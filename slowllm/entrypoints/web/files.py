@@ -26,7 +26,8 @@ from slowllm.streaming.ride import Ride
 from slowllm.tables import kind_of
 
 KIND = "file"
-MAX_UPLOAD_BYTES = 16 << 20
+# What a file takes of memory with its tokens and results is some ten times its size.
+MAX_UPLOAD_BYTES, MAX_LINES, MAX_FILES = 1 << 20, 10_000, 4
 # Lines of one file that are asked for at once; those of others come between them. While some ride, as many wait for the end of
 # their sweep.
 MAX_AT_ONCE = 32
@@ -35,7 +36,7 @@ _KEYS = {"score": ("text", "continuation"), "continue": ("prompt", "text")}
 
 
 @dataclass(frozen=True)
-class UploadLine:
+class FileLine:
     """A line of an uploaded file.
 
     Attributes:
@@ -83,10 +84,11 @@ async def answer_file(
         settings: of continuations.
         result: file of JSON lines that is written.
     Raises:
-        InputError: the file is no text, or the model takes one of its lines not; the message names it.
-        BusyError: the service takes nothing, even with none of these lines under way.
+        InputError: the file is no text or has too many lines, or the model takes one of its lines not; the message names it.
+        BusyError: there are too many files, or the service takes nothing, even with none of these lines under way.
         SlowLLMError: what a ride ends with.
     """
+    desk.refuse_more(KIND, MAX_FILES)
     lines = await asyncio.to_thread(_read, desk, upload, what, settings)
     bell, started = Bell(), time.monotonic()
     left, riding = list(reversed(lines)), dict[int, Ride[Answer]]()
@@ -113,7 +115,7 @@ async def answer_file(
     yield FileProgress(said, len(done), len(lines), result)
 
 
-def _submit(errand: Errand, left: list[UploadLine], riding: dict[int, Ride[Answer]], bell: Bell) -> None:
+def _submit(errand: Errand, left: list[FileLine], riding: dict[int, Ride[Answer]], bell: Bell) -> None:
     """Ask for as many of the lines that are left as may be under way at once; the last of `left` comes first."""
     while left and len(riding) < MAX_AT_ONCE and not errand.is_stopped:
         try:
@@ -134,7 +136,7 @@ def _how_far(num_done: int, num_lines: int, started: float) -> str:
     return said
 
 
-def _read(desk: Desk, upload: Path, what: What, settings: Settings) -> list[UploadLine]:
+def _read(desk: Desk, upload: Path, what: What, settings: Settings) -> list[FileLine]:
     name, kind = upload.name, kind_of(upload)
     if kind not in ("text", "json"):
         raise InputError(f"{name}: is no file of lines; upload a text file, or JSON Lines that end in .jsonl")
@@ -142,6 +144,8 @@ def _read(desk: Desk, upload: Path, what: What, settings: Settings) -> list[Uplo
         entries = read_lines(upload)
     except InputError as error:  # its own name is that of a folder of the server
         raise InputError(str(error).replace(str(upload), name)) from error
+    if len(entries) > MAX_LINES:
+        raise InputError(f"{name}: has {len(entries):,} lines, and this page takes {MAX_LINES:,}; divide it")
     lines = []
     with desk.tokenizing():
         for number, text in entries:
@@ -155,7 +159,7 @@ def _read(desk: Desk, upload: Path, what: What, settings: Settings) -> list[Uplo
     return lines
 
 
-def _line(desk: Desk, number: int, content: dict[str, Any], what: What, settings: Settings) -> UploadLine:
+def _line(desk: Desk, number: int, content: dict[str, Any], what: What, settings: Settings) -> FileLine:
     """Return a line of a file by its content, checked for this model."""
     key = next((key for key in _KEYS[what] if key in content), None)
     context = content.get("context", "") if key == "continuation" else ""
@@ -172,10 +176,10 @@ def _line(desk: Desk, number: int, content: dict[str, Any], what: What, settings
     else:
         query, ask = None, Ask(encode_prompt(desk.lm, text, settings))
     desk.check(ask)
-    return UploadLine(number, read, ask, query)
+    return FileLine(number, read, ask, query)
 
 
-def _result(line: UploadLine, answer: Answer) -> dict[str, Any]:
+def _result(line: FileLine, answer: Answer) -> dict[str, Any]:
     found: dict[str, Any] = {"line": line.number, **line.read}
     if line.query is None:
         rows = [

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from starlette.routing import Mount
 
 from slowllm.entrypoints.web import tabs
+from slowllm.entrypoints.web.bodies import MAX_BODY_BYTES, BoundedBodies
 from slowllm.entrypoints.web.desk import Desk
 from slowllm.entrypoints.web.files import MAX_UPLOAD_BYTES
 from slowllm.entrypoints.web.machine import MachineView
@@ -23,7 +24,7 @@ _FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 _MONO_FONTS = ("ui-monospace", "monospace")
 
 
-def page_app(desk: Desk, machine: MachineView, folder: Path) -> tuple[FastAPI, Callable[[], None]]:
+def page_app(desk: Desk, machine: MachineView, folder: Path) -> tuple[BoundedBodies, Callable[[], None]]:
     """Return the application, and what ends its streams to browsers, to be called in its event loop.
 
     Args:
@@ -41,7 +42,7 @@ def page_app(desk: Desk, machine: MachineView, folder: Path) -> tuple[FastAPI, C
         mcp_server=False, theme=theme, css_paths=[Path(__file__).with_name("page.css")],
     )  # fmt: skip
     (mounted,) = (route.app for route in app.routes if isinstance(route, Mount))
-    return app, cast(gr.routes.App, mounted).stop_event.set
+    return BoundedBodies(app, MAX_BODY_BYTES), cast(gr.routes.App, mounted).stop_event.set
 
 
 def _blocks(desk: Desk, machine: MachineView, folder: Path) -> gr.Blocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import html
 import json
 import re
@@ -15,6 +16,7 @@ import pytest
 from slowllm.entrypoints.web import answers, texts
 from slowllm.entrypoints.web.answers import Shown
 from slowllm.entrypoints.web.completing import settings_of
+from slowllm.entrypoints.web.files import MAX_FILES
 from slowllm.entrypoints.web.pieces import pieces_of
 from slowllm.errors import InputError, RideError
 from slowllm.inference import generation
@@ -273,6 +275,7 @@ def test_what_cannot_be_judged_is_said_in_one_sentence(at: Counter) -> None:
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "score", "a.jsonl: line 2: is JSON, but no object"),
         ("a.jsonl", b'{"prompt": "a"}\n', "score", 'a.jsonl: line 1: has no "text", or "context" and'),
         ("a.jsonl", b'{"prompt": 1}\n', "continue", 'a.jsonl: line 1: has no "prompt" that is a text'),
+        ("a.txt", b"a\n" * 10_001, "score", "a.txt: has 10,001 lines, and this page takes 10,000; divide it"),
         ("a.txt", b"fine\n" + b"word " * 600, "score", "a.txt: line 2: the request has 1 times"),
     ],
 )
@@ -285,6 +288,15 @@ def test_a_file_that_cannot_be_used_is_refused_as_a_whole(
     assert said.startswith(message)
     assert str(tmp_path) not in said
     assert at.service.status().num_prompt_tokens == before
+
+
+def test_so_many_files_at_once_are_enough(at: Counter, tmp_path: Path) -> None:
+    (upload := tmp_path / "lines.txt").write_text("The value is\n")
+    with contextlib.ExitStack() as others:
+        for number in range(MAX_FILES):
+            others.enter_context(at.desk.errand(f"visitor {number}", "file"))
+        said = problem_of(answers.file_answered(at.desk, "me", str(upload), "score", 4, tmp_path))
+        assert said == "4 files of visitors are under way already; ask again later"
 
 
 def test_no_file_is_no_file(at: Counter, tmp_path: Path) -> None:

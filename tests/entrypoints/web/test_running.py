@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import urllib.error
 import urllib.request
 from typing import Any
 
 import pytest
 
+from slowllm.entrypoints.web.bodies import BoundedBodies
 from slowllm.entrypoints.web.running import PageServer, listening_at, quiet_gradio, url_of
 from slowllm.errors import InputError
 from tests.support.memory_stops import until
@@ -58,6 +60,25 @@ def test_the_server_serves_until_its_context_ends_and_says_when_it_ended_by_itse
     assert ended == [True]
     with pytest.raises(RuntimeError, match="the page's server has ended by itself"):
         server.check()
+
+
+def status_of(url: str, body: Any, **headers: str) -> int:
+    request = urllib.request.Request(url, body, headers)
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_bodies_that_the_page_does_not_send_are_not_read() -> None:
+    app = BoundedBodies(_application, 10)
+    with listening_at("127.0.0.1", 0) as bound, PageServer(app, bound, lambda: None):
+        url = url_of(bound)
+        assert status_of(url, b"0123456789") == 200
+        assert status_of(url, b"0123456789a") == 413
+        assert status_of(url, iter([b"0"])) == 411  # in chunks
+        assert status_of(url, None) == 200
 
 
 def test_what_ends_the_server_is_raised_where_it_is_looked_for() -> None:
