@@ -152,7 +152,7 @@ def test_what_is_wrong_is_shown_and_all_goes_on(visitors: list[Visitor], tmp_pat
     me.page.locator("#file-upload button[aria-label=Clear]").click()
     (large := tmp_path / "large.txt").write_bytes(b"word\n" * 300_000)
     me.page.set_input_files("#file-upload input[type=file]", large)
-    me.page.get_by_text("exceeds the maximum allowed size").first.wait_for()
+    me.page.get_by_text("exceed the maximum allowed size").first.wait_for()
 
 
 def test_two_visitors_ride_in_the_same_sweeps_and_one_stops(
