@@ -41,7 +41,7 @@ def texts_of(lengths: list[int], vocabulary: int = VOCAB) -> list[Text]:
     return found
 
 
-@pytest.mark.parametrize("sweep_tokens", [16, 1000])
+@pytest.mark.parametrize("sweep_tokens", [16, pytest.param(1000, marks=pytest.mark.long)])
 def test_figures_are_those_of_whole_logits(sweep_tokens: int, tiny: Tiny) -> None:
     texts, names = texts_of([5, 12, 1, 9, 2, 7]), ("bloom", "llama-2")
     with slowllm.load(tiny(names[0]), dtype="fp32") as a, slowllm.load(tiny(names[1]), dtype="fp32") as b:

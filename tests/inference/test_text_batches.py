@@ -72,7 +72,9 @@ def test_memory_does_not_depend_on_the_number_of_texts(lm: StreamedLM) -> None:
     assert most * 16 <= (SWEEPS_HELD + WINDOW_SWEEPS) * lm.plan.sweep_tokens
 
 
-@pytest.mark.parametrize("num_done", [0, 17, 30])
+@pytest.mark.parametrize(
+    "num_done", [17, pytest.param(0, marks=pytest.mark.long), pytest.param(30, marks=pytest.mark.long)]
+)
 def test_a_run_that_broke_off_goes_on_with_the_same_bits(
     num_done: int, lm: StreamedLM, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from tests.support.paths import ROOT, TINY_BLOOM
 SENTENCES = ROOT / "sentences.txt"
 
 
+@pytest.mark.long
 def test_a_store_is_compared_with_its_checkpoint(
     embedded: Callable[[str], Path], monkeypatch: Any, capsys: Any
 ) -> None:
@@ -41,6 +42,20 @@ def test_a_store_is_compared_with_its_checkpoint(
     assert shown.count("log-probability") == 5
 
 
+def test_a_model_has_no_distance_from_itself(monkeypatch: Any, capsys: Any) -> None:
+    texts = ["--text", "The value is returned.", "--text", "Yes, and no."]
+    command = ["compare", TINY_BLOOM, TINY_BLOOM, *texts, "--dtype", "fp32", "--worst", "1"]
+    assert run([*command, "--json"], monkeypatch) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kl"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert found["top_1_agreement"]["value"] == found["perplexity_ratio"]["value"] == 1.0
+    assert [text["line"] for text in found["texts"]] == [1, 2]
+    monkeypatch.setattr(compare, "prints_text", lambda out, as_json: True)
+    assert run(command, monkeypatch) == 0
+    assert "perplexity of B over that of A" in capsys.readouterr().out
+
+
+@pytest.mark.long
 def test_a_dry_run_plans_both(monkeypatch: Any, capsys: Any) -> None:
     command = ["compare", TINY_BLOOM, TINY_BLOOM, SENTENCES, "--dry-run", "--json", "--ram", "4GiB"]
     assert run(command, monkeypatch) == 0

@@ -59,6 +59,7 @@ def test_rows_hold_what_transformers_returns(texts: Path, tmp_path: Path, monkey
     assert (tensors["hidden_0"][start:end] - states_of(ids, 0)).abs().max() <= TOLERANCE
 
 
+@pytest.mark.long
 def test_a_dry_run_and_a_resumed_run(texts: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     command = ["hidden", texts, "--blocks", "0", "--out", tmp_path / "out"]
     assert run([*command, "--dry-run"], monkeypatch) == 0
