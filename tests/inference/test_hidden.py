@@ -45,7 +45,9 @@ def compare(name: str, tiny: Tiny, **options: Any) -> None:
         found = hidden_states(lm, range(last + 1), input_ids=IDS)
     assert len(found) == len(expected) - 1
     for block, hidden in enumerate(found):
-        assert torch.equal(hidden, expected[block + 1]), block
+        # Mamba's list has no embeddings, but the last block's hidden states before and behind the norm.
+        place = block if name == "mamba" and block < last else block + 1
+        assert torch.equal(hidden, expected[place]), block
 
 
 @pytest.mark.long
