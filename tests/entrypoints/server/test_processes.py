@@ -278,23 +278,29 @@ def test_a_key_is_asked_for(processes: Processes, talkative: Path, tmp_path: Pat
             assert client.models.list().data
 
 
-def test_the_description_survives_schemathesis(server: ApiServer, tmp_path: Path) -> None:
-    described = httpx.get(server.url.removesuffix("/v1") + "/openapi.json").json()
-    # Texts are made at random; what they may cost is the test's to say.
-    for path in ("/v1/completions", "/v1/chat/completions"):
-        schema = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        for name, most in (("max_tokens", 3), ("max_completion_tokens", 3), ("n", 3)):
-            if name in schema["properties"]:
-                schema["properties"][name] = {"type": "integer", "minimum": 1, "maximum": most}
-    file = tmp_path / "openapi.json"
-    file.write_text(json.dumps(described))
-    ended = subprocess.run(
-        [
-            Path(sys.executable).parent / "schemathesis", "run", file, "--url", server.url.removesuffix("/v1"),
-            "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
-            "--max-examples", "60", "--seed", "1", "--no-color", "--request-timeout", "120",
-        ],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-2000:]
-    until(lambda: is_idle(server))
+def test_the_description_survives_schemathesis(processes: Processes, talkative: Path, tmp_path: Path) -> None:
+    with api_server(processes, talkative, "--context", 40, "--max-tokens", 400) as server:
+        root = server.url.removesuffix("/v1")
+        described = httpx.get(f"{root}/openapi.json").json()
+        # Texts are made at random, and without these most of them would be continued for long, or refused.
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            schema = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+            schema["required"].append("max_tokens")
+            for name, most in (("max_tokens", 3), ("max_completion_tokens", 3), ("n", 3)):
+                if name in schema["properties"]:
+                    schema["properties"][name] = {"type": "integer", "minimum": 1, "maximum": most}
+        file = tmp_path / "openapi.json"
+        file.write_text(json.dumps(described))
+        ended = subprocess.run(
+            [
+                Path(sys.executable).parent / "schemathesis", "run", file, "--url", root,
+                "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
+                "--max-examples", "50", "--seed", "1", "--no-color", "--request-timeout", "120",
+            ],
+            capture_output=True, text=True, cwd=tmp_path, check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-2000:]
+        metrics = server.metrics()
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            assert metrics[f'slowllm_requests_total{{endpoint="{path}",status="200"}}'] > 10
+        until(lambda: is_idle(server))
