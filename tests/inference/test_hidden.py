@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import slowllm
 from slowllm.errors import InputError
@@ -19,7 +18,7 @@ from slowllm.modeling import layout
 from slowllm.modeling.parts import Part
 from slowllm.runtime.load import open_model
 from slowllm.runtime.streamed_lm import StreamedLM
-from tests.support.families import VOCAB, family_cases
+from tests.support.families import VOCAB, family_cases, resident
 
 Tiny = Callable[..., Path]
 
@@ -33,9 +32,8 @@ IDS = torch.randint(5, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1)
 
 
 def wanted(folder: Path, ids: torch.Tensor) -> Any:
-    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return plain(ids, output_hidden_states=True, use_cache=False).hidden_states
+        return resident(folder)(ids, output_hidden_states=True, use_cache=False).hidden_states
 
 
 def compare(name: str, tiny: Tiny, **options: Any) -> None:
