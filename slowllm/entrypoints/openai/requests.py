@@ -23,7 +23,10 @@ from slowllm.errors import InputError
 from slowllm.inference.chat_templates import chat_ids
 from slowllm.inference.generation_types import Prompt, Settings, check_prompt
 from slowllm.inference.service_types import Ask
-from slowllm.inference.text import TextSide, encode_text, max_line_tokens
+from slowllm.inference.text import TextSide, encode_text, max_line_tokens, plain_ids
+
+# A tokenizer takes hundreds of bytes for each token, so a long text is looked at in pieces first.
+_PIECE_LETTERS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,13 @@ class TextRequest:
 
 
 def read_text_request(
-    lm: TextSide, url: str, body: Mapping[str, Any], *, seed: int, rendered: Any = None
+    lm: TextSide,
+    url: str,
+    body: Mapping[str, Any],
+    *,
+    seed: int,
+    rendered: Any = None,
+    longest: int | None = None,
 ) -> TextRequest:
     """Return what a body asks for.
 
@@ -76,15 +85,17 @@ def read_text_request(
         body: a JSON object.
         seed: of the first prompt, where the request has none.
         rendered: token ids of a chat, as an earlier process made them.
+        longest: tokens of a prompt that may be answered; None for what the model takes.
     Raises:
         RequestError: it cannot be done.
     """
     if url == CHAT:
         return _chat(lm, read_as(ChatBody, body), seed, rendered)
-    return _completions(lm, read_as(CompletionBody, body), seed)
+    longest = max_line_tokens(lm) if longest is None else longest
+    return _completions(lm, read_as(CompletionBody, body), seed, longest)
 
 
-def _completions(lm: TextSide, body: CompletionBody, seed: int) -> TextRequest:
+def _completions(lm: TextSide, body: CompletionBody, seed: int, longest: int) -> TextRequest:
     settings = _settings(
         body, body.max_tokens or 1 if body.max_tokens is not None else None, body.logprobs, COMPLETIONS
     )
@@ -99,7 +110,7 @@ def _completions(lm: TextSide, body: CompletionBody, seed: int) -> TextRequest:
         raise RequestError(
             "max_tokens must be a whole number of at least 1, not 0, unless echo is true", "max_tokens"
         )
-    rows = [_prompt_ids(lm, prompt) for prompt in body.prompt]
+    rows = [_prompt_ids(lm, prompt, longest) for prompt in body.prompt]
     prompts = _prompts(lm, rows, settings, seed if body.seed is None else body.seed, "prompt")
     return TextRequest(
         COMPLETIONS, body.model, prompts, num_choices,
@@ -153,10 +164,20 @@ def _settings(body: RequestBody, max_tokens: int | None, num_top: int | None, ur
         raise RequestError(str(error)) from None
 
 
-def _prompt_ids(lm: TextSide, prompt: str | list[int]) -> tuple[int, ...]:
-    if isinstance(prompt, str):
-        return encode_text(lm.tokenizer, prompt)
-    return tuple(prompt)
+def _prompt_ids(lm: TextSide, prompt: str | list[int], longest: int) -> tuple[int, ...]:
+    if not isinstance(prompt, str):
+        return tuple(prompt)
+    num_tokens = 0
+    for start in range(0, len(prompt), _PIECE_LETTERS) if len(prompt) > _PIECE_LETTERS else ():
+        num_tokens += len(plain_ids(lm.tokenizer, prompt[start : start + _PIECE_LETTERS]))
+        # Where pieces are cut, there may be a few tokens more than in the whole.
+        if num_tokens > 2 * longest:
+            raise RequestError(
+                f"the prompt has more than {longest} tokens, and no more are taken",
+                "prompt",
+                "context_length_exceeded",
+            )
+    return encode_text(lm.tokenizer, prompt)
 
 
 def _chat_ids(lm: TextSide, messages: list[Any]) -> tuple[int, ...]:

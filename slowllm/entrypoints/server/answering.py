@@ -120,7 +120,8 @@ class Answering:
         check_key(request, self.served.key)
         if self.is_leaving:
             raise _leaving()
-        read = functools.partial(read_text_request, self.served.lm, url, seed=secrets.randbits(32))
+        lm, seed = self.served.lm, secrets.randbits(32)
+        read = functools.partial(read_text_request, lm, url, seed=seed, longest=lm.plan.longest)
         try:
             asked = await self._bodies.read(request, read)
         except RequestError as error:

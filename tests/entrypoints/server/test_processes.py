@@ -186,7 +186,7 @@ def test_many_clients_at_once_get_what_each_gets_alone(server: ApiServer) -> Non
     assert together == alone
 
 
-def test_a_body_of_100_mb_is_refused_and_takes_no_memory(server: ApiServer) -> None:
+def test_a_body_or_a_text_that_is_far_too_large_is_refused_and_takes_little_memory(server: ApiServer) -> None:
     before = server.metrics()["slowllm_peak_rss_bytes"]
     piece = b" " * (1 << 20)
     headers = {"Content-Type": "application/json"}
@@ -195,6 +195,11 @@ def test_a_body_of_100_mb_is_refused_and_takes_no_memory(server: ApiServer) -> N
         assert answer.status_code == 413
         assert answer.json()["error"]["code"] == "request_too_large"
     assert server.metrics()["slowllm_peak_rss_bytes"] < before + (64 << 20)
+    answer = httpx.post(f"{server.url}/completions", json={"prompt": "value " * 600_000}, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    # As much as the plan leaves to bodies and what is made of them.
+    assert server.metrics()["slowllm_peak_rss_bytes"] < before + (160 << 20)
     assert is_idle(server)
 
 

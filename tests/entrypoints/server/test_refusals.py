@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from slowllm.entrypoints.server.limits import ClientLimits, read_key
-from slowllm.errors import InputError, NonFiniteError
+from slowllm.entrypoints.server.running import HTTPServer
+from slowllm.errors import InputError, NonFiniteError, SlowLLMError
 from tests.entrypoints.server.conftest import Serve
 from tests.support.memory_stops import until
 
@@ -35,6 +38,7 @@ BAD = [
     (COMPLETIONS, {"prompt": ""}, "prompt", "the prompt is empty"),
     (COMPLETIONS, {"prompt": [4096]}, "prompt", "token 4096 is not one of the model's 4096"),
     (COMPLETIONS, {"prompt": [5] * 1_000_000}, "prompt", "has 1,000,000 tokens and is to get 16 more"),
+    (COMPLETIONS, {"prompt": "value " * 100_000}, "prompt", "has more than 512 tokens"),
     (COMPLETIONS, {**GOOD, "max_tokens": 600}, None, "memory was planned for"),
     (COMPLETIONS, {**GOOD, "max_tokens": 0}, "max_tokens", "at least 1, not 0, unless echo is true"),
     (COMPLETIONS, {**GOOD, "n": 0}, "n", "n must be a whole number from 1 to 128, not 0"),
@@ -284,3 +288,42 @@ def test_a_body_that_comes_slowly_is_refused(serve: Serve) -> None:
         start, body, *_ = asyncio.run(dawdle())
         assert start["status"] == 408
         assert json.loads(body["body"])["error"]["code"] == "request_timeout"
+
+
+def test_bodies_that_come_at_once_have_a_bound(serve: Serve) -> None:
+    with serve(limits=ClientLimits(body_bytes=100)) as client:
+
+        async def send() -> list[int]:
+            talks = [Talk(GOOD) for _ in range(7)]
+            for talk in talks:
+                talk._body = b"{" + b" " * 78
+
+            async def receive(talk: Talk) -> dict[str, Any]:
+                if talk._body is not None:
+                    body, talk._body = talk._body, None
+                    return {"type": "http.request", "body": body, "more_body": True}
+                await talk.hangs_up.wait()
+                return {"type": "http.request", "body": b"}", "more_body": False}
+
+            running = [
+                asyncio.create_task(client.app(talk.scope, partial(receive, talk), talk.send))  # type: ignore[arg-type]
+                for talk in talks
+            ]
+            while not any(talk.sent for talk in talks):
+                await asyncio.sleep(0.001)
+            for talk in talks:
+                talk.hangs_up.set()
+            await asyncio.gather(*running)
+            return sorted(talk.sent[0]["status"] for talk in talks)
+
+        # Five of 80 bytes are as many as four of the largest.
+        assert asyncio.run(send()) == [400] * 5 + [503] * 2
+        assert client.post(COMPLETIONS, json=GOOD).status_code == 200
+
+
+def test_a_server_that_has_ended_by_itself_is_noticed(serve: Serve) -> None:
+    with serve() as client, socket.create_server(("127.0.0.1", 0)) as listening:
+        with HTTPServer(client.answering, listening) as server:  # type: ignore[attr-defined]
+            server.check()
+        with pytest.raises(SlowLLMError, match="the HTTP server has ended by itself"):
+            server.check()
