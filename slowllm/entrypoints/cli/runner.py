@@ -352,13 +352,13 @@ class Runner:
 
         options: dict[str, Any] = {
             "ram": budget or self.ram, "device": self.device, "vram": self.vram, "dtype": self.dtype,
-            "keep_resident": self.resident, "job": job, "rates": self.rates, "part": self.part,
+            "keep_resident": self.resident, "job": job, "rates": self.rates,
         }  # fmt: skip
         if (swarm := self.swarm_options()) is not None:
             from slowllm.swarm.client import open_client
 
             return open_client(StreamedLM, self.info, swarm, **options)
-        return open_model(StreamedLM, self.info, **options)
+        return open_model(StreamedLM, self.info, part=self.part, **options)
 
     @contextlib.contextmanager
     def open_for_queries(
