@@ -22,6 +22,7 @@ import pytest
 from tests.support.api_server import ApiServer, api_server
 from tests.support.memory_stops import until
 from tests.support.processes import Processes
+from tests.support.serving import serving
 
 pytestmark = pytest.mark.long
 
@@ -281,6 +282,21 @@ def test_a_key_is_asked_for(processes: Processes, talkative: Path, tmp_path: Pat
             stranger.models.list()
         with server.client(api_key=file.read_text().strip()) as client:
             assert client.models.list().data
+
+
+def test_a_swarm_may_compute_the_blocks(server: ApiServer, processes: Processes, talkative: Path) -> None:
+    ask = {"prompt": PROMPTS, "max_tokens": 4, "temperature": 0, "echo": True, "logprobs": 1}
+    wanted = httpx.post(f"{server.url}/completions", json=ask, timeout=120).json()["choices"]
+    with serving(talkative, "0:10", backward=False) as span:
+        address = str(span.network.addresses[0])
+        with api_server(processes, talkative, "--swarm", address) as client:
+            found = httpx.post(f"{client.url}/completions", json=ask, timeout=120).json()["choices"]
+    for one, other in zip(found, wanted, strict=True):
+        assert one["text"] == other["text"]
+        pairs = zip(
+            one["logprobs"]["token_logprobs"][1:], other["logprobs"]["token_logprobs"][1:], strict=True
+        )
+        assert all(mine == pytest.approx(theirs, abs=2e-4) for mine, theirs in pairs)
 
 
 def test_the_description_survives_schemathesis(processes: Processes, talkative: Path, tmp_path: Path) -> None:
