@@ -67,7 +67,7 @@ def _blocks(desk: Desk, machine: MachineView, folder: Path) -> gr.Blocks:
                 with gr.Tab(label) as tab:
                     fill(desk)
                 others.append(tab)
-            with gr.Tab("MachineView") as tab:
+            with gr.Tab("Machine") as tab:
                 timer = _machine_tab(machine)
             quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
             tab.select(lambda: gr.Timer(active=True), None, timer, **quick)
