@@ -24,7 +24,7 @@ import torch
 
 from slowllm import load
 from slowllm.inference.lines import Line, score_lines
-from slowllm.inference.shard_files import Row, ShardWriter
+from slowllm.inference.shard_files import ShardRow, ShardWriter
 from slowllm.inference.teach import TENSORS, top_tokens
 from slowllm.inference.text_files import Text
 from slowllm.planning.job import Job
@@ -59,7 +59,7 @@ def teach(lm: StreamedLM, texts: Sequence[Text], num_top: int) -> list[float]:
             passes = top_tokens(lm, texts, num_top, state=state)
             for text, result in passes:
                 found.append(float(result["log_probs"].double().sum()))
-                if writer.add(Row(text.file, text.line.number, text.line.text, result)):
+                if writer.add(ShardRow(text.file, text.line.number, text.line.text, result)):
                     passes.forget(writer.num_done)
             writer.finish()
             passes.forget(writer.num_done)

@@ -452,6 +452,7 @@ REQUESTS = [
 ] + ["nonsense"]  # fmt: skip
 
 
+@pytest.mark.long
 def test_killed_at_many_moments_it_gives_the_same_bytes_and_ends_nothing_twice(
     tmp_path: Path, processes: Processes
 ) -> None:

@@ -99,8 +99,8 @@ def test_settings_go_with_drafts(tiny_bloom: slowllm.StreamedLM, small: slowllm.
         )
     )
     for (a,), (b,) in zip(plain, found, strict=True):
-        assert replace(a, log_probs=None, top_log_probs=None) == replace(
-            b, log_probs=None, top_log_probs=None
+        assert replace(a, log_probs=None, top_log_probs=None, eos=None) == replace(
+            b, log_probs=None, top_log_probs=None, eos=None
         )
     (a,), (b,) = plain[3], found[3]
     assert torch.allclose(torch.tensor(a.log_probs), torch.tensor(b.log_probs), atol=2e-4)

@@ -41,6 +41,7 @@ def test_logits_and_gradients_are_as_near_as_the_compression_allows(compression:
             assert bool(distance) == bool(TOLERANCES[compression]), "it was not compressed"
 
 
+@pytest.mark.long
 def test_a_model_in_bfloat16_has_the_bits_of_a_local_one(served: Served) -> None:
     ids, mask = texts()
     with (

@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 
+import pytest
+
 import slowllm
 from tests.support.documents import examples_of
 from tests.support.paths import ROOT, TINY_BLOOM
@@ -22,6 +24,7 @@ def commands() -> list[tuple[list[str], list[str]]]:
     return [(shlex.split(command), output.splitlines()) for command, output in shown]
 
 
+@pytest.mark.long
 def test_two_servers_and_a_client_print_what_the_document_shows(swarm: SwarmProcesses) -> None:
     assert not list(examples_of(DOCUMENT)), "what needs servers is not run by itself"
     *serving, (asking, printed) = commands()

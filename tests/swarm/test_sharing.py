@@ -129,6 +129,7 @@ def smallest_ram(swarm: SwarmProcesses, arguments: list[object]) -> int:
     return parse_bytes(found[1])
 
 
+@pytest.mark.long
 def test_a_server_within_a_small_budget_streams_for_two_clients(large: Path, swarm: SwarmProcesses) -> None:
     arguments = serve_arguments(large, "0:6", "--stream-all", "--max-batch-tokens", "64", "--forward-only")
     ram = smallest_ram(swarm, arguments)

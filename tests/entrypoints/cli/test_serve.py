@@ -143,7 +143,7 @@ def test_a_model_that_cannot_be_cut_is_refused_by_its_family(
     [
         (
             "bloks = '0:2'",
-            "'bloks' is no option of serve; there are allow-keys, announce-maddrs, attn-cache-tokens",
+            "'bloks' is no option of serve; there are allow-keys, announce-maddrs, attn-cache-size",
         ),
         ("model = 'x'", "'model' is no option of serve"),
         ("ram = {a = 1}", "ram takes one value"),
@@ -339,6 +339,7 @@ def with_other_weights(model: Path, out: Path, block: int) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_a_server_with_other_weights_is_named_and_never_used(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -394,6 +395,7 @@ def test_a_dry_run_does_not_plan_what_others_do(
     )
 
 
+@pytest.mark.long
 def test_a_server_that_was_stopped_for_a_while_goes_on_and_does_not_leave() -> None:
     program = """
 import signal

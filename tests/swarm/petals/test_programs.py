@@ -30,6 +30,7 @@ def opened(kind: Any, served: Served, **arguments: Any) -> Any:
     return kind.from_pretrained(served.ends, initial_peers=[served.address], ram="3GiB", **arguments)
 
 
+@pytest.mark.long
 def test_a_model_from_the_swarm_is_transformers_own(served: Served) -> None:
     plain: Any = resident(served.whole)
     model = opened(AutoDistributedModelForCausalLM, served, torch_dtype="auto", max_retries=3)
