@@ -21,7 +21,16 @@ from slowllm.tuning.recipe import Recipe
 
 
 def starts_of(lm: StreamedLM, recipes: Sequence[Recipe], first: int) -> list[SoftPrompt]:
-    """Return the initial prompts of trials that tune from block `first` on. Prefixes take one sweep for all of them."""
+    """Return the initial prompts of trials that tune from block `first` on. Prefixes take one sweep for all of them.
+
+    Raises:
+        InputError: a prefix is to be tuned where caches are elsewhere; or the model's are of another kind.
+    """
+    if not lm.keeps_caches and any(recipe.kind == "prefix" for recipe in recipes):
+        raise InputError(
+            "a prefix begins as the keys and values of tokens, which stay at the servers of a swarm; tune a shallow or deep prompt, "
+            "or the prefix on a machine that has the blocks"
+        )
     ids = [_first_ids(lm, recipe) for recipe in recipes]
     jobs = [
         functools.partial(_pairs_rider, lm, prompt_ids)

@@ -139,7 +139,7 @@ def test_a_session_begins_where_all_that_it_will_hold_has_room(
 ) -> None:
     needs: list[Need] = []
     find = lm.swarm.route
-    lm.swarm.route = lambda first, need, *end: [needs.append(need), find(first, need, *end)][1]
+    lm.swarm.route = lambda first, need, *end, **how: [needs.append(need), find(first, need, *end, **how)][1]
     text = "The value is"
     length = len(lm.tokenizer(text)["input_ids"]) + 9
     prompt = encode_prompt(lm, text, Settings(9))

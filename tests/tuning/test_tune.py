@@ -858,3 +858,12 @@ def test_a_trial_stops_when_validation_gets_no_better() -> None:
     assert trial.best_loss == 1.0
     assert trial.result.embeddings is not None
     assert float(trial.result.embeddings[0, 0]) == 1.0, "the best is kept"
+
+
+def test_a_prefix_is_not_tuned_where_the_caches_are_elsewhere(
+    tiny_bloom: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_bloom, "swarm", object())
+    recipes = [Recipe(num_tokens=2, steps=1), Recipe(kind="prefix", num_tokens=2, steps=1)]
+    with pytest.raises(InputError, match="stay at the servers of a swarm"):
+        starts_of(tiny_bloom, recipes, 0)

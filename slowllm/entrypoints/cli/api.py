@@ -19,6 +19,7 @@ from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.log_format import write_line
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
+from slowllm.entrypoints.cli.told_to_end import END, has_been_told_to_end
 from slowllm.errors import InputError, PlanError, counted
 from slowllm.options import format_binary, format_bytes, parse_bytes
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 _LOOK_SECONDS = 0.2
 _BACKLOG = 128
-_END = (signal.SIGINT, signal.SIGTERM)
 # Tokens of all requests together, of which the most that fit are planned for by default.
 _TOKENS = (8192, 4096, 2048, 1024, 512)
 _CONTEXT = 2048
@@ -147,7 +147,7 @@ def api(
     limits = ClientLimits(body_bytes, body_seconds, head_seconds)
     key = None if api_key_file is None else read_key(api_key_file.expanduser())
     # Blocked before any thread begins, so that none of them is interrupted, and waited for below.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _END)
+    signal.pthread_sigmask(signal.SIG_BLOCK, END)
     try:
         with contextlib.ExitStack() as held:
             listening = held.enter_context(_bound(host, port))
@@ -190,22 +190,22 @@ def api(
             url = f"http://{_shown(listening)}/v1"
             print(url, flush=True)
             write_line(_described(lm, key is not None, _is_loopback(listening), body_bytes))
-            while signal.sigtimedwait(_END, _LOOK_SECONDS) is None:
+            while not has_been_told_to_end(_LOOK_SECONDS):
                 server.check()
             answering.leave()
             draining = threading.Thread(target=service.drain, args=(drain,), name="slowllm-drain")
             draining.start()
             if service.status().num_riding + service.status().num_waiting:
                 write_line(f"ending when all requests are answered, in {drain:g} s, or at the next signal")
-            while draining.is_alive() and signal.sigtimedwait(_END, _LOOK_SECONDS) is None:
+            while draining.is_alive() and not has_been_told_to_end(_LOOK_SECONDS):
                 pass
             service.drain(0.0)
             draining.join()
         write_line("ended")
     finally:
-        while signal.sigtimedwait(_END, 0) is not None:
+        while has_been_told_to_end(0.0):
             pass  # of several signals at once, the first has ended the server
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _END)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
 
 
 def _server_bytes(body_bytes: int) -> int:

@@ -16,6 +16,7 @@ import typer
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.defaults import GIVEN_FILE, given_of
 from slowllm.entrypoints.cli.log_format import log_as_others, write_line
+from slowllm.entrypoints.cli.told_to_end import END, has_been_told_to_end
 from slowllm.errors import InputError, counted, first_line
 from slowllm.options import parse_bytes
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 # Between looks whether the sessions of a server that leaves have ended, or whether one that moved has failed.
 _LOOK_SECONDS = 0.2
-_END = (signal.SIGINT, signal.SIGTERM)
 
 
 def _read_config(context: typer.Context, file: Path | None) -> Path | None:
@@ -206,7 +206,7 @@ def serve(
         _print_measured(model, chosen)
         return
     # Blocked before any thread begins, so that none of them is interrupted, and waited for below.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _END)
+    signal.pthread_sigmask(signal.SIG_BLOCK, END)
     try:
         from slowllm.swarm.metrics import CONTENT_TYPE
         from slowllm.swarm.server import Server
@@ -233,7 +233,7 @@ def serve(
                         break
         write_line("left the swarm")
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _END)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
 
 
 def _print_measured(model: str, chosen: ServerOptions) -> None:
@@ -247,13 +247,6 @@ def _print_measured(model: str, chosen: ServerOptions) -> None:
         "forward_tokens_per_second": record.forward_tokens_per_second, "decode_seconds": record.decode_seconds,
     }  # fmt: skip
     print(json.dumps(said), flush=True)
-
-
-def has_been_told_to_end(seconds: float) -> bool:
-    """Wait for Ctrl-C or SIGTERM, which must be blocked, at most so long; return whether one has come."""
-    found = signal.sigtimedwait(_END, seconds)
-    # CPython returns memory that it has not written when the process was stopped (Ctrl-Z) for longer than that, and goes on.
-    return found is not None and found.si_signo in _END
 
 
 def _described(server: Any) -> str:

@@ -259,7 +259,7 @@ def test_one_address_may_be_given_as_it_is(model: Path, server: Server, rest: Se
     with slowllm.load(model, swarm=address, ram="3GiB") as lm:
         assert {record.name for record in lm.swarm.records()} == {"desk", "lamp"}
     client = SlowLM(pretrained=str(model), swarm=[address])
-    assert client._swarm == (address,)
+    assert client._swarm.peers == (address,)
 
 
 def test_a_line_longer_than_a_server_takes_is_refused(
@@ -399,7 +399,7 @@ def test_a_dry_run_does_not_plan_what_others_do(
 def test_a_server_that_was_stopped_for_a_while_goes_on_and_does_not_leave() -> None:
     program = """
 import signal
-from slowllm.entrypoints.cli.serve import has_been_told_to_end
+from slowllm.entrypoints.cli.told_to_end import has_been_told_to_end
 signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 print("waits", flush=True)
 print([number for number in range(200) if has_been_told_to_end(0.01)][:1] or "goes on", flush=True)
