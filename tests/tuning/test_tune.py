@@ -864,6 +864,6 @@ def test_a_prefix_is_not_tuned_where_the_caches_are_elsewhere(
     tiny_bloom: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiny_bloom, "swarm", object())
-    recipes = [Recipe(num_tokens=2, steps=1), Recipe(kind="prefix", num_tokens=2, steps=1)]
+    recipes = [Recipe(num_tokens=2), Recipe(kind="prefix", num_tokens=2)]
     with pytest.raises(InputError, match="stay at the servers of a swarm"):
         starts_of(tiny_bloom, recipes, 0)
