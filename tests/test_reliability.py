@@ -236,6 +236,7 @@ def test_the_budget_that_a_refusal_names_loads_and_runs_and_a_smaller_one_does_n
         )
 
 
+@pytest.mark.long
 def test_forty_riders_stay_within_the_plan(processes: Processes) -> None:
     script = """
         import json, sys

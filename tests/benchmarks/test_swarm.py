@@ -80,6 +80,7 @@ def test_a_swarm_whose_logits_differ_is_not_reported() -> None:
         swarm.check_equal(found(1.0), found(1.5), "swarm")
 
 
+@pytest.mark.long
 def test_a_swarm_with_other_tokens_is_not_reported(
     measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +90,7 @@ def test_a_swarm_with_other_tokens_is_not_reported(
         measured("--servers", "1")
 
 
+@pytest.mark.long
 def test_servers_that_read_while_they_are_measured_are_not_reported(
     measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

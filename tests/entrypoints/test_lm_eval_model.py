@@ -236,6 +236,7 @@ def test_a_damaged_generation_config_is_named(llama: Path, tmp_path: Path) -> No
         lm_eval_model.SlowLM(str(tmp_path))
 
 
+@pytest.mark.long
 def test_defaults_of_the_checkpoint_hold_for_what_a_task_leaves_open(
     llama: Path, tasks: list[dict[str, Any]], tmp_path: Path
 ) -> None:

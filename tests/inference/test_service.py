@@ -258,6 +258,7 @@ def test_closing_cancels_what_is_left(lm: Any) -> None:
                 ride.result(60)
 
 
+@pytest.mark.long
 def test_asks_come_from_many_threads_at_any_time(lm: Any, service: Service) -> None:
     prompts = [mixed(lm, number) for number in range(12)]
     wanted = [[one.ids for one in alone(lm, prompt)] for prompt in prompts]

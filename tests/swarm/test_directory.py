@@ -171,6 +171,7 @@ def test_what_was_stored_is_no_failure_whatever_the_last_peer_says(
     assert other.find("twice-2") == [record]
 
 
+@pytest.mark.long
 def test_a_peer_that_was_restarted_keeps_its_place_and_nobodys_announcement_fails(
     other: Network, tmp_path: Path
 ) -> None:

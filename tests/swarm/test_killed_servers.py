@@ -91,6 +91,7 @@ def test_a_generation_outlives_a_server(
         assert harmed[0].wait().returncode == 0
 
 
+@pytest.mark.long
 def test_a_gradient_outlives_a_server(replicas: Replicas, local: slowllm.StreamedLM) -> None:
     ids, _ = texts()
     grads = []

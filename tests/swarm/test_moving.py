@@ -161,6 +161,7 @@ def test_a_server_that_cannot_go_back_leaves_with_the_error(
             ask(meeting, server, 0, 1)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_alone")
 def test_auto_takes_all_blocks_that_are_in_the_folder_and_in_memory(
     model: Path, meeting: Network, tmp_path: Path

@@ -75,6 +75,7 @@ def test_a_server_announces_what_it_takes(model: Path, meeting: Network) -> None
         assert (found.max_length, found.max_batch_tokens, found.first, found.end) == (777, 55, 2, 4)
 
 
+@pytest.mark.long
 def test_two_servers_that_start_together_share_the_blocks(model: Path) -> None:
     with (
         Network.open() as alone,

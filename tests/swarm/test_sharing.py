@@ -161,6 +161,7 @@ def test_a_server_within_a_small_budget_streams_for_two_clients(large: Path, swa
     assert status.num_passages <= (3 + 2 * 3) * 6
 
 
+@pytest.mark.long
 def test_two_servers_compute_at_the_same_time_for_micro_batches_of_one_client(
     large: Path, swarm: SwarmProcesses
 ) -> None:

@@ -273,6 +273,7 @@ def servers(model: Path) -> Iterator[list[Server]]:
             yield [first, second, third]
 
 
+@pytest.mark.long
 def test_tokens_are_those_of_a_local_model_though_a_server_lies(
     model: Path, servers: list[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

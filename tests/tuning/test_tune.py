@@ -404,6 +404,7 @@ def test_a_learning_rate_that_diverges_is_one_sentence(tmp_path: Path) -> None:
     assert about["failure"] is not None
 
 
+@pytest.mark.long
 def test_one_trial_that_fails_leaves_the_others_alone() -> None:
     recipes = [
         Recipe(kind="prefix", learning_rate=rate, num_steps=8, schedule="constant") for rate in (0.05, 1e5)

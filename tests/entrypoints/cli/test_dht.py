@@ -43,6 +43,7 @@ def test_others_join_by_the_line_that_it_prints_until_it_is_told_to_end(swarm: S
     assert second.stop().returncode == 0
 
 
+@pytest.mark.long
 def test_its_id_stays_the_same_with_its_identity_file(swarm: SwarmProcesses, tmp_path: Path) -> None:
     lines = []
     for _ in range(2):

@@ -104,6 +104,7 @@ def test_one_template_and_few_examples_can_be_chosen(tmp_path: Path, monkeypatch
     assert (document["templates_from"], document["normalize"]) == ("slowllm's own", "unconditional")
 
 
+@pytest.mark.long
 def test_the_script_prints_a_table_on_a_terminal(tmp_path: Path) -> None:
     if shutil.which("script") is None:
         pytest.skip("needs the program `script` to make a terminal")
@@ -132,6 +133,7 @@ templates:
     assert document["all"]["num_correct"] == (scores.index(max(scores)) == 2)
 
 
+@pytest.mark.long
 def test_long_prompts_are_refused_or_cut_from_the_left(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     long = {**BOOLQ[0], "passage": "word " * 3000 + "The value is returned."}
     data, out = save(tmp_path / "dev.jsonl", [BOOLQ[1], long]), tmp_path / "out.jsonl"

@@ -363,6 +363,7 @@ def test_a_server_with_other_weights_is_named_and_never_used(
                 assert torch.equal(lm.model(ids).logits, local.model(ids).logits)
 
 
+@pytest.mark.long
 def test_a_client_keeps_to_the_weights_that_it_found_first(model: Path, tmp_path: Path) -> None:
     other = with_other_weights(model, tmp_path / "other", 4)
     ends = parted(model, tmp_path / "ends", OUTSIDE)
