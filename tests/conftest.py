@@ -98,3 +98,10 @@ def tiny_bloom() -> Iterator[slowllm.StreamedLM]:
     """The embedded model in fp32, every block streamed, released weights poisoned."""
     with slowllm.load(TINY_BLOOM, dtype="fp32", keep_resident=False, poison=True) as lm:
         yield lm
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype() -> Iterator[None]:
+    """Put torch's default dtype back: transformers changes it for all threads while it loads a model, and some tests have several."""
+    yield
+    torch.set_default_dtype(torch.float32)

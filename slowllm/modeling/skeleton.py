@@ -6,6 +6,7 @@ Knows transformers; reads config files and no weights.
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 
 # A config that names more is damaged; making them all would take hours.
 MAX_BLOCKS = 10_000
+
+# transformers sets torch's default dtype, which all threads share, while it builds a model, and puts it back as it was: of two
+# threads that build models at once, the later would leave the other's dtype behind for the whole process.
+_BUILDING = threading.Lock()
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -134,7 +139,7 @@ def build_skeleton(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -
     """
     kind = str(getattr(config, "model_type", "?"))
     try:
-        with _EmptyOnMeta():
+        with _BUILDING, _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # whatever a model's constructor may raise on a config
         raise ArchitectureError(

@@ -20,7 +20,7 @@ from tests.support.paths import TINY_BLOOM
 from tests.support.processes import Processes
 
 HEADER = "The value is returned to the caller of the function. " * 6
-SMALL = ["--dtype", "fp32", "--ram", "2GiB"]
+SMALL = ["--dtype", "fp32", "--ram", "3GiB"]
 # Of every verb several micro-batches and several sweeps are made.
 COMMANDS = {
     "score": ["score", "{file}", "--per-token"],
