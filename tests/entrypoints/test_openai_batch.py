@@ -538,7 +538,7 @@ def live(folder: Path, name: str, told: int) -> None:
         time=lambda: 1_700_000_000
     )  # or the whole run would have begun at another time
     sys.argv = [
-        "slowllm", "batch", str(folder / "in.jsonl"), "--dtype", "fp32", "--ram", "2GiB", "--stream-all",
+        "slowllm", "batch", str(folder / "in.jsonl"), "--dtype", "fp32", "--ram", "4GiB", "--stream-all",
         "--out", str(folder / name), "--state", str(folder / "state"),
     ]  # fmt: skip
     code = 70

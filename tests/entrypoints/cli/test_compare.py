@@ -84,6 +84,6 @@ def test_bad_input_is_one_sentence(tmp_path: Path, monkeypatch: Any, capsys: Any
 
 @pytest.mark.long
 def test_both_models_stay_within_one_budget(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    command = ["compare", TINY_BLOOM, TINY_BLOOM, SENTENCES, "--json", "--stream-all", "--ram", "2GiB"]
+    command = ["compare", TINY_BLOOM, TINY_BLOOM, SENTENCES, "--json", "--stream-all", "--ram", "4GiB"]
     assert run(command, monkeypatch) == 0
     assert json.loads(capsys.readouterr().out)["kl"]["value"] == 0.0
