@@ -538,7 +538,7 @@ def test_a_label_that_is_a_number_is_first_of_all_a_word() -> None:
 def test_the_memory_of_many_trials_is_counted() -> None:
     recipes = [Recipe(kind="prefix", num_tokens=500, num_steps=1, seed=seed) for seed in range(80)]
     with pytest.raises(PlanError, match="the smallest that would do is"):
-        tune(TINY_BLOOM, ["The value is returned."], recipes=recipes, ram="4GiB")
+        tune(TINY_BLOOM, ["The value is returned."], recipes=recipes, ram="2GiB")
 
 
 def test_a_folder_with_a_prompt_is_not_given_to_several_trials(tiny: Tiny, tmp_path: Path) -> None:
