@@ -10,6 +10,7 @@ import fcntl
 import json
 import math
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -240,3 +241,29 @@ def shown(value: Any) -> str:
     """Return a value as JSON for a message, truncated to `MAX_SHOWN_LETTERS`."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MAX_SHOWN_LETTERS else text[: MAX_SHOWN_LETTERS - 3] + "..."
+
+
+def read_secret(path: Path, max_bytes: int, make: str) -> bytes:
+    """Return the first bytes of a file that only its owner may read, at most one more than `max_bytes`.
+
+    Args:
+        path: of the file.
+        max_bytes: that the secret may have.
+        make: says how to make such a file, for the errors.
+    Raises:
+        InputError: it cannot be read, is no ordinary file, or others than its owner may read or write it.
+    """
+    with system_errors(InputError, path):
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            mode = os.fstat(handle).st_mode
+            if not stat.S_ISREG(mode):
+                raise InputError(f"{path}: is no ordinary file; {make}")
+            if mode & 0o077:
+                raise InputError(
+                    f"{path}: may be read or written by others (mode {stat.S_IMODE(mode):o}), so it is no secret; "
+                    f"`chmod 600 {path}`, or make a new one where others may have read it"
+                )
+            return os.read(handle, max_bytes + 1)
+        finally:
+            os.close(handle)

@@ -12,14 +12,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import os
 import secrets
-import stat
 from pathlib import Path
 from typing import Any
 
 from slowllm.errors import InputError, PeerLostError, ProtocolError, RefusedError
-from slowllm.files import system_errors
+from slowllm.files import read_secret
 from slowllm.swarm.messages import body_bytes, decode, encode
 from slowllm.swarm.streams import Stream
 
@@ -68,20 +66,7 @@ def read_token(path: Path) -> SharedToken:
         InputError: it cannot be read, others than its owner may read it, or it is too short or too long.
     """
     make = f"make one with `head -c 32 /dev/urandom | base64 > {path.name}` and `chmod 600 {path.name}`"
-    with system_errors(InputError, path):
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            mode = os.fstat(handle).st_mode
-            if not stat.S_ISREG(mode):
-                raise InputError(f"{path}: is no ordinary file; {make}")
-            if mode & 0o077:
-                raise InputError(
-                    f"{path}: may be read or written by others (mode {stat.S_IMODE(mode):o}), so it is no secret; "
-                    f"`chmod 600 {path}`, or make a new one where others may have read it"
-                )
-            secret = os.read(handle, MAX_TOKEN_BYTES + 1).rstrip()
-        finally:
-            os.close(handle)
+    secret = read_secret(path, MAX_TOKEN_BYTES, make).rstrip()
     if not MIN_TOKEN_BYTES <= len(secret) <= MAX_TOKEN_BYTES:
         raise InputError(
             f"{path}: a token has {MIN_TOKEN_BYTES} to {MAX_TOKEN_BYTES:,} bytes, not {len(secret):,}; {make}"

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 import slowllm
+from slowllm.entrypoints.listening import listening_at, url_of
 from slowllm.entrypoints.web.answers import Shown
 from slowllm.entrypoints.web.desk import Desk
 from slowllm.entrypoints.web.machine import MachineView
-from slowllm.entrypoints.web.running import PageServer, listening_at, quiet_gradio, url_of
+from slowllm.entrypoints.web.running import PageServer, quiet_gradio
 from slowllm.inference.service import Service
 from slowllm.planning.job import Rates
 from slowllm.streaming.stops import Passage

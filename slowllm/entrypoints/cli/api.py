@@ -9,7 +9,6 @@ import math
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +19,7 @@ from slowllm.entrypoints.cli.log_format import write_line
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.entrypoints.cli.told_to_end import END, has_been_told_to_end
+from slowllm.entrypoints.listening import listening_at, url_of
 from slowllm.errors import InputError, PlanError, counted
 from slowllm.options import format_binary, format_bytes, parse_bytes
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from slowllm.runtime.streamed_lm import StreamedLM
 
 _LOOK_SECONDS = 0.2
-_BACKLOG = 128
 # Tokens of all requests together, of which the most that fit are planned for by default.
 _TOKENS = (8192, 4096, 2048, 1024, 512)
 _CONTEXT = 2048
@@ -150,7 +149,7 @@ def api(
     signal.pthread_sigmask(signal.SIG_BLOCK, END)
     try:
         with contextlib.ExitStack() as held:
-            listening = held.enter_context(_bound(host, port))
+            listening = held.enter_context(listening_at(host, port))
             runner.load_libraries()
             from slowllm.entrypoints.openai.responses import system_fingerprint
             from slowllm.entrypoints.server.answering import Answering, Served
@@ -187,7 +186,7 @@ def api(
             )
             answering = Answering(served)
             server = held.enter_context(HTTPServer(answering, listening))
-            url = f"http://{_shown(listening)}/v1"
+            url = f"{url_of(listening)}v1"
             print(url, flush=True)
             write_line(_described(lm, key is not None, _is_loopback(listening), body_bytes))
             while not has_been_told_to_end(_LOOK_SECONDS):
@@ -257,33 +256,6 @@ def _opened(runner: Runner, jobs: list[Job], reserved_bytes: int) -> tuple[Strea
             if job is jobs[-1]:
                 raise
     raise AssertionError("there is a job")
-
-
-@contextlib.contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """Listen at an address for the length of the context, before a model is opened for nothing."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, proto, _, address = found[0]
-        bound = socket.socket(family, kind, proto)
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"--host {host}: is no address of this machine ({error})") from error
-    with bound:
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-            bound.listen(_BACKLOG)
-        except OSError as error:
-            raise InputError(
-                f"--host {host} --port {port}: cannot be listened at ({error.strerror or error}); choose another port, or a "
-                "host of this machine"
-            ) from error
-        yield bound
-
-
-def _shown(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_loopback(listening: socket.socket) -> bool:

@@ -15,7 +15,8 @@ import typer
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
-from slowllm.entrypoints.web.running import PageServer, listening_at, quiet_gradio, url_of
+from slowllm.entrypoints.listening import listening_at, url_of
+from slowllm.entrypoints.web.running import PageServer, quiet_gradio
 from slowllm.errors import InputError, PlanError
 
 if TYPE_CHECKING:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import os
-import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from slowllm.errors import InputError
-from slowllm.files import parse_object, system_errors
+from slowllm.files import parse_object, read_secret
 from slowllm.options import format_bytes
 
 T = TypeVar("T")
@@ -74,20 +72,7 @@ def read_key(path: Path) -> bytes:
         InputError: it cannot be read, others than its owner may read it, or it is too short, too long, or no ASCII.
     """
     make = f"make one with `head -c 32 /dev/urandom | base64 > {path.name}` and `chmod 600 {path.name}`"
-    with system_errors(InputError, path):
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            mode = os.fstat(handle).st_mode
-            if not stat.S_ISREG(mode):
-                raise InputError(f"{path}: is no ordinary file; {make}")
-            if mode & 0o077:
-                raise InputError(
-                    f"{path}: may be read or written by others (mode {stat.S_IMODE(mode):o}), so it is no secret; "
-                    f"`chmod 600 {path}`, or make a new one where others may have read it"
-                )
-            key = os.read(handle, MAX_KEY_BYTES + 1).strip()
-        finally:
-            os.close(handle)
+    key = read_secret(path, MAX_KEY_BYTES, make).strip()
     if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
         raise InputError(
             f"{path}: a key has {MIN_KEY_BYTES} to {MAX_KEY_BYTES:,} bytes, not {len(key):,}; {make}"

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from slowllm.entrypoints.cli.api import _bound, _jobs
+from slowllm.entrypoints.cli.api import _jobs
 from slowllm.entrypoints.cli.runner import Runner
+from slowllm.entrypoints.listening import listening_at
 from slowllm.errors import InputError
 from tests.support.command_line import refused
 
@@ -46,7 +47,7 @@ def test_a_port_that_is_taken_is_refused(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_it_listens_at_ipv6_as_well() -> None:
     try:
-        with _bound("::1", 0) as bound:
+        with listening_at("::1", 0) as bound:
             assert bound.getsockname()[0] == "::1"
     except InputError:
         pytest.skip("this machine has no IPv6")

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from slowllm.entrypoints.listening import listening_at, url_of
 from slowllm.entrypoints.web.bodies import BoundedBodies
-from slowllm.entrypoints.web.running import PageServer, listening_at, quiet_gradio, url_of
+from slowllm.entrypoints.web.running import PageServer, quiet_gradio
 from slowllm.errors import InputError
 from tests.support.memory_stops import until
 
