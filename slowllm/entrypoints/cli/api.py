@@ -17,20 +17,17 @@ import typer
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.log_format import write_line
 from slowllm.entrypoints.cli.runner import Runner
+from slowllm.entrypoints.cli.service_jobs import CONTEXT, TOTALS, open_first, service_jobs
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.entrypoints.cli.told_to_end import END, has_been_told_to_end
 from slowllm.entrypoints.listening import listening_at, url_of
-from slowllm.errors import InputError, PlanError, counted
+from slowllm.errors import InputError, counted
 from slowllm.options import format_binary, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from slowllm.planning.job import Job
     from slowllm.runtime.streamed_lm import StreamedLM
 
 _LOOK_SECONDS = 0.2
-# Tokens of all requests together, of which the most that fit are planned for by default.
-_TOKENS = (8192, 4096, 2048, 1024, 512)
-_CONTEXT = 2048
 # What bodies of requests take, and what Python and a tokenizer make of them.
 _SERVER_BYTES = 160 << 20
 _LEAST_BODY_BYTES = 1 << 10
@@ -63,14 +60,14 @@ def api(
         int | None,
         typer.Option(
             help="Maximum number of tokens of a prompt with its answer; memory is planned for them.", min=2,
-            show_default=f"what the model takes, at most {_CONTEXT}",
+            show_default=f"what the model takes, at most {CONTEXT}",
         ),
     ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
             help="Maximum number of tokens of all requests that are answered at once, answers included; others wait.", min=2,
-            show_default=f"as the plan has it, at most {_TOKENS[0]}",
+            show_default=f"as the plan has it, at most {TOTALS[0]}",
         ),
     ] = None,
     max_rows: Annotated[
@@ -134,7 +131,7 @@ def api(
     if dry_run:
         runner.load_libraries()
         runner.print_plan(
-            *_jobs(runner, context, max_tokens, max_rows, kept_tokens),
+            *service_jobs(runner, context, max_tokens, max_rows, kept_tokens),
             reserved_bytes=_server_bytes(body_bytes),
         )
         return
@@ -156,10 +153,11 @@ def api(
             from slowllm.entrypoints.server.running import HTTPServer
             from slowllm.inference.cache_folder import CacheFolder
             from slowllm.inference.service import Service
+            from slowllm.runtime.memory import budget_of
             from slowllm.runtime.run_identity import run_identity
 
-            jobs = _jobs(runner, context, max_tokens, max_rows, kept_tokens)
-            opened, job = _opened(runner, jobs, _server_bytes(body_bytes))
+            jobs = service_jobs(runner, context, max_tokens, max_rows, kept_tokens)
+            opened, job = open_first(runner, jobs, budget_of(runner.ram, _server_bytes(body_bytes)))
             lm = held.enter_context(opened)
             folder = None
             if cache is not None:
@@ -211,51 +209,6 @@ def _server_bytes(body_bytes: int) -> int:
     from slowllm.entrypoints.server.limits import BODIES_AT_ONCE
 
     return _SERVER_BYTES + BODIES_AT_ONCE * body_bytes
-
-
-def _jobs(
-    runner: Runner, context: int | None, max_tokens: int | None, max_rows: int, kept_tokens: int | None
-) -> list[Job]:
-    """Return jobs for the plan, of which the first that fits is taken."""
-    from dataclasses import replace
-
-    from slowllm.inference.service_types import service_job
-    from slowllm.inference.text import max_line_tokens
-    from slowllm.planning.host_plan import MIN_RIDER_TOKENS, padding_worth
-
-    info = runner.info
-    longest = min(_CONTEXT, max_line_tokens(info)) if context is None else context
-    totals = [tokens for tokens in _TOKENS if context is None or tokens >= context] or [longest]
-    # By default, sequences are shorter where there is no room for more.
-    jobs = [
-        service_job(
-            info,
-            tokens,
-            min(longest, tokens) if context is None else longest,
-            max_rows,
-            tokens // 2 if kept_tokens is None else kept_tokens,
-        )
-        for tokens in (totals if max_tokens is None else [max_tokens])
-    ]
-    if max_tokens is not None:
-        longest = jobs[0].longest
-        # As many as were asked for, or none.
-        rider_tokens = min(max_tokens, max(longest, MIN_RIDER_TOKENS))
-        jobs = [replace(jobs[0], packing=(rider_tokens, max_tokens, padding_worth(runner.rates)))]
-    return jobs
-
-
-def _opened(runner: Runner, jobs: list[Job], reserved_bytes: int) -> tuple[StreamedLM, Job]:
-    """Open the model for the first job that fits the budget, beside what the server takes; return that job, too."""
-    from slowllm.runtime.memory import budget_of
-
-    for job in jobs:
-        try:
-            return runner.open(job, budget_of(runner.ram, reserved_bytes)), job
-        except PlanError:
-            if job is jobs[-1]:
-                raise
-    raise AssertionError("there is a job")
 
 
 def _is_loopback(listening: socket.socket) -> bool:

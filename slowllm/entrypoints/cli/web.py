@@ -14,20 +14,16 @@ import typer
 
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.runner import Runner
+from slowllm.entrypoints.cli.service_jobs import CONTEXT, TOTALS, open_first, service_jobs
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.entrypoints.listening import listening_at, url_of
 from slowllm.entrypoints.web.running import PageServer, quiet_gradio
-from slowllm.errors import InputError, PlanError
+from slowllm.errors import InputError
 
 if TYPE_CHECKING:
-    from slowllm.planning.budget import Budget
-    from slowllm.planning.job import Job
-    from slowllm.runtime.streamed_lm import StreamedLM
+    pass
 
 _LOOK_SECONDS = 0.5
-# Tokens of all visitors together, of which the most that fit are planned for by default.
-_TOKENS = (8192, 4096, 2048, 1024, 512)
-_CONTEXT = 2048
 # What requests, uploads and answers take beside the model; and Gradio itself, which a dry run does not load.
 _PAGE_BYTES, _GRADIO_BYTES = 192 << 20, 160 << 20
 
@@ -58,14 +54,14 @@ def web(
         int | None,
         typer.Option(
             help="Maximum number of tokens of a text with its continuation; memory is planned for them.", min=2,
-            show_default=f"what the model takes, at most {_CONTEXT}",
+            show_default=f"what the model takes, at most {CONTEXT}",
         ),
     ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
             help="Maximum number of tokens of all visitors at once, continuations included; others wait.", min=2,
-            show_default=f"as many as memory has room for, at most {_TOKENS[0]}",
+            show_default=f"as many as memory has room for, at most {TOTALS[0]}",
         ),
     ] = None,
     max_rows: Annotated[
@@ -87,7 +83,8 @@ def web(
     if dry_run:
         runner.load_libraries()
         runner.print_plan(
-            *_jobs(runner, context, max_tokens, max_rows), reserved_bytes=_PAGE_BYTES + _GRADIO_BYTES
+            *service_jobs(runner, context, max_tokens, max_rows, 0),
+            reserved_bytes=_PAGE_BYTES + _GRADIO_BYTES,
         )
         return
     if importlib.util.find_spec("gradio") is None:
@@ -96,7 +93,7 @@ def web(
         bound = held.enter_context(listening_at(host, port))
         folder = held.enter_context(quiet_gradio())
         runner.load_libraries()
-        jobs = _jobs(runner, context, max_tokens, max_rows)
+        jobs = service_jobs(runner, context, max_tokens, max_rows, 0)
         # Before the model, so that the budget counts what it holds.
         from slowllm.entrypoints.web.desk import Desk
         from slowllm.entrypoints.web.machine import MachineView
@@ -105,7 +102,8 @@ def web(
         from slowllm.runtime.memory import budget_of
 
         budget = budget_of(runner.ram, _PAGE_BYTES)
-        lm = held.enter_context(_opened(runner, jobs, budget))
+        opened, _ = open_first(runner, jobs, budget)
+        lm = held.enter_context(opened)
         service = held.enter_context(Service(lm, max_rows=max_rows, max_waiting=max_waiting))
         desk = Desk(lm, service, max_rows)
         machine = held.enter_context(MachineView(desk, runner.rates, budget.total_bytes))
@@ -121,29 +119,6 @@ def web(
                 server.check()
             # Whoever waits for tokens is told, before the connections are closed.
             service.drain(0.0)
-
-
-def _jobs(runner: Runner, context: int | None, max_tokens: int | None, max_rows: int) -> list[Job]:
-    """Return jobs for the plan, of which the first that fits is taken."""
-    from slowllm.inference.service_types import service_job
-    from slowllm.inference.text import max_line_tokens
-
-    longest = min(_CONTEXT, max_line_tokens(runner.info)) if context is None else context
-    if max_tokens is not None:
-        longest = longest if context is not None else min(longest, max_tokens)
-        return [service_job(runner.info, max_tokens, longest, max_rows)]
-    totals = [tokens for tokens in _TOKENS if context is None or tokens >= context] or [longest]
-    return [service_job(runner.info, tokens, min(longest, tokens), max_rows) for tokens in totals]
-
-
-def _opened(runner: Runner, jobs: list[Job], budget: Budget) -> StreamedLM:
-    for job in jobs:
-        try:
-            return runner.open(job, budget)
-        except PlanError:
-            if job is jobs[-1]:
-                raise
-    raise AssertionError("there is a job")
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from slowllm.entrypoints.cli.api import _jobs
 from slowllm.entrypoints.cli.runner import Runner
+from slowllm.entrypoints.cli.service_jobs import service_jobs
 from slowllm.entrypoints.listening import listening_at
 from slowllm.errors import InputError
 from tests.support.command_line import refused
@@ -62,13 +62,13 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_so_many_tokens_as_are_asked_for_are_planned() -> None:
     runner = Runner(MODEL, "4GiB", "cpu", None, "fp32")
-    (job,) = _jobs(runner, None, 1000, 8, None)
+    (job,) = service_jobs(runner, None, 1000, 8, None)
     assert job.packing is not None
     assert (job.packing[1], job.longest) == (1000, 1000)
-    jobs = _jobs(runner, None, None, 8, None)
+    jobs = service_jobs(runner, None, None, 8, None)
     assert [(job.num_tokens, job.longest) for job in jobs][::4] == [(8192, 2048), (512, 512)]
-    assert [job.num_tokens for job in _jobs(runner, 2048, None, 8, None)] == [8192, 4096, 2048]
+    assert [job.num_tokens for job in service_jobs(runner, 2048, None, 8, None)] == [8192, 4096, 2048]
     with pytest.raises(InputError, match="100 tokens in all cannot hold 8 rows and a sequence of 200 tokens"):
-        _jobs(runner, 200, 100, 8, None)
+        service_jobs(runner, 200, 100, 8, None)
     with pytest.raises(InputError, match="longer than the 2048 that the model takes"):
-        _jobs(runner, 3000, None, 8, None)
+        service_jobs(runner, 3000, None, 8, None)
