@@ -266,6 +266,8 @@ class Service:
         )
         ride = self._lm.board(job, prompt.settings.seed)
         task.cancel_rider = ride.cancel
+        if task.is_over:  # cancelled while it boarded
+            ride.cancel()
         ride.add_done_callback(ended)
 
     # Jobs, on riders' threads.
