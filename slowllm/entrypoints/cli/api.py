@@ -19,7 +19,7 @@ from slowllm.entrypoints.cli.log_format import write_line
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.service_jobs import CONTEXT, TOTALS, open_first, service_jobs
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
-from slowllm.entrypoints.cli.told_to_end import END, has_been_told_to_end
+from slowllm.entrypoints.cli.told_to_end import END, has_been_told_to_end, may_end_while_starting
 from slowllm.entrypoints.listening import listening_at, url_of
 from slowllm.errors import InputError, counted
 from slowllm.options import format_binary, format_bytes, parse_bytes
@@ -157,7 +157,8 @@ def api(
             from slowllm.runtime.run_identity import run_identity
 
             jobs = service_jobs(runner, context, max_tokens, max_rows, kept_tokens)
-            opened, job = open_first(runner, jobs, budget_of(runner.ram, _server_bytes(body_bytes)))
+            with may_end_while_starting():
+                opened, job = open_first(runner, jobs, budget_of(runner.ram, _server_bytes(body_bytes)))
             lm = held.enter_context(opened)
             folder = None
             if cache is not None:

@@ -16,7 +16,7 @@ import typer
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.defaults import GIVEN_FILE, given_of
 from slowllm.entrypoints.cli.log_format import log_as_others, write_line
-from slowllm.entrypoints.cli.told_to_end import END, has_been_told_to_end
+from slowllm.entrypoints.cli.told_to_end import END, has_been_told_to_end, may_end_while_starting
 from slowllm.errors import InputError, counted, first_line
 from slowllm.options import parse_bytes
 
@@ -213,7 +213,8 @@ def serve(
 
         log_as_others()
         with contextlib.ExitStack() as held:
-            server = held.enter_context(Server(model, chosen))
+            with may_end_while_starting():
+                server = held.enter_context(Server(model, chosen))
             if metrics is not None:
                 url = held.enter_context(serving_metrics(metrics, CONTENT_TYPE, server.metrics))
                 write_line(f"metrics at {url}")

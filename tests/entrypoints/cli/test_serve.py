@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -417,3 +418,23 @@ print(has_been_told_to_end(60.0), flush=True)
         os.kill(waits.process.pid, signal.SIGTERM)
         assert waits.process.stdout.readline() == "True\n"
         waits.wait()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_has_not_started_ends_when_it_is_told_to(number: int, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "slowllm", "serve", "embedded:tiny-bloom", "--blocks", "0:2", "--host-maddrs", "/ip4/127.0.0.1/tcp/0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as started:  # fmt: skip
+        # From here on the signal waits to be asked for.
+        blocked = Path(f"/proc/{started.pid}/status")
+        while (
+            not int(re.search(r"SigBlk:\s*(\w+)", blocked.read_text()).group(1), 16) & 1 << signal.SIGTERM - 1
+        ):
+            assert started.poll() is None
+        started.send_signal(number)
+        out, said = started.communicate(timeout=120)
+    assert out == ""
+    assert "interrupted before it has started" in said
+    assert started.returncode == 130
