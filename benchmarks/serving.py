@@ -3,7 +3,7 @@
     python -m benchmarks.serving --geometry llama-70b --blocks 4 --clients 64 --new-tokens 8 --ram 5GiB
 
 Requests go through `slowllm.inference.service`, as those of `slowllm api` do; each client is a thread. Of four clients, two are
-continued greedily, one is sampled by a seed of its own, and one has its prompt scored and one token continued. The limit is the time
+continued greedily, one is sampled by a seed of its own, and one has its prompt scored as well. The limit is the time
 to read what does not stay in memory, once for each token. Before a speed is reported, the token that a lone client got must
 be as likely beside the others as the one that was chosen there, up to the rounding of the dtype. The last line of stdout is
 one JSON document.
@@ -83,7 +83,7 @@ def asks_of(task: Task, vocab_size: int) -> list[Any]:
         if client % 4 == 2:
             settings = replace(plain, do_sample=True, temperature=0.8, top_k=0, top_p=0.9, seed=client)
         elif client % 4 == 3:
-            settings, num_prompt_top = replace(plain, max_new_tokens=1, min_new_tokens=1), 5
+            num_prompt_top = 5
         asks.append(Ask(Prompt(tuple(ids.tolist()), settings), num_prompt_top))
     return asks
 

@@ -1,7 +1,8 @@
 """Keys and values of conversations in a folder on disk, where a later process finds them again.
 
-One file for each conversation, in a subfolder for each model; those used longest ago are deleted first. A file that is damaged or
-cannot be written costs a computation, never an answer. Knows tensors and files; knows no model.
+Of conversations that begin alike, each file has what is new behind another's; a subfolder for each model. Files that were used
+longest ago are deleted first. A file that is damaged or cannot be written costs a computation, never an answer. Knows tensors and
+files; knows no model.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ import logging
 import os
 import queue
 import threading
-from pathlib import Path
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path as FilePath
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from slowllm.errors import InputError
 from slowllm.files import replace_file
-from slowllm.inference.live_cache import RowCache
+from slowllm.inference.live_cache import LEAST_TOKENS, RowCache
+from slowllm.inference.stored_layers import StoredColumns, StoredLayers
+from slowllm.inference.token_tree import Path, Piece, TokenTree, length_of
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +35,23 @@ _SUFFIX = ".safetensors"
 _MAX_PENDING = 4
 
 
+@dataclass
+class _File:
+    path: FilePath
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file says of itself: the file that it goes on from, behind how many tokens of that, and its own tokens."""
+
+    parent: str
+    start: int
+    ids: tuple[int, ...]
+
+
 class CacheFolder:
-    """A folder of caches. Owns a thread that writes; close it.
+    """A folder of caches. Owns threads that read and write; close it.
 
     Args:
         folder: made where it is missing.
@@ -41,54 +61,58 @@ class CacheFolder:
         InputError: the folder cannot be made or listed.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, max_bytes: int) -> None:
+    def __init__(self, folder: FilePath, fingerprint: str, max_bytes: int) -> None:
         self._folder = folder / hashlib.sha256(fingerprint.encode()).hexdigest()[:32]
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._files: dict[tuple[int, ...], Path] = {}  # those used last are last
+        self._tree: TokenTree[_File] = TokenTree()
         self._pending: queue.Queue[tuple[tuple[int, ...], RowCache] | None] = queue.Queue(_MAX_PENDING)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            found = sorted(self._folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
+            found = {path: path.stat() for path in self._folder.glob(f"*{_SUFFIX}")}
         except OSError as error:
             raise InputError(f"{folder}: cannot be used as a folder of caches ({error.strerror})") from error
-        for path in found:
-            if (ids := _ids_in(path)) is not None:
-                self._files[ids] = path
+        self._adopt(
+            {
+                path: _File(path, found[path].st_size)
+                for path in sorted(found, key=lambda path: found[path].st_mtime)
+            }
+        )
+        self._make_room()
+        self._pool = ThreadPoolExecutor(1, "slowllm-cache-reader")
         self._thread = threading.Thread(target=self._write_all, name="slowllm-cache-writer", daemon=True)
         self._thread.start()
 
     @property
-    def conversations(self) -> list[tuple[int, ...]]:
-        """The token ids of those that are there."""
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values are there."""
         with self._lock:
-            return list(self._files)
+            return sum(len(piece.ids) for piece in self._tree)
 
-    def load(self, ids: tuple[int, ...]) -> RowCache | None:
-        """Return the cache of a conversation; None where its file is gone or damaged."""
+    def find(self, ids: Sequence[int]) -> Path[_File]:
+        """Return the files with which a conversation begins, and how many tokens of each."""
         with self._lock:
-            path = self._files.pop(ids, None)
-            if path is None:
-                return None
-            self._files[ids] = path
+            return self._tree.find(ids)
+
+    def load(self, path: Path[_File], num_tokens: int) -> RowCache | None:
+        """Return the cache of the first tokens of a path, read as blocks need it; None where a file is gone or damaged."""
+        columns, left = list[StoredColumns](), num_tokens
+        piece = path[0][0]
         try:
-            os.utime(path)
-            with safe_open(path, framework="pt") as file:
-                layers = {name: file.get_tensor(name) for name in file.keys() if name != "ids"}  # noqa: SIM118
+            for piece, num_own in path:
+                if left:
+                    os.utime(piece.content.path)
+                    file = safe_open(piece.content.path, framework="pt")
+                    columns.append(StoredColumns(file, min(num_own, left)))
+                    left -= columns[-1].num_columns
+            stored = StoredLayers(columns, self._pool)
         except (OSError, SafetensorError) as error:
-            log.warning("%s: is left aside (%s)", path, error)
-            with self._lock:
-                self._files.pop(ids, None)
+            log.warning("%s: is left aside (%s)", piece.content.path, error)
+            self._forget(piece)
             return None
-        cache = DynamicCache()
-        for number in range(max((int(name.split(".")[0]) for name in layers), default=-1) + 1):
-            layer = DynamicLayer()
-            cache.layers.append(layer)
-            keys, values = layers.get(f"{number}.keys"), layers.get(f"{number}.values")
-            if keys is not None and values is not None:
-                layer.lazy_initialization(keys, values)
-                layer.keys, layer.values = keys, values
-        return RowCache(cache, torch.ones(1, len(ids), dtype=torch.int64))
+        with self._lock:
+            self._tree.touch(path)
+        return RowCache(stored.cache(), torch.ones(1, num_tokens, dtype=torch.int64))
 
     def save(self, ids: tuple[int, ...], cache: RowCache) -> None:
         """Write a cache soon, on a thread of its own; not at all where that is behind. The cache must not be changed any more."""
@@ -98,43 +122,89 @@ class CacheFolder:
             log.info("a conversation of %d tokens is not written: the disk is behind", len(ids))
 
     def close(self) -> None:
-        """Write what waits, and end the thread."""
+        """Write what waits, and end the threads."""
         self._pending.put(None)
         self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
 
     def _write_all(self) -> None:
         while (given := self._pending.get()) is not None:
-            ids, cache = given
-            path = self._folder / f"{hashlib.sha256(repr(ids).encode()).hexdigest()[:40]}{_SUFFIX}"
-            tensors = {"ids": torch.tensor(ids)}
-            for number, layer in enumerate(cache.layers()):
-                if isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor):
-                    tensors[f"{number}.keys"] = layer.keys.cpu().contiguous()
-                    tensors[f"{number}.values"] = layer.values.cpu().contiguous()
             try:
-                replace_file(path, save(tensors))
-                with self._lock:
-                    self._files[ids] = path
-                self._make_room()
+                self._write(*given)
             except OSError as error:
                 log.warning("%s: the conversation is not kept on disk (%s)", self._folder, error.strerror)
-            del given, cache, tensors
+            del given
+
+    def _write(self, ids: tuple[int, ...], cache: RowCache) -> None:
+        """Write what is not in other files; a few tokens are not worth one."""
+        path = self.find(ids)
+        num_known = length_of(path)
+        if len(ids) - num_known < LEAST_TOKENS:
+            return
+        new = ids[num_known:]
+        tensors = {"ids": torch.tensor(new)}
+        for number, layer in enumerate(cache.columns(num_known, len(ids)).layers()):
+            if isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor):
+                tensors[f"{number}.keys"] = layer.keys.cpu().contiguous()
+                tensors[f"{number}.values"] = layer.values.cpu().contiguous()
+        parent, start = (path[-1][0].content.path.name, path[-1][1]) if path else ("", 0)
+        data = save(tensors, {"parent": parent, "start": str(start)})
+        file = _File(
+            self._folder / f"{hashlib.sha256(repr(ids).encode()).hexdigest()[:40]}{_SUFFIX}", len(data)
+        )
+        replace_file(file.path, data)
+        with self._lock:
+            # Only this thread adds files, but a damaged one may have been forgotten meanwhile.
+            if [piece for piece, _ in self._tree.find(ids)] == [piece for piece, _ in path]:
+                self._tree.add(path, new, file)
+        self._make_room()
 
     def _make_room(self) -> None:
         with self._lock:
-            sizes = {ids: path.stat().st_size for ids, path in self._files.items() if path.exists()}
-            for ids in list(sizes):
-                if sum(sizes.values()) <= self._max_bytes:
-                    break
-                self._files.pop(ids).unlink(missing_ok=True)
-                del sizes[ids]
+            num_bytes = sum(piece.content.num_bytes for piece in self._tree)
+            while num_bytes > self._max_bytes:
+                oldest = next(piece for piece in self._tree if not piece.children)
+                oldest.content.path.unlink(missing_ok=True)
+                self._tree.remove(oldest)
+                num_bytes -= oldest.content.num_bytes
+
+    def _forget(self, piece: Piece[_File]) -> None:
+        """Take out a file and those that go on from it, and delete them: nobody would find them any more."""
+        with self._lock:
+            gone = self._tree.remove(piece)
+        for file in gone:
+            file.path.unlink(missing_ok=True)
+
+    def _adopt(self, files: dict[FilePath, _File]) -> None:
+        """Take the files of earlier processes, those used longest ago first; a file without its parent is deleted."""
+        waiting = {path: header for path in files if (header := _header(path)) is not None}
+        orphans = set(waiting)
+        # What comes before the own tokens of a file, and these.
+        adopted: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {"": ((), ())}
+        while ready := [path for path, header in waiting.items() if header.parent in adopted]:
+            for path in ready:
+                header = waiting.pop(path)
+                earlier, of_parent = adopted[header.parent]
+                before = earlier + of_parent[: header.start]
+                found = self._tree.find(before + header.ids)
+                if length_of(found) == len(before):
+                    self._tree.add(found, header.ids, files[path])
+                    adopted[path.name] = before, header.ids
+                    orphans.discard(path)
+        pieces = {piece.content.path: piece for piece in self._tree}
+        self._tree.touch([(pieces[path], 0) for path in files if path in pieces])
+        for path in orphans:
+            path.unlink(missing_ok=True)
 
 
-def _ids_in(path: Path) -> tuple[int, ...] | None:
+def _header(path: FilePath) -> _Header | None:
     try:
         with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
             ids: list[int] = file.get_tensor("ids").tolist()
-    except (OSError, SafetensorError) as error:
+            if not ids:
+                raise ValueError("it has no tokens")
+            return _Header(said["parent"], int(said["start"]), tuple(ids))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         log.warning("%s: is left aside (%s)", path, error)
         return None
-    return tuple(ids)

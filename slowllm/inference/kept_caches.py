@@ -1,21 +1,18 @@
 """Keys and values of conversations that have ended for now, found again by the tokens with which the next one begins.
 
-In memory, and in a folder on disk where there is one. Whoever was used longest ago goes first. Knows tokens and caches; knows
-no model.
+In memory, and in a folder on disk where there is one. What conversations have in common is kept once; what was used longest ago
+goes first. Knows tokens and caches; knows no model.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slowllm.inference.cache_folder import CacheFolder
-from slowllm.inference.live_cache import RowCache
-from slowllm.inference.prefix_sharing import common
-
-# Fewer tokens than this are computed again, because each prompt that continues kept ones makes its first pass alone.
-LEAST_TOKENS = 16
+from slowllm.inference.live_cache import LEAST_TOKENS, RowCache, behind_one_another
+from slowllm.inference.token_tree import TokenTree, length_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class FoundCache:
 
     Attributes:
         num_tokens: of the beginning.
-        load: returns a copy of it, which may take as long as reading it from disk; None where it has gone since.
+        load: returns a copy of it, which may need the disk; None where it has gone since.
     """
 
     num_tokens: int
@@ -42,7 +39,7 @@ class KeptCaches:
     def __init__(self, max_tokens: int, folder: CacheFolder | None = None) -> None:
         self.max_tokens, self._folder = max_tokens, folder
         self._lock = threading.Lock()
-        self._kept: dict[tuple[int, ...], RowCache] = {}  # those used last are last
+        self._kept: TokenTree[RowCache] = TokenTree()
         self.num_tokens = self.num_found_tokens = 0
 
     @property
@@ -52,27 +49,23 @@ class KeptCaches:
 
     def find(self, ids: Sequence[int]) -> FoundCache | None:
         """Return the longest beginning of a prompt that is kept, but for its last token; None where it is short."""
-        ids = tuple(ids)
         with self._lock:
-            best, length = _best(self._kept, ids)
-            held = self._kept.pop(best, None)
-            if held is not None:
-                self._kept[best] = held
-        stored, longer = _best([] if self._folder is None else self._folder.conversations, ids)
-        if max(length, longer) < LEAST_TOKENS:
+            held = self._kept.find(ids)
+            self._kept.touch(held)
+        stored = [] if self._folder is None else self._folder.find(ids)
+        num_held, num_stored = (min(length, len(ids) - 1) for length in (length_of(held), length_of(stored)))
+        num_tokens = max(num_held, num_stored)
+        if num_tokens < LEAST_TOKENS:
             return None
         with self._lock:
-            self.num_found_tokens += max(length, longer)
-        if held is not None and length >= longer:
-            return FoundCache(length, lambda: held.beginning(length))
+            self.num_found_tokens += num_tokens
+        if num_held == num_tokens:
+            # The contents now: a piece may be cut before they are needed.
+            contents = [(piece.content, num_own) for piece, num_own in held]
+            return FoundCache(num_tokens, lambda: _beginning(contents, num_tokens))
         assert self._folder is not None, "it has the longer one"
         folder = self._folder
-
-        def load() -> RowCache | None:
-            cache = folder.load(stored)
-            return None if cache is None else cache.beginning(longer)
-
-        return FoundCache(longer, load)
+        return FoundCache(num_tokens, lambda: folder.load(stored, num_tokens))
 
     def keep(self, ids: Sequence[int], cache: RowCache) -> None:
         """Keep the cache of one row, which belongs to the caller no more.
@@ -90,20 +83,31 @@ class KeptCaches:
         if len(ids) > self.max_tokens:
             return
         with self._lock:
-            for other in [other for other in self._kept if common(other, ids) == min(len(other), len(ids))]:
-                if len(other) > len(ids):  # it has these, too
-                    return
-                del self._kept[other]
-                self.num_tokens -= len(other)
-            self._kept[ids] = cache
-            self.num_tokens += len(ids)
-            while self.num_tokens > self.max_tokens:
-                oldest = next(iter(self._kept))
-                del self._kept[oldest]
-                self.num_tokens -= len(oldest)
+            path = self._kept.find(ids)
+            self._kept.touch(path)
+            if num_new := len(ids) - length_of(path):
+                new = cache if not path else cache.columns(len(ids) - num_new, len(ids))
+                self._kept.add(path, ids[-num_new:], new)
+                self.num_tokens += num_new
+            self._make_room()
+
+    def _make_room(self) -> None:
+        while self.num_tokens > self.max_tokens:
+            # The first that need not be there as a whole; there is one, because the last of a branch need not.
+            piece = next(piece for piece in self._kept if piece.num_needed < len(piece.ids))
+            if not piece.num_needed:
+                self._kept.remove(piece)
+            else:
+                piece.content = piece.content.columns(0, piece.num_needed)
+            self.num_tokens -= len(piece.ids) - piece.num_needed
+            piece.ids = piece.ids[: piece.num_needed]
 
 
-def _best(kept: Iterable[tuple[int, ...]], ids: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """Return what begins most like a prompt, and how many tokens of it may be taken from there."""
-    best = max(kept, key=lambda other: common(other, ids), default=())
-    return best, min(common(best, ids), len(ids) - 1)
+def _beginning(contents: Sequence[tuple[RowCache, int]], num_tokens: int) -> RowCache:
+    """Return a copy of the first tokens of caches that go on from one another."""
+    parts, left = list[RowCache](), num_tokens
+    for content, num_own in contents:
+        if left:
+            parts.append(content.columns(0, min(num_own, left)))
+            left -= parts[-1].mask.shape[1]
+    return behind_one_another(parts)

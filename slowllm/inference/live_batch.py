@@ -6,6 +6,7 @@ Knows rows and their cache; knows nothing of who asks, and of queues.
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from slowllm.errors import NonFiniteError
 from slowllm.inference.continuation import with_own_defaults
 from slowllm.inference.generation_types import Prompt
 from slowllm.inference.live_cache import RowCache, can_merge
@@ -23,6 +25,8 @@ from slowllm.inference.stopping import special_tokens
 from slowllm.modeling.batching import batch_rule
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.ride import Ride
+
+log = logging.getLogger(__name__)
 
 
 class BatchModel:
@@ -198,7 +202,7 @@ class LiveBatch:
             cache = self._keep([not seat.is_over() for seat in self._seats], cache)
             if cache is None:
                 return
-            logits = self._model.go_on(cache, [seat.row.last_token for seat in self._seats])
+            logits, cache = self._go_on(cache)
             for seat, of_row in zip(self._seats, logits, strict=True):
                 if not seat.is_over():
                     seat.row.advance(of_row)
@@ -206,6 +210,27 @@ class LiveBatch:
             stays = [not seat.give_if_ended(cache, number) for number, seat in enumerate(self._seats)]
             cache = self._keep(stays, cache)
             self._has_passed(num_rows)
+
+    def _go_on(self, cache: RowCache) -> tuple[Tensor, RowCache]:
+        """Pass a token of each row; rows of which NaN comes out leave, and the others pass once more.
+
+        Returns:
+            the logits (B, V) of the rows that stay, and their cache.
+        """
+        while True:
+            length = cache.mask.shape[1]
+            try:
+                return self._model.go_on(cache, [seat.row.last_token for seat in self._seats]), cache
+            except NonFiniteError as error:
+                if error.row is None or len(self._seats) == 1:
+                    raise
+                log.info("row %d leaves its batch: %s", error.row, error)
+                self._seats[error.row].fail(error)
+                cache.shorten(length)
+                stays = [number != error.row for number in range(len(self._seats))]
+                kept = self._keep(stays, cache)
+                assert kept is not None, "one row of several has left"
+                cache = kept
 
     def _keep(self, stays: Sequence[bool], cache: RowCache | None) -> RowCache | None:
         """Let rows leave; return the cache of the others, None where there are none."""

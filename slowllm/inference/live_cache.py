@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+# Keys and values of fewer tokens than this are not kept: each prompt that continues kept ones makes its first pass alone.
+LEAST_TOKENS = 16
+
 
 def can_merge(config: Any) -> bool:
     """Return whether every block keeps plain keys and values, which can be padded and put together.
@@ -44,6 +47,11 @@ class RowCache:
         """Note that every row got one token more."""
         self.mask = F.pad(self.mask, (0, 1), value=1)
 
+    def shorten(self, length: int) -> None:
+        """Drop the columns behind the first so many, which a pass that failed may have left in some blocks."""
+        kept = self.columns(0, length)
+        self.cache, self.mask = kept.cache, kept.mask
+
     def join(self, other: RowCache) -> None:
         """Take the rows of another batch behind the own ones."""
         length = max(self.mask.shape[1], other.mask.shape[1])
@@ -63,22 +71,20 @@ class RowCache:
         first = int(mask.any(0).nonzero()[0])
         copied = DynamicCache()
         for layer in self.layers():
-            own = DynamicLayer()
-            copied.layers.append(own)
             if not layer.is_initialized:
+                copied.layers.append(_layer(None, None))
                 continue
-            own.dtype, own.device, own.is_initialized = layer.dtype, layer.device, True
             index = kept.to(layer.device)
-            own.keys, own.values = _cut(layer.keys, index, first), _cut(layer.values, index, first)
+            copied.layers.append(_layer(_cut(layer.keys, index, first), _cut(layer.values, index, first)))
         return RowCache(copied, mask[:, first:])
 
-    def beginning(self, length: int) -> RowCache:
-        """Return a copy of the first tokens of a single row without padding."""
-        copied = self.rows([0])
-        for layer in copied.layers():
-            if layer.is_initialized:
-                layer.keys, layer.values = _first(layer.keys, length), _first(layer.values, length)
-        return RowCache(copied.cache, copied.mask[:, :length])
+    def columns(self, start: int, end: int) -> RowCache:
+        """Return a copy of some columns of all rows."""
+        copied = DynamicCache()
+        for layer in self.layers():
+            keys, values = (layer.keys, layer.values) if layer.is_initialized else (None, None)
+            copied.layers.append(_layer(_between(keys, start, end), _between(values, start, end)))
+        return RowCache(copied, self.mask[:, start:end])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop the rows that are not named."""
@@ -102,6 +108,24 @@ def _cut(tensor: Tensor | None, rows: Tensor, first: int) -> Tensor:
     return tensor[rows, :, first:]
 
 
-def _first(tensor: Tensor | None, length: int) -> Tensor:
-    assert tensor is not None, "as above"
-    return tensor[:, :, :length].clone()  # a view would keep the rest
+def _between(tensor: Tensor | None, start: int, end: int) -> Tensor | None:
+    return None if tensor is None else tensor[:, :, start:end].clone()  # a view would keep the rest
+
+
+def _layer(keys: Tensor | None, values: Tensor | None) -> DynamicLayer:
+    """Return a layer with these keys and values; without any, for a block that takes those of another."""
+    layer = DynamicLayer()
+    if keys is not None and values is not None:
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    return layer
+
+
+def behind_one_another(caches: Sequence[RowCache]) -> RowCache:
+    """Return the columns of caches of the same rows, at least one, in this order."""
+    joined = DynamicCache()
+    for layers in zip(*(cache.layers() for cache in caches), strict=True):
+        keys = [layer.keys for layer in layers if layer.keys is not None]
+        values = [layer.values for layer in layers if layer.values is not None]
+        joined.layers.append(_layer(torch.cat(keys, 2), torch.cat(values, 2)) if keys else _layer(None, None))
+    return RowCache(joined, torch.cat([cache.mask for cache in caches], 1))

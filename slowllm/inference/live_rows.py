@@ -6,7 +6,6 @@ by a generator that is seeded as `torch.manual_seed` seeds the global one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -22,6 +21,7 @@ from transformers.generation.logits_process import (
 
 from slowllm.inference.continuation import text_of
 from slowllm.inference.generation_types import Continuation, Prompt
+from slowllm.inference.service_types import OnPartial, PartialContinuation
 from slowllm.inference.stopping import EndDetector, SpecialTokens, without_eos
 from slowllm.inference.text import TextSide
 
@@ -34,7 +34,7 @@ class LiveRow:
         prompt: that is continued; of its settings, `num_beams` is 1.
         index: of the continuation among those of the prompt; its seed counts up with it.
         tokens: with EOS.
-        on_tokens: called with the ids so far after each token.
+        on_partial: called after each token.
     """
 
     def __init__(
@@ -43,10 +43,11 @@ class LiveRow:
         prompt: Prompt,
         index: int,
         tokens: SpecialTokens,
-        on_tokens: Callable[[tuple[int, ...]], None] | None = None,
+        on_partial: OnPartial | None = None,
     ) -> None:
         self.prompt, self.has_ended = prompt, False
-        self._lm, self._tokens, self._on_tokens = lm, tokens, on_tokens
+        self._lm, self._tokens, self._on_partial = lm, tokens, on_partial
+        self._index = index
         self._settings = prompt.settings
         self._ids = list(prompt.ids)
         self._is_stopped = False
@@ -101,11 +102,19 @@ class LiveRow:
         width = len(self.prompt.ids)
         self._is_stopped = bool(self._detector.has_ended(torch.tensor([self._ids]), width))
         self.has_ended = self._is_stopped or self.num_new >= self._settings.max_new_tokens
-        if self._on_tokens is not None:
-            self._on_tokens(self._new_ids())
+        if self._on_partial is not None:
+            self._on_partial(self._partial())
 
     def _new_ids(self) -> tuple[int, ...]:
         return without_eos(self._ids[len(self.prompt.ids) :], self._tokens)
+
+    def _partial(self) -> PartialContinuation:
+        ids = self._new_ids()
+        if self._settings.top_log_probs is None:
+            return PartialContinuation(self._index, ids)
+        return PartialContinuation(
+            self._index, ids, tuple(self._log_probs[: len(ids)]), tuple(self._tops[: len(ids)])
+        )
 
     def continuation(self) -> Continuation:
         """Return what has come so far."""

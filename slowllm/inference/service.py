@@ -24,14 +24,14 @@ from typing import Self
 from slowllm.errors import BusyError, NonFiniteError, RideError
 from slowllm.inference.cache_folder import CacheFolder
 from slowllm.inference.continuation import continue_prompts, with_own_defaults
-from slowllm.inference.generation_types import Continuation, OnTokens
+from slowllm.inference.generation_types import Continuation
 from slowllm.inference.kept_caches import FoundCache, KeptCaches
 from slowllm.inference.live_batch import BatchModel, LiveBatch, Seat, may_share_a_batch
 from slowllm.inference.live_cache import RowCache
 from slowllm.inference.live_rows import LiveRow
 from slowllm.inference.prompt_scores import score_prompts
 from slowllm.inference.service_tasks import ServiceTask, checked_size, class_of
-from slowllm.inference.service_types import Answer, Ask, ServiceStatus
+from slowllm.inference.service_types import Answer, Ask, OnPartial, PartialContinuation, ServiceStatus
 from slowllm.modeling.batching import batch_rule
 from slowllm.planning.packing import pack
 from slowllm.runtime.streamed_lm import StreamedLM
@@ -94,13 +94,12 @@ class Service:
 
     # What anybody may call.
 
-    def submit(self, ask: Ask, on_tokens: OnTokens | None = None) -> Ride[Answer]:
+    def submit(self, ask: Ask, on_partial: OnPartial | None = None) -> Ride[Answer]:
         """Take an ask, and return at once.
 
         Args:
             ask: what is asked.
-            on_tokens: called on a rider's thread with 0, the number of a continuation, and its ids so far; must neither
-                block nor raise.
+            on_partial: called whenever a continuation has grown.
         Returns:
             a ride to wait for, to cancel, or to be called back by, which ends with the answer.
         Raises:
@@ -109,7 +108,7 @@ class Service:
         """
         num_tokens, num_rows = checked_size(self._lm, ask, self._max_rows, joins=self._joins(ask))
         ride: Ride[Answer] = Ride(lambda: None)
-        task = ServiceTask(ask, on_tokens, ride, num_tokens, num_rows)
+        task = ServiceTask(ask, on_partial, ride, num_tokens, num_rows)
         ride.on_cancel = functools.partial(self._cancel, task)
         with self._changed:
             if self._is_closed:
@@ -261,9 +260,11 @@ class Service:
                 self._finish(task, dict(enumerate(found)))
             self._dispatch()
 
-        job = functools.partial(
-            continue_prompts, self._lm, self._plain, [0], [prompt], on_tokens=task.on_tokens
-        )
+        def on_tokens(_: int, number: int, ids: tuple[int, ...]) -> None:
+            if task.on_partial is not None:
+                task.on_partial(PartialContinuation(number, ids))
+
+        job = functools.partial(continue_prompts, self._lm, self._plain, [0], [prompt], on_tokens=on_tokens)
         ride = self._lm.board(job, prompt.settings.seed)
         task.cancel_rider = ride.cancel
         if task.is_over:  # cancelled while it boarded
@@ -301,13 +302,13 @@ class Service:
             self._join(length, [seat for _, seat in members], cache.rows([place for place, _ in members]))
 
     def _seat(self, task: ServiceTask, place: int, index: int) -> tuple[int, Seat]:
-        told = task.on_tokens
+        told = task.on_partial
 
-        def on_tokens(ids: tuple[int, ...]) -> None:
+        def on_partial(partial: PartialContinuation) -> None:
             if told is not None and not task.is_over:
-                told(0, index, ids)
+                told(partial)
 
-        row = LiveRow(self._lm, task.ask.prompt, index, self._model.tokens, on_tokens)
+        row = LiveRow(self._lm, task.ask.prompt, index, self._model.tokens, on_partial)
         seat = Seat(
             row,
             is_over=lambda: task.is_over,

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from slowllm.errors import InputError
-from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, check_prompt
+from slowllm.inference.generation_types import Continuation, Prompt, check_prompt
 from slowllm.inference.prompt_scores import PromptScores
-from slowllm.inference.service_types import Answer, Ask
+from slowllm.inference.service_types import Answer, Ask, OnPartial
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.ride import Ride
 
@@ -30,7 +30,7 @@ class ServiceTask:
     """
 
     ask: Ask
-    on_tokens: OnTokens | None
+    on_partial: OnPartial | None
     ride: Ride[Answer]
     num_tokens: int
     num_rows: int

@@ -5,6 +5,7 @@ Plain data; knows no model's weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from slowllm.errors import InputError
@@ -28,6 +29,27 @@ class Ask:
     prompt: Prompt
     num_prompt_top: int | None = None
     only_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class PartialContinuation:
+    """How far a continuation has come.
+
+    Attributes:
+        number: among the continuations of its prompt.
+        ids: of its tokens so far, EOS not among them.
+        log_probs: of these tokens; None where nobody asked for them, or where they are known at the end only.
+        top_log_probs: of the likeliest tokens of each place, by id; as `log_probs`.
+    """
+
+    number: int
+    ids: tuple[int, ...]
+    log_probs: tuple[float, ...] | None = None
+    top_log_probs: tuple[dict[int, float], ...] | None = None
+
+
+# Called on a rider's thread whenever a continuation has grown; must neither block nor raise.
+OnPartial = Callable[[PartialContinuation], None]
 
 
 @dataclass(frozen=True)

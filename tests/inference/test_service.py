@@ -5,23 +5,18 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
 
 import slowllm
 from slowllm.errors import BusyError, InputError, RideError
 from slowllm.inference import generation
-from slowllm.inference.cache_folder import CacheFolder
 from slowllm.inference.generation_types import Continuation, Prompt, Settings, encode_prompt
-from slowllm.inference.kept_caches import KeptCaches
-from slowllm.inference.live_cache import RowCache
 from slowllm.inference.service import Service
-from slowllm.inference.service_types import Ask, service_job
+from slowllm.inference.service_types import Ask, PartialContinuation, service_job
 from tests.support.families import family_cases, save_tiny, speaking
 from tests.support.memory_stops import until
 
@@ -102,11 +97,19 @@ def test_an_exact_service_gives_the_bits_of_each_prompt_alone(lm: Any) -> None:
 
 
 def test_tokens_are_told_as_they_come(lm: Any, service: Service) -> None:
-    told: list[tuple[int, int, tuple[int, ...]]] = []
-    prompt = encode_prompt(lm, TEXTS[2], Settings(max_new_tokens=5, min_new_tokens=5))
-    answer = service.submit(Ask(prompt), lambda *heard: told.append(heard)).result(60)
-    ids = answer.continuations[0].ids
-    assert told == [(0, 0, ids[: n + 1]) for n in range(5)]
+    told: list[PartialContinuation] = []
+    prompt = encode_prompt(lm, TEXTS[2], Settings(max_new_tokens=5, min_new_tokens=5, top_log_probs=2))
+    (found,) = service.submit(Ask(prompt), told.append).result(60).continuations
+    assert found.log_probs is not None
+    assert found.top_log_probs is not None
+    assert told == [
+        PartialContinuation(0, found.ids[:n], found.log_probs[:n], found.top_log_probs[:n])
+        for n in range(1, 6)
+    ]
+    told.clear()
+    beams = Prompt(prompt.ids, Settings(max_new_tokens=3, num_beams=2))
+    service.submit(Ask(beams), told.append).result(60)
+    assert all(partial.log_probs is None for partial in told)  # rides alone, and knows them at the end
 
 
 def test_prompts_are_scored_beside_others_that_are_continued(lm: Any, service: Service) -> None:
@@ -304,6 +307,43 @@ def test_a_number_that_is_not_finite_ends_its_own_prompt_only(
                 assert ride.result(60).continuations == alone(lm, prompt)
 
 
+def test_nan_behind_a_new_token_ends_its_own_row_only(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from slowllm.errors import NonFiniteError
+
+    save_tiny("llama-2", tmp_path / "model")
+    folder = speaking(tmp_path / "model", tmp_path / "speaking")
+    job = slowllm.Job(num_tokens=2048, longest=64, repeated=True)
+    settings = Settings(max_new_tokens=6, min_new_tokens=6)
+    prompts = [Prompt((number, number + 1), settings) for number in range(5, 15)]
+    with slowllm.load(folder, dtype="float32", job=job) as lm:
+        wanted = [alone(lm, prompt)[0] for prompt in prompts]
+    # The first new token of one prompt, and of no other's text, has an embedding that is not a number.
+    others = [{*prompt.ids, *one.ids} for prompt, one in zip(prompts, wanted, strict=True)]
+    damaged = next(
+        place
+        for place, one in enumerate(wanted)
+        if not any(one.ids[0] in ids for other, ids in enumerate(others) if other != place)
+        and one.ids[0] not in prompts[place].ids
+    )
+    name = "model.embed_tokens.weight"
+    for shard in Path(folder).glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name][wanted[damaged].ids[0]] = torch.nan
+            save_file(tensors, shard, {"format": "pt"})
+    with slowllm.load(folder, dtype="float32", job=job) as lm, Service(lm) as service:
+        with Held(lm):
+            rides = [service.submit(Ask(prompt)) for prompt in prompts]
+        for place, ride in enumerate(rides):
+            if place == damaged:
+                with pytest.raises(NonFiniteError, match="NaN in the output"):
+                    ride.result(60)
+            else:
+                assert ride.result(60).continuations[0].ids == wanted[place].ids
+
+
 @pytest.mark.parametrize("name", family_cases())
 def test_families_continue_rows_that_come_and_go(name: str, tmp_path: Path) -> None:
     save_tiny(name, tmp_path / "model")
@@ -350,76 +390,3 @@ def test_a_conversation_goes_on_from_what_was_kept_of_it(lm: Any) -> None:
         assert service.status().num_prompt_tokens - before.num_prompt_tokens == 2
         assert service.status().num_found_tokens - before.num_found_tokens == len(prompt.ids)
         assert service._kept.num_tokens <= 100
-
-
-def test_no_more_is_kept_than_there_is_room_for() -> None:
-    def cache(length: int) -> RowCache:
-        held = DynamicCache()
-        held.update(torch.randn(1, 2, length, 4), torch.randn(1, 2, length, 4), 0)
-        return RowCache(held, torch.ones(1, length, dtype=torch.int64))
-
-    kept = KeptCaches(60)
-    kept.keep(range(30), cache(30))
-    kept.keep(range(100, 130), cache(30))
-    assert kept.find(range(20)) is not None, "and it was used last"
-    kept.keep(range(200, 220), cache(20))
-    assert kept.num_tokens == 50
-    assert kept.find(range(100, 130)) is None
-    found = kept.find([*range(25), 7, 7])
-    assert found is not None
-    loaded = found.load()
-    assert loaded is not None
-    assert (found.num_tokens, loaded.mask.shape) == (25, (1, 25))
-    kept.keep(range(10), cache(10))  # too short
-    kept.keep(range(61), cache(61))  # too long
-    kept.keep(range(40), cache(40))  # goes on from the first one
-    assert (len(kept._kept), kept.num_tokens) == (2, 60)
-    kept.keep(range(35), cache(35))  # is a part of it
-    assert (len(kept._kept), kept.num_tokens) == (2, 60)
-
-
-def test_a_conversation_is_found_on_disk_by_a_later_process(lm: Any, tmp_path: Path) -> None:
-    settings, prompt = (
-        Settings(max_new_tokens=20, min_new_tokens=20),
-        encode_prompt(lm, TEXTS[2] * 2, Settings()),
-    )
-    with (
-        closing(CacheFolder(tmp_path, "of-this-model", 1 << 20)) as folder,
-        Service(lm, folder=folder) as service,
-    ):
-        (first,) = service.submit(Ask(Prompt(prompt.ids, settings))).result(60).continuations
-    longer = Prompt(prompt.ids + first.ids + (5, 6, 7), settings)
-    with (
-        closing(CacheFolder(tmp_path, "of-this-model", 1 << 20)) as folder,
-        Service(lm, folder=folder) as service,
-    ):
-        assert folder.conversations == [prompt.ids + first.ids[:-1]]
-        assert service.submit(Ask(longer)).result(60).continuations == alone(lm, longer)
-        assert service.status().num_prompt_tokens == 4
-    with closing(CacheFolder(tmp_path, "of-another-model", 1 << 20)) as folder:
-        assert not folder.conversations
-
-
-def test_damaged_files_and_full_folders_cost_a_computation_only(
-    lm: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings = Settings(max_new_tokens=20, min_new_tokens=20)
-    prompts = [Prompt(encode_prompt(lm, text * 3, settings).ids, settings) for text in TEXTS[2:]]
-    with closing(CacheFolder(tmp_path, "m", 1 << 30)) as folder, Service(lm, folder=folder) as service:
-        for prompt in prompts:
-            assert service.submit(Ask(prompt)).result(60).continuations == alone(lm, prompt)
-    files = sorted(tmp_path.rglob("*.safetensors"))
-    assert len(files) == 3
-    size = max(file.stat().st_size for file in files)
-    with closing(CacheFolder(tmp_path, "m", 1 << 30)) as folder, Service(lm, folder=folder) as service:
-        for file in files:
-            file.write_bytes(b"damaged")
-        for prompt in prompts:
-            assert service.submit(Ask(prompt)).result(60).continuations == alone(lm, prompt)
-    assert "is left aside" in caplog.text
-    with closing(CacheFolder(tmp_path, "m", 2 * size)) as folder, Service(lm, folder=folder) as service:
-        for prompt in prompts:
-            service.submit(Ask(prompt)).result(60)
-    assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) <= 2 * size
-    with pytest.raises(InputError, match="cannot be used as a folder of caches"):
-        CacheFolder(files[0], "m", 1)

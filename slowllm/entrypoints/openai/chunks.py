@@ -1,25 +1,26 @@
 """A response in pieces, as OpenAI streams it: text as its tokens come, then why it ended, and what it cost.
 
 What a chunk says is final, so text that may still turn out otherwise is held back: half a letter, and what may be the
-begin of a stop string. Log-probabilities come in a choice's last chunk.
+begin of a stop string. Log-probabilities come with the text of their tokens; those of an echo, and where they are known at
+the end only, in a choice's last chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from slowllm.entrypoints.openai.log_probs import has_log_probs, log_probs_of, new_offsets, written_rows
 from slowllm.entrypoints.openai.requests import TextRequest
 from slowllm.entrypoints.openai.responses import (
     ResponseOrigin,
     answered_by,
     choices_of,
-    log_probs_of,
     response_id,
     usage_of,
 )
 from slowllm.inference.continuation import text_of
-from slowllm.inference.service_types import Answer
+from slowllm.inference.service_types import Answer, PartialContinuation
 from slowllm.inference.text import TextSide
 
 
@@ -42,8 +43,10 @@ class ChunkWriter:
             "model": origin.model,
             "system_fingerprint": origin.fingerprint,
         }
-        # Characters of each choice that were written.
-        self._num_written = [0] * (len(request.prompts) * request.num_choices)
+        num_choices = len(request.prompts) * request.num_choices
+        # Characters of each choice that were written, tokens whose log-probabilities were, and where the tokens so far begin.
+        self._num_written, self._num_told = [0] * num_choices, [0] * num_choices
+        self._offsets: list[list[int]] = [[] for _ in range(num_choices)]
 
     def begin(self) -> Iterator[dict[str, Any]]:
         """Yield what can be said before any token: who speaks, and the texts that are echoed."""
@@ -53,41 +56,60 @@ class ChunkWriter:
             elif self._request.echo:
                 yield self._chunk(index, self._request.echo[index // self._request.num_choices])
 
-    def go_on(self, place: int, number: int, ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def go_on(self, place: int, partial: PartialContinuation) -> Iterator[dict[str, Any]]:
         """Yield what is new in a continuation.
 
         Args:
             place: of its prompt in the request.
-            number: among the continuations of the prompt.
-            ids: that it has so far, EOS not among them.
+            partial: what it has so far.
         """
         prompt = self._request.prompts[place]
-        text = text_of(self._lm, prompt, ids)
+        text = text_of(self._lm, prompt, partial.ids)
         sure = _sure_length(text, prompt.settings.stop)
-        yield from self._texts(place, number, text[:sure])
+        for index in self._choices(place, partial.number):
+            if sure > self._num_written[index]:
+                yield self._text(index, text[:sure], self._told(index, place, partial, sure))
 
     def end(self, answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
         """Yield what was held back, why each choice ended, and what the request cost if it asks."""
         index = 0
         for place, answer in enumerate(answered_by(self._request, answers)):
             for number, continuation in enumerate(answer.continuations):
-                yield from self._texts(place, number, continuation.text)
+                for choice in self._choices(place, number):
+                    if len(continuation.text) > self._num_written[choice]:
+                        yield self._text(choice, continuation.text, None)
             for continuation in choices_of(self._request, answer):
-                log_probs = log_probs_of(self._lm, self._request, place, answer, continuation)
+                told = self._num_told[index]
+                log_probs = log_probs_of(self._lm, self._request, place, answer, continuation, told)
                 yield self._chunk(index, None, log_probs, continuation.finish_reason)
                 index += 1
         if self._request.has_usage:
             yield {**self._head, "choices": [], "usage": usage_of(self._request, answers)}
 
-    def _texts(self, place: int, number: int, text: str) -> Iterator[dict[str, Any]]:
-        num_choices = self._request.num_choices
+    def _choices(self, place: int, number: int) -> Iterable[int]:
+        """Return the choices that a continuation of a prompt is made for."""
+        first, num_choices = place * self._request.num_choices, self._request.num_choices
         # Without sampling one continuation is made for all choices.
-        is_only = self._request.prompts[place].settings.num_return_sequences == 1
-        for choice in range(num_choices) if is_only else [number]:
-            index = place * num_choices + choice
-            if new := text[self._num_written[index] :]:
-                self._num_written[index] = len(text)
-                yield self._chunk(index, {"content": new} if self._request.is_chat else new)
+        if self._request.prompts[place].settings.num_return_sequences == 1:
+            return range(first, first + num_choices)
+        return [first + number]
+
+    def _text(self, index: int, text: str, log_probs: dict[str, Any] | None) -> dict[str, Any]:
+        new = text[self._num_written[index] :]
+        self._num_written[index] = len(text)
+        return self._chunk(index, {"content": new} if self._request.is_chat else new, log_probs)
+
+    def _told(self, index: int, place: int, partial: PartialContinuation, end: int) -> dict[str, Any] | None:
+        """Return the log-probabilities of the tokens that begin before a place of the text and were not told yet."""
+        log_probs, tops = partial.log_probs, partial.top_log_probs
+        if log_probs is None or tops is None or self._request.echo or not has_log_probs(self._request, place):
+            return None
+        offsets = self._offsets[index]
+        offsets += new_offsets(self._lm, self._request.prompts[place], partial.ids, len(offsets))
+        told = range(self._num_told[index], sum(offset < end for offset in offsets))
+        self._num_told[index] = max(told.stop, told.start)
+        rows = [(partial.ids[number], log_probs[number], tops[number]) for number in told]
+        return written_rows(self._lm, self._request, rows, [offsets[number] for number in told])
 
     def _chunk(
         self, index: int, said: Any, log_probs: Any = None, reason: str | None = None

@@ -1,25 +1,17 @@
-"""Answers in OpenAI's format: bodies of completions and chats, their log-probabilities, and errors."""
+"""Answers in OpenAI's format: bodies of completions and chats, and errors."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slowllm.entrypoints.openai.log_probs import log_probs_of
 from slowllm.entrypoints.openai.requests import TextRequest
-from slowllm.entrypoints.openai.token_texts import offsets_in, token_text
-from slowllm.inference.continuation import text_of
-from slowllm.inference.generation_types import Continuation, Prompt
-from slowllm.inference.prompt_scores import PromptScores
+from slowllm.inference.generation_types import Continuation
 from slowllm.inference.service_types import Answer
 from slowllm.inference.text import TextSide
 from slowllm.runtime.run_identity import digest_of
-
-# What OpenAI writes for a token that has no probability at all, whose logarithm JSON cannot hold.
-_LEAST_LOG_PROB = -9999.0
-# One token of a choice: its id, its log-probability, and the likeliest tokens of its place; None where nothing is before it.
-_Row = tuple[int, float | None, dict[int, float] | None]
 
 
 @dataclass(frozen=True)
@@ -114,100 +106,3 @@ def usage_of(request: TextRequest, answers: Sequence[Answer]) -> dict[str, int]:
         for continuation in choices_of(request, answer)
     )
     return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
-
-
-def log_probs_of(
-    lm: TextSide, request: TextRequest, place: int, answer: Answer, continuation: Continuation
-) -> dict[str, Any] | None:
-    """Return a choice's log-probabilities in the form of its endpoint, those behind a stop string left out.
-
-    Args:
-        lm: the model, or its `ModelInfo`.
-        request: of the choice.
-        place: of the prompt in it.
-        answer: to the prompt.
-        continuation: of the choice.
-    """
-    if continuation.log_probs is None or continuation.top_log_probs is None:
-        return None
-    if request.prompts[place].settings.top_log_probs is None:
-        return None
-    prompt = request.prompts[place]
-    offsets = _new_offsets(lm, prompt, continuation)
-    new = [
-        (token, value, tops)
-        for token, value, tops, _ in zip(
-            continuation.ids, continuation.log_probs, continuation.top_log_probs, offsets, strict=False
-        )
-    ]
-    text = functools.partial(token_text, lm.tokenizer)
-    if request.is_chat:
-        content = [
-            {
-                **_token(text(token), value),
-                "top_logprobs": [_token(text(other), likely) for other, likely in tops.items()],
-            }
-            for token, value, tops in new
-        ]
-        return {"content": content, "refusal": None}
-    rows: list[_Row] = [*new]
-    if answer.prompt_scores is not None:
-        rows = [*_prompt_rows(prompt, answer.prompt_scores), *new, *_end_rows(continuation)]
-        echoed = len(request.echo[place])
-        offsets = [*offsets_in(lm.tokenizer, prompt.ids), *(echoed + offset for offset in offsets)]
-        offsets += [echoed + len(continuation.text)] * (len(rows) - len(offsets))
-    return {
-        "tokens": [text(token) for token, _, _ in rows],
-        "token_logprobs": [None if value is None else _written(value) for _, value, _ in rows],
-        "top_logprobs": [_likeliest(text, *row) for row in rows],
-        "text_offset": offsets,
-    }
-
-
-def _new_offsets(lm: TextSide, prompt: Prompt, continuation: Continuation) -> list[int]:
-    """Return where each new token begins in the new text; fewer than there are tokens where a stop string cut it."""
-    # Without stop strings, so that the text is not cut; a few tokens show how the first new one begins.
-    end_of_prompt = Prompt(prompt.ids[-8:])
-    ids, end = continuation.ids, len(continuation.text)
-    offsets = [len(text_of(lm, end_of_prompt, ids[:place])) for place in range(len(ids))]
-    if len(text_of(lm, end_of_prompt, ids)) > end:
-        offsets = [offset for offset in offsets if offset < end]
-    return offsets
-
-
-def _prompt_rows(prompt: Prompt, scores: PromptScores) -> list[_Row]:
-    """Return the tokens of a prompt; before the first there is nothing that could make it likely."""
-    rest = zip(prompt.ids[1:], scores.log_probs, scores.top_log_probs, strict=True)
-    return [(prompt.ids[0], None, None), *rest]
-
-
-def _end_rows(continuation: Continuation) -> list[_Row]:
-    """Return the EOS that ended a continuation: readers of an echo count one token behind the prompt."""
-    return [] if continuation.eos is None else [continuation.eos]
-
-
-def _likeliest(
-    text: functools.partial[str], token: int, value: float | None, tops: dict[int, float] | None
-) -> dict[str, float] | None:
-    """Return the likeliest tokens of a place by their texts, the place's own always among them."""
-    if tops is None or value is None:
-        return None
-    likeliest: dict[str, float] = {}
-    own = text(token)
-    for other, log_prob in tops.items():
-        # Several tokens may have one text, such as halves of letters: the likeliest counts, but the place's own is told by
-        # its text, and a likelier one then by its number.
-        name = text(other)
-        is_likelier = name == own and other != token and log_prob > value
-        likeliest.setdefault(f"token_id:{other}" if is_likelier else name, _written(log_prob))
-    return {**likeliest, own: _written(value)}
-
-
-def _written(log_prob: float) -> float:
-    return max(log_prob, _LEAST_LOG_PROB)
-
-
-def _token(text: str, log_prob: float) -> dict[str, Any]:
-    # A token that ends inside a letter has no text of its own, and its bytes are not known here.
-    bytes_ = None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
-    return {"token": text, "logprob": _written(log_prob), "bytes": bytes_}

@@ -28,7 +28,7 @@ from slowllm.entrypoints.server.metrics import Metrics
 from slowllm.entrypoints.server.streaming import LAST, EventStream, event, until_gone, with_comments
 from slowllm.errors import BusyError, InputError, RideError, SlowLLMError, first_line
 from slowllm.inference.service import Service
-from slowllm.inference.service_types import Answer
+from slowllm.inference.service_types import Answer, PartialContinuation
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.ride import Ride
 
@@ -151,18 +151,18 @@ class Answering:
     def _stream(self, asked: TextRequest, word: str, url: str, begun: float) -> EventStream:
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
-        # Only the newest ids of each continuation: a client that reads slowly holds no more.
-        newest: dict[tuple[int, int], tuple[int, ...]] = {}
+        # Only the newest of each continuation: a client that reads slowly holds no more.
+        newest: dict[tuple[int, int], PartialContinuation] = {}
 
-        def tell(place: int, number: int, ids: tuple[int, ...]) -> None:
-            newest[place, number] = ids
+        def tell(place: int, partial: PartialContinuation) -> None:
+            newest[place, partial.number] = partial
             changed.set()
 
-        def on_tokens(place: int, _: int, number: int, ids: tuple[int, ...]) -> None:
+        def on_partial(place: int, partial: PartialContinuation) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(tell, place, number, ids)
+                loop.call_soon_threadsafe(tell, place, partial)
 
-        rides = self._board(asked, on_tokens)
+        rides = self._board(asked, on_partial)
         writer = ChunkWriter(self.served.lm, asked, self._origin(), word)
 
         def on_end(is_complete: bool) -> None:
@@ -178,8 +178,8 @@ class Answering:
                 while not ended.done():
                     await changed.wait()
                     changed.clear()
-                    for (place, number), ids in _taken(newest):
-                        for chunk in writer.go_on(place, number, ids):
+                    for (place, _), partial in _taken(newest):
+                        for chunk in writer.go_on(place, partial):
                             yield event(chunk)
             finally:
                 ended.cancel()
@@ -195,7 +195,7 @@ class Answering:
         return EventStream(with_comments(events(), self.place), on_end)
 
     def _board(
-        self, asked: TextRequest, on_tokens: Callable[[int, int, int, tuple[int, ...]], None] | None
+        self, asked: TextRequest, on_partial: Callable[[int, PartialContinuation], None] | None
     ) -> list[Ride[Answer]]:
         asks, rides = asked.asks(), list[Ride[Answer]]()
         if len(asks) > self.served.max_prompts:
@@ -205,7 +205,7 @@ class Answering:
             )  # fmt: skip
         try:
             for place, ask in enumerate(asks):
-                told = None if on_tokens is None else functools.partial(on_tokens, place)
+                told = None if on_partial is None else functools.partial(on_partial, place)
                 rides.append(self.served.service.submit(ask, told))
         except BaseException as error:
             _cancel(rides)
@@ -262,7 +262,9 @@ def _cancel(rides: Sequence[Ride[Answer]]) -> None:
         ride.cancel()
 
 
-def _taken(newest: dict[Any, tuple[int, ...]]) -> Iterator[tuple[Any, tuple[int, ...]]]:
+def _taken(
+    newest: dict[tuple[int, int], PartialContinuation],
+) -> Iterator[tuple[tuple[int, int], PartialContinuation]]:
     while newest:
         key = next(iter(newest))
         yield key, newest.pop(key)

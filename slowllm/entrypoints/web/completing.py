@@ -16,7 +16,7 @@ from slowllm.entrypoints.web.words import ShownToken
 from slowllm.errors import InputError, counted
 from slowllm.inference.continuation import text_of
 from slowllm.inference.generation_types import SAMPLING, Continuation, Prompt, Settings, encode_prompt
-from slowllm.inference.service_types import Ask
+from slowllm.inference.service_types import Ask, PartialContinuation
 
 KIND = "complete"
 # Settings that are whole numbers; a form may give them as 3.0.
@@ -90,13 +90,13 @@ async def complete(desk: Desk, errand: Errand, text: str, settings: Settings) ->
     bell, told = Bell(), dict[int, tuple[int, ...]]()
     started, first = time.monotonic(), list[float]()
 
-    def on_tokens(_: int, index: int, ids: tuple[int, ...]) -> None:
-        told[index] = ids
+    def on_partial(partial: PartialContinuation) -> None:
+        told[partial.number] = partial.ids
         if not first:
             first.append(time.monotonic())
         bell.ring()
 
-    ride = errand.submit(Ask(prompt), on_tokens)
+    ride = errand.submit(Ask(prompt), on_partial)
     async for _ in until_done([ride], bell):
         yield _so_far(desk, prompt, dict(told), started, first)
     found = ride.result().continuations

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from slowllm.errors import BusyError, RideError, counted
-from slowllm.inference.generation_types import OnTokens
 from slowllm.inference.service import Service
 from slowllm.inference.service_tasks import checked_size
-from slowllm.inference.service_types import Answer, Ask, ServiceStatus
+from slowllm.inference.service_types import Answer, Ask, OnPartial, PartialContinuation, ServiceStatus
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.streaming.ride import Ride
 
@@ -52,7 +51,7 @@ class Errand:
         # New tokens of each continuation of each ride, told on riders' threads.
         self.told: dict[Ride[Answer], dict[int, int]] = {}
 
-    def submit(self, ask: Ask, on_tokens: OnTokens | None = None) -> Ride[Answer]:
+    def submit(self, ask: Ask, on_partial: OnPartial | None = None) -> Ride[Answer]:
         """Ask the service, as `Service.submit` does.
 
         Raises:
@@ -60,7 +59,7 @@ class Errand:
             BusyError: too many asks wait, or the service is closing.
             RideError: the errand was stopped.
         """
-        return self._desk.submit(self, ask, on_tokens)
+        return self._desk.submit(self, ask, on_partial)
 
     def stop(self) -> None:
         """Cancel what is under way, and let nothing more be asked."""
@@ -128,14 +127,14 @@ class Desk:
         if number > most:
             raise BusyError(f"{counted(most, kind)} of visitors are under way already; ask again later")
 
-    def submit(self, errand: Errand, ask: Ask, on_tokens: OnTokens | None) -> Ride[Answer]:
+    def submit(self, errand: Errand, ask: Ask, on_partial: OnPartial | None) -> Ride[Answer]:
         """Ask the service for an errand; see `Errand.submit`."""
         counts: dict[int, int] = {}
 
-        def note(number: int, index: int, ids: tuple[int, ...]) -> None:
-            counts[index] = len(ids)
-            if on_tokens is not None:
-                on_tokens(number, index, ids)
+        def note(partial: PartialContinuation) -> None:
+            counts[partial.number] = len(partial.ids)
+            if on_partial is not None:
+                on_partial(partial)
 
         with self._lock:
             if errand.is_stopped:

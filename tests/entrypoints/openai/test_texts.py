@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.entrypoints.openai.chunks import _sure_length
+from slowllm.entrypoints.openai.log_probs import _likeliest
 from slowllm.entrypoints.openai.refusals import RequestError, read_as
 from slowllm.entrypoints.openai.requests import read_text_request
-from slowllm.entrypoints.openai.responses import _likeliest
 from slowllm.entrypoints.openai.schemas import COMPLETIONS, CompletionBody
 from slowllm.entrypoints.openai.token_texts import offsets_in
 from slowllm.runtime.description import ModelInfo

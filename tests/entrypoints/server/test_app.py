@@ -170,8 +170,11 @@ def test_streamed_completions_are_those_that_are_not(
         own = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
         assert "".join(c["text"] for c in own) == choice["text"]
         assert [c["finish_reason"] for c in own] == [None] * (len(own) - 1) + [choice["finish_reason"]]
-        assert own[-1]["logprobs"]["tokens"] == choice["logprobs"]["tokens"]
-        assert own[-1]["logprobs"]["token_logprobs"] == pytest.approx(
+        told = [c["logprobs"] for c in own if c["logprobs"] is not None]
+        assert len(told) > 3 or choice["finish_reason"] == "stop"  # as they are made
+        for name in ("tokens", "text_offset"):
+            assert [one for logprobs in told for one in logprobs[name]] == choice["logprobs"][name]
+        assert [one for logprobs in told for one in logprobs["token_logprobs"]] == pytest.approx(
             choice["logprobs"]["token_logprobs"], abs=TOLERANCE
         )
     assert all(chunk["usage"] is None for chunk in chunks)
@@ -188,6 +191,19 @@ def test_streamed_chats_come_as_deltas(client: TestClient) -> None:
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     assert all(chunk["object"] == "chat.completion.chunk" and "usage" not in chunk for chunk in chunks)
     assert comments[0].removeprefix(": ").partition(" ")[0] in ("block", "stop", "waiting")
+
+
+def test_streamed_log_probabilities_of_a_chat_come_with_their_text(client: TestClient) -> None:
+    ask = {
+        "messages": [{"role": "user", "content": "The value"}], "max_tokens": 8, "temperature": 0,
+        "logprobs": True, "top_logprobs": 2,
+    }  # fmt: skip
+    whole = post(client, CHAT, **ask)["choices"][0]["logprobs"]["content"]
+    _, chunks = events_of(client, CHAT, **ask)
+    told = [c["choices"][0]["logprobs"]["content"] for c in chunks if c["choices"][0]["logprobs"]]
+    assert len(told) > 3
+    assert [one["token"] for content in told for one in content] == [one["token"] for one in whole]
+    assert [len(one["top_logprobs"]) for content in told for one in content] == [2] * len(whole)
 
 
 def test_a_streamed_echo_comes_first(client: TestClient) -> None:
