@@ -32,6 +32,7 @@ POOL_ELEMENTS = (1 << 25) + 12_289  # odd, so that the rows of a matrix do not r
 
 # Name on the command line: the hub id of a model whose published shape is taken.
 PUBLISHED = {
+    "bloom-7b1": "bigscience/bloom-7b1",
     "bloom-176b": "bigscience/bloom",
     "llama-70b": "meta-llama/Llama-3.1-70B",
     "llama-405b": "meta-llama/Llama-3.1-405B",
