@@ -140,6 +140,8 @@ def api(
             raise InputError(f"{name} is not installed; pip install 'slowllm[api]'")
     from slowllm.entrypoints.server.limits import ClientLimits, read_key
 
+    if cache is not None and cache.expanduser().exists() and not cache.expanduser().is_dir():
+        raise InputError(f"--cache {cache}: is not a folder")
     limits = ClientLimits(body_bytes, body_seconds, head_seconds)
     key = None if api_key_file is None else read_key(api_key_file.expanduser())
     # Blocked before any thread begins, so that none of them is interrupted, and waited for below.

@@ -67,6 +67,11 @@ class _Readings(Collector):
         for name, meaning, total in (
             ("sweeps", "Sweeps over the weights that have ended.", status.num_sweeps),
             ("prompt_tokens", "Tokens of prompts that have passed the model.", status.num_prompt_tokens),
+            (
+                "found_tokens",
+                "Tokens of prompts whose keys and values were found in kept ones.",
+                status.num_found_tokens,
+            ),
             ("new_tokens", "Tokens that were made.", status.num_new_tokens),
             ("passages", "Stops that the carousel has served.", report.num_passages),
             ("read_bytes", "Bytes of weights read from the disk.", report.read_bytes),

@@ -26,6 +26,7 @@ MODEL = "embedded:tiny-bloom"
         ([MODEL, "--body-seconds", "inf"], "--body-seconds inf: a client cannot be waited for that long"),
         ([MODEL, "--max-body", "10"], "--max-body 10: is too small for any request"),
         ([MODEL, "--cache-size", "much"], "'much' is not a size"),
+        ([MODEL, "--cache", __file__], "test_api.py: is not a folder"),
         ([MODEL, "--api-key-file", "no/key"], "no/key: No such file or directory"),
         ([MODEL, "--host", "no such host"], "--host no such host: is no address of this machine"),
         ([MODEL, "--host", "203.0.113.7"], "cannot be listened at"),

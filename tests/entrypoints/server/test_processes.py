@@ -325,3 +325,25 @@ def test_the_description_survives_schemathesis(processes: Processes, talkative: 
         for path in ("/v1/completions", "/v1/chat/completions"):
             assert metrics[f'slowllm_requests_total{{endpoint="{path}",status="200"}}'] > 10
         until(lambda: is_idle(server))
+
+
+def test_a_later_server_finds_a_conversation_on_disk(
+    processes: Processes, talkative: Path, tmp_path: Path
+) -> None:
+    cache, ask = tmp_path / "cache", {"model": "any", "max_tokens": 24, "temperature": 0}
+    options = ("--stream-all", "--max-tokens", 512, "--cache", cache, "--cache-size", "1MiB")
+    with api_server(processes, talkative, *options) as server, server.client() as client:
+        first = client.completions.create(prompt=PROMPTS[2], **ask).choices[0].text
+    assert list(cache.rglob("*.safetensors"))
+    prompt = PROMPTS[2] + first + " and"
+    with api_server(processes, talkative, *options) as server, server.client() as client:
+        found = client.completions.create(prompt=prompt, **ask)
+        metrics = server.metrics()
+    assert found.usage is not None
+    assert metrics["slowllm_found_tokens_total"] >= 16
+    assert (
+        metrics["slowllm_prompt_tokens_total"]
+        == found.usage.prompt_tokens - metrics["slowllm_found_tokens_total"]
+    )
+    with api_server(processes, talkative, "--max-tokens", 512) as server, server.client() as client:
+        assert client.completions.create(prompt=prompt, **ask).choices[0].text == found.choices[0].text
