@@ -333,9 +333,9 @@ def test_a_later_server_finds_a_conversation_on_disk(
     cache, ask = tmp_path / "cache", {"model": "any", "max_tokens": 24, "temperature": 0}
     options = ("--stream-all", "--max-tokens", 512, "--cache", cache, "--cache-size", "1MiB")
     with api_server(processes, talkative, *options) as server, server.client() as client:
-        first = client.completions.create(prompt=PROMPTS[2], **ask).choices[0].text
+        first = client.completions.create(prompt=" ".join(PROMPTS * 3), **ask).choices[0].text
     assert list(cache.rglob("*.safetensors"))
-    prompt = PROMPTS[2] + first + " and"
+    prompt = " ".join(PROMPTS * 3) + first + " and"
     with api_server(processes, talkative, *options) as server, server.client() as client:
         found = client.completions.create(prompt=prompt, **ask)
         metrics = server.metrics()
