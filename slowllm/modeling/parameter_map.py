@@ -10,6 +10,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,6 +25,8 @@ from transformers.core_model_loading import (
 from slowllm.errors import CheckpointError
 from slowllm.modeling.blocks import find_blocks
 from slowllm.modeling.fused_parameters import place_fused
+from slowllm.modeling.native.coded_tensor import stacked_placement, whole_placement
+from slowllm.modeling.native.formats import find_native
 from slowllm.modeling.parts import Part, block_of, names_in
 from slowllm.storage.spans import Placement, Run, Span
 
@@ -56,30 +59,43 @@ def place(
     wanted = {name: tensor for name, tensor in state.items() if is_in(name)}
     by_pattern = {pattern: entry for entry in _converters(model) for pattern in entry.source_patterns}
 
+    native = find_native(model.config, spans)
+    sources: dict[str, Span] = {
+        **native.plain,
+        **{name: one.as_plain() for name, one in native.coded.items()},
+    }
     plain: dict[str, Span] = {}
     fused: dict[tuple[str, int], list[tuple[str, Span]]] = defaultdict(list)
     unexpected: list[str] = []
-    for name, target, pattern in _targets(model, state, spans):
+    for name, target, pattern in _targets(model, state, sources):
         if target not in state:
             unexpected.append(name)
         elif target not in wanted:
             continue
         elif pattern is not None:
-            fused[target, id(by_pattern[pattern])].append((pattern, spans[name]))
+            fused[target, id(by_pattern[pattern])].append((pattern, sources[name]))
         elif target in plain:
             raise CheckpointError(f"{plain[target].name} and {name} are both {target}; one must go")
         else:
-            plain[target] = spans[name]
+            plain[target] = sources[name]
     _refuse_unexpected_blocks(model, unexpected)
     _refuse_absent(model, wanted, plain, absent or {})
 
     placements: dict[str, Placement] = {}
     for target, span in plain.items():
+        if (coded := native.coded.get(span.name)) is not None:
+            placements[target] = whole_placement(target, coded)
+            _check_shape(replace(span, shape=placements[target].shape), target, tuple(wanted[target].shape))
+            continue
         _check_shape(span, target, tuple(wanted[target].shape))
         runs = (Run(span, 0, 0, span.num_bytes),) if span.num_bytes else ()
         placements[target] = Placement(target, span.shape, span.torch_dtype, runs, span.coding)
-    for (target, _), sources in fused.items():
-        for placement in place_fused(model, target, by_pattern[sources[0][0]], sources, wanted):
+    for (target, _), parts in fused.items():
+        are_coded = {span.name in native.coded for _, span in parts}
+        if len(are_coded) > 1:
+            raise CheckpointError(f"{target}: some of its parts are quantised and others are not")
+        for traced in place_fused(model, target, by_pattern[parts[0][0]], parts, wanted):
+            placement = stacked_placement(traced, native.coded) if True in are_coded else traced
             if placement.name in placements:
                 raise CheckpointError(
                     f"{placement.name} is filled twice; a tensor stands in the checkpoint twice"

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from slowllm.errors import ArchitectureError, CheckpointError, first_line
+from slowllm.modeling.native.formats import refuse_unknown
 from slowllm.storage.checkpoint import read_json, refuse_gguf
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """Return the config of a checkpoint's folder, or of a config file itself.
 
     Raises:
-        CheckpointError: config.json cannot be used, or the weights are quantised already.
+        CheckpointError: config.json cannot be used, or the weights are in a quantised format that is not read.
         ArchitectureError: this version of transformers does not know the model type.
     """
     file = folder if folder.is_file() else folder / "config.json"
@@ -49,12 +50,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     kind = table.get("model_type")
     if kind is None and file == folder:  # transformers would guess it from the file's path
         raise CheckpointError(f"{file}: names no model_type")
-    if table.get("quantization_config"):
-        method = table["quantization_config"]
-        method = method.get("quant_method", "?") if isinstance(method, dict) else method
-        raise CheckpointError(
-            f"{folder}: is already quantised ({method}); use the original checkpoint in bfloat16 or float16"
-        )
+    if settings := table.get("quantization_config"):
+        refuse_unknown(str(folder), settings)
     try:
         # Without trust_remote_code: a config that names code of its own is read by transformers' class, or refused.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

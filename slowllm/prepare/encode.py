@@ -25,8 +25,8 @@ from torch import Tensor
 from slowllm.errors import StoreError
 from slowllm.files import replace_file, replacing_alone, sync
 from slowllm.rounding import round_up
-from slowllm.storage.codecs.base import Codec, Team
-from slowllm.storage.codecs.registry import CODECS
+from slowllm.storage.codecs.base import StoreCodec, Team
+from slowllm.storage.codecs.registry import STORE_CODECS
 from slowllm.storage.manifest import PADDING, StoredFile, StoredTensor, file_from_json, header_sha256
 from slowllm.storage.spans import DTYPE_NAMES, TORCH_DTYPES, Placement, take_rows
 from slowllm.streaming.buffers import PAGE
@@ -84,7 +84,7 @@ def _estimate(task: TensorTask) -> int:
     placement = task.placement
     if task.codec is None:
         return math.prod(placement.shape) * task.dtype.itemsize
-    layout = CODECS[task.codec].layout(math.prod(placement.shape[:-1]), placement.shape[-1])
+    layout = STORE_CODECS[task.codec].layout(math.prod(placement.shape[:-1]), placement.shape[-1])
     return sum(math.prod(shape) * TORCH_DTYPES[dtype].itemsize for dtype, shape in layout.values())
 
 
@@ -184,7 +184,7 @@ class _Writer:
 
         self._align()
         codec, dtype = task.codec, "BF16"
-        parts = None if codec is None else self._coded(placement, CODECS[codec], hashed())
+        parts = None if codec is None else self._coded(placement, STORE_CODECS[codec], hashed())
         if parts is None:
             codec, dtype, parts, source = None, DTYPE_NAMES[task.dtype], (), hashlib.sha256()
             self._add(
@@ -192,7 +192,9 @@ class _Writer:
             )
         self.tensors[placement.name] = StoredTensor(placement.shape, dtype, codec, parts, source.hexdigest())
 
-    def _coded(self, placement: Placement, codec: Codec, pieces: Iterator[Tensor]) -> tuple[str, ...] | None:
+    def _coded(
+        self, placement: Placement, codec: StoreCodec, pieces: Iterator[Tensor]
+    ) -> tuple[str, ...] | None:
         """Write a tensor coded, and return the names of its parts; None, to write it uncoded, where that saves nothing."""
         num_rows, width = math.prod(placement.shape[:-1]), placement.shape[-1]
         layout = codec.layout(num_rows, width)
@@ -266,7 +268,7 @@ def _cut(task: TensorTask) -> Iterator[Placement]:
     placement = task.placement
     count = math.prod(placement.shape)
     flat = Placement(placement.name, (count,), placement.dtype, placement.runs)
-    unit = 1 if task.codec is None else CODECS[task.codec].unit(placement.shape[-1])
+    unit = 1 if task.codec is None else STORE_CODECS[task.codec].unit(placement.shape[-1])
     piece = max(1, PIECE_BYTES // placement.dtype.itemsize // unit) * unit
     for start in range(0, count, piece):
         yield take_rows(flat, placement.name, start, min(start + piece, count))
@@ -280,7 +282,7 @@ def _read(reader: Reader, first: int, count: int) -> Iterator[Tensor]:
             yield tensor
 
 
-def _check_exact(name: str, codec: Codec, piece: Tensor, arrays: Mapping[str, Tensor]) -> None:
+def _check_exact(name: str, codec: StoreCodec, piece: Tensor, arrays: Mapping[str, Tensor]) -> None:
     """Check that a piece decodes to itself, before anybody relies on it.
 
     Raises:

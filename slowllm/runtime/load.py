@@ -21,6 +21,7 @@ from slowllm.modeling.head import stream_head
 from slowllm.modeling.layout import granularities, lay_out
 from slowllm.modeling.logit_transform import find_logit_transform
 from slowllm.modeling.materialize import fill, head_rows
+from slowllm.modeling.native.formats import native_codecs
 from slowllm.modeling.parameter_map import place
 from slowllm.modeling.parts import Part
 from slowllm.modeling.sizes import sizes_of
@@ -96,7 +97,8 @@ def open_model(
         )
     info = path_or_hub_id if isinstance(path_or_hub_id, ModelInfo) else ModelInfo(path_or_hub_id, prompt)
     checkpoint = open_checkpoint(info.folder, may_lack_shards=part is not None)
-    warm_up(span.coding.codec for span in checkpoint.spans.values() if span.coding is not None)
+    in_store = {span.coding.codec for span in checkpoint.spans.values() if span.coding is not None}
+    warm_up(in_store | native_codecs(info.config, checkpoint.spans))
     budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)
     try:
         compute_dtype = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(devices))

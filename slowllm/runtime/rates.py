@@ -21,7 +21,7 @@ from slowllm.options import DTypeName
 from slowllm.planning.job import Rates
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.manifest import open_checkpoint
-from slowllm.storage.spans import Placement, Run, Span
+from slowllm.storage.spans import BYTES, Placement, Run, Span
 from slowllm.streaming.read_requests import ring_bytes_of
 from slowllm.streaming.reader import Reader
 
@@ -53,7 +53,8 @@ def dtype_for(name: str, stored: str, *, is_on_gpu: bool = False) -> torch.dtype
     """Return the compute dtype for weights stored in a dtype of safetensors' names; log an ``auto`` choice."""
     if name != "auto":
         return cast(torch.dtype, getattr(torch, name))
-    if stored != "BF16":
+    # Makers' formats of 8 bits and fewer are of models in bfloat16.
+    if stored != "BF16" and stored not in BYTES:
         log.info("compute dtype float32 (the checkpoint is %s)", stored)
         return torch.float32
     if is_on_gpu:

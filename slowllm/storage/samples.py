@@ -124,7 +124,7 @@ def _bytes_at(files: _Files, placement: Placement, low: int, num_bytes: int) -> 
 
 def _coded(files: _Files, placement: Placement, name: str) -> Iterator[bytes]:
     assert placement.coding is not None, "it is coded"
-    for part in placement.coding.parts:
+    for part in placement.coding.arrays:
         itemsize = TORCH_DTYPES[part.dtype].itemsize
         for first, count in sampled_places(f"{name} {part.name}", part.shape):
             yield from _bytes_at(files, placement, part.offset + first * itemsize, count * itemsize)

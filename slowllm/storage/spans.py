@@ -18,11 +18,15 @@ DTYPE_BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
+# Of the tensors that are computed with.
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+# Of 8 bits in a codec's care, which reads them as numbers of its own.
+BYTES = {"U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"}
 
 # Identifies one state of a file: device, inode, size, and time of the last change.
 Stamp = tuple[int, int, int, int]
@@ -55,10 +59,36 @@ class Coding:
     Attributes:
         codec: name of the codec, see `slowllm.storage.codecs`.
         parts: the arrays that the tensor is stored as.
+        group: how many rows and columns share a scale, where the arrays' shapes do not say so.
+        rows: of a tensor that is put together of several coded ones, their rows; it has no parts of its own.
+        is_transposed: whether the matrices of the tensor are coded transposed.
     """
 
     codec: str
     parts: tuple[CodedArray, ...]
+    group: tuple[int, ...] = ()
+    rows: tuple[CodedRows, ...] = ()
+    is_transposed: bool = False
+
+    @property
+    def arrays(self) -> tuple[CodedArray, ...]:
+        """The arrays of all its parts."""
+        return self.parts + tuple(array for rows in self.rows for array in rows.coding.arrays)
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """Rows of a matrix that are coded by themselves.
+
+    Attributes:
+        first: number of the first row.
+        num_rows: of them.
+        coding: of these rows; its offsets count from the first byte of the whole.
+    """
+
+    first: int
+    num_rows: int
+    coding: Coding
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,13 @@ def _allocate(device: torch.device, num_bytes: int) -> Tensor:
     return torch.from_numpy(Buffer(num_bytes).bytes[:num_bytes])
 
 
+def coded_shape(placement: Placement) -> tuple[int, ...]:
+    """Return the shape of a coded parameter as its matrices are coded."""
+    if placement.coding is None or not placement.coding.is_transposed:
+        return placement.shape
+    return (*placement.shape[:-2], placement.shape[-1], placement.shape[-2])
+
+
 class CastStops(Stops):
     """Stops whose weights are in the compute dtype. Owns the threads that decode; close it.
 
@@ -114,9 +121,11 @@ class CastStops(Stops):
     def _coded_weight(self, placement: Placement, stored: Tensor, dtype: torch.dtype) -> LazyWeight:
         assert placement.coding is not None, "only coded tensors come here"
         assert self._team is not None, "created where anything is coded"
-        parts = Parts.of(stored, placement.coding, placement.shape)
+        parts = Parts.of(stored, placement.coding, coded_shape(placement))
         coded = CodedMatrix(codec_of(placement.coding), parts, self._team)
-        shape = torch.empty(placement.shape, dtype=placement.dtype, device="meta")
+        shape = torch.empty(coded_shape(placement), dtype=placement.dtype, device="meta")
+        if placement.coding.is_transposed:
+            shape = shape.transpose(-1, -2)
         return LazyWeight(shape, dtype, self._large[stored.device], coded)
 
     def close(self) -> None:

@@ -58,10 +58,9 @@ class CodedMatrix:
     def decode(self, out: Tensor, first: int, last: int) -> None:
         """Write the rows `first` to `last` to `out` (last - first, K), contiguous and of any floating dtype."""
         if out.device.type != "cpu":
-            parts = self.parts
-            torch_kernels.decode(self.codec.name, parts.arrays, parts.num_rows, parts.width, out, first, last)
+            torch_kernels.decode(self.codec.name, self.parts, out, first, last)
             return
-        if out.dtype == torch.bfloat16:
+        if out.dtype == torch.bfloat16 or self.codec.decodes_to_any:
             self.codec.decode(self.parts, out, first, last, self.team)
             return
         rows = max(1, TILE_BYTES // (2 * self.parts.width))

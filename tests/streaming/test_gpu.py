@@ -15,8 +15,8 @@ from slowllm.options import GIB
 from slowllm.planning.device_plan import DEVICE_SLACK_BYTES
 from slowllm.prepare.convert import convert
 from slowllm.storage.codecs import torch_kernels
-from slowllm.storage.codecs.base import Team
-from slowllm.storage.codecs.registry import CODECS
+from slowllm.storage.codecs.base import Parts, Team
+from slowllm.storage.codecs.registry import STORE_CODECS
 from slowllm.streaming.devices import CudaDevice
 from tests.support.coded import coded, matrix_of
 from tests.support.families import resident, save_tiny
@@ -122,16 +122,16 @@ def test_many_sweeps_through_two_slots_give_the_same_bits(tmp_path: Path) -> Non
             assert torch.equal(lm.model(input_ids=IDS).logits, first)
 
 
-@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("codec", sorted(STORE_CODECS))
 def test_the_gpu_decodes_the_bits_of_the_processors_loops(codec: str) -> None:
     parts = coded(codec, matrix_of(2, 300, 1000, 8.0))
     wanted = torch.empty(200, 1000, dtype=torch.bfloat16)
     team = Team(1)
-    CODECS[codec].decode(parts, wanted, 70, 270, team)
+    STORE_CODECS[codec].decode(parts, wanted, 70, 270, team)
     team.close()
     there = {name: part.cuda() for name, part in parts.arrays.items()}
     out = torch.empty(200, 1000, dtype=torch.bfloat16, device="cuda")
-    torch_kernels.decode(codec, there, 300, 1000, out, 70, 270)
+    torch_kernels.decode(codec, Parts(there, 300, 1000), out, 70, 270)
     assert torch.equal(out.cpu().view(torch.int16), wanted.view(torch.int16))
 
 

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from slowllm.storage.codecs.base import Parts
-from slowllm.storage.codecs.registry import CODECS
+from slowllm.storage.codecs.registry import STORE_CODECS
 
 
 def coded(codec: str, matrix: Tensor) -> Parts:
     rows, width = matrix.shape
-    unit = CODECS[codec].unit(width)
+    unit = STORE_CODECS[codec].unit(width)
     step = max(unit, 1 << 17) // unit * unit
-    pieces = [CODECS[codec].encode(piece, width) for piece in matrix.flatten().split(step)]
-    return CODECS[codec].join(pieces, rows, width)
+    pieces = [STORE_CODECS[codec].encode(piece, width) for piece in matrix.flatten().split(step)]
+    return STORE_CODECS[codec].join(pieces, rows, width)
 
 
 def matrix_of(seed: int, rows: int, width: int, spread: float) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slowllm.storage.codecs.layout_constants import CHUNK
 from slowllm.storage.spans import TORCH_DTYPES, Coding
 
 # A codec that decodes before it multiplies does so in tiles that stay in the processor's cache.
@@ -65,11 +66,15 @@ class Parts:
     Attributes:
         arrays: by the name of the part.
         num_rows, width: of the matrix.
+        group: see `Coding`.
+        rows: of a matrix that is put together of several, each with the name of its codec, its first row and its parts.
     """
 
     arrays: Mapping[str, Tensor]
     num_rows: int
     width: int
+    group: tuple[int, ...] = ()
+    rows: tuple[tuple[str, int, Parts], ...] = ()
 
     @classmethod
     def of(cls, stored: Tensor, coding: Coding, shape: tuple[int, ...]) -> Parts:
@@ -83,17 +88,44 @@ class Parts:
                 if num_bytes
                 else torch.empty(part.shape, dtype=dtype, device=stored.device)
             )
-        return cls(arrays, math.prod(shape[:-1]), shape[-1])
+        rows = tuple(
+            (own.coding.codec, own.first, cls.of(stored, own.coding, (own.num_rows, shape[-1])))
+            for own in coding.rows
+        )
+        return cls(arrays, math.prod(shape[:-1]), shape[-1], coding.group, rows)
 
 
 class Codec(ABC):
-    """One way to store a matrix. By default its parts have sizes that depend on the matrix's shape alone."""
+    """One way in which a matrix is stored."""
 
     name: ClassVar[str]
-    is_exact: ClassVar[bool]
+    # Whether the decoded numbers are those that were encoded, whatever they were.
+    is_exact: ClassVar[bool] = False
+    # Whether it decodes to any floating dtype by itself; otherwise to bfloat16 only.
+    decodes_to_any: ClassVar[bool] = False
     # How often the bytes of the decoded matrix go through memory in a product of a few rows, not counting those of
     # the stored matrix. Plans use it: compiled decoding is as fast as memory.
-    passes: ClassVar[float]
+    passes: ClassVar[float] = 2.0
+
+    @abstractmethod
+    def has_parts(self, parts: PartShapes, num_rows: int, width: int, group: tuple[int, ...] = ()) -> bool:
+        """Whether these are the parts of such a matrix; `decode` relies on it."""
+
+    @abstractmethod
+    def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
+        """Write the rows `first` to `last` to `out` (last - first, K), bfloat16 or see `decodes_to_any`, contiguous."""
+
+    def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
+        """Return `x` (M, K) times the rows `first` to `last`, transposed; None to have them decoded."""
+        return None
+
+    @abstractmethod
+    def example(self) -> Parts:
+        """Return the parts of a small matrix, to load what decodes it before memory and time are measured."""
+
+
+class StoreCodec(Codec):
+    """A codec that encodes as well. By default its parts have sizes that depend on the matrix's shape alone."""
 
     def unit(self, width: int) -> int:
         """Return the number of weights that the size of each piece, but the last, must be a multiple of."""
@@ -120,17 +152,12 @@ class Codec(ABC):
         }
         return Parts({**parts, **self.finish(arrays)}, num_rows, width)
 
-    def has_parts(self, parts: PartShapes, num_rows: int, width: int) -> bool:
-        """Whether these are the parts of such a matrix; `decode` relies on it."""
+    def has_parts(self, parts: PartShapes, num_rows: int, width: int, group: tuple[int, ...] = ()) -> bool:
         return dict(parts) == self.layout(num_rows, width)
 
-    @abstractmethod
-    def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
-        """Write the rows `first` to `last` to `out` (last - first, K), bfloat16 and contiguous."""
-
-    @abstractmethod
-    def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
-        """Return `x` (M, K), bfloat16, times the rows `first` to `last`, transposed; None to have them decoded."""
+    def example(self) -> Parts:
+        matrix = torch.ones(2, CHUNK // 2, dtype=torch.bfloat16)
+        return self.join([self.encode(matrix.view(-1), CHUNK // 2)], 2, CHUNK // 2)
 
 
 def tiles_of(low: int, high: int, width: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

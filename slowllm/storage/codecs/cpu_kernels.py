@@ -25,7 +25,8 @@ _HALF, _ONE, _16 = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
 
-def _compiled(loop: F, plain: Callable[..., Any] | None = None, *, reorders_sums: bool = False) -> F:
+def compiled(loop: F, plain: Callable[..., Any] | None = None, *, reorders_sums: bool = False) -> F:
+    """Return a loop compiled, or where there is no compiler what stands for it: `plain`, or the loop itself."""
     if not IS_COMPILED:
         return cast(F, loop if plain is None else plain)
     import numba
@@ -79,7 +80,7 @@ def _join_plain(signs: np.ndarray, exponents: np.ndarray, base: int, out: np.nda
         np.bitwise_or(into, scratch, out=into)
 
 
-_join_words = _compiled(_join, _join_plain)
+_join_words = compiled(_join, _join_plain)
 
 
 def _join_chunks(
@@ -114,7 +115,7 @@ def _join_chunks(
 
 
 # Uncompiled, this loop is fast enough too: few numbers escape, and numpy joins the words.
-join_chunks = _compiled(_join_chunks)
+join_chunks = compiled(_join_chunks)
 """Decode the chunks `first` to `last` of losslessly coded bf16 numbers.
 
 Args:
@@ -130,12 +131,17 @@ Args:
 
 
 def _round(values: np.ndarray, out: np.ndarray) -> None:
-    """Round fp32 numbers, given as bits, to the nearest bf16, ties to even."""
     for i in range(len(out)):
         out[i] = np.uint16((values[i] + _HALF + ((values[i] >> _16) & _ONE)) >> _16)
 
 
-_round_row = _compiled(_round)
+round_row = compiled(_round, lambda values, out: _round_plain(values.view(np.float32), out))
+"""Round fp32 numbers, given as bits (N,) uint32, to the nearest bf16, ties to even.
+
+Args:
+    values: bits of the numbers.
+    out: (N,) uint16, bits of bf16 numbers.
+"""
 
 
 def _spread(packed: np.ndarray, scales: np.ndarray, lows: np.ndarray, half: int, row: np.ndarray) -> None:
@@ -148,7 +154,7 @@ def _spread(packed: np.ndarray, scales: np.ndarray, lows: np.ndarray, half: int,
             right[i] = np.float32(pairs[i] >> 4) * scale + low
 
 
-_spread_row = _compiled(_spread)
+_spread_row = compiled(_spread)
 
 
 def _int4_rows(
@@ -159,7 +165,7 @@ def _int4_rows(
     bits = row.view(np.uint32)
     for number in range(first, last):
         _spread_row(packed[number], scales[number], lows[number], half, row)
-        _round_row(bits[: out.shape[1]], out[number])
+        round_row(bits[: out.shape[1]], out[number])
 
 
 def _int4_rows_plain(
@@ -176,7 +182,7 @@ def _round_plain(values: np.ndarray, out: np.ndarray) -> None:
     out[:] = (bits + _HALF + ((bits >> _16) & _ONE)) >> _16
 
 
-int4_rows = _compiled(_int4_rows, _int4_rows_plain)
+int4_rows = compiled(_int4_rows, _int4_rows_plain)
 """Decode the rows `first` to `last` of 4-bit codes.
 
 Args:
@@ -191,7 +197,7 @@ def _scale(codes: np.ndarray, scale: float, row: np.ndarray) -> None:
         row[i] = np.float32(codes[i]) * scale
 
 
-_scale_row = _compiled(_scale)
+_scale_row = compiled(_scale)
 
 
 def _int8_rows(codes: np.ndarray, scales: np.ndarray, out: np.ndarray, first: int, last: int) -> None:
@@ -199,7 +205,7 @@ def _int8_rows(codes: np.ndarray, scales: np.ndarray, out: np.ndarray, first: in
     bits = row.view(np.uint32)
     for number in range(first, last):
         _scale_row(codes[number], scales[number], row)
-        _round_row(bits, out[number])
+        round_row(bits, out[number])
 
 
 def _int8_rows_plain(codes: np.ndarray, scales: np.ndarray, out: np.ndarray, first: int, last: int) -> None:
@@ -207,7 +213,7 @@ def _int8_rows_plain(codes: np.ndarray, scales: np.ndarray, out: np.ndarray, fir
         _round_plain(codes[number].astype(np.float32) * scales[number], out[number])
 
 
-int8_rows = _compiled(_int8_rows, _int8_rows_plain)
+int8_rows = compiled(_int8_rows, _int8_rows_plain)
 """Decode the rows `first` to `last` of 8-bit codes.
 
 Args:
@@ -222,7 +228,7 @@ def _to_float(codes: np.ndarray, row: np.ndarray) -> None:
         row[i] = np.float32(codes[i])
 
 
-_to_float_row = _compiled(_to_float)
+_to_float_row = compiled(_to_float)
 
 
 def _cut(values: np.ndarray, out: np.ndarray) -> None:
@@ -230,7 +236,7 @@ def _cut(values: np.ndarray, out: np.ndarray) -> None:
         out[i] = np.uint16(values[i] >> _16)
 
 
-_cut_row = _compiled(_cut)
+_cut_row = compiled(_cut)
 
 
 def _int8_codes(codes: np.ndarray, out: np.ndarray) -> None:
@@ -246,7 +252,7 @@ def _int8_codes_plain(codes: np.ndarray, out: np.ndarray) -> None:
         out[number] = codes[number].astype(np.float32).view(np.uint32) >> _16
 
 
-int8_codes = _compiled(_int8_codes, _int8_codes_plain)
+int8_codes = compiled(_int8_codes, _int8_codes_plain)
 """Write 8-bit integers as bf16, which represents them exactly, so the lower half of the fp32 bits is cut off.
 
 Args:
@@ -262,7 +268,7 @@ def _extremes(values: np.ndarray) -> tuple[float, float]:
     return low, high
 
 
-_extremes_of = _compiled(_extremes, reorders_sums=True)
+_extremes_of = compiled(_extremes, reorders_sums=True)
 
 
 def _error(values: np.ndarray, scale: np.float32, low: np.float32) -> np.float32:
@@ -274,7 +280,7 @@ def _error(values: np.ndarray, scale: np.float32, low: np.float32) -> np.float32
     return total
 
 
-_error_of = _compiled(_error, reorders_sums=True)
+_error_of = compiled(_error, reorders_sums=True)
 
 
 def _pack(values: np.ndarray, scale: np.float32, low: np.float32, packed: np.ndarray) -> None:
@@ -285,7 +291,7 @@ def _pack(values: np.ndarray, scale: np.float32, low: np.float32, packed: np.nda
         packed[i] = np.uint8(left) | (np.uint8(right) << np.uint8(4))
 
 
-_pack_group = _compiled(_pack)
+_pack_group = compiled(_pack)
 
 
 def _int4_encode(
@@ -308,7 +314,7 @@ def _int4_encode(
             best = np.float32(np.inf)
             for shrink in shrinks:
                 pair[0], pair[1] = np.float32(2 / 15) * shrink * reach, middle - shrink * reach
-                _round_row(bits, rounded)
+                round_row(bits, rounded)
                 bits[0], bits[1] = np.uint32(rounded[0]) << _16, np.uint32(rounded[1]) << _16
                 error = _error_of(weights, pair[0], pair[1])
                 if error < best:
@@ -317,7 +323,7 @@ def _int4_encode(
             _pack_group(weights, scales[row, group], lows[row, group], here)
 
 
-int4_encode = _compiled(_int4_encode)
+int4_encode = compiled(_int4_encode)
 """Encode the rows `first` to `last` in 4 bits; only where `IS_COMPILED`.
 
 Args:

@@ -12,10 +12,18 @@ from torch import Tensor
 
 from slowllm.rounding import ceil_div
 from slowllm.storage.codecs import layout_constants
-from slowllm.storage.codecs.base import MIN_INTEGER_ROWS, Codec, Parts, PartShapes, Team, bits_of, tiles_of
+from slowllm.storage.codecs.base import (
+    MIN_INTEGER_ROWS,
+    Parts,
+    PartShapes,
+    StoreCodec,
+    Team,
+    bits_of,
+    tiles_of,
+)
 
 
-class Int4(Codec):
+class Int4(StoreCodec):
     """Four bits a weight, with a scale and a lowest value in bfloat16 for every 64 weights of a row.
 
     The range of a group is shrunk a little where that lowers its squared error.

@@ -10,14 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slowllm.storage.codecs import torch_kernels
-from slowllm.storage.codecs.base import MIN_INTEGER_ROWS, Codec, Parts, PartShapes, Team, bits_of, tiles_of
+from slowllm.storage.codecs.base import (
+    MIN_INTEGER_ROWS,
+    Parts,
+    PartShapes,
+    StoreCodec,
+    Team,
+    bits_of,
+    tiles_of,
+)
 
 TILE_COLUMNS = 4096
 # Activations this large are multiplied in 16 bit (Dettmers et al., LLM.int8(), 2022, section 3.2).
 OUTLIER = 6.0
 
 
-class Int8(Codec):
+class Int8(StoreCodec):
     """LLM.int8() (Dettmers et al., 2022): a scale for each row of the matrix and for each row of activations.
 
     Products are of 8-bit integers, summed in 32 bits. An activation of 6 or more is an outlier: it stays in 16 bit

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from slowllm.rounding import ceil_div, round_up
-from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team
+from slowllm.storage.codecs.base import Parts, PartShapes, StoreCodec, Team
 from slowllm.storage.codecs.layout_constants import CHUNK, STEP
 
 
-class Lossless(Codec):
+class Lossless(StoreCodec):
     """bfloat16 in 12 bits and a little more, bit for bit.
 
     A weight's sign and mantissa take a byte. Its exponent takes four bits, counted from a base that is chosen for
@@ -47,7 +47,7 @@ class Lossless(Codec):
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), joined.pop("counts").cumsum(0)])
         return {"starts": starts, **{name: joined[name] for name in ("bases", "places", "values")}}
 
-    def has_parts(self, parts: PartShapes, num_rows: int, width: int) -> bool:
+    def has_parts(self, parts: PartShapes, num_rows: int, width: int, group: tuple[int, ...] = ()) -> bool:
         chunks = ceil_div(num_rows * width, CHUNK)
         num_escapes = parts.get("places", ("", ()))[1]
         wanted = {

@@ -13,14 +13,21 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from slowllm.errors import StoreError
-from slowllm.storage.codecs.base import Codec, Team
+from slowllm.storage.codecs.base import Codec, StoreCodec, Team
+from slowllm.storage.codecs.fp8 import Fp8
 from slowllm.storage.codecs.int4 import Int4
 from slowllm.storage.codecs.int8 import Int8
-from slowllm.storage.codecs.layout_constants import CHUNK
 from slowllm.storage.codecs.lossless import Lossless
+from slowllm.storage.codecs.stacked import Stacked
 from slowllm.storage.spans import Coding
 
-CODECS: Mapping[str, Codec] = {codec.name: codec for codec in (Lossless(), Int8(), Int4())}
+# Those that stores are written in.
+STORE_CODECS: Mapping[str, StoreCodec] = {codec.name: codec for codec in (Lossless(), Int8(), Int4())}
+# Those of checkpoints as their makers publish them as well.
+CODECS: Mapping[str, Codec] = {
+    **STORE_CODECS,
+    **{codec.name: codec for codec in (Fp8(), Stacked(lambda name: CODECS[name]))},
+}
 
 
 def codec_of(coding: Coding) -> Codec:
@@ -33,20 +40,23 @@ def warm_up(names: Iterable[str]) -> None:
     team = Team(1)
     try:
         for name in sorted(set(names)):
-            codec, matrix = CODECS[name], torch.ones(2, CHUNK // 2, dtype=torch.bfloat16)
-            parts = codec.join([codec.encode(matrix.view(-1), CHUNK // 2)], 2, CHUNK // 2)
-            codec.decode(parts, matrix, 0, 2, team)
+            parts = CODECS[name].example()
+            for dtype in (
+                (torch.bfloat16, torch.float32) if CODECS[name].decodes_to_any else (torch.bfloat16,)
+            ):
+                out = torch.empty(parts.num_rows, parts.width, dtype=dtype)
+                CODECS[name].decode(parts, out, 0, parts.num_rows, team)
     finally:
         team.close()
 
 
 def check_coding(name: str, coding: Coding, shape: tuple[int, ...]) -> None:
-    """Check that a coded matrix has the parts that its codec expects.
+    """Check that a coded matrix of a store has the parts that its codec expects.
 
     Raises:
         StoreError: it has others.
     """
-    if coding.codec not in CODECS:
+    if coding.codec not in STORE_CODECS:
         raise StoreError(f"{name}: its codec {coding.codec!r} is unknown; a newer slowllm may know it")
     parts = {part.name: (part.dtype, part.shape) for part in coding.parts}
     # The loops read parts as 64-bit words.
@@ -54,7 +64,7 @@ def check_coding(name: str, coding: Coding, shape: tuple[int, ...]) -> None:
     if (
         len(shape) < 2
         or not aligned
-        or not CODECS[coding.codec].has_parts(parts, math.prod(shape[:-1]), shape[-1])
+        or not STORE_CODECS[coding.codec].has_parts(parts, math.prod(shape[:-1]), shape[-1])
     ):
         raise StoreError(
             f"{name}: its parts do not make a matrix of shape {list(shape)}; delete the store and convert the model again"

@@ -11,31 +11,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slowllm.storage.codecs import fp8
+from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.layout_constants import CHUNK
 
 # Weights decoded at a time; the temporary tensors (about 10 bytes a weight) stay small compared with the matrix.
 TILE_WEIGHTS = 1 << 24
 
 
-def decode(
-    codec: str, parts: Mapping[str, Tensor], num_rows: int, width: int, out: Tensor, first: int, last: int
-) -> None:
+def decode(codec: str, matrix: Parts, out: Tensor, first: int, last: int) -> None:
     """Write the rows `first` to `last` of a coded matrix to `out`.
 
     Args:
         codec: its name.
-        parts: the stored arrays, on the device.
-        num_rows, width: of the whole matrix.
+        matrix: with its arrays on the device.
         out: (last - first, width), contiguous, on the device, of any floating dtype.
     """
+    parts, width = matrix.arrays, matrix.width
+    if codec == "stacked":
+        for name, begin, own in matrix.rows:
+            low, high = max(first, begin), min(last, begin + own.num_rows)
+            if low < high:
+                decode(name, own, out[low - first : high - first], low - begin, high - begin)
+        return
     if codec == "lossless":
-        _lossless(parts, num_rows * width, out.view(-1), first * width, last * width)
+        _lossless(parts, matrix.num_rows * width, out.view(-1), first * width, last * width)
         return
     rows = max(1, TILE_WEIGHTS // width)
+    if codec in _WHOLE:
+        for begin in range(first, last, rows):
+            end = min(begin + rows, last)
+            out[begin - first : end - first] = _WHOLE[codec](matrix, begin, end, out.dtype)
+        return
     for begin in range(first, last, rows):
         end = min(begin + rows, last)
         tile = {name: part[begin:end] for name, part in parts.items()}
         out[begin - first : end - first] = _int8(tile) if codec == "int8" else _int4(tile, width)
+
+
+# Decoders of rows to any dtype, for whom rows are no rows of each array.
+_WHOLE = {"fp8": fp8.decode_rows}
 
 
 def _int8(parts: Mapping[str, Tensor]) -> Tensor:

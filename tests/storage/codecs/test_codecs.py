@@ -16,7 +16,7 @@ from slowllm.errors import StoreError
 from slowllm.storage.codecs import base, cpu_kernels, layout_constants
 from slowllm.storage.codecs.base import Parts, Team
 from slowllm.storage.codecs.int8 import quantise_rows
-from slowllm.storage.codecs.registry import CODECS, check_coding
+from slowllm.storage.codecs.registry import STORE_CODECS, check_coding
 from slowllm.storage.spans import TORCH_DTYPES, CodedArray, Coding
 from tests.support.properties import num_examples
 
@@ -34,7 +34,7 @@ def team() -> Iterator[Team]:
 
 def stored(name: str, matrix: Tensor, units: int = 1) -> tuple[Tensor, Coding]:
     """Encode a matrix in pieces of so many units, and lay the parts out as a file has them."""
-    codec, width = CODECS[name], matrix.shape[-1]
+    codec, width = STORE_CODECS[name], matrix.shape[-1]
     num_rows, flat = matrix.numel() // width, matrix.reshape(-1)
     layout = codec.layout(num_rows, width)
     found: dict[str, list[Tensor]] = {}
@@ -58,7 +58,7 @@ def decoded(name: str, matrix: Tensor, team: Team, first: int = 0, last: int | N
     parts = Parts.of(data, coding, tuple(matrix.shape))
     last = parts.num_rows if last is None else last
     out = torch.full((last - first, parts.width), math.nan, dtype=torch.bfloat16)
-    CODECS[name].decode(parts, out, first, last, team)
+    STORE_CODECS[name].decode(parts, out, first, last, team)
     return out
 
 
@@ -193,7 +193,7 @@ def test_int8_products_are_those_of_the_integers(num_rows: int, dtype: torch.dty
     x[0, 7], x[-1, 200] = 40.0, -9.0  # outliers
     data, coding = stored("int8", matrix)
     parts = Parts.of(data, coding, (90, 256))
-    found = CODECS["int8"].multiply(x, parts, 10, 80, team)
+    found = STORE_CODECS["int8"].multiply(x, parts, 10, 80, team)
     assert found is not None
     # The method by hand, in 64 bits.
     outlier = x.abs() >= 6
@@ -212,9 +212,9 @@ def test_an_outlier_coarsens_no_other_row(team: Team) -> None:
     data, coding = stored("int8", torch.randn(64, 128, generator=generator).bfloat16())
     parts = Parts.of(data, coding, (64, 128))
     x = torch.randn(3, 128, generator=generator).bfloat16()
-    alone = CODECS["int8"].multiply(x, parts, 0, 64, team)
+    alone = STORE_CODECS["int8"].multiply(x, parts, 0, 64, team)
     x[1, 5] = 1000.0
-    beside = CODECS["int8"].multiply(x, parts, 0, 64, team)
+    beside = STORE_CODECS["int8"].multiply(x, parts, 0, 64, team)
     assert alone is not None
     assert beside is not None
     assert torch.equal(alone[[0, 2]], beside[[0, 2]])
@@ -223,7 +223,7 @@ def test_an_outlier_coarsens_no_other_row(team: Team) -> None:
 def test_where_most_activations_are_outliers_the_matrix_is_decoded(team: Team) -> None:
     data, coding = stored("int8", torch.ones(8, 128, dtype=torch.bfloat16))
     parts = Parts.of(data, coding, (8, 128))
-    assert CODECS["int8"].multiply(torch.full((2, 128), 7.0), parts, 0, 8, team) is None
+    assert STORE_CODECS["int8"].multiply(torch.full((2, 128), 7.0), parts, 0, 8, team) is None
 
 
 @pytest.mark.parametrize("num_rows", [1, 13])
@@ -235,13 +235,13 @@ def test_few_rows_times_int4_are_those_of_the_decoded_matrix(
     data, coding = stored("int4", torch.randn(90, 200, generator=generator).bfloat16())
     parts = Parts.of(data, coding, (90, 200))
     whole = torch.empty(90, 200, dtype=torch.bfloat16)
-    CODECS["int4"].decode(parts, whole, 0, 90, team)
+    STORE_CODECS["int4"].decode(parts, whole, 0, 90, team)
     x = torch.randn(num_rows, 200, generator=generator).bfloat16()
-    found = CODECS["int4"].multiply(x, parts, 5, 85, team)
+    found = STORE_CODECS["int4"].multiply(x, parts, 5, 85, team)
     assert found is not None
     wanted = x.float() @ whole[5:85].float().T
     assert (found.float() - wanted).abs().max() <= 2**-7 * wanted.abs().max()
-    assert CODECS["int4"].multiply(x.repeat(60, 1), parts, 5, 85, team) is None
+    assert STORE_CODECS["int4"].multiply(x.repeat(60, 1), parts, 5, 85, team) is None
 
 
 @num_examples(40)
@@ -254,14 +254,14 @@ def test_damaged_parts_write_nowhere_else(seed: int) -> None:
     parts = Parts.of(data, coding, (9, 8000))
     room = torch.full((9 * 8000 + 128,), 7.0, dtype=torch.bfloat16)
     with_team = Team(1)
-    CODECS["lossless"].decode(parts, room[64:-64].view(9, 8000), 0, 9, with_team)
+    STORE_CODECS["lossless"].decode(parts, room[64:-64].view(9, 8000), 0, 9, with_team)
     with_team.close()
     assert (room[:64] == 7).all()
     assert (room[-64:] == 7).all()
 
 
 def test_parts_that_do_not_make_the_matrix_are_refused() -> None:
-    for name in CODECS:
+    for name in STORE_CODECS:
         _, coding = stored(name, torch.ones(4, 100, dtype=torch.bfloat16))
         for shape in ((4, 164), (5, 100), (400,)):
             with pytest.raises(StoreError, match=r"^it: its parts do not make a matrix of shape \["):

@@ -11,14 +11,14 @@ from torch import Tensor
 from slowllm.storage.codecs import torch_kernels
 from slowllm.storage.codecs.base import Parts, Team
 from slowllm.storage.codecs.layout_constants import CHUNK
-from slowllm.storage.codecs.registry import CODECS
+from slowllm.storage.codecs.registry import STORE_CODECS
 from tests.support.coded import coded, matrix_of
 from tests.support.properties import num_examples
 
 
 @num_examples(60)
 @given(
-    codec=st.sampled_from(sorted(CODECS)),
+    codec=st.sampled_from(sorted(STORE_CODECS)),
     rows=st.integers(1, 40),
     width=st.integers(1, 300),
     spread=st.sampled_from([0.0, 1.0, 8.0]),
@@ -35,7 +35,7 @@ def test_any_rows_decode_to_the_bits_of_the_loops(
     compare(codec, parts, first, last, tile)
 
 
-@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("codec", sorted(STORE_CODECS))
 def test_matrices_of_several_chunks_decode_to_the_bits_of_the_loops(codec: str) -> None:
     width = 1000
     parts = coded(codec, matrix_of(1, 3 * CHUNK // width + 7, width, 8.0))
@@ -47,13 +47,13 @@ def test_matrices_of_several_chunks_decode_to_the_bits_of_the_loops(codec: str) 
 def compare(codec: str, parts: Parts, first: int, last: int, tile: int) -> None:
     wanted = torch.empty(last - first, parts.width, dtype=torch.bfloat16)
     team = Team(1)
-    CODECS[codec].decode(parts, wanted, first, last, team)
+    STORE_CODECS[codec].decode(parts, wanted, first, last, team)
     team.close()
     before, torch_kernels.TILE_WEIGHTS = torch_kernels.TILE_WEIGHTS, tile
     try:
         for dtype in (torch.bfloat16, torch.float32):
             out = torch.full_like(wanted, float("nan"), dtype=dtype)
-            torch_kernels.decode(codec, parts.arrays, parts.num_rows, parts.width, out, first, last)
+            torch_kernels.decode(codec, parts, out, first, last)
             assert torch.equal(out.bfloat16().view(torch.int16), wanted.view(torch.int16))
     finally:
         torch_kernels.TILE_WEIGHTS = before
@@ -64,7 +64,9 @@ def test_a_damaged_store_writes_nowhere_else() -> None:
     assert len(parts.arrays["places"])
     for starts in (torch.tensor([5, -9]), torch.tensor([10**6, 10**7]), torch.tensor([0, 3])):
         broken = {**parts.arrays, "starts": starts, "places": torch.full_like(parts.arrays["places"], -1)}
-        torch_kernels.decode("lossless", broken, 10, 100, torch.empty(10, 100, dtype=torch.bfloat16), 0, 10)
+        torch_kernels.decode(
+            "lossless", Parts(broken, 10, 100), torch.empty(10, 100, dtype=torch.bfloat16), 0, 10
+        )
 
 
 @num_examples(40)

@@ -1,0 +1,1 @@
+"""Which tensors of a checkpoint are stored in a quantised format of its maker?"""

@@ -1,0 +1,104 @@
+"""Find the tensors that a checkpoint stores in its maker's format, by what config.json says of it.
+
+Nothing is written or converted: a tensor in such a format is decoded when it is used, as one of a store is. Quantised
+activations, which some formats imply on GPUs, are not imitated: they stay in the compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from slowllm.errors import CheckpointError
+from slowllm.modeling.native import fp8
+from slowllm.modeling.native.coded_tensor import CodedTensor
+from slowllm.storage.spans import Span
+
+
+@dataclass(frozen=True)
+class NativeTensors:
+    """The tensors of a checkpoint.
+
+    Attributes:
+        plain: by name, those that are stored as they are.
+        coded: by name, those that are stored in a maker's format.
+    """
+
+    plain: Mapping[str, Span]
+    coded: Mapping[str, CodedTensor]
+
+
+# Given the settings and the spans: the coded tensors, and the names of all spans that belong to them or to nothing.
+_Finder = Callable[[Mapping[str, Any], Mapping[str, Span]], tuple[list[CodedTensor], set[str]]]
+_FINDERS: Mapping[str, _Finder] = {"fp8": fp8.find}
+
+
+def refuse_unknown(where: str, settings: object) -> None:
+    """Refuse a quantised format that is not read.
+
+    Args:
+        where: the file that names it.
+        settings: what its quantization_config says.
+    Raises:
+        CheckpointError: it is.
+    """
+    method = settings.get("quant_method", "?") if isinstance(settings, Mapping) else settings
+    if not isinstance(settings, Mapping) or method not in _FINDERS:
+        raise CheckpointError(
+            f"{where}: is already quantised ({method}), which is not read; there are {', '.join(sorted(_FINDERS))}; "
+            "or use the original checkpoint in bfloat16 or float16"
+        )
+
+
+def settings_of(config: PreTrainedConfig) -> Mapping[str, Any] | None:
+    """Return what a checkpoint says of its quantised format; None where it has none."""
+    for part in (config, config.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings:
+            table = settings if isinstance(settings, Mapping) else settings.to_dict()
+            return dict(table)
+    return None
+
+
+def find_native(config: PreTrainedConfig, spans: Mapping[str, Span]) -> NativeTensors:
+    """Return the tensors of a checkpoint, those that are stored as several as one.
+
+    Args:
+        config: of the checkpoint.
+        spans: by name on disk.
+    Raises:
+        CheckpointError: an array is missing, or does not go with its tensor.
+    """
+    settings = settings_of(config)
+    if settings is None:
+        _refuse_leftovers(spans.values())
+        return NativeTensors(spans, {})
+    coded, used = _FINDERS[str(settings.get("quant_method"))](settings, spans)
+    plain = {name: span for name, span in spans.items() if name not in used}
+    _refuse_leftovers(plain.values())
+    by_name = {tensor.name: tensor for tensor in coded}
+    if both := sorted(by_name.keys() & plain.keys()):
+        raise CheckpointError(
+            f"{plain[both[0]].path.name}: {both[0]} stands in the checkpoint twice, quantised and plain"
+        )
+    return NativeTensors(plain, by_name)
+
+
+def native_codecs(config: PreTrainedConfig, spans: Mapping[str, Span]) -> set[str]:
+    """Return the names of the codecs that a checkpoint in its maker's format needs."""
+    if settings_of(config) is None:
+        return set()
+    return {tensor.codec for tensor in find_native(config, spans).coded.values()}
+
+
+def _refuse_leftovers(spans: Iterable[Span]) -> None:
+    """Refuse numbers of 8 bits that are to be computed with as they are: their scales are missing."""
+    for span in spans:
+        if span.dtype.startswith(("F8_", "F4", "F6_")):
+            raise CheckpointError(
+                f"{span.path.name}: {span.name} is stored as {span.dtype}, and the checkpoint has no scales for it; fetch "
+                "config.json and all shards again, or use a checkpoint in bfloat16"
+            )

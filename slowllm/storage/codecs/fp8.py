@@ -1,0 +1,79 @@
+"""Numbers of 8 bits, e4m3, with a scale for each block of rows and columns, as DeepSeek-V3 and Qwen3-FP8 are published.
+
+A weight is its number times its block's scale, multiplied in float32 and rounded once, as transformers dequantises it
+(`Fp8Dequantize`). One block may be the whole matrix, or a row.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slowllm.rounding import ceil_div
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team, bits_of
+
+# Dtypes of scales: numbers, or the exponents of powers of two (ue8m0), which some files call bytes.
+_SCALES = ("F32", "BF16", "F16", "U8")
+
+
+class Fp8(Codec):
+    """Float8 e4m3fn in blocks; `Coding.group` has the rows and columns of a block."""
+
+    name: ClassVar[str] = "fp8"
+    decodes_to_any: ClassVar[bool] = True
+
+    def has_parts(self, parts: PartShapes, num_rows: int, width: int, group: tuple[int, ...] = ()) -> bool:
+        if len(group) != 2 or min(group) < 1 or set(parts) != {"scales", "codes"}:
+            return False
+        dtype, shape = parts["scales"]
+        grid = (ceil_div(num_rows, group[0]), ceil_div(width, group[1]))
+        return dtype in _SCALES and shape == grid and parts["codes"] == ("U8", (num_rows, width))
+
+    def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
+        from slowllm.storage.codecs import fp8_kernels
+
+        codes, scales = parts.arrays["codes"].numpy(), scales_of(parts).numpy()
+        rows, columns = parts.group
+        if out.dtype == torch.bfloat16:
+            bits = bits_of(out)
+            team.share(
+                lambda low, high: fp8_kernels.to_bfloat16(
+                    codes, scales, rows, columns, bits, first, low, high
+                ),
+                first,
+                last,
+            )
+        elif out.dtype == torch.float32:
+            values = out.numpy()
+            team.share(
+                lambda low, high: fp8_kernels.to_float32(
+                    codes, scales, rows, columns, values, first, low, high
+                ),
+                first,
+                last,
+            )
+        else:
+            out.copy_(decode_rows(parts, first, last, out.dtype))
+
+    def example(self) -> Parts:
+        codes, scales = torch.zeros(2, 256, dtype=torch.uint8), torch.ones(1, 2)
+        return Parts({"scales": scales, "codes": codes}, 2, 256, (128, 128))
+
+
+def scales_of(parts: Parts) -> Tensor:
+    """Return the scales of the blocks as float32."""
+    scales = parts.arrays["scales"]
+    if scales.dtype == torch.uint8:  # exponents
+        return scales.view(torch.float8_e8m0fnu).float()
+    return scales.float()
+
+
+def decode_rows(parts: Parts, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Return the rows `first` to `last` in a dtype, by operations of torch, on any device."""
+    rows, columns = parts.group
+    codes = parts.arrays["codes"][first:last].view(torch.float8_e4m3fn).float()
+    of_row = torch.arange(first, last, device=codes.device) // rows
+    scales = scales_of(parts)[of_row].repeat_interleave(columns, 1)[:, : parts.width]
+    return (codes * scales).to(dtype)

@@ -1,0 +1,121 @@
+"""The inner loops that decode e4m3 numbers with a scale a block; see `cpu_kernels` for what they are compiled by.
+
+The bits of an e4m3 number, moved to where float32 has them, are those of the number less a factor of 2^120, subnormal numbers
+included; so one exact product makes the number of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from slowllm.storage.codecs.cpu_kernels import compiled, round_row
+
+_MAGNITUDE, _SIGN, _NAN = np.uint32(0x7F), np.uint32(0x80), np.uint32(0x7FC00000)
+_20, _24 = np.uint32(20), np.uint32(24)
+_FACTOR = np.float32(2.0**120)
+_ZERO = np.uint32(0)
+
+
+def _widen(codes: np.ndarray, bits: np.ndarray) -> None:
+    for i in range(len(bits)):
+        code = np.uint32(codes[i])
+        low = code & _MAGNITUDE
+        nan = _NAN if low == _MAGNITUDE else _ZERO
+        bits[i] = (low << _20) | ((code & _SIGN) << _24) | nan
+
+
+_widen_row = compiled(_widen)
+
+
+def _scale_blocks(row: np.ndarray, scales: np.ndarray, columns: int) -> None:
+    for block in range(len(scales)):
+        scale = scales[block]
+        part = row[block * columns : min((block + 1) * columns, len(row))]
+        for i in range(len(part)):
+            part[i] = part[i] * _FACTOR * scale
+
+
+_scale_row = compiled(_scale_blocks)
+
+
+def _to_bfloat16(
+    codes: np.ndarray,
+    scales: np.ndarray,
+    rows: int,
+    columns: int,
+    out: np.ndarray,
+    origin: int,
+    first: int,
+    last: int,
+) -> None:
+    row = np.empty(codes.shape[1], np.float32)
+    bits = row.view(np.uint32)
+    for number in range(first, last):
+        _widen_row(codes[number], bits)
+        _scale_row(row, scales[number // rows], columns)
+        round_row(bits, out[number - origin])
+
+
+def _to_float32(
+    codes: np.ndarray,
+    scales: np.ndarray,
+    rows: int,
+    columns: int,
+    out: np.ndarray,
+    origin: int,
+    first: int,
+    last: int,
+) -> None:
+    for number in range(first, last):
+        row = out[number - origin]
+        _widen_row(codes[number], row.view(np.uint32))
+        _scale_row(row, scales[number // rows], columns)
+
+
+def _plain(codes: np.ndarray, scales: np.ndarray, rows: int, columns: int, number: int) -> np.ndarray:
+    values = torch.from_numpy(codes[number]).view(torch.float8_e4m3fn).float().numpy()
+    product: np.ndarray = values * np.repeat(scales[number // rows], columns)[: len(values)]
+    return product
+
+
+def _to_bfloat16_plain(
+    codes: np.ndarray,
+    scales: np.ndarray,
+    rows: int,
+    columns: int,
+    out: np.ndarray,
+    origin: int,
+    first: int,
+    last: int,
+) -> None:
+    for number in range(first, last):
+        round_row(_plain(codes, scales, rows, columns, number).view(np.uint32), out[number - origin])
+
+
+def _to_float32_plain(
+    codes: np.ndarray,
+    scales: np.ndarray,
+    rows: int,
+    columns: int,
+    out: np.ndarray,
+    origin: int,
+    first: int,
+    last: int,
+) -> None:
+    for number in range(first, last):
+        out[number - origin] = _plain(codes, scales, rows, columns, number)
+
+
+to_bfloat16 = compiled(_to_bfloat16, _to_bfloat16_plain)
+"""Decode the rows `first` to `last`.
+
+Args:
+    codes: (R, K) uint8, bits of e4m3 numbers.
+    scales: (ceil(R / rows), ceil(K / columns)) float32.
+    rows, columns: of a block.
+    out: uint16, bits of bf16 numbers; begins with row `origin`.
+"""
+
+to_float32 = compiled(_to_float32, _to_float32_plain)
+"""Decode the rows `first` to `last` to float32; see `to_bfloat16`."""

@@ -1,0 +1,190 @@
+"""Checkpoints in float8 are read as they are, and compute what transformers computes with them dequantised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import slowllm
+from slowllm.errors import CheckpointError
+from tests.support.families import save_tiny
+from tests.support.native_checkpoints import dequantised, fp8_settings, quantised, store_fp8
+
+FAMILIES = ["llama-2", "mixtral", "deepseek-v3", "olmoe", "bloom"]
+IDS = torch.arange(5, 25)[None]
+
+
+def fp8(name: str, tmp_path: Path, block: tuple[int, int] = (8, 16), **options: Any) -> Path:
+    save_tiny(name, tmp_path / "plain", torch.bfloat16)
+    return quantised(tmp_path / "plain", tmp_path / "fp8", fp8_settings(block), store_fp8(block, **options))
+
+
+def logits_of(folder: Path, dtype: str) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        logits: torch.Tensor = model(IDS).logits
+    return logits
+
+
+def assert_same(folder: Path, dtype: str, wanted: torch.Tensor, **options: Any) -> None:
+    with slowllm.load(folder, dtype=dtype, **options) as lm, torch.no_grad():
+        assert torch.equal(lm.model(IDS).logits, wanted)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_the_dequantised_model(name: str, resident: bool, tmp_path: Path) -> None:
+    folder = fp8(name, tmp_path)
+    assert_same(folder, "bfloat16", logits_of(folder, "bfloat16"), resident=resident)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_need_not_divide_the_matrix(name: str, dtype: str, tmp_path: Path) -> None:
+    # transformers mixes dtypes where it dequantises to float32, and derives other blocks where they do not come out even.
+    block = (13, 24)
+    folder = fp8(name, tmp_path, block)
+    wanted = logits_of(dequantised(tmp_path / "plain", tmp_path / "back", block), dtype)
+    assert_same(folder, dtype, wanted, resident=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu])
+def test_scales_may_be_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = fp8("llama-2", tmp_path, dtype=dtype)
+    assert_same(folder, "bfloat16", logits_of(folder, "bfloat16"))
+
+
+def test_scales_may_have_other_names_and_other_blocks_than_config_says(tmp_path: Path) -> None:
+    save_tiny("llama-2", tmp_path / "plain", torch.bfloat16)
+    store = store_fp8((1, 32), torch.float8_e8m0fnu, ".scale")  # as DeepSeek-V4's experts
+    folder = quantised(tmp_path / "plain", tmp_path / "fp8", fp8_settings((8, 16)), store)
+    assert_same(folder, "bfloat16", logits_of(folder, "bfloat16"))
+
+
+@pytest.mark.parametrize("block", [(1, 1 << 20), (1 << 20, 1 << 20)])
+def test_a_scale_may_be_that_of_a_row_or_of_the_matrix(block: tuple[int, int], tmp_path: Path) -> None:
+    save_tiny("llama-2", tmp_path / "plain", torch.bfloat16)
+    folder = quantised(tmp_path / "plain", tmp_path / "fp8", fp8_settings(None), store_fp8(block))
+    wanted = logits_of(dequantised(tmp_path / "plain", tmp_path / "back", block), "bfloat16")
+    assert_same(folder, "bfloat16", wanted)
+
+
+def test_a_model_that_transformers_saved_with_fused_experts_is_read(tmp_path: Path) -> None:
+    """Experts as one tensor (E, R, K) with scales (E, R / 8, K / 16)."""
+    save_tiny("mixtral", tmp_path / "plain", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    one = store_fp8((8, 16))
+
+    def store(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        if weight.dim() == 2:
+            return dict(one(name, weight))
+        found = [one(name, expert) for expert in weight]
+        return {key: torch.stack([stored[key] for stored in found]) for key in found[0]}
+
+    folder = quantised(tmp_path / "fused", tmp_path / "fp8", fp8_settings((8, 16)), store)
+    wanted = logits_of(dequantised(tmp_path / "plain", tmp_path / "back", (8, 16)), "bfloat16")
+    assert_same(folder, "bfloat16", wanted, resident=False)
+
+
+def test_tokens_and_gradients_are_those_of_the_dequantised_model(tmp_path: Path) -> None:
+    folder = fp8("llama-2", tmp_path)
+    plain = dequantised(tmp_path / "plain", tmp_path / "back", (8, 16))
+    found = []
+    for one in (folder, plain):
+        with slowllm.load(one, dtype="float32", resident=False) as lm:
+            embedded = lm.model.get_input_embeddings()(IDS).detach().requires_grad_()
+            loss = lm.model(inputs_embeds=embedded, labels=IDS).loss
+            loss.backward()
+            tokens = lm.model.generate(IDS, max_new_tokens=5, do_sample=False)
+            found.append((loss.detach(), embedded.grad, tokens))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _damaged(folder: Path, change: Any) -> None:
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        index = folder / "model.safetensors.index.json"
+        listed = json.loads(index.read_text())
+        before = set(tensors)
+        change(tensors)
+        for name in before - set(tensors):
+            del listed["weight_map"][name]
+        for name in set(tensors) - before:
+            listed["weight_map"][name] = path.name
+        index.write_text(json.dumps(listed))
+        save_file(tensors, path, {"format": "pt"})
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+def _without_scale(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.pop(f"{NAME}_scale_inv", None)
+
+
+def _without_weight(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.pop(NAME, None)
+
+
+def _with_short_scale(tensors: dict[str, torch.Tensor]) -> None:
+    if NAME in tensors:
+        tensors[f"{NAME}_scale_inv"] = tensors[f"{NAME}_scale_inv"][:-1].clone()
+
+
+def _with_whole_numbers(tensors: dict[str, torch.Tensor]) -> None:
+    if NAME in tensors:
+        tensors[f"{NAME}_scale_inv"] = tensors[f"{NAME}_scale_inv"].int()
+
+
+def _with_two_scales(tensors: dict[str, torch.Tensor]) -> None:
+    if NAME in tensors:
+        tensors[f"{NAME}_scale"] = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_without_scale, rf"{NAME} is stored as F8_E4M3 but has no scale \({NAME}_scale_inv\)"),
+        (_without_weight, rf"{NAME}_scale_inv is a scale, but its weight is not stored in float8"),
+        (
+            _with_short_scale,
+            rf"{NAME}_scale_inv is F32 of shape \[11, 4\], which are no scales for {NAME} of shape \[96, 64\]",
+        ),
+        (_with_whole_numbers, rf"{NAME}_scale_inv is I32 of shape"),
+        (_with_two_scales, rf"{NAME} is stored as F8_E4M3 but has two scales"),
+    ],
+)
+def test_half_a_format_is_refused_by_name(change: Any, message: str, tmp_path: Path) -> None:
+    folder = fp8("llama-2", tmp_path)
+    _damaged(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        slowllm.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "is stored as F8_E4M3, and the checkpoint has no scales for it"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [0, 16]},
+            r"weight_block_size is \[0, 16\], not two numbers",
+        ),
+        ({"quant_method": "fp8", "weight_block_size": "16"}, "weight_block_size is '16', not two numbers"),
+        ({"quant_method": "hqq"}, r"is already quantised \(hqq\), which is not read"),
+        ("fp8", r"is already quantised \(fp8\), which is not read"),
+    ],
+)
+def test_a_config_that_lies_is_refused(settings: Any, message: str, tmp_path: Path) -> None:
+    folder = fp8("llama-2", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    with pytest.raises(CheckpointError, match=message):
+        slowllm.load(folder)
