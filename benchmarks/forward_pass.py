@@ -36,6 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import machine, sides
 from benchmarks.make_checkpoint import num_model_blocks
+from benchmarks.native_weights import FORMATS
 from benchmarks.sentences import Task, lengths_of
 from slowllm.modeling.layout import find_blocks
 from slowllm.options import format_bytes
@@ -295,6 +296,9 @@ def summary(report: dict[str, Any]) -> str:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, and refuse options that do not go together."""
     parser = sides.parser(__doc__)
+    parser.add_argument(
+        "--format", choices=sorted(FORMATS), default="bf16", help="how the checkpoint stores weights"
+    )
     parser.add_argument("--case", choices=["uniform", "mixed", "many"], default="uniform")
     parser.add_argument(
         "--tokens", type=int, default=13, help="case uniform: number of tokens of all sequences together"
@@ -329,7 +333,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Measure, then print the limit, the measurement, the ratio and the JSON document."""
     arguments = parse(argv)
-    folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks)
+    folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks, arguments.format)
     task = Task(
         checkpoint=str(folder), ram=arguments.ram, case=arguments.case, tokens=arguments.tokens,
         sequences=arguments.sequences, sentences=arguments.sentences, sentence_tokens=arguments.sentence_tokens,

@@ -1,17 +1,19 @@
 """Write a checkpoint of real geometry with random weights, to measure with before downloading 350 GB.
 
     python -m benchmarks.make_checkpoint --geometry llama-70b --blocks 4 OUT
+    python -m benchmarks.make_checkpoint --geometry llama-70b --blocks 4 --format fp8 OUT
 
 The files are laid out as on the hub: the hub's tensor names, bf16, shards of about 5 GB with an index, and a small
 tokenizer beside them. Weights are drawn once per scale and written repeatedly at shifting offsets, so that the disk and
-not the generator is the limit. Norms are one and biases zero, so that activations stay of the order of one.
+not the generator is the limit. In a format of 8 bits the matrices of the blocks are e4m3 numbers in blocks of 128 x 128, as
+DeepSeek-V3's: their weights are heavy-tailed (Student's t of four degrees of freedom, the largest of many blocks at the end of the
+range), and their scales spread by a factor of e. Norms are one and biases zero, so that activations stay of the order of one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import time
@@ -24,7 +26,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from benchmarks.native_weights import FORMATS, StoredArray
 from slowllm.runtime.known_models import KNOWN_MODELS
+from slowllm.storage.spans import DTYPE_BITS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 5_000_000_000
@@ -67,15 +71,20 @@ def num_model_blocks(geometry: str) -> int:
     return GEOMETRIES[geometry][1]
 
 
-def make_checkpoint(geometry: str, num_blocks: int, out: Path, *, seed: int = 0) -> int:
+def make_checkpoint(
+    geometry: str, num_blocks: int, out: Path, *, seed: int = 0, storage: str = "bf16"
+) -> int:
     """Write a checkpoint and return its size in bytes. The folder gets its name when it is complete.
 
     Raises:
         SystemExit: there is too little free space.
     """
+    form = FORMATS[storage]
     model = _on_meta(geometry, num_blocks)
-    tensors = _names_on_disk(model)
-    num_bytes = sum(tensor.numel() * 2 for tensor in tensors.values())
+    arrays = [
+        array for name, tensor in _names_on_disk(model).items() for array in form.arrays_of(name, tensor)
+    ]
+    num_bytes = sum(map(_bytes_of, arrays))
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if num_bytes > 0.98 * free:
@@ -84,24 +93,30 @@ def make_checkpoint(geometry: str, num_blocks: int, out: Path, *, seed: int = 0)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
 
-    shards = list(_shards(tensors))
+    shards = list(_shards(arrays))
     weight_map = {}
-    pools: dict[float, Tensor] = {}
+    pools: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
-    for number, names in enumerate(shards, 1):
+    for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map.update(dict.fromkeys(names, file))
-        _write_shard(partial / file, {name: tensors[name] for name in names}, pools, generator)
+        weight_map.update({array.name: file for array in shard})
+        _write_shard(partial / file, shard, pools, generator)
     index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
     (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     model.config.architectures = [type(model).__name__]
     model.config.dtype = torch.bfloat16
+    if form.settings is not None:
+        model.config.quantization_config = dict(form.settings)
     model.config.save_pretrained(partial)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "weights" / "tiny-bloom" / file, partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return num_bytes
+
+
+def _bytes_of(array: StoredArray) -> int:
+    return array.num_elements * DTYPE_BITS[array.dtype] // 8
 
 
 def _on_meta(geometry: str, num_blocks: int) -> PreTrainedModel:
@@ -122,49 +137,41 @@ def _names_on_disk(model: PreTrainedModel) -> dict[str, Tensor]:
     return names
 
 
-def _shards(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
-    names: list[str] = []
+def _shards(arrays: list[StoredArray]) -> Iterator[list[StoredArray]]:
+    shard: list[StoredArray] = []
     size = 0
-    for name, tensor in tensors.items():
-        if names and size + tensor.numel() * 2 > SHARD_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += tensor.numel() * 2
-    yield names
+    for array in arrays:
+        if shard and size + _bytes_of(array) > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(array)
+        size += _bytes_of(array)
+    yield shard
 
 
 def _write_shard(
-    path: Path, tensors: dict[str, Tensor], pools: dict[float, Tensor], generator: torch.Generator
+    path: Path, arrays: list[StoredArray], pools: dict[str, Tensor], generator: torch.Generator
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for name, tensor in tensors.items():
-        num_bytes = tensor.numel() * 2
-        offsets = [position, position + num_bytes]
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
-        position += num_bytes
+    for array in arrays:
+        offsets = [position, position + _bytes_of(array)]
+        header[array.name] = {"dtype": array.dtype, "shape": list(array.shape), "data_offsets": offsets}
+        position = offsets[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            _write_tensor(file, name, tensor, pools, generator)
+        for array in arrays:
+            _write_array(file, array, pools, generator)
 
 
-def _write_tensor(
-    file: Any, name: str, tensor: Tensor, pools: dict[float, Tensor], generator: torch.Generator
-) -> None:
-    if tensor.dim() == 1:
-        value = 0.0 if name.endswith("bias") else 1.0
-        file.write(torch.full(tensor.shape, value, dtype=torch.bfloat16).view(torch.uint8).numpy().data)
-        return
-    scale = 0.02 if "embed" in name else 1 / math.sqrt(tensor.shape[-1])
-    if scale not in pools:
-        pools[scale] = torch.randn(POOL_ELEMENTS, generator=generator).mul_(scale).to(torch.bfloat16)
-    pool = pools[scale]
+def _write_array(file: Any, array: StoredArray, pools: dict[str, Tensor], generator: torch.Generator) -> None:
+    if array.kind not in pools:
+        pools[array.kind] = array.draw(POOL_ELEMENTS, generator)
+    pool = pools[array.kind]
     start = int(torch.randint(POOL_ELEMENTS, (), generator=generator))
-    left = tensor.numel()
+    left = array.num_elements
     while left:
         piece = pool[start : start + left]
         file.write(piece.view(torch.uint8).numpy().data)
@@ -180,12 +187,13 @@ def main() -> None:
     parser.add_argument(
         "--blocks", type=int, required=True, help="number of blocks; the whole model has more"
     )
+    parser.add_argument("--format", choices=sorted(FORMATS), default="bf16", help="how weights are stored")
     parser.add_argument("out", type=Path, help="folder to write")
     arguments = parser.parse_args()
     if arguments.blocks < 1:
         parser.error("--blocks must be at least 1")
     started = time.perf_counter()
-    num_bytes = make_checkpoint(arguments.geometry, arguments.blocks, arguments.out)
+    num_bytes = make_checkpoint(arguments.geometry, arguments.blocks, arguments.out, storage=arguments.format)
     seconds = time.perf_counter() - started
     result = {"out": str(arguments.out), "bytes": num_bytes, "seconds": round(seconds, 2)}
     print(

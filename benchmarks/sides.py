@@ -113,15 +113,16 @@ def capped(ram: str | None) -> Iterator[Path | None]:
             machine.remove_cgroup(cgroup)
 
 
-def checkpoint(folder: Path | None, geometry: str, blocks: int) -> Path:
+def checkpoint(folder: Path | None, geometry: str, blocks: int, storage: str = "bf16") -> Path:
     """Return the folder of a checkpoint of random weights, which is written where it is missing.
 
     Raises:
         SystemExit: the folder holds another checkpoint.
     """
-    folder = folder or Path("/var/tmp") / f"slowllm-{geometry}-{blocks}"
+    ending = "" if storage == "bf16" else f"-{storage}"
+    folder = folder or Path("/var/tmp") / f"slowllm-{geometry}-{blocks}{ending}"
     if not (folder / "config.json").is_file():
-        make_checkpoint(geometry, blocks, folder)
+        make_checkpoint(geometry, blocks, folder, storage=storage)
     config = AutoConfig.from_pretrained(folder)
     if config.num_hidden_layers != blocks or config.hidden_size != GEOMETRIES[geometry][2]["hidden_size"]:
         sys.exit(f"{folder} is not {blocks} blocks of {geometry}; name another --checkpoint")

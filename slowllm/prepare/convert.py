@@ -41,6 +41,7 @@ from slowllm.storage.manifest import (
     open_checkpoint,
     read_manifest,
 )
+from slowllm.storage.spans import Placement
 from slowllm.version import __version__
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ def convert(
         config: Any = read_config(source)
         model = build_skeleton(config, source, torch.bfloat16)
         placements = place(model, checkpoint.spans)
+        _refuse_native(source, placements)
         if store == "lossless":
             refuse_other_dtypes(placements)
         job = {
@@ -133,6 +135,16 @@ def convert(
                 check_against_torch(share)
         manifest = _end(out, tasks, job, is_exact(store, placements))
     return Converted(out, manifest, source_bytes, was_there)
+
+
+def _refuse_native(source: Path, placements: Mapping[str, Placement]) -> None:
+    """Refuse a checkpoint whose weights are quantised already: they would be rounded a second time."""
+    coded = next((p for p in placements.values() if p.coding is not None), None)
+    if coded is not None:
+        raise StoreError(
+            f"{source}: {coded.name} is quantised already, and is read as it is; a store of it is not made, which would round a "
+            "second time"
+        )
 
 
 def _open_source(folder: Path, *, checks: bool) -> Checkpoint:

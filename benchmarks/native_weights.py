@@ -1,0 +1,122 @@
+"""Random weights as checkpoints store them: in bfloat16, or in the quantised formats of their makers.
+
+Knows names and shapes of tensors; writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Makes so many elements.
+Draw = Callable[[int, torch.Generator], Tensor]
+BLOCK = 128
+# Of these matrices, makers leave the weights as they are.
+_PLAIN = ("embed", "lm_head", "norm", "router", ".gate.weight")
+_DEGREES = 4
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array of a checkpoint.
+
+    Attributes:
+        name: on disk.
+        dtype: safetensors' name of the dtype.
+        shape: of the array.
+        kind: of its numbers; arrays of one kind are cut from one pool.
+        draw: makes the pool.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str
+    draw: Draw
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the array."""
+        return math.prod(self.shape)
+
+
+def _constant(value: float) -> Draw:
+    return lambda count, _: torch.full((count,), value, dtype=torch.bfloat16)
+
+
+def _normal(scale: float) -> Draw:
+    return lambda count, generator: torch.randn(count, generator=generator).mul_(scale).to(torch.bfloat16)
+
+
+def _heavy_tailed(count: int, generator: torch.Generator) -> Tensor:
+    """Return numbers of Student's t-distribution, as quotients of normal ones and roots of chi-squared ones."""
+    normal = torch.randn(count, generator=generator)
+    squares = sum(torch.randn(count, generator=generator).square_() for _ in range(_DEGREES))
+    assert isinstance(squares, Tensor)
+    return normal.div_((squares / _DEGREES).sqrt_())
+
+
+def _fp8_codes(count: int, generator: torch.Generator) -> Tensor:
+    values = _heavy_tailed(count, generator)
+    # The largest of a block is at the end of the range; blocks differ in where that is.
+    largest = float(values.abs().topk(max(1, count // (BLOCK * BLOCK))).values.min())
+    return values.mul_(448 / largest).clamp_(-448, 448).to(torch.float8_e4m3fn)
+
+
+def _fp8_scales(width: int) -> Draw:
+    typical = 8.0 / (448 * math.sqrt(width))
+    return lambda count, generator: torch.randn(count, generator=generator).mul_(0.5).exp_().mul_(typical)
+
+
+def bfloat16_array(name: str, tensor: Tensor) -> StoredArray:
+    """Return how a tensor is stored in bfloat16: norms are one, biases zero, and weights normal."""
+    shape = tuple(tensor.shape)
+    if tensor.dim() == 1:
+        value = 0.0 if name.endswith("bias") else 1.0
+        return StoredArray(name, "BF16", shape, f"all {value}", _constant(value))
+    scale = 0.02 if "embed" in name else 1 / math.sqrt(shape[-1])
+    return StoredArray(name, "BF16", shape, f"normal {scale}", _normal(scale))
+
+
+def fp8_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
+    """Return how a tensor is stored by DeepSeek-V3's format: matrices of blocks in e4m3, a scale for each 128 x 128."""
+    if tensor.dim() < 2 or any(word in name for word in _PLAIN):
+        return [bfloat16_array(name, tensor)]
+    *outer, rows, width = tensor.shape
+    grid = (*outer, -(-rows // BLOCK), -(-width // BLOCK))
+    return [
+        StoredArray(name, "F8_E4M3", tuple(tensor.shape), "fp8", _fp8_codes),
+        StoredArray(f"{name}_scale_inv", "F32", grid, f"scales {width}", _fp8_scales(width)),
+    ]
+
+
+@dataclass(frozen=True)
+class StorageFormat:
+    """How a checkpoint stores its tensors.
+
+    Attributes:
+        arrays_of: returns the arrays of a tensor.
+        settings: what config.json says of the format; None for a plain one.
+    """
+
+    arrays_of: Callable[[str, Tensor], Iterable[StoredArray]]
+    settings: Mapping[str, Any] | None = None
+
+
+FORMATS: Mapping[str, StorageFormat] = {
+    "bf16": StorageFormat(lambda name, tensor: [bfloat16_array(name, tensor)]),
+    "fp8": StorageFormat(
+        fp8_arrays,
+        {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": [BLOCK, BLOCK],
+        },
+    ),
+}
