@@ -276,6 +276,10 @@ class StreamedLM:
         """Let jobs ride in one sweep, in their order, and return at once; see `Carousel.board_together`."""
         return self._carousel.board_together(jobs)
 
+    def cancelling(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Return a context whose function cancels what this thread rides in it; see `Carousel.cancelling`."""
+        return self._carousel.cancelling()
+
     @contextlib.contextmanager
     def watching(self, watcher: Callable[[Passage], None]) -> Iterator[None]:
         """Call `watcher` after every stop that the carousel serves, as long as the context lasts.

@@ -18,7 +18,7 @@ from slowllm.streaming.alone import Alone
 from slowllm.streaming.baton import Baton, twin
 from slowllm.streaming.ride import SIGNAL_SECONDS, Ride
 from slowllm.streaming.rider_threads import RiderThreads
-from slowllm.streaming.riders import Course, Party, Rider, RiderJob, ThreadState, Turn, Visit
+from slowllm.streaming.riders import Course, Party, PartyGroup, Rider, RiderJob, ThreadState, Turn, Visit
 from slowllm.streaming.rng_state import SharedGenerators, past_seeds
 
 T = TypeVar("T")
@@ -125,6 +125,8 @@ class Boarding:
         """Let the riders of a party board from now on; raise if the carousel has ended."""
         with self.changed:
             self._refuse_if_over(None)
+            if (group := self.local.group) is not None:
+                group.parties = [*group.under_way(self.parties), party]
             self.baton.seed(party, self._first_drawing())
             self._add(party)
 
@@ -168,6 +170,16 @@ class Boarding:
         while self.next_ended(party) is not None:
             pass
 
+    def cancel_group(self, group: PartyGroup) -> None:
+        """Cancel the rides and streams of a group, and those that would still begin in it, without waiting for them."""
+        with self.changed:
+            group.is_cancelled = True
+            for party in group.under_way(self.parties):
+                self._leave_behind(party)
+                party.error = _cancelled()  # where every rider ends well, too
+                self._dismiss_party(party, _cancelled())
+            self._end_parties()
+
     def _cancel_one(self, party: Party) -> None:
         """Cancel a job that was boarded alone, without waiting for it."""
         with self.changed:
@@ -205,7 +217,8 @@ class Boarding:
     def _refuse_if_over(self, rider: Rider | None) -> None:
         if self.over is not None:
             raise twin(self.over)
-        if rider is not None and rider.party.cancelled:
+        group = self.local.group
+        if (rider is not None and rider.party.cancelled) or (group is not None and group.is_cancelled):
             raise _cancelled()
 
     def _run_rider(self, rider: Rider, is_kept: bool = False) -> None:

@@ -16,7 +16,9 @@ ride it belongs to the riders. Other global state (Python's `random`, numpy's ge
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import functools
 import math
 import os
 import threading
@@ -29,7 +31,7 @@ from slowllm.errors import RideError
 from slowllm.streaming.boarding import Boarding
 from slowllm.streaming.hints import expected_stops
 from slowllm.streaming.ride import Ride
-from slowllm.streaming.riders import Course, Party, Rider, RiderJob, Visit
+from slowllm.streaming.riders import Course, Party, PartyGroup, Rider, RiderJob, Visit
 from slowllm.streaming.rng_state import SharedGenerators
 from slowllm.streaming.stops import Direction, HeldStops, Passage, Stops, Totals, Weights
 
@@ -180,6 +182,21 @@ class Carousel:
         """Let jobs ride in one sweep, served at each stop in their order, and return at once; see `board`."""
         self.refuse_if_forked()
         return self._boarding.board(jobs, None, self._refuse_to_wait)
+
+    @contextlib.contextmanager
+    def cancelling(self) -> Iterator[Callable[[], None]]:
+        """Yield a function that cancels every `ride` and `stream` that this thread begins in the context.
+
+        Any thread may call it, one that computes at a stop included. A ride that has begun raises a `RideError` where it
+        is waited for, and whatever this thread begins afterwards does at once, plain calls included. Riders of other
+        threads go on.
+        """
+        group, local = PartyGroup(), self._boarding.local
+        before, local.group = local.group, group
+        try:
+            yield functools.partial(self._boarding.cancel_group, group)
+        finally:
+            local.group = before
 
     def _refuse_to_wait(self) -> None:
         self.refuse_if_forked()

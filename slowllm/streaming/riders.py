@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ class ThreadState(threading.local):
     """What a carousel knows of the thread that calls it."""
 
     rider: Rider | None = None
+    group: PartyGroup | None = None  # that the rides which this thread begins belong to
     last_stop, comes_round = -1, False
     is_kept = False  # for one job after the other
     is_computing = False  # at a stop, by itself
@@ -170,6 +171,18 @@ class Party:
             return True
         held_tokens = sum(rider.num_tokens for rider in self.active)
         return not job.starts_load and held_tokens + job.num_tokens <= self.max_tokens
+
+
+class PartyGroup:
+    """The rides and streams that a thread begins while somebody else may cancel them all."""
+
+    def __init__(self) -> None:
+        self.parties: list[Party] = []
+        self.is_cancelled = False
+
+    def under_way(self, parties: Collection[Party]) -> list[Party]:
+        """Return those of its parties that have not ended, which are among `parties`."""
+        return [party for party in self.parties if party in parties]
 
 
 class Course:
