@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from slowllm.version import __version__ as __version__
 
 __all__ = [
-    "LM", "Budget", "Continuation", "Job", "Likelihood", "Rates", "Recipe", "Report", "SlowLLMError", "SoftPrompt",
+    "LM", "Budget", "Continuation", "Job", "JobProgress", "Likelihood", "Rates", "Recipe", "Report", "SlowLLMError", "SoftPrompt",
     "StreamedLM", "Tuned", "load", "log_probs", "tune",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from slowllm.entrypoints.api import LM, load
+    from slowllm.entrypoints.api_tune import tune
+    from slowllm.entrypoints.job_progress import JobProgress
     from slowllm.errors import SlowLLMError
     from slowllm.inference.generation_types import Continuation
     from slowllm.inference.likelihood import Likelihood
@@ -25,13 +27,13 @@ if TYPE_CHECKING:
     from slowllm.planning.job import Job, Rates
     from slowllm.runtime.streamed_lm import Report, StreamedLM
     from slowllm.tuning.recipe import Recipe
-    from slowllm.tuning.session import Tuned
-    from slowllm.tuning.tune import tune
+    from slowllm.tuning.tuned import Tuned
 
 _HOMES = {
     "Budget": "planning.budget",
     "Continuation": "inference.generation_types",
     "Job": "planning.job",
+    "JobProgress": "entrypoints.job_progress",
     "LM": "entrypoints.api",
     "Likelihood": "inference.likelihood",
     "Rates": "planning.job",
@@ -40,10 +42,10 @@ _HOMES = {
     "SlowLLMError": "errors",
     "SoftPrompt": "modeling.soft_prompts",
     "StreamedLM": "runtime.streamed_lm",
-    "Tuned": "tuning.session",
+    "Tuned": "tuning.tuned",
     "load": "entrypoints.api",
     "log_probs": "modeling.log_probs",
-    "tune": "tuning.tune",
+    "tune": "entrypoints.api_tune",
 }
 
 

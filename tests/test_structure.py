@@ -20,7 +20,7 @@ PACKAGE = ROOT / "slowllm"
 # other; whatever is not listed here may be imported from nowhere.
 MAY_IMPORT: dict[str, set[str]] = {}
 for _level in (
-    {"errors", "malloc", "files", "rounding", "version"},
+    {"errors", "malloc", "files", "html", "rounding", "version"},
     {"options", "storage", "tables"},
     {"planning", "streaming"},
     {"modeling"},
@@ -56,6 +56,7 @@ ONLY_IN = {
     "h11": {"entrypoints.server"},
     "prometheus_client": {"entrypoints.server"},
     "rich": {"entrypoints"},
+    "IPython": {"entrypoints.notebook"},
     "typer": {"entrypoints.cli"},
     "tensorboard": set(),
     "gradio": {"entrypoints.web"},

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, overload
 
-from slowllm.errors import InputError
+from slowllm.entrypoints.job_progress import Gauge, ShowProgress, check_show, telling
+from slowllm.errors import InputError, counted
+from slowllm.html import facts_html, text_html
 from slowllm.inference.choices import Item, Normalize, choose, encode_item
-from slowllm.inference.generation import generate
+from slowllm.inference.generation import generate, job_of
 from slowllm.inference.generation_types import SAMPLING, Continuation, Settings, encode_prompt
 from slowllm.inference.likelihood import Likelihood
-from slowllm.inference.scoring import score_queries
+from slowllm.inference.pieces import TokenTexts
+from slowllm.inference.results import Results
+from slowllm.inference.scoring import job_of_queries, score_queries
 from slowllm.inference.text import Query, encode_pair
 from slowllm.modeling.soft_prompts import SoftPrompt
-from slowllm.options import by_field_name
+from slowllm.options import by_field_name, format_binary, format_bytes, parse_dtype
 from slowllm.planning.budget import Budget
+from slowllm.planning.forecast import forecast_of
 from slowllm.planning.job import Granularity, Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
+from slowllm.runtime.rates import quick_rates
 from slowllm.runtime.streamed_lm import StreamedLM
 
 if TYPE_CHECKING:
@@ -33,9 +40,28 @@ _OPTIONS = {
 
 
 class LM(StreamedLM):
-    """A loaded model. Every method takes any number of texts, and reads the weights as seldom as the plan allows."""
+    """A loaded model. Every method takes any number of texts, and reads the weights as seldom as the plan allows.
 
-    def score(self, texts: Sequence[str], continuations: Sequence[str] | None = None) -> list[Likelihood]:
+    Every method has an argument `progress`. True writes on stderr what the call takes, and shows a bar on a terminal and
+    in a notebook. A function is called with a `JobProgress` before the first stop, after each, and when the call has
+    ended: in between on the thread that computes, so it must not call the model. When it raises, the call ends with its
+    error, and the model is as usable as before.
+
+    Attributes:
+        progress: of the calls that are not told themselves: False, unless `load` was told otherwise.
+        rates: of this machine, where they were measured or given, for the time that a call takes.
+    """
+
+    progress: ShowProgress = False
+    rates: Rates | None = None
+
+    def score(
+        self,
+        texts: Sequence[str],
+        continuations: Sequence[str] | None = None,
+        *,
+        progress: ShowProgress | None = None,
+    ) -> Results[Likelihood]:
         """Return how likely texts are, or continuations after their contexts.
 
         The first token of a text is scored after BOS, or EOS where the tokenizer has no BOS.
@@ -43,6 +69,7 @@ class LM(StreamedLM):
         Args:
             texts: to be scored; or contexts, which are not scored.
             continuations: one for each context, with the blank that they begin with.
+            progress: see `LM`.
         Raises:
             InputError: a text has no tokens, or too many; it is named by its number, from 0.
         """
@@ -60,11 +87,23 @@ class LM(StreamedLM):
         for number, pair in enumerate(pairs):
             with _named("text", number):
                 queries.append(encode_pair(self, *pair))
-        return list(score_queries(self, queries))
+        found = Results[Likelihood]()
+        plan_of = functools.partial(job_of_queries, queries, self)
+        with self._showing(progress, plan_of, "text", len(queries)) as count:
+            for query, one in zip(queries, score_queries(self, queries), strict=True):
+                texts_of_tokens = TokenTexts(self.tokenizer, query.context, query.continuation)
+                found.append(replace(one, texts=texts_of_tokens))
+                count(len(query.continuation))
+        return found
 
     @overload  # a str is a sequence of str as well; the first that fits is taken
     def choose(  # type: ignore[overload-overlap]
-        self, context: str, choices: Sequence[str], normalize: Normalize = "none"
+        self,
+        context: str,
+        choices: Sequence[str],
+        normalize: Normalize = "none",
+        *,
+        progress: ShowProgress | None = None,
     ) -> list[float]: ...
 
     @overload
@@ -73,6 +112,8 @@ class LM(StreamedLM):
         context: Sequence[str],
         choices: Sequence[str] | Sequence[Sequence[str]],
         normalize: Normalize = "none",
+        *,
+        progress: ShowProgress | None = None,
     ) -> list[list[float]]: ...
 
     def choose(
@@ -80,6 +121,8 @@ class LM(StreamedLM):
         context: str | Sequence[str],
         choices: Sequence[str] | Sequence[Sequence[str]],
         normalize: Normalize = "none",
+        *,
+        progress: ShowProgress | None = None,
     ) -> list[float] | list[list[float]]:
         """Return the probabilities of choices after a context, against one another.
 
@@ -91,6 +134,7 @@ class LM(StreamedLM):
                 all, or a list for each.
             normalize: what is compared: log-likelihoods as they are (``none``), a share of each of their ``tokens`` or
                 ``characters``, or less the log-likelihood without the context (``unconditional``).
+            progress: see `LM`.
         Returns:
             probabilities that sum to 1, in the order of the choices; for several contexts a list for each.
         Raises:
@@ -113,7 +157,14 @@ class LM(StreamedLM):
                 _refuse_other_than_texts(own, "choices")
                 items.append(encode_item(self, Item(text, tuple(own)), normalize))
         relative = all(item.is_relative for item in items)
-        found = [list(chosen.probabilities) for chosen in choose(self, items, relative=relative)]
+        plan_of = functools.partial(job_of_queries, [query for item in items for query in item.queries], self)
+        # Single tokens are compared by their own rows of the head, none of whose stops is then visited.
+        stops_a_sweep = len(self.layout.modules) if relative else None
+        found = []
+        with self._showing(progress, plan_of, "context", len(items), stops_a_sweep) as count:
+            for chosen in choose(self, items, relative=relative):
+                found.append(list(chosen.probabilities))
+                count(0)
         return found[0] if isinstance(context, str) else found
 
     def yes_no(
@@ -123,6 +174,7 @@ class LM(StreamedLM):
         template: str = "Question: {question}\nAnswer:",
         yes: str = " yes",
         no: str = " no",
+        progress: ShowProgress | None = None,
     ) -> list[float]:
         """Return the probability of yes, against no, for each question.
 
@@ -131,6 +183,7 @@ class LM(StreamedLM):
             template: in which ``{question}`` stands for the question.
             yes: the one answer.
             no: the other.
+            progress: see `LM`.
         Raises:
             InputError: the template has no ``{question}``, or a question is too long.
         """
@@ -138,13 +191,16 @@ class LM(StreamedLM):
         if "{question}" not in template:
             raise InputError(f"the template {template!r} has no {{question}}")
         contexts = [template.replace("{question}", question) for question in questions]
-        return [probabilities[0] for probabilities in self.choose(contexts, [yes, no])]
+        return [probabilities[0] for probabilities in self.choose(contexts, [yes, no], progress=progress)]
 
-    def generate(self, prompts: Sequence[str], **settings: Any) -> list[tuple[Continuation, ...]]:
+    def generate(
+        self, prompts: Sequence[str], *, progress: ShowProgress | None = None, **settings: Any
+    ) -> Results[tuple[Continuation, ...]]:
         """Return continuations of prompts; one sweep for each token of all of them.
 
         Args:
             prompts: any number of them; BOS is put before each where the tokenizer does so by itself.
+            progress: see `LM`.
             settings: fields of `Settings`, such as ``max_new_tokens``, or the options of `slowllm generate` that have
                 other names: ``beams``, ``sample``, ``num_sequences``, ``log_probs``.
         Raises:
@@ -162,7 +218,77 @@ class LM(StreamedLM):
             "do_sample"
         ):
             raise InputError(f"{given} needs do_sample=True")
-        return list(generate(self, [encode_prompt(self, text, chosen) for text in prompts]))
+        encoded = [encode_prompt(self, text, chosen) for text in prompts]
+        results = Results[tuple[Continuation, ...]]()
+        plan_of = functools.partial(job_of, self, encoded)
+        with self._showing(progress, plan_of, "prompt", len(encoded)) as count:
+            for found in generate(self, encoded):
+                results.append(found)
+                count(sum(len(one.ids) for one in found))
+        return results
+
+    @contextlib.contextmanager
+    def _showing(
+        self,
+        show: ShowProgress | None,
+        plan_of: Callable[[Rates], Job],
+        noun: str,
+        total: int,
+        stops_a_sweep: int | None = None,
+    ) -> Iterator[Callable[[int], None]]:
+        """Show the progress of a call, and yield what counts its results with their new tokens.
+
+        Args:
+            show: as the call was told; None for what the model was.
+            plan_of: returns the call's job.
+            noun: what a result is, in the singular.
+            total: number of results.
+            stops_a_sweep: that the call visits in a sweep; by default all.
+        """
+        show = self.progress if show is None else show
+        check_show(show)
+        if show is False or not total:
+            yield lambda _: None
+            return
+        rates, plan = self.rates or Rates(), self.plan
+        job = plan_of(rates)
+        forecast = forecast_of(
+            self.sizes, plan.resident, plan.ring_bytes, plan.rider_tokens, plan.sweep_tokens, job, rates
+        )
+        if show is True:
+            from slowllm.entrypoints.progress import progress
+
+            shown = progress(
+                self, job, noun=noun, total=total, forecast=forecast, stops_a_sweep=stops_a_sweep
+            )
+            with shown as count:
+                yield count
+            return
+        with telling(self, Gauge(self, forecast.num_sweeps, stops_a_sweep), show):
+            yield lambda _: None
+
+    def _repr_html_(self) -> str:
+        if not self._finalizer.alive:
+            return f"<div>{text_html(repr(self))}</div>"
+        plan, config = self.plan, self.config.get_text_config()
+        held = f"{len(self.resident)} of {counted(self.num_stops, 'stop')}"
+        facts = [
+            ("model", type(self.model).__name__),
+            ("size", f"{self.part_name}, hidden size {config.hidden_size:,}, vocabulary {config.vocab_size:,}"),
+            ("compute dtype", str(self.model.dtype).removeprefix("torch.")),
+            ("a sweep", format_bytes(self.weight_bytes)),
+            ("budget", f"{format_binary(self._budget_bytes)}, of which the model takes {format_binary(plan.peak_bytes)}"),
+            ("in memory", f"{held}, {format_bytes(plan.resident_bytes)}" if plan.ring_bytes else "all"),
+        ]  # fmt: skip
+        if plan.ring_bytes:
+            is_known = self.rates is not None and self.rates.disk_measured
+            disk = f"{format_bytes(self.rates.disk)}/s" if self.rates and is_known else "not measured"
+            facts.append(("disk", f"{disk}; {format_bytes(self.report.read_bytes)} read so far"))
+        if self.soft_prompt is not None:
+            facts.append(("soft prompt", counted(self.num_virtual_tokens, "token")))
+        if self.swarm is not None:
+            facts.append(("blocks", "in the swarm"))
+        return facts_html(self.name, facts)
 
 
 def load(
@@ -180,6 +306,7 @@ def load(
     prompt: str | os.PathLike[str] | SoftPrompt | None = None,
     poison: bool = False,
     swarm: str | Sequence[str] | SwarmOptions = (),
+    progress: ShowProgress = False,
 ) -> LM:
     """Open a Hugging Face checkpoint for streaming. Reads headers and small tensors only.
 
@@ -204,6 +331,8 @@ def load(
         swarm: multiaddress of a peer of a swarm that computes the blocks, as `slowllm serve` prints it, several of them, or
             `SwarmOptions`. The folder then needs only config, tokenizer, embedding, norm and head, and all that is said
             here of blocks and budgets holds for these.
+        progress: of the model's calls, see `LM`. With True, disk and processor are measured where nobody did, which
+            takes about a second with a large model, so that a call can say how long it takes.
     Raises:
         CheckpointError: a file is missing, damaged or of a kind that is not streamed.
         ArchitectureError: the model does not fit the carousel.
@@ -215,6 +344,21 @@ def load(
         "keep_resident": resident if keep_resident is None else keep_resident, "granularity": granularity,
         "prompt": prompt, "poison": poison,
     }  # fmt: skip
+    check_show(progress)
+    if progress is True and rates is None and not swarm and device == "cpu":
+        # Before the model takes its memory. The plan does not depend on it, and so no rounding does.
+        info = model if isinstance(model, ModelInfo) else ModelInfo(model, prompt)
+        rates = quick_rates(info.folder, parse_dtype(dtype))
+    lm = _open(model, swarm, options)
+    lm.progress, lm.rates = progress, rates
+    return lm
+
+
+def _open(
+    model: str | os.PathLike[str] | ModelInfo,
+    swarm: str | Sequence[str] | SwarmOptions,
+    options: dict[str, Any],
+) -> LM:
     if not swarm:
         return open_model(LM, model, **options)
     from slowllm.swarm.client import open_client, options_of

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slowllm.errors import InputError, counted
+from slowllm.html import escaped, table_html, text_html
 from slowllm.inference.text import TextSide, encode_text, max_line_tokens
 
 # Settings that say how tokens are drawn.
@@ -146,6 +147,17 @@ class Continuation:
     log_probs: tuple[float, ...] | None = None
     top_log_probs: tuple[dict[int, float], ...] | None = None
     eos: tuple[int, float, dict[int, float]] | None = None
+
+    def figures(self) -> list[tuple[str, str]]:
+        """Return what a reader wants to know, by names."""
+        found = [("tokens", f"{len(self.ids):,}"), ("ended by", self.finish_reason)]
+        if self.log_probs:
+            found.append(("log-likelihood", f"{math.fsum(self.log_probs):.4f}"))
+        return found
+
+    def _repr_html_(self) -> str:
+        names, values = zip(*self.figures(), strict=True)
+        return f"<div>{text_html(self.text)}{table_html([[escaped(value) for value in values]], names)}</div>"
 
 
 # Called on a rider's thread with the number of a prompt (from 0), of its continuation, and the ids it has so far,

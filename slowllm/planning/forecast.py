@@ -132,6 +132,11 @@ def reads_of(sizes: Sizes, job: Job) -> list[int]:
     return reads
 
 
+def num_passages(sizes: Sizes, job: Job) -> int:
+    """Return how many stops a sweep serves: where it turns, those of the way down are counted again."""
+    return len(_course(sizes, job))
+
+
 def _course(sizes: Sizes, job: Job) -> list[tuple[int, float]]:
     """Return the stops of a sweep in order, each with the work there: 1 for a forward pass.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from slowllm.errors import PlanError
+from slowllm.html import facts_html
 from slowllm.options import MIB, format_binary
 from slowllm.planning.forecast import Forecast, compute_seconds, forecast_of, reads_of
 from slowllm.planning.job import ASSUMED_LENGTH, Granularity, Job, Rates, Sizes
@@ -64,6 +65,26 @@ class Plan:
     longest: int = ASSUMED_LENGTH
     unused: frozenset[int] = frozenset()
     keeps_graph: bool = False
+
+    def _repr_html_(self) -> str:
+        forecast = self.forecast
+        disk = "assumed rates" if not forecast.is_measured else "measured rates"
+        return facts_html(
+            f"plan of {self.granularity}",
+            [
+                ("memory", format_binary(self.peak_bytes)),
+                ("resident", f"{len(self.resident)} stops, {format_binary(self.resident_bytes)}"),
+                ("ring", format_binary(self.ring_bytes) if self.ring_bytes else "none: nothing is streamed"),
+                ("tokens of a micro-batch", f"{self.rider_tokens:,}"),
+                ("tokens of a sweep", f"{self.sweep_tokens:,}"),
+                ("longest sequence", f"{self.longest:,} tokens"),
+                ("sweeps", f"{forecast.num_sweeps:,}"),
+                (
+                    "a sweep",
+                    f"{forecast.first_seconds:.3g} s, later {forecast.later_seconds:.3g} s, at {disk}",
+                ),
+            ],
+        )
 
 
 def make_plan(

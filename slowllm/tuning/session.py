@@ -25,7 +25,6 @@ from torch import Tensor
 
 from slowllm.errors import PlanError, SlowLLMError, StateError, TuningError
 from slowllm.modeling.soft_prompt_files import check_folder, save_prompt
-from slowllm.modeling.soft_prompts import SoftPrompt
 from slowllm.options import parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.job import Job, Rates
@@ -40,9 +39,9 @@ from slowllm.streaming.hints import Reach
 from slowllm.tuning.frozen_activations import FrozenActivations
 from slowllm.tuning.initialization import above, starts_of
 from slowllm.tuning.passes import MAX_RIDERS, Learned, judgement, pass_frozen_blocks, step_of
-from slowllm.tuning.recipe import Recipe
 from slowllm.tuning.step_jobs import RIDER_TOKENS, TrialPlan, frozen_job, row_tokens, step_job, trial_bytes
 from slowllm.tuning.trial import Trial, restored_start
+from slowllm.tuning.tuned import Record, Tuned
 
 log = logging.getLogger(__name__)
 
@@ -51,31 +50,11 @@ FROZEN_SHARE = 0.125
 # How long the prompts in the folder of results may lag behind.
 SAVE_SECONDS = 30.0
 
-Record = dict[str, Any]
 if TYPE_CHECKING:
     from slowllm.swarm.client import SwarmOptions
 
 # Called with a model, its job, the phase in words, and the peak memory of the process.
 OnOpen = Callable[[StreamedLM, Job, str, int], Any]
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """The outcome of a trial.
-
-    Attributes:
-        name: of the trial.
-        prompt: the best by validation, else the last.
-        recipe: how it was tuned.
-        records: of its steps and validations, in order.
-        failure: why it stopped early, if something was wrong.
-    """
-
-    name: str
-    prompt: SoftPrompt
-    recipe: Recipe
-    records: tuple[Record, ...]
-    failure: str | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
 
 import slowllm
+from slowllm.entrypoints.api_tune import tune
 from slowllm.entrypoints.cli.app import app
 from slowllm.errors import InputError, PlanError, SlowLLMError, StateError, TuningError
 from slowllm.modeling import soft_prompt_files
@@ -39,7 +40,7 @@ from slowllm.tuning.recipe import Recipe
 from slowllm.tuning.rows import NumberedExample
 from slowllm.tuning.session import RunOptions
 from slowllm.tuning.trial import Trial
-from slowllm.tuning.tune import tune, tune_tasks
+from slowllm.tuning.tune import tune_tasks
 from tests.support.cases import crossed, quick_and_long
 from tests.support.families import VOCAB
 from tests.support.paths import ROOT, TINY_BLOOM

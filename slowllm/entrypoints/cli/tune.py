@@ -19,7 +19,7 @@ from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.errors import InputError, counted
 from slowllm.files import system_errors
-from slowllm.options import format_binary, format_bytes
+from slowllm.options import format_bytes
 
 if TYPE_CHECKING:
     from slowllm.planning.job import Job
@@ -217,8 +217,9 @@ def tune(
     )
     runner.load_libraries()
     info = runner.info
+    from slowllm.entrypoints.api_tune import tune
     from slowllm.tuning.session import RunOptions
-    from slowllm.tuning.tune import phases_of, tune
+    from slowllm.tuning.tune import phases_of
 
     if dry_run:
         phases = phases_of(
@@ -277,32 +278,11 @@ def _interrupted(out: Path) -> Iterator[None]:
 
 def _announce(lm: StreamedLM, job: Job, what: str, peak_bytes: int, status: contextlib.ExitStack) -> None:
     """Print what a phase takes; then show where the carousel is, instead of what `status` shows."""
-    from slowllm.entrypoints.progress import duration, steps
+    from slowllm.entrypoints.progress import line_of_steps, steps
 
-    plan, forecast = lm.plan, lm.plan.forecast
-    held, about = "all that is used fits in memory", ""
-    of_what = "weights" if lm.swarm is None else "weights here, blocks in the swarm"
-    if plan.ring_bytes:
-        num_used = lm.num_stops - len(plan.unused)
-        held = f"{len(lm.resident - plan.unused)} of {counted(num_used, 'stop')} stay in memory"
-    if job.turns:
-        if plan.ring_bytes and forecast.is_measured:
-            later = forecast.later_seconds * max(1, forecast.num_sweeps)
-            about = (
-                f"; about {duration(forecast.first_seconds)} for the first step and "
-                f"{duration(later)} for each later one"
-            )
-        line = f"steps of up to {counted(job.num_tokens or 0, 'token')}{about}"
-    else:
-        if plan.ring_bytes and forecast.is_measured:
-            about = f", about {duration(forecast.seconds)}"
-        line = f"{what}: {counted(job.num_tokens or 0, 'token')}, once{about}"
-    print(
-        f"{lm.name}: {format_bytes(lm.weight_bytes)} of {of_what}, {held}; {line}; at most {format_binary(peak_bytes)} of RAM",
-        file=sys.stderr,
-    )
+    print(line_of_steps(lm, job, what, peak_bytes), file=sys.stderr)
     status.close()
-    status.enter_context(steps(lm, what))
+    status.enter_context(steps(lm, job, what))
 
 
 # What a run writes at the top of its folder.

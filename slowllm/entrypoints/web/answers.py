@@ -23,13 +23,13 @@ from slowllm.entrypoints.web.judging import (
 )
 from slowllm.entrypoints.web.words import (
     bars_html,
-    escaped,
     paragraph,
     progress_html,
     scale_html,
     tokens_html,
 )
 from slowllm.errors import InputError, RideError, SlowLLMError, counted
+from slowllm.html import escaped
 from slowllm.inference.choices import Chosen, Item, Normalize
 
 

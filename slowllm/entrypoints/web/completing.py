@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from slowllm.entrypoints.web.desk import Desk, Errand
-from slowllm.entrypoints.web.pieces import pieces_of
 from slowllm.entrypoints.web.texts import refuse_long
 from slowllm.entrypoints.web.waiting import Bell, until_done, where
 from slowllm.entrypoints.web.words import ShownToken
 from slowllm.errors import InputError, counted
 from slowllm.inference.continuation import text_of
 from slowllm.inference.generation_types import SAMPLING, Continuation, Prompt, Settings, encode_prompt
+from slowllm.inference.pieces import pieces_of
 from slowllm.inference.service_types import Ask, PartialContinuation
 
 KIND = "complete"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from slowllm.entrypoints.web.completing import likeliest
 from slowllm.entrypoints.web.desk import Desk, Errand
-from slowllm.entrypoints.web.pieces import pieces_of
 from slowllm.entrypoints.web.texts import refuse_long
 from slowllm.entrypoints.web.waiting import Bell, until_done, where
 from slowllm.entrypoints.web.words import ShownToken
@@ -18,6 +17,7 @@ from slowllm.errors import InputError
 from slowllm.inference.choices import Chosen, Encoded, Item, Normalize, encode_item, judge
 from slowllm.inference.generation_types import Prompt, Settings
 from slowllm.inference.likelihood import Likelihood
+from slowllm.inference.pieces import pieces_of
 from slowllm.inference.prompt_scores import PromptScores
 from slowllm.inference.service_types import Ask
 from slowllm.inference.text import Query, encode_pair

@@ -16,7 +16,8 @@ from slowllm.entrypoints.web.bodies import MAX_BODY_BYTES, BoundedBodies
 from slowllm.entrypoints.web.desk import Desk
 from slowllm.entrypoints.web.files import MAX_UPLOAD_BYTES
 from slowllm.entrypoints.web.machine import MachineView
-from slowllm.entrypoints.web.words import escaped, paragraph
+from slowllm.entrypoints.web.words import paragraph
+from slowllm.html import escaped
 
 # How often the tab of the machine is renewed while it is looked at.
 _RENEW_SECONDS = 1.0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-# The surprisal, in nats, from which on a token has the full colour.
-FULL_NATS = 10.0
+from slowllm.html import FULL_NATS, escaped, surprisal_style, visible
+
 # More stops than this are drawn together.
 _MOST_SEGMENTS = 120
 
@@ -28,11 +27,6 @@ class ShownToken:
     likeliest: tuple[tuple[str, float], ...] = ()
 
 
-def escaped(text: object) -> str:
-    """Return a text that stands in HTML for itself."""
-    return html.escape(str(text))
-
-
 def paragraph(text: str, kind: str = "status") -> str:
     """Return a paragraph of a class of the page's style sheet."""
     return f'<p class="{kind}">{escaped(text)}</p>'
@@ -44,15 +38,14 @@ def tokens_html(tokens: Iterable[ShownToken]) -> str:
 
 
 def _token_html(token: ShownToken) -> str:
-    shown = escaped(token.text).replace("\n", "&crarr;\n") or "&middot;"
+    shown = visible(token.text)
     if token.log_prob is None:
         return f"<span>{shown}</span>"
     nats = -token.log_prob + 0.0
     lines = [f"surprisal {nats:.3f} nats, probability {math.exp(token.log_prob):.3g}"]
     lines += [f"{text!r} {math.exp(log_prob):.3g}" for text, log_prob in token.likeliest]
-    alpha = min(1.0, nats / FULL_NATS) * 0.8
     return (
-        f'<span class="token" data-nats="{nats:.3f}" style="background-color: rgba(224, 80, 32, {alpha:.3f})" '
+        f'<span class="token" data-nats="{nats:.3f}" style="{surprisal_style(token.log_prob)}" '
         f'title="{escaped(chr(10).join(lines))}">{shown}</span>'
     )
 

@@ -17,7 +17,7 @@ from slowllm.entrypoints.web import answers, texts
 from slowllm.entrypoints.web.answers import Shown
 from slowllm.entrypoints.web.completing import settings_of
 from slowllm.entrypoints.web.files import MAX_FILES
-from slowllm.entrypoints.web.pieces import pieces_of
+from slowllm.inference.pieces import pieces_of
 from slowllm.errors import InputError, RideError
 from slowllm.inference import generation
 from slowllm.inference.choices import Item, choose, encode_item
