@@ -99,9 +99,12 @@ def telling(lm: StreamedLM, gauge: Gauge, tell: Callable[[JobProgress], object])
             with lock:
                 if errors or has_ended:  # the carousel may report one more stop
                     return
-                last = gauge.at(passage.stop + 1)
+                at = gauge.at(passage.stop + 1)
+                if at.done <= last.done:  # the last stop of an earlier job
+                    return
+                last = at
                 try:
-                    tell(last)
+                    tell(at)
                 except BaseException as error:  # raised by the thread that waits for the job
                     errors.append(error)
             if errors:
