@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_a_call_of_nothing_tells_nothing(lm: slowllm.LM) -> None:
 
 def test_tuning_tells_of_its_steps_phase_by_phase() -> None:
     told: list[JobProgress] = []
-    options = {"steps": 2, "tokens": 2, "dtype": "fp32", "resident": False}
+    options: dict[str, Any] = {"steps": 2, "tokens": 2, "dtype": "fp32", "resident": False}
     slowllm.tune(TINY_BLOOM, EXAMPLES, progress=told.append, **options)
     assert {one.num_sweeps for one in told} == {2}
     assert (told[0].done, told[-1].sweep) == (0, 2)
@@ -222,8 +223,12 @@ def test_slow_sweeps_of_tuning_are_explained(
     forecast = Forecast(1, 1e-6, 1e-6, 1e-6, 1e-6, 0.0, 10**12, is_measured=True)
     monkeypatch.setattr(lm, "plan", replace(lm.plan, forecast=forecast))
     ids = lm.tokenizer("The value is returned.", return_tensors="pt")["input_ids"]
+
+    def step() -> None:
+        embedded = lm.model.get_input_embeddings()(ids).requires_grad_()
+        lm.model(inputs_embeds=embedded, labels=ids).loss.backward()
+
     with steps(lm, Job(64, 64, turns=True), "steps"):
         for _ in range(2):  # the last stop of a ride may be reported after its end
-            embedded = lm.model.get_input_embeddings()(ids).requires_grad_()
-            lm.ride([lambda: lm.model(inputs_embeds=embedded, labels=ids).loss.backward()])
+            lm.ride([step])
     assert capsys.readouterr().err.startswith("slowllm: the last sweep took ")

@@ -17,11 +17,11 @@ from slowllm.entrypoints.web import answers, texts
 from slowllm.entrypoints.web.answers import Shown
 from slowllm.entrypoints.web.completing import settings_of
 from slowllm.entrypoints.web.files import MAX_FILES
-from slowllm.inference.pieces import pieces_of
 from slowllm.errors import InputError, RideError
 from slowllm.inference import generation
 from slowllm.inference.choices import Item, choose, encode_item
 from slowllm.inference.generation_types import Prompt, Settings, encode_prompt
+from slowllm.inference.pieces import pieces_of
 from slowllm.inference.scoring import score_queries
 from slowllm.inference.service_types import Ask
 from slowllm.inference.text import encode_pair
