@@ -110,6 +110,8 @@ def progress(
 
         with lm.watching(on_passage):
             yield count
+        # A notebook keeps what was shown last.
+        update(facts=facts(gauge.at(stops_a_sweep or lm.num_stops)))
 
 
 def line_of(lm: StreamedLM, job: Job, forecast: Forecast, num_resumed: int = 0) -> str:
