@@ -92,7 +92,7 @@ def show(base_url: str) -> None:
 
     # `echo` scores the prompt itself; of `max_tokens`, 0 make no new token.
     answer = ask(
-        base_url, "completions", model="any", prompt="The value is returned.", max_tokens=0, echo=True, logprobs=0
+        base_url, "completions", model="any", prompt="The value is returned.", max_tokens=0, echo=True, logprobs=1
     )  # fmt: skip
     log_probs = answer["choices"][0]["logprobs"]
     for token, log_prob in zip(log_probs["tokens"], log_probs["token_logprobs"], strict=True):
