@@ -17,6 +17,7 @@ from slowllm.planning.forecast import Forecast
 from slowllm.planning.job import Job, Rates
 from tests.support.paths import TINY_BLOOM
 from tests.support.processes import Processes
+from tests.support.terminal import lines_on_screen, run_python_on_terminal
 
 EXAMPLES = [
     {"prompt": "The value is", "answer": " returned."},
@@ -95,6 +96,20 @@ def test_off_a_terminal_one_line_says_what_a_call_takes(
     slowllm.tune(TINY_BLOOM, EXAMPLES, steps=1, dtype="fp32", progress=True)
     (line,) = capsys.readouterr().err.splitlines()
     assert "; steps of up to " in line
+
+
+def test_a_terminal_shows_a_bar_while_a_call_goes_on(processes: Processes) -> None:
+    code = f"""
+import slowllm
+with slowllm.load({str(TINY_BLOOM)!r}, dtype="fp32", resident=False, progress=True) as lm:
+    lm.generate(["The value is", "Return the"], max_new_tokens=3)
+"""
+    ended, written = run_python_on_terminal(processes, "-c", code, columns=160)
+    assert ended.returncode == 0
+    for fact in ("sweep 1 of 3", " of 11, 0 of 2 prompts, ", " elapsed"):
+        assert fact in written
+    (line,) = [line for line in lines_on_screen(written) if line.strip()]
+    assert line.startswith("tiny-bloom: 7.5 MB a sweep"), "the bar is gone"
 
 
 def test_where_the_machine_was_measured_the_line_says_how_long_a_call_takes(

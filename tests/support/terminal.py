@@ -33,12 +33,15 @@ def lines_on_screen(written: str) -> list[str]:
 
 
 def run_on_terminal(processes: Processes, *arguments: object, columns: int = 120) -> tuple[Ended, str]:
-    """Run the command line on a terminal of its own; return how it ended, and all that was written to the terminal."""
+    """Run the command line on a terminal of its own; see `run_python_on_terminal`."""
+    return run_python_on_terminal(processes, "-m", "slowllm", *arguments, columns=columns)
+
+
+def run_python_on_terminal(processes: Processes, *arguments: object, columns: int = 120) -> tuple[Ended, str]:
+    """Run Python on a terminal of its own; return how it ended, and all that was written to the terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (30, columns))
-    started = processes.start(
-        "-m", "slowllm", *arguments, stdin=theirs, stdout=theirs, stderr=theirs, env={"TERM": "xterm"}
-    )
+    started = processes.start(*arguments, stdin=theirs, stdout=theirs, stderr=theirs, env={"TERM": "xterm"})
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # which is how a terminal ends
