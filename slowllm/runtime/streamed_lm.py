@@ -39,7 +39,7 @@ from slowllm.streaming.mapped_stops import MappedStops
 from slowllm.streaming.reader import Reader
 from slowllm.streaming.ride import Ride
 from slowllm.streaming.rng_state import SharedGenerators
-from slowllm.streaming.stops import Passage, Stops, Weights
+from slowllm.streaming.stops import Passage, StopRead, Stops, Weights
 
 T = TypeVar("T")
 JobT = TypeVar("JobT", bound=Callable[[], Any])
@@ -78,6 +78,7 @@ class StreamedLM:
         device_placement: the devices, if blocks are not computed on the processor.
         num_stops: of the carousel: blocks or their leaves, then chunks of the head.
         weight_bytes: of one sweep, as stored.
+        budget_bytes: that the process may take.
         swarm: the machines that hold the blocks; None where they are here.
     """
 
@@ -101,7 +102,9 @@ class StreamedLM:
         self.weight_bytes = layout.weight_bytes
         self.swarm: Any = None
         self._watchers: list[Callable[[Passage], None]] = []
-        self._source, self._checkpoint, self._budget_bytes = source, checkpoint, budget.total_bytes
+        self._read_watchers: list[Callable[[StopRead], None]] = []
+        source.on_read = functools.partial(_report_read, weakref.ref(self))
+        self._source, self._checkpoint, self.budget_bytes = source, checkpoint, budget.total_bytes
         devices = [] if device_placement is None else device_placement.devices
         generators = SharedGenerators([device.generator for device in devices])
         self._carousel = Carousel(stops, functools.partial(_report_passage, weakref.ref(self)), generators)
@@ -293,6 +296,18 @@ class StreamedLM:
         finally:
             self._watchers.remove(watcher)
 
+    @contextlib.contextmanager
+    def watching_reads(self, watcher: Callable[[StopRead], None]) -> Iterator[None]:
+        """Call `watcher` with every stop that has been read from files, as long as the context lasts.
+
+        It is called on a thread that reads, so it must neither raise nor take long.
+        """
+        self._read_watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self._read_watchers.remove(watcher)
+
     def __repr__(self) -> str:
         if not self._finalizer.alive:
             return f"<{type(self).__name__} {self.name}, closed>"
@@ -305,7 +320,7 @@ class StreamedLM:
         return (
             f"<{type(self).__name__} {self.name}: {type(self.model).__name__}, {self.part_name}, "
             f"{str(self.model.dtype).removeprefix('torch.')}, {format_bytes(self.weight_bytes)} a sweep, budget "
-            f"{format_binary(self._budget_bytes)}, {held}{prompt}>"
+            f"{format_binary(self.budget_bytes)}, {held}{prompt}>"
         )
 
     def close(self) -> None:
@@ -325,6 +340,12 @@ def _report_passage(handle: weakref.ref[StreamedLM], passage: Passage) -> None:
     lm = handle()
     for watcher in [] if lm is None else lm._watchers.copy():
         watcher(passage)
+
+
+def _report_read(handle: weakref.ref[StreamedLM], read: StopRead) -> None:
+    lm = handle()
+    for watcher in [] if lm is None else lm._read_watchers.copy():
+        watcher(read)
 
 
 def _release(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.spans import Placement, Run
 from slowllm.streaming.buffers import PAGE
 from slowllm.streaming.reader import Reader
-from slowllm.streaming.stops import Weights
+from slowllm.streaming.stops import StopRead, Weights
 
 
 class MappedStops:
@@ -47,6 +47,15 @@ class MappedStops:
         with self._rest.visit(stop, upcoming) as rest:
             self._checkpoint.check_runs(self._furthest[stop])
             yield {**mapped[stop], **rest}
+
+    @property
+    def on_read(self) -> Callable[[StopRead], None] | None:
+        """Called with each stop whose rest has been read; see `Reader`."""
+        return self._rest.on_read
+
+    @on_read.setter
+    def on_read(self, watcher: Callable[[StopRead], None] | None) -> None:
+        self._rest.on_read = watcher
 
     def held_weights(self, stop: int) -> Weights | None:
         """Return the maps of a stop that is all in maps; None for another one, and after `close`.

@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from slowllm.streaming.direct_io import Files
 from slowllm.streaming.prefetch import PrefetchedStops
 from slowllm.streaming.read_requests import ReadRequest, in_file_order, lead_of, requests_of, ring_bytes_of
 from slowllm.streaming.ring import LoadedStop, Ring, smallest_ring
-from slowllm.streaming.stops import Weights
+from slowllm.streaming.stops import StopRead, Weights
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ class Reader(PrefetchedStops[LoadedStop, _Read]):
         num_threads: reads in flight.
         request_bytes: size of one read.
         poison: fill every streamed tensor with NaN when its stop is given back, to show whoever still uses it.
+    Attributes:
+        stats: what reading cost so far.
+        on_read: called with each stop that has been read whole, on the thread that read the last of it; must not raise.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Reader(PrefetchedStops[LoadedStop, _Read]):
         assert ring_bytes >= smallest_ring(streamed), "the ring cannot hold the largest stop"
         super().__init__(len(stops), [f"slowllm-read-{number}" for number in range(num_threads)])
         self.stats = ReadStats()
+        self.on_read: Callable[[StopRead], None] | None = None
         self._stops = [in_file_order(stop) for stop in stops]
         self._resident = resident
         self._request_bytes = page_up(request_bytes)
@@ -182,6 +186,8 @@ class Reader(PrefetchedStops[LoadedStop, _Read]):
                     return None if self._ring.loaded.get(stop) is slot else self._next_work()
             if slot.requests:
                 slot.num_in_flight += 1
+                if slot.began_at is None:
+                    slot.began_at = time.perf_counter()
                 return _Read(slot, *slot.requests.popleft())
         return None
 
@@ -229,17 +235,24 @@ class Reader(PrefetchedStops[LoadedStop, _Read]):
                 self._files.close()
 
     def _finish(self, read: _Read, error: BaseException | None) -> None:
+        done: StopRead | None = None
         with self._changed:
             slot = read.slot
             slot.num_in_flight -= 1
             if error is None:
                 self.stats.read_bytes += read.request.needed
+                slot.read_bytes += read.request.needed
+                # A stop that was given up meanwhile is not there.
+                if slot.ready and self._ring.loaded.get(slot.stop) is slot and slot.began_at is not None:
+                    done = StopRead(slot.stop, slot.began_at, time.perf_counter(), slot.read_bytes)
             elif self._ring.loaded.get(slot.stop) is slot:
                 self._ring.evict(slot)
                 self._errors[slot.stop] = error
                 self._changed.notify_all()
             if not slot.num_in_flight:  # the stop may be ready, or its extents may be free
                 self._changed.notify_all()
+        if done is not None and self.on_read is not None:
+            self.on_read(done)
 
     def _fill(self, region: np.ndarray, request: ReadRequest, bounce: np.ndarray) -> None:
         length = request.end - request.begin

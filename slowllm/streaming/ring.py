@@ -45,6 +45,8 @@ class LoadedStop:
         regions: the memory of each.
         num_in_flight: reads under way.
         held: whether a visitor holds it.
+        began_at: when its first read began, by `time.perf_counter`; None where none has.
+        read_bytes: bytes read so far.
     """
 
     stop: int
@@ -55,6 +57,8 @@ class LoadedStop:
     regions: list[np.ndarray] = field(default_factory=list)
     num_in_flight: int = 0
     held: bool = False
+    began_at: float | None = None
+    read_bytes: int = 0
 
     @property
     def ready(self) -> bool:

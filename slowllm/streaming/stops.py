@@ -49,6 +49,23 @@ class Passage:
     compute_seconds: float
 
 
+@dataclass(frozen=True)
+class StopRead:
+    """How a stop came from files into memory.
+
+    Attributes:
+        stop: its number.
+        began_at: when its first read began, by `time.perf_counter`.
+        ended_at: when its last read ended; reads of other stops may lie between the two.
+        read_bytes: bytes read from files.
+    """
+
+    stop: int
+    began_at: float
+    ended_at: float
+    read_bytes: int
+
+
 @dataclass
 class Totals:
     """The sums of all passages since the carousel began; complete whenever a result is handed over."""

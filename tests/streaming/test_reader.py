@@ -13,6 +13,7 @@ import random
 import shutil
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ from slowllm.streaming.mapped_stops import MappedStops
 from slowllm.streaming.read_requests import ring_bytes_of
 from slowllm.streaming.reader import Reader
 from slowllm.streaming.ring import smallest_ring
+from slowllm.streaming.stops import StopRead
 from tests.support.properties import num_examples
 
 Stop = tuple[Placement, ...]
@@ -187,6 +189,27 @@ def open_files() -> int:
 
 
 # The right bytes, whatever is guessed
+
+
+def test_each_stop_that_was_read_is_told_with_its_time_and_bytes(files: list[Path]) -> None:
+    stops = some_stops(3, files)
+    assert any(stops)
+    told: list[StopRead] = []
+    with closing(
+        Reader(stops, ring_bytes=smallest_of(stops), request_bytes=PAGE, resident=frozenset({1}))
+    ) as reader:
+        reader.on_read = told.append
+        started = time.perf_counter()
+        for _ in range(2):
+            for stop in range(len(stops)):
+                with reader.visit(stop, range(stop + 1, len(stops))):
+                    pass
+    # Only once the threads have ended is the last one told for certain.
+    assert sum(read.read_bytes for read in told) == reader.stats.read_bytes
+    streamed = {n for n, stop in enumerate(stops) if any(p.num_bytes for p in stop)}
+    assert {read.stop for read in told} == streamed
+    assert [read.stop for read in told].count(1) == (1 in streamed)
+    assert all(started <= read.began_at <= read.ended_at for read in told)
 
 
 @fuzz
