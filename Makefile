@@ -46,7 +46,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev,tune,eval,store,swarm,api,web]'
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev,tune,eval,store,swarm,api,web,report]'
 	touch $@
 
 clean:

@@ -261,7 +261,7 @@ class Carousel:
             self.totals.compute_seconds += seconds
             try:
                 if self._on_passage is not None:
-                    self._on_passage(Passage(stop, "up", 1, 0.0, seconds))
+                    self._on_passage(Passage(stop, "up", 1, 0.0, seconds, started))
             finally:
                 local.is_computing = False
 
@@ -337,7 +337,8 @@ class Carousel:
             self._boarding.dismiss_at(stop, error)
             return
         if self._on_passage is not None and num_passed:
-            self._on_passage(Passage(stop, course.direction, num_passed, wait_seconds, compute_seconds))
+            passed = Passage(stop, course.direction, num_passed, wait_seconds, compute_seconds, started)
+            self._on_passage(passed)
 
     def _pass_next(self, course: Course, weights: Weights) -> float | None:
         """Serve the next visit to this stop; return the seconds that it took, None if there is none."""

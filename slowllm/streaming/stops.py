@@ -40,6 +40,7 @@ class Passage:
         num_passed: visits served.
         wait_seconds: until the stop's weights were there.
         compute_seconds: that the visits took.
+        began_at: when the carousel came to the stop, by `time.perf_counter`.
     """
 
     stop: int
@@ -47,6 +48,7 @@ class Passage:
     num_passed: int
     wait_seconds: float
     compute_seconds: float
+    began_at: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ def test_a_forward_and_backward_ride_visits_the_turning_stop_once(make: Make, nu
     assert [passage.stop for passage in passages] == stops.visited
     assert [passage.direction for passage in passages] == ["up"] * 4 + ["down"] * 3
     assert [passage.num_passed for passage in passages] == [num_riders * n for n in (1, 1, 1, 2, 1, 1, 1)]
+    ends = [passage.began_at + passage.wait_seconds + passage.compute_seconds for passage in passages]
+    assert all(end <= later.began_at for end, later in zip(ends, passages[1:], strict=False))
 
 
 def test_steps_of_training_follow_each_other_without_a_stop_twice(make: Make) -> None:

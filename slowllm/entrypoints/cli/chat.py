@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from slowllm.entrypoints.cli import options
+from slowllm.entrypoints.cli.left_aside import name_settings_left_aside
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.errors import InputError
@@ -89,7 +90,7 @@ def chat(
         num_tokens=context, longest=context, repeated=True, forward_only=True, keeps_results=False,
         num_passes=min(settings.max_new_tokens, context), rows=((row_of(1, settings), 1),),
     )  # fmt: skip
-    runner.name_settings_left_aside()
+    name_settings_left_aside(runner.info)
     with runner.open(job) as lm:
         if info.folder == find_folder(DEFAULT):
             print(TOY)

@@ -21,6 +21,8 @@ from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.entrypoints.cli.verb import add_verb, example
 from slowllm.entrypoints.lm_eval_command import ALLOW_DOWNLOADS, check_arguments, stay_offline
+from slowllm.entrypoints.report.recorder import reporting
+from slowllm.entrypoints.report.results import QuestionAnswered
 from slowllm.errors import InputError, counted
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ def boolq(
     as_json: JsonOption = False,
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    report: options.Report = None,
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -105,6 +108,7 @@ def boolq(
         overwrite=overwrite, dry_run=dry_run, swarm=swarm,
     )  # fmt: skip
     out = runner.check_output(out, data, template_file)
+    report = runner.check_report(report, data, template_file)
     _check_packages(data)
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import (
@@ -126,7 +130,7 @@ def boolq(
     items, cut = _encode(runner.info, questions, place_of, normalize, truncate)
     about = {"task": "boolq", "data": data, "templates_from": source, "normalize": normalize}
     options_given = {"subset": subset, "split": split, "limit": limit, "truncate": truncate}
-    _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json)
+    _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json, report)
 
 
 @takes_swarm
@@ -150,6 +154,7 @@ def task(
     as_json: JsonOption = False,
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    report: options.Report = None,
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -164,6 +169,7 @@ def task(
         overwrite=overwrite, dry_run=dry_run, swarm=swarm,
     )  # fmt: skip
     out = runner.check_output(out, data, template_file)
+    report = runner.check_report(report, data, template_file)
     _check_packages(data)
     from slowllm.inference import eval_tasks
     from slowllm.inference.prompt_templates import make_questions, read_templates, select_templates
@@ -176,7 +182,7 @@ def task(
     items, cut = _encode(runner.info, questions, place_of, normalize, truncate)
     about = {"data": data, "templates_from": str(template_file), "normalize": normalize}
     options_given = {"subset": subset, "split": split, "limit": limit, "truncate": truncate}
-    _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json)
+    _evaluate(runner, chosen, questions, items, cut, about, options_given, out, as_json, report)
 
 
 add_verb(eval_app, boolq, "slowllm eval boolq --data boolq.jsonl --templates all --out answers.jsonl")
@@ -234,6 +240,7 @@ def _evaluate(
     options_given: Mapping[str, Any],
     out: Path | None,
     as_json: bool,
+    report: Path | None,
 ) -> None:
     """Answer all questions; write each prediction, and print the accuracy of each template."""
     from slowllm.inference import choices, eval_tasks
@@ -255,12 +262,14 @@ def _evaluate(
         }
 
     with contextlib.ExitStack() as stack:
-        opened = runner.open_for_queries(queries, settings, "question", len(questions))
+        told = stack.enter_context(reporting(report, f"slowllm eval {about.get('task', 'task')}"))
+        opened = runner.open_for_queries(queries, settings, "question", len(questions), told)
         lm, saved, count = stack.enter_context(opened)
         write = None if out is None else stack.enter_context(json_writer(out))
         judgements = choices.choose(lm, items, relative=relative, state=saved)
         for number, (question, judged) in enumerate(zip(questions, judgements, strict=True)):
             tally.add(question, judged.best)
+            told.add(QuestionAnswered(question, judged))
             count(0)
             if write is not None:
                 write(_prediction(question, judged, number in cut))

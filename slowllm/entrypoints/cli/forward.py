@@ -25,6 +25,8 @@ from slowllm.entrypoints.cli.output import (
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.entrypoints.cost import cost_of, times_of
+from slowllm.entrypoints.report.recorder import reporting
+from slowllm.entrypoints.report.results import LineScored
 from slowllm.errors import InputError, counted
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ def forward(
     swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    report: options.Report = None,
     save_every: Annotated[
         float,
         typer.Option(
@@ -101,6 +104,7 @@ def forward(
         overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
     out = runner.check_output(out, *files)
+    report = runner.check_report(report, *files)
     runner.load_libraries()
     from slowllm.entrypoints.progress import progress
     from slowllm.inference.lines import Lines, ScoreTotals, describe, job_of, score_lines
@@ -117,7 +121,12 @@ def forward(
     if dry_run:
         runner.print_plan(job, as_json=as_json)
         return
-    with runner.open(job) as lm, runner.resuming(lambda: describe(lm, lines, before), save_every) as saved:
+    with (
+        reporting(report, "slowllm forward") as told,
+        runner.open(job) as lm,
+        runner.resuming(lambda: describe(lm, lines, before), save_every) as saved,
+        told.watching(lm, job, saved),
+    ):
         started = time.perf_counter()
         totals = ScoreTotals()
         with (
@@ -128,6 +137,7 @@ def forward(
             for entry, (line, likelihood) in zip(entries, scored, strict=True):
                 write(entry, line, likelihood)
                 totals.add(likelihood)
+                told.add(LineScored(_place(entry, len(files) > 1), line.text, line.ids, likelihood))
                 count(len(line.ids))
         _summarise(lm, totals, time.perf_counter() - started, lines.num_truncated)
 
@@ -179,7 +189,7 @@ def _table(lm: StreamedLM, per_token: bool, names_files: bool) -> Iterator[Write
     tokens: list[tuple[str, list[dict[str, Any]]]] = []
 
     def write(entry: inputs.Entry, line: Line, likelihood: Likelihood) -> None:
-        number = f"{entry.file}:{line.number}" if names_files else str(line.number)
+        number = _place(entry, names_files)
         table.add_row(
             number, str(len(line.ids)), f"{likelihood.log_likelihood:.3f}",
             _number(likelihood.mean_nll), _number(likelihood.perplexity), Text(printable(line.text)),
@@ -193,6 +203,11 @@ def _table(lm: StreamedLM, per_token: bool, names_files: bool) -> Iterator[Write
         console.print(table)
         for title, rows in tokens:
             print_tokens(f"{title}: log-probability of each token", rows)
+
+
+def _place(entry: inputs.Entry, names_file: bool) -> str:
+    """Return what a line is called in a table."""
+    return f"{entry.file}:{entry.number}" if names_file else str(entry.number)
 
 
 def _number(value: float | None) -> str:

@@ -14,6 +14,7 @@ import typer
 
 from slowllm.entrypoints.cli import inputs, options
 from slowllm.entrypoints.cli.output import json_writer, print_tokens, printable, prints_text, token_rows
+from slowllm.entrypoints.cli.left_aside import name_settings_left_aside
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.entrypoints.cost import cost_of
@@ -155,7 +156,7 @@ def generate(
     if dry_run:
         _print_plan(runner, encoded, settings, draft, as_json)
         return
-    runner.name_settings_left_aside()
+    name_settings_left_aside(runner.info)
     with _open(runner, encoded, settings, draft) as work:
         started = time.perf_counter()
         # Tokens of a continuation that is taken from a state do not come one by one.

@@ -146,6 +146,15 @@ Overwrite = Annotated[
         help="Begin anew where --out's partial file, FILE.part, holds lines of another job that was not finished.",
     ),
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        help="Write a report to this HTML file, with figures, plots and the first results; it needs no other file and no "
+        "network.",
+        metavar="FILE.html",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
 PerToken = Annotated[
     bool, typer.Option("--per-token", help="Also give every scored token with its log-probability.")

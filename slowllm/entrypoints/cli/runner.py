@@ -15,8 +15,10 @@ from slowllm.entrypoints.cli.options import check_output
 from slowllm.entrypoints.cli.output import STDOUT
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice
 from slowllm.entrypoints.cost import cost_of
+from slowllm.entrypoints.report.destination import check_report
+from slowllm.entrypoints.report.recorder import RunReport
 from slowllm.errors import CheckpointError, InputError, OtherJobError, PlanError
-from slowllm.files import part_of, shown, state_of
+from slowllm.files import part_of, state_of
 from slowllm.options import AUTO, parse_bytes, parse_devices, parse_dtype
 from slowllm.runtime.known_models import find_folder_or_known
 from slowllm.runtime.model_folder import DEFAULT, EMBEDDED, find_folder
@@ -33,12 +35,6 @@ if TYPE_CHECKING:
     from slowllm.runtime.state import State
     from slowllm.runtime.streamed_lm import StreamedLM
     from slowllm.swarm.client import SwarmOptions
-
-# Settings of a generation_config.json that are used, or that say nothing about tokens; and values without an effect.
-_USED_SETTINGS = {
-    "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache",
-}  # fmt: skip
-_NEUTRAL: tuple[object, ...] = (None, False, 0, 1, "", [], {})
 
 
 class Runner:
@@ -87,6 +83,7 @@ class Runner:
         self._model, self._prompt, self._state = DEFAULT if model is None else model, prompt, state
         self._dtype, self._kind = dtype, kind
         self._out: Path | None = None
+        self._report: Path | None = None
         self._overwrites, self._is_new = overwrite, False
         if dry_run:
             find_folder_or_known(self._model)
@@ -155,6 +152,17 @@ class Runner:
         if self._out is not None and self._kind:
             self._find_unfinished(self._out)
         return out
+
+    def check_report(self, report: Path | None, *files: str | Path | None) -> Path | None:
+        """Return the file of the report; see `report.destination`. To be called after `check_output`.
+
+        Raises:
+            InputError: it cannot be written, or writing it would destroy something.
+        """
+        report = check_report(report, self._out, *files, dry_run=self.dry_run)
+        _refuse_file_of(self._prompt, report)
+        self._report = report
+        return report
 
     def _find_unfinished(self, out: Path) -> None:
         """Find out whether the partial file is this job's, another's, or there is none."""
@@ -251,31 +259,9 @@ class Runner:
         from slowllm.runtime.description import ModelInfo
 
         info = ModelInfo(self._model, self._prompt)
-        _refuse_file_of(info.folder, self._out)
+        for file in (self._out, self._report):
+            _refuse_file_of(info.folder, file)
         return info
-
-    def name_settings_left_aside(self) -> None:
-        """Print which settings of the checkpoint's generation_config.json are not used, if there are any.
-
-        Raises:
-            CheckpointError: the file cannot be read.
-        """
-        from slowllm.storage.checkpoint import read_json
-
-        file = self.info.folder / "generation_config.json"
-        own = read_json(file) if file.is_file() else {}
-        # True is equal to 1, but has an effect.
-        aside = {
-            name: value
-            for name, value in sorted(own.items())
-            if name not in _USED_SETTINGS and (value is True or value not in _NEUTRAL)
-        }
-        if aside:
-            named = ", ".join(f"{name}={shown(value)}" for name, value in aside.items())
-            print(
-                f"{file.name} of {self.info.name} is left aside but for EOS and padding: {named}",
-                file=sys.stderr,
-            )
 
     @functools.cached_property
     def rates(self) -> Rates:
@@ -362,7 +348,8 @@ class Runner:
 
     @contextlib.contextmanager
     def open_for_queries(
-        self, queries: Sequence[Query], settings: Callable[[], Mapping[str, Any]], noun: str, total: int
+        self, queries: Sequence[Query], settings: Callable[[], Mapping[str, Any]], noun: str, total: int,
+        report: RunReport = RunReport(None),  # noqa: B008 (without a file it keeps nothing)
     ) -> Iterator[tuple[StreamedLM, State | None, CountResult]]:
         """Open the model to answer queries, and the job's state; show the progress, and say what the answers cost.
 
@@ -371,6 +358,7 @@ class Runner:
             settings: returns what else the results depend on, by name, for the state.
             noun: what a result is, in the singular.
             total: number of results.
+            report: that follows the run.
         """
         from slowllm.entrypoints.progress import progress
         from slowllm.inference import scoring
@@ -384,6 +372,7 @@ class Runner:
             started = time.perf_counter()
             with (
                 self.resuming(describe) as state,
+                report.watching(lm, job, state),
                 progress(lm, job, state, noun=noun, total=total) as count,
             ):
                 yield lm, state, count
