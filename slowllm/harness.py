@@ -10,7 +10,8 @@ from slowllm.errors import SlowLLMError
 if __name__ == "__main__":  # before huggingface_hub is imported
     sys.argv[1:] = stay_offline(sys.argv[1:])
 
-from slowllm.entrypoints.lm_eval_model import SlowLM, main
+from slowllm.entrypoints.lm_eval_model import SlowLM
+from slowllm.entrypoints.lm_eval_run import main
 
 __all__ = ["SlowLM", "main"]
 

@@ -38,14 +38,14 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     runs = bool(names & {"--tasks", "-t"}) or has_config
     if not runs or arguments[0] in ("ls", "validate") or names & {"-h", "--help"}:
         return arguments
-    models = list(_values_of(arguments, "--model", "-M"))
+    models = list(values_of(arguments, "--model", "-M"))
     for model in models:
         if model != MODEL:
             raise InputError(
                 f"--model {model}: `slowllm eval lm` runs slowllm's own model only; leave --model out, or run other "
                 "backends with lm-eval itself"
             )
-    given = [*_values_of(arguments, "--model_args", "-a")]
+    given = [*values_of(arguments, "--model_args", "-a")]
     if not has_config and not any(
         re.search(r"(^|[,{\s\"'])pretrained[\"']?\s*[=:]", value) for value in given
     ):
@@ -57,7 +57,7 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     return arguments
 
 
-def _values_of(arguments: Sequence[str], name: str, letter: str) -> Iterator[str]:
+def values_of(arguments: Sequence[str], name: str, letter: str) -> Iterator[str]:
     """Yield what follows an option, up to the next one: lm-eval takes several values behind some."""
     is_inside = False
     for argument in arguments:

@@ -7,17 +7,17 @@ lm-eval's ``hf`` model, so that both give the same figures.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slowllm.entrypoints.lm_eval_command import ALLOW_DOWNLOADS, check_arguments
 from slowllm.entrypoints.lm_eval_settings import checkpoint_options, settings_of, swarm_options
 from slowllm.entrypoints.progress import progress
-from slowllm.errors import InputError, first_line
+from slowllm.entrypoints.report.recorder import RunReport
+from slowllm.errors import InputError
 from slowllm.inference import generation, scoring
 from slowllm.inference.chat_templates import chat_text
 from slowllm.inference.generation_types import Prompt
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance  # type: ignore[import-untyped]
 
 log = logging.getLogger(__name__)
+# What follows the models that lm-eval makes in this context; lm-eval passes them nothing but the words of its command line.
+FOLLOWER: contextvars.ContextVar[RunReport] = contextvars.ContextVar("FOLLOWER")
 
 
 @register_model("slowllm")
@@ -264,7 +266,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
             return
         job = scoring.job_of_queries(queries, self._info, self._rates)
         lm = self._opened(job)
-        with progress(lm, job):
+        with FOLLOWER.get(RunReport(None)).watching(lm, job, title="log-likelihoods"), progress(lm, job):
             yield from scoring.score_queries(lm, queries)
 
     @functools.cached_property
@@ -309,7 +311,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         job = generation.job_of(self._info, prompts, self._rates)
         lm = self._opened(job)
         texts = []
-        with progress(lm, job):
+        with FOLLOWER.get(RunReport(None)).watching(lm, job, title="generation"), progress(lm, job):
             for request, until, (continuation, *_) in zip(
                 requests, stops, generation.generate(lm, prompts), strict=True
             ):
@@ -363,33 +365,3 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
 def _special(add: bool | None) -> dict[str, bool]:
     """Return the argument of a tokenizer, none where it decides itself."""
     return {} if add is None else {"add_special_tokens": add}
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run lm-eval's command line with this model; `lm_eval_command.stay_offline` shuts off the hub before.
-
-    Args:
-        arguments: of lm-eval's command line, such as ``--tasks boolq --model_args pretrained=DIR,ram=16GiB``.
-    Raises:
-        InputError: another model is named, or lm-eval refuses its arguments, such as a task that it does not have; or
-            data of a task are not on this machine.
-    """
-    from lm_eval.__main__ import cli_evaluate  # type: ignore[import-untyped]
-
-    before, sys.argv = sys.argv, ["lm-eval", *check_arguments(arguments)]  # where lm-eval looks for them
-    try:
-        cli_evaluate()
-    except ConnectionError as error:
-        log.debug("lm-eval's own words:", exc_info=True)
-        advice = ""
-        if "OfflineModeIsEnabled" in str(error):
-            advice = (
-                f"; nothing is downloaded without {ALLOW_DOWNLOADS}: give it once to fetch what the task needs, or use "
-                "a task whose data are local files"
-            )
-        raise InputError(f"lm-eval: {first_line(error)}{advice}") from error
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        log.debug("lm-eval's own words:", exc_info=True)
-        raise InputError(f"lm-eval: {error}") from error
-    finally:
-        sys.argv = before

@@ -14,7 +14,7 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 import slowllm
-from slowllm.entrypoints import lm_eval_model
+from slowllm.entrypoints import lm_eval_model, lm_eval_run
 from slowllm.errors import InputError
 from tests.support.cases import quick_and_long
 from tests.support.lm_eval_tasks import (
@@ -266,7 +266,7 @@ def test_the_command_line_is_lm_evals(
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**tasks[0], "task": "mine"}))
     out, before = tmp_path / "out", list(sys.argv)
     model_args = f"pretrained={TINY_BLOOM},ram=4GiB,dtype=fp32"
-    lm_eval_model.main(
+    lm_eval_run.main(
         ["--tasks", str(tmp_path / "mine.yaml"), "--model_args", model_args, "--output_path", str(out)]
     )
     assert sys.argv == before
@@ -276,9 +276,9 @@ def test_the_command_line_is_lm_evals(
     assert "acc,none" in found["results"]["mine"]
     assert found["config"]["model"] == "slowllm"
     with pytest.raises(InputError, match=r"lm-eval: Tasks not found: nothing"):
-        lm_eval_model.main(["run", "--tasks", "nothing", "--model_args", model_args])
+        lm_eval_run.main(["run", "--tasks", "nothing", "--model_args", model_args])
     with pytest.raises(SystemExit):
-        lm_eval_model.main(["--help"])
+        lm_eval_run.main(["--help"])
     assert "lm-eval run" in capsys.readouterr().out
 
 

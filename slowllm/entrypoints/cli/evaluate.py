@@ -21,6 +21,7 @@ from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.entrypoints.cli.verb import add_verb, example
 from slowllm.entrypoints.lm_eval_command import ALLOW_DOWNLOADS, check_arguments, stay_offline
+from slowllm.entrypoints.report.destination import check_report
 from slowllm.entrypoints.report.recorder import reporting
 from slowllm.entrypoints.report.results import QuestionAnswered
 from slowllm.errors import InputError, counted
@@ -204,6 +205,7 @@ def lm(
             help="Let lm-eval fetch the data sets and metrics of tasks that are not on this machine.",
         ),
     ] = False,
+    report: options.Report = None,
 ) -> None:
     """Run lm-eval's command line with slowllm's model.
 
@@ -220,9 +222,11 @@ def lm(
     switch = [ALLOW_DOWNLOADS] if allow_downloads else []
     arguments = check_arguments(stay_offline([*context.args, *switch]))
     check_installed("lm_eval")
-    from slowllm.entrypoints import lm_eval_model
+    report = check_report(report, None)
+    from slowllm.entrypoints import lm_eval_run
 
-    lm_eval_model.main(arguments)
+    with reporting(report, "slowllm eval lm") as told:
+        lm_eval_run.main(arguments, told)
 
 
 def _check_packages(data: str) -> None:

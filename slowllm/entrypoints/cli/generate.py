@@ -5,28 +5,26 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slowllm.entrypoints.cli import inputs, options
-from slowllm.entrypoints.cli.output import json_writer, print_tokens, printable, prints_text, token_rows
+from slowllm.entrypoints.cli.generate_work import GenerateWork, open_work, print_plan
 from slowllm.entrypoints.cli.left_aside import name_settings_left_aside
+from slowllm.entrypoints.cli.output import json_writer, print_tokens, printable, prints_text, token_rows
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
 from slowllm.entrypoints.cost import cost_of
+from slowllm.entrypoints.report.recorder import RunReport, reporting
+from slowllm.entrypoints.report.results import PromptContinued
 from slowllm.errors import InputError
 from slowllm.files import read_lines
 
 if TYPE_CHECKING:
-    from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings
-    from slowllm.inference.speculative_loop import Acceptance
-    from slowllm.planning.job import Job, Rates
-    from slowllm.runtime.state import State
-    from slowllm.runtime.streamed_lm import StreamedLM
+    from slowllm.inference.generation_types import Continuation
     from slowllm.streaming.stops import Passage
 
 # In place of a file's name, where prompts are arguments.
@@ -114,6 +112,7 @@ def generate(
     swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    report: options.Report = None,
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
@@ -130,6 +129,7 @@ def generate(
         overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
     out = runner.check_output(out, *(file or ()))
+    report = runner.check_report(report, *(file or ()))
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if sampling and not sample:
@@ -154,17 +154,21 @@ def generate(
             raise InputError(f"{name}: {error}") from error
         check_prompt(runner.info, encoded[-1], name)
     if dry_run:
-        _print_plan(runner, encoded, settings, draft, as_json)
+        print_plan(runner, encoded, settings, draft, as_json)
         return
     name_settings_left_aside(runner.info)
-    with _open(runner, encoded, settings, draft) as work:
+    with (
+        reporting(report, "slowllm generate") as told,
+        open_work(runner, encoded, settings, draft) as work,
+        told.watching(work.lm, work.job, work.state),
+    ):
         started = time.perf_counter()
         # Tokens of a continuation that is taken from a state do not come one by one.
         is_shown = len(encoded) == 1 and settings.num_rows == 1 and prints_text(out, as_json)
         if is_shown and work.state is None:
-            _show_one(work)
+            _show_one(work, entries[0].text, told)
         else:
-            _write_all(work, [entry.text for entry in entries], out, as_json)
+            _write_all(work, [entry.text for entry in entries], out, as_json, told)
         work.summarise(time.perf_counter() - started)
 
 
@@ -191,129 +195,7 @@ def _entries(prompts: Sequence[str] | None, files: Sequence[str] | None) -> list
     return inputs.read_entries(files, None)
 
 
-@dataclass
-class _Work:
-    """The prompts of one call of the verb, the model that continues them, what drafts for it, and the job's state."""
-
-    lm: StreamedLM
-    prompts: Sequence[Prompt]
-    job: Job
-    rates: Rates
-    draft: StreamedLM | Literal["lookup"] | None
-    counts: Acceptance | None
-    state: State | None
-
-    def run(self, on_tokens: OnTokens | None = None) -> Iterator[tuple[Continuation, ...]]:
-        """Yield the continuations of all prompts."""
-        from slowllm.inference import generation, speculative
-
-        if self.draft is None:
-            return generation.generate(self.lm, self.prompts, on_tokens=on_tokens, state=self.state)
-        return speculative.generate(
-            self.lm, self.prompts, self.draft, rates=self.rates, counts=self.counts, on_tokens=on_tokens,
-            state=self.state,
-        )  # fmt: skip
-
-    def summarise(self, seconds: float) -> None:
-        """Print to stderr what it cost."""
-        from slowllm.entrypoints.progress import duration
-
-        line = f"{cost_of(self.lm)} in {duration(seconds)}"
-        if (counts := self.counts) is not None:
-            unit = "sweep" if self.lm.swarm is None else "pass"
-            line += f"; {counts.tokens_per_pass:.2f} tokens a {unit} and continuation"
-            if counts.num_drafted:
-                line += f", {counts.num_accepted:,} of {counts.num_drafted:,} drafted tokens accepted"
-            if counts.num_plain:
-                line += f", nothing drafted in {counts.num_plain:,} of {counts.num_passes:,} passes"
-        print(line, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _open(
-    runner: Runner, prompts: Sequence[Prompt], settings: Settings, draft: str | None
-) -> Iterator[_Work]:
-    """Open the model, and the draft model if one is named, within one budget; and the job's state."""
-    import psutil
-
-    from slowllm.inference import generation, speculative
-    from slowllm.inference.speculative_loop import Acceptance
-    from slowllm.planning.budget import Budget
-    from slowllm.runtime.description import ModelInfo
-    from slowllm.runtime.memory import budget_bytes
-    from slowllm.runtime.run_identity import batch_identity, digest_of
-
-    info, rates = runner.info, runner.rates
-
-    def opened_state(lm: StreamedLM, drafter: StreamedLM | str | None) -> State | None:
-        def describe() -> dict[str, Any]:
-            name = drafter if drafter is None or isinstance(drafter, str) else drafter.fingerprint()
-            return batch_identity(
-                "generate", lm,
-                prompts=digest_of(prompt.ids for prompt in prompts),
-                settings=asdict(settings),
-                draft=name,
-            )  # fmt: skip
-
-        return stack.enter_context(runner.resuming(describe))
-
-    with contextlib.ExitStack() as stack:
-        budget = Budget(budget_bytes(runner.ram), psutil.Process().memory_info().rss)
-        if draft is None:
-            job = generation.job_of(info, prompts, rates, runner.begun)
-            lm = stack.enter_context(runner.open(job, budget))
-            yield _Work(lm, prompts, job, rates, None, None, opened_state(lm, None))
-            return
-        job = _speculative_job(runner, prompts, settings)
-        drafter: StreamedLM | Literal["lookup"] = "lookup"
-        if draft != "lookup":
-            # First, because the streamed model takes all the memory that is left.
-            drafter = stack.enter_context(
-                speculative.load_draft(info, ModelInfo(draft), prompts, budget, runner.dtype)
-            )
-        lm = stack.enter_context(runner.open(job, budget))
-        yield _Work(lm, prompts, job, rates, drafter, Acceptance(), opened_state(lm, drafter))
-
-
-def _speculative_job(runner: Runner, prompts: Sequence[Prompt], settings: Settings) -> Job:
-    """Return the job with drafts.
-
-    Raises:
-        InputError: nothing can be drafted with these settings or this model.
-    """
-    from slowllm.inference import speculative
-
-    speculative.check_settings(settings)
-    speculative.refuse_soft_prompt(runner.info)
-    speculative.refuse_uncroppable(runner.info)
-    return speculative.job_of(runner.info, prompts, runner.rates, runner.begun)
-
-
-def _print_plan(
-    runner: Runner, prompts: Sequence[Prompt], settings: Settings, draft: str | None, as_json: bool
-) -> None:
-    """Print the plan of the job; a draft model is opened for it, because it takes a part of the budget."""
-    import psutil
-
-    from slowllm.inference import generation, speculative
-    from slowllm.planning.budget import Budget
-    from slowllm.runtime.description import ModelInfo
-    from slowllm.runtime.memory import budget_bytes
-
-    if draft is None:
-        runner.print_plan(
-            generation.job_of(runner.info, prompts, runner.rates, runner.begun), as_json=as_json
-        )
-        return
-    job, reserved_bytes = _speculative_job(runner, prompts, settings), 0
-    if draft != "lookup":
-        budget = Budget(budget_bytes(runner.ram), psutil.Process().memory_info().rss)
-        with speculative.load_draft(runner.info, ModelInfo(draft), prompts, budget, runner.dtype) as drafter:
-            reserved_bytes = drafter.plan.peak_bytes
-    runner.print_plan(job, as_json=as_json, reserved_bytes=reserved_bytes)
-
-
-def _show_one(work: _Work) -> None:
+def _show_one(work: GenerateWork, text: str, told: RunReport) -> None:
     """Show the tokens of one prompt on the terminal as they come."""
     from slowllm.entrypoints.cli.screen import Screen
     from slowllm.entrypoints.conversation import Incoming
@@ -335,6 +217,7 @@ def _show_one(work: _Work) -> None:
 
     def on_tokens(number: int, index: int, ids: tuple[int, ...]) -> None:
         nonlocal has_begun
+        told.on_tokens(number, index, ids)
         text = text_of(lm, plain, ids)
         new = incoming.add(text)
         if (
@@ -352,6 +235,7 @@ def _show_one(work: _Work) -> None:
         with lm.watching(on_passage):
             (continuations,) = work.run(on_tokens)
             screen.write(incoming.finish())
+            told.add(PromptContinued(text, continuations))
     finally:
         screen.end_status()
         screen.end_line()
@@ -359,14 +243,18 @@ def _show_one(work: _Work) -> None:
         _print_tokens(lm.tokenizer, continuation)
 
 
-def _write_all(work: _Work, texts: Sequence[str], out: Path | None, as_json: bool) -> None:
+def _write_all(
+    work: GenerateWork, texts: Sequence[str], out: Path | None, as_json: bool, told: RunReport
+) -> None:
     """Write every prompt with its continuations when it is complete."""
     from slowllm.entrypoints.progress import progress
 
     with contextlib.ExitStack() as stack:
         write = None if prints_text(out, as_json) else stack.enter_context(json_writer(out))
         count = stack.enter_context(progress(work.lm, work.job, work.state, noun="prompt", total=len(texts)))
-        for text, continuations in zip(texts, work.run(), strict=True):
+        results = work.run(told.on_tokens if told else None)
+        for text, continuations in zip(texts, results, strict=True):
+            told.add(PromptContinued(text, continuations))
             count(sum(len(continuation.ids) for continuation in continuations))
             if write is not None:
                 rows = [_row(work.lm.tokenizer, continuation) for continuation in continuations]

@@ -153,13 +153,15 @@ class Runner:
             self._find_unfinished(self._out)
         return out
 
-    def check_report(self, report: Path | None, *files: str | Path | None) -> Path | None:
+    def check_report(
+        self, report: Path | None, *files: str | Path | None, out: str | Path | None = None
+    ) -> Path | None:
         """Return the file of the report; see `report.destination`. To be called after `check_output`.
 
         Raises:
             InputError: it cannot be written, or writing it would destroy something.
         """
-        report = check_report(report, self._out, *files, dry_run=self.dry_run)
+        report = check_report(report, out or self._out, *files, dry_run=self.dry_run)
         _refuse_file_of(self._prompt, report)
         self._report = report
         return report
@@ -348,7 +350,11 @@ class Runner:
 
     @contextlib.contextmanager
     def open_for_queries(
-        self, queries: Sequence[Query], settings: Callable[[], Mapping[str, Any]], noun: str, total: int,
+        self,
+        queries: Sequence[Query],
+        settings: Callable[[], Mapping[str, Any]],
+        noun: str,
+        total: int,
         report: RunReport = RunReport(None),  # noqa: B008 (without a file it keeps nothing)
     ) -> Iterator[tuple[StreamedLM, State | None, CountResult]]:
         """Open the model to answer queries, and the job's state; show the progress, and say what the answers cost.

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slowllm.entrypoints.cli import options
 from slowllm.entrypoints.cli.inputs import check_installed
-from slowllm.entrypoints.cli.output import prints_text
 from slowllm.entrypoints.cli.recipe_file import RecipeFile
 from slowllm.entrypoints.cli.runner import Runner
 from slowllm.entrypoints.cli.swarm_options import SwarmChoice, takes_swarm
+from slowllm.entrypoints.cli.tune_output import announce, record_printer, writing_log
+from slowllm.entrypoints.report.recorder import reporting
+from slowllm.entrypoints.report.results import StepDone
 from slowllm.errors import InputError, counted
 from slowllm.files import system_errors
-from slowllm.options import format_bytes
 
 if TYPE_CHECKING:
     from slowllm.planning.job import Job
@@ -139,6 +139,7 @@ def tune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the prompt and the log of an earlier run in --out.")
     ] = False,
+    report: options.Report = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
@@ -215,6 +216,7 @@ def tune(
         kind="tune",
         dry_run=dry_run,
     )
+    report = runner.check_report(report, *data, *(validation or ()), out=out)
     runner.load_libraries()
     info = runner.info
     from slowllm.entrypoints.api_tune import tune
@@ -234,16 +236,18 @@ def tune(
     folder = Path(out).expanduser()
     _refuse_to_replace(folder, info.folder, [*data, *(validation or [])], overwrite or _is_begun(state))
     with contextlib.ExitStack() as stack:
+        told = stack.enter_context(reporting(report, "slowllm tune"))
         status = stack.enter_context(contextlib.ExitStack())
-        log = stack.enter_context(_log(folder))
-        show = _record_printer(as_json, many=len(recipes) * len(data) > 1)
+        log = stack.enter_context(writing_log(folder))
+        show = record_printer(as_json, many=len(recipes) * len(data) > 1)
 
         def on_open(lm: StreamedLM, job: Job, what: str, peak_bytes: int) -> None:
-            _announce(lm, job, what, peak_bytes, status)
+            announce(lm, job, what, peak_bytes, status, told)
 
         def on_record(record: dict[str, Any]) -> None:
             log(record)
             show(record)
+            told.add(StepDone(record))
 
         stack.enter_context(_interrupted(folder))
         results = tune(
@@ -276,15 +280,6 @@ def _interrupted(out: Path) -> Iterator[None]:
         raise
 
 
-def _announce(lm: StreamedLM, job: Job, what: str, peak_bytes: int, status: contextlib.ExitStack) -> None:
-    """Print what a phase takes; then show where the carousel is, instead of what `status` shows."""
-    from slowllm.entrypoints.progress import line_of_steps, steps
-
-    print(line_of_steps(lm, job, what, peak_bytes), file=sys.stderr)
-    status.close()
-    status.enter_context(steps(lm, job, what))
-
-
 # What a run writes at the top of its folder.
 _OWN_FILES = ("log.jsonl", "slowllm.json", "adapter_config.json", "adapter_model.safetensors")
 
@@ -310,62 +305,3 @@ def _refuse_to_replace(out: Path, model: Path, data: Sequence[str], may_replace:
             f"{out}: has {there[0]} of an earlier run; name another folder, go on with that run's --state, or replace it "
             "with --overwrite"
         )
-
-
-@contextlib.contextmanager
-def _log(out: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield a function that writes a record to the log, and to TensorBoard's log where that is installed.
-
-    Nothing is written before the first record: only then is everything checked, and the folder belongs to this run.
-    """
-    with contextlib.ExitStack() as stack:
-        file: IO[str] | None = None
-        board: Any = None
-
-        def write(record: dict[str, Any]) -> None:
-            nonlocal file, board
-            if file is None:
-                file = stack.enter_context(open(out / "log.jsonl", "w", encoding="utf-8"))
-                board = _board(out)
-                if board is not None:
-                    stack.callback(board.close)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            for name, value in record.items():
-                if board is not None and name not in ("trial", "step"):
-                    board.add_scalar(f"{record['trial']}/{name}", value, record["step"])
-
-        yield write
-
-
-def _board(out: Path) -> Any:
-    """Return TensorBoard's writer, None where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    for old in out.glob("events.out.tfevents.*"):  # of a run that this one resumes or replaces
-        old.unlink()
-    return SummaryWriter(str(out))
-
-
-def _record_printer(as_json: bool, *, many: bool) -> Callable[[dict[str, Any]], None]:
-    """Return a function that prints a record: on a terminal as a line of a table, otherwise as a JSON line."""
-    if not prints_text(None, as_json):
-        return lambda record: print(json.dumps(record), flush=True)
-
-    def line(record: dict[str, Any]) -> None:
-        parts = [record["trial"]] if many else []
-        parts.append(f"step {record['step']:>4}")
-        if "loss" in record:
-            parts += [
-                f"loss {record['loss']:.4f}", f"gradient {record['grad_norm']:.3g}",
-                f"rate {record['learning_rate']:.3g}", f"{counted(record['num_tokens'], 'token')}",
-                f"{record['seconds']:.2f} s", f"{format_bytes(record['read_bytes'])} read",
-            ]  # fmt: skip
-        else:
-            parts.append(f"validation {record['validation_loss']:.4f}")
-            parts += [f"accuracy {record['accuracy']:.3f}"] if "accuracy" in record else []
-        print("  ".join(parts), flush=True)
-
-    return line

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from slowllm.entrypoints.report.page import PlotShown, Section, TableRows, TextShown, TokenShown
 from slowllm.entrypoints.report.results import (
@@ -20,6 +20,7 @@ from slowllm.entrypoints.report.results import (
     TaskMeasured,
 )
 from slowllm.entrypoints.report.series import Calibration, Histogram, Series, equal_edges
+from slowllm.errors import counted
 
 if TYPE_CHECKING:
     from slowllm.entrypoints.report.plots import Curve
@@ -31,13 +32,12 @@ MAX_SHARES = 40
 SURPRISAL_EDGES = equal_edges(0.0, 20.0, 40)
 
 Decode = Callable[[int], str]
-ResultT = TypeVar("ResultT", contravariant=True)
 
 
-class Chapter(Protocol, Generic[ResultT]):
+class Chapter(Protocol):
     """The results of one kind."""
 
-    def add(self, result: ResultT) -> None:
+    def add(self, result: Any) -> None:
         """Take a result."""
 
     def sections(self) -> list[Section]:
@@ -100,9 +100,9 @@ class LinesChapter:
             tokens.plots.append(
                 PlotShown(svg, "How many tokens have which surprisal; 20 nats and more are in the last bar.")
             )
-            tokens.sentences.append(
-                f"The first {len(self._texts)} lines, token by token: the darker, the more surprising; the number is shown "
-                "on hover."
+            tokens.text_caption = (
+                f"The first {counted(len(self._texts), 'line')}, token by token: the darker, the more surprising; the number "
+                "is shown on hover."
             )
             tokens.texts = self._texts
         if self._means.num_values > 1:
@@ -266,13 +266,11 @@ class StepsChapter:
         if not self._trials:
             return []
         section, steps = Section("Losses"), Section("Steps")
-        is_one = len(self._trials) == 1
         losses: list[Curve] = []
         for name, trial in self._trials.items():
-            losses.append(plots.Curve("training" if is_one else name, trial.loss))
+            losses.append(plots.Curve(name, trial.loss))
             if trial.validation.num_values:
-                curve_name = "validation" if is_one else name
-                losses.append(plots.Curve(curve_name, trial.validation, is_dotted=True))
+                losses.append(plots.Curve(name, trial.validation, is_validation=True))
         section.plots.append(
             PlotShown(
                 plots.curves("Losses", losses, "step", "loss in nats"),
@@ -314,7 +312,7 @@ class ContinuationsChapter:
         return [section]
 
 
-def chapter_for(result: Result, decode: Decode) -> Chapter[Any]:
+def chapter_for(result: Result, decode: Decode) -> Chapter:
     """Return the chapter, still empty, that takes results of this kind.
 
     Args:
@@ -334,7 +332,7 @@ def chapter_for(result: Result, decode: Decode) -> Chapter[Any]:
             return ContinuationsChapter()
 
 
-def sections_of(chapters: Sequence[Chapter[Any]]) -> list[Section]:
+def sections_of(chapters: Sequence[Chapter]) -> list[Section]:
     """Return the sections of chapters, one after the other."""
     return [section for chapter in chapters for section in chapter.sections()]
 

@@ -21,7 +21,7 @@ class RunFigures:
     """What is known of a run when it is over, as names and values; and its timeline.
 
     Attributes:
-        title: of the section.
+        title: of this part of the run, where it has several.
         plan: what was planned.
         measured: what came of it.
         timeline: of its stops.
@@ -63,12 +63,15 @@ def plan_of(lm: StreamedLM, job: Job, num_resumed: int) -> list[tuple[str, str]]
         ]
     else:
         found.append(("weights", f"{format_bytes(lm.weight_bytes)}, all in memory maps"))
-    found.append(("tokens of the job, with padding", f"{job.num_tokens or 0:,}"))
+    found.append(
+        (f"tokens of {'a step' if job.repeated else 'the job'}, with padding", f"{job.num_tokens or 0:,}")
+    )
     if lm.swarm is None:
+        unit = " of a step" if job.repeated else ""
         basis = "by measured rates" if forecast.is_measured else "by assumed rates of disk and processor"
         found += [
-            ("planned sweeps", f"{forecast.num_sweeps:,}"),
-            ("planned time", f"{forecast.seconds:,.2f} s {basis}"),
+            (f"planned sweeps{unit}", f"{forecast.num_sweeps:,}"),
+            (f"planned time{unit}", f"{_seconds(forecast.seconds)} {basis}"),
         ]
     if num_resumed:
         found.append(
@@ -80,9 +83,7 @@ def plan_of(lm: StreamedLM, job: Job, num_resumed: int) -> list[tuple[str, str]]
     return found
 
 
-def measured_of(
-    lm: StreamedLM, before: Report, seconds: float, timeline: Timeline
-) -> list[tuple[str, str]]:
+def measured_of(lm: StreamedLM, before: Report, seconds: float, timeline: Timeline) -> list[tuple[str, str]]:
     """Return what was measured, in words.
 
     Args:
@@ -92,7 +93,7 @@ def measured_of(
         timeline: of its stops.
     """
     now = lm.report
-    found = [("measured time", f"{seconds:,.2f} s")]
+    found = [("measured time", _seconds(seconds))]
     if lm.swarm is not None:
         times = list(lm.swarm.times.values())
         found.append(
@@ -104,7 +105,7 @@ def measured_of(
             ("compute", "computing at servers"),
         ):
             spent = sum(getattr(one, f"{name}_seconds") for one in times)
-            found.append((words, f"{spent:,.2f} s, in all requests together"))
+            found.append((words, f"{_seconds(spent)}, in all requests together"))
     else:
         num_sweeps = (now.num_passages - before.num_passages) / lm.num_stops
         read_bytes = now.read_bytes - before.read_bytes
@@ -123,8 +124,8 @@ def measured_of(
                 )
             )
         found += [
-            ("waiting for weights", f"{now.wait_seconds - before.wait_seconds:,.2f} s"),
-            ("computing", f"{now.compute_seconds - before.compute_seconds:,.2f} s"),
+            ("waiting for weights", _seconds(now.wait_seconds - before.wait_seconds)),
+            ("computing", _seconds(now.compute_seconds - before.compute_seconds)),
         ]
     if timeline.num_new_tokens and timeline.num_sweeps:
         found += [
@@ -136,16 +137,21 @@ def measured_of(
     return found
 
 
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
 def sections_of_run(run: RunFigures) -> list[Section]:
     """Return the figures of a run and the plots of its time."""
     from slowllm.entrypoints.report import plots
 
-    figures, found = Section(run.title), run.timeline
+    name = f": {run.title}" if run.title else ""
+    figures, found = Section(f"Figures{name}"), run.timeline
     figures.figures = [*run.plan, *run.measured]
     if not found.num_passages:
         figures.sentences.append("No stop was visited in this process.")
         return [figures]
-    time = Section("Where the time went" if run.title == "Figures" else f"Where the time went: {run.title}")
+    time = Section(f"Where the time went{name}")
     if not run.is_local:
         time.sentences.append(
             "The blocks were computed by servers of the swarm; only the stops of this process are shown."
@@ -156,12 +162,12 @@ def sections_of_run(run: RunFigures) -> list[Section]:
     which = "All" if shown == found.num_passages else f"The last {shown:,} of {found.num_passages:,}"
     time.plots += [
         PlotShown(
-            plots.timeline(f"Timeline of stops: {run.title}", found),
+            plots.timeline(f"Timeline of stops{name}", found),
             f"{which} stops, one after the other: when each was read from disk, waited for and computed with. Neighbours "
             "have different shades or rows.",
         ),
         PlotShown(
-            plots.seconds_of_stops(f"Seconds of each stop: {run.title}", found),
+            plots.seconds_of_stops(f"Seconds of each stop{name}", found),
             f"Sums over {counted(found.num_sweeps, 'sweep')}. A stop is read from its first request to its last, while "
             "others are read and computed.",
         ),
@@ -172,7 +178,7 @@ def sections_of_run(run: RunFigures) -> list[Section]:
         time.plots.append(
             PlotShown(
                 plots.curves(
-                    f"Seconds of each sweep: {run.title}", [plots.Curve("sweeps", found.sweep_seconds)], "sweep",
+                    f"Seconds of each sweep{name}", [plots.Curve("sweeps", found.sweep_seconds)], "sweep",
                     "seconds", from_zero=True,
                 ),
                 f"Seconds of each sweep up or down{mean}.",
@@ -182,8 +188,8 @@ def sections_of_run(run: RunFigures) -> list[Section]:
         time.plots.append(
             PlotShown(
                 plots.curves(
-                    f"New tokens of each sweep: {run.title}", [plots.Curve("tokens", found.sweep_tokens)], "sweep",
-                    "new tokens", from_zero=True,
+                    f"New tokens of each sweep{name}", [plots.Curve("tokens", found.sweep_tokens)], "sweep",
+                    "new tokens", from_zero=True, has_counts=True,
                 ),
                 "New tokens of all prompts that came out of each sweep.",
             )

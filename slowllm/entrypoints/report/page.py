@@ -80,6 +80,7 @@ class Section:
     figures: list[tuple[str, str]] = field(default_factory=list)
     plots: list[PlotShown] = field(default_factory=list)
     texts: list[TextShown] = field(default_factory=list)
+    text_caption: str = ""
     tables: list[TableShown] = field(default_factory=list)
     verbatim: str = ""
 

@@ -9,6 +9,7 @@ import html
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ GREY = "#888888"
 # Curves that get a colour and a name; where there are more, the others are grey.
 MAX_NAMED = 8
 MAX_NAME_LETTERS = 40
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": ["sans-serif"],
@@ -46,7 +47,7 @@ class Curve:
 
     name: str
     series: Series
-    is_dotted: bool = False
+    is_validation: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def _draw(title: str, draw: Callable[[Figure], None], height: float = 2.9, width
         height: in inches.
         width: in inches.
     """
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever the user's own file says
+        mpl.rcParams.update({**_STYLE, "svg.hashsalt": title})
         figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
         draw(figure)
@@ -84,7 +87,9 @@ def _draw(title: str, draw: Callable[[Figure], None], height: float = 2.9, width
 def shortened(name: str) -> str:
     """Return a name as it is put into a plot: in one line, and not longer than there is room."""
     clean = "".join(letter if letter.isprintable() else " " for letter in name)
-    return clean if len(clean) <= MAX_NAME_LETTERS else clean[: MAX_NAME_LETTERS - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return (
+        clean if len(clean) <= MAX_NAME_LETTERS else clean[: MAX_NAME_LETTERS - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    )
 
 
 def timeline(title: str, found: Timeline) -> str:
@@ -131,7 +136,7 @@ def seconds_of_stops(title: str, found: Timeline) -> str:
             seconds = [one.read_seconds for one in found.stops]
             axes.plot(
                 stops, seconds, color=READING, marker="o", markersize=3, linewidth=0.8,
-                label="reading, of the stops together",
+                label="reading",
             )  # fmt: skip
         axes.set_xlabel("stop")
         axes.set_ylabel("seconds")
@@ -146,8 +151,10 @@ def _legend(axes: Axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, borderaxespad=0.2)
 
 
-def curves(title: str, found: Sequence[Curve], x: str, y: str, *, from_zero: bool = False) -> str:
-    """Return curves over the same axis."""
+def curves(
+    title: str, found: Sequence[Curve], x: str, y: str, *, from_zero: bool = False, has_counts: bool = False
+) -> str:
+    """Return curves over the same axis; curves of one name have one colour."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -157,18 +164,23 @@ def curves(title: str, found: Sequence[Curve], x: str, y: str, *, from_zero: boo
             number = names.index(curve.name)
             is_named = number < MAX_NAMED
             places, values = curve.series.points()
-            dots = {"marker": "o", "markersize": 3} if len(places) <= 40 or curve.is_dotted else {}
+            dots: dict[str, Any] = (
+                {"marker": "o", "markersize": 3} if len(places) <= 40 or curve.is_validation else {}
+            )
             axes.plot(
                 places, values, color=colours[number] if is_named else GREY, linewidth=1.2,
-                alpha=1.0 if is_named else 0.4, label=shortened(curve.name) if is_named else "_others",
-                linestyle="--" if curve.is_dotted else "-", **dots,
+                alpha=1.0 if is_named else 0.4,
+                label=shortened(curve.name) + (", validation" if curve.is_validation else "") if is_named else "_others",
+                linestyle="--" if curve.is_validation else "-", **dots,
             )  # fmt: skip
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if from_zero:
             axes.set_ylim(bottom=0)
-        if len(names) > 1:
+        if has_counts:
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(found) > 1:
             _legend(axes)
 
     return _draw(title, draw)
@@ -181,7 +193,13 @@ def histogram(title: str, found: Histogram, x: str, y: str) -> str:
         axes = figure.add_subplot()
         widths = [high - low for low, high in zip(found.edges, found.edges[1:], strict=False)]
         axes.bar(
-            found.edges[:-1], found.counts, widths, align="edge", color=READING, edgecolor="white", linewidth=0.5
+            found.edges[:-1],
+            found.counts,
+            widths,
+            align="edge",
+            color=READING,
+            edgecolor="white",
+            linewidth=0.5,
         )
         axes.set_xlim(found.edges[0], found.edges[-1])
         axes.set_xlabel(x)

@@ -44,7 +44,7 @@ class RunReport:
     def __init__(self, file: Path | None) -> None:
         self._file = file
         self._runs: list[RunFigures] = []
-        self._chapters: dict[type[Any], Chapter[Any]] = {}
+        self._chapters: dict[type[Any], Chapter] = {}
         self._tokenizer: Any = None
         self._timeline: Timeline | None = None
         self._num_ids: dict[tuple[int, int], int] = {}
@@ -81,7 +81,7 @@ class RunReport:
 
     @contextlib.contextmanager
     def watching(
-        self, lm: StreamedLM, job: Job, state: State | None = None, *, title: str = "Figures"
+        self, lm: StreamedLM, job: Job, state: State | None = None, *, title: str = ""
     ) -> Iterator[None]:
         """Follow what a model does, as long as the context lasts.
 
@@ -89,7 +89,7 @@ class RunReport:
             lm: opened for the job.
             job: what the plan was made for.
             state: in which an earlier process may have left results.
-            title: of the figures.
+            title: of this part of the run, where it has several.
         """
         if self._file is None:
             yield
@@ -159,15 +159,21 @@ def reporting(file: Path | None, title: str) -> Iterator[RunReport]:
         yield report
     except (KeyboardInterrupt, SlowLLMError) as error:
         if report and report.has_begun:
-            why = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"ended with an error: {first_line(error)}"
+            why = (
+                "was interrupted"
+                if isinstance(error, KeyboardInterrupt)
+                else f"ended with an error: {first_line(error)}"
+            )
             # The error that ends the run is the one that is raised.
             try:
                 report.write(title, command_line(), f"This run {why}. The report has what was there by then.")
             except InputError as failed:
                 print(f"slowllm: there is no report: {failed}", file=sys.stderr)
         raise
-    if report:
+    if report and report.has_begun:
         report.write(title, command_line())
+    elif report:
+        print("slowllm: nothing was computed, so there is no report", file=sys.stderr)
 
 
 def command_line() -> str:

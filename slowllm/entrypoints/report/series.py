@@ -67,7 +67,8 @@ class Histogram:
     """
 
     def __init__(self, edges: list[float]) -> None:
-        assert len(edges) >= 2 and edges == sorted(set(edges)), "edges rise"
+        assert len(edges) > 1, "a bin has two edges"
+        assert edges == sorted(set(edges)), "edges rise"
         self.edges = edges
         self.counts = [0] * (len(edges) - 1)
 

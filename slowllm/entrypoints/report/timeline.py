@@ -13,7 +13,7 @@ from slowllm.entrypoints.report.series import Series
 from slowllm.streaming.stops import Passage, StopRead
 
 # The stops that are drawn one by one. A 70-block model has about 75, so these are a few sweeps.
-NUM_DETAILED = 400
+NUM_DETAILED = 240
 
 
 @dataclass
