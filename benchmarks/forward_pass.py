@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks import machine, sides
 from benchmarks.make_checkpoint import num_model_blocks
 from benchmarks.native_weights import FORMATS
+from benchmarks.report import finish
 from benchmarks.sentences import Task, lengths_of
 from slowllm.modeling.layout import find_blocks
 from slowllm.options import format_bytes
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     report = measure(arguments, task)
     print(summary(report))
-    print(json.dumps(report))
+    finish("forward_pass", report, arguments.report)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from benchmarks import machine, sides
 from benchmarks.forward_pass import matrix_sizes
+from benchmarks.report import finish
 
 # Tokens that are timed one by one: the peer reads the whole checkpoint for every token of every prompt.
 NUM_ONE_BY_ONE = 2
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"accelerate in one batch {report['peer_batch_s']:.2f} s, one by one {report['peer_one_by_one_s']:.2f} s"
         )
-    print(json.dumps(report))
+    finish("generation", report, arguments.report)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine, sides
+from benchmarks.report import finish
 from slowllm.inference.text import Query
 
 # Number of the peer's passes that are measured.
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         f"itself {report['whole_s']:.2f} s"
         + (f"; accelerate {report['peer_wall_s']:.2f} s" if "peer" in report else "")
     )
-    print(json.dumps(report))
+    finish("scoring", report, arguments.report)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import threading
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine, sides
+from benchmarks.report import finish
 
 # Log-probabilities of equal tokens differ by as much between batches, in bfloat16 at random weights.
 TOLERANCE = 0.1
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{task.clients} clients: {done['all_tokens_per_s']:.2f} tokens/s in {done['all_sweeps']:g} sweeps, "
         f"{done['aggregate_of_one']:.1f} times as many"
     )
-    print(json.dumps(done))
+    finish("serving", done, arguments.report)
 
 
 if __name__ == "__main__" and not sides.serve(RUNNERS, Task):

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from benchmarks import machine
 from benchmarks.make_checkpoint import GEOMETRIES, make_checkpoint
+from benchmarks.report import report_file
 from slowllm.options import format_bytes, parse_bytes
 from slowllm.prepare.convert import convert
 
@@ -38,6 +39,9 @@ def parser(description: str | None, peers: Sequence[str] = ("accelerate",)) -> a
     options.add_argument("--peer", choices=peers, help="also measure this peer")
     options.add_argument(
         "--checkpoint", type=Path, help="folder of the checkpoint; written where it is missing"
+    )
+    options.add_argument(
+        "--report", type=report_file, metavar="FILE.html", help="also write a page with plots to this file"
     )
     return options
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
@@ -36,6 +35,7 @@ import torch
 
 from benchmarks import machine, sides
 from benchmarks.forward_pass import matrix_sizes
+from benchmarks.report import finish
 from benchmarks.tuning_sides import Task
 from slowllm.options import format_bytes
 from slowllm.storage.manifest import STORES
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     report = measure(arguments, task)
     print(summary(report))
-    print(json.dumps(report))
+    finish("tuning_step", report, arguments.report)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks import forward_pass, generation, machine, scoring, sides, tuning_step
+from benchmarks import report as report_page
 from slowllm.runtime.rates import DiskRate
+from tests.support.reports import read_report
 
 Runs = dict[str, list[dict[str, Any]]]
 Report = Callable[..., dict[str, Any]]
@@ -259,3 +261,32 @@ def test_an_epoch_above_frozen_blocks_is_compared_with_the_first(report_of: Repo
     runs["ours"][0]["steps"][0]["loss"] = 4.0
     with pytest.raises(SystemExit, match="above the frozen blocks has a loss of 5, not 4"):
         report_of(tuning_step, runs, "--top", "1", "--steps", "2", "--repeat", "1")
+
+
+@pytest.mark.usefixtures("verified")
+def test_a_page_shows_ours_the_limit_and_the_peer(report_of: Report, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="reports are made with matplotlib")
+    peer = {"wall_s": 15.0, "top": [1, 2], "peak_rss_bytes": 9}
+    runs: Runs = {"ours": [ours(5.0, 6 * GB)], "resident": RESIDENT[:1], "accelerate": [peer]}
+    file = tmp_path / "page.html"
+    document = report_of(
+        forward_pass, runs, "--tokens", "10", "--sequences", "2", "--repeat", "1", "--peer", "accelerate", "--report",
+        str(file),
+    )  # fmt: skip
+    page = read_report(file)
+    assert page.labels == ["Seconds"]
+    assert page.headings[0] == "Benchmark forward_pass"
+    for name in ("ours", "limit", "limit of the disk", "peer"):
+        assert name in page.text
+    assert json.dumps(document, indent=2) in page.text
+    bars = report_page.bars_of(document, report_page.SECONDS)
+    assert dict(bars)["ours"] == 5.0
+    assert dict(bars)["peer"] == 15.0
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        forward_pass.main(["--report", str(tmp_path / "none" / "page.html")])
+    assert "no such folder to write page.html to" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,15 @@ class Share:
     high: float | None = None
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A named value, drawn as a bar of a colour."""
+
+    name: str
+    value: float
+    colour: str = READING
+
+
 def _draw(title: str, draw: Callable[[Figure], None], height: float = 2.9, width: float = 8.0) -> str:
     """Return a figure as an SVG element.
 
@@ -69,7 +79,9 @@ def _draw(title: str, draw: Callable[[Figure], None], height: float = 2.9, width
         height: in inches.
         width: in inches.
     """
-    with mpl.rc_context():
+    with mpl.rc_context(), warnings.catch_warnings():
+        # Texts stay texts: the browser has the letters that the font here does not.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         mpl.rcdefaults()  # whatever the user's own file says
         mpl.rcParams.update({**_STYLE, "svg.hashsalt": title})
         figure = Figure(figsize=(width, height))
@@ -255,16 +267,15 @@ def shares(title: str, found: Sequence[Share], x: str) -> str:
     return _draw(title, draw, height=1.0 + 0.28 * len(found))
 
 
-def bars(title: str, found: Sequence[tuple[str, float]], x: str) -> str:
+def bars(title: str, found: Sequence[Bar], x: str) -> str:
     """Return named values as bars, one below the other, each with its number."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        colours = [READING, GREY, WAITING, COMPUTING]
-        values = [value for _, value in found]
-        rows = axes.barh(range(len(found)), values, 0.65, color=[colours[n % 4] for n in range(len(found))])
+        values = [bar.value for bar in found]
+        rows = axes.barh(range(len(found)), values, 0.65, color=[bar.colour for bar in found])
         axes.bar_label(rows, [f"{value:,.3g}" for value in values], padding=4)
-        axes.set_yticks(range(len(found)), [shortened(name) for name, _ in found])
+        axes.set_yticks(range(len(found)), [shortened(bar.name) for bar in found])
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.margins(x=0.12)
         axes.set_xlabel(x)
