@@ -55,6 +55,7 @@ class MappedStops:
 
     @on_read.setter
     def on_read(self, watcher: Callable[[StopRead], None] | None) -> None:
+        """Have it called from now on."""
         self._rest.on_read = watcher
 
     def held_weights(self, stop: int) -> Weights | None:

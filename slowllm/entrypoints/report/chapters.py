@@ -150,7 +150,7 @@ class AnswersChapter:
         shares = []
         for row in self._tally.rows():
             name = "all" if row["template"] is None else row["template"]
-            shares.append(plots.Share(name, row["accuracy"], row["low"], row["high"]))
+            shares.append(plots.PlottedShare(name, row["accuracy"], row["low"], row["high"]))
             table.add(
                 name, row["num_correct"], row["num_questions"], row["accuracy"], row["low"], row["high"]
             )
@@ -195,7 +195,7 @@ class TasksChapter:
 
         section = Section("Tasks")
         shares = [
-            plots.Share(
+            plots.PlottedShare(
                 f"{one.task}: {one.metric}", one.value,
                 None if one.stderr is None else max(0.0, one.value - 1.96 * one.stderr),
                 None if one.stderr is None else min(1.0, one.value + 1.96 * one.stderr),

@@ -52,7 +52,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Share:
+class PlottedShare:
     """A share of a total with its interval, where one is known."""
 
     name: str
@@ -250,7 +250,7 @@ def reliability(title: str, found: Calibration) -> str:
     return _draw(title, draw, height=4.2, width=6.0)
 
 
-def shares(title: str, found: Sequence[Share], x: str) -> str:
+def shares(title: str, found: Sequence[PlottedShare], x: str) -> str:
     """Return shares as points with their intervals, one below the other."""
 
     def draw(figure: Figure) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from slowllm.entrypoints.report.series import Series
-from slowllm.streaming.stops import Passage, StopRead
+
+if TYPE_CHECKING:
+    from slowllm.streaming.stops import Passage, StopRead
 
 # The stops that are drawn one by one. A 70-block model has about 75, so these are a few sweeps.
 NUM_DETAILED = 240

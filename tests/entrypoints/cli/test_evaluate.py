@@ -268,10 +268,10 @@ def test_help_of_lm_is_slowllms(monkeypatch: Any, capsys: Any) -> None:
 
 
 def test_lm_evals_options_pass_through(monkeypatch: Any, capsys: Any) -> None:
-    from slowllm.entrypoints import lm_eval_model
+    from slowllm.entrypoints import lm_eval_run
 
     passed: list[str] = []
-    monkeypatch.setattr(lm_eval_model, "main", passed.extend)
+    monkeypatch.setattr(lm_eval_run, "main", lambda arguments, _: passed.extend(arguments))
     options = [
         "run",
         "--tasks",

@@ -55,7 +55,7 @@ def every_plot() -> list[str]:
         plots.histogram("Empty histogram", Histogram([0.0, 1.0]), "x", "y"),
         plots.reliability("Reliability", calibration()),
         plots.reliability("Empty reliability", Calibration()),
-        plots.shares("Shares", [plots.Share(name, 0.5, 0.4, 0.6) for name in NASTY], "x"),
+        plots.shares("Shares", [plots.PlottedShare(name, 0.5, 0.4, 0.6) for name in NASTY], "x"),
         plots.bars("Bars", [plots.Bar(name, 2.0) for name in NASTY], "x"),
     ]
 
@@ -81,7 +81,7 @@ def test_every_plot_is_well_formed_and_asks_for_nothing() -> None:
 
 
 def test_names_stay_the_texts_that_they_are() -> None:
-    svg = plots.shares("Shares", [plots.Share(name, 0.5) for name in NASTY], "x")
+    svg = plots.shares("Shares", [plots.PlottedShare(name, 0.5) for name in NASTY], "x")
     texts = [one.text for one in ElementTree.fromstring(svg).iter() if one.tag.endswith("text")]
     assert "</svg><script>alert(1)</script>" in texts
     assert "$\\frac{" in texts
