@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 NUM_COLOURED, NUM_COLOURED_TOKENS = 12, 200
 # Templates in a plot; a table has the others.
 MAX_SHARES = 40
+# Of each curve of a trial, of which a run may have hundreds.
+NUM_TRIAL_POINTS = 300
 SURPRISAL_EDGES = equal_edges(0.0, 20.0, 40)
 
 Decode = Callable[[int], str]
@@ -218,7 +220,7 @@ class _Trial:
     """The curves of one trial, and its best figures."""
 
     def __init__(self) -> None:
-        self.loss, self.validation, self.rate = Series(), Series(), Series()
+        self.loss, self.validation, self.rate = (Series(NUM_TRIAL_POINTS) for _ in range(3))
         self.first_loss: float | None = None
         self.last_loss: float | None = None
         self.best: float | None = None

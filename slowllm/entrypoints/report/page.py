@@ -6,6 +6,8 @@ Knows no model. Every text is escaped but the SVG of `plots`; the page's own pol
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -13,6 +15,8 @@ from importlib.resources import files
 # Rows of a table that are shown; a sentence says how many there are.
 MAX_ROWS = 200
 MAX_CELL_LETTERS = 600
+# From here on a number is written with an exponent.
+LARGE = 1e7
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,11 @@ class TableRows:
 
 
 def _cell(cell: object) -> str:
-    if cell is None:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return "-"
-    text = f"{cell:,.4f}" if isinstance(cell, float) else str(cell)
+    text = str(cell)
+    if isinstance(cell, float):
+        text = f"{cell:,.4f}" if abs(cell) < LARGE else f"{cell:.4g}"
     return text if len(text) <= MAX_CELL_LETTERS else text[: MAX_CELL_LETTERS - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
@@ -156,4 +162,4 @@ def render(page: ReportPage) -> bytes:
 
 
 def _is_number(text: str) -> bool:
-    return text == "-" or text.replace(",", "").replace(".", "", 1).lstrip("-").isdigit()
+    return re.fullmatch(r"-|-?[\d,]+(\.\d+)?(e[+-]\d+)?", text) is not None

@@ -64,3 +64,13 @@ def test_bytes_that_are_no_text_do_not_keep_a_page_from_being_written(tmp_path: 
 def test_colours_are_stronger_where_a_token_is_more_surprising() -> None:
     alphas = [TokenShown("a", nats).alpha for nats in (None, -0.1, 0.0, 3.0, 12.0, 99.0)]
     assert alphas == pytest.approx([0.0, 0.0, 0.0, 0.2, 0.8, 0.8])
+
+
+def test_numbers_are_written_for_people_and_stand_on_the_right(tmp_path: Path) -> None:
+    rows = TableRows(["a"], "rows")
+    for cell in (1234.5, 1e300, float("nan"), float("inf"), None, 7, "7 of 9"):
+        rows.add(cell)
+    table = rows.shown()
+    assert [row[0] for row in table.rows] == ["1,234.5000", "1e+300", "-", "inf", "-", "7", "7 of 9"]
+    page = shown(ReportPage("t", "c", [Section("s", tables=[table])]), tmp_path)
+    assert page.source.count('<td class="number">') == 5
