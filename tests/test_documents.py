@@ -188,6 +188,7 @@ def test_the_wheel_carries_the_embedded_models_and_the_presets(tmp_path: Path) -
         assert f"slowllm/weights/{model}/config.json" in names
         assert any(name.startswith(f"slowllm/weights/{model}/model") for name in names)
     assert "slowllm/py.typed" in names
+    assert "slowllm/entrypoints/report/template.html.j2" in names
     for preset in preset_names():
         assert f"slowllm/presets/{preset}.yaml" in names
 

@@ -158,7 +158,9 @@ def sections_of_run(run: RunFigures) -> list[Section]:
         )
     elif not any(stop.num_reads for stop in found.stops):
         time.sentences.append("The model lies in memory maps, so slowllm itself read nothing.")
-    shown = len(found.passages)
+    shown, reads = len(found.passages), ""
+    if any(stop.num_reads for stop in found.stops):
+        reads = " A stop is read from its first request to its last, while others are read and computed."
     which = "All" if shown == found.num_passages else f"The last {shown:,} of {found.num_passages:,}"
     time.plots += [
         PlotShown(
@@ -168,8 +170,7 @@ def sections_of_run(run: RunFigures) -> list[Section]:
         ),
         PlotShown(
             plots.seconds_of_stops(f"Seconds of each stop{name}", found),
-            f"Sums over {counted(found.num_sweeps, 'sweep')}. A stop is read from its first request to its last, while "
-            "others are read and computed.",
+            f"Sums over {counted(found.num_sweeps, 'sweep')}.{reads}",
         ),
     ]
     if found.sweep_seconds.num_values > 1:
