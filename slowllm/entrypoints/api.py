@@ -277,7 +277,7 @@ class LM(StreamedLM):
             ("size", f"{self.part_name}, hidden size {config.hidden_size:,}, vocabulary {config.vocab_size:,}"),
             ("compute dtype", str(self.model.dtype).removeprefix("torch.")),
             ("a sweep", format_bytes(self.weight_bytes)),
-            ("budget", f"{format_binary(self._budget_bytes)}, of which the model takes {format_binary(plan.peak_bytes)}"),
+            ("budget", f"{format_binary(self.budget_bytes)}, of which the model takes {format_binary(plan.peak_bytes)}"),
             ("in memory", f"{held}, {format_bytes(plan.resident_bytes)}" if plan.ring_bytes else "all"),
         ]  # fmt: skip
         if plan.ring_bytes:
