@@ -67,6 +67,7 @@ def test_a_bomb_in_a_chat_template_is_one_sentence(bomb: str, one_second: None) 
         conversation.prompt_ids()
 
 
+@pytest.mark.long
 def test_a_chat_template_gives_what_transformers_gives() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY_BLOOM)
     tokenizer.chat_template = (

@@ -166,6 +166,7 @@ def test_a_frozen_server_is_silent_and_answers_again_when_it_goes_on(
     assert other.stop().returncode == 0
 
 
+@pytest.mark.long
 def test_a_machine_that_stands_still_is_lost_too(swarm: SwarmProcesses, server: SwarmProcess) -> None:
     other = swarm.peer(server.told["addresses"], limits=QUICK)
     peer = other.told["peer"]
@@ -193,6 +194,7 @@ def test_a_silent_machine_is_dialled_for_no_longer_than_silence_is_waited_for(se
             client.ask(stranger, {}).result(PATIENCE)
 
 
+@pytest.mark.long
 def test_a_peer_that_libp2p_does_not_find_is_reached_by_its_record(server: SwarmProcess) -> None:
     # With the time that libp2p may need to find nobody on a crowded machine.
     with (
@@ -353,6 +355,7 @@ def test_a_peer_on_the_loopback_connects_to_nothing_else(server: SwarmProcess) -
         assert not connection.raddr or connection.raddr.ip == "127.0.0.1"
 
 
+@pytest.mark.long
 def test_an_identity_stays_the_same_and_belongs_to_one_process(
     swarm: SwarmProcesses, server: SwarmProcess, tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def test_a_server_that_takes_five_seconds_a_block_is_not_dead_after_two(served: 
     assert len(heard) >= 10
 
 
+@pytest.mark.long
 def test_a_request_that_ran_out_of_time_says_where_it_was(served: Served) -> None:
     may_go_on = threading.Event()
     with (

@@ -67,6 +67,7 @@ def test_the_room_of_a_client_that_has_vanished_comes_back(first: Server, meetin
         meeting.ask(first.network.peer, {"op": "status"}).result(60)
 
 
+@pytest.mark.long
 def test_a_server_announces_what_it_takes(model: Path, meeting: Network) -> None:
     with serving(
         model, "2:4", meeting.addresses[0], max_length=777, max_batch_tokens=55, name="here"
@@ -89,6 +90,7 @@ def test_two_servers_that_start_together_share_the_blocks(model: Path) -> None:
         assert sorted((s.spans.served.first, s.spans.served.end) for s in servers) == [(0, 3), (3, 6)]
 
 
+@pytest.mark.long
 def test_a_server_that_does_not_start_says_that_it_has_left(
     model: Path, meeting: Network, first: Server
 ) -> None:

@@ -187,6 +187,7 @@ finally:
     assert (alone.returncode, alone.stdout, alone.stderr) == (2, "False False\n", said)
 
 
+@pytest.mark.long
 def test_serve_logs_json_lines_and_answers_prometheus(model: Path, swarm_processes: SwarmProcesses) -> None:
     server = swarm_processes.serve(
         model,
