@@ -42,6 +42,10 @@ PUBLISHED = {
     "llama-405b": "meta-llama/Llama-3.1-405B",
     "mixtral-8x22b": "mistralai/Mixtral-8x22B-Instruct-v0.1",
     "falcon-180b": "tiiuae/falcon-180B",
+    "deepseek-v3": "deepseek-ai/DeepSeek-V3",
+    "kimi-k2": "moonshotai/Kimi-K2-Instruct",
+    "qwen3-235b": "Qwen/Qwen3-235B-A22B-FP8",
+    "gpt-oss-120b": "openai/gpt-oss-120b",
 }
 
 

@@ -68,7 +68,7 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
     return Sizes(
         granularity=layout.granularity,
         stops=tuple(_size_of(stop, config) for stop in layout.stops),
-        kept_bytes=kept_bytes + sum(cast_buffer_bytes(layout.stops, layout.dtypes)),
+        kept_bytes=kept_bytes + sum(cast_buffer_bytes(layout.stops, layout.dtypes, layout.picked)),
         block_token_bytes=max(2 * itemsize * activations, head_tile_bytes),
         attention_token_bytes=scores_bytes,
         rider_token_bytes=itemsize * (6 * hidden + inside) + 1024,

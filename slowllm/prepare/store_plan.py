@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from slowllm.errors import StoreError
 from slowllm.modeling.layout import Layout, in_order_of_use, lay_out
+from slowllm.modeling.linear_maps import linear_maps
 from slowllm.prepare.encode import FileTask, TensorTask
 from slowllm.storage.spans import Placement
 
@@ -73,23 +72,11 @@ def _coded_names(
     dtypes: Sequence[torch.dtype],
 ) -> frozenset[str]:
     """Return the parameters that are coded: the linear maps of blocks and fused experts, but no routers."""
-    config = model.config.get_text_config()
-    counts = {
-        getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")
-    }
     coded = set()
-    for number, block in enumerate(layout.blocks):
-        for name, module in block.named_modules():
-            for key, parameter in module._parameters.items():
-                full = ".".join(filter(None, (layout.blocks_name, str(number), name, key)))
-                if parameter is None or full not in placements:
-                    continue
-                is_linear = isinstance(module, nn.Linear | Conv1D) and parameter.dim() == 2
-                is_router = is_linear and parameter.shape[0] in counts
-                if (is_linear and not is_router) or parameter.dim() == 3:
-                    placement = placements[full]
-                    if placement.dtype in dtypes and parameter.numel() >= MIN_WEIGHTS:
-                        coded.add(full)
+    for name, parameter in linear_maps(model, layout.blocks_name, layout.blocks):
+        placement = placements.get(name)
+        if placement is not None and placement.dtype in dtypes and parameter.numel() >= MIN_WEIGHTS:
+            coded.add(name)
     return frozenset(coded)
 
 

@@ -18,8 +18,12 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from slowllm.errors import CheckpointError, InputError
+from slowllm.modeling.blocks import find_blocks
 from slowllm.modeling.cache_sizes import cache_size_of
 from slowllm.modeling.layout import granularities, lay_out
+from slowllm.modeling.linear_maps import linear_maps
+from slowllm.modeling.native.formats import settings_of
+from slowllm.modeling.native.imagined import imagined_placement
 from slowllm.modeling.sizes import sizes_of
 from slowllm.modeling.skeleton import build_skeleton, read_config
 from slowllm.planning.job import Granularity, Sizes
@@ -120,6 +124,8 @@ def known_blueprint(hub_id: str) -> Blueprint:
 def _from_table(hub_id: str, known: KnownModel) -> Blueprint:
     config: Any = AutoConfig.for_model(known.model_type, **known.options)
     config.return_dict = True
+    if known.quantisation is not None:
+        config.quantization_config = dict(known.quantisation)
     return Blueprint(hub_id, config, getattr(torch, known.dtype), "its published shape")
 
 
@@ -175,7 +181,7 @@ class BlueprintSizes:
 def stored_dtype_of(blueprint: Blueprint) -> torch.dtype:
     """Return the dtype of a model's weights: the config's, or the one that the index's bytes amount to."""
     num_bytes = blueprint.index_bytes
-    if num_bytes is None:
+    if num_bytes is None or settings_of(blueprint.config) is not None:
         return blueprint.dtype
     model = build_skeleton(blueprint.config, _folder_of(blueprint), torch.bfloat16)
     count = sum(tensor.numel() for tensor in _stored_tensors(model).values())
@@ -205,6 +211,10 @@ def measure_blueprint(
     placements = {
         name: _placement(name, tensor, stored_dtype) for name, tensor in _stored_tensors(model).items()
     }
+    if (settings := settings_of(blueprint.config)) is not None:
+        for name, parameter in linear_maps(model, *find_blocks(model)):
+            if (coded := imagined_placement(name, tuple(parameter.shape), settings)) is not None:
+                placements[name] = coded
     names: tuple[Granularity, ...] = granularities(model, placements) if forward_only else ("blocks",)
     layouts = [lay_out(model, placements, name) for name in names]
     cache = cache_size_of(model)

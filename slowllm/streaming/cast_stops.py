@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,16 +30,23 @@ log = logging.getLogger(__name__)
 
 
 def cast_buffer_bytes(
-    stops: Sequence[Sequence[Placement]], dtypes: Mapping[str, torch.dtype]
+    stops: Sequence[Sequence[Placement]], dtypes: Mapping[str, torch.dtype], picked: Collection[str] = ()
 ) -> tuple[int, int]:
-    """Return the sizes of the cast buffers: for all small tensors of a stop, and for the largest matrix."""
+    """Return the sizes of the cast buffers: for all small tensors of a stop, and for the largest matrix.
+
+    Args:
+        stops: the tensors of each.
+        dtypes: compute dtype of every tensor, by name.
+        picked: tensors of several matrices, of which each operation reads one.
+    """
     small, large = 0, 0
     for stop in stops:
         small_of_stop = 0
         for p in stop:
             if p.coding is None and dtypes[p.name] == p.dtype:
                 continue
-            num_bytes = round_up(math.prod(p.shape) * dtypes[p.name].itemsize, CACHE_LINE_BYTES)
+            shape = p.shape[1:] if p.name in picked else p.shape
+            num_bytes = round_up(math.prod(shape) * dtypes[p.name].itemsize, CACHE_LINE_BYTES)
             if _is_small(p.shape):
                 small_of_stop += num_bytes
             else:

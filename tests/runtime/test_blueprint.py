@@ -35,6 +35,9 @@ GIGABYTES = {
     "tiiuae/falcon-7b": 13.84,
     "tiiuae/falcon-40b": 82.61,
     "tiiuae/falcon-180B": 359.0,
+    "openai/gpt-oss-20b": 13.76,
+    "openai/gpt-oss-120b": 65.25,
+    "Qwen/Qwen3-235B-A22B": 470.19,
 }
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import slowllm
 from slowllm.errors import CheckpointError
+from slowllm.storage.codecs.stacked import Stacked
 from tests.support.families import save_tiny
 from tests.support.native_checkpoints import dequantised, fp8_settings, quantised, store_fp8
 
@@ -26,7 +27,9 @@ def fp8(name: str, tmp_path: Path, block: tuple[int, int] = (8, 16), **options: 
 
 
 def logits_of(folder: Path, dtype: str) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), experts_implementation="eager"
+    )
     with torch.no_grad():
         logits: torch.Tensor = model(IDS).logits
     return logits
@@ -91,6 +94,27 @@ def test_a_model_that_transformers_saved_with_fused_experts_is_read(tmp_path: Pa
     folder = quantised(tmp_path / "fused", tmp_path / "fp8", fp8_settings((8, 16)), store)
     wanted = logits_of(dequantised(tmp_path / "plain", tmp_path / "back", (8, 16)), "bfloat16")
     assert_same(folder, "bfloat16", wanted, resident=False)
+
+
+def test_only_the_experts_that_tokens_chose_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fp8("olmoe", tmp_path)
+    decoded: list[tuple[int, int]] = []
+    decode = Stacked.decode
+
+    def noting(self: Stacked, parts: Any, out: Any, first: int, last: int, team: Any) -> None:
+        decoded.append((first, last - first))
+        decode(self, parts, out, first, last, team)
+
+    monkeypatch.setattr(Stacked, "decode", noting)
+    with slowllm.load(folder, dtype="bfloat16") as lm, torch.no_grad():
+        router_logits = lm.model(IDS[:, :1], output_router_logits=True).router_logits
+        chosen = sum(len(set(one.topk(2).indices.flatten().tolist())) for one in router_logits)
+        assert len(decoded) == 2 * chosen  # gate and up together, and down
+        config = lm.model.config
+        heights = {2 * config.intermediate_size, config.hidden_size}
+        assert {height for _, height in decoded} == heights
 
 
 def test_tokens_and_gradients_are_those_of_the_dequantised_model(tmp_path: Path) -> None:
