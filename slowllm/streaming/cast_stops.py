@@ -17,11 +17,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from slowllm.errors import CheckpointError
 from slowllm.rounding import round_up
 from slowllm.storage.codecs import layout_constants
 from slowllm.storage.codecs.base import Parts, Team
 from slowllm.storage.codecs.registry import codec_of
-from slowllm.storage.spans import Placement
+from slowllm.storage.spans import TORCH_DTYPES, Placement
 from slowllm.streaming.buffers import Buffer
 from slowllm.streaming.lazy_weight import CACHE_LINE_BYTES, CodedMatrix, LazyWeight
 from slowllm.streaming.stops import Stops, Weights
@@ -73,6 +74,28 @@ def coded_shape(placement: Placement) -> tuple[int, ...]:
     return (*placement.shape[:-2], placement.shape[-1], placement.shape[-2])
 
 
+def _refuse_not_finite(placement: Placement, stored: Tensor) -> None:
+    """Refuse a coded parameter with scales that are no numbers, before any product is made of them.
+
+    Raises:
+        CheckpointError: one is NaN or infinite.
+    """
+    assert placement.coding is not None, "asked of coded tensors only"
+    for array in placement.coding.arrays:
+        dtype = TORCH_DTYPES[array.dtype]
+        if not dtype.is_floating_point:
+            continue
+        end = array.offset + math.prod(array.shape) * dtype.itemsize
+        values = stored[array.offset : end].view(dtype)
+        if not bool(values.isfinite().all()):
+            run = next(
+                run for run in placement.runs if run.target <= array.offset < run.target + run.num_bytes
+            )
+            raise CheckpointError(
+                f"{run.span.path.name}: {run.span.name} has NaN or infinity among its {array.name}; fetch this shard again"
+            )
+
+
 class CastStops(Stops):
     """Stops whose weights are in the compute dtype. Owns the threads that decode; close it.
 
@@ -96,6 +119,7 @@ class CastStops(Stops):
         self._stops, self._dtypes = stops, dtypes
         self._coded = {p.name: p for stop in placements for p in stop if p.coding is not None}
         self._team = Team(torch.get_num_threads()) if self._coded else None
+        self._checked: set[str] = set()
         if self._coded and not layout_constants.IS_COMPILED and torch.device("cpu") in devices:
             log.warning(
                 "numba is not installed, so weights are decoded by numpy, several times slower; "
@@ -128,6 +152,9 @@ class CastStops(Stops):
     def _coded_weight(self, placement: Placement, stored: Tensor, dtype: torch.dtype) -> LazyWeight:
         assert placement.coding is not None, "only coded tensors come here"
         assert self._team is not None, "created where anything is coded"
+        if placement.name not in self._checked:
+            _refuse_not_finite(placement, stored)
+            self._checked.add(placement.name)
         parts = Parts.of(stored, placement.coding, coded_shape(placement))
         coded = CodedMatrix(codec_of(placement.coding), parts, self._team)
         shape = torch.empty(coded_shape(placement), dtype=placement.dtype, device="meta")

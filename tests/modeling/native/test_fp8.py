@@ -193,6 +193,24 @@ def test_half_a_format_is_refused_by_name(change: Any, message: str, tmp_path: P
         slowllm.load(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("resident", [True, False])
+def test_scales_that_are_no_numbers_are_refused_by_name(value: float, resident: bool, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if NAME in tensors:
+            tensors[f"{NAME}_scale_inv"][2, 1] = value
+
+    folder = fp8("llama-2", tmp_path)
+    _damaged(folder, change)
+    message = rf"model-\d+-of-\d+\.safetensors: {NAME}_scale_inv has NaN or infinity among its scales"
+    with (
+        slowllm.load(folder, resident=resident) as lm,
+        torch.no_grad(),
+        pytest.raises(CheckpointError, match=message),
+    ):
+        lm.model(IDS)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
