@@ -18,9 +18,9 @@ from slowllm.storage.spans import DTYPE_NAMES
 
 # The models that `slowllm doctor` plans where none is named, small ones first.
 TWELVE = (
-    "bigscience/bloom-560m", "bigscience/bloom-3b", "tiiuae/falcon-7b", "bigscience/bloom-7b1", "meta-llama/Llama-3.1-8B",
-    "tiiuae/falcon-40b", "mistralai/Mixtral-8x7B-v0.1", "meta-llama/Llama-3.1-70B", "mistralai/Mixtral-8x22B-v0.1",
-    "bigscience/bloom", "tiiuae/falcon-180B", "meta-llama/Llama-3.1-405B",
+    "bigscience/bloom-560m", "tiiuae/falcon-7b", "openai/gpt-oss-20b", "meta-llama/Llama-3.1-8B", "openai/gpt-oss-120b",
+    "meta-llama/Llama-3.1-70B", "Qwen/Qwen3-235B-A22B-FP8", "mistralai/Mixtral-8x22B-v0.1", "bigscience/bloom",
+    "tiiuae/falcon-180B", "deepseek-ai/DeepSeek-V3", "meta-llama/Llama-3.1-405B",
 )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def improvements(
     found += (
         [] if faster_cores is None else [("a processor twice as fast", faster_cores.plan.forecast.seconds)]
     )
-    if now.store in (None, "bf16"):
+    if now.can_be_halved:
         found.append(("a store of 8 bits (`slowllm convert`)", now.halved_seconds))
     found += [(f"--ram {format_binary(ram)}", seconds) for ram, seconds in now.larger[-1:]]
     seconds = now.plan.forecast.seconds

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from slowllm.errors import forward_errors
+from slowllm.modeling.native.formats import format_name
 from slowllm.modeling.parts import Part
 from slowllm.options import AUTO, parse_bytes, parse_dtype
 from slowllm.planning.budget import Budget
@@ -98,6 +99,7 @@ class Survey:
         store: the kind of the store, None where the model is none.
         planned_from: what the sizes are taken from where the weights are not there, None where they are.
         free_tokens: that a sweep computes while its bytes are read; 0 where nothing is read, or on devices.
+        native_format: the quantised format of the maker in which the weights are read as they are; None where they are plain.
     """
 
     name: str
@@ -116,6 +118,13 @@ class Survey:
     store: str | None = None
     planned_from: str | None = None
     free_tokens: int = 0
+    native_format: str | None = None
+
+    @property
+    def can_be_halved(self) -> bool:
+        """Whether a store of 8 bits would have about half the bytes."""
+        # A coded store has no more than three quarters of the bytes already.
+        return self.store in (None, "bf16") and self.native_format is None
 
 
 def survey(
@@ -160,6 +169,7 @@ def survey(
             name=lm.name, weight_bytes=lm.weight_bytes, num_stops=lm.num_stops,
             dtype=str(lm.model.dtype).removeprefix("torch."), ram_bytes=ram_bytes, process_bytes=process_bytes,
             job=job, rates=rates, store=read_manifest(info.folder).store if is_store(info.folder) else None,
+            native_format=format_name(info.config),
             **(
                 _planned(lm.choices, ram_bytes, process_bytes, job, rates, keep_resident)
                 if placement is None
@@ -205,7 +215,7 @@ def survey_blueprint(
         name=blueprint.name, weight_bytes=sizes.weight_bytes,
         num_stops=sizes.num_stops[planned["plan"].granularity], dtype=str(compute_dtype).removeprefix("torch."),
         ram_bytes=ram_bytes, process_bytes=process_bytes, job=job, rates=rates, planned_from=blueprint.source,
-        **planned,
+        native_format=format_name(blueprint.config), **planned,
     )  # fmt: skip
 
 

@@ -54,6 +54,7 @@ def _document(survey: Survey) -> dict[str, Any]:
         "smallest_ram_bytes": survey.smallest_bytes,
         "more_ram": [{"ram_bytes": ram, "seconds": seconds} for ram, seconds in survey.larger],
         "half_the_bytes_seconds": survey.halved_seconds,
+        "native_format": survey.native_format,
     }
     if survey.devices:
         names = ("device", "vram_bytes", "num_stops")
@@ -87,6 +88,8 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         rows.append(
             ("weights", f"not on this machine, or not all of them; planned from {survey.planned_from}")
         )
+    if survey.native_format is not None:
+        rows.append(("format", f"{survey.native_format}, read as it is"))
     rows += [
         (
             "job",
@@ -121,8 +124,7 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         ("limited by", "the disk" if forecast.read_seconds > forecast.compute_seconds else "the processor"),
     ]
     rows += [("faster", f"--ram {format_binary(ram)}: {duration(seconds)}") for ram, seconds in survey.larger]
-    # A coded store has no more than three quarters of the bytes already.
-    if survey.store in (None, "bf16") and survey.halved_seconds < 0.95 * forecast.seconds:
+    if survey.can_be_halved and survey.halved_seconds < 0.95 * forecast.seconds:
         rows.append(
             ("faster", f"weights of half the bytes (a store of 8 bits): {duration(survey.halved_seconds)}")
         )

@@ -63,6 +63,12 @@ def settings_of(config: PreTrainedConfig) -> Mapping[str, Any] | None:
     return None
 
 
+def format_name(config: PreTrainedConfig) -> str | None:
+    """Return the name of a checkpoint's quantised format; None where it has none."""
+    settings = settings_of(config)
+    return None if settings is None else str(settings.get("quant_method"))
+
+
 def find_native(config: PreTrainedConfig, spans: Mapping[str, Span]) -> NativeTensors:
     """Return the tensors of a checkpoint, those that are stored as several as one.
 
