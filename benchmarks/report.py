@@ -18,7 +18,7 @@ SECONDS = {
     "wall_s": "ours", "first_epoch_s": "ours, first epoch", "later_epoch_s": "ours, later epoch",
     "whole_s": "ours, each by itself", "predicted_s": "ours, as planned",
     "limit_s": "limit", "disk_limit_s": "limit of the disk", "gemm_limit_s": "limit of the processor",
-    "resident_compute_s": "computing in memory",
+    "resident_compute_s": "computing in memory", "teach_s": "ours, teach", "forward_s": "ours, forward",
     "peer_wall_s": "peer", "peer_padded_s": "peer, padded", "peer_batch_s": "peer, one batch",
     "peer_one_by_one_s": "peer, one by one",
 }  # fmt: skip
@@ -40,6 +40,13 @@ def report_file(name: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
     assert file is not None, "a file was named"
     return file
+
+
+def add_report_option(parser: argparse.ArgumentParser) -> None:
+    """Let a benchmark's command line name the file of a report."""
+    parser.add_argument(
+        "--report", type=report_file, metavar="FILE.html", help="also write a page with plots to this file"
+    )
 
 
 def bars_of(document: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, float]]:

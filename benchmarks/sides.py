@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from benchmarks import machine
 from benchmarks.make_checkpoint import GEOMETRIES, make_checkpoint
-from benchmarks.report import report_file
+from benchmarks.report import add_report_option
 from slowllm.options import format_bytes, parse_bytes
 from slowllm.prepare.convert import convert
 
@@ -40,9 +40,7 @@ def parser(description: str | None, peers: Sequence[str] = ("accelerate",)) -> a
     options.add_argument(
         "--checkpoint", type=Path, help="folder of the checkpoint; written where it is missing"
     )
-    options.add_argument(
-        "--report", type=report_file, metavar="FILE.html", help="also write a page with plots to this file"
-    )
+    add_report_option(options)
     return options
 
 

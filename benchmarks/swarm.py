@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import statistics
@@ -35,6 +34,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import slowllm
+from benchmarks.report import add_report_option, finish
 from benchmarks.swarm_servers import servers, spans_of
 from benchmarks.visit_cost import make_model
 from slowllm.entrypoints.api import LM
@@ -202,7 +202,7 @@ def report(
 ) -> dict[str, Any]:
     """Return what the rounds say: the fastest and the median of each, the limit, and where the swarm's time went."""
     done: dict[str, Any] = {
-        "verified": True, **vars(arguments), "num_threads": torch.get_num_threads(),
+        "verified": True, **{name: value for name, value in vars(arguments).items() if name != "report"}, "num_threads": torch.get_num_threads(),
         "lookup_tokens_per_pass": tokens_per_pass,
     }  # fmt: skip
     for kind in WORK:
@@ -241,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="added to a round trip to a server")
     parser.add_argument("--ram", default="4GiB", help="budget of each process, enough for all blocks")
+    add_report_option(parser)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     options: list[object] = [
@@ -269,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"swarm, generate: {done['swarm_generate_tokens_per_s']:.2f} tokens/s, with look-up {done['swarm_lookup_tokens_per_s']:.2f}"
     )
-    print(json.dumps(done))
+    finish("swarm", done, arguments.report)
 
 
 if __name__ == "__main__":

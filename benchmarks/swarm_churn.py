@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import random
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.report import add_report_option, finish
 from slowllm.swarm.placement import block_rates, scarcest_blocks
 from slowllm.swarm.rebalancing import better_blocks, delay_seconds, next_check_seconds
 from slowllm.swarm.records import ServerRecord
@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--churn", type=float, default=0.2, help="share of the servers that go in an hour")
     parser.add_argument("--hours", type=float, default=24.0)
     parser.add_argument("--seeds", type=int, default=3)
+    add_report_option(parser)
     arguments = parser.parse_args(argv)
     runs: list[dict[str, Any]] = []
     for rebalances in (True, False):
@@ -184,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"longest gap {found.longest_gap_seconds:.0f} s, {found.num_left} left, {found.num_moves} moves, slowest block "
                 f"{found.mean_slowest / found.mean_fair:.2f} of an even share"
             )
-    print(json.dumps({**vars(arguments), "runs": runs}))
+    given = {name: value for name, value in vars(arguments).items() if name != "report"}
+    finish("swarm_churn", {**given, "runs": runs}, arguments.report)
 
 
 if __name__ == "__main__":

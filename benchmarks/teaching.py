@@ -14,7 +14,6 @@ last line of stdout is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import sides
 from benchmarks.make_checkpoint import GEOMETRIES
+from benchmarks.report import add_report_option, finish
 from slowllm import load
 from slowllm.inference.lines import Line, score_lines
 from slowllm.inference.shard_files import ShardRow, ShardWriter
@@ -199,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ram", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeat", type=int, default=3)
+    add_report_option(parser)
     arguments = parser.parse_args(argv)
     if arguments.geometry:
         arguments.checkpoint = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks)
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         f"resident at most {report['first_third_rss_bytes'] / 2**20:,.0f} MiB in the first third of it and "
         f"{report['last_third_rss_bytes'] / 2**20:,.0f} MiB in the last"
     )
-    print(json.dumps(report))
+    finish("teaching", report, arguments.report)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ reported, the logits of all sides must have equal bits. The last line of stdout 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, DynamicCache
 
 import slowllm
+from benchmarks.report import add_report_option, finish
 
 NUM_TOGETHER = 4
 
@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=16, help="tokens that are decoded in a round")
     parser.add_argument("--rounds", type=int, default=10, help="of which the fastest counts")
     parser.add_argument("--ram", default="auto", help="slowllm's budget, large enough for the whole model")
+    add_report_option(parser)
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{side}: {report[f'{side}_token_ms']:.2f} ms a token, {report[f'{side}_speed']:.2f} of the limit; "
             f"a visit costs {report[f'{side}_visit_us']:.0f} us"
         )
-    print(json.dumps(report))
+    finish("visit_cost", report, arguments.report)
 
 
 if __name__ == "__main__":

@@ -106,10 +106,14 @@ def test_forward_pass_runs_its_sides_as_processes(
     assert report["read_bytes"] >= report["weight_bytes"], "every stop comes from the disk once"
 
 
-def test_teaching_compares_equal_likelihoods(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_teaching_compares_equal_likelihoods(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("pyarrow")
     options = ["--texts", "3", "--tokens", "5", "--top", "4", "--repeat", "1", "--dtype", "fp32"]
-    teaching.main(["--checkpoint", str(tiny_llama), *options])
+    page = tmp_path / "page.html"
+    teaching.main(["--checkpoint", str(tiny_llama), *options, "--report", str(page)])
+    assert "<svg" in page.read_text()
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["verified"] is True
     assert report["tokens"] == 18
