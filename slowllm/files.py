@@ -87,9 +87,13 @@ def replacing(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
 
 
 def replace_file(path: Path, content: bytes | str, *, is_shared: bool = False) -> None:
-    """Write a file so that a reader finds the old content or the new, even after a power cut."""
+    """Write a file so that a reader finds the old content or the new, even after a power cut; a failure leaves nothing."""
     with replacing(path, is_shared=is_shared) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        try:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        except OSError:  # such as of a full disk, which stays full of what is left there
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import io
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,23 @@ def test_the_bytes_are_on_the_disk_before_they_get_the_name(
     with replacing_alone(tmp_path / "a", StoreError) as file:
         file.write(b"12345")
     assert events[4:] == ["sync 5", "a.part -> a"]
+
+
+def test_a_disk_that_is_full_is_left_as_it_was(tmp_path: Path) -> None:
+    code = f"""
+import resource, signal
+from pathlib import Path
+from slowllm.files import replace_file
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    replace_file(Path({str(tmp_path / "file")!r}), bytes(5000))
+except OSError as error:
+    print(error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "File too large"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:

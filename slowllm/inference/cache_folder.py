@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ from torch import Tensor
 from slowllm.errors import InputError
 from slowllm.files import replace_file
 from slowllm.inference.live_cache import LEAST_TOKENS, RowCache
-from slowllm.inference.stored_layers import StoredColumns, StoredLayers
+from slowllm.inference.stored_layers import StoredColumns, StoredLayers, checksum_of
 from slowllm.inference.token_tree import Path, Piece, TokenTree, length_of
 
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
+# An unfinished file that is older belongs to no process that still writes it.
+_STALE_SECONDS = 60.0
 # Conversations that wait to be written; more are not kept.
 _MAX_PENDING = 4
 
@@ -70,6 +73,9 @@ class CacheFolder:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             found = {path: path.stat() for path in self._folder.glob(f"*{_SUFFIX}")}
+            for partial in self._folder.glob(f"*{_SUFFIX}.part"):  # of a process that was killed
+                if partial.stat().st_mtime < time.time() - _STALE_SECONDS:
+                    partial.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"{folder}: cannot be used as a folder of caches ({error.strerror})") from error
         self._adopt(
@@ -103,7 +109,7 @@ class CacheFolder:
                 if left:
                     os.utime(piece.content.path)
                     file = safe_open(piece.content.path, framework="pt")
-                    columns.append(StoredColumns(file, min(num_own, left)))
+                    columns.append(StoredColumns(piece.content.path, file, min(num_own, left)))
                     left -= columns[-1].num_columns
             stored = StoredLayers(columns, self._pool)
         except (OSError, SafetensorError) as error:
@@ -113,6 +119,14 @@ class CacheFolder:
         with self._lock:
             self._tree.touch(path)
         return RowCache(stored.cache(), torch.ones(1, num_tokens, dtype=torch.int64))
+
+    def forget(self, path: FilePath) -> None:
+        """Take out a damaged file, and those that go on from it."""
+        with self._lock:
+            pieces = [piece for piece in self._tree if piece.content.path == path]
+        for piece in pieces:
+            log.warning("%s: is left aside, because it is damaged", path)
+            self._forget(piece)
 
     def save(self, ids: tuple[int, ...], cache: RowCache) -> None:
         """Write a cache soon, on a thread of its own; not at all where that is behind. The cache must not be changed any more."""
@@ -148,7 +162,8 @@ class CacheFolder:
                 tensors[f"{number}.keys"] = layer.keys.cpu().contiguous()
                 tensors[f"{number}.values"] = layer.values.cpu().contiguous()
         parent, start = (path[-1][0].content.path.name, path[-1][1]) if path else ("", 0)
-        data = save(tensors, {"parent": parent, "start": str(start)})
+        sums = {name: checksum_of(tensor) for name, tensor in tensors.items()}
+        data = save(tensors, {"parent": parent, "start": str(start), **sums})
         file = _File(
             self._folder / f"{hashlib.sha256(repr(ids).encode()).hexdigest()[:40]}{_SUFFIX}", len(data)
         )
@@ -201,9 +216,10 @@ def _header(path: FilePath) -> _Header | None:
     try:
         with safe_open(path, framework="pt") as file:
             said = file.metadata() or {}
-            ids: list[int] = file.get_tensor("ids").tolist()
-            if not ids:
-                raise ValueError("it has no tokens")
+            tokens = file.get_tensor("ids")
+            ids: list[int] = tokens.tolist()
+            if not ids or checksum_of(tokens) != said["ids"]:
+                raise ValueError("it has no tokens, or others than were written")
             return _Header(said["parent"], int(said["start"]), tuple(ids))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         log.warning("%s: is left aside (%s)", path, error)

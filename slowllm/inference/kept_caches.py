@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from slowllm.inference.cache_folder import CacheFolder
 from slowllm.inference.live_cache import LEAST_TOKENS, RowCache, behind_one_another
+from slowllm.inference.stored_layers import DamagedCacheError
 from slowllm.inference.token_tree import TokenTree, length_of
 
 
@@ -66,6 +67,11 @@ class KeptCaches:
         assert self._folder is not None, "it has the longer one"
         folder = self._folder
         return FoundCache(num_tokens, lambda: folder.load(stored, num_tokens))
+
+    def forget(self, error: DamagedCacheError) -> None:
+        """Leave a file aside that has turned out to be damaged."""
+        if self._folder is not None:
+            self._folder.forget(error.path)
 
     def keep(self, ids: Sequence[int], cache: RowCache) -> None:
         """Keep the cache of one row, which belongs to the caller no more.

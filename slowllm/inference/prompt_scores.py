@@ -48,9 +48,9 @@ def score_prompts(
     places = torch.tensor(
         [place for prompt in prompts for place in range(len(prompt) - 1)], dtype=torch.int64
     )
-    found = top_log_probs(
-        lm.model, rows, places, ids[rows, places + 1], max(num_top, default=0), input_ids=ids
-    )
+    # At least one is kept, also where none is asked for.
+    most = max(1, *num_top)
+    found = top_log_probs(lm.model, rows, places, ids[rows, places + 1], most, input_ids=ids)
     scored, start = [], 0
     for prompt, wanted in zip(prompts, num_top, strict=True):
         end = start + max(0, len(prompt) - 1)

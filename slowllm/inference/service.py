@@ -32,6 +32,7 @@ from slowllm.inference.live_rows import LiveRow
 from slowllm.inference.prompt_scores import score_prompts
 from slowllm.inference.service_tasks import ServiceTask, checked_size, class_of
 from slowllm.inference.service_types import Answer, Ask, OnPartial, PartialContinuation, ServiceStatus
+from slowllm.inference.stored_layers import DamagedCacheError
 from slowllm.modeling.batching import batch_rule
 from slowllm.planning.packing import pack
 from slowllm.runtime.streamed_lm import StreamedLM
@@ -285,7 +286,12 @@ class Service:
         """Make the first pass of prompts, and let their rows join those that go on."""
         kept = None if found is None else self._lm.away(found.load)
         num_kept = 0 if kept is None else kept.mask.shape[1]
-        cache, logits = self._model.start([task.ask.prompt for task in tasks], kept)
+        prompts = [task.ask.prompt for task in tasks]
+        try:
+            cache, logits = self._model.start(prompts, kept)
+        except DamagedCacheError as error:  # costs a sweep, and no answer
+            self._kept.forget(error)
+            num_kept, (cache, logits) = 0, self._model.start(prompts)
         self._count(sum(len(task.ask.prompt.ids) for task in tasks) - num_kept, 0)
         seats = [
             self._seat(task, place, index)

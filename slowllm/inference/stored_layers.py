@@ -6,9 +6,11 @@ is spent before the first stop.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +18,51 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from slowllm.errors import SlowLLMError
+
+
+class DamagedCacheError(SlowLLMError):
+    """Keys and values on disk are not those that were written.
+
+    Attributes:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path}: its keys and values are damaged")
+        self.path = path
+
 
 @dataclass(frozen=True)
 class StoredColumns:
     """The first keys and values of a file.
 
     Attributes:
-        file: opened by safetensors; its tensors are called ``0.keys``, ``0.values`` and so on, (1, heads, L, D) each.
+        path: of the file.
+        file: opened by safetensors; its tensors are called ``0.keys``, ``0.values`` and so on, (1, heads, L, D) each. Its metadata
+            has the checksum of each.
         num_columns: of them.
     """
 
+    path: Path
     file: Any
     num_columns: int
+
+    def read(self, name: str) -> Tensor:
+        """Return the columns of a tensor.
+
+        Raises:
+            DamagedCacheError: the tensor is not the one that was written.
+        """
+        whole: Tensor = self.file.get_tensor(name)
+        if checksum_of(whole) != (self.file.metadata() or {}).get(name):
+            raise DamagedCacheError(self.path)
+        return whole[:, :, : self.num_columns]
+
+
+def checksum_of(tensor: Tensor) -> str:
+    """Return the checksum of a tensor's bytes, as text."""
+    return f"{zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data):08x}"
 
 
 class StoredLayers:
@@ -41,12 +76,10 @@ class StoredLayers:
     """
 
     def __init__(self, columns: Sequence[StoredColumns], pool: ThreadPoolExecutor) -> None:
-        self._files = [part.file for part in columns]
-        self._columns = [part.num_columns for part in columns]
-        self._pool = pool
-        self.num_columns = sum(self._columns)
+        self._columns, self._pool = columns, pool
+        self.num_columns = sum(part.num_columns for part in columns)
         self._names: list[int] = sorted(
-            {int(name.split(".")[0]) for name in self._files[0].keys() if "." in name}  # noqa: SIM118
+            {int(name.split(".")[0]) for name in columns[0].file.keys() if "." in name}  # noqa: SIM118
         )
         self._check()
         self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}
@@ -61,7 +94,11 @@ class StoredLayers:
         return cache
 
     def take(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and values (1, heads, L, D) of a block, and read those of the next."""
+        """Return the keys and values (1, heads, L, D) of a block, and read those of the next.
+
+        Raises:
+            DamagedCacheError: they are not those that were written.
+        """
         place = self._names.index(number)
         self._read_ahead(place)
         self._read_ahead(place + 1)
@@ -73,13 +110,7 @@ class StoredLayers:
 
     def _read(self, number: int) -> tuple[Tensor, Tensor]:
         keys, values = (
-            torch.cat(
-                [
-                    file.get_slice(f"{number}.{kind}")[:, :, :length]
-                    for file, length in zip(self._files, self._columns, strict=True)
-                ],
-                dim=2,
-            )
+            torch.cat([part.read(f"{number}.{kind}") for part in self._columns], dim=2)
             for kind in ("keys", "values")
         )
         return keys, values
@@ -88,9 +119,9 @@ class StoredLayers:
         """Refuse files that do not go together before a pass begins, which would fail in the middle."""
         for number in self._names:
             for kind in ("keys", "values"):
-                shapes = [file.get_slice(f"{number}.{kind}").get_shape() for file in self._files]
-                for (batch, heads, length, size), needed in zip(shapes, self._columns, strict=True):
-                    if (batch, heads, size) != (1, shapes[0][1], shapes[0][3]) or length < needed:
+                shapes = [part.file.get_slice(f"{number}.{kind}").get_shape() for part in self._columns]
+                for (batch, heads, length, size), part in zip(shapes, self._columns, strict=True):
+                    if (batch, heads, size) != (1, shapes[0][1], shapes[0][3]) or length < part.num_columns:
                         raise SafetensorError(f"{number}.{kind} has the shape {shapes}")
 
 

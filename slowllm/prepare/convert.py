@@ -142,8 +142,8 @@ def _refuse_native(source: Path, placements: Mapping[str, Placement]) -> None:
     coded = next((p for p in placements.values() if p.coding is not None), None)
     if coded is not None:
         raise StoreError(
-            f"{source}: {coded.name} is quantised already, and is read as it is; a store of it is not made, which would round a "
-            "second time"
+            f"{source}: {coded.name} is quantised already, and every job reads it as it is, without a store, which would round a "
+            "second time; to make a store, convert the original in bfloat16"
         )
 
 

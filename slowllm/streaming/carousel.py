@@ -212,7 +212,10 @@ class Carousel:
         assert max_riders > 0, "a ride needs at least one rider at a time"
         self.refuse_if_forked()
         if self._is_ours():
-            raise RideError("ride() was called inside a rider; call the model directly there")
+            raise RideError(
+                "ride() was called inside a rider, where the model is called directly, or by a function that is told of progress, "
+                "which must not use the model"
+            )
         party = Party(jobs, max_riders, is_stream, max_tokens)
         failed: list[Rider] = []
         try:

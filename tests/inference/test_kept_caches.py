@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -171,6 +173,19 @@ def test_conversations_that_begin_alike_are_written_once(tmp_path: Path) -> None
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    with closing(CacheFolder(tmp_path, "m", 1 << 20)) as folder:
+        folder.save(tuple(range(20)), cache_of(range(20)))
+    (file,) = tmp_path.rglob("*.safetensors")
+    stale, fresh = (file.with_name(f"{name}.safetensors.part") for name in ("stale", "fresh"))
+    for partial in (stale, fresh):
+        partial.write_bytes(b"x")
+    os.utime(stale, (0, 0))
+    with closing(CacheFolder(tmp_path, "m", 1 << 20)) as folder:
+        assert folder.num_tokens == 20
+    assert [partial.exists() for partial in (stale, fresh)] == [False, True]
+
+
 def test_blocks_take_their_keys_from_disk_when_they_are_computed(tmp_path: Path) -> None:
     ids = tuple(range(30))
     with closing(CacheFolder(tmp_path, "m", 1 << 20)) as folder:
@@ -229,6 +244,20 @@ def test_damaged_files_and_full_folders_cost_a_computation_only(
         for prompt in prompts:
             service.submit(Ask(prompt)).result(60)
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) <= 2 * size
+    # Damage that only the checksums show, in the tensors of one file: found while the blocks are computed.
+    shutil.rmtree(tmp_path / next(path.name for path in tmp_path.iterdir()))
+    with closing(CacheFolder(tmp_path, "m", 1 << 30)) as folder, Service(lm, folder=folder) as service:
+        service.submit(Ask(prompts[0])).result(60)
+    (file,) = tmp_path.rglob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-2000:] = bytes(2000)
+    file.write_bytes(content)
+    caplog.clear()
+    with closing(CacheFolder(tmp_path, "m", 1 << 30)) as folder, Service(lm, folder=folder) as service:
+        longer = Prompt((*prompts[0].ids, 9, 9), settings)
+        assert service.submit(Ask(longer)).result(60).continuations == alone(lm, longer)
+        assert service.status().num_prompt_tokens == len(longer.ids)
+    assert "is left aside, because it is damaged" in caplog.text
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be used as a folder of caches"):
         CacheFolder(tmp_path / "file", "m", 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from slowllm.errors import InputError
 from slowllm.files import part_of, system_errors
 
-_SUFFIXES = (".html", ".htm")
+_SUFFIXES = (".html",)
 
 
 def check_installed_for_reports() -> None:

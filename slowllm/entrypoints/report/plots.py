@@ -26,6 +26,8 @@ GREY = "#888888"
 # Curves that get a colour and a name; where there are more, the others are grey.
 MAX_NAMED = 8
 MAX_NAME_LETTERS = 40
+# What a line of a legend has room for, beside the samples of its colours.
+LEGEND_LETTERS = 110
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -160,7 +162,10 @@ def seconds_of_stops(title: str, found: Timeline) -> str:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, borderaxespad=0.2)
+    """Put a legend above the axes, with as many columns as its longest name leaves room for."""
+    names = [name for name in axes.get_legend_handles_labels()[1] if not name.startswith("_")]
+    columns = max(1, min(4, LEGEND_LETTERS // (max(map(len, names), default=1) + 8)))
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2)
 
 
 def curves(
@@ -182,7 +187,7 @@ def curves(
             axes.plot(
                 places, values, color=colours[number] if is_named else GREY, linewidth=1.2,
                 alpha=1.0 if is_named else 0.4,
-                label=shortened(curve.name) + (", validation" if curve.is_validation else "") if is_named else "_others",
+                label=_label(curve, number, len(names)),
                 linestyle="--" if curve.is_validation else "-", **dots,
             )  # fmt: skip
         axes.set_xlabel(x)
@@ -196,6 +201,13 @@ def curves(
             _legend(axes)
 
     return _draw(title, draw)
+
+
+def _label(curve: Curve, number: int, num_names: int) -> str:
+    """Return what a legend says of a curve; of all that have no colour, the first stands for the others."""
+    if number < MAX_NAMED:
+        return shortened(curve.name) + (", validation" if curve.is_validation else "")
+    return f"{num_names - MAX_NAMED} more" if number == MAX_NAMED and not curve.is_validation else "_others"
 
 
 def histogram(title: str, found: Histogram, x: str, y: str) -> str:

@@ -60,7 +60,9 @@ class Timeline:
     def on_passage(self, passage: Passage) -> None:
         """Count a stop that was served."""
         with self._lock:
-            if self._last is None or _begins_sweep(self._last, passage):
+            # Riders that compute by themselves tell of stops at the same time, and not always in their order.
+            is_late = self._last is not None and passage.began_at < self._last.began_at
+            if self._last is None or (not is_late and _begins_sweep(self._last, passage)):
                 self._end_sweep(passage.began_at)
                 self._sweep_began_at = passage.began_at
                 self.num_sweeps += 1
@@ -70,7 +72,8 @@ class Timeline:
             sums.compute_seconds += passage.compute_seconds
             self.num_passages += 1
             self.passages.append(passage)
-            self._last = passage
+            if not is_late:
+                self._last = passage
 
     def on_read(self, read: StopRead) -> None:
         """Count a stop that was read."""

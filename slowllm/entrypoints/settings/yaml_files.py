@@ -15,7 +15,7 @@ from slowllm.files import read_description
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds; an empty file holds an empty one.
 
-    Only plain data are read: no tag makes an object.
+    Only plain data are read: no tag makes an object, and no reference is followed.
 
     Raises:
         InputError: it cannot be read, is too large, is no YAML or no mapping with texts as keys, or has a key twice.
@@ -35,7 +35,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
             found.add(key)
         return cast("dict[Any, Any]", yaml.SafeLoader.construct_mapping(loader, node, deep))
 
-    loader = type("Loader", (yaml.SafeLoader,), {"construct_mapping": construct_mapping})
+    def compose_node(loader: Any, parent: Any, index: Any) -> Any:
+        """Return a node that is written where it stands: with references, a few lines may stand for gigabytes."""
+        if loader.check_event(yaml.events.AliasEvent):
+            event = loader.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"the reference *{event.anchor} is not followed; write the value where it belongs",
+                event.start_mark,
+            )  # fmt: skip
+        return yaml.SafeLoader.compose_node(loader, parent, index)
+
+    changed = {"construct_mapping": construct_mapping, "compose_node": compose_node}
+    loader = type("Loader", (yaml.SafeLoader,), changed)
     try:
         document = yaml.load(read_description(path, InputError).decode("utf-8"), loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

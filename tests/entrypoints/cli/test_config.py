@@ -159,6 +159,10 @@ def test_a_preset_gives_the_model_where_it_is_an_argument(processes: Processes) 
         ("modle: x", "'modle' is no key of a preset; the nearest is model"),
         ("options: 5", "options takes a mapping, not 5"),
         ("model: [x]", "model takes a text, not ['x']"),
+        (
+            "about: &a [x, x]\nconfig: {a: *a}",
+            "the reference *a is not followed; write the value where it belongs",
+        ),
         ("options: {rma: 3GiB}", "'rma' is no option; the nearest is ram"),
     ],
 )

@@ -80,6 +80,26 @@ def test_every_plot_is_well_formed_and_asks_for_nothing() -> None:
         assert sum(f'id="{one}"' in svg for svg in drawn) == 1
 
 
+def test_a_legend_of_many_long_names_stays_inside_the_plot() -> None:
+    series = Series()
+    for step in range(3):
+        series.add(step, float(step))
+    names = [f"kind-shallow-learning_rate-0.00{number}" for number in range(plots.MAX_NAMED + 3)]
+    svg = plots.curves("Loss", [plots.Curve(name, series) for name in names], "step", "loss")
+    root = ElementTree.fromstring(svg)
+    width = float(root.attrib["width"].removesuffix("pt"))
+    places = {
+        one.text: float((re.search(r"translate\(([\d.]+)", one.attrib.get("transform", "")) or ["", "0"])[1])
+        for one in root.iter()
+        if one.tag.endswith("text")
+    }
+    assert "3 more" in places
+    for name in names[: plots.MAX_NAMED]:
+        # A letter is less than 6 points wide.
+        assert places[name] + 6 * len(name) <= width
+    assert not set(names[plots.MAX_NAMED :]) & set(places)
+
+
 def test_names_stay_the_texts_that_they_are() -> None:
     svg = plots.shares("Shares", [plots.PlottedShare(name, 0.5) for name in NASTY], "x")
     texts = [one.text for one in ElementTree.fromstring(svg).iter() if one.tag.endswith("text")]

@@ -63,6 +63,15 @@ def test_reads_are_summed_for_their_stop() -> None:
     assert [read.read_bytes for read in timeline.reads] == [50]
 
 
+def test_stops_that_are_told_late_begin_no_sweep() -> None:
+    timeline = Timeline(3)
+    for stop, began_at in ((0, 0.0), (1, 1.0), (2, 2.0), (1, 1.5), (0, 3.0), (1, 4.0), (2, 5.0)):
+        timeline.on_passage(Passage(stop, "up", 1, 0.25, 0.5, began_at))
+    timeline.finish()
+    assert (timeline.num_sweeps, timeline.num_passages) == (2, 7)
+    assert timeline.sweep_seconds.points()[1] == [3.0, 2.75]
+
+
 def test_a_run_without_a_stop_has_no_sweep() -> None:
     timeline = Timeline(2)
     timeline.finish()

@@ -101,6 +101,16 @@ def test_an_echo_counts_a_token_behind_the_prompt_where_it_is_eos(
     assert ended["logprobs"]["token_logprobs"] == plainly["logprobs"]["token_logprobs"]
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_an_echo_may_ask_for_none_of_the_likeliest(max_tokens: int, client: TestClient) -> None:
+    ask = {"prompt": PROMPTS[0], "max_tokens": max_tokens, "temperature": 0, "echo": True}
+    none, one = (post(client, **ask, logprobs=num)["choices"][0]["logprobs"] for num in (0, 1))
+    assert none["tokens"] == one["tokens"]
+    assert none["token_logprobs"] == pytest.approx(one["token_logprobs"], abs=TOLERANCE)
+    # The place's own token is always among them.
+    assert [len(tops or ()) for tops in none["top_logprobs"][1:]] == [1] * (len(none["tokens"]) - 1)
+
+
 def test_an_echo_without_any_new_token_rides_nowhere(client: TestClient, lm: Any) -> None:
     before = lm.report.num_passages
     choice = post(client, prompt=PROMPTS[0], max_tokens=0, echo=True)["choices"][0]
