@@ -160,6 +160,8 @@ def _values_for(
                 f"{source}: {place!r} is no option{of}; the nearest is {nearest(word, {*known, *inner})}"
             )
         else:
+            if word != key and word in table:
+                raise InputError(f"{source}: {place} and {word} are the same option; keep one of them")
             for option in [own[word]] if word in own else known[word][:1]:
                 _check_value(source, place, value, option)
             if word in own:

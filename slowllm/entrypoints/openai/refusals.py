@@ -14,6 +14,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 # By which pydantic names a field that nobody knows.
 _STRANGE = "extra_forbidden"
+MAX_NAME_LETTERS = 100
 
 
 class RequestError(Exception):
@@ -34,6 +35,11 @@ def wrong(sentence: str, code: str = "invalid_value") -> PydanticCustomError:
     return PydanticCustomError("slowllm", "{sentence}", {"sentence": sentence, "code": code})
 
 
+def _clipped(name: str) -> str:
+    """Return the name of a field as it is told; one that nobody can have meant, cut."""
+    return name if len(name) <= MAX_NAME_LETTERS else f"{name[:MAX_NAME_LETTERS]}..."
+
+
 def read_as(schema: type[Body], body: Mapping[str, Any]) -> Body:
     """Return the body of a request as a schema has it.
 
@@ -46,8 +52,8 @@ def read_as(schema: type[Body], body: Mapping[str, Any]) -> Body:
         found = error.errors(include_url=False, include_input=False)
     known = [one for one in found if one["type"] != _STRANGE or len(one["loc"]) > 1]
     if not known:
-        names = sorted(str(one["loc"][0]) for one in found)
-        raise RequestError(f"{', '.join(names)}: unknown in the body", names[0], "unknown_parameter")
+        names = [_clipped(str(one["loc"][0])) for one in found]
+        raise RequestError(f"{', '.join(sorted(names))}: unknown in the body", min(names), "unknown_parameter")
     first = known[0]
     name = str(first["loc"][0])
     if first["type"] == "slowllm":

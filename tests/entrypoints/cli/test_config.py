@@ -89,6 +89,7 @@ def test_lists_and_switches_come_from_files_and_variables(
         ("max_tokens: many", "max_tokens: Input should be a valid integer"),
         ("max_tokens: 0", "max_tokens: "),
         ("ram: 1GiB\nram: 2GiB", "the key 'ram' stands in it twice"),
+        ("max-tokens: 1\nmax_tokens: 2", "max-tokens and max_tokens are the same option; keep one of them"),
         ("1: 2", "the key 1 is no text"),
         ("- ram", "holds a list; write a mapping"),
         ("ram: {", "cannot be read as YAML"),

@@ -51,6 +51,7 @@ BAD = [
     (COMPLETIONS, {**GOOD, "stop": list("abcdefghijklmnopq")}, "stop", "stop must be a string or up to 16"),
     (COMPLETIONS, {**GOOD, "logprobs": 6}, "logprobs", "logprobs must be a whole number from 0 to 5"),
     (COMPLETIONS, {**GOOD, "wings": 2, "beams": 3}, "beams", "beams, wings: unknown in the body"),
+    (COMPLETIONS, {**GOOD, "w" * 5000: 2}, f"{'w' * 100}...", f"{'w' * 100}...: unknown in the body"),
     (COMPLETIONS, {**GOOD, "stream_options": {"wings": 2}}, "stream_options", "stream_options must be an object"),
     (COMPLETIONS, {**GOOD, "stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
     (COMPLETIONS, {"prompt": ["a"] * 257}, "prompt", "a request may have 256 prompts, and this one has 257"),
