@@ -30,6 +30,8 @@ _PRODUCTS: dict[Any, tuple[int, int, int]] = {
     torch.ops.aten.mm.default: (0, 1, 2),
     torch.ops.aten.addmm.default: (1, 2, 0),
 }
+# A product of groups of rows, each with a matrix of its own: the experts of a mixture.
+_GROUPED = torch.ops.aten._grouped_mm.default
 # Its schema declares no alias, but it returns a view.
 _UNSAFE_VIEWS = {torch.ops.aten._unsafe_view.default}
 
@@ -172,6 +174,8 @@ class LazyWeight(Tensor):
             return _view(func, args, kwargs)
         if func in _PRODUCTS and (product := _product(func, args, kwargs)) is not None:
             return product
+        if func is _GROUPED and (product := _grouped_product(*args, **kwargs)) is not None:
+            return product
         if func in _PICKS and isinstance(args[0], LazyWeight) and args[0].coded is None:
             return func(args[0].stored, *args[1:], **kwargs).to(args[0].dtype)
         offset = 0
@@ -204,6 +208,33 @@ def _view(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     # Outside of inference mode: a view that is an inference tensor cannot have a normal tensor for its base.
     with torch.inference_mode(False):
         return tree_map(wrap, func(weight.stored, *args[1:], **kwargs))
+
+
+def _grouped_product(
+    x: Any,
+    weight: Any,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    """Return a grouped product for which only the matrices are cast that have rows, one after the other; else None.
+
+    On the processor, torch's own is a loop of these very products; a device has a kernel for all of them.
+    """
+    if isinstance(x, LazyWeight) or not isinstance(weight, LazyWeight) or weight.device.type != "cpu":
+        return None
+    if x.dim() != 2 or weight.dim() != 3 or offs is None or bias is not None or out_dtype is not None:
+        return None
+    out = torch.empty(len(x), weight.shape[2], dtype=weight.dtype)
+    begin = 0
+    for number, end in enumerate(offs.tolist()):
+        if begin < end:
+            one = LazyWeight(weight.stored[number], weight.dtype, weight.buffer, weight.coded)
+            # Where a matrix begins on a cache line is where it begins in the whole: products may depend on it.
+            place = int(one.stored.storage_offset()) * weight.dtype.itemsize % CACHE_LINE_BYTES
+            torch.mm(x[begin:end], one.cast(place), out=out[begin:end])
+        begin = end
+    return out
 
 
 def _product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -315,6 +315,41 @@ def test_only_the_rows_that_are_picked_are_cast(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(picked, stored[rows].float())
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(0, 3, 0, 5), (8, 0, 0, 0), (1, 2, 3, 2), (0, 0, 0, 0)])
+def test_of_experts_only_those_with_rows_are_cast(
+    sizes: tuple[int, ...], dtype: torch.dtype, is_transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product of groups has the bits, and the gradients, of torch's with the cast copy."""
+    stored = torch.randn(4, 16, 24).to(torch.float16)
+    x = torch.randn(sum(sizes), 16 if is_transposed else 24, dtype=dtype)
+    offs = torch.tensor(sizes).cumsum(0, dtype=torch.int32)
+    shapes: list[tuple[int, ...]] = []
+    cast = LazyWeight.cast
+
+    def recorded(self: LazyWeight, offset: int = 0) -> Tensor:
+        shapes.append(tuple(self.shape))
+        return cast(self, offset)
+
+    monkeypatch.setattr(LazyWeight, "cast", recorded)
+    found = []
+    for weight in (stored.to(dtype), swapped(stored, dtype)):
+        matrices = weight if is_transposed else weight.transpose(1, 2)
+        rows = x.clone().requires_grad_()
+        product = F.grouped_mm(rows, matrices, offs=offs)
+        product.backward(torch.ones_like(product))
+        found.append((product.detach(), rows.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    num_used = sum(size > 0 for size in sizes)
+    assert (
+        shapes
+        == [(16, 24) if is_transposed else (24, 16)] * num_used
+        + [(24, 16) if is_transposed else (16, 24)] * num_used
+    )
+
+
 WRITES: dict[str, Callable[[Tensor], Any]] = {
     "add_": lambda w: w.add_(1),
     "copy_": lambda w: w.copy_(torch.zeros(4, 4)),
