@@ -95,6 +95,23 @@ def fp8_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
     ]
 
 
+def _bytes(low: int, high: int) -> Draw:
+    """Return what draws bytes from `low` to below `high`."""
+    return lambda count, generator: torch.randint(low, high, (count,), generator=generator, dtype=torch.uint8)
+
+
+def mxfp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
+    """Return how a tensor is stored by gpt-oss: experts transposed, in e2m1, an exponent for each 32 numbers."""
+    if tensor.dim() != 3:
+        return [bfloat16_array(name, tensor)]
+    experts, width, rows = tensor.shape
+    grid = (experts, rows, width // 32)
+    return [
+        StoredArray(f"{name}_blocks", "U8", (*grid, 16), "e2m1", _bytes(0, 256)),
+        StoredArray(f"{name}_scales", "U8", grid, "exponents", _bytes(118, 122)),
+    ]
+
+
 @dataclass(frozen=True)
 class StorageFormat:
     """How a checkpoint stores its tensors.
@@ -119,4 +136,5 @@ FORMATS: Mapping[str, StorageFormat] = {
             "weight_block_size": [BLOCK, BLOCK],
         },
     ),
+    "mxfp4": StorageFormat(mxfp4_arrays, {"quant_method": "mxfp4"}),
 }

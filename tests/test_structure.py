@@ -78,7 +78,12 @@ NEVER_LOADED_BY = {
 }
 
 # Modules that are imported only where they are used.
-LOADED_LATE = {"storage.codecs.cpu_kernels", "storage.codecs.fp8_kernels", "modeling.soft_prompt_files"}
+LOADED_LATE = {
+    "storage.codecs.cpu_kernels",
+    "storage.codecs.fp8_kernels",
+    "storage.codecs.mxfp4_kernels",
+    "modeling.soft_prompt_files",
+}
 
 
 def name_of(path: Path) -> str:

@@ -95,3 +95,34 @@ def dequantised(folder: Path, out: Path, block: tuple[int, int]) -> Path:
     del config["quantization_config"]
     (out / "config.json").write_text(json.dumps(config))
     return out
+
+
+def store_mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Store experts (E, K, R) as gpt-oss does, and other weights as they are."""
+    if weight.dim() != 3:
+        return {name: weight}
+    blocks = weight.float().transpose(1, 2).unflatten(-1, (-1, 32))
+    exponents = blocks.abs().amax(-1).clamp(min=2.0**-100).log2().floor() - 2
+    codes = e2m1_codes(blocks / torch.exp2(exponents)[..., None])
+    return {f"{name}_blocks": codes, f"{name}_scales": (exponents + 127).to(torch.uint8)}
+
+
+def e2m1_codes(values: Tensor) -> Tensor:
+    """Return the nearest codes of numbers (.., 2 N), two to a byte, the first in the low bits."""
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    nearest = (values.abs()[..., None] - magnitudes).abs().argmin(-1)
+    codes = (nearest + 8 * values.signbit()).to(torch.uint8).unflatten(-1, (-1, 2))
+    return codes[..., 0] | codes[..., 1] << 4
+
+
+def save_dequantised(weights: Mapping[str, Tensor], folder: Path, out: Path) -> Path:
+    """Write weights as a plain checkpoint, all else as in `folder`; return the new folder."""
+    out.mkdir(parents=True)
+    for path in folder.iterdir():
+        if path.is_file() and ".safetensors" not in path.name:
+            shutil.copy(path, out)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "model.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (out / "config.json").write_text(json.dumps(config))
+    return out

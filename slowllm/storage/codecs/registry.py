@@ -18,6 +18,7 @@ from slowllm.storage.codecs.fp8 import Fp8
 from slowllm.storage.codecs.int4 import Int4
 from slowllm.storage.codecs.int8 import Int8
 from slowllm.storage.codecs.lossless import Lossless
+from slowllm.storage.codecs.mxfp4 import Mxfp4
 from slowllm.storage.codecs.stacked import Stacked
 from slowllm.storage.spans import Coding
 
@@ -26,7 +27,7 @@ STORE_CODECS: Mapping[str, StoreCodec] = {codec.name: codec for codec in (Lossle
 # Those of checkpoints as their makers publish them as well.
 CODECS: Mapping[str, Codec] = {
     **STORE_CODECS,
-    **{codec.name: codec for codec in (Fp8(), Stacked(lambda name: CODECS[name]))},
+    **{codec.name: codec for codec in (Fp8(), Mxfp4(), Stacked(lambda name: CODECS[name]))},
 }
 
 
