@@ -112,6 +112,17 @@ def mxfp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
     ]
 
 
+def fp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
+    """Return how a tensor is stored by DeepSeek-V4's format: experts in e2m1, an exponent for each 32, the rest in float8."""
+    if ".experts." not in name or not name.endswith(".weight"):
+        return fp8_arrays(name, tensor)
+    rows, width = tensor.shape
+    return [
+        StoredArray(name, "I8", (rows, width // 2), "e2m1", _bytes(0, 256)),
+        StoredArray(f"{name}_scale_inv", "F8_E8M0", (rows, width // 32), "exponents", _bytes(118, 122)),
+    ]
+
+
 @dataclass(frozen=True)
 class StorageFormat:
     """How a checkpoint stores its tensors.
@@ -125,16 +136,15 @@ class StorageFormat:
     settings: Mapping[str, Any] | None = None
 
 
+_FP8_SETTINGS = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [BLOCK, BLOCK],
+}
 FORMATS: Mapping[str, StorageFormat] = {
     "bf16": StorageFormat(lambda name, tensor: [bfloat16_array(name, tensor)]),
-    "fp8": StorageFormat(
-        fp8_arrays,
-        {
-            "quant_method": "fp8",
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "weight_block_size": [BLOCK, BLOCK],
-        },
-    ),
+    "fp4": StorageFormat(fp4_arrays, _FP8_SETTINGS),
+    "fp8": StorageFormat(fp8_arrays, _FP8_SETTINGS),
     "mxfp4": StorageFormat(mxfp4_arrays, {"quant_method": "mxfp4"}),
 }

@@ -80,6 +80,7 @@ NEVER_LOADED_BY = {
 # Modules that are imported only where they are used.
 LOADED_LATE = {
     "storage.codecs.cpu_kernels",
+    "storage.codecs.fp4_kernels",
     "storage.codecs.fp8_kernels",
     "storage.codecs.mxfp4_kernels",
     "modeling.soft_prompt_files",

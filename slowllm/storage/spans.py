@@ -25,8 +25,8 @@ TORCH_DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-# Of 8 bits in a codec's care, which reads them as numbers of its own.
-BYTES = {"U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"}
+# Of 8 bits, or of pairs of 4, in a codec's care, which reads bytes as numbers of its own.
+BYTES = {"U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"}
 
 # Identifies one state of a file: device, inode, size, and time of the last change.
 Stamp = tuple[int, int, int, int]

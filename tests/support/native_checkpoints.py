@@ -107,6 +107,22 @@ def store_mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {f"{name}_blocks": codes, f"{name}_scales": (exponents + 127).to(torch.uint8)}
 
 
+def store_fp4(dtype: torch.dtype = torch.int8, suffix: str = "_scale_inv") -> Store:
+    """Return what stores experts as DeepSeek-V4 does, in float4 with an exponent for 32 numbers, and the rest in float8."""
+    others = store_fp8((8, 16), suffix=suffix)
+
+    def store(name: str, weight: Tensor) -> Mapping[str, Tensor]:
+        if ".experts." not in name:
+            return others(name, weight)
+        blocks = weight.float().unflatten(-1, (-1, 32))
+        scales = torch.exp2(blocks.abs().amax(-1).clamp(min=2.0**-100).log2().floor() - 2)
+        codes = e2m1_codes(blocks / scales[..., None]).flatten(-2)
+        scale_name = name.removesuffix(".weight") + suffix if suffix.startswith(".") else name + suffix
+        return {name: codes.view(dtype), scale_name: scales.to(torch.float8_e8m0fnu)}
+
+    return store
+
+
 def e2m1_codes(values: Tensor) -> Tensor:
     """Return the nearest codes of numbers (.., 2 N), two to a byte, the first in the low bits."""
     magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])

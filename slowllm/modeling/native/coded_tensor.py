@@ -43,7 +43,7 @@ class CodedPart:
 
     @property
     def dtype(self) -> str:
-        """The dtype that the codec gets: that of the span, numbers of 8 bits as bytes."""
+        """The dtype that the codec gets: that of the span, numbers of 8 bits and fewer as bytes."""
         return "U8" if self.span.dtype in BYTES else self.span.dtype
 
 

@@ -1,6 +1,7 @@
 """Find weights in float8: e4m3 numbers with scales for blocks, for rows, or for the matrix.
 
-As DeepSeek-V3, Qwen3-FP8, MiniMax and GLM are published, and as transformers saves them (`FineGrainedFP8Config`).
+As DeepSeek-V3, Qwen3-FP8, MiniMax and GLM are published, and as transformers saves them (`FineGrainedFP8Config`). Integers of
+8 bits are pairs of e2m1 numbers, as DeepSeek-V4's experts are published.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from slowllm.modeling.native.coded_tensor import CodedPart, CodedTensor
 from slowllm.rounding import ceil_div
 from slowllm.storage.spans import Span
 
+_PAIRS = ("I8", "F4")  # two numbers in a byte; of F4, a header counts numbers, of I8 bytes
+_DTYPES = ("F8_E4M3", *_PAIRS)
 _SCALE_DTYPES = ("F32", "BF16", "F16", "U8", "F8_E8M0")
 # Scales of activations, which are not quantised here.
 _ACTIVATIONS = re.compile(r"(activation_scale|input_scale|input_scale_inv|qscale_act|k_scale|v_scale)$")
 
 
 def find(settings: Mapping[str, Any], spans: Mapping[str, Span]) -> tuple[list[CodedTensor], set[str]]:
-    """Return the weights in float8, and the names of all spans that belong to them.
+    """Return the weights in float8 and float4, and the names of all spans that belong to them.
 
     Args:
         settings: of config.json.
@@ -33,10 +36,10 @@ def find(settings: Mapping[str, Any], spans: Mapping[str, Span]) -> tuple[list[C
     used = {name for name in spans if _ACTIVATIONS.search(name)}
     found = []
     for name, span in spans.items():
-        if span.dtype != "F8_E4M3" or name in used:
+        if span.dtype not in _DTYPES or name in used:
             continue
         scale = _scale_of(name, spans)
-        if len(span.shape) < 2:
+        if len(span.shape) < 2 or 0 in span.shape:
             raise CheckpointError(f"{span.path.name}: {name} is stored as {span.dtype} but is no matrix")
         found.append(_coded(span, scale, block))
         used |= {name, scale.name}
@@ -84,8 +87,11 @@ def _coded(weight: Span, scale: Span, block: tuple[int, int] | None) -> CodedTen
         CheckpointError: the scales do not go with the weight.
     """
     *outer, rows, width = weight.shape
+    if weight.dtype == "I8":
+        width *= 2
     group = _group_of(scale.shape, rows, width, tuple(outer), block)
-    if scale.dtype not in _SCALE_DTYPES or group is None or (outer and rows % group[0]):
+    is_odd = weight.dtype == "F4" and width % 2
+    if scale.dtype not in _SCALE_DTYPES or group is None or (outer and rows % group[0]) or is_odd:
         wanted = "" if block is None else f" with blocks of {block[0]} x {block[1]}"
         raise CheckpointError(
             f"{scale.path.name}: {scale.name} is {scale.dtype} of shape {list(scale.shape)}, which are no scales for "
@@ -93,8 +99,10 @@ def _coded(weight: Span, scale: Span, block: tuple[int, int] | None) -> CodedTen
         )
     num_rows = math.prod(outer) * rows
     grid = (ceil_div(num_rows, group[0]), ceil_div(width, group[1]))
-    parts = (CodedPart("scales", scale, grid), CodedPart("codes", weight, (num_rows, width)))
-    return CodedTensor(weight.name, weight.shape, "fp8", parts, group)
+    are_pairs = weight.dtype in _PAIRS
+    codes = CodedPart("codes", weight, (num_rows, width // 2 if are_pairs else width))
+    parts, codec = (CodedPart("scales", scale, grid), codes), "fp4" if are_pairs else "fp8"
+    return CodedTensor(weight.name, (*outer, rows, width), codec, parts, group)
 
 
 def _group_of(

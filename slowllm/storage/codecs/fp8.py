@@ -6,6 +6,7 @@ A weight is its number times its block's scale, multiplied in float32 and rounde
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from slowllm.rounding import ceil_div
 from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team, bits_of
 
 # Dtypes of scales: numbers, or the exponents of powers of two (ue8m0), which some files call bytes.
-_SCALES = ("F32", "BF16", "F16", "U8")
+SCALE_DTYPES = ("F32", "BF16", "F16", "U8")
 
 
 class Fp8(Codec):
@@ -29,12 +30,12 @@ class Fp8(Codec):
             return False
         dtype, shape = parts["scales"]
         grid = (ceil_div(num_rows, group[0]), ceil_div(width, group[1]))
-        return dtype in _SCALES and shape == grid and parts["codes"] == ("U8", (num_rows, width))
+        return dtype in SCALE_DTYPES and shape == grid and parts["codes"] == ("U8", (num_rows, width))
 
     def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
         from slowllm.storage.codecs import fp8_kernels
 
-        codes, scales = parts.arrays["codes"].numpy(), scales_of(parts).numpy()
+        codes, scales = parts.arrays["codes"].numpy(), scales_of(parts.arrays["scales"]).numpy()
         rows, columns = parts.group
         if out.dtype == torch.bfloat16:
             bits = bits_of(out)
@@ -62,12 +63,12 @@ class Fp8(Codec):
         return Parts({"scales": scales, "codes": codes}, 2, 256, (128, 128))
 
 
-def scales_of(parts: Parts) -> Tensor:
-    """Return the scales of the blocks as float32."""
-    scales = parts.arrays["scales"]
+def scales_of(scales: Tensor) -> Tensor:
+    """Return the scales of blocks as float32."""
     if scales.dtype == torch.uint8:  # exponents
         return scales.view(torch.float8_e8m0fnu).float()
-    return scales.float()
+    # A NaN whose bits are all set would be rounded up to a zero.
+    return torch.nan_to_num(scales.float(), math.nan, math.inf, -math.inf)
 
 
 def decode_rows(parts: Parts, first: int, last: int, dtype: torch.dtype) -> Tensor:
@@ -75,5 +76,5 @@ def decode_rows(parts: Parts, first: int, last: int, dtype: torch.dtype) -> Tens
     rows, columns = parts.group
     codes = parts.arrays["codes"][first:last].view(torch.float8_e4m3fn).float()
     of_row = torch.arange(first, last, device=codes.device) // rows
-    scales = scales_of(parts)[of_row].repeat_interleave(columns, 1)[:, : parts.width]
+    scales = scales_of(parts.arrays["scales"])[of_row].repeat_interleave(columns, 1)[:, : parts.width]
     return (codes * scales).to(dtype)

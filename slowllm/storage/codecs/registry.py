@@ -14,6 +14,7 @@ import torch
 
 from slowllm.errors import StoreError
 from slowllm.storage.codecs.base import Codec, StoreCodec, Team
+from slowllm.storage.codecs.fp4 import Fp4
 from slowllm.storage.codecs.fp8 import Fp8
 from slowllm.storage.codecs.int4 import Int4
 from slowllm.storage.codecs.int8 import Int8
@@ -27,7 +28,7 @@ STORE_CODECS: Mapping[str, StoreCodec] = {codec.name: codec for codec in (Lossle
 # Those of checkpoints as their makers publish them as well.
 CODECS: Mapping[str, Codec] = {
     **STORE_CODECS,
-    **{codec.name: codec for codec in (Fp8(), Mxfp4(), Stacked(lambda name: CODECS[name]))},
+    **{codec.name: codec for codec in (Fp8(), Fp4(), Mxfp4(), Stacked(lambda name: CODECS[name]))},
 }
 
 

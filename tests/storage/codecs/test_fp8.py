@@ -87,6 +87,13 @@ def test_any_rows_of_any_blocks_are_those_of_torchs_operations(
     team.close()
 
 
+def test_a_scale_that_is_any_nan_makes_nan(team: Team) -> None:
+    for bits in (0x7FFFFFFF, 0x7F800001, -1):
+        scales = torch.tensor([[bits]], dtype=torch.int32).view(torch.float32)
+        parts = Parts({"scales": scales, "codes": torch.ones(1, 4, dtype=torch.uint8)}, 1, 4, (1, 4))
+        assert decoded(parts, 0, 1, torch.bfloat16, team).isnan().all()
+
+
 def test_without_a_compiler_the_bits_are_the_same() -> None:
     parts = parts_of(30, 100, (7, 33))
     codes, scales = parts.arrays["codes"].numpy(), parts.arrays["scales"].numpy()
