@@ -123,6 +123,39 @@ def fp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
     ]
 
 
+def _words(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator, dtype=torch.int64).int()
+
+
+def int4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
+    """Return how a tensor is stored by compressed-tensors: integers of 4 bits, a scale for each 128 of a row."""
+    if tensor.dim() != 2 or any(word in name for word in _PLAIN):
+        return [bfloat16_array(name, tensor)]
+    (rows, width), module = tensor.shape, name.removesuffix(".weight")
+    scale = 1 / (8 * math.sqrt(width))
+    return [
+        StoredArray(f"{module}.weight_packed", "I32", (rows, width // 8), "words", _words),
+        StoredArray(
+            f"{module}.weight_scale", "BF16", (rows, width // BLOCK), f"all {scale}", _constant(scale)
+        ),
+    ]
+
+
+def nvfp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
+    """Return how a tensor is stored by modelopt: in e2m1, an e4m3 scale for each 16 numbers of a row."""
+    if tensor.dim() != 2 or any(word in name for word in _PLAIN):
+        return [bfloat16_array(name, tensor)]
+    rows, width = tensor.shape
+    number = 1 / (1000 * math.sqrt(width))
+    return [
+        StoredArray(name, "U8", (rows, width // 2), "e2m1", _bytes(0, 256)),
+        StoredArray(f"{name}_scale", "F8_E4M3", (rows, width // 16), "e4m3", _bytes(104, 120)),
+        StoredArray(
+            f"{name}_scale_2", "F32", (1,), f"number {number}", lambda count, _: torch.full((count,), number)
+        ),
+    ]
+
+
 @dataclass(frozen=True)
 class StorageFormat:
     """How a checkpoint stores its tensors.
@@ -146,5 +179,19 @@ FORMATS: Mapping[str, StorageFormat] = {
     "bf16": StorageFormat(lambda name, tensor: [bfloat16_array(name, tensor)]),
     "fp4": StorageFormat(fp4_arrays, _FP8_SETTINGS),
     "fp8": StorageFormat(fp8_arrays, _FP8_SETTINGS),
+    "compressed-int4": StorageFormat(
+        int4_arrays,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": BLOCK},
+                }
+            },
+        },
+    ),
+    "nvfp4": StorageFormat(nvfp4_arrays, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
     "mxfp4": StorageFormat(mxfp4_arrays, {"quant_method": "mxfp4"}),
 }

@@ -83,6 +83,8 @@ LOADED_LATE = {
     "storage.codecs.fp4_kernels",
     "storage.codecs.fp8_kernels",
     "storage.codecs.mxfp4_kernels",
+    "storage.codecs.nvfp4_kernels",
+    "storage.codecs.scaled_int_kernels",
     "modeling.soft_prompt_files",
 }
 

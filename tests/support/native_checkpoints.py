@@ -90,6 +90,11 @@ def dequantised(folder: Path, out: Path, block: tuple[int, int]) -> Path:
         rows, columns = (torch.arange(side) // step for side, step in zip(weight.shape, block, strict=True))
         return {name: codes.float() * scales[rows][:, columns]}
 
+    return plain_copy(folder, out, store)
+
+
+def plain_copy(folder: Path, out: Path, store: Store) -> Path:
+    """Copy a plain checkpoint, its matrices changed but stored plainly; return the copy's folder."""
     quantised(folder, out, {}, store)
     config = json.loads((out / "config.json").read_text())
     del config["quantization_config"]

@@ -35,16 +35,18 @@ class CodedPart:
         name: that the codec knows it by.
         span: of its bytes.
         shape: that the codec expects.
+        is_bytes: whether the codec gets words as the bytes that they are.
     """
 
     name: str
     span: Span
     shape: tuple[int, ...]
+    is_bytes: bool = False
 
     @property
     def dtype(self) -> str:
         """The dtype that the codec gets: that of the span, numbers of 8 bits and fewer as bytes."""
-        return "U8" if self.span.dtype in BYTES else self.span.dtype
+        return "U8" if self.is_bytes or self.span.dtype in BYTES else self.span.dtype
 
 
 @dataclass(frozen=True)

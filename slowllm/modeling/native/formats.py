@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from slowllm.errors import CheckpointError
-from slowllm.modeling.native import fp8, mxfp4
+from slowllm.modeling.native import compressed, fp8, modelopt, mxfp4
 from slowllm.modeling.native.coded_tensor import CodedTensor
 from slowllm.storage.spans import Span
 
@@ -33,7 +33,12 @@ class NativeTensors:
 
 # Given the settings and the spans: the coded tensors, and the names of all spans that belong to them or to nothing.
 _Finder = Callable[[Mapping[str, Any], Mapping[str, Span]], tuple[list[CodedTensor], set[str]]]
-_FINDERS: Mapping[str, _Finder] = {"fp8": fp8.find, "mxfp4": mxfp4.find}
+_FINDERS: Mapping[str, _Finder] = {
+    "compressed-tensors": compressed.find,
+    "fp8": fp8.find,
+    "modelopt": modelopt.find,
+    "mxfp4": mxfp4.find,
+}
 
 
 def refuse_unknown(where: str, settings: object) -> None:

@@ -144,6 +144,19 @@ Args:
 """
 
 
+def _settle(bits: np.ndarray) -> None:
+    for i in range(len(bits)):
+        bits[i] = ((bits[i] + _HALF + ((bits[i] >> _16) & _ONE)) >> _16) << _16
+
+
+def _settle_plain(bits: np.ndarray) -> None:
+    bits[:] = ((bits + _HALF + ((bits >> _16) & _ONE)) >> _16) << _16
+
+
+settle_row = compiled(_settle, _settle_plain)
+"""Round fp32 numbers, given as bits (N,) uint32, to the nearest bf16 in place; see `round_row`."""
+
+
 def _spread(packed: np.ndarray, scales: np.ndarray, lows: np.ndarray, half: int, row: np.ndarray) -> None:
     for group in range(len(scales)):
         scale, low = scales[group], lows[group]
@@ -259,6 +272,15 @@ Args:
     codes: (R, K) int8.
     out: (R, K) uint16, bits of bf16 numbers.
 """
+
+
+def _settle_rows(bits: np.ndarray, first: int, last: int) -> None:
+    for number in range(first, last):
+        settle_row(bits[number])
+
+
+settle_rows = compiled(_settle_rows)
+"""Round the rows `first` to `last` of fp32 numbers to bf16 in place; see `settle_row`."""
 
 
 def _extremes(values: np.ndarray) -> tuple[float, float]:

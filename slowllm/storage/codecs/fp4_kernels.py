@@ -14,7 +14,7 @@ _1, _4, _7, _8 = (np.uint32(number) for number in (1, 4, 7, 8))
 _22, _28 = np.uint32(22), np.uint32(28)
 _HALF = np.uint32(0x3F000000)  # bits of 0.5
 # Numbers that are decoded at a time, so that they stay in the first cache.
-_PIECE = 4096
+PIECE = 4096
 
 
 def _widen(codes: np.ndarray, bits: np.ndarray) -> None:
@@ -33,7 +33,8 @@ def _widen_plain(codes: np.ndarray, bits: np.ndarray) -> None:
     bits[:] = np.where(low > _1, (low << _22) + _HALF, low * _HALF) | ((pairs & _8) << _28)
 
 
-_widen_row = compiled(_widen, _widen_plain)
+widen_row = compiled(_widen, _widen_plain)
+"""Write pairs of e2m1 numbers (N,) uint8 as the bits (2 N,) uint32 of float32 numbers."""
 
 
 def _scale_blocks(row: np.ndarray, scales: np.ndarray, columns: int) -> None:
@@ -48,7 +49,8 @@ def _scale_plain(row: np.ndarray, scales: np.ndarray, columns: int) -> None:
     row *= np.repeat(scales, columns)[: len(row)]
 
 
-_scale_row = compiled(_scale_blocks, _scale_plain)
+scale_row = compiled(_scale_blocks, _scale_plain)
+"""Multiply float32 numbers (N,) by the scale (ceil(N / columns),) of their block, in place."""
 
 
 def _to_bfloat16(
@@ -60,14 +62,14 @@ def _to_bfloat16(
     last: int,
 ) -> None:
     width = 2 * codes.shape[1]
-    blocks = 2 * max(1, _PIECE // (2 * columns))
+    blocks = 2 * max(1, PIECE // (2 * columns))
     row = np.empty(min(width, blocks * columns), np.float32)
     for number in range(first, last):
         for begin in range(0, width, blocks * columns):
             end = min(begin + blocks * columns, width)
             piece, block = row[: end - begin], begin // columns
-            _widen_row(codes[number, begin // 2 : end // 2], piece.view(np.uint32))
-            _scale_row(piece, scales[number, block : block + blocks], columns)
+            widen_row(codes[number, begin // 2 : end // 2], piece.view(np.uint32))
+            scale_row(piece, scales[number, block : block + blocks], columns)
             round_row(piece.view(np.uint32), out[number, begin:end])
 
 
@@ -80,13 +82,13 @@ def _to_float32(
     last: int,
 ) -> None:
     width = 2 * codes.shape[1]
-    blocks = 2 * max(1, _PIECE // (2 * columns))
+    blocks = 2 * max(1, PIECE // (2 * columns))
     for number in range(first, last):
         for begin in range(0, width, blocks * columns):
             end = min(begin + blocks * columns, width)
             piece, block = out[number, begin:end], begin // columns
-            _widen_row(codes[number, begin // 2 : end // 2], piece.view(np.uint32))
-            _scale_row(piece, scales[number, block : block + blocks], columns)
+            widen_row(codes[number, begin // 2 : end // 2], piece.view(np.uint32))
+            scale_row(piece, scales[number, block : block + blocks], columns)
 
 
 # Uncompiled, these loops are fast enough: numpy does a piece at a time.

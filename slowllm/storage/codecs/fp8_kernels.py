@@ -25,7 +25,8 @@ def _widen(codes: np.ndarray, bits: np.ndarray) -> None:
         bits[i] = (low << _20) | ((code & _SIGN) << _24) | nan
 
 
-_widen_row = compiled(_widen)
+widen_row = compiled(_widen)
+"""Write e4m3 numbers, given as bits (N,) uint8, as the bits (N,) uint32 of float32 numbers that are 2^120 times too small."""
 
 
 def _scale_blocks(row: np.ndarray, scales: np.ndarray, columns: int) -> None:
@@ -52,7 +53,7 @@ def _to_bfloat16(
     row = np.empty(codes.shape[1], np.float32)
     bits = row.view(np.uint32)
     for number in range(first, last):
-        _widen_row(codes[number], bits)
+        widen_row(codes[number], bits)
         _scale_row(row, scales[number // rows], columns)
         round_row(bits, out[number - origin])
 
@@ -69,7 +70,7 @@ def _to_float32(
 ) -> None:
     for number in range(first, last):
         row = out[number - origin]
-        _widen_row(codes[number], row.view(np.uint32))
+        widen_row(codes[number], row.view(np.uint32))
         _scale_row(row, scales[number // rows], columns)
 
 

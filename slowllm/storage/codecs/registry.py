@@ -20,6 +20,9 @@ from slowllm.storage.codecs.int4 import Int4
 from slowllm.storage.codecs.int8 import Int8
 from slowllm.storage.codecs.lossless import Lossless
 from slowllm.storage.codecs.mxfp4 import Mxfp4
+from slowllm.storage.codecs.nvfp4 import Nvfp4
+from slowllm.storage.codecs.rounded import Fp8Rounded
+from slowllm.storage.codecs.scaled_int import ScaledInt
 from slowllm.storage.codecs.stacked import Stacked
 from slowllm.storage.spans import Coding
 
@@ -28,7 +31,18 @@ STORE_CODECS: Mapping[str, StoreCodec] = {codec.name: codec for codec in (Lossle
 # Those of checkpoints as their makers publish them as well.
 CODECS: Mapping[str, Codec] = {
     **STORE_CODECS,
-    **{codec.name: codec for codec in (Fp8(), Fp4(), Mxfp4(), Stacked(lambda name: CODECS[name]))},
+    **{
+        codec.name: codec
+        for codec in (
+            Fp8(),
+            Fp4(),
+            Mxfp4(),
+            Nvfp4(),
+            Fp8Rounded(),
+            ScaledInt(),
+            Stacked(lambda name: CODECS[name]),
+        )
+    },
 }
 
 

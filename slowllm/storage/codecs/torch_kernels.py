@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slowllm.storage.codecs import fp4, fp8, mxfp4
+from slowllm.storage.codecs import fp4, fp8, mxfp4, nvfp4, rounded, scaled_int
 from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.layout_constants import CHUNK
 
@@ -50,7 +50,14 @@ def decode(codec: str, matrix: Parts, out: Tensor, first: int, last: int) -> Non
 
 
 # Decoders of rows to any dtype, for whom rows are no rows of each array.
-_WHOLE = {"fp4": fp4.decode_rows, "fp8": fp8.decode_rows, "mxfp4": mxfp4.decode_rows}
+_WHOLE = {
+    "fp4": fp4.decode_rows,
+    "fp8": fp8.decode_rows,
+    "mxfp4": mxfp4.decode_rows,
+    "nvfp4": nvfp4.decode_rows,
+    "fp8_rounded": rounded.decode_fp8_rows,
+    "scaled_int": scaled_int.decode_rows,
+}
 
 
 def _int8(parts: Mapping[str, Tensor]) -> Tensor:

@@ -93,12 +93,12 @@ def test_rows_longer_than_a_piece_are_decoded_whole(columns: int, team: Team) ->
 def test_without_a_compiler_the_bits_are_the_same() -> None:
     codes = torch.arange(256, dtype=torch.uint8).numpy()
     bits, plain = np.zeros(512, np.uint32), np.zeros(512, np.uint32)
-    fp4_kernels._widen_row(codes, bits)
+    fp4_kernels.widen_row(codes, bits)
     fp4_kernels._widen_plain(codes, plain)
     assert (bits == plain).all()
     scales = np.arange(1, 20, dtype=np.float32) / 3
     row = bits.view(np.float32).copy()
-    fp4_kernels._scale_row(row, scales[:16], 33)
+    fp4_kernels.scale_row(row, scales[:16], 33)
     fp4_kernels._scale_plain(plain.view(np.float32), scales[:16], 33)
     assert (row.view(np.uint32) == plain).all()
 

@@ -1,0 +1,246 @@
+"""Find weights that compressed-tensors stored: packed integers, float8, and float4, by the names and shapes of the arrays.
+
+Which modules are left plain is seen in the arrays; config.json says how many numbers share a scale, and how many bits they have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slowllm.errors import CheckpointError
+from slowllm.modeling.native.coded_tensor import CodedPart, CodedTensor
+from slowllm.rounding import ceil_div
+from slowllm.storage.codecs import mxfp4, nvfp4
+from slowllm.storage.spans import Span
+
+# Scales of activations and of caches, which are not quantised here.
+_ACTIVATIONS = re.compile(
+    r"\.(input|output)_(scale|zero_point|global_scale|g_idx)$|\.[qkv]_(scale|zero_point|global_scale)$"
+)
+_COMPANIONS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
+_FORMATS = (
+    "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
+    "mixed-precision",
+)  # fmt: skip
+_SCALES = ("F32", "BF16", "F16")
+_BITS = (4, 8)
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """What config.json says of the weights of some modules.
+
+    Attributes:
+        targets: names of modules or of classes, or patterns behind ``re:``.
+        bits: of a number.
+        is_symmetric: whether there are no zeros.
+        columns: that share a scale; None where a whole row does.
+        block: rows and columns that share a scale, if blocks do.
+    """
+
+    targets: tuple[str, ...]
+    bits: int
+    is_symmetric: bool
+    columns: int | None
+    block: tuple[int, int] | None
+
+    def names(self, module: str) -> bool:
+        """Whether a target is the name of a module."""
+        return any(
+            re.match(target[3:], module) is not None if target.startswith("re:") else target == module
+            for target in self.targets
+        )
+
+
+def find(settings: Mapping[str, Any], spans: Mapping[str, Span]) -> tuple[list[CodedTensor], set[str]]:
+    """Return the weights of compressed-tensors, and the names of all spans that belong to them.
+
+    Args:
+        settings: of config.json.
+        spans: of the checkpoint.
+    Raises:
+        CheckpointError: an array is missing, or does not go with its weight; or config.json names a format that is not read.
+    """
+    schemes = _schemes_of(settings)
+    found, used = [], {name for name in spans if _ACTIVATIONS.search(name)}
+    for module, codes in _weights_in(spans):
+        own = {kind: spans[f"{module}.{kind}"] for kind in _COMPANIONS if f"{module}.{kind}" in spans}
+        if len(codes.shape) != 2 or 0 in codes.shape:
+            raise CheckpointError(f"{codes.path.name}: {codes.name} is {codes.dtype} but is no matrix")
+        if "weight_scale" not in own:
+            raise CheckpointError(
+                f"{codes.path.name}: {codes.name} is stored as {codes.dtype} but has no scale ({module}.weight_scale); fetch all "
+                "shards and the index again"
+            )
+        # Those whose targets name the module count before those that name its class.
+        order = sorted(schemes, key=lambda scheme: not scheme.names(module))
+        found.append(_coded(module, codes, own, order))
+        used |= {codes.name, *(span.name for span in own.values())}
+    for name, span in spans.items():
+        if name not in used and name.rpartition(".")[2] in _COMPANIONS:
+            raise CheckpointError(
+                f"{span.path.name}: {name} belongs to no quantised weight; fetch all shards and the index again"
+            )
+    return found, used
+
+
+def _weights_in(spans: Mapping[str, Span]) -> Iterator[tuple[str, Span]]:
+    """Yield the name of each module with a quantised weight, and the span of its codes."""
+    for name, span in spans.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight_packed":
+            if f"{module}.weight" in spans:
+                raise CheckpointError(
+                    f"{span.path.name}: {module}.weight stands in the checkpoint twice, packed and not"
+                )
+            yield module, span
+        elif kind == "weight" and span.dtype in ("F8_E4M3", "I8"):
+            yield module, span
+
+
+def _schemes_of(settings: Mapping[str, Any]) -> list[_Scheme]:
+    groups = settings.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise CheckpointError("config.json: its quantization_config has no config_groups")
+    # A group's own format counts before that of all.
+    whole = settings.get("format")
+    found = []
+    for name, group in groups.items():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            continue  # activations only
+        form = group.get("format") or whole
+        if form not in _FORMATS:
+            raise CheckpointError(
+                f"config.json: the format {form!r} of compressed-tensors is not read; there are {', '.join(_FORMATS)}"
+            )
+        found.append(_scheme(str(name), group, weights))
+    return found
+
+
+def _scheme(name: str, group: Mapping[str, Any], weights: Mapping[str, Any]) -> _Scheme:
+    where = f"config.json: config_groups.{name}"
+    targets, bits = group.get("targets", []), weights.get("num_bits", 8)
+    strategy, size, block = (weights.get(key) for key in ("strategy", "group_size", "block_structure"))
+    if bits not in _BITS or isinstance(bits, bool):
+        raise CheckpointError(f"{where}: num_bits is {bits!r}, which is not read; there are 4 and 8")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"{where}: targets is {targets!r}, not a list of names")
+    for target in targets:
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except re.error as error:
+            raise CheckpointError(f"{where}: the target {target!r} is no pattern ({error})") from error
+    if size is not None and (not isinstance(size, int) or size == 0 or not -1 <= size < 1 << 31):
+        raise CheckpointError(f"{where}: group_size is {size!r}, not a number such as 128, or -1")
+    if strategy in ("group", "tensor_group") and (size is None or size < 1):
+        raise CheckpointError(f"{where}: has groups, but group_size is {size!r}")
+    if strategy == "block" and not (
+        isinstance(block, list)
+        and len(block) == 2
+        and all(isinstance(one, int) and 0 < one < 1 << 31 for one in block)
+    ):
+        raise CheckpointError(f"{where}: block_structure is {block!r}, not two numbers such as [128, 128]")
+    columns = size if size is not None and size > 0 and strategy != "block" else None
+    pair = (block[0], block[1]) if strategy == "block" and block is not None else None
+    return _Scheme(tuple(targets), bits, weights.get("symmetric", True) is not False, columns, pair)
+
+
+def _coded(module: str, codes: Span, own: Mapping[str, Span], schemes: list[_Scheme]) -> CodedTensor:
+    if codes.name.endswith(".weight_packed") and codes.dtype == "U8":
+        return _float4(module, codes, own)
+    if codes.dtype not in ("I32", "I8", "F8_E4M3") or (codes.dtype == "F8_E4M3" and "packed" in codes.name):
+        raise CheckpointError(
+            f"{codes.path.name}: {codes.name} is {codes.dtype}, which no format of compressed-tensors packs"
+        )
+    for scheme in schemes:
+        if (tensor := _by_scheme(module, codes, own, scheme)) is not None:
+            return tensor
+    about = ", ".join(
+        f"{span.name.rpartition('.')[2]} {span.dtype} {list(span.shape)}" for span in (codes, *own.values())
+    )
+    raise CheckpointError(
+        f"{codes.path.name}: {module} has {about}, which go with no group of config.json's quantization_config; config.json and "
+        "the weights do not belong together"
+    )
+
+
+def _float4(module: str, codes: Span, own: Mapping[str, Span]) -> CodedTensor:
+    scales, number = own["weight_scale"], own.get("weight_global_scale")
+    rows, width = codes.shape[0], 2 * codes.shape[1]
+    packed = CodedPart("codes", codes, codes.shape)
+    parts: tuple[CodedPart, ...] = (packed, CodedPart("scales", scales, scales.shape))
+    if number is None and scales.dtype in ("U8", "F8_E8M0"):
+        if width % mxfp4.BLOCK == 0 and scales.shape == (rows, width // mxfp4.BLOCK):
+            return CodedTensor(f"{module}.weight", (rows, width), "fp4", parts, (1, mxfp4.BLOCK))
+    elif number is not None and (number.dtype, number.shape, scales.dtype) == ("F32", (1,), "F8_E4M3"):  # noqa: SIM102
+        if width % nvfp4.BLOCK == 0 and scales.shape == (rows, width // nvfp4.BLOCK):
+            parts = (CodedPart("divisor", number, (1,)), *parts)
+            return CodedTensor(f"{module}.weight", (rows, width), "nvfp4", parts)
+    about = "" if number is None else f", with {number.name} {number.dtype} {list(number.shape)},"
+    raise CheckpointError(
+        f"{scales.path.name}: {scales.name} is {scales.dtype} of shape {list(scales.shape)}{about} which are no scales for "
+        f"{codes.name} of shape {list(codes.shape)}"
+    )
+
+
+def _by_scheme(module: str, codes: Span, own: Mapping[str, Span], scheme: _Scheme) -> CodedTensor | None:
+    """Return a weight if its arrays go with a scheme."""
+    is_packed, scales = codes.name.endswith(".weight_packed"), own["weight_scale"]
+    rows, stored = codes.shape
+    per_word = 32 // scheme.bits
+    if not is_packed:
+        width = stored
+    elif scheme.columns is not None and len(scales.shape) == 2:
+        width = scales.shape[1] * scheme.columns
+    else:
+        width = stored * per_word
+    group = _group_of(scales.shape, rows, width, scheme)
+    if group is None or scales.dtype not in _SCALES or "weight_global_scale" in own:
+        return None
+    if is_packed and (stored != ceil_div(width, per_word) or codes.dtype != "I32"):
+        return None
+    if not is_packed and scheme.bits != 8:
+        return None
+    grid = (ceil_div(rows, group[0]), ceil_div(width, group[1]))
+    parts = [CodedPart("scales", scales, grid)]
+    zeros, order = own.get("weight_zero_point"), own.get("weight_g_idx")
+    if codes.dtype == "F8_E4M3":
+        if zeros is not None or order is not None:
+            return None
+        parts.append(CodedPart("codes", codes, codes.shape))
+        return CodedTensor(f"{module}.weight", (rows, width), "fp8_rounded", tuple(parts), group)
+    if (zeros is None) != scheme.is_symmetric:
+        return None
+    if zeros is not None:
+        packed = (ceil_div(grid[0], per_word), grid[1])
+        shapes, dtype = ((packed,), "I32") if is_packed else ((grid, scales.shape), "I8")
+        if zeros.shape not in shapes or zeros.dtype != dtype or (is_packed and group[0] != 1):
+            return None
+        parts.append(CodedPart("zeros", zeros, packed if is_packed else grid))
+    if order is not None:
+        if order.shape != (width,) or order.dtype != "I32" or group[0] != 1:
+            return None
+        parts.append(CodedPart("blocks", order, (width,)))
+    if is_packed:
+        name = "pairs" if scheme.bits == 4 else "bytes"
+        parts.append(CodedPart(name, codes, (rows, 4 * stored), is_bytes=True))
+    else:
+        parts.append(CodedPart("signed", codes, codes.shape))
+    return CodedTensor(f"{module}.weight", (rows, width), "scaled_int", tuple(parts), group)
+
+
+def _group_of(shape: tuple[int, ...], rows: int, width: int, scheme: _Scheme) -> tuple[int, int] | None:
+    """Return the rows and columns that share a scale; None where the scales have another shape than a scheme says."""
+    if scheme.block is not None:
+        grid = (ceil_div(rows, scheme.block[0]), ceil_div(width, scheme.block[1]))
+        return scheme.block if shape == grid else None
+    if scheme.columns is not None:
+        is_whole = width % scheme.columns == 0 and shape == (rows, width // scheme.columns)
+        return (1, scheme.columns) if is_whole else None
+    if shape in ((), (1,), (1, 1)):
+        return rows, width
+    return (1, width) if shape in ((rows,), (rows, 1)) else None

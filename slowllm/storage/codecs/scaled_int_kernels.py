@@ -1,0 +1,127 @@
+"""The inner loops that decode integers with a scale and a zero a block; see `cpu_kernels` for what they are compiled by."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slowllm.storage.codecs.cpu_kernels import compiled, round_row
+
+_4, _15 = np.uint8(4), np.uint8(15)
+# Numbers that are decoded at a time, so that they stay in the first cache.
+_PIECE = 4096
+
+
+def _widen_pairs(codes: np.ndarray, row: np.ndarray) -> None:
+    for i in range(len(codes)):
+        pair = codes[i]
+        row[2 * i] = np.float32(np.int32(pair & _15))
+        row[2 * i + 1] = np.float32(np.int32(pair >> _4))
+
+
+def _widen_pairs_plain(codes: np.ndarray, row: np.ndarray) -> None:
+    row[:] = np.stack([codes & 15, codes >> 4], 1).ravel()
+
+
+_widen_pairs_row = compiled(_widen_pairs, _widen_pairs_plain)
+
+
+def _widen_bytes(codes: np.ndarray, row: np.ndarray) -> None:
+    for i in range(len(row)):
+        row[i] = np.float32(np.int32(codes[i]))
+
+
+def _widen_bytes_plain(codes: np.ndarray, row: np.ndarray) -> None:
+    row[:] = codes
+
+
+_widen_bytes_row = compiled(_widen_bytes, _widen_bytes_plain)
+
+
+def _scale_blocks(row: np.ndarray, scales: np.ndarray, zeros: np.ndarray, columns: int) -> None:
+    for block in range(len(scales)):
+        scale, zero = scales[block], zeros[block]
+        part = row[block * columns : min((block + 1) * columns, len(row))]
+        for i in range(len(part)):
+            part[i] = (part[i] - zero) * scale
+
+
+def _scale_plain(row: np.ndarray, scales: np.ndarray, zeros: np.ndarray, columns: int) -> None:
+    row -= np.repeat(zeros, columns)[: len(row)]
+    row *= np.repeat(scales, columns)[: len(row)]
+
+
+_scale_row = compiled(_scale_blocks, _scale_plain)
+
+
+def _to_bfloat16(
+    codes: np.ndarray,
+    are_pairs: bool,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    columns: int,
+    out: np.ndarray,
+    first: int,
+    last: int,
+) -> None:
+    width = out.shape[1]
+    blocks = 2 * max(1, _PIECE // (2 * columns))
+    row = np.empty(min(width + 1, blocks * columns), np.float32)
+    for number in range(first, last):
+        for begin in range(0, width, blocks * columns):
+            end = min(begin + blocks * columns, width)
+            block = begin // columns
+            if are_pairs:
+                pairs = codes[number, begin // 2 : (end + 1) // 2]
+                _widen_pairs_row(pairs, row[: 2 * len(pairs)])
+            else:
+                _widen_bytes_row(codes[number, begin:end], row[: end - begin])
+            piece = row[: end - begin]
+            _scale_row(
+                piece, scales[number, block : block + blocks], zeros[number, block : block + blocks], columns
+            )
+            round_row(piece.view(np.uint32), out[number, begin:end])
+
+
+def _to_float32(
+    codes: np.ndarray,
+    are_pairs: bool,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    columns: int,
+    out: np.ndarray,
+    first: int,
+    last: int,
+) -> None:
+    width = out.shape[1]
+    blocks = 2 * max(1, _PIECE // (2 * columns))
+    row = np.empty(min(width + 1, blocks * columns), np.float32)
+    for number in range(first, last):
+        for begin in range(0, width, blocks * columns):
+            end = min(begin + blocks * columns, width)
+            block = begin // columns
+            if are_pairs:
+                pairs = codes[number, begin // 2 : (end + 1) // 2]
+                _widen_pairs_row(pairs, row[: 2 * len(pairs)])
+            else:
+                _widen_bytes_row(codes[number, begin:end], row[: end - begin])
+            piece = row[: end - begin]
+            _scale_row(
+                piece, scales[number, block : block + blocks], zeros[number, block : block + blocks], columns
+            )
+            out[number, begin:end] = piece
+
+
+# Uncompiled, these loops are fast enough: numpy does a piece at a time.
+to_bfloat16 = compiled(_to_bfloat16)
+"""Decode the rows `first` to `last`.
+
+Args:
+    codes: (R, ..) uint8 or int8; two integers of 4 bits in each, the first in the low bits, or one of 8.
+    are_pairs: whether there are two in each.
+    scales, zeros: (R, ceil(K / columns)) float32; a weight is its integer less the zero, times the scale.
+    columns: that share a scale and a zero.
+    out: (R, K) uint16, bits of bf16 numbers.
+"""
+
+to_float32 = compiled(_to_float32)
+"""Decode the rows `first` to `last` to float32; see `to_bfloat16`."""
