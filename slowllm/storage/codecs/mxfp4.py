@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +50,7 @@ class Mxfp4(Codec):
         from slowllm.storage.codecs import mxfp4_kernels
 
         scales = parts.arrays["scales"].numpy()
-        codes = parts.arrays["codes"].numpy().view(np.uint32).reshape(*scales.shape[:2], -1)
+        codes = parts.arrays["codes"].flatten(2).numpy()
         is_short = out.dtype == torch.bfloat16
         loop = mxfp4_kernels.to_bfloat16 if is_short else mxfp4_kernels.to_float32
         numbers = bits_of(out) if is_short else out.numpy()

@@ -12,7 +12,7 @@ from slowllm.storage.codecs.cpu_kernels import compiled
 
 # Twice the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6, four bits each.
 _DOUBLED = np.uint32(0xC8643210)
-_2, _7, _8, _12, _15, _16, _28 = (np.uint32(number) for number in (2, 7, 8, 12, 15, 16, 28))
+_2, _7, _8, _12, _15, _16, _24, _28 = (np.uint32(number) for number in (2, 7, 8, 12, 15, 16, 24, 28))
 # Rows that are decoded side by side: their words and scales stay in the first cache, and each column is written in long runs.
 _TILE = 256
 _CODES_OF_WORD, _CODES_OF_SCALE = 8, 32
@@ -58,8 +58,7 @@ _sign_row = compiled(_sign)
 def _to_bfloat16(
     codes: np.ndarray, scales: np.ndarray, out: np.ndarray, origin: int, first: int, last: int
 ) -> None:
-    num_rows, num_words = codes.shape[1], codes.shape[2]
-    width = num_words * _CODES_OF_WORD
+    num_rows, width = codes.shape[1], 2 * codes.shape[2]
     words, values = np.empty(_TILE, np.uint32), np.empty(_TILE, np.float32)
     halves, bits = np.empty(_TILE, np.float32), values.view(np.uint32)
     half_bits, exponents = halves.view(np.uint32), np.empty(_TILE, np.uint8)
@@ -70,7 +69,12 @@ def _to_bfloat16(
             block = -1
             for word in range(low // _CODES_OF_WORD, (high - 1) // _CODES_OF_WORD + 1):
                 for i in range(size):
-                    words[i] = codes[matrix, begin + i, word]
+                    words[i] = (
+                        np.uint32(codes[matrix, begin + i, 4 * word])
+                        | np.uint32(codes[matrix, begin + i, 4 * word + 1]) << _8
+                        | np.uint32(codes[matrix, begin + i, 4 * word + 2]) << _16
+                        | np.uint32(codes[matrix, begin + i, 4 * word + 3]) << _24
+                    )
                 if block != word * _CODES_OF_WORD // _CODES_OF_SCALE:
                     block = word * _CODES_OF_WORD // _CODES_OF_SCALE
                     for i in range(size):
@@ -88,8 +92,7 @@ def _to_bfloat16(
 def _to_float32(
     codes: np.ndarray, scales: np.ndarray, out: np.ndarray, origin: int, first: int, last: int
 ) -> None:
-    num_rows, num_words = codes.shape[1], codes.shape[2]
-    width = num_words * _CODES_OF_WORD
+    num_rows, width = codes.shape[1], 2 * codes.shape[2]
     words, halves = np.empty(_TILE, np.uint32), np.empty(_TILE, np.float32)
     half_bits, exponents = halves.view(np.uint32), np.empty(_TILE, np.uint8)
     for matrix in range(first // width, (last - 1) // width + 1):
@@ -99,7 +102,12 @@ def _to_float32(
             block = -1
             for word in range(low // _CODES_OF_WORD, (high - 1) // _CODES_OF_WORD + 1):
                 for i in range(size):
-                    words[i] = codes[matrix, begin + i, word]
+                    words[i] = (
+                        np.uint32(codes[matrix, begin + i, 4 * word])
+                        | np.uint32(codes[matrix, begin + i, 4 * word + 1]) << _8
+                        | np.uint32(codes[matrix, begin + i, 4 * word + 2]) << _16
+                        | np.uint32(codes[matrix, begin + i, 4 * word + 3]) << _24
+                    )
                 if block != word * _CODES_OF_WORD // _CODES_OF_SCALE:
                     block = word * _CODES_OF_WORD // _CODES_OF_SCALE
                     for i in range(size):
@@ -118,7 +126,7 @@ to_bfloat16 = compiled(_to_bfloat16)
 """Decode the rows `first` to `last` of the transposed matrices; only where `IS_COMPILED`, as it would be slow otherwise.
 
 Args:
-    codes: (E, R, K / 8) uint32, eight codes in each, the first in the low bits.
+    codes: (E, R, K / 2) uint8, two codes in each, the first in the low bits. They may begin anywhere.
     scales: (E, R, K / 32) uint8, exponents of powers of two, from -127 on.
     out: (.., R) uint16, bits of bf16 numbers; begins with row `origin`.
     first, last: of E x K rows.

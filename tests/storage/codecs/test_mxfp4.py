@@ -78,6 +78,18 @@ def test_any_rows_are_those_of_transformers(
     team.close()
 
 
+def test_arrays_may_begin_at_any_address(team: Team) -> None:
+    parts = parts_of(2, 40, 2)
+    wanted = decoded(parts, 3, 90, torch.bfloat16, team)
+    for shift in (1, 2, 3):
+        moved = {}
+        for name, array in parts.arrays.items():
+            memory = torch.empty(array.numel() + shift, dtype=torch.uint8)
+            moved[name] = memory[shift:].view(array.shape).copy_(array)
+        found = decoded(Parts(moved, parts.num_rows, parts.width), 3, 90, torch.bfloat16, team)
+        assert same_numbers(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 def test_without_a_compiler_the_bits_are_the_same(
     dtype: torch.dtype, team: Team, monkeypatch: pytest.MonkeyPatch
