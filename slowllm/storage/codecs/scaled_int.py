@@ -18,6 +18,8 @@ from slowllm.storage.codecs.rounded import decode_by_way_of, dtype_of
 # Names of the codes, with how many lie in a byte: packed ones count from the middle of their range, others are signed.
 _PER_BYTE = {"pairs": 2, "bytes": 1, "signed": 1}
 _MIDDLES = {"pairs": 8.0, "bytes": 128.0, "signed": 0.0}
+# Decoded at a time where columns have an order of their own.
+TILE_WEIGHTS = 1 << 20
 # In a word of 32 bits, which holds zeros of rows that follow one another.
 _PER_WORD = {"pairs": 8, "bytes": 4}
 
@@ -56,10 +58,15 @@ class ScaledInt(Codec):
         return dtype in ("F32", "BF16", "F16") and shape == grid
 
     def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
-        rounded = dtype_of(parts.arrays["scales"])
-        decode_by_way_of(
-            rounded, out, lambda tile, low, high: _decode(parts, tile, first + low, first + high, team), team
-        )
+        # Where each column has scales of its own, those of all rows would take more memory than the matrix.
+        step = max(1, TILE_WEIGHTS // parts.width) if "blocks" in parts.arrays else max(1, len(out))
+
+        def rows_of(tile: Tensor, low: int, high: int) -> None:
+            for begin in range(low, high, step):
+                end = min(begin + step, high)
+                _decode(parts, tile[begin - low : end - low], first + begin, first + end, team)
+
+        decode_by_way_of(dtype_of(parts.arrays["scales"]), out, rows_of, team)
 
     def example(self) -> Parts:
         codes, scales = torch.zeros(2, 64, dtype=torch.uint8), torch.ones(2, 1)

@@ -196,6 +196,19 @@ def test_rows_longer_than_a_piece_are_decoded_whole() -> None:
         assert_rows("scaled_int", int_parts(3, 9999, (1, columns), torch.bfloat16, 1, "pairs", True), (1, 2))
 
 
+def test_rows_whose_columns_have_an_order_are_decoded_a_few_at_a_time(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = int_parts(30, 50, (1, 10), torch.float16, 4, "pairs", True)
+    assert "blocks" in parts.arrays
+    monkeypatch.setattr(scaled_int, "TILE_WEIGHTS", 200)
+    for dtype in DTYPES:
+        assert_rows("scaled_int", parts, (3, 25))
+        out = torch.empty(25, 50, dtype=dtype)
+        CODECS["scaled_int"].decode(parts, out, 3, 28, team)
+        assert same_numbers(out, scaled_int.decode_rows(parts, 3, 28, dtype))
+
+
 def test_without_a_compiler_the_bits_are_the_same() -> None:
     draw = torch.Generator().manual_seed(0)
     bits = random_bytes(draw, 4 * 320).numpy().view(np.uint32)
