@@ -15,6 +15,7 @@ import slowllm
 from slowllm.errors import CheckpointError
 from slowllm.modeling.native.formats import find_native
 from slowllm.storage.codecs.registry import CODECS
+from tests.support.cases import crossed
 from tests.support.compressed_checkpoints import store_modelopt, store_modelopt_back
 from tests.support.damaged_checkpoints import change_settings, change_tensors, damaged_spans, spans_of
 from tests.support.families import save_tiny
@@ -32,9 +33,19 @@ def modelopt(name: str, tmp_path: Path) -> Path:
     return quantised(tmp_path / "plain", tmp_path / "stored", SETTINGS, store_modelopt)
 
 
-@pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama-2", "qwen3-moe"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "resident"),
+    crossed(
+        ["llama-2", "qwen3-moe"],
+        ["float32", "bfloat16"],
+        [True, False],
+        quick=[
+            ("llama-2", "bfloat16", True),
+            ("llama-2", "float32", False),
+            ("qwen3-moe", "bfloat16", False),
+        ],
+    ),
+)
 def test_logits_are_those_of_the_dequantised_model(
     name: str, dtype: str, resident: bool, tmp_path: Path
 ) -> None:
