@@ -5,6 +5,7 @@ Knows names and shapes of tensors; writes nothing.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ BLOCK = 128
 # Of these matrices, makers leave the weights as they are.
 _PLAIN = ("embed", "lm_head", "norm", "router", ".gate.weight")
 _DEGREES = 4
+# The standard deviation of codes of 4 bits.
+_SPREAD = 2.5
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class StoredArray:
         shape: of the array.
         kind: of its numbers; arrays of one kind are cut from one pool.
         draw: makes the pool.
+        content: of an array that is not random.
     """
 
     name: str
@@ -38,6 +42,7 @@ class StoredArray:
     shape: tuple[int, ...]
     kind: str
     draw: Draw
+    content: Tensor | None = None
 
     @property
     def num_elements(self) -> int:
@@ -156,6 +161,96 @@ def nvfp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
     ]
 
 
+def _packed_words(count: int, generator: torch.Generator) -> Tensor:
+    """Return words of eight codes of 4 bits, most of them near the middle, as those of weights are."""
+    words = torch.zeros(count, dtype=torch.int64)
+    for place in range(8):
+        codes = torch.randn(count, generator=generator).mul_(_SPREAD).add_(8).round_().clamp_(0, 15)
+        words |= codes.to(torch.int64) << 4 * place
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def _equal_words(word: int) -> Draw:
+    return lambda count, _: torch.full((count,), word, dtype=torch.int32)
+
+
+def _half_scales(width: int) -> Draw:
+    draw = _fp8_scales(width)
+    return lambda count, generator: draw(count, generator).mul_(448 / 8 / _SPREAD).to(torch.float16)
+
+
+def packed_arrays(method: str) -> Callable[[str, Tensor], list[StoredArray]]:
+    """Return what says how a tensor is stored by GPTQ or AWQ: 4 bits, groups of 128; experts each by themselves."""
+
+    def arrays_of(name: str, tensor: Tensor) -> list[StoredArray]:
+        if tensor.dim() < 2 or any(word in name for word in _PLAIN):
+            return [bfloat16_array(name, tensor)]
+        stem, (rows, width) = name.removesuffix(".weight"), tensor.shape
+        groups = -(-width // BLOCK)
+        codes = (width // 8, rows) if method == "gptq" else (width, rows // 8)
+        zero = 0x77777777 if method == "gptq" else -0x77777778
+        return [
+            StoredArray(f"{stem}.qweight", "I32", codes, "packed words", _packed_words),
+            StoredArray(f"{stem}.qzeros", "I32", (groups, rows // 8), f"zeros {zero}", _equal_words(zero)),
+            StoredArray(f"{stem}.scales", "F16", (groups, rows), f"half {width}", _half_scales(width)),
+        ]
+
+    return arrays_of
+
+
+def fbgemm_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
+    """Return how a tensor is stored by FBGEMM: e4m3 with a scale for each row."""
+    if tensor.dim() != 2 or any(word in name for word in _PLAIN):
+        return [bfloat16_array(name, tensor)]
+    rows, width = tensor.shape
+    return [
+        StoredArray(name, "F8_E4M3", (rows, width), "fp8", _fp8_codes),
+        StoredArray(f"{name}_scale", "F32", (rows, 1), f"scales {width}", _fp8_scales(width)),
+    ]
+
+
+# The numbers of nf4, and a table for scales.
+_NF4 = (
+    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+)  # fmt: skip
+_NF4_BLOCK = 64
+
+
+def _random_bytes(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8)
+
+
+def _same(value: float) -> Draw:
+    return lambda count, _: torch.full((count,), value)
+
+
+def _written(name: str, dtype: str, content: Tensor) -> StoredArray:
+    return StoredArray(name, dtype, tuple(content.shape), "", _random_bytes, content)
+
+
+def nf4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
+    """Return how a tensor is stored by bitsandbytes: nf4 in blocks of 64, whose scales are coded as well."""
+    if tensor.dim() < 2 or any(word in name for word in _PLAIN):
+        return [bfloat16_array(name, tensor)]
+    size, typical = tensor.numel(), 1 / math.sqrt(tensor.shape[-1])
+    blocks = -(-size // _NF4_BLOCK)
+    state = {
+        "quant_type": "nf4", "blocksize": _NF4_BLOCK, "dtype": "bfloat16", "shape": list(tensor.shape),
+        "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 2.5 * typical,
+    }  # fmt: skip
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    spread = f"spread {typical}"
+    return [
+        StoredArray(name, "U8", (-(-size // 2), 1), "bytes", _random_bytes),
+        StoredArray(f"{name}.absmax", "U8", (blocks,), "bytes", _random_bytes),
+        StoredArray(f"{name}.nested_absmax", "F32", (-(-blocks // 256),), spread, _same(0.5 * typical)),
+        _written(f"{name}.quant_map", "F32", torch.tensor(_NF4)),
+        _written(f"{name}.nested_quant_map", "F32", torch.linspace(-1, 1, 256)),
+        _written(f"{name}.quant_state.bitsandbytes__nf4", "U8", text),
+    ]
+
+
 @dataclass(frozen=True)
 class StorageFormat:
     """How a checkpoint stores its tensors.
@@ -194,4 +289,22 @@ FORMATS: Mapping[str, StorageFormat] = {
     ),
     "nvfp4": StorageFormat(nvfp4_arrays, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
     "mxfp4": StorageFormat(mxfp4_arrays, {"quant_method": "mxfp4"}),
-}
+    "gptq": StorageFormat(
+        packed_arrays("gptq"),
+        {"quant_method": "gptq", "bits": 4, "group_size": BLOCK, "desc_act": False, "sym": True},
+    ),
+    "awq": StorageFormat(
+        packed_arrays("awq"),
+        {"quant_method": "awq", "bits": 4, "group_size": BLOCK, "zero_point": True, "version": "gemm"},
+    ),
+    "fbgemm_fp8": StorageFormat(
+        fbgemm_arrays, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
+    ),
+    "nf4": StorageFormat(
+        nf4_arrays,
+        {
+            "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16",
+        },
+    ),
+}  # fmt: skip

@@ -85,6 +85,8 @@ LOADED_LATE = {
     "storage.codecs.mxfp4_kernels",
     "storage.codecs.nvfp4_kernels",
     "storage.codecs.scaled_int_kernels",
+    "storage.codecs.bnb_kernels",
+    "storage.codecs.packed_kernels",
     "modeling.soft_prompt_files",
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -301,8 +301,13 @@ MIN_CHUNK_ROWS = 8192
 
 
 def cut_head(placement: Placement, max_bytes: int) -> list[Placement]:
-    """Cut the head's matrix (V, H) into the fewest equal chunks of rows that are at most `max_bytes`."""
+    """Cut the head's matrix (V, H) into the fewest equal chunks of rows that are at most `max_bytes`.
+
+    A coded one, whose rows do not lie together, stays whole.
+    """
     num_rows = placement.shape[0]
+    if placement.coding is not None:
+        return [replace(placement, name=f"{placement.name}[0:]")]
     num_chunks = max(1, ceil_div(placement.num_bytes, max(max_bytes, MIN_CHUNK_BYTES)))
     chunk_rows = round_up(ceil_div(num_rows, num_chunks), 64)
     return [

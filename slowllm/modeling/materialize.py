@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slowllm.errors import ArchitectureError
+from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.modeling.embedding import stream_embedding
 from slowllm.modeling.head import RowReader
 from slowllm.modeling.layout import Layout
@@ -56,10 +56,17 @@ def fill(
         device: that rows of the embedding are moved to; None for the processor.
     Raises:
         ArchitectureError: a parameter is left that no stop brings and that was not read.
+        CheckpointError: the embedding, or another tensor that always stays, is quantised.
     """
     dtypes = dict(layout.dtypes)
     to_read = list(layout.kept)
     placement = layout.embedding_placement
+    for one in (*to_read, *([] if placement is None else [placement])):
+        if one.coding is not None:
+            raise CheckpointError(
+                f"{one.runs[0].span.path.name}: {one.name} is quantised but lies outside of the blocks and the head, where no "
+                "quantised tensor is read; use the original checkpoint"
+            )
     embedding = None if placement is None else checkpoint.mapped(placement)
     if placement is not None and embedding is None:  # in pieces, or at an odd address: it has to be read
         to_read.append(placement)

@@ -21,7 +21,7 @@ from torch import Tensor
 from slowllm.errors import CheckpointError
 from slowllm.files import read_description
 from slowllm.storage.shard import open_shard, read_header, refuse_short
-from slowllm.storage.spans import ALIGNMENT, Placement, Run, Span
+from slowllm.storage.spans import Placement, Run, Span
 
 # Samples that identify a shard: the weights of two fine-tunings of one model differ everywhere.
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -140,7 +140,7 @@ class Checkpoint:
             return None
         span, dtype = placement.runs[0].span, placement.stored_dtype
         offset = span.offset + placement.runs[0].source
-        if offset % (ALIGNMENT if placement.needs_alignment else dtype.itemsize):
+        if offset % placement.unit:
             return None
         whole = self._map(span)
         self.check_length(placement)

@@ -62,6 +62,7 @@ class Coding:
         group: how many rows and columns share a scale, where the arrays' shapes do not say so.
         rows: of a tensor that is put together of several coded ones, their rows; it has no parts of its own.
         is_transposed: whether the matrices of the tensor are coded transposed.
+        offset: a number that the codec needs and that no array has.
     """
 
     codec: str
@@ -69,6 +70,7 @@ class Coding:
     group: tuple[int, ...] = ()
     rows: tuple[CodedRows, ...] = ()
     is_transposed: bool = False
+    offset: float = 0.0
 
     @property
     def arrays(self) -> tuple[CodedArray, ...]:
@@ -187,6 +189,16 @@ class Placement:
         Experts in float32, by MKL's products of a few rows; resident ones begin on a cache line.
         """
         return len(self.shape) == 3 and self.dtype == torch.float32 and self.coding is None
+
+    @property
+    def unit(self) -> int:
+        """The number of bytes of which the address of its first byte must be a multiple."""
+        if self.needs_alignment:
+            return ALIGNMENT
+        if self.coding is None:
+            return self.dtype.itemsize
+        # Its arrays are views of other dtypes than that of the whole.
+        return max((TORCH_DTYPES[array.dtype].itemsize for array in self.coding.arrays), default=1)
 
     @property
     def stored_dtype(self) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from slowllm.storage.spans import ALIGNMENT, Placement, Run, Span
+from slowllm.storage.spans import Placement, Run, Span
 from slowllm.streaming.buffers import PAGE, page_up
 
 # A tensor of at least this size takes the same number of bytes wherever in a page it begins.
@@ -41,8 +41,7 @@ def lead_of(placement: Placement) -> int:
     first = placement.runs[0]
     lead = (first.span.offset + first.source) % PAGE
     # torch cannot view bf16 at an odd address; such a tensor goes through a bounce buffer instead.
-    unit = ALIGNMENT if placement.needs_alignment else placement.stored_dtype.itemsize
-    return lead if lead % unit == 0 else 0
+    return lead if lead % placement.unit == 0 else 0
 
 
 def ring_bytes_of(placement: Placement) -> int:

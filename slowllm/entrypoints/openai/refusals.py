@@ -53,7 +53,9 @@ def read_as(schema: type[Body], body: Mapping[str, Any]) -> Body:
     known = [one for one in found if one["type"] != _STRANGE or len(one["loc"]) > 1]
     if not known:
         names = [_clipped(str(one["loc"][0])) for one in found]
-        raise RequestError(f"{', '.join(sorted(names))}: unknown in the body", min(names), "unknown_parameter")
+        raise RequestError(
+            f"{', '.join(sorted(names))}: unknown in the body", min(names), "unknown_parameter"
+        )
     first = known[0]
     name = str(first["loc"][0])
     if first["type"] == "slowllm":

@@ -60,6 +60,7 @@ class CodedTensor:
         parts: the arrays.
         group: see `Coding`.
         is_transposed: whether the model has the transposed matrices.
+        offset: see `Coding`.
     """
 
     name: str
@@ -68,6 +69,7 @@ class CodedTensor:
     parts: tuple[CodedPart, ...]
     group: tuple[int, ...] = ()
     is_transposed: bool = False
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
         shapes = {part.name: (part.dtype, part.shape) for part in self.parts}
@@ -90,7 +92,7 @@ def whole_placement(target: str, tensor: CodedTensor) -> Placement:
     shape = tensor.shape
     if tensor.is_transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
-    coding = Coding(tensor.codec, arrays[0], tensor.group, (), tensor.is_transposed)
+    coding = Coding(tensor.codec, arrays[0], tensor.group, (), tensor.is_transposed, tensor.offset)
     return Placement(target, shape, TORCH_DTYPES[DECODED], runs, coding)
 
 
@@ -120,7 +122,9 @@ def stacked_placement(traced: Placement, tensors: Mapping[str, CodedTensor]) -> 
         found.append((run.target // row_bytes, tensor))
     arrays, runs = _laid_out([tensor.parts for _, tensor in found])
     rows = tuple(
-        CodedRows(first, math.prod(tensor.shape[:-1]), Coding(tensor.codec, own, tensor.group))
+        CodedRows(
+            first, math.prod(tensor.shape[:-1]), Coding(tensor.codec, own, tensor.group, offset=tensor.offset)
+        )
         for (first, tensor), own in zip(found, arrays, strict=True)
     )
     return replace(traced, runs=runs, coding=Coding("stacked", (), (), rows))

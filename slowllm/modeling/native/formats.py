@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from slowllm.errors import CheckpointError
-from slowllm.modeling.native import compressed, fp8, modelopt, mxfp4
+from slowllm.modeling.native import bnb, compressed, fbgemm, fp8, modelopt, mxfp4, packed
 from slowllm.modeling.native.coded_tensor import CodedTensor
 from slowllm.storage.spans import Span
 
@@ -38,6 +38,10 @@ _FINDERS: Mapping[str, _Finder] = {
     "fp8": fp8.find,
     "modelopt": modelopt.find,
     "mxfp4": mxfp4.find,
+    "fbgemm_fp8": fbgemm.find,
+    "gptq": packed.find_gptq,
+    "awq": packed.find_awq,
+    "bitsandbytes": bnb.find,
 }
 
 

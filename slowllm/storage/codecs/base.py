@@ -68,6 +68,7 @@ class Parts:
         num_rows, width: of the matrix.
         group: see `Coding`.
         rows: of a matrix that is put together of several, each with the name of its codec, its first row and its parts.
+        offset: see `Coding`.
     """
 
     arrays: Mapping[str, Tensor]
@@ -75,6 +76,7 @@ class Parts:
     width: int
     group: tuple[int, ...] = ()
     rows: tuple[tuple[str, int, Parts], ...] = ()
+    offset: float = 0.0
 
     @classmethod
     def of(cls, stored: Tensor, coding: Coding, shape: tuple[int, ...]) -> Parts:
@@ -92,7 +94,7 @@ class Parts:
             (own.coding.codec, own.first, cls.of(stored, own.coding, (own.num_rows, shape[-1])))
             for own in coding.rows
         )
-        return cls(arrays, math.prod(shape[:-1]), shape[-1], coding.group, rows)
+        return cls(arrays, math.prod(shape[:-1]), shape[-1], coding.group, rows, coding.offset)
 
 
 class Codec(ABC):

@@ -13,9 +13,12 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from slowllm.errors import StoreError
+from slowllm.storage.codecs.awq import Awq
 from slowllm.storage.codecs.base import Codec, StoreCodec, Team
+from slowllm.storage.codecs.bnb import BnbIntegers, BnbNibbles
 from slowllm.storage.codecs.fp4 import Fp4
 from slowllm.storage.codecs.fp8 import Fp8
+from slowllm.storage.codecs.gptq import Gptq, GptqV2
 from slowllm.storage.codecs.int4 import Int4
 from slowllm.storage.codecs.int8 import Int8
 from slowllm.storage.codecs.lossless import Lossless
@@ -40,6 +43,11 @@ CODECS: Mapping[str, Codec] = {
             Nvfp4(),
             Fp8Rounded(),
             ScaledInt(),
+            Gptq(),
+            GptqV2(),
+            Awq(),
+            BnbNibbles(),
+            BnbIntegers(),
             Stacked(lambda name: CODECS[name]),
         )
     },

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slowllm.storage.codecs import fp4, fp8, mxfp4, nvfp4, rounded, scaled_int
+from slowllm.storage.codecs import awq, bnb, fp4, fp8, gptq, mxfp4, nvfp4, rounded, scaled_int
 from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.layout_constants import CHUNK
 
@@ -57,6 +57,11 @@ _WHOLE = {
     "nvfp4": nvfp4.decode_rows,
     "fp8_rounded": rounded.decode_fp8_rows,
     "scaled_int": scaled_int.decode_rows,
+    "gptq": gptq.decode_rows,
+    "gptq_v2": gptq.decode_rows_v2,
+    "awq": awq.decode_rows,
+    "bnb_4bit": bnb.decode_nibbles,
+    "bnb_8bit": bnb.decode_integers,
 }
 
 

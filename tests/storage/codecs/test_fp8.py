@@ -94,6 +94,12 @@ def test_a_scale_that_is_any_nan_makes_nan(team: Team) -> None:
         assert decoded(parts, 0, 1, torch.bfloat16, team).isnan().all()
 
 
+def test_columns_may_have_scales_of_their_own(team: Team) -> None:
+    parts = parts_of(12, 300, (4, 1), 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert same(decoded(parts, 1, 11, dtype, team), fp8.decode_rows(parts, 1, 11, dtype))
+
+
 def test_without_a_compiler_the_bits_are_the_same() -> None:
     parts = parts_of(30, 100, (7, 33))
     codes, scales = parts.arrays["codes"].numpy(), parts.arrays["scales"].numpy()
