@@ -141,7 +141,7 @@ def int4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
     return [
         StoredArray(f"{module}.weight_packed", "I32", (rows, width // 8), "words", _words),
         StoredArray(
-            f"{module}.weight_scale", "BF16", (rows, width // BLOCK), f"all {scale}", _constant(scale)
+            f"{module}.weight_scale", "BF16", (rows, -(-width // BLOCK)), f"all {scale}", _constant(scale)
         ),
     ]
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.modeling.blocks import find_blocks, prefixes_of
-from slowllm.modeling.experts import coded_experts
+from slowllm.modeling.experts import picked_experts
 from slowllm.modeling.parts import Part
 from slowllm.planning.job import Granularity
 from slowllm.rounding import ceil_div, round_up
@@ -49,7 +49,7 @@ class Layout:
         streamed_names: the parameters that stay empty, because their stops bring them.
         part: that is laid out; the stops of other blocks are empty.
         placements: of the part's parameters and persistent buffers, by name.
-        picked: the parameters of coded experts, which are used one at a time; see `experts.use_one_by_one`.
+        picked: the parameters of experts that are used one at a time on the processor.
     """
 
     granularity: Granularity
@@ -162,7 +162,7 @@ def lay_out(
         streamed_names=frozenset((*owners, *([head_parameter] if part.has_ends else []))),
         part=part,
         placements=placements,
-        picked=coded_experts(model, placements),
+        picked=picked_experts(model),
     )
 
 

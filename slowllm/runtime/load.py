@@ -17,7 +17,6 @@ from slowllm.modeling.absent_parts import leave_out
 from slowllm.modeling.absent_weight import mark_absent
 from slowllm.modeling.batching import forget_rotary_tables
 from slowllm.modeling.cache_sizes import cache_size_of
-from slowllm.modeling.experts import use_one_by_one
 from slowllm.modeling.head import stream_head
 from slowllm.modeling.layout import granularities, lay_out
 from slowllm.modeling.logit_transform import find_logit_transform
@@ -168,8 +167,6 @@ def _assemble(
         if (job is None and not is_shared) or (job is not None and job.turns):
             plan = widen(plan, choices, budget.free_bytes)
     keep_together()
-    if layout.picked:
-        use_one_by_one(model)
     compute_dtype = next(parameter.dtype for parameter in model.parameters())
     first_device = devices[0].torch_device if devices else None
     leave_out(model, layout, first_device)
@@ -195,7 +192,9 @@ def _assemble(
         stops = placement.stops
         move_kept(model, layout, placement)
     torch_devices = (torch.device("cpu"),) if placement is None else placement.torch_devices
-    buffer_bytes = cast_buffer_bytes(layout.stops, layout.dtypes, layout.picked)
+    # On a device, a grouped product reads all experts.
+    picked = layout.picked if placement is None else frozenset()
+    buffer_bytes = cast_buffer_bytes(layout.stops, layout.dtypes, picked)
     if any(buffer_bytes):
         stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, torch_devices)
     lm = kind(info, model, checkpoint, source, stops, plan, choices, budget, layout, placement)

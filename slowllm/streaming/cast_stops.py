@@ -46,8 +46,12 @@ def cast_buffer_bytes(
         for p in stop:
             if p.coding is None and dtypes[p.name] == p.dtype:
                 continue
-            shape = p.shape[1:] if p.name in picked else p.shape
-            num_bytes = round_up(math.prod(shape) * dtypes[p.name].itemsize, CACHE_LINE_BYTES)
+            is_picked = p.name in picked
+            num_bytes = round_up(
+                math.prod(p.shape[1:] if is_picked else p.shape) * dtypes[p.name].itemsize, CACHE_LINE_BYTES
+            )
+            # One of several may begin within a cache line.
+            num_bytes += CACHE_LINE_BYTES if is_picked else 0
             if _is_small(p.shape):
                 small_of_stop += num_bytes
             else:

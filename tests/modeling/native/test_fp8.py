@@ -27,9 +27,7 @@ def fp8(name: str, tmp_path: Path, block: tuple[int, int] = (8, 16), **options: 
 
 
 def logits_of(folder: Path, dtype: str) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), experts_implementation="eager"
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     with torch.no_grad():
         logits: torch.Tensor = model(IDS).logits
     return logits
