@@ -136,12 +136,14 @@ def int4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
     """Return how a tensor is stored by compressed-tensors: integers of 4 bits, a scale for each 128 of a row."""
     if tensor.dim() != 2 or any(word in name for word in _PLAIN):
         return [bfloat16_array(name, tensor)]
+    if tensor.shape[1] % BLOCK:  # groups fill their rows
+        return [bfloat16_array(name, tensor)]
     (rows, width), module = tensor.shape, name.removesuffix(".weight")
     scale = 1 / (8 * math.sqrt(width))
     return [
         StoredArray(f"{module}.weight_packed", "I32", (rows, width // 8), "words", _words),
         StoredArray(
-            f"{module}.weight_scale", "BF16", (rows, -(-width // BLOCK)), f"all {scale}", _constant(scale)
+            f"{module}.weight_scale", "BF16", (rows, width // BLOCK), f"all {scale}", _constant(scale)
         ),
     ]
 

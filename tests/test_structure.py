@@ -87,6 +87,8 @@ LOADED_LATE = {
     "storage.codecs.scaled_int_kernels",
     "storage.codecs.bnb_kernels",
     "storage.codecs.packed_kernels",
+    "storage.codecs.gguf_kernels",
+    "storage.codecs.gguf_super_kernels",
     "modeling.soft_prompt_files",
 }
 

@@ -32,7 +32,7 @@ def stream_embedding(
 
     Args:
         embedding: of the model.
-        weight: in the host's memory.
+        weight: in the host's memory; a coded one is lazy already.
         compute_dtype: of the model.
         device: that the rows are moved to; None for the processor.
     Raises:
@@ -40,7 +40,7 @@ def stream_embedding(
     """
     if not isinstance(embedding, nn.Embedding):
         raise ArchitectureError(f"{type(embedding).__name__}: the input embedding is no nn.Embedding")
-    if weight.dtype != compute_dtype:
+    if weight.dtype != compute_dtype and not isinstance(weight, LazyWeight):
         weight = LazyWeight(weight, compute_dtype, torch.empty(0, dtype=torch.uint8))
     embedding._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     if device is not None:

@@ -21,7 +21,7 @@ from slowllm.modeling.experts import picked_experts
 from slowllm.modeling.parts import Part
 from slowllm.planning.job import Granularity
 from slowllm.rounding import ceil_div, round_up
-from slowllm.storage.spans import Placement, take_rows
+from slowllm.storage.spans import Placement, is_coded_by_rows, take_rows
 from slowllm.streaming.read_requests import ring_bytes_of
 
 log = logging.getLogger(__name__)
@@ -303,10 +303,10 @@ MIN_CHUNK_ROWS = 8192
 def cut_head(placement: Placement, max_bytes: int) -> list[Placement]:
     """Cut the head's matrix (V, H) into the fewest equal chunks of rows that are at most `max_bytes`.
 
-    A coded one, whose rows do not lie together, stays whole.
+    One that is coded otherwise than row by row stays whole.
     """
     num_rows = placement.shape[0]
-    if placement.coding is not None:
+    if placement.coding is not None and not is_coded_by_rows(placement):
         return [replace(placement, name=f"{placement.name}[0:]")]
     num_chunks = max(1, ceil_div(placement.num_bytes, max(max_bytes, MIN_CHUNK_BYTES)))
     chunk_rows = round_up(ceil_div(num_rows, num_chunks), 64)

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slowllm.errors import ArchitectureError, CheckpointError
+from slowllm.errors import ArchitectureError
 from slowllm.modeling.embedding import stream_embedding
 from slowllm.modeling.head import RowReader
 from slowllm.modeling.layout import Layout
 from slowllm.modeling.parts import block_of
 from slowllm.storage.checkpoint import Checkpoint
-from slowllm.storage.spans import Placement
+from slowllm.storage.codecs.base import OneThread
+from slowllm.storage.spans import Placement, is_coded_by_rows
+from slowllm.streaming.cast_stops import coded_matrix, coded_weight
 from slowllm.streaming.reader import Reader
 
 
@@ -34,10 +36,17 @@ def head_rows(checkpoint: Checkpoint, chunks: Sequence[Placement]) -> RowReader 
             checkpoint.check_length(chunks[chunk])
             matrix = maps[chunk]
             assert matrix is not None, "checked below"
+            if chunks[chunk].coding is not None:
+                coded = coded_matrix(chunks[chunk], matrix, OneThread())
+                picked = coded.pick(torch.tensor([row]), torch.float32)
+                assert picked is not None, "checked below"
+                rows.append(picked[0])
+                continue
             rows.append(matrix[row])
         return torch.stack(rows)
 
-    return read_rows if all(matrix is not None for matrix in maps) else None
+    can_pick = all(chunk.coding is None or is_coded_by_rows(chunk) for chunk in chunks)
+    return read_rows if can_pick and all(matrix is not None for matrix in maps) else None
 
 
 def fill(
@@ -56,29 +65,32 @@ def fill(
         device: that rows of the embedding are moved to; None for the processor.
     Raises:
         ArchitectureError: a parameter is left that no stop brings and that was not read.
-        CheckpointError: the embedding, or another tensor that always stays, is quantised.
     """
     dtypes = dict(layout.dtypes)
     to_read = list(layout.kept)
     placement = layout.embedding_placement
-    for one in (*to_read, *([] if placement is None else [placement])):
-        if one.coding is not None:
-            raise CheckpointError(
-                f"{one.runs[0].span.path.name}: {one.name} is quantised but lies outside of the blocks and the head, where no "
-                "quantised tensor is read; use the original checkpoint"
-            )
     embedding = None if placement is None else checkpoint.mapped(placement)
     if placement is not None and embedding is None:  # in pieces, or at an odd address: it has to be read
         to_read.append(placement)
-        dtypes[placement.name] = placement.dtype
+        dtypes[placement.name] = placement.dtype if placement.coding is None else compute_dtype
     filled: set[int] = set()
     with (
         contextlib.closing(Reader([to_read], ring_bytes=4096, resident=frozenset([0]))) as reader,
         reader.visit(0) as weights,
     ):
-        copies = {name: tensor.to(dtypes[name], copy=True) for name, tensor in weights.items()}
+        coded = {p.name: p for p in to_read if p.coding is not None}
+        copies = {
+            name: _decoded(coded[name], tensor, dtypes[name])
+            if name in coded
+            else tensor.to(dtypes[name], copy=True)
+            for name, tensor in weights.items()
+        }
     if placement is not None:
-        embedding = copies.pop(placement.name) if embedding is None else embedding
+        if embedding is None:
+            embedding = copies.pop(placement.name)
+        elif placement.coding is not None:
+            nothing = torch.empty(0, dtype=torch.uint8)
+            embedding = coded_weight(placement, embedding, compute_dtype, nothing, OneThread())
         head_is_tied = layout.head.weight is layout.embedding.weight
         old = layout.embedding._parameters["weight"]
         stream_embedding(layout.embedding, embedding, compute_dtype, device)
@@ -97,6 +109,15 @@ def fill(
             raise ArchitectureError(
                 f"{type(model).__name__}: {name} is tied in a way that is not streamed; no weight was read for it"
             )
+
+
+def _decoded(placement: Placement, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a coded tensor as it is computed with."""
+    return (
+        coded_weight(placement, stored, dtype, torch.empty(0, dtype=torch.uint8), OneThread())
+        .cast()
+        .contiguous()
+    )
 
 
 def _replace(

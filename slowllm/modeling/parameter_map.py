@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 from slowllm.errors import CheckpointError
 from slowllm.modeling.blocks import find_blocks
 from slowllm.modeling.fused_parameters import place_fused
-from slowllm.modeling.native.coded_tensor import stacked_placement, whole_placement
+from slowllm.modeling.native.coded_tensor import ordered_runs, stacked_placement, whole_placement
 from slowllm.modeling.native.formats import find_native
 from slowllm.modeling.parts import Part, block_of, names_in
 from slowllm.storage.spans import Placement, Run, Span
@@ -65,6 +65,7 @@ def place(
         **{name: one.as_plain() for name, one in native.coded.items()},
     }
     plain: dict[str, Span] = {}
+    orders: dict[str, tuple[int, ...]] = {}
     fused: dict[tuple[str, int], list[tuple[str, Span]]] = defaultdict(list)
     unexpected: list[str] = []
     for name, target, pattern in _targets(model, state, sources):
@@ -78,6 +79,8 @@ def place(
             raise CheckpointError(f"{plain[target].name} and {name} are both {target}; one must go")
         else:
             plain[target] = sources[name]
+            if name in native.orders:
+                orders[target] = native.orders[name]
     _refuse_unexpected_blocks(model, unexpected)
     _refuse_absent(model, wanted, plain, absent or {})
 
@@ -88,7 +91,9 @@ def place(
             _check_shape(replace(span, shape=placements[target].shape), target, tuple(wanted[target].shape))
             continue
         _check_shape(span, target, tuple(wanted[target].shape))
-        runs = (Run(span, 0, 0, span.num_bytes),) if span.num_bytes else ()
+        runs: tuple[Run, ...] = (Run(span, 0, 0, span.num_bytes),) if span.num_bytes else ()
+        if target in orders:
+            runs = ordered_runs(span, orders[target])
         placements[target] = Placement(target, span.shape, span.torch_dtype, runs, span.coding)
     for (target, _), parts in fused.items():
         are_coded = {span.name in native.coded for _, span in parts}

@@ -23,7 +23,10 @@ from transformers import (
 
 from slowllm.errors import ArchitectureError, CheckpointError, first_line
 from slowllm.modeling.native.formats import refuse_unknown
-from slowllm.storage.checkpoint import read_json, refuse_gguf
+from slowllm.modeling.native.gguf_config import config_of
+from slowllm.storage.checkpoint import read_json
+from slowllm.storage.gguf import read_set
+from slowllm.storage.gguf_files import gguf_files
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +39,16 @@ _BUILDING = threading.Lock()
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Return the config of a checkpoint's folder, or of a config file itself.
+    """Return the config of a checkpoint's folder, of a config file itself, or of a GGUF file.
 
     Raises:
         CheckpointError: config.json cannot be used, or the weights are in a quantised format that is not read.
         ArchitectureError: this version of transformers does not know the model type.
     """
+    if files := gguf_files(folder):
+        return _checked(files[0], config_of(files[0].name, read_set(files)))
     file = folder if folder.is_file() else folder / "config.json"
     if not file.is_file():
-        refuse_gguf(folder)
         raise CheckpointError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
     table = read_json(file)
     kind = table.get("model_type")
@@ -63,10 +67,16 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ArchitectureError(
             f"model type {kind!r} cannot be used by this version of transformers ({first_line(error)})"
         ) from error
+    return _checked(file, config)
+
+
+def _checked(file: Path, config: Any) -> PreTrainedConfig:
+    """Refuse a config whose model is not streamed, and settle what is computed here."""
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(count, int) and not 1 <= count <= MAX_BLOCKS:
         raise CheckpointError(f"{file}: names {count} blocks")
     if getattr(config, "is_encoder_decoder", False):
+        kind = getattr(config, "model_type", "?")
         raise ArchitectureError(f"model type {kind!r} is an encoder-decoder; only decoders are streamed")
     config.return_dict = True  # what is computed here is looked up by name
     _take_built_in_kernels(config)

@@ -31,6 +31,7 @@ from slowllm.prepare.store_plan import is_exact, plan_files, refuse_other_dtypes
 from slowllm.prepare.workers import Progress, write_files
 from slowllm.storage import pickles
 from slowllm.storage.checkpoint import INDEX, Checkpoint
+from slowllm.storage.gguf_files import gguf_files
 from slowllm.storage.manifest import (
     FORMAT,
     MANIFEST,
@@ -150,6 +151,10 @@ def _refuse_native(source: Path, placements: Mapping[str, Placement]) -> None:
 def _open_source(folder: Path, *, checks: bool) -> Checkpoint:
     if is_store(folder):
         raise StoreError(f"{folder}: is a store already; convert the checkpoint that it was made from")
+    if gguf_files(folder):
+        raise StoreError(
+            f"{folder}: is a GGUF model, which is read as it is; a store is made of the original checkpoint in safetensors"
+        )
     if _has_only_pickles(folder):
         checkpoint = pickles.open_pickled(folder)
         if checks:

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 
 from slowllm.errors import CheckpointError, DownloadError, InputError, SlowLLMError
 from slowllm.storage.checkpoint import INDEX
+from slowllm.storage.gguf_files import SUFFIX
 
 SINGLE = "model.safetensors"
 SMALL_FILES = (
@@ -101,6 +102,11 @@ def choose(repo: str, listing: Mapping[str, HubFile], read: Callable[[HubFile], 
     Raises:
         CheckpointError: the repository has no model in safetensors.
     """
+    if INDEX not in listing and SINGLE not in listing and any(name.endswith(SUFFIX) for name in listing):
+        raise CheckpointError(
+            f"{repo}: has only GGUF files, of which one is chosen by hand: fetch it with `hf download {repo} FILE.gguf`, and name "
+            "the file as the model"
+        )
     if "config.json" not in listing:
         raise CheckpointError(f"{repo}: has no config.json, so it is not a transformers model")
     shards = [SINGLE]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from slowllm.errors import CheckpointError, StoreError
 from slowllm.prepare.encode import read_pieces
+from slowllm.storage.gguf_files import gguf_files
 from slowllm.storage.manifest import MANIFEST, is_store, open_checkpoint, read_manifest
 
 NUM_READERS = 2
@@ -88,6 +89,10 @@ def _of_store(folder: Path) -> Iterator[_HashedFile]:
 
 
 def _of_cache(folder: Path) -> Iterator[_HashedFile]:
+    if gguf_files(folder):
+        raise CheckpointError(
+            f"{folder}: is a GGUF model, of which nothing here says which hash it should have"
+        )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
     for path in sorted(folder.iterdir()):

@@ -14,8 +14,10 @@ from slowllm.files import refuse_large, system_errors
 from slowllm.modeling.skeleton import read_config
 from slowllm.modeling.soft_prompt_files import load_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt, check_fits
+from slowllm.runtime.gguf_tokenizer import gguf_tokenizer
 from slowllm.runtime.model_folder import EMBEDDED, find_folder
-from slowllm.storage.checkpoint import LFS_POINTER, refuse_gguf
+from slowllm.storage.checkpoint import LFS_POINTER
+from slowllm.storage.gguf_files import gguf_files
 
 
 class ModelInfo:
@@ -79,7 +81,7 @@ class ModelInfo:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer in a folder.
+    """Return the tokenizer in a folder, or in its GGUF file where no tokenizer.json lies beside it.
 
     Raises:
         CheckpointError: the folder has none that transformers can load.
@@ -89,13 +91,14 @@ def load_tokenizer(folder: Path) -> Any:
             continue
         with system_errors(CheckpointError, path):
             refuse_large(path, CheckpointError)
+    if (files := gguf_files(folder)) and not (folder / "tokenizer.json").is_file():
+        return gguf_tokenizer(files)
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if not isinstance(length := found.model_max_length, int | float):
             raise ValueError(f"its model_max_length is a {type(length).__name__}")
         return found
     except Exception as error:  # a damaged tokenizer may raise anything
-        refuse_gguf(folder)
         reason = _what_is_wrong_with_tokenizer(folder) or first_line(error)
         if ": (1) " in reason:  # the first line of a list of ways that were tried
             there = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from slowllm.errors import CheckpointError, InputError
+from slowllm.storage.gguf_files import SUFFIX
 
 # Before the name of a model that comes with the package; no hub id has a colon.
 EMBEDDED = "embedded:"
@@ -17,7 +18,7 @@ DEFAULT = f"{EMBEDDED}tiny-bloom"
 
 
 def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
-    """Return the folder of a checkpoint: as given, or a hub id's snapshot in the local cache.
+    """Return the folder of a checkpoint, or its GGUF file: as given, or a hub id's snapshot in the local cache.
 
     Behind a hub id, ``@`` and a revision may stand: a branch, a tag or a commit. ``embedded:`` stands before the name of
     a model that comes with the package.
@@ -41,9 +42,11 @@ def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"{text}: {getattr(error, 'strerror', None) or error}") from error
     if is_folder:
         return folder
+    if exists and folder.suffix == SUFFIX:
+        return folder
     if exists:
         raise CheckpointError(
-            f"{text}: is a file; give the folder that holds config.json and the safetensors"
+            f"{text}: is a file; give the folder that holds config.json and the safetensors, or a GGUF file"
         )
     if text.startswith(EMBEDDED):
         return _embedded_folder(text.removeprefix(EMBEDDED))

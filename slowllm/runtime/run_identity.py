@@ -16,6 +16,8 @@ import transformers
 from slowllm.errors import StateError
 from slowllm.planning.job import Job
 from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.storage.gguf import read_set
+from slowllm.storage.gguf_files import gguf_files
 from slowllm.version import __version__
 
 # The files from which transformers makes a tokenizer and its chat templates.
@@ -50,7 +52,7 @@ def run_identity(kind: str, lm: StreamedLM, **settings: Any) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
         "model": lm.fingerprint(),
-        "tokenizer": _digest_of_files(lm.folder, *TOKENIZER_FILES),
+        "tokenizer": _tokenizer_digest(lm.folder),
         "generation_config": _digest_of_files(lm.folder, "generation_config.json"),
         **computed_by(lm.model),
         **settings,
@@ -70,6 +72,17 @@ def batch_identity(kind: str, lm: StreamedLM, **settings: Any) -> dict[str, Any]
         **settings,
         packing=[lm.plan.rider_tokens, lm.plan.sweep_tokens, lm.plan.padding_tokens],
     )  # fmt: skip
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    """Return a hash of what the tokenizer is made of: files of the folder, or the header of a GGUF file."""
+    found = _digest_of_files(folder, *TOKENIZER_FILES)
+    if files := gguf_files(folder):
+        offsets = (span.offset for span in read_set(files).spans.values() if span.path == files[0])
+        with open(files[0], "rb") as file:
+            header = file.read(min(offsets, default=-1))
+        found = hashlib.sha256(found.encode() + header).hexdigest()
+    return found
 
 
 def _digest_of_files(folder: Path, *patterns: str) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -30,6 +31,7 @@ from slowllm.runtime.load import open_model
 from slowllm.runtime.memory import memory_limit
 from slowllm.runtime.rates import WORTH_MEASURING_BYTES, dtype_for, processor_rates, quick_rates
 from slowllm.runtime.streamed_lm import StreamedLM
+from slowllm.storage.gguf_files import gguf_files
 from slowllm.storage.manifest import is_store, read_manifest
 from slowllm.storage.spans import DTYPE_NAMES
 from slowllm.streaming.call_context import call_context
@@ -96,7 +98,7 @@ class Survey:
         larger: budgets that would be faster, with the seconds that the job would then take.
         halved_seconds: how long the job would take if weights had half the bytes.
         devices: for each GPU its name, the bytes that are taken there, and the number of stops that stay there.
-        store: the kind of the store, None where the model is none.
+        store: the kind of the store, or gguf; None where the model is neither.
         planned_from: what the sizes are taken from where the weights are not there, None where they are.
         free_tokens: that a sweep computes while its bytes are read; 0 where nothing is read, or on devices.
         native_format: the quantised format of the maker in which the weights are read as they are; None where they are plain.
@@ -168,7 +170,7 @@ def survey(
         return Survey(
             name=lm.name, weight_bytes=lm.weight_bytes, num_stops=lm.num_stops,
             dtype=str(lm.model.dtype).removeprefix("torch."), ram_bytes=ram_bytes, process_bytes=process_bytes,
-            job=job, rates=rates, store=read_manifest(info.folder).store if is_store(info.folder) else None,
+            job=job, rates=rates, store=_kind_of(info.folder),
             native_format=format_name(info.config),
             **(
                 _planned(lm.choices, ram_bytes, process_bytes, job, rates, keep_resident)
@@ -236,6 +238,13 @@ def smallest_budget(
         keep_resident: whether stops that fit the budget stay in memory.
     """
     return process_bytes + min(least_bytes(sizes, job, keep_resident) for sizes in choices)
+
+
+def _kind_of(folder: Path) -> str | None:
+    """Return the kind of a store, or gguf; None for another checkpoint, whose weights a store could make smaller."""
+    if gguf_files(folder):
+        return "gguf"
+    return read_manifest(folder).store if is_store(folder) else None
 
 
 def _planned(

@@ -1,4 +1,4 @@
-"""Find every tensor's bytes in a folder of safetensors shards, which are validated before any size is trusted.
+"""Find every tensor's bytes in a folder of safetensors shards, or in GGUF files, which are validated before any size is trusted.
 
 Knows the file format (https://github.com/huggingface/safetensors#format) and the Hugging Face index file;
 knows nothing about models. Headers are read once; a few rows of a tensor can be read through a memory map.
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from slowllm.errors import CheckpointError
 from slowllm.files import read_description
+from slowllm.storage.gguf import read_set
+from slowllm.storage.gguf_files import gguf_files
 from slowllm.storage.shard import open_shard, read_header, refuse_short
 from slowllm.storage.spans import Placement, Run, Span
 
@@ -58,15 +60,16 @@ class Checkpoint:
         """Read and validate the headers of every shard in `folder`.
 
         Args:
-            folder: to read.
+            folder: to read, or a GGUF file.
             may_lack_shards: whether shards that the index names may be absent: the folder has a part of a model.
         Raises:
             CheckpointError: a file is missing, damaged, or of a kind that is not read.
         """
         folder = Path(folder)
+        if files := gguf_files(folder):
+            return cls(folder, read_set(files).spans)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
-        refuse_gguf(folder)
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
         spans: dict[str, Span] = {}
@@ -261,21 +264,6 @@ def _shards(
     if weight_map and not paths:
         raise CheckpointError(f"{folder}: has none of the shards that {INDEX} names; fetch those of the part")
     return paths
-
-
-def refuse_gguf(folder: Path) -> None:
-    """Refuse a folder whose weights are GGUF files only.
-
-    Raises:
-        CheckpointError: they are.
-    """
-    if any(folder.glob("*.gguf")) and not any(
-        any(folder.glob(pattern)) for pattern in ("*.safetensors", INDEX, "pytorch_model*.bin")
-    ):
-        raise CheckpointError(
-            f"{folder}: has only GGUF files, which are not read; fetch the original safetensors checkpoint with "
-            "`slowllm download`, or load the GGUF file in transformers with gguf_file= and save it with save_pretrained()"
-        )
 
 
 def _refuse_other_formats(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -212,7 +212,10 @@ class Placement:
 
 
 def take_rows(placement: Placement, name: str, start: int, stop: int) -> Placement:
-    """Return the placement of the rows `start` to `stop` of a parameter."""
+    """Return the placement of the rows `start` to `stop` of a parameter.
+
+    A coded one has to be coded row by row, in one array.
+    """
     row_bytes = placement.num_bytes // placement.shape[0]
     low, high = start * row_bytes, stop * row_bytes
     runs = []
@@ -220,4 +223,21 @@ def take_rows(placement: Placement, name: str, start: int, stop: int) -> Placeme
         begin, end = max(run.target, low), min(run.target + run.num_bytes, high)
         if begin < end:
             runs.append(Run(run.span, run.source + begin - run.target, begin - low, end - begin))
-    return Placement(name, (stop - start, *placement.shape[1:]), placement.dtype, tuple(runs))
+    coding = placement.coding
+    if coding is not None:
+        assert is_coded_by_rows(placement), "asked before"
+        (array,) = coding.parts
+        coding = replace(coding, parts=(replace(array, shape=(stop - start, *array.shape[1:])),))
+    return Placement(name, (stop - start, *placement.shape[1:]), placement.dtype, tuple(runs), coding)
+
+
+def is_coded_by_rows(placement: Placement) -> bool:
+    """Whether each row of a coded parameter is a row of its only array, at the same place."""
+    coding = placement.coding
+    return (
+        coding is not None
+        and len(coding.parts) == 1
+        and not (coding.rows or coding.group or coding.is_transposed)
+        and len(placement.shape) == 2
+        and coding.parts[0].shape[0] == placement.shape[0]
+    )

@@ -100,6 +100,24 @@ def _refuse_not_finite(placement: Placement, stored: Tensor) -> None:
             )
 
 
+def coded_matrix(placement: Placement, stored: Tensor, team: Team) -> CodedMatrix:
+    """Return a coded parameter whose bytes are in memory."""
+    assert placement.coding is not None, "only coded tensors come here"
+    parts = Parts.of(stored, placement.coding, coded_shape(placement))
+    return CodedMatrix(codec_of(placement.coding), parts, team)
+
+
+def coded_weight(
+    placement: Placement, stored: Tensor, dtype: torch.dtype, buffer: Tensor, team: Team
+) -> LazyWeight:
+    """Return a coded parameter whose bytes are in memory as a weight that is decoded when it is used."""
+    coded = coded_matrix(placement, stored, team)
+    shape = torch.empty(coded_shape(placement), dtype=placement.dtype, device="meta")
+    if coded_shape(placement) != placement.shape:
+        shape = shape.transpose(-1, -2)
+    return LazyWeight(shape, dtype, buffer, coded)
+
+
 class CastStops(Stops):
     """Stops whose weights are in the compute dtype. Owns the threads that decode; close it.
 
@@ -154,17 +172,11 @@ class CastStops(Stops):
             yield weights
 
     def _coded_weight(self, placement: Placement, stored: Tensor, dtype: torch.dtype) -> LazyWeight:
-        assert placement.coding is not None, "only coded tensors come here"
         assert self._team is not None, "created where anything is coded"
         if placement.name not in self._checked:
             _refuse_not_finite(placement, stored)
             self._checked.add(placement.name)
-        parts = Parts.of(stored, placement.coding, coded_shape(placement))
-        coded = CodedMatrix(codec_of(placement.coding), parts, self._team)
-        shape = torch.empty(coded_shape(placement), dtype=placement.dtype, device="meta")
-        if placement.coding.is_transposed:
-            shape = shape.transpose(-1, -2)
-        return LazyWeight(shape, dtype, self._large[stored.device], coded)
+        return coded_weight(placement, stored, dtype, self._large[stored.device], self._team)
 
     def close(self) -> None:
         """End the threads that decode."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,15 @@ class CodedMatrix:
             self.codec.decode(self.parts, tile[: end - begin], begin, end, self.team)
             out[begin - first : end - first] = tile[: end - begin]
 
+    def pick(self, rows: Tensor, dtype: torch.dtype, shape: Sequence[int] = (-1,)) -> Tensor | None:
+        """Return some rows (N,), as (*shape, K) in a dtype; None where a row is not coded by itself."""
+        parts = self.codec.pick(self.parts, rows)
+        if parts is None:
+            return None
+        out = torch.empty(len(rows), parts.width, dtype=dtype, device=rows.device)
+        replace(self, parts=parts).decode(out, 0, len(rows))
+        return out.view(*shape, parts.width)
+
 
 class LazyWeight(Tensor):
     """A weight that is stored in one dtype, or coded, and computed with in another.
@@ -137,6 +146,31 @@ class LazyWeight(Tensor):
         coded.decode(flat.view(-1, width), first, last)
         return flat.as_strided(shape, strides, flat.storage_offset() + start - first * width)
 
+    def _picked(self, func: Any, args: Sequence[Any]) -> Tensor | None:
+        """Return the rows that an operation picks of a whole coded matrix, decoded alone; None where this cannot be."""
+        assert self.coded is not None, "asked of coded weights only"
+        if func is torch.ops.aten.embedding.default:
+            ids = args[0]
+        elif func is torch.ops.aten.index_select.default and args[0] == 0:
+            ids = args[1]
+        elif func is torch.ops.aten.index.Tensor and len(args[0]) == 1:
+            ids = args[0][0]
+        else:
+            return None
+        num_rows = self.coded.parts.num_rows
+        if (
+            self._rows(is_transposed=False) != (0, num_rows)
+            or ids.is_floating_point()
+            or ids.dtype == torch.bool
+        ):
+            return None
+        flat = ids.reshape(-1).long()
+        if func is torch.ops.aten.index.Tensor:
+            flat = torch.where(flat < 0, flat + num_rows, flat)
+        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < num_rows:
+            raise IndexError(f"a row is picked that is not among {num_rows}")
+        return self.coded.pick(flat, self.dtype, ids.shape)
+
     def _allocate(self, num_elements: int, offset: int) -> Tensor:
         """Return memory at `offset` of the cast buffer, or fresh memory where the buffer is too short."""
         num_bytes = num_elements * self.dtype.itemsize
@@ -176,8 +210,11 @@ class LazyWeight(Tensor):
             return product
         if func is _GROUPED and (product := _grouped_product(*args, **kwargs)) is not None:
             return product
-        if func in _PICKS and isinstance(args[0], LazyWeight) and args[0].coded is None:
-            return func(args[0].stored, *args[1:], **kwargs).to(args[0].dtype)
+        if func in _PICKS and isinstance(args[0], LazyWeight):
+            if args[0].coded is None:
+                return func(args[0].stored, *args[1:], **kwargs).to(args[0].dtype)
+            if (picked := args[0]._picked(func, args[1:])) is not None:
+                return picked
         offset = 0
 
         def plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ from benchmarks import (
     generation,
     machine,
     make_checkpoint,
+    make_gguf,
     passes,
     scoring,
     sentences,
@@ -421,3 +422,12 @@ def test_serving_asks_from_many_threads(measured: Callable[..., dict[str, Any]])
     assert report["aggregate_of_one"] == pytest.approx(
         report["all_tokens_per_s"] / report["one_tokens_per_s"]
     )
+
+
+def test_a_gguf_file_of_a_geometry_is_a_model(tmp_path: Path) -> None:
+    out = tmp_path / "gguf"
+    num_bytes = make_gguf.make_gguf("tiny", 2, out)
+    assert (out / "tiny.gguf").stat().st_size == num_bytes
+    with slowllm.load(out, dtype="float32") as lm, torch.no_grad():
+        logits = lm.model(torch.arange(5, 15)[None]).logits
+    assert 0.1 < float(logits.std()) < 10

@@ -20,7 +20,6 @@ import slowllm
 from slowllm.errors import ArchitectureError, CheckpointError, SlowLLMError
 from slowllm.inference.scoring import score_queries
 from slowllm.inference.text import Query
-from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.model_folder import find_folder
 from tests.support.cases import crossed
 from tests.support.families import FAMILIES, VOCAB, resident, save_tiny
@@ -191,15 +190,6 @@ def test_a_folder_with_half_of_a_tokenizer_is_told_what_it_has(tmp_path: Path) -
         CheckpointError, match=r"cannot make one of vocab\.json, tokenizer_config\.json alone; fetch"
     ):
         _ = slowllm.load(tmp_path / "model").tokenizer
-
-
-def test_a_folder_of_gguf_says_so_before_its_config_or_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(CheckpointError, match="has only GGUF files, which are not read"):
-        ModelInfo(tmp_path)
-    shutil.copy(TINY_BLOOM / "config.json", tmp_path)
-    with pytest.raises(CheckpointError, match="has only GGUF files, which are not read"):
-        _ = ModelInfo(tmp_path).tokenizer
 
 
 def test_weights_that_would_be_divided_in_place_are_refused(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pickled": (without_index("pytorch_model-00001-of-00002.bin"), r"only pickled weights .* never loaded"),
     "pickled .pth": (without_index("consolidated.00.pth"), r"only pickled weights"),
     "pickled .pt": (without_index("model.pt"), r"only pickled weights"),
-    "GGUF": (without_index("model-q4.gguf"), r"has only GGUF files, which are not read; fetch the original safetensors"),
+    "GGUF": (without_index("model-q4.gguf"), r"model-q4\.gguf: (has \d+ bytes, too few for a GGUF header|does not begin with GGUF)"),
     "shard missing": (lambda folder: remove(folder, TWO), r"two\.safetensors: named by .* but missing; fetch"),
     "long shard name": (break_index(a="x" * 5000), r"x: named by .* but missing"),
     "tensor missing": (

@@ -86,13 +86,14 @@ def _fits(
 
     from slowllm.runtime.blueprint import find_blueprint, known_blueprint
     from slowllm.runtime.fit import TWELVE, fit_of, fit_of_store
+    from slowllm.storage.gguf_files import gguf_files
     from slowllm.storage.manifest import is_store
 
     if model is None:
         blueprints = [known_blueprint(name) for name in TWELVE]
     elif (blueprint := find_blueprint(model, None)) is not None:
         blueprints = [blueprint]
-    elif is_store(runner.info.folder):
+    elif is_store(runner.info.folder) or gguf_files(runner.info.folder):
         return [fit_of_store(runner.info, _jobs(), ram_bytes=ram_bytes, dtype=dtype)]
     else:
         found = find_blueprint(None, runner.info.folder)

@@ -22,6 +22,7 @@ from slowllm.files import part_of, state_of
 from slowllm.options import AUTO, parse_bytes, parse_devices, parse_dtype
 from slowllm.runtime.known_models import find_folder_or_known
 from slowllm.runtime.model_folder import DEFAULT, EMBEDDED, find_folder
+from slowllm.storage.gguf_files import gguf_files
 from slowllm.swarm.addresses import refuse_dead
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Runner:
             find_folder_or_known(self._model)
         else:
             folder = find_folder(self._model)
-            if not (folder / "config.json").is_file():
+            if not (folder / "config.json").is_file() and not gguf_files(folder):
                 raise CheckpointError(
                     f"{folder}: has no config.json, so it is not a Hugging Face model folder"
                 )

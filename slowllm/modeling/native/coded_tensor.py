@@ -130,6 +130,20 @@ def stacked_placement(traced: Placement, tensors: Mapping[str, CodedTensor]) -> 
     return replace(traced, runs=runs, coding=Coding("stacked", (), (), rows))
 
 
+def ordered_runs(span: Span, order: tuple[int, ...]) -> tuple[Run, ...]:
+    """Return the runs of a plain tensor whose elements lie in another order; see `storage.codecs.gguf`."""
+    outer, inner, length = order
+    size, itemsize = math.prod(order), DTYPE_BITS[span.dtype] // 8
+    runs, target = list[Run](), 0
+    for first in range(0, math.prod(span.shape), size):
+        for minor in range(inner):
+            for major in range(outer):
+                source = first + (major * inner + minor) * length
+                runs.append(Run(span, source * itemsize, target * itemsize, length * itemsize))
+                target += length
+    return tuple(runs)
+
+
 def _laid_out(tensors: Sequence[Sequence[CodedPart]]) -> tuple[list[tuple[CodedArray, ...]], tuple[Run, ...]]:
     """Lay arrays out behind one another, those of wide elements first, so that each begins at a multiple of its element."""
     order = sorted(

@@ -7,13 +7,13 @@ activations, which some formats imply on GPUs, are not imitated: they stay in th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from slowllm.errors import CheckpointError
-from slowllm.modeling.native import bnb, compressed, fbgemm, fp8, modelopt, mxfp4, packed
+from slowllm.modeling.native import bnb, compressed, fbgemm, fp8, gguf, modelopt, mxfp4, packed
 from slowllm.modeling.native.coded_tensor import CodedTensor
 from slowllm.storage.spans import Span
 
@@ -25,10 +25,12 @@ class NativeTensors:
     Attributes:
         plain: by name, those that are stored as they are.
         coded: by name, those that are stored in a maker's format.
+        orders: by name, of those plain ones whose elements lie in another order than the model's, as `Coding.group` has it.
     """
 
     plain: Mapping[str, Span]
     coded: Mapping[str, CodedTensor]
+    orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 # Given the settings and the spans: the coded tensors, and the names of all spans that belong to them or to nothing.
@@ -91,6 +93,9 @@ def find_native(config: PreTrainedConfig, spans: Mapping[str, Span]) -> NativeTe
     if settings is None:
         _refuse_leftovers(spans.values())
         return NativeTensors(spans, {})
+    if settings.get("quant_method") == "gguf":
+        found, plain_ones, orders = gguf.find(settings, spans)
+        return NativeTensors(plain_ones, {tensor.name: tensor for tensor in found}, orders)
     coded, used = _FINDERS[str(settings.get("quant_method"))](settings, spans)
     plain = {name: span for name, span in spans.items() if name not in used}
     _refuse_leftovers(plain.values())

@@ -53,6 +53,20 @@ class Team:
         self._pool.shutdown(wait=True)
 
 
+class OneThread(Team):
+    """A team of the calling thread, for a few rows; it owns nothing."""
+
+    def __init__(self) -> None:
+        self.num_threads = 1
+
+    def share(self, work: Callable[[int, int], object], first: int, last: int) -> None:
+        """Call `work` for the range."""
+        work(first, last)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def _compute_alone(barrier: threading.Barrier) -> None:
     torch.get_num_threads()  # a thread's first product would set the number again
     torch.set_num_threads(1)
@@ -119,6 +133,10 @@ class Codec(ABC):
 
     def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
         """Return `x` (M, K) times the rows `first` to `last`, transposed; None to have them decoded."""
+        return None
+
+    def pick(self, parts: Parts, rows: Tensor) -> Parts | None:
+        """Return the parts of some rows (N,) int64, in their order; None where a row does not lie by itself."""
         return None
 
     @abstractmethod

@@ -18,6 +18,7 @@ from slowllm.storage.codecs.base import Codec, StoreCodec, Team
 from slowllm.storage.codecs.bnb import BnbIntegers, BnbNibbles
 from slowllm.storage.codecs.fp4 import Fp4
 from slowllm.storage.codecs.fp8 import Fp8
+from slowllm.storage.codecs.gguf import GGUF_CODECS
 from slowllm.storage.codecs.gptq import Gptq, GptqV2
 from slowllm.storage.codecs.int4 import Int4
 from slowllm.storage.codecs.int8 import Int8
@@ -48,6 +49,7 @@ CODECS: Mapping[str, Codec] = {
             Awq(),
             BnbNibbles(),
             BnbIntegers(),
+            *GGUF_CODECS,
             Stacked(lambda name: CODECS[name]),
         )
     },

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slowllm.storage.codecs import awq, bnb, fp4, fp8, gptq, mxfp4, nvfp4, rounded, scaled_int
+from slowllm.storage.codecs import awq, bnb, fp4, fp8, gguf, gptq, mxfp4, nvfp4, rounded, scaled_int
 from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.layout_constants import CHUNK
 
@@ -62,6 +62,7 @@ _WHOLE = {
     "awq": awq.decode_rows,
     "bnb_4bit": bnb.decode_nibbles,
     "bnb_8bit": bnb.decode_integers,
+    **{codec.name: codec.decode_rows for codec in gguf.GGUF_CODECS},
 }
 
 

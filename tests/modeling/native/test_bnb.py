@@ -132,15 +132,6 @@ def test_a_quantised_head_is_read(resident: bool, tmp_path: Path) -> None:
     assert_same(folder, "float32", logits_of(back, "float32"), resident=resident)
 
 
-def test_a_quantised_embedding_is_refused(tmp_path: Path) -> None:
-    folder, _ = bnb_model("llama-2", tmp_path, LAYERS["nf4"])
-    _quantise_too(folder, "model.embed_tokens.weight")
-    with pytest.raises(
-        CheckpointError, match=r"model\.embed_tokens\.weight is quantised but lies outside of the"
-    ):
-        slowllm.load(folder)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints by the name of their layer, to be copied."""

@@ -256,3 +256,27 @@ def test_damaged_arrays_are_refused_or_make_the_same_tensor(
     for tensor in native.coded.values():
         parts = {part.name: (part.dtype, part.shape) for part in tensor.parts}
         assert CODECS[tensor.codec].has_parts(parts, *tensor.shape, tensor.group)
+
+
+@pytest.mark.parametrize("case", ["int8 channels", "nvfp4"])
+def test_a_quantised_head_and_embedding_are_read(case: str, tmp_path: Path) -> None:
+    save_tiny("llama-2", tmp_path / "plain", torch.bfloat16)
+    folders = []
+    for number, store in enumerate((store_compressed(case), store_decompressed(case))):
+
+        def change(tensors: dict[str, torch.Tensor], store: Any = store) -> None:
+            for name in ("lm_head.weight", "model.embed_tokens.weight"):
+                if name in tensors:
+                    tensors.update(store(name, tensors.pop(name)))
+
+        folder = tmp_path / str(number)
+        if number:
+            plain_copy(tmp_path / "plain", folder, store)
+        else:
+            quantised(tmp_path / "plain", folder, settings_of(case), store)
+        change_tensors(folder, change)
+        folders.append(folder)
+    model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.bfloat16)
+    for resident in (True, False):
+        with torch.no_grad(), slowllm.load(folders[0], dtype="bfloat16", resident=resident) as lm:
+            assert torch.equal(lm.model(IDS).logits, model(IDS).logits)

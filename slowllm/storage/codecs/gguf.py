@@ -1,0 +1,123 @@
+"""Matrices as GGUF files store them: rows of blocks, of which each has the scales and codes of its weights.
+
+A weight is what ggml's reference computes in float32, rounded once to the compute dtype. `Coding.group` says that rows lie
+in another order than the model has them: rows of (-1, a, b, c) whose second and third dimension change places. Numbers
+that are stored plain, and have to be put in order or are stored plus one (norms of Gemma), are blocks of one weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slowllm.storage.codecs import layout_constants
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team, bits_of, tiles_of
+from slowllm.storage.codecs.gguf_torch import DECODERS
+from slowllm.storage.gguf import BLOCKS, codec_name
+
+# Numbers that are stored plain.
+_PLAIN: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+PLUS_ONE = "-plus-one"
+
+
+class Gguf(Codec):
+    """One type of block.
+
+    Args:
+        kind: such as ``q4_k``, or ``f32``.
+        offset: that was added to the numbers before they were stored.
+    """
+
+    decodes_to_any: ClassVar[bool] = True
+
+    def __init__(self, kind: str, offset: int = 0) -> None:
+        # Of each object, where other codecs have one of their class.
+        self.name = codec_name(kind) + (PLUS_ONE if offset else "")  # type: ignore[misc]
+        self.kind, self.offset = kind, offset
+        self.weights, self.block_bytes = BLOCKS.get(kind) or (1, _PLAIN[kind].itemsize)
+
+    def has_parts(self, parts: PartShapes, num_rows: int, width: int, group: tuple[int, ...] = ()) -> bool:
+        row_bytes = width // self.weights * self.block_bytes
+        is_ordered = not group or (len(group) == 3 and min(group) > 0 and num_rows % math.prod(group) == 0)
+        return (
+            is_ordered
+            and not width % self.weights
+            and dict(parts) == {"blocks": ("U8", (num_rows, row_bytes))}
+        )
+
+    def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
+        if self.kind in _PLAIN or not layout_constants.IS_COMPILED or out.dtype == torch.float16:
+            team.share(lambda low, high: self._by_torch(parts, out, first, low, high), first, last)
+        else:
+            team.share(lambda low, high: self._by_loop(parts, out, first, low, high), first, last)
+
+    def _by_torch(self, parts: Parts, out: Tensor, origin: int, first: int, last: int) -> None:
+        for rows, tile in tiles_of(first, last, parts.width, torch.float32):
+            tile.copy_(self.decode_rows(parts, rows.start, rows.stop, torch.float32))
+            out[rows.start - origin : rows.stop - origin] = tile
+
+    def _by_loop(self, parts: Parts, out: Tensor, origin: int, first: int, last: int) -> None:
+        from slowllm.storage.codecs.gguf_kernels import LOOPS
+        from slowllm.storage.codecs.gguf_super_kernels import SUPER_LOOPS
+
+        loop = LOOPS[self.kind] if self.kind in LOOPS else SUPER_LOOPS[self.kind]
+        num_blocks = parts.width // self.weights
+        blocks = parts.arrays["blocks"].view(parts.num_rows, num_blocks, self.block_bytes).numpy()
+        stored = rows_in_file(torch.arange(first, last), parts.group).numpy()
+        wanted = out[first - origin : last - origin]
+        if out.dtype == torch.float32:
+            loop(
+                blocks, stored, wanted.view(-1, num_blocks, self.weights).numpy(), np.empty((0, 0), np.uint16)
+            )
+        else:
+            row = np.empty((1, num_blocks, self.weights), np.float32)
+            loop(blocks, stored, row, bits_of(wanted))
+
+    def decode_rows(self, parts: Parts, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Return the rows `first` to `last` in a dtype, by operations of torch, on any device."""
+        blocks = parts.arrays["blocks"]
+        if parts.group:
+            blocks = blocks[rows_in_file(torch.arange(first, last, device=blocks.device), parts.group)]
+        else:
+            blocks = blocks[first:last]
+        if self.kind in _PLAIN:
+            values = _numbers(blocks, _PLAIN[self.kind])
+            return (values.float() - self.offset).to(dtype) if self.offset else values.to(dtype)
+        return DECODERS[self.kind](blocks.reshape(-1, self.block_bytes)).view(last - first, -1).to(dtype)
+
+    def pick(self, parts: Parts, rows: Tensor) -> Parts:
+        blocks = parts.arrays["blocks"][rows_in_file(rows, parts.group)]
+        return Parts({"blocks": blocks}, len(rows), parts.width)
+
+    def example(self) -> Parts:
+        blocks = torch.zeros(2, self.block_bytes, dtype=torch.uint8)
+        return Parts({"blocks": blocks}, 2, self.weights)
+
+
+def _numbers(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return bytes (R, K) as numbers, where they lie at an odd address after a copy."""
+    if blocks.data_ptr() % dtype.itemsize:
+        blocks = blocks.clone()
+    return blocks.contiguous().view(dtype)
+
+
+def rows_in_file(rows: Tensor, group: tuple[int, ...]) -> Tensor:
+    """Return where rows of the matrix lie in the file; see the module."""
+    if not group:
+        return rows
+    outer, inner, length = group
+    size = math.prod(group)
+    place = rows % size
+    major, minor, rest = place // (outer * length), place // length % outer, place % length
+    return rows - place + (minor * inner + major) * length + rest
+
+
+GGUF_CODECS: tuple[Gguf, ...] = (
+    *(Gguf(kind) for kind in (*BLOCKS, *_PLAIN)),
+    *(Gguf(kind, 1) for kind in _PLAIN),
+)
