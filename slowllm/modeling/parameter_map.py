@@ -26,7 +26,7 @@ from slowllm.errors import CheckpointError
 from slowllm.modeling.blocks import find_blocks
 from slowllm.modeling.fused_parameters import place_fused
 from slowllm.modeling.native.coded_tensor import ordered_runs, stacked_placement, whole_placement
-from slowllm.modeling.native.formats import find_native
+from slowllm.modeling.native.formats import find_native, refuse_lying
 from slowllm.modeling.parts import Part, block_of, names_in
 from slowllm.storage.spans import Placement, Run, Span
 
@@ -60,6 +60,8 @@ def place(
     by_pattern = {pattern: entry for entry in _converters(model) for pattern in entry.source_patterns}
 
     native = find_native(model.config, spans)
+    if not (native.coded or absent or (part is not None and not part.blocks)):
+        refuse_lying(model.config, spans.values())
     sources: dict[str, Span] = {
         **native.plain,
         **{name: one.as_plain() for name, one in native.coded.items()},

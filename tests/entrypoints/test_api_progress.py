@@ -111,7 +111,7 @@ with slowllm.load({str(TINY_BLOOM)!r}, dtype="fp32", resident=False, progress=Tr
     line, *others = [line for line in lines_on_screen(written) if line.strip()]
     assert line.startswith("tiny-bloom: 7.5 MB a sweep"), "the bar is gone"
     # On a busy machine a line may say why sweeps became slow.
-    assert all(other.startswith("slowllm: ") for other in others)
+    assert not others or others[0].startswith("slowllm: ")
 
 
 def test_where_the_machine_was_measured_the_line_says_how_long_a_call_takes(

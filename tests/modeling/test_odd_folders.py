@@ -248,7 +248,7 @@ WHOLE: dict[str, tuple[Change, str | None]] = {
     "an old dtype field": (configured(dtype="remove", torch_dtype="float16"), None),
     "an auto_map": (configured(auto_map={"AutoModelForCausalLM": "modeling_x.X"}), None),
     "rope in the old form": (configured(rope_parameters="remove", rope_theta=10000.0), None),
-    "quantised": (configured(quantization_config={"quant_method": "gptq", "bits": 4}), "is already quantised"),
+    "quantised": (configured(quantization_config={"quant_method": "gptq", "bits": 4}), r"says that weights are quantised \(gptq\), but none is"),
     "a link": (linked, None),
     "a dangling link": (dangling, "."),
     "cut off": (cut_off, "."),

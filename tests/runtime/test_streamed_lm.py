@@ -594,7 +594,7 @@ def rewrite_config(folder: Path, **changes: Any) -> Path:
         ({"model_type": "gpt17"}, ArchitectureError, "model type 'gpt17' cannot be used by this version"),
         ({"model_type": None}, CheckpointError, "names no model_type"),
         ({"model_type": "vit"}, ArchitectureError, "model type 'vit' has no usable causal LM"),
-        ({"quantization_config": {"quant_method": "gptq"}}, CheckpointError, r"already quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "hqq"}}, CheckpointError, r"already quantised \(hqq\)"),
         ({"n_layer": 9}, CheckpointError, "beyond the 9 that config.json names"),
         ({"n_layer": 11}, CheckpointError, "missing from the checkpoint"),
         (

@@ -107,6 +107,20 @@ def find_native(config: PreTrainedConfig, spans: Mapping[str, Span]) -> NativeTe
     return NativeTensors(plain, by_name)
 
 
+def refuse_lying(config: PreTrainedConfig, spans: Iterable[Span]) -> None:
+    """Refuse a config that names a quantised format, where no tensor is stored in it.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if (name := format_name(config)) is not None:
+        file = next((span.path.name for span in spans), "the checkpoint")
+        raise CheckpointError(
+            f"{file}: config.json says that weights are quantised ({name}), but none is; config.json and the weights do not belong "
+            "together"
+        )
+
+
 def native_codecs(config: PreTrainedConfig, spans: Mapping[str, Span]) -> set[str]:
     """Return the names of the codecs that a checkpoint in its maker's format needs."""
     if settings_of(config) is None:

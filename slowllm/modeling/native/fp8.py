@@ -19,6 +19,9 @@ from slowllm.storage.spans import Span
 _PAIRS = ("I8", "F4")  # two numbers in a byte; of F4, a header counts numbers, of I8 bytes
 _DTYPES = ("F8_E4M3", *_PAIRS)
 _SCALE_DTYPES = ("F32", "BF16", "F16", "U8", "F8_E8M0")
+# Of these dtypes, scales are exponents of two.
+_EXPONENTS = ("U8", "F8_E8M0")
+_MICROSCALED = (1, 32)
 # Scales of activations, which are not quantised here.
 _ACTIVATIONS = re.compile(r"(activation_scale|input_scale|input_scale_inv|qscale_act|k_scale|v_scale)$")
 
@@ -89,7 +92,7 @@ def _coded(weight: Span, scale: Span, block: tuple[int, int] | None) -> CodedTen
     *outer, rows, width = weight.shape
     if weight.dtype == "I8":
         width *= 2
-    group = _group_of(scale.shape, rows, width, tuple(outer), block)
+    group = _group_of(scale, rows, width, tuple(outer), block)
     is_odd = weight.dtype == "F4" and width % 2
     if scale.dtype not in _SCALE_DTYPES or group is None or (outer and rows % group[0]) or is_odd:
         wanted = "" if block is None else f" with blocks of {block[0]} x {block[1]}"
@@ -106,19 +109,23 @@ def _coded(weight: Span, scale: Span, block: tuple[int, int] | None) -> CodedTen
 
 
 def _group_of(
-    shape: tuple[int, ...], rows: int, width: int, outer: tuple[int, ...], block: tuple[int, int] | None
+    scale: Span, rows: int, width: int, outer: tuple[int, ...], block: tuple[int, int] | None
 ) -> tuple[int, int] | None:
     """Return the rows and columns of a block; None where a scale's shape fits none."""
+    shape = scale.shape
+    has_grid = len(shape) == len(outer) + 2 and shape[:-2] == outer and 0 not in shape
+    if block is not None:
+        # Another grid than that of config.json's blocks belongs to another matrix, or is a part of one; but for experts with an
+        # exponent for each 32 numbers of a row, as DeepSeek-V4 has them.
+        for rows_of_block, columns in (block, *([_MICROSCALED] if scale.dtype in _EXPONENTS else [])):
+            grid = (ceil_div(rows, rows_of_block), ceil_div(width, columns))
+            if (has_grid and shape[-2:] == grid) or (grid == (1, 1) and math.prod(shape) == 1 and not outer):
+                return rows_of_block, columns
+        return None
     if math.prod(shape) == 1 and not outer:
         return rows, width
     if shape in ((*outer, rows), (*outer, rows, 1)):
         return 1, width
-    if len(shape) != len(outer) + 2 or shape[:-2] != outer or 0 in shape:
+    if not has_grid or rows % shape[-2] or width % shape[-1]:
         return None
-    grid = shape[-2:]
-    if block is not None and grid == (ceil_div(rows, block[0]), ceil_div(width, block[1])):
-        return block
-    # Other blocks than config.json says, such as those of DeepSeek-V4's experts, must come out even.
-    if rows % grid[0] or width % grid[1]:
-        return None
-    return rows // grid[0], width // grid[1]
+    return rows // shape[-2], width // shape[-1]

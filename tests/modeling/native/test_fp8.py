@@ -161,6 +161,16 @@ def _with_short_scale(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{NAME}_scale_inv"] = tensors[f"{NAME}_scale_inv"][:-1].clone()
 
 
+def _with_another_grid(tensors: dict[str, torch.Tensor]) -> None:
+    if NAME in tensors:  # which comes out even, too
+        tensors[f"{NAME}_scale_inv"] = tensors[f"{NAME}_scale_inv"][:, :2].clone()
+
+
+def _with_one_number(tensors: dict[str, torch.Tensor]) -> None:
+    if NAME in tensors:
+        tensors[f"{NAME}_scale_inv"] = torch.ones(())
+
+
 def _with_whole_numbers(tensors: dict[str, torch.Tensor]) -> None:
     if NAME in tensors:
         tensors[f"{NAME}_scale_inv"] = tensors[f"{NAME}_scale_inv"].int()
@@ -179,6 +189,11 @@ def _with_two_scales(tensors: dict[str, torch.Tensor]) -> None:
         (
             _with_short_scale,
             rf"{NAME}_scale_inv is F32 of shape \[11, 4\], which are no scales for {NAME} of shape \[96, 64\]",
+        ),
+        (_with_another_grid, rf"{NAME}_scale_inv is F32 of shape \[12, 2\], which are no scales for"),
+        (
+            _with_one_number,
+            rf"{NAME}_scale_inv is F32 of shape \[\], which are no scales for .* with blocks of 8 x 16",
         ),
         (_with_whole_numbers, rf"{NAME}_scale_inv is I32 of shape"),
         (_with_two_scales, rf"{NAME} is stored as F8_E4M3 but has two scales"),
