@@ -94,6 +94,13 @@ def test_a_scale_that_is_any_nan_makes_nan(team: Team) -> None:
         assert decoded(parts, 0, 1, torch.bfloat16, team).isnan().all()
 
 
+@pytest.mark.parametrize("columns", [1, 128, 700, 2048, 2049, 5000, 9000])
+def test_rows_longer_than_a_piece_are_decoded_as_others(columns: int, team: Team) -> None:
+    parts = parts_of(5, 8777, (2, columns), columns)
+    wanted = fp8.decode_rows(parts, 0, 5, torch.bfloat16)
+    assert same(decoded(parts, 0, 5, torch.bfloat16, team), wanted)
+
+
 def test_columns_may_have_scales_of_their_own(team: Team) -> None:
     parts = parts_of(12, 300, (4, 1), 3)
     for dtype in (torch.float32, torch.bfloat16):
