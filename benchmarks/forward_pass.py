@@ -297,7 +297,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, and refuse options that do not go together."""
     parser = sides.parser(__doc__)
     parser.add_argument(
-        "--format", choices=sorted(FORMATS), default="bf16", help="how the checkpoint stores weights"
+        "--format",
+        choices=["native", *sorted(FORMATS)],
+        default="bf16",
+        help="how the checkpoint stores weights",
     )
     parser.add_argument("--case", choices=["uniform", "mixed", "many"], default="uniform")
     parser.add_argument(

@@ -70,6 +70,18 @@ GEOMETRIES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def format_of(geometry: str, storage: str) -> str:
+    """Return the name of a format, that in which the model is published for ``native``.
+
+    Raises:
+        KeyError: this model is published in a format that is not written here.
+    """
+    if storage != "native":
+        return storage
+    published = KNOWN_MODELS[PUBLISHED[geometry]].quantisation if geometry in PUBLISHED else None
+    return "bf16" if published is None else {"fp8": "fp8", "mxfp4": "mxfp4"}[str(published["quant_method"])]
+
+
 def num_model_blocks(geometry: str) -> int:
     """Return the number of blocks of a geometry's whole model."""
     return GEOMETRIES[geometry][1]
@@ -83,7 +95,7 @@ def make_checkpoint(
     Raises:
         SystemExit: there is too little free space.
     """
-    form = FORMATS[storage]
+    form = FORMATS[format_of(geometry, storage)]
     model = _on_meta(geometry, num_blocks)
     arrays = [
         array for name, tensor in _names_on_disk(model).items() for array in form.arrays_of(name, tensor)
@@ -194,7 +206,12 @@ def main() -> None:
     parser.add_argument(
         "--blocks", type=int, required=True, help="number of blocks; the whole model has more"
     )
-    parser.add_argument("--format", choices=sorted(FORMATS), default="bf16", help="how weights are stored")
+    parser.add_argument(
+        "--format",
+        choices=["native", *sorted(FORMATS)],
+        default="bf16",
+        help="how weights are stored; native: as the model is published",
+    )
     parser.add_argument("out", type=Path, help="folder to write")
     arguments = parser.parse_args()
     if arguments.blocks < 1:

@@ -104,7 +104,7 @@ import slowllm
 with slowllm.load({str(TINY_BLOOM)!r}, dtype="fp32", resident=False, progress=True) as lm:
     lm.generate(["The value is", "Return the"], max_new_tokens=3)
 """
-    ended, written = run_python_on_terminal(processes, "-c", code, columns=160)
+    ended, written = run_python_on_terminal(processes, "-c", code, columns=240)
     assert ended.returncode == 0
     for fact in ("sweep 1 of 3", " of 11, 0 of 2 prompts, ", " elapsed"):
         assert fact in written

@@ -70,7 +70,9 @@ def test_likelihoods_are_the_same(
     asked = tasks[:3]
     if more == {"tokenized_requests": False}:
         if folder != TINY_BLOOM:
-            pytest.skip("BOS is put before a text, which lm-eval does not count; it asks by token ids by default")
+            pytest.skip(
+                "BOS is put before a text, which lm-eval does not count; it asks by token ids by default"
+            )
         # Texts that are cut would be tokenized otherwise.
         asked = [tasks[0]]
     ours = evaluate(

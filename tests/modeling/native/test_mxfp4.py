@@ -125,7 +125,7 @@ def test_a_config_that_does_not_name_the_format_is_refused(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"use a config\.json that belongs to it"):
         slowllm.load(folder)
     change_settings(folder, {"quant_method": "fp8"})
-    with pytest.raises(CheckpointError, match=r"use a config\.json that belongs to it"):
+    with pytest.raises(CheckpointError, match=r"says that weights are quantised \(fp8\), but none is"):
         slowllm.load(folder)
 
 
