@@ -109,9 +109,9 @@ with slowllm.load({str(TINY_BLOOM)!r}, dtype="fp32", resident=False, progress=Tr
     for fact in ("sweep 1 of 3", " of 11, 0 of 2 prompts, ", " elapsed"):
         assert fact in written
     line, *others = [line for line in lines_on_screen(written) if line.strip()]
-    assert line.startswith("tiny-bloom: 7.5 MB a sweep"), "the bar is gone"
-    # On a busy machine a line may say why sweeps became slow.
-    assert not others or others[0].startswith("slowllm: ")
+    assert line.startswith("tiny-bloom: 7.5 MB a sweep")
+    # The line may be broken, and on a busy machine another one may say why sweeps became slow.
+    assert not any(" elapsed" in one for one in (line, *others)), "the bar is gone"
 
 
 def test_where_the_machine_was_measured_the_line_says_how_long_a_call_takes(

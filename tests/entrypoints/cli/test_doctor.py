@@ -54,9 +54,9 @@ def test_the_figures_are_those_of_plan(monkeypatch: Any, capsys: Any) -> None:
     from slowllm.planning.job import Rates
 
     job = Job(3270 * 150, 512, forward_only=True, keeps_results=False)
-    planned = survey_blueprint(blueprint, ram=2 << 30, dtype="fp32", job=job, rates=Rates())
+    planned = survey_blueprint(blueprint, ram=4 << 30, dtype="fp32", job=job, rates=Rates())
     fit = fits.fit_of(
-        blueprint, [job], ram_bytes=2 << 30, process_bytes=planned.process_bytes, dtype="fp32", rates_of=lambda _: Rates()
+        blueprint, [job], ram_bytes=4 << 30, process_bytes=planned.process_bytes, dtype="fp32", rates_of=lambda _: Rates()
     )  # fmt: skip
     assert fit.surveys[0].plan.forecast == planned.plan.forecast
     assert fit.smallest_bytes == planned.smallest_bytes
