@@ -97,12 +97,14 @@ class RunReport:
         self._tokenizer = lm.tokenizer
         timeline = self._timeline = Timeline(lm.num_stops)
         plan = plan_of(lm, job, 0 if state is None else state.num_resumed)
-        before, started = lm.report, time.perf_counter()
+        before, started, seconds = lm.report, time.perf_counter(), 0.0
         try:
             with lm.watching(timeline.on_passage), lm.watching_reads(timeline.on_read):
                 yield
+                seconds = time.perf_counter() - started
+                timeline.wait_for(lm.report.num_passages - before.num_passages)
         finally:
-            seconds = time.perf_counter() - started
+            seconds = seconds or time.perf_counter() - started
             timeline.finish()
             measured = measured_of(lm, before, seconds, timeline)
             self._runs.append(RunFigures(title, plan, measured, timeline, lm.swarm is None))

@@ -53,7 +53,7 @@ class Timeline:
         self.reads: deque[StopRead] = deque(maxlen=num_detailed)
         self.num_passages, self.num_sweeps, self.num_new_tokens = 0, 0, 0
         self.sweep_seconds, self.sweep_tokens = Series(), Series()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._last: Passage | None = None
         self._sweep_began_at, self._num_tokens = 0.0, 0
 
@@ -71,6 +71,7 @@ class Timeline:
             sums.wait_seconds += passage.wait_seconds
             sums.compute_seconds += passage.compute_seconds
             self.num_passages += 1
+            self._lock.notify_all()
             self.passages.append(passage)
             if not is_late:
                 self._last = passage
@@ -89,6 +90,14 @@ class Timeline:
         with self._lock:
             self._num_tokens += num_tokens
             self.num_new_tokens += num_tokens
+
+    def wait_for(self, num_passages: int) -> None:
+        """Wait until so many stops were told of: the last one may be told after the results of its visits.
+
+        At most a second, because a stop at which nobody passed is not told of.
+        """
+        with self._lock:
+            self._lock.wait_for(lambda: self.num_passages >= num_passages, 1.0)
 
     def finish(self) -> None:
         """End the last sweep with its last stop."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,6 +72,21 @@ def test_stops_that_are_told_late_begin_no_sweep() -> None:
     timeline.finish()
     assert (timeline.num_sweeps, timeline.num_passages) == (2, 7)
     assert timeline.sweep_seconds.points()[1] == [3.0, 2.75]
+
+
+def test_a_stop_that_is_told_after_its_results_is_waited_for() -> None:
+    timeline, asked = Timeline(1), threading.Event()
+
+    def tell() -> None:
+        asked.wait()
+        timeline.on_passage(Passage(0, "up", 1, 0.25, 0.5, 0.0))
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    asked.set()
+    timeline.wait_for(1)
+    assert timeline.num_passages == 1
+    thread.join()
 
 
 def test_a_run_without_a_stop_has_no_sweep() -> None:
