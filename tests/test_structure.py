@@ -37,6 +37,7 @@ MAY_IMPORT |= {"files": {"errors"}}
 # (the standard library, torch, numpy) is free, but see `NEVER_LOADED_BY`.
 ONLY_IN = {
     "transformers": {"modeling", "runtime", "prepare", "inference", "swarm.petals", "tuning", "entrypoints"},
+    "greenlet": {"streaming.gathering"},
     "peft": {"modeling.soft_prompt_files"},
     "pyarrow": {"tables", "inference.shard_files"},
     "safetensors": {"inference", "modeling", "runtime", "prepare"},

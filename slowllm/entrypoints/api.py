@@ -304,6 +304,7 @@ def load(
     rates: Rates | None = None,
     granularity: Granularity | None = None,
     prompt: str | os.PathLike[str] | SoftPrompt | None = None,
+    exact: bool = True,
     poison: bool = False,
     swarm: str | Sequence[str] | SwarmOptions = (),
     progress: ShowProgress = False,
@@ -323,10 +324,12 @@ def load(
         keep_resident: the former name of `resident`.
         job: what the model is opened for; by default a session of any calls, gradients among them.
         rates: of this machine, for the plan; assumed where nobody measured.
-        granularity: stream whole ``blocks``, or their ``leaves``, which takes less memory and cannot run backward;
-            by default blocks, unless they do not fit, or the job is forward only and leaves are faster.
+        granularity: stream whole ``blocks``; blocks whose ``experts`` are read when a router asks for them; or their
+            ``leaves``, which takes less memory and cannot run backward; by default what is fastest, by the plan.
         prompt: a soft prompt that stands before every text that is scored or continued, or its folder; a
             `ModelInfo` has its own.
+        exact: of experts that are read on demand, whether each rider's rows are multiplied by themselves, with the bits that
+            they have alone; else those of several riders together, which is faster where each has few.
         poison: overwrite weights with NaN when they are given back, to find code that keeps them.
         swarm: multiaddress of a peer of a swarm that computes the blocks, as `slowllm serve` prints it, several of them, or
             `SwarmOptions`. The folder then needs only config, tokenizer, embedding, norm and head, and all that is said
@@ -342,7 +345,7 @@ def load(
     options: dict[str, Any] = {
         "ram": ram, "dtype": dtype, "device": device, "vram": vram, "job": job, "rates": rates,
         "keep_resident": resident if keep_resident is None else keep_resident, "granularity": granularity,
-        "prompt": prompt, "poison": poison,
+        "prompt": prompt, "exact": exact, "poison": poison,
     }  # fmt: skip
     check_show(progress)
     if progress is True and rates is None and not swarm and device == "cpu":

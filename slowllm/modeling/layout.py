@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.modeling.blocks import find_blocks, prefixes_of
+from slowllm.modeling.expert_units import ExpertUnits, can_cut, find_units
 from slowllm.modeling.experts import picked_experts
 from slowllm.modeling.parts import Part
 from slowllm.planning.job import Granularity
@@ -50,6 +51,7 @@ class Layout:
         part: that is laid out; the stops of other blocks are empty.
         placements: of the part's parameters and persistent buffers, by name.
         picked: the parameters of experts that are used one at a time on the processor.
+        experts: of each module of experts that is read on demand, beside the stops.
     """
 
     granularity: Granularity
@@ -69,6 +71,7 @@ class Layout:
     part: Part
     placements: Mapping[str, Placement]
     picked: frozenset[str]
+    experts: tuple[ExpertUnits, ...] = ()
 
     @property
     def absent_names(self) -> frozenset[str]:
@@ -79,8 +82,23 @@ class Layout:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all stops, as stored."""
-        return sum(placement.num_bytes for stop in self.stops for placement in stop)
+        """Bytes of all stops, as stored, and of experts that are read on demand."""
+        return sum(placement.num_bytes for stop in (*self.stops, *self.units) for placement in stop)
+
+    @property
+    def units(self) -> tuple[tuple[Placement, ...], ...]:
+        """The tensors of each expert that is read on demand, in the order of the blocks."""
+        return tuple(unit for experts in self.experts for unit in experts.units)
+
+    @property
+    def unit_dtypes(self) -> Mapping[str, torch.dtype]:
+        """The compute dtype of each tensor of a unit, by name."""
+        return {
+            placement.name: self.dtypes[name]
+            for experts in self.experts
+            for unit in experts.units
+            for placement, name in zip(unit, experts.full_names, strict=True)
+        }
 
 
 def lay_out(
@@ -124,6 +142,10 @@ def lay_out(
         if not any(leaves):
             raise ArchitectureError(f"{type(model).__name__}: its blocks have no part that is worth a stop")
         modules = [*modules[: part.first], *_in_order_of_use(model, leaves), *modules[part.end :]]
+    experts = find_units(model, here, placements) if granularity == "experts" else []
+    on_demand = {name for one in experts for name in one.full_names}
+    if granularity == "experts" and not experts:
+        raise ArchitectureError(f"{type(model).__name__}: has no experts that are computed one by one")
     elsewhere = {name for number, name in enumerate(_block_names(model)) if number not in part.blocks}
     owners = {
         name: number
@@ -134,6 +156,8 @@ def lay_out(
     groups: list[list[Placement]] = [[] for _ in modules]
     kept: list[Placement] = []
     for name, placement in placements.items():
+        if name in on_demand:
+            continue
         if name in owners:
             groups[owners[name]].append(placement)
         elif name not in (embedding_name, head_name):
@@ -163,16 +187,22 @@ def lay_out(
         part=part,
         placements=placements,
         picked=picked_experts(model),
+        experts=tuple(experts),
     )
 
 
 def granularities(
     model: PreTrainedModel, placements: Mapping[str, Placement], part: Part | None = None
 ) -> tuple[Granularity, ...]:
-    """Return how a part of a model can be cut: into blocks, and into leaves where any is worth a stop."""
+    """Return how a part of a model can be cut: into blocks, experts beside them, and leaves where any is worth a stop."""
     names = _block_names(model)
-    leaves = _leaves(model, names if part is None else names[part.first : part.end], placements)
-    return ("blocks", "leaves") if any(leaves) else ("blocks",)
+    here = names if part is None else names[part.first : part.end]
+    ways: list[Granularity] = ["blocks"]
+    if can_cut(model, here, placements):
+        ways.append("experts")
+    if any(_leaves(model, here, placements)):
+        ways.append("leaves")
+    return tuple(ways)
 
 
 def in_order_of_use(model: PreTrainedModel, placements: Mapping[str, Placement]) -> list[str]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from slowllm.modeling.cache_sizes import CacheSize, number_of
 from slowllm.modeling.layout import Layout, block_numbers
 from slowllm.modeling.online_softmax import TILE_COLUMNS
-from slowllm.planning.job import Sizes, StopSize
+from slowllm.planning.job import ExpertSizes, Sizes, StopSize
 from slowllm.rounding import ceil_div
 from slowllm.storage.codecs.registry import codec_of
 from slowllm.storage.spans import Placement
@@ -21,6 +21,8 @@ from slowllm.streaming.read_requests import ring_bytes_of
 
 # A row's recurrent states are shared out among this many tokens of it, so rows of fewer are counted too low.
 MIN_ROW_TOKENS = 16
+# How much more often than on average the most popular expert is chosen.
+CROWDED = 8
 # Of the keys and the values of one position, int64 each.
 _LABEL_BYTES = 16
 # Machines that share the blocks of a client's model. Fewer take less memory; with more, the budget is exceeded by the
@@ -47,7 +49,9 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
         if number >= 0:
             blocks.setdefault(number, []).extend(stop)
     sides = [[max(p.shape[-2:]) for p in block if len(p.shape) >= 2] for block in blocks.values()]
-    activations = max(map(sum, sides), default=0) + 4 * hidden
+    unit = max(layout.units, key=lambda unit: sum(p.num_bytes for p in unit), default=())
+    expert_sides = [max(p.shape[-2:]) for p in unit]
+    activations = max(map(sum, sides), default=0) + sum(expert_sides) + 4 * hidden
     logits = layout.head.out_features if layout.part.has_ends else 0
     is_eager = getattr(config, "_attn_implementation", "eager") == "eager"
     scores_bytes = (number_of(config, "num_attention_heads") or 1) * (2 * 4 + 2 * itemsize) if is_eager else 0
@@ -59,6 +63,13 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
     inside = (
         2 * max((max(side) for side in sides if side), default=0) if layout.granularity == "leaves" else 0
     )
+    experts = _experts_of(layout, config)
+    if experts is not None:
+        # Whoever waits for experts holds what its block has computed, and what comes of them; of one expert, all riders'
+        # rows are computed together.
+        inside = 4 * hidden + round(
+            sum(expert_sides) * min(1.0, CROWDED * experts.top_k / experts.num_experts)
+        )
     cache_bytes = planned_token_bytes(cache)
     checkpoint_bytes = itemsize * len(layout.part.blocks) * hidden
     if not layout.part.blocks:
@@ -68,7 +79,9 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
     return Sizes(
         granularity=layout.granularity,
         stops=tuple(_size_of(stop, config) for stop in layout.stops),
-        kept_bytes=kept_bytes + sum(cast_buffer_bytes(layout.stops, layout.dtypes, layout.picked)),
+        kept_bytes=kept_bytes
+        + sum(cast_buffer_bytes(layout.stops, layout.dtypes, layout.picked))
+        + sum(unit_buffer_bytes(layout)),
         block_token_bytes=max(2 * itemsize * activations, head_tile_bytes),
         attention_token_bytes=scores_bytes,
         rider_token_bytes=itemsize * (6 * hidden + inside) + 1024,
@@ -82,7 +95,55 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
         replay_attention_bytes=scores_bytes,
         num_head_stops=len(layout.chunks),
         num_blocks=max(1, len(layout.part.blocks)),
+        experts=experts,
     )
+
+
+def unit_buffer_bytes(layout: Layout) -> tuple[int, int]:
+    """Return the sizes of the cast buffers for experts that are read on demand: all matrices of one at once."""
+    dtypes = layout.unit_dtypes
+    small, _ = cast_buffer_bytes(layout.units, dtypes)
+    large = max(
+        (sum(cast_buffer_bytes([[one]], dtypes)[1] for one in unit) for unit in layout.units), default=0
+    )
+    return small, large
+
+
+def _experts_of(layout: Layout, config: Any) -> ExpertSizes | None:
+    """Return what the experts take that are read on demand; None where there are none."""
+    if not layout.experts:
+        return None
+    blocks = [f"{layout.blocks_name}.{number}." for number in range(len(layout.blocks))]
+    stops = [
+        number for one in layout.experts for number, block in enumerate(blocks) if one.name.startswith(block)
+    ]
+    count = max(len(one.units) for one in layout.experts)
+    sizes = [_size_of(unit, config) for unit in layout.units]
+    return ExpertSizes(
+        stops=frozenset(stops),
+        num_experts=count,
+        top_k=min(count, experts_per_token(config) or count),
+        unit_bytes=max(size.num_bytes for size in sizes),
+        largest_bytes=max(size.largest_bytes for size in sizes),
+        unit_flops=max(size.flops for size in sizes),
+        decoded_bytes=max(size.decoded_bytes for size in sizes),
+    )
+
+
+def experts_per_token(config: Any) -> int | None:
+    """Return how many experts a token takes, by whatever name a config has for it."""
+    for name in (
+        "num_experts_per_tok",
+        "moe_k",
+        "moe_topk",
+        "top_k_experts",
+        "num_experts_per_token",
+        "top_k",
+    ):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def planned_token_bytes(cache: CacheSize) -> int:

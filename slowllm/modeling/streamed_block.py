@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,6 +45,9 @@ class _Streamed(nn.Module):
     _name: str
     # Where the weights go: a module's table of parameters, the name there, and the name of the weight.
     _places: tuple[tuple[dict[str, Tensor | None], str, str], ...]
+    # Calls that are under way, and the parameters whose places the weights have meanwhile.
+    _num_running = 0
+    _absent: list[Tensor | None]
     # Every submodule's tables of modules and parameters, and what they held when they were looked at.
     _built: tuple[tuple[dict[str, Any], tuple[Any, ...], dict[str, Any], tuple[str, ...]], ...]
 
@@ -63,15 +66,20 @@ class _Streamed(nn.Module):
             if (*modules.values(),) != kept or (*parameters,) != names:
                 self._take_as_it_is()
                 break
-        # What `torch.func.functional_call` does, which costs half as much as a small block itself.
-        absent = [parameters[name] for parameters, name, _ in self._places]
-        try:
+        # What `torch.func.functional_call` does, which costs half as much as a small block itself. Others may come in
+        # while a call waits for its experts, with the weights of the same visit of the stop.
+        if not self._num_running:
+            self._absent = [parameters[name] for parameters, name, _ in self._places]
             for parameters, name, key in self._places:
                 parameters[name] = weights[key]
+        self._num_running += 1
+        try:
             return self._plain(*args, **kwargs)
         finally:
-            for (parameters, name, _), parameter in zip(self._places, absent, strict=True):
-                parameters[name] = parameter
+            self._num_running -= 1
+            if not self._num_running:
+                for (parameters, name, _), parameter in zip(self._places, self._absent, strict=True):
+                    parameters[name] = parameter
 
     def _take_as_it_is(self) -> None:
         """Go on with submodules that were exchanged for others around the same parameters, as BigBird does for short texts.
@@ -222,6 +230,7 @@ def stream_block(
     *,
     recomputes: bool = True,
     home: Home | None = None,
+    on_demand: Collection[str] = (),
 ) -> StreamedBlock:
     """Return the streamed form of a block.
 
@@ -233,14 +242,22 @@ def stream_block(
         recomputes: whether a backward pass computes the block again, at its stop; else autograd keeps its activations
             and its weights, which must then stay where they are.
         home: where it is computed; None if the model is all on the processor.
+        on_demand: parameters that do not come with the block, by their names in the model.
     """
     block.requires_grad_(False).eval()
-    streamed = cast(StreamedBlock, _shell(StreamedBlock, block, carousel, stop, name))
+    streamed = cast(StreamedBlock, _shell(StreamedBlock, block, carousel, stop, name, on_demand))
     streamed._recomputes, streamed._home = recomputes, home
     return streamed
 
 
-def _shell(mixin: type[_Streamed], plain: nn.Module, carousel: Carousel, stop: int, name: str) -> _Streamed:
+def _shell(
+    mixin: type[_Streamed],
+    plain: nn.Module,
+    carousel: Carousel,
+    stop: int,
+    name: str,
+    on_demand: Collection[str] = (),
+) -> _Streamed:
     kind = type(plain)
     # A subclass of the module's class: transformers finds the blocks whose outputs it records by isinstance.
     streamed = type(f"Streamed{kind.__name__}", (mixin, kind), {"__module__": __name__})
@@ -255,7 +272,11 @@ def _shell(mixin: type[_Streamed], plain: nn.Module, carousel: Carousel, stop: i
     places = []
     for module in plain.modules():
         parameters = cast(dict[str, Tensor | None], module._parameters)
-        places += [(parameters, own, keys[id(held)]) for own, held in parameters.items() if held is not None]
+        places += [
+            (parameters, own, keys[id(held)])
+            for own, held in parameters.items()
+            if held is not None and keys[id(held)] not in on_demand
+        ]
     shell._places, shell._built = tuple(places), _built_of(plain)
     return shell
 

@@ -6,9 +6,10 @@ Pure arithmetic on sizes in bytes and rates; knows nothing of files, models or t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from slowllm.planning.experts import demand_bytes, distinct_experts
 from slowllm.planning.job import Job, Rates, Sizes, StopSize
 from slowllm.rounding import ceil_div
 
@@ -85,21 +86,40 @@ def forecast_of(
     sweep_tokens: int,
     job: Job,
     rates: Rates,
+    kept_units: int = 0,
 ) -> Forecast:
-    """Return the expected times of a job that keeps the stops `resident` and streams the others through a ring."""
+    """Return the expected times of a job that keeps the stops `resident` and streams the others through a ring.
+
+    Args:
+        kept_units: experts that stay in memory, where each is read on demand.
+    """
     total = job.planned_tokens
     sweep = min(sweep_tokens, total)
     rider = min(rider_tokens, sweep)
     num_riders, num_loads = ceil_div(sweep, rider), ceil_div(total, sweep)
-    full = [compute_seconds(stop, rates, rider, sweep) for stop in sizes.stops]
     course = _course(sizes, job)
-    first, later = _sweep_seconds(sizes, course, resident, ring_bytes, full, rates)
+    demand = _demand(sizes, sweep, kept_units)
+    full = [
+        compute_seconds(stop, rates, rider, sweep) + _unit_seconds(sizes, number, sweep, rates)
+        for number, stop in enumerate(sizes.stops)
+    ]
+    first, later = _sweep_seconds(
+        sizes, course, resident, ring_bytes, full, rates, demand, _demand(sizes, sweep, 0)
+    )
     # A load's later passes compute one token of each sequence, and each rider still takes the weights through.
     rows = max(num_riders, sweep // job.longest)
-    one_each = [compute_seconds(stop, rates, ceil_div(rows, num_riders), rows) for stop in sizes.stops]
-    _, short = _sweep_seconds(sizes, course, resident, ring_bytes, one_each, rates)
+    one_each = [
+        compute_seconds(stop, rates, ceil_div(rows, num_riders), rows)
+        + _unit_seconds(sizes, number, rows, rates)
+        for number, stop in enumerate(sizes.stops)
+    ]
+    short_demand = _demand(sizes, rows, kept_units)
+    _, short = _sweep_seconds(
+        sizes, course, resident, ring_bytes, one_each, rates, short_demand, short_demand
+    )
     reads = reads_of(sizes, job)
     read_bytes = sum(s.num_bytes * reads[n] for n, s in enumerate(sizes.stops) if n not in resident)
+    read_bytes += int(sum(num_bytes * reads[stop] for stop, num_bytes in demand.items()))
     computing = math.fsum(full[stop] * work for stop, work in course)
     times = REPEATS if job.repeated else 1
     num_full, num_short = times * num_loads - 1, times * num_loads * (job.num_passes - 1)
@@ -117,6 +137,24 @@ def forecast_of(
         read_bytes=read_bytes,
         is_measured=rates.disk_measured and rates.compute_measured,
     )
+
+
+def _demand(sizes: Sizes, num_tokens: int, kept_units: int) -> dict[int, float]:
+    """Return the bytes of experts that stops are expected to read for a sweep's tokens."""
+    if sizes.experts is None:
+        return {}
+    num_bytes = demand_bytes(sizes.experts, num_tokens, kept_units)
+    return dict.fromkeys(sizes.experts.stops, num_bytes)
+
+
+def _unit_seconds(sizes: Sizes, stop: int, num_tokens: int, rates: Rates) -> float:
+    """Return how long a stop's experts take to compute a sweep's tokens, each expert once for all riders."""
+    experts = sizes.experts
+    if experts is None or stop not in experts.stops:
+        return 0.0
+    distinct = distinct_experts(experts.num_experts, experts.top_k, num_tokens)
+    passing_bytes = distinct * (experts.unit_bytes + experts.decoded_bytes)
+    return passing_bytes / rates.memory + num_tokens * experts.top_k * experts.unit_flops / rates.compute
 
 
 def reads_of(sizes: Sizes, job: Job) -> list[int]:
@@ -157,8 +195,15 @@ def _sweep_seconds(
     ring_bytes: int,
     computing: Sequence[float],
     rates: Rates,
+    demand: Mapping[int, float],
+    first_demand: Mapping[int, float],
 ) -> tuple[float, float]:
-    """Return the seconds of a first sweep and of a later one, from the seconds that each stop computes."""
+    """Return the seconds of a first sweep and of a later one, from the seconds that each stop computes.
+
+    Args:
+        demand: bytes that a stop reads once its router has chosen, in a later sweep.
+        first_demand: in the first.
+    """
     prefetched, seconds, last = 0.0, [0.0, 0.0], -1
     in_memory: set[int] = set()
     for sweep in range(2):
@@ -171,6 +216,9 @@ def _sweep_seconds(
             wait = max(0.0, to_read - prefetched) / rates.disk
             room = ring_bytes - (0 if is_resident else stop.num_bytes)
             work = times * computing[index]
+            # A router's choice is read while the experts before it are multiplied.
+            asked = (first_demand if sweep == 0 else demand).get(index, 0.0) / rates.disk
+            wait, work = wait + asked, max(0.0, work - asked)
             prefetched = min(max(room, 0), max(0.0, prefetched - to_read) + work * rates.disk)
             seconds[sweep] += wait + work
             last = index

@@ -14,7 +14,7 @@ from slowllm.errors import PlanError
 from slowllm.html import facts_html
 from slowllm.options import MIB, format_binary
 from slowllm.planning.forecast import Forecast, compute_seconds, forecast_of, reads_of
-from slowllm.planning.job import ASSUMED_LENGTH, Granularity, Job, Rates, Sizes
+from slowllm.planning.job import ASSUMED_LENGTH, ExpertSizes, Granularity, Job, Rates, Sizes
 from slowllm.planning.resident_stops import choose_resident
 from slowllm.rounding import ceil_div, round_up
 
@@ -29,6 +29,8 @@ MAX_SWEEP_TOKENS = 8192
 SLACK_BYTES = 288 * MIB
 # The size of a process differs by as much from one start to the next (measured: up to 17 MB).
 START_BYTES = 24 * MIB
+# Experts on their way while others are multiplied: enough for the reads in flight, and for a product that takes long.
+EXPERTS_AHEAD_BYTES = 256 * MIB
 # Stops smaller than a block must bring the time down to this share, or handing them over is not worth it.
 LEAVES_GAIN = 0.95
 
@@ -49,6 +51,8 @@ class Plan:
         forecast: the expected times of the job.
         longest: tokens of the longest sequence that memory is planned for.
         unused: stops that the job never visits.
+        expert_ring_bytes: of the ring through which experts come that are read on demand; 0 where there are none.
+        kept_units: experts that stay in memory.
         keeps_graph: whether autograd keeps the graph over the blocks, instead of recomputing them on the way down:
             all weights stay, and there is room.
     """
@@ -65,6 +69,8 @@ class Plan:
     longest: int = ASSUMED_LENGTH
     unused: frozenset[int] = frozenset()
     keeps_graph: bool = False
+    expert_ring_bytes: int = 0
+    kept_units: int = 0
 
     def _repr_html_(self) -> str:
         forecast = self.forecast
@@ -112,9 +118,11 @@ def make_plan(
     if not best:
         raise PlanError(_refusal(choices, job, free_bytes, total_bytes, keep_resident))
     chosen = best[0]
-    # Whole blocks can run backward as well, so leaves are chosen only if blocks do not fit, or if leaves are faster.
+    # Whole blocks are simpler, and leaves cannot run backward, so others are chosen only if blocks do not fit, or if others
+    # are faster.
     for other in best[1:]:
-        if job.forward_only and other.forecast.seconds < LEAVES_GAIN * chosen.forecast.seconds:
+        may_be = job.forward_only or (other.granularity != "leaves" and not job.turns)
+        if may_be and other.forecast.seconds < LEAVES_GAIN * chosen.forecast.seconds:
             chosen = other
     return chosen
 
@@ -199,6 +207,8 @@ def least_bytes(sizes: Sizes, job: Job, keep_resident: bool = True) -> int:
     weight_bytes = sizes.smallest_ring_bytes
     if keep_resident:  # a model smaller than the ring is kept
         weight_bytes = min(weight_bytes, _used_bytes(sizes, job))
+    if sizes.experts is not None:
+        weight_bytes += sizes.experts.smallest_ring_bytes
     return sizes.kept_bytes + SLACK_BYTES + weight_bytes + _least_working(sizes, job)
 
 
@@ -247,27 +257,38 @@ def _candidates(sizes: Sizes, job: Job, rates: Rates, free_bytes: int, keep_resi
     unused = frozenset(stop for stop, count in enumerate(reads) if not count)
     padding = padding_worth(rates) if job.packing is None else job.packing[2]
 
-    def plan(resident: frozenset[int], ring: int, rider: int, sweep: int, peak: int) -> Plan:
-        forecast = forecast_of(sizes, resident, ring, rider, sweep, job, rates)
+    def plan(resident: frozenset[int], ring: int, rider: int, sweep: int, peak: int, repeats: bool) -> Plan:
+        experts, kept_units, expert_ring = sizes.experts, 0, 0
+        if experts is not None:
+            # Of what is left over, the ring comes first: the more experts are on their way, the better is the disk used.
+            left = free_bytes - peak
+            expert_ring = experts.smallest_ring_bytes + min(left * 9 // 10, _more_experts(experts))
+            left -= expert_ring - experts.smallest_ring_bytes
+            if keep_resident and repeats:
+                kept_units = max(0, min(experts.num_units, left * 9 // 10 // experts.unit_bytes))
+            peak += expert_ring - experts.smallest_ring_bytes + kept_units * experts.unit_bytes
+        forecast = forecast_of(sizes, resident, ring, rider, sweep, job, rates, kept_units)
         resident_bytes = sum(sizes.stops[stop].num_bytes for stop in resident - unused)
+        if experts is not None:
+            resident_bytes += kept_units * experts.unit_bytes
         return Plan(
             sizes.granularity, resident, ring, rider, sweep, padding, peak, resident_bytes, forecast,
-            job.longest, unused,
+            job.longest, unused, expert_ring_bytes=expert_ring, kept_units=kept_units,
         )  # fmt: skip
 
     for rider, sweep in token_choices(job):
         taken = sizes.kept_bytes + SLACK_BYTES + working_bytes(sizes, job, rider, sweep)
+        if sizes.experts is not None:
+            taken += sizes.experts.smallest_ring_bytes
+        # What is read once is not worth keeping.
+        repeats = job.repeated or job.num_passes > 1 or job.planned_tokens > sweep or job.num_tokens is None
         if keep_resident and taken + used_bytes <= free_bytes:
-            yield plan(frozenset(range(len(sizes.stops))), 0, rider, sweep, taken + used_bytes)
+            yield plan(frozenset(range(len(sizes.stops))), 0, rider, sweep, taken + used_bytes, repeats)
             continue
         for least_ring in _ring_choices(sizes, rates, rider, sweep):
             room = free_bytes - taken - least_ring
             if room < 0:
                 continue
-            # What is read once is not worth keeping.
-            repeats = (
-                job.repeated or job.num_passes > 1 or job.planned_tokens > sweep or job.num_tokens is None
-            )
             resident = choose_resident(sizes, job, room) if keep_resident and repeats else frozenset()
             kept_bytes = sum(sizes.stops[stop].num_bytes for stop in resident)
             # A tensor that does not fit before the ring's end leaves a gap there, and computing takes longer
@@ -275,7 +296,12 @@ def _candidates(sizes: Sizes, job: Job, rates: Rates, free_bytes: int, keep_resi
             more = max(0, _comfortable_ring(sizes, rates, rider, sweep) - least_ring)
             # Nine tenths of it: an estimate that is too low should not use up the budget.
             ring = least_ring + min((room - kept_bytes) * 9 // 10, more)
-            yield plan(resident, ring, rider, sweep, taken + ring + kept_bytes)
+            yield plan(resident, ring, rider, sweep, taken + ring + kept_bytes, repeats)
+
+
+def _more_experts(experts: ExpertSizes) -> int:
+    """Return the bytes by which a ring for experts should be larger than the smallest, to keep the disk busy."""
+    return max(2 * experts.unit_bytes, min(8 * experts.unit_bytes, EXPERTS_AHEAD_BYTES))
 
 
 def token_choices(job: Job) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,9 @@ from typing import Literal, Self
 from slowllm.errors import InputError
 from slowllm.rounding import ceil_div
 
-Granularity = Literal["blocks", "leaves"]
+Granularity = Literal["blocks", "experts", "leaves"]
+# Those that can run backward.
+WHOLE_BLOCKS: tuple[Granularity, ...] = ("blocks", "experts")
 
 # The plan for a job of unknown size assumes this many tokens at a time, again and again.
 ASSUMED_TOKENS = 2048
@@ -34,11 +36,50 @@ class StopSize:
 
 
 @dataclass(frozen=True)
+class ExpertSizes:
+    """The experts of a model, where each is read when a router asks for it.
+
+    Attributes:
+        stops: those of a carousel that have experts.
+        num_experts: of each of them.
+        top_k: that one token takes.
+        unit_bytes: of one expert in a buffer.
+        largest_bytes: of its largest tensor there.
+        unit_flops: of one token in one expert.
+        decoded_bytes: further bytes that pass through the processor for every expert, if it is decoded.
+    """
+
+    stops: frozenset[int]
+    num_experts: int
+    top_k: int
+    unit_bytes: int
+    largest_bytes: int
+    unit_flops: float = 0.0
+    decoded_bytes: int = 0
+
+    @property
+    def num_units(self) -> int:
+        """Experts of all blocks."""
+        return len(self.stops) * self.num_experts
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of all experts of all blocks."""
+        return self.num_units * self.unit_bytes
+
+    @property
+    def smallest_ring_bytes(self) -> int:
+        """Size of a ring for the experts that never blocks."""
+        return self.unit_bytes + self.largest_bytes
+
+
+@dataclass(frozen=True)
 class Sizes:
     """The memory that a model needs, cut into stops of one granularity.
 
     Attributes:
-        granularity: whole blocks, or their leaves (linears, fused experts), which cannot run backward.
+        granularity: whole blocks; blocks whose experts are read on demand; or their leaves (linears, fused experts), which
+            cannot run backward.
         stops: in order, the chunks of the head last.
         kept_bytes: parameters that always stay in memory, and the buffers that weights are cast into.
         block_token_bytes: scratch memory of one token inside a block; one rider computes at a time.
@@ -53,6 +94,7 @@ class Sizes:
         logits_bytes: logits of one position in float32.
         returns_all_logits: whether a call of the model computes logits of all positions, whatever is asked for.
         num_blocks: whose stops these are.
+        experts: that are read on demand, beside the stops.
     """
 
     granularity: Granularity
@@ -70,11 +112,12 @@ class Sizes:
     logits_bytes: int = 0
     returns_all_logits: bool = False
     num_blocks: int = 1
+    experts: ExpertSizes | None = None
 
     @property
     def all_bytes(self) -> int:
-        """Bytes of all stops."""
-        return sum(stop.num_bytes for stop in self.stops)
+        """Bytes of all stops, and of experts that are read on demand."""
+        return sum(stop.num_bytes for stop in self.stops) + (self.experts.all_bytes if self.experts else 0)
 
     @property
     def smallest_ring_bytes(self) -> int:

@@ -26,7 +26,7 @@ from slowllm.modeling.native.formats import settings_of
 from slowllm.modeling.native.imagined import imagined_placement
 from slowllm.modeling.sizes import sizes_of
 from slowllm.modeling.skeleton import build_skeleton, read_config
-from slowllm.planning.job import Granularity, Sizes
+from slowllm.planning.job import WHOLE_BLOCKS, Granularity, Sizes
 from slowllm.runtime.description import load_tokenizer
 from slowllm.runtime.known_models import KNOWN_MODELS, KnownModel, find_folder_or_known, find_known
 from slowllm.storage.checkpoint import INDEX, read_json, read_weight_map
@@ -215,7 +215,9 @@ def measure_blueprint(
         for name, parameter in linear_maps(model, *find_blocks(model)):
             if (coded := imagined_placement(name, tuple(parameter.shape), settings)) is not None:
                 placements[name] = coded
-    names: tuple[Granularity, ...] = granularities(model, placements) if forward_only else ("blocks",)
+    names: tuple[Granularity, ...] = granularities(model, placements)
+    if not forward_only:
+        names = tuple(name for name in names if name in WHOLE_BLOCKS)
     layouts = [lay_out(model, placements, name) for name in names]
     cache = cache_size_of(model)
     return BlueprintSizes(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Collection, Sequence
+from typing import TypeVar, get_args
 
 import psutil
 import torch
@@ -37,11 +37,13 @@ from slowllm.planning.job import Granularity, Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement, make_plans, move_kept, place_stops
 from slowllm.runtime.memory import budget_bytes
+from slowllm.runtime.on_demand import OnDemand
 from slowllm.runtime.rates import choose_dtype
 from slowllm.runtime.streamed_lm import StreamedLM
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.codecs.registry import warm_up
 from slowllm.storage.manifest import open_checkpoint
+from slowllm.streaming.buffers import PAGE
 from slowllm.streaming.cast_stops import CastStops, cast_buffer_bytes
 from slowllm.streaming.devices import Device, open_devices
 from slowllm.streaming.mapped_stops import MappedStops
@@ -64,9 +66,10 @@ def open_model(
     keep_resident: bool = True,
     job: Job | None = None,
     rates: Rates | None = None,
-    granularity: Granularity | None = None,
+    granularity: Granularity | Collection[Granularity] | None = None,
     prompt: str | os.PathLike[str] | SoftPrompt | None = None,
     part: Part | None = None,
+    exact: bool = True,
     poison: bool = False,
 ) -> L:
     """Open a Hugging Face checkpoint for streaming; return a handle of class `kind`, `StreamedLM` or a subclass.
@@ -74,6 +77,7 @@ def open_model(
     Reads headers and small tensors only. `slowllm.load` says what the options mean and what is raised.
 
     Args:
+        granularity: how the model may be cut, in one way or one of several; by default in any.
         part: of the model, the rest of which is neither read nor counted; the shards that it does not need may be
             absent. None for the whole model.
     """
@@ -87,14 +91,9 @@ def open_model(
     devices = open_devices(parse_devices(options.device))
     if devices and isinstance(ram, Budget):
         ram.take(max(0, psutil.Process().memory_info().rss - before))
-    if granularity not in (None, "blocks", "leaves"):
-        raise InputError(f"granularity {granularity!r} is unknown; use 'blocks' or 'leaves'")
+    allowed = _allowed(granularity, job, has_devices=bool(devices))
     if not isinstance(job, Job | None):
         raise InputError(f"job must be a slowllm.Job, not {type(job).__name__}")
-    if granularity == "leaves" and job is not None and job.serves and not job.forward_only:
-        raise InputError(
-            "stops smaller than a block serve forward only; serve without backward, or use whole blocks"
-        )
     info = path_or_hub_id if isinstance(path_or_hub_id, ModelInfo) else ModelInfo(path_or_hub_id, prompt)
     checkpoint = open_checkpoint(info.folder, may_lack_shards=part is not None)
     in_store = {span.coding.codec for span in checkpoint.spans.values() if span.coding is not None}
@@ -103,9 +102,12 @@ def open_model(
     try:
         compute_dtype = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(devices))
         model = build_skeleton(info.config, info.folder, compute_dtype)
+        if not devices and model._can_set_experts_implementation():
+            # Transformers' reference; its default sorts rows by experts, and adds in another order.
+            model.set_experts_implementation("eager")
         lm = _assemble(
-            kind, info, model, checkpoint, options, devices, budget, job, rates, granularity, part,
-            poison=poison, is_shared=budget is ram,
+            kind, info, model, checkpoint, options, devices, budget, job, rates, allowed, part,
+            exact=exact, poison=poison, is_shared=budget is ram,
         )  # fmt: skip
     except BaseException:
         checkpoint.close()
@@ -124,6 +126,34 @@ def open_model(
     return lm
 
 
+def _allowed(
+    granularity: Granularity | Collection[Granularity] | None, job: Job | None, *, has_devices: bool
+) -> Collection[Granularity]:
+    """Return how the model may be cut.
+
+    Raises:
+        InputError: as is asked for, it cannot.
+    """
+    asked = get_args(Granularity) if granularity is None else granularity
+    if isinstance(asked, str):
+        asked = (asked,)
+    if unknown := [name for name in asked if name not in get_args(Granularity)]:
+        raise InputError(f"granularity {unknown[0]!r} is unknown; use 'blocks', 'experts' or 'leaves'")
+    runs_backward = job is not None and (job.turns or (job.serves and not job.forward_only))
+    if granularity == "leaves" and job is not None and job.serves and not job.forward_only:
+        raise InputError(
+            "stops smaller than a block serve forward only; serve without backward, or use whole blocks"
+        )
+    if granularity == "experts" and has_devices:
+        raise InputError("experts are read on demand on the processor only; use 'blocks' with a device")
+    return [
+        name
+        for name in asked
+        if not (name == "experts" and has_devices)
+        and not (name == "leaves" and runs_backward and granularity is None)
+    ]
+
+
 def _assemble(
     kind: type[L],
     info: ModelInfo,
@@ -134,19 +164,18 @@ def _assemble(
     budget: Budget,
     job: Job | None,
     rates: Rates | None,
-    granularity: Granularity | None,
+    allowed: Collection[Granularity],
     part: Part | None,
     *,
+    exact: bool,
     poison: bool,
     is_shared: bool,
 ) -> L:
     """Plan the memory, open the stops, and put the streamed parts into the model."""
     forget_rotary_tables(model)
     placements = place(model, checkpoint.spans, part, checkpoint.absent)
-    if granularity is None and job is not None and job.serves and not job.forward_only:
-        granularity = "blocks"
-    names = granularities(model, placements, part) if granularity is None else (granularity,)
-    layouts = {name: lay_out(model, placements, name, part) for name in names}
+    names = granularities(model, placements, part) if len(allowed) > 1 else allowed
+    layouts = {name: lay_out(model, placements, name, part) for name in names if name in allowed}
     cache = cache_size_of(model, part)
     choices = [sizes_of(model, layout, cache) for layout in layouts.values()]
     logit_transform = find_logit_transform(model)
@@ -161,7 +190,10 @@ def _assemble(
         )  # fmt: skip
         layout = layouts[plan.granularity]
         # Weights that are cast into one buffer cannot be kept for the way down.
-        if job is not None and not any(cast_buffer_bytes(layout.stops, layout.dtypes, layout.picked)):
+        is_plain = not layout.experts and not any(
+            cast_buffer_bytes(layout.stops, layout.dtypes, layout.picked)
+        )
+        if job is not None and is_plain:
             plan = keep_graph(plan, choices, job, budget.free_bytes)
         # If there is room, validation rides along with a step.
         if (job is None and not is_shared) or (job is not None and job.turns):
@@ -174,8 +206,10 @@ def _assemble(
 
     budget.take(plan.peak_bytes)
     source: Reader | MappedStops
-    if plan.ring_bytes:
-        source = Reader(layout.stops, ring_bytes=plan.ring_bytes, resident=plan.resident, poison=poison)
+    if plan.ring_bytes or layout.experts:
+        # Beside experts that are read, maps of the rest would be read slowly, by faults.
+        ring_bytes = plan.ring_bytes or PAGE
+        source = Reader(layout.stops, ring_bytes=ring_bytes, resident=plan.resident, poison=poison)
     else:
         used = [() if number in plan.unused else stop for number, stop in enumerate(layout.stops)]
         source = MappedStops(checkpoint, used)
@@ -197,18 +231,28 @@ def _assemble(
     buffer_bytes = cast_buffer_bytes(layout.stops, layout.dtypes, picked)
     if any(buffer_bytes):
         stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, torch_devices)
-    lm = kind(info, model, checkpoint, source, stops, plan, choices, budget, layout, placement)
+    experts = OnDemand.open(layout, plan, poison=poison, is_exact=exact) if layout.experts else None
+    lm = kind(info, model, checkpoint, source, stops, plan, choices, budget, layout, placement, experts)
+    on_demand = {name for units in layout.experts for name in units.full_names}
     for index in layout.part.blocks:
         block = layout.blocks[index]
         name = f"{layout.blocks_name}.{index}"
         home = None if placement is None else placement.homes[index]
-        if layout.granularity == "blocks":
+        if layout.granularity != "leaves":
             layout.blocks[index] = stream_block(
-                block, lm._carousel, index, name, recomputes=not plan.keeps_graph, home=home
+                block,
+                lm._carousel,
+                index,
+                name,
+                recomputes=not plan.keeps_graph,
+                home=home,
+                on_demand=on_demand,
             )
         else:
             leaves = {m: stop for stop, m in enumerate(layout.modules) if m.startswith(f"{name}.")}
             stream_leaves(block, lm._carousel, leaves, name, index, home)
+    if experts is not None:
+        experts.put_into(model)
     if layout.part.has_ends:
         chunk_rows = head_rows(checkpoint, layout.chunks)
         stream_head(

@@ -32,6 +32,7 @@ from slowllm.planning.host_plan import Plan, sizes_for
 from slowllm.planning.job import Sizes
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
+from slowllm.runtime.on_demand import OnDemand
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.streaming.carousel import Carousel
 from slowllm.streaming.cast_stops import CastStops
@@ -80,6 +81,7 @@ class StreamedLM:
         weight_bytes: of one sweep, as stored.
         budget_bytes: that the process may take.
         swarm: the machines that hold the blocks; None where they are here.
+        experts: that are read when routers ask for them; None where blocks are read whole.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class StreamedLM:
         budget: Budget,
         layout: Layout,
         device_placement: DevicePlacement | None = None,
+        experts: OnDemand | None = None,
     ) -> None:
         self._info, self.name, self.folder, self.soft_prompt = info, info.name, info.folder, info.soft_prompt
         self.model: Any = model
@@ -107,7 +110,13 @@ class StreamedLM:
         self._source, self._checkpoint, self.budget_bytes = source, checkpoint, budget.total_bytes
         devices = [] if device_placement is None else device_placement.devices
         generators = SharedGenerators([device.generator for device in devices])
-        self._carousel = Carousel(stops, functools.partial(_report_passage, weakref.ref(self)), generators)
+        self.experts = experts
+        self._carousel = Carousel(
+            stops,
+            functools.partial(_report_passage, weakref.ref(self)),
+            generators,
+            gathers=experts is not None,
+        )
         # A caller that keeps only the model keeps its handle alive. A forgotten handle is closed when it is collected,
         # or when the interpreter exits, before daemon threads are stopped in the middle of a product.
         model.__dict__["_slowllm"] = self
@@ -121,6 +130,7 @@ class StreamedLM:
             checkpoint,
             budget,
             plan.peak_bytes,
+            experts,
         )
         self._finalizer = weakref.finalize(self, _release, *held)
 
@@ -190,7 +200,7 @@ class StreamedLM:
     @property
     def can_run_backward(self) -> bool:
         """Whether gradients can be had; where memory is too small for whole blocks, stops are leaves, which run forward only."""
-        return self.layout.granularity == "blocks"
+        return self.layout.granularity != "leaves"
 
     @property
     def sizes(self) -> Sizes:
@@ -202,9 +212,15 @@ class StreamedLM:
         """The totals so far."""
         totals = self._carousel.totals
         return Report(
-            totals.num_passages, self._source.stats.read_bytes, totals.wait_seconds, totals.compute_seconds,
+            totals.num_passages, self.read_bytes, totals.wait_seconds, totals.compute_seconds,
             peak_rss_bytes(),
         )  # fmt: skip
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from files so far, those of experts that routers asked for included."""
+        on_demand = 0 if self.experts is None else self.experts.read_bytes
+        return self._source.stats.read_bytes + on_demand
 
     def fingerprint(self, *, of_source: bool = False) -> str:
         """Return a hash of the checkpoint: its config, every span, and samples of every shard.
@@ -311,11 +327,8 @@ class StreamedLM:
     def __repr__(self) -> str:
         if not self._finalizer.alive:
             return f"<{type(self).__name__} {self.name}, closed>"
-        held = (
-            f"{len(self.resident)} of {self.num_stops} stops resident"
-            if self.plan.ring_bytes
-            else "all in memory"
-        )
+        kept = f"{len(self.resident)} of {self.num_stops} stops resident"
+        held = kept if self.plan.ring_bytes else "all in memory"
         prompt = f", soft prompt of {counted(self.num_virtual_tokens, 'token')}" if self.soft_prompt else ""
         return (
             f"<{type(self).__name__} {self.name}: {type(self.model).__name__}, {self.part_name}, "
@@ -357,12 +370,17 @@ def _release(
     checkpoint: Checkpoint,
     budget: Budget,
     num_bytes: int,
+    experts: OnDemand | None,
 ) -> None:
     owned.close()
+    if experts is not None:
+        experts.close_files()
     source.close()  # before the carousel, because the carousel may be waiting for a read that never returns
     carousel.close()
     if isinstance(stops, CastStops):
         stops.close()
+    if experts is not None:
+        experts.close()
     checkpoint.close()
     budget.give_back(num_bytes)
     if device_placement is not None:  # last, because a device that has failed raises again

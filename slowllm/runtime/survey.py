@@ -23,7 +23,7 @@ from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates, least_host_bytes
 from slowllm.planning.forecast import forecast_of, free_tokens
 from slowllm.planning.host_plan import Plan, advise, least_bytes, make_plan, sizes_for, with_smaller_weights
-from slowllm.planning.job import Job, Rates, Sizes
+from slowllm.planning.job import WHOLE_BLOCKS, Job, Rates, Sizes
 from slowllm.runtime.blueprint import Blueprint, BlueprintSizes, measure_blueprint, stored_dtype_of
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
@@ -161,7 +161,7 @@ def survey(
     process_bytes = psutil.Process().memory_info().rss + reserved_bytes
     with open_model(
         StreamedLM, info, ram=Budget(ram_bytes, process_bytes), device=device, vram=vram, dtype=dtype, job=job, rates=rates,
-        keep_resident=keep_resident, granularity=None if job.forward_only else "blocks", part=part,
+        keep_resident=keep_resident, granularity=None if job.forward_only else WHOLE_BLOCKS, part=part,
     ) as lm:  # fmt: skip
         placement = lm.device_placement
         rates = rates if placement is None else device_rates(rates)

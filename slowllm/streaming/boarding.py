@@ -49,7 +49,7 @@ class Boarding:
         self.parties: list[Party] = []
         self.baton = Baton(generators)
         self.over: RideError | None = None
-        self.alone, self._is_serving = Alone(self.changed), False
+        self.alone, self._num_begun = Alone(self.changed), 0
         self._last_order = self._last_party = 0
         # Of jobs that were boarded alone, and so are joined by no caller.
         self._threads = RiderThreads()
@@ -80,7 +80,7 @@ class Boarding:
         """
         with self.changed:
             self._refuse_if_over(rider)
-            is_free = self.alone.thread is None and not self._is_serving and self.baton.holder is rider
+            is_free = self.alone.thread is None and not self._num_begun and self.baton.holder is rider
             if not is_free or self.waiting or self.returning or self.baton.has_dismissed:
                 return False
             if any(party.has_seat or not (party.drawn or party.exhausted) for party in self.parties):
@@ -276,13 +276,13 @@ class Boarding:
         """Take a visit from those that wait, to be served; called with the lock held."""
         self.waiting.remove(visit)
         self.baton.hand(visit.rider)
-        self._is_serving = True
+        self._num_begun += 1
 
     def finish(self, visit: Visit) -> None:
         """Let the thread of a visit that was served go on."""
         if visit.rider is not None:
             self.baton.runs_since = time.monotonic()
-        self._is_serving = False
+        self._num_begun -= 1
         visit.done.set()
 
     def dismiss_at(self, stop: int, error: BaseException) -> None:

@@ -24,7 +24,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from slowllm.errors import RideError
@@ -33,7 +32,8 @@ from slowllm.streaming.hints import expected_stops
 from slowllm.streaming.ride import Ride
 from slowllm.streaming.riders import Course, Party, PartyGroup, Rider, RiderJob, Visit
 from slowllm.streaming.rng_state import SharedGenerators
-from slowllm.streaming.stops import Direction, HeldStops, Passage, Stops, Totals, Weights
+from slowllm.streaming.stop_service import StopService
+from slowllm.streaming.stops import Direction, Passage, Stops, Totals, Weights
 
 T = TypeVar("T")
 JobT = TypeVar("JobT", bound=RiderJob)
@@ -46,6 +46,7 @@ class Carousel:
         stops: where weights come from.
         on_passage: called after each stop, on the thread that computed there; must not raise and not visit.
         generators: from which riders draw random numbers.
+        gathers: whether visits may wait for one another in the middle of their work; see `gathering`.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class Carousel:
         stops: Stops,
         on_passage: Callable[[Passage], None] | None = None,
         generators: SharedGenerators | None = None,
+        *,
+        gathers: bool = False,
     ) -> None:
         self.totals = Totals()
         self._stops, self._on_passage = stops, on_passage
-        self._held_stops = stops if isinstance(stops, HeldStops) else None
         self._boarding = Boarding(generators or SharedGenerators())
+        self._service = StopService(stops, self._boarding, self.totals, on_passage, gathers=gathers)
         self._course, self._detour = Course(), Course()
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="slowllm-carousel", daemon=True)
@@ -92,7 +95,7 @@ class Carousel:
         # Only threads that go on: each that computes has a team of OpenMP threads of its own, and whoever passes once would
         # make one for little. A backward pass within a backward pass stays on the carousel's thread.
         goes_on = local.comes_round or local.is_kept
-        if goes_on and direction == "up" and (weights := self._held(stop)) is not None:
+        if goes_on and direction == "up" and (weights := self._service.held(stop)) is not None:
             try:
                 if self._boarding.claim(local.rider):
                     return self._compute_alone(stop, work, weights)
@@ -246,10 +249,6 @@ class Carousel:
         """Whether this thread is at a stop: the carousel's own, or one that computes by itself."""
         return self._boarding.local.is_computing or threading.current_thread() is self._thread
 
-    def _held(self, stop: int) -> Weights | None:
-        """Return the weights of a stop that nobody has to bring, None of another one."""
-        return None if self._held_stops is None else self._held_stops.held_weights(stop)
-
     def _compute_alone(self, stop: int, work: Callable[[Weights], T], weights: Weights) -> T:
         """Do a visit's work on the visitor's thread, where nobody else waits and nothing has to be brought."""
         local, started = self._boarding.local, time.perf_counter()
@@ -314,52 +313,8 @@ class Carousel:
                         has_jobs=any(party.drawn for party in boarding.parties),
                     )  # fmt: skip
                 del visits  # or they would be kept until the next
-                self._serve(course, upcoming)
+                self._service.serve(course, upcoming)
         except BaseException as error:  # a fault of ours must not leave threads blocked
             reason = RideError(f"the carousel failed: {error!r}")
             reason.__cause__ = error
             boarding.end(reason)
-
-    def _serve(self, course: Course, upcoming: Sequence[int]) -> None:
-        """Bring the weights of a stop, and serve every visit that waits there."""
-        stop = course.stop
-        started = time.perf_counter()
-        compute_seconds, num_passed, wait_seconds = 0.0, 0, None
-        try:
-            held = self._held(stop)
-            with self._stops.visit(stop, upcoming) if held is None else nullcontext(held) as weights:
-                wait_seconds = time.perf_counter() - started
-                self.totals.num_passages += 1
-                self.totals.wait_seconds += wait_seconds
-                while (seconds := self._pass_next(course, weights)) is not None:
-                    compute_seconds += seconds
-                    num_passed += 1
-        except BaseException as error:
-            if wait_seconds is not None:  # all have passed, so no visit is left that could raise it
-                raise
-            self._boarding.dismiss_at(stop, error)
-            return
-        if self._on_passage is not None and num_passed:
-            passed = Passage(stop, course.direction, num_passed, wait_seconds, compute_seconds, started)
-            self._on_passage(passed)
-
-    def _pass_next(self, course: Course, weights: Weights) -> float | None:
-        """Serve the next visit to this stop; return the seconds that it took, None if there is none."""
-        with self._boarding.changed:
-            here = [v for v in course.due(self._boarding.settle(course)) if v.stop == course.stop]
-            if not here:
-                return None
-            # One at a time: a rider may come back to the same stop at once (head and last block, at the turn).
-            visit = min(here, key=lambda visit: visit.order)
-            course.passed.add(visit.key)
-            self._boarding.begin(visit)
-        started = time.perf_counter()
-        try:
-            visit.value = visit.run(visit.work, weights)
-        except BaseException as caught:  # raised again by the visitor's call
-            visit.error = caught
-        seconds = time.perf_counter() - started
-        self.totals.num_passed += 1
-        self.totals.compute_seconds += seconds
-        self._boarding.finish(visit)
-        return seconds

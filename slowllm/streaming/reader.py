@@ -124,9 +124,10 @@ class Reader(PrefetchedStops[LoadedStop, _Read]):
         started = time.perf_counter()
         with self._changed:
             self._ring.upcoming = list(dict.fromkeys(upcoming))
-            for loaded in list(self._ring.loaded.values()):
+            awaited = {stop, *upcoming}
+            for loaded in list(self._ring.streamed.values()):
                 # The part of a streamed stop that was read in vain is given up; a resident stop keeps its part.
-                if loaded.stop not in (stop, *upcoming) and not (loaded.ready or loaded.resident):
+                if loaded.stop not in awaited and not loaded.ready:
                     self._ring.evict(loaded)
             slot = self._wait_for(stop, upcoming)
             slot.held = True
@@ -141,6 +142,12 @@ class Reader(PrefetchedStops[LoadedStop, _Read]):
                         region.fill(0xFF)  # NaN in every floating-point dtype
                     self._ring.evict(slot)
                 self._want(upcoming)  # the stop that was held only if it comes up again
+
+    def prefetch(self, stops: Sequence[int]) -> None:
+        """Have stops read ahead of the next visit, instead of those that were expected before."""
+        with self._changed:
+            self._ring.upcoming = list(dict.fromkeys(stops))
+            self._want(stops)
 
     def close(self) -> None:
         """End the threads and close the files. Weights handed out stay readable.
@@ -177,7 +184,7 @@ class Reader(PrefetchedStops[LoadedStop, _Read]):
             slot = self._ring.loaded.get(stop)
             if slot is None:
                 slot = LoadedStop(stop, stop in self._resident, deque(self._stops[stop]))
-                self._ring.loaded[stop] = slot
+                self._ring.add(slot)
                 if slot.ready:  # a stop without weights of its own
                     self._changed.notify_all()
             while slot.unplaced and not slot.requests:

@@ -76,6 +76,7 @@ class Ring:
     Attributes:
         buffer: the memory.
         loaded: the stops that are in memory or on their way there, by number; resident ones, too.
+        streamed: those of them that are not resident.
         wanted: stops that are waited for or expected, the next first.
         upcoming: stops that are expected behind the one that is held.
     """
@@ -83,6 +84,7 @@ class Ring:
     def __init__(self, num_bytes: int, stop_bytes: Sequence[int], resident: frozenset[int]) -> None:
         self.buffer = Buffer(num_bytes)
         self.loaded: dict[int, LoadedStop] = {}
+        self.streamed: dict[int, LoadedStop] = {}
         self.wanted: list[int] = []
         self.upcoming: list[int] = []
         self._num_bytes, self._stop_bytes, self._resident = num_bytes, stop_bytes, resident
@@ -110,9 +112,16 @@ class Ring:
         """Note that the last tensor of a stop has its place."""
         self._started_over.discard(slot.stop)
 
+    def add(self, slot: LoadedStop) -> None:
+        """Note a stop that is going to be read."""
+        self.loaded[slot.stop] = slot
+        if not slot.resident:
+            self.streamed[slot.stop] = slot
+
     def release(self) -> None:
         """Forget all stops, and let the buffer go. Weights handed out stay readable."""
         self.loaded.clear()
+        self.streamed.clear()
         self._extents.clear()
         self.buffer.release()
 
@@ -122,6 +131,7 @@ class Ring:
         slot.requests.clear()
         if self.loaded.get(slot.stop) is slot:
             del self.loaded[slot.stop]
+            self.streamed.pop(slot.stop, None)
 
     def _allocate(self, num_bytes: int, slot: LoadedStop) -> np.ndarray | None:
         if not num_bytes:  # an extent of no bytes would look like a full circle

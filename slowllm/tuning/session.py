@@ -27,7 +27,7 @@ from slowllm.errors import PlanError, SlowLLMError, StateError, TuningError
 from slowllm.modeling.soft_prompt_files import check_folder, save_prompt
 from slowllm.options import parse_dtype
 from slowllm.planning.budget import Budget
-from slowllm.planning.job import Job, Rates
+from slowllm.planning.job import WHOLE_BLOCKS, Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
 from slowllm.runtime.memory import budget_bytes
@@ -208,7 +208,7 @@ class Session:
         options = self.options
         with self._open_model(
             ram=Budget(self.ram_bytes, used_bytes), device=options.device, vram=options.vram, dtype=self.dtype,
-            keep_resident=options.keep_resident, job=job, rates=self.rates, granularity="blocks",
+            keep_resident=options.keep_resident, job=job, rates=self.rates, granularity=WHOLE_BLOCKS,
         ) as lm:  # fmt: skip
             # A hash of the ends alone would be that of no whole checkpoint.
             self.source_fingerprint = None if lm.checkpoint.absent else lm.fingerprint(of_source=True)

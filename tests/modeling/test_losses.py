@@ -25,7 +25,11 @@ RELATIVE = 1e-6
 
 
 def resident(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+    return (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def embedded(model: Any) -> torch.Tensor:

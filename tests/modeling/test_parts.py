@@ -89,7 +89,9 @@ def test_a_span_gives_the_bits_of_the_whole_model_and_reads_its_own_blocks_only(
         with opened(folder, part, dtype=str(whole.model.dtype)) as lm:
             found = run_until(lm, Inside(first, end, known), Reach(first=first, end=end))
             assert torch.equal(hidden_of(found), expected)
-            num_bytes = sum(p.num_bytes for stop in whole.layout.stops[first:end] for p in stop)
+            num_bytes = sum(p.num_bytes for stop in lm.layout.stops for p in stop) + sum(
+                p.num_bytes for unit in lm.layout.units for p in unit
+            )
             assert num_bytes <= lm.report.read_bytes <= num_bytes + PAGES
             assert lm.report.num_passages == end - first
             assert lm.weight_bytes == num_bytes

@@ -86,7 +86,11 @@ def prompt_of(kind: str, model: Any) -> SoftPrompt:
 
 
 def resident(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    return (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def blocks_of(model: Any) -> Any:

@@ -27,7 +27,9 @@ TOLERANCE = 1e-5
 
 
 def plain_log_probs(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, experts_implementation="eager"
+    ).eval()
     with torch.no_grad():
         logits = model(input_ids=IDS, use_cache=False).logits.float()
     found: torch.Tensor = logits[[p[0] for p in PLACES], [p[1] for p in PLACES]].log_softmax(-1)

@@ -57,8 +57,9 @@ def is_resident(info: ModelInfo, first: int, end: int, free_bytes: int) -> bool:
 
 def peak_bytes(info: ModelInfo, first: int, end: int) -> int:
     with open_model(
-        StreamedLM, info, ram=budget(2048 * MIB), dtype="float32", job=JOB, part=Part.span(first, end)
-    ) as lm:
+        StreamedLM, info, ram=budget(2048 * MIB), dtype="float32", job=JOB, part=Part.span(first, end),
+        granularity="blocks",
+    ) as lm:  # fmt: skip
         return lm.plan.peak_bytes
 
 

@@ -199,6 +199,7 @@ def resident(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -
 
     Frozen, as streamed weights are: torch takes another path through a product with a matrix that requires grad.
     """
+    options = {"experts_implementation": "eager", **options}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval().requires_grad_(False)
 
 

@@ -77,7 +77,11 @@ def examples(count: int, low: int = 4, high: int = 9, seed: int = 0) -> tuple[Ex
 
 
 def resident(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+    return (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def moved(trial: Trial) -> Trial:

@@ -44,7 +44,9 @@ def bnb_model(family: str, tmp_path: Path, layer: BnbLayer) -> tuple[Path, Path]
 
 
 def logits_of(folder: Path, dtype: str) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), experts_implementation="eager"
+    )
     with torch.no_grad():
         logits: torch.Tensor = model(IDS).logits
     return logits
@@ -80,7 +82,9 @@ def test_what_transformers_saves_is_read(settings: BitsAndBytesConfig, tmp_path:
         tmp_path / "plain", quantization_config=settings, dtype=torch.float32
     )
     model.save_pretrained(tmp_path / "saved")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", dtype=torch.float32, experts_implementation="eager"
+    )
     for name, module in model.named_modules():
         if isinstance(module, (Linear4bit, Linear8bitLt)):
             plain.get_submodule(name).weight.data = dequantised(module)

@@ -39,7 +39,9 @@ def compressed(name: str, case: str, tmp_path: Path) -> Path:
 def assert_same(name: str, case: str, dtype: str, resident: bool, tmp_path: Path) -> None:
     folder = compressed(name, case, tmp_path)
     back = plain_copy(tmp_path / "plain", tmp_path / "back", store_decompressed(case))
-    model = AutoModelForCausalLM.from_pretrained(back, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        back, dtype=getattr(torch, dtype), experts_implementation="eager"
+    )
     with torch.no_grad(), slowllm.load(folder, dtype=dtype, resident=resident) as lm:
         assert torch.equal(lm.model(IDS).logits, model(IDS).logits)
 
@@ -109,7 +111,7 @@ def test_groups_of_several_kinds_are_told_apart(tmp_path: Path) -> None:
     back = plain_copy(
         tmp_path / "plain", tmp_path / "back", lambda name, w: store_decompressed(case_of(name))(name, w)
     )
-    model = AutoModelForCausalLM.from_pretrained(back, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(back, dtype=torch.bfloat16, experts_implementation="eager")
     with torch.no_grad(), slowllm.load(folder, dtype="bfloat16") as lm:
         assert torch.equal(lm.model(IDS).logits, model(IDS).logits)
 
@@ -276,7 +278,9 @@ def test_a_quantised_head_and_embedding_are_read(case: str, tmp_path: Path) -> N
             quantised(tmp_path / "plain", folder, settings_of(case), store)
         change_tensors(folder, change)
         folders.append(folder)
-    model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        folders[1], dtype=torch.bfloat16, experts_implementation="eager"
+    )
     for resident in (True, False):
         with torch.no_grad(), slowllm.load(folders[0], dtype="bfloat16", resident=resident) as lm:
             assert torch.equal(lm.model(IDS).logits, model(IDS).logits)

@@ -27,7 +27,9 @@ def fp8(name: str, tmp_path: Path, block: tuple[int, int] = (8, 16), **options: 
 
 
 def logits_of(folder: Path, dtype: str) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), experts_implementation="eager"
+    )
     with torch.no_grad():
         logits: torch.Tensor = model(IDS).logits
     return logits
@@ -79,7 +81,9 @@ def test_a_scale_may_be_that_of_a_row_or_of_the_matrix(block: tuple[int, int], t
 def test_a_model_that_transformers_saved_with_fused_experts_is_read(tmp_path: Path) -> None:
     """Experts as one tensor (E, R, K) with scales (E, R / 8, K / 16)."""
     save_tiny("mixtral", tmp_path / "plain", torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", dtype=torch.bfloat16, experts_implementation="eager"
+    )
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     one = store_fp8((8, 16))
 

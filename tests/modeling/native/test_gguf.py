@@ -58,8 +58,12 @@ def plain_config(path: Path) -> Any:
 def reference(path: Path, family: str, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model dequantised by transformers, or where it cannot load the file by the package gguf."""
     if family in LOADED_BY_TRANSFORMERS:
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype, experts_implementation="eager"
+        )
     model = AutoModelForCausalLM.from_config(plain_config(path), dtype=dtype).eval()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
     if family == "mixtral":
         tensors = mixtral_tensors(path)
     else:

@@ -32,7 +32,9 @@ def mxfp4(tmp_path: Path) -> Path:
 
 
 def dequantised(folder: Path, dtype: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), experts_implementation="eager"
+    )
 
 
 @pytest.mark.parametrize("resident", [True, False])

@@ -34,7 +34,9 @@ LAYERS = {
 
 
 def logits_of(folder: Path, dtype: str) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), experts_implementation="eager"
+    )
     with torch.no_grad():
         logits: torch.Tensor = model(IDS).logits
     return logits

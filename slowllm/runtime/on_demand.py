@@ -1,0 +1,91 @@
+"""The experts of a model that are read when routers ask for them: their reader, what stays, and what is counted.
+
+Knows files and plans; what experts compute is `modeling.streamed_experts`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from transformers import PreTrainedModel
+
+from slowllm.modeling.expert_forecast import ExpertForecast
+from slowllm.modeling.layout import Layout
+from slowllm.modeling.sizes import unit_buffer_bytes
+from slowllm.modeling.streamed_experts import EXPERTS, IMPLEMENTATION, ExpertSettings, StreamedExperts
+from slowllm.planning.host_plan import Plan
+from slowllm.planning.resident_stops import spread
+from slowllm.streaming.cast_stops import CastStops
+from slowllm.streaming.demand_stops import DemandStops
+from slowllm.streaming.reader import Reader
+from slowllm.streaming.stops import Stops
+
+
+@dataclass
+class OnDemand:
+    """Experts that are read on demand. Owns threads, files and buffers; close it.
+
+    Attributes:
+        layout: whose experts they are.
+        demand: brings them.
+        forecast: what routers chose so far.
+        settings: how they are multiplied, and what was counted.
+    """
+
+    layout: Layout
+    demand: DemandStops
+    forecast: ExpertForecast
+    settings: ExpertSettings
+    _reader: Reader
+    _cast: CastStops | None
+
+    @classmethod
+    def open(cls, layout: Layout, plan: Plan, *, poison: bool = False, is_exact: bool = False) -> Self:
+        """Open the files of experts, with memory as planned.
+
+        Args:
+            layout: with experts.
+            plan: of it.
+            poison: see `Reader`.
+            is_exact: whether each rider's rows are multiplied by themselves.
+        """
+        units = layout.units
+        resident = spread([1] * len(units), plan.kept_units)
+        reader = Reader(units, ring_bytes=plan.expert_ring_bytes, resident=resident, poison=poison)
+        dtypes, buffer_bytes = layout.unit_dtypes, unit_buffer_bytes(layout)
+        cast = CastStops(reader, units, dtypes, buffer_bytes) if any(buffer_bytes) else None
+        stops: Stops = reader if cast is None else cast
+        forecast = ExpertForecast([len(experts.units) for experts in layout.experts])
+        return cls(
+            layout, DemandStops(reader, stops, resident), forecast, ExpertSettings(is_exact), reader, cast
+        )
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read so far."""
+        return self._reader.stats.read_bytes
+
+    def put_into(self, model: PreTrainedModel) -> None:
+        """Have a model's experts computed from what is read on demand.
+
+        Args:
+            model: whose parameters of experts are on the meta device.
+        """
+        first = 0
+        for experts in self.layout.experts:
+            module: Any = model.get_submodule(experts.name)
+            module.__dict__[EXPERTS] = StreamedExperts(
+                module, experts, first, self.demand, self.forecast, self.settings
+            )
+            first += len(experts.units)
+        model.set_experts_implementation(IMPLEMENTATION)
+
+    def close_files(self) -> None:
+        """End the threads that read, so that nobody waits for them any more."""
+        self._reader.close()
+
+    def close(self) -> None:
+        """End the threads that decode."""
+        if self._cast is not None:
+            self._cast.close()
