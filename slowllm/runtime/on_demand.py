@@ -5,6 +5,7 @@ Knows files and plans; what experts compute is `modeling.streamed_experts`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from slowllm.planning.resident_stops import spread
 from slowllm.streaming.cast_stops import CastStops
 from slowllm.streaming.demand_stops import DemandStops
 from slowllm.streaming.reader import Reader
-from slowllm.streaming.stops import Stops
+from slowllm.streaming.stops import StopRead, Stops
 
 
 @dataclass
@@ -65,6 +66,10 @@ class OnDemand:
     def read_bytes(self) -> int:
         """Bytes read so far."""
         return self._reader.stats.read_bytes
+
+    def watch_reads(self, watcher: Callable[[StopRead], None]) -> None:
+        """Have a function called with each expert that has been read, on the thread that read the last of it."""
+        self._reader.on_read = watcher
 
     def put_into(self, model: PreTrainedModel) -> None:
         """Have a model's experts computed from what is read on demand.

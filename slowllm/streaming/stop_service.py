@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -57,17 +58,20 @@ class StopService:
                 self.totals.num_passages += 1
                 self.totals.wait_seconds += wait_seconds
                 paused: list[tuple[Visit, Paused]] = []
+                ready: deque[tuple[Visit, Callable[[], Any]]] = deque()
                 while True:
-                    while (seconds := self._pass_next(course, weights, paused)) is not None:
-                        compute_seconds += seconds
+                    if (seconds := self._pass_next(course, weights, paused)) is not None:
                         num_passed += 1
-                    if not paused:
+                    elif ready:
+                        seconds = self._resume(*ready.popleft(), paused)
+                    elif paused:  # everybody at this stop has passed, or waits for the others
+                        seconds, waited = self._serve_together(paused, ready)
+                        wait_seconds += waited
+                        self.totals.wait_seconds += waited
+                    else:
                         break
-                    # Everybody at this stop has passed, or waits for the others.
-                    computed, waited = self._serve_together(paused)
-                    compute_seconds += computed
-                    wait_seconds += waited
-                    self.totals.wait_seconds += waited
+                    compute_seconds += seconds
+                    self.totals.compute_seconds += seconds
         except BaseException as error:
             if wait_seconds is not None:  # all have passed, so no visit is left that could raise it
                 raise
@@ -99,7 +103,6 @@ class StopService:
             self._go_on(visit, functools.partial(visit.run, visit.work, weights), paused)
         seconds = time.perf_counter() - started
         self.totals.num_passed += 1
-        self.totals.compute_seconds += seconds
         return seconds
 
     def _go_on(self, visit: Visit, step: Callable[[], Any], paused: list[tuple[Visit, Paused]]) -> None:
@@ -117,22 +120,32 @@ class StopService:
             visit.value = value
         self._boarding.finish(visit)
 
-    def _serve_together(self, paused: list[tuple[Visit, Paused]]) -> tuple[float, float]:
-        """Serve all that wait for one another, and let each go on; return the seconds computed and waited for bytes.
+    def _resume(self, visit: Visit, step: Callable[[], Any], paused: list[tuple[Visit, Paused]]) -> float:
+        """Let a visit go on that was served with others, once no rider runs; return the seconds that it took."""
+        started = time.perf_counter()
+        with self._boarding.changed:
+            # A rider that runs still may be blocked on a guest who waits elsewhere, and so on those who wait here.
+            if self._boarding.baton.holder is None:
+                self._boarding.baton.hand(visit.rider)
+        self._go_on(visit, step, paused)
+        return time.perf_counter() - started
 
-        Those that pause again are left in `paused`.
+    @staticmethod
+    def _serve_together(
+        paused: list[tuple[Visit, Paused]], ready: deque[tuple[Visit, Callable[[], Any]]]
+    ) -> tuple[float, float]:
+        """Serve all that wait for one another; return the seconds computed, and those waited for bytes.
+
+        Those that are `paused` become `ready` to go on, in their order.
         """
-        started, waiting = time.perf_counter(), list(paused)
+        started, waiting = time.perf_counter(), sorted(paused, key=lambda item: item[0].order)
         paused.clear()
         gatherings = list(dict.fromkeys(one.gathering for _, one in waiting))
         before = sum(gathering.wait_seconds for gathering in gatherings)
         outcomes = serve_all([one for _, one in waiting])
-        for (visit, one), outcome in zip(waiting, outcomes, strict=True):
-            with self._boarding.changed:
-                self._boarding.baton.hand(visit.rider)
-            self._go_on(visit, functools.partial(one.resume, outcome), paused)
-            del outcome  # or what it holds would be kept until the next
+        ready.extend(
+            (visit, functools.partial(one.resume, outcome))
+            for (visit, one), outcome in zip(waiting, outcomes, strict=True)
+        )
         waited = sum(gathering.wait_seconds for gathering in gatherings) - before
-        seconds = max(0.0, time.perf_counter() - started - waited)
-        self.totals.compute_seconds += seconds
-        return seconds, waited
+        return max(0.0, time.perf_counter() - started - waited), waited

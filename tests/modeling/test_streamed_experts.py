@@ -1,0 +1,220 @@
+"""Experts that are read when a router asks for them: bits of transformers' `eager`, and no byte that nobody needs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import slowllm
+from slowllm.errors import CheckpointError, PlanError
+from slowllm.modeling.expert_units import cut_experts
+from slowllm.streaming.buffers import PAGE
+from tests.support.families import MIXTURES, resident, save_tiny
+from tests.support.native_checkpoints import fp8_settings, quantised, store_fp8, store_mxfp4
+from tests.support.properties import num_examples
+
+IDS = torch.arange(5, 35).view(2, 15)
+
+
+def streamed(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    options = {"granularity": "experts", "resident": False, **options}
+    return slowllm.load(folder, dtype=str(dtype).removeprefix("torch."), **options)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    @functools.cache
+    def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        save_tiny(name, folder, dtype)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(MIXTURES))
+def test_a_rider_alone_has_the_bits_of_eager(
+    name: str, dtype: torch.dtype, tiny: Callable[..., Path]
+) -> None:
+    plain: Any = resident(tiny(name, dtype), dtype)
+    with streamed(tiny(name, dtype), dtype, poison=True) as lm:
+        with torch.no_grad():
+            assert torch.equal(lm.model(IDS).logits, plain(IDS).logits)
+            wanted = plain.generate(IDS, max_new_tokens=3, do_sample=False)
+            assert torch.equal(lm.model.generate(IDS, max_new_tokens=3, do_sample=False), wanted)
+        grads = []
+        for model in (plain, lm.model):
+            embedded = plain.get_input_embeddings()(IDS).detach().requires_grad_()
+            model(inputs_embeds=embedded, labels=IDS).loss.backward()
+            grads.append(embedded.grad)
+        assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_riders_share_what_is_read_and_keep_their_bits(name: str, tiny: Callable[..., Path]) -> None:
+    plain: Any = resident(tiny(name))
+    texts = [IDS[:1, :4], IDS, IDS[1:, :9]]
+    wanted = [plain(ids).logits for ids in texts]
+    with streamed(tiny(name)) as lm, torch.no_grad():
+        found = lm.ride([lambda ids=ids: lm.model(ids).logits for ids in texts])
+        assert all(map(torch.equal, found, wanted))
+        stats = lm.experts.settings.stats
+        assert stats.num_distinct < stats.num_wanted  # each was brought once for all who want it
+        assert lm.experts.demand.stats.num_asked == stats.num_distinct
+        assert not stats.num_together
+    with streamed(tiny(name), exact=False) as lm, torch.no_grad():
+        found = lm.ride([lambda ids=ids: lm.model(ids).logits for ids in texts])
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+        assert lm.experts.settings.stats.num_together
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_coded_experts_are_cut_and_decoded_once_for_all(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "fp8":
+        save_tiny("deepseek-v3", tmp_path / "plain", torch.bfloat16)
+        folder = quantised(tmp_path / "plain", tmp_path / kind, fp8_settings((8, 16)), store_fp8((8, 16)))
+    else:
+        save_tiny("gpt-oss", tmp_path / "plain", torch.bfloat16)
+        folder = quantised(tmp_path / "plain", tmp_path / kind, {"quant_method": "mxfp4"}, store_mxfp4)
+    plain: Any = resident(folder, torch.bfloat16)
+    with streamed(folder, torch.bfloat16) as lm, torch.no_grad():
+        decoded: list[tuple[int, int]] = []
+        for codec in {type(u.coding and codec_class(u)) for unit in lm.layout.units for u in unit}:
+            inner = codec.decode
+
+            def decode(
+                self: Any, parts: Any, out: Any, first: int, last: int, team: Any, inner: Any = inner
+            ) -> None:
+                decoded.append((first, last))
+                inner(self, parts, out, first, last, team)
+
+            monkeypatch.setattr(codec, "decode", decode)
+        assert torch.equal(lm.model(IDS).logits, plain(IDS).logits)
+        alone = len(decoded)
+        before = lm.experts.settings.stats.num_distinct
+        decoded.clear()
+        found = lm.ride([lambda: lm.model(IDS).logits] * 3)
+        assert all(torch.equal(one, plain(IDS).logits) for one in found)
+        assert lm.experts.settings.stats.num_distinct == 2 * before
+        if kind == "mxfp4":  # where nothing but experts is coded
+            assert len(decoded) == alone
+
+
+def codec_class(placement: Any) -> Any:
+    from slowllm.storage.codecs.registry import codec_of
+
+    return codec_of(placement.coding)
+
+
+@num_examples(12)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3), seed=st.integers(0, 2**16))
+def test_every_wanted_expert_is_read_once_and_no_other(
+    lengths: list[int], seed: int, tiny: Callable[..., Path]
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    texts = [torch.randint(5, 200, (1, length), generator=generator) for length in lengths]
+    with streamed(tiny("qwen3-moe")) as lm, torch.no_grad():
+        lm.experts.forecast.ahead_of = lambda first: []  # nothing is read ahead of a router
+        read: list[int] = []
+        lm.experts.watch_reads(lambda stop: read.append(stop.stop))
+        lm.ride([lambda ids=ids: lm.model(ids).logits for ids in texts])
+        chosen = lm.experts.forecast.chosen
+        assert set(chosen.tolist()) <= {0, 1}
+        wanted = [unit for unit, count in enumerate(chosen) if count]
+        assert sorted(read) == wanted
+        num_bytes = sum(p.num_bytes for unit in wanted for p in lm.layout.units[unit])
+        # Pages at the edges of tensors, which are small here.
+        edges = 2 * PAGE * sum(len(p.runs) for unit in wanted for p in lm.layout.units[unit])
+        assert num_bytes <= lm.experts.read_bytes <= num_bytes + edges
+
+
+def test_where_nearly_all_are_needed_they_are_read_ahead(tiny: Callable[..., Path]) -> None:
+    with streamed(tiny("mixtral")) as lm, torch.no_grad():
+        for _ in range(3):
+            lm.model(torch.randint(5, 200, (2, 60)))
+        forecast = lm.experts.forecast
+        assert forecast.num_ahead and forecast.num_hit >= 0.75 * forecast.num_ahead
+
+
+def test_an_expert_that_cannot_be_read_ends_those_who_need_it(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: Any = resident(tiny("olmoe"))
+    texts = [torch.tensor([[number]]) for number in range(5, 17)]
+    wanted = [plain(ids).logits for ids in texts]
+    with streamed(tiny("olmoe")) as lm, torch.no_grad():
+        lm.model(texts[0])
+        broken = int(
+            lm.experts.forecast.chosen.nonzero()[0][-1]
+        )  # an expert of the last block that the first text needs
+        inner = lm.experts.demand.holding
+
+        def holding(unit: int, upcoming: Any = ()) -> Any:
+            if unit == broken:
+                raise CheckpointError(f"unit {unit} cannot be read")
+            return inner(unit, upcoming)
+
+        monkeypatch.setattr(lm.experts.demand, "holding", holding)
+        outcomes: list[Any] = []
+
+        def job(ids: torch.Tensor) -> Any:
+            try:
+                return lm.model(ids).logits
+            except CheckpointError as error:
+                return str(error)
+
+        outcomes = lm.ride([lambda ids=ids: job(ids) for ids in texts])
+    failed = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, str)]
+    assert 0 in failed and len(failed) < len(texts)
+    assert all(outcomes[number] == f"unit {broken} cannot be read" for number in failed)
+    for number, outcome in enumerate(outcomes):
+        if number not in failed:
+            assert torch.equal(outcome, wanted[number])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index, weights: (index + 40, weights), "names an expert"),
+        (lambda index, weights: (index, weights * float("nan")), "not finite"),
+    ],
+)
+def test_a_router_that_makes_no_sense_is_refused_by_name(
+    change: Any, message: str, tiny: Callable[..., Path]
+) -> None:
+    with streamed(tiny("mixtral")) as lm, torch.no_grad():
+        experts = lm.model.model.layers[1].mlp.experts
+        inner = experts.__dict__["_slowllm_experts"].forward
+        experts.__dict__["_slowllm_experts"].forward = lambda hidden, index, weights: inner(
+            hidden, *change(index, weights)
+        )
+        with pytest.raises(slowllm.SlowLLMError, match=rf"model\.layers\.1\.mlp\.experts.*{message}"):
+            lm.model(IDS)
+
+
+def test_a_budget_too_small_for_an_expert_is_refused_with_numbers(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(PlanError, match="the smallest that would do is"):
+        streamed(tiny("mixtral"), ram="300MiB")
+
+
+def test_the_matrices_of_all_experts_cover_the_parameter(tiny: Callable[..., Path]) -> None:
+    with streamed(tiny("mixtral")) as lm:
+        for experts in lm.layout.experts:
+            for place, name in enumerate(experts.full_names):
+                whole = lm.layout.placements[name]
+                cut = list(cut_experts(whole))
+                assert cut == [unit[place] for unit in experts.units]
+                assert sum(one.num_bytes for one in cut) == whole.num_bytes
+                runs = [(run.span.name, run.source, run.num_bytes) for one in cut for run in one.runs]
+                assert sorted(runs) == sorted((r.span.name, r.source, r.num_bytes) for r in whole.runs)
