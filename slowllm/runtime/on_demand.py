@@ -5,10 +5,12 @@ Knows files and plans; what experts compute is `modeling.streamed_experts`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from slowllm.modeling.expert_forecast import ExpertForecast
@@ -16,9 +18,9 @@ from slowllm.modeling.layout import Layout
 from slowllm.modeling.sizes import unit_buffer_bytes
 from slowllm.modeling.streamed_experts import EXPERTS, IMPLEMENTATION, ExpertSettings, StreamedExperts
 from slowllm.planning.host_plan import Plan
-from slowllm.planning.resident_stops import spread
 from slowllm.streaming.cast_stops import CastStops
 from slowllm.streaming.demand_stops import DemandStops
+from slowllm.streaming.kept_stops import KeptStops
 from slowllm.streaming.reader import Reader
 from slowllm.streaming.stops import StopRead, Stops
 
@@ -30,19 +32,29 @@ class OnDemand:
     Attributes:
         layout: whose experts they are.
         demand: brings them.
+        kept: those that stay in memory.
         forecast: what routers chose so far.
         settings: how they are multiplied, and what was counted.
     """
 
     layout: Layout
     demand: DemandStops
+    kept: KeptStops
     forecast: ExpertForecast
     settings: ExpertSettings
     _reader: Reader
     _cast: CastStops | None
 
     @classmethod
-    def open(cls, layout: Layout, plan: Plan, *, poison: bool = False, is_exact: bool = False) -> Self:
+    def open(
+        cls,
+        layout: Layout,
+        plan: Plan,
+        *,
+        poison: bool = False,
+        is_exact: bool = False,
+        counts: np.ndarray | None = None,
+    ) -> Self:
         """Open the files of experts, with memory as planned.
 
         Args:
@@ -50,17 +62,20 @@ class OnDemand:
             plan: of it.
             poison: see `Reader`.
             is_exact: whether each rider's rows are multiplied by themselves.
+            counts: (U,) int64, how often each expert was asked for before; None where nobody counted.
         """
         units = layout.units
-        resident = spread([1] * len(units), plan.kept_units)
-        reader = Reader(units, ring_bytes=plan.expert_ring_bytes, resident=resident, poison=poison)
+        sizes = [len(experts.units) for experts in layout.experts]
+        ends = list(itertools.accumulate(sizes, initial=0))
+        groups = [range(first, end) for first, end in itertools.pairwise(ends)]
+        reader = Reader(units, ring_bytes=plan.expert_ring_bytes, poison=poison)
+        counts = np.zeros(len(units), dtype=np.int64) if counts is None else counts
+        kept = KeptStops(reader, units, groups, plan.kept_units // len(groups), counts)
         dtypes, buffer_bytes = layout.unit_dtypes, unit_buffer_bytes(layout)
-        cast = CastStops(reader, units, dtypes, buffer_bytes) if any(buffer_bytes) else None
-        stops: Stops = reader if cast is None else cast
-        forecast = ExpertForecast([len(experts.units) for experts in layout.experts])
-        return cls(
-            layout, DemandStops(reader, stops, resident), forecast, ExpertSettings(is_exact), reader, cast
-        )
+        cast = CastStops(kept, units, dtypes, buffer_bytes) if any(buffer_bytes) else None
+        stops: Stops = kept if cast is None else cast
+        demand = DemandStops(reader, kept, stops)
+        return cls(layout, demand, kept, ExpertForecast(sizes), ExpertSettings(is_exact), reader, cast)
 
     @property
     def read_bytes(self) -> int:
@@ -91,6 +106,7 @@ class OnDemand:
         self._reader.close()
 
     def close(self) -> None:
-        """End the threads that decode."""
+        """End the threads that decode, and let memory go."""
+        self.kept.close()
         if self._cast is not None:
             self._cast.close()

@@ -8,25 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+from slowllm.streaming.kept_stops import KeptStops
 from slowllm.streaming.reader import Reader, ReadStats
 from slowllm.streaming.stops import Stops, Weights
-
-
-@dataclass
-class DemandStats:
-    """What was asked for so far.
-
-    Attributes:
-        num_asked: units that were handed over.
-        num_resident: those of them that were in memory to stay.
-        num_calls: calls of `bring`.
-    """
-
-    num_asked: int = 0
-    num_resident: int = 0
-    num_calls: int = 0
 
 
 class DemandStops:
@@ -34,15 +19,15 @@ class DemandStops:
 
     Args:
         reader: of the units, each a stop there.
-        stops: the same in the compute dtype; the reader itself where nothing is cast.
-        resident: units that stay in memory once they are read.
+        kept: of which some stay in memory.
+        stops: the same in the compute dtype; `kept` itself where nothing is cast.
     Attributes:
-        stats: what was asked for so far.
+        num_asked: units that were handed over.
     """
 
-    def __init__(self, reader: Reader, stops: Stops, resident: frozenset[int] = frozenset()) -> None:
-        self.stats = DemandStats()
-        self._reader, self._stops, self._resident = reader, stops, resident
+    def __init__(self, reader: Reader, kept: KeptStops, stops: Stops) -> None:
+        self.num_asked = 0
+        self._reader, self._kept, self._stops = reader, kept, stops
 
     @property
     def read_stats(self) -> ReadStats:
@@ -59,7 +44,6 @@ class DemandStops:
             CheckpointError, OSError, RideError: see `Reader.visit`; the units behind one that cannot be read are brought
                 by another call.
         """
-        self.stats.num_calls += 1
         for place, unit in enumerate(units):
             with self.holding(unit, [*units[place + 1 :], *then]) as weights:
                 yield unit, weights
@@ -68,10 +52,9 @@ class DemandStops:
     def holding(self, unit: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
         """Hold one unit; `upcoming` are read meanwhile."""
         with self._stops.visit(unit, upcoming) as weights:
-            self.stats.num_asked += 1
-            self.stats.num_resident += unit in self._resident
+            self.num_asked += 1
             yield weights
 
     def prefetch(self, units: Sequence[int]) -> None:
         """Have units read ahead that are expected next, instead of those that were expected before."""
-        self._reader.prefetch(units)
+        self._kept.prefetch(units)

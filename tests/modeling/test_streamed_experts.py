@@ -68,7 +68,7 @@ def test_riders_share_what_is_read_and_keep_their_bits(name: str, tiny: Callable
         assert all(map(torch.equal, found, wanted))
         stats = lm.experts.settings.stats
         assert stats.num_distinct < stats.num_wanted  # each was brought once for all who want it
-        assert lm.experts.demand.stats.num_asked == stats.num_distinct
+        assert lm.experts.demand.num_asked == stats.num_distinct
         assert not stats.num_together
     with streamed(tiny(name), exact=False) as lm, torch.no_grad():
         found = lm.ride([lambda ids=ids: lm.model(ids).logits for ids in texts])
