@@ -48,6 +48,10 @@ class NonFiniteError(SlowLLMError):
     row: int | None = None
 
 
+class RouterError(SlowLLMError):
+    """A router chose an expert that there is not; the message names the module of experts."""
+
+
 class UnsupportedError(SlowLLMError):
     """A transformers operation that has no meaning on a streamed model."""
 

@@ -1,60 +1,131 @@
-"""Compute one expert of a mixture on the rows that a router sent to it, as transformers' `eager` loop does.
+"""How does transformers' own module of experts compute with one expert at a time?
 
-Generic over the families whose classes carry transformers' `use_experts_implementation`.
+Knows what the decorator of such modules says of them (`use_experts_implementation`: gates, biases, transposed matrices, a norm behind
+each expert) and lets each family apply its own gate; knows nothing of where an expert's matrices come from. The bits are those of the
+family's own loop (`eager`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from slowllm.errors import CheckpointError
+from slowllm.errors import ArchitectureError
+from slowllm.modeling.expert_routing import ExpertSum, Routing
+from slowllm.modeling.experts import expert_modules, weights_of
+from slowllm.modeling.finite import UNKNOWN_MASK
+from slowllm.streaming.call_context import current_call
 
-
-@dataclass(frozen=True)
-class Routing:
-    hidden: Tensor
-    index: Tensor
-    weights: Tensor
-    num_experts: int
-
-    @classmethod
-    def checked(cls, name: str, hidden: Tensor, index: Tensor, weights: Tensor, num_experts: int) -> Self:
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) <= num_experts:
-            raise CheckpointError(f"{name}: its router names an expert that is not among {num_experts}")
-        if not bool(weights.isfinite().all()):
-            raise CheckpointError(f"{name}: its router's weights are not finite")
-        return cls(hidden, index, weights, num_experts)
-
-    def experts(self) -> list[int]:
-        return [number for number in self.index.unique().tolist() if number < self.num_experts]
-
-    def rows_of(self, number: int) -> tuple[Tensor, Tensor]:
-        places, tokens = torch.where((self.index == number).t())
-        return tokens, places
+# The name by which a model's config asks for `experts_forward`.
+IMPLEMENTATION = "slowllm"
+# The attribute in which a module of experts finds its own name in the model.
+_NAME = "_slowllm_name"
+# The attribute in which it finds what computes experts that are read when a router asks for them.
+ON_DEMAND = "_slowllm_on_demand"
+# Families whose loop adds outputs in another dtype than that of the hidden states, which the decorator does not say. No causal language
+# model of transformers does more in another dtype; OpenAI's privacy filter, a classifier, also multiplies in float32.
+_ADDS_IN_FLOAT32 = frozenset({"Inkling2Experts"})
+_ADDS_AS_WEIGHTS = frozenset({"NemotronHExperts"})
 
 
-def expert_output(module: nn.Module, held: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-    kind: Any = module
+class OnDemandExperts(Protocol):
+    """Computes experts that are not in the module; `streamed_experts.StreamedExperts` does."""
 
-    def product(x: Tensor, name: str) -> Tensor:
-        weight, bias = held[name], held.get(f"{name}_bias")
-        if kind.is_transposed:
-            out = x @ weight
-            return out if bias is None else out + bias
-        return F.linear(x, weight, bias)
-
-    out = product(rows, "gate_up_proj" if kind.has_gate else "up_proj")
-    out = kind._apply_gate(out) if kind.has_gate else kind.act_fn(out)
-    out = product(out, "down_proj")
-    return kind.post_expert_norm(out) if getattr(kind, "has_post_expert_norm", False) else out
+    def forward(self, routing: Routing) -> Tensor:
+        """Return (T, H) in the compute dtype, as `experts_forward` does."""
 
 
-def add_rows(out: Tensor, routing: Routing, tokens: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-    weighted = rows * routing.weights[tokens, places, None]
-    return out.index_add_(0, tokens, weighted.to(out.dtype))
+def expert_output(module: nn.Module, weights: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    """Return what one expert makes of hidden states.
+
+    Args:
+        module: of experts, for its flags, its activation, its gate and its norm; its matrices are not read.
+        weights: the expert's own tensors under the names of the module's parameters: matrices of two dimensions, biases of one.
+        rows: (n, H) in the compute dtype.
+
+    Returns:
+        (n, H), not yet multiplied by the router's weights.
+    """
+    inner_name = "gate_up_proj" if module.has_gate else "up_proj"
+    inner = _product(module, weights, inner_name, rows)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
+    outer: Tensor = _product(module, weights, "down_proj", inner)
+    return module.post_expert_norm(outer) if module.has_post_expert_norm else outer  # type: ignore[operator]
+
+
+def _product(module: nn.Module, weights: Mapping[str, Tensor], name: str, rows: Tensor) -> Tensor:
+    product = rows @ weights[name] if module.is_transposed else F.linear(rows, weights[name])
+    return product + weights[f"{name}_bias"] if module.has_bias else product
+
+
+def sum_dtype(module: nn.Module, routing: Routing) -> torch.dtype:
+    """Return the dtype in which a family adds the outputs of its experts."""
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    if kinds & _ADDS_IN_FLOAT32:
+        return torch.float32
+    return routing.top_k_weights.dtype if kinds & _ADDS_AS_WEIGHTS else routing.hidden.dtype
+
+
+def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Compute a module of experts, one chosen expert after the other, in ascending order.
+
+    Args:
+        module: of experts, with its weights, or with what has them brought.
+        hidden: (T, H) in the compute dtype.
+        top_k_index: (T, k) int64, see `Routing`.
+        top_k_weights: (T, k) floating point.
+
+    Returns:
+        (T, H) in the compute dtype, with the bits of the family's own loop, and with its gradients' bits.
+
+    Raises:
+        RouterError: an expert is chosen that there is not.
+        NonFiniteError: a weight of the router is NaN at a position that holds text.
+    """
+    routing = Routing(hidden, top_k_index, top_k_weights, _num_experts(module))
+    routing.check(getattr(module, _NAME, type(module).__name__), _text(len(hidden), hidden.device))
+    streamed: OnDemandExperts | None = getattr(module, ON_DEMAND, None)
+    if streamed is not None:
+        return streamed.forward(routing)
+    total = ExpertSum(routing, sum_dtype(module, routing))
+    for expert in routing.experts:
+        total.add(expert, expert_output(module, weights_of(module, expert), routing.rows(expert)))
+    return total.result()
+
+
+def compute_one_by_one(model: PreTrainedModel) -> None:
+    """Let all modules of experts of a model compute with `experts_forward`.
+
+    Those that do not go through transformers' interface compute as before.
+
+    Raises:
+        ArchitectureError: transformers lets a module of experts keep another way.
+    """
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    model.set_experts_implementation(IMPLEMENTATION)
+    for name, module in expert_modules(model).items():
+        if module.config._experts_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
+            raise ArchitectureError(f"{name}: transformers does not let its experts be computed one by one")
+        setattr(module, _NAME, name)
+
+
+def _num_experts(module: nn.Module) -> int:
+    assert isinstance(module.num_experts, int), "a decorated module counts its experts"
+    return module.num_experts
+
+
+def _text(num_tokens: int, device: torch.device) -> Tensor | None:
+    """Return which rows of a call hold text, (T,) bool; None if all do. Where it cannot be known, none is said to."""
+    mask = current_call().text_mask
+    if mask is None:
+        return None
+    length = num_tokens // max(len(mask), 1)
+    if mask is UNKNOWN_MASK or mask.dim() != 2 or len(mask) * length != num_tokens or mask.shape[1] < length:
+        return torch.zeros(num_tokens, dtype=torch.bool, device=device)
+    return mask[:, mask.shape[1] - length :].reshape(-1).bool()

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slowllm.errors import ArchitectureError
-from slowllm.modeling.experts import experts_modules
+from slowllm.modeling.experts import expert_modules
 from slowllm.storage.codecs.registry import CODECS
 from slowllm.storage.spans import TORCH_DTYPES, CodedArray, CodedRows, Coding, Placement, Run
 
@@ -63,7 +63,7 @@ def find_units(
     Raises:
         ArchitectureError: experts cannot be taken apart.
     """
-    modules = dict(experts_modules(model))
+    modules = expert_modules(model)
     return [
         _units_of(name, module, placements)
         for block in blocks

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from slowllm.modeling.demand_weight import DemandWeight
 from slowllm.modeling.expert_forecast import ExpertForecast
-from slowllm.modeling.expert_products import Routing, add_rows, expert_output
+from slowllm.modeling.expert_products import expert_output, sum_dtype
+from slowllm.modeling.expert_routing import ExpertSum, Routing
 from slowllm.modeling.expert_units import ExpertUnits
 from slowllm.rounding import round_up
 from slowllm.streaming.demand_stops import DemandStops
@@ -24,9 +24,6 @@ from slowllm.streaming.gathering import gather
 from slowllm.streaming.lazy_weight import CACHE_LINE_BYTES, LazyWeight
 from slowllm.streaming.stops import Weights
 
-# The name under which transformers finds `experts_forward`, and where a module keeps what computes its experts.
-IMPLEMENTATION = "slowllm"
-EXPERTS = "_slowllm_experts"
 # From this number of rows on, a product of one's own is as fast as one with those of others.
 ENOUGH_ROWS = 64
 
@@ -90,26 +87,22 @@ class StreamedExperts:
         """How long units were waited for so far, by all blocks."""
         return self._demand.read_stats.wait_seconds
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Return the sum of the chosen experts' outputs.
+    def forward(self, routing: Routing) -> Tensor:
+        """Return the sum of the chosen experts' outputs, (T, H).
 
-        Args:
-            hidden: (T, H).
-            index: (T, k) int64, the experts that each row goes to.
-            weights: (T, k), by which their outputs are multiplied.
         Raises:
-            CheckpointError: the router names an expert that does not exist, or its weights are no numbers.
+            CheckpointError, OSError: one of them cannot be read.
         """
-        routing = Routing.checked(self._units.name, hidden, index, weights, len(self._units.units))
-        if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
+        is_recorded = routing.hidden.requires_grad or routing.top_k_weights.requires_grad
+        if torch.is_grad_enabled() and is_recorded:
             return self._recorded(routing)
         result: Tensor = gather(self, routing)
         return result
 
     def _recorded(self, routing: Routing) -> Tensor:
         """Compute as `eager` does, with weights that autograd may keep, because they are brought again in backward."""
-        wanted = routing.experts()
-        out = torch.zeros_like(routing.hidden)
+        wanted = routing.experts
+        total = ExpertSum(routing, sum_dtype(self._module, routing))
         for place, number in enumerate(wanted):
             later = [self._first + other for other in wanted[place + 1 :]]
             sooner = [self._first + other for other in reversed(wanted[:place])]
@@ -124,11 +117,11 @@ class StreamedExperts:
                 )
                 for parameter in self._units.parameters
             }
-            tokens, places = routing.rows_of(number)
-            rows = expert_output(self._module, self._with_rest(held, number), routing.hidden[tokens])
-            out = add_rows(out, routing, tokens, places, rows)
+            total.add(
+                number, expert_output(self._module, self._with_rest(held, number), routing.rows(number))
+            )
         self._forecast.saw(self._first, wanted)
-        return out
+        return total.result()
 
     def _meta(self, parameter: str) -> Tensor:
         whole = self._module._parameters[parameter]
@@ -137,9 +130,10 @@ class StreamedExperts:
 
     def _with_rest(self, held: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """Return an expert's weights, those included that come with the block, as its biases do."""
+        parameters = self._module._parameters.items()
         rest = {
             key: value[number]
-            for key, value in self._module._parameters.items()
+            for key, value in parameters
             if value is not None
             and key not in self._units.parameters
             and len(value) == len(self._units.units)
@@ -154,10 +148,12 @@ class StreamedExperts:
     def _serve(self, items: Sequence[Routing]) -> list[Tensor | BaseException]:
         wanted_by: dict[int, list[int]] = {}
         for place, item in enumerate(items):
-            for number in item.experts():
+            for number in item.experts:
                 wanted_by.setdefault(number, []).append(place)
         union = sorted(wanted_by)
-        outcomes: list[Tensor | BaseException] = [torch.zeros_like(item.hidden) for item in items]
+        sums: list[ExpertSum | BaseException] = [
+            ExpertSum(item, sum_dtype(self._module, item)) for item in items
+        ]
         stats = self._settings.stats
         stats.num_distinct += len(union)
         stats.num_wanted += sum(map(len, wanted_by.values()))
@@ -168,32 +164,32 @@ class StreamedExperts:
                 for unit, weights in self._demand.bring(left, ahead):
                     number = unit - self._first
                     left = left[1:]
-                    here = [place for place in wanted_by[number] if isinstance(outcomes[place], Tensor)]
-                    self._multiply(items, outcomes, here, number, weights)
+                    here = [place for place in wanted_by[number] if isinstance(sums[place], ExpertSum)]
+                    self._multiply(items, sums, here, number, weights)
             except Exception as error:  # of one expert: those who need it end, and nobody else
                 failed = left[0] - self._first
                 left = left[1:]
                 for place in wanted_by[failed]:
-                    outcomes[place] = error
+                    sums[place] = error
                 left = [
                     unit
                     for unit in left
-                    if any(isinstance(outcomes[place], Tensor) for place in wanted_by[unit - self._first])
+                    if any(isinstance(sums[place], ExpertSum) for place in wanted_by[unit - self._first])
                 ]
         self._forecast.saw(self._first, union)
-        return outcomes
+        return [one.result() if isinstance(one, ExpertSum) else one for one in sums]
 
     def _multiply(
         self,
         items: Sequence[Routing],
-        outcomes: list[Tensor | BaseException],
+        sums: list[ExpertSum | BaseException],
         here: Sequence[int],
         number: int,
         weights: Weights,
     ) -> None:
         """Add one expert's output to what comes of those who want it."""
-        rows = [items[place].rows_of(number) for place in here]
-        groups = self._groups([len(tokens) for tokens, _ in rows])
+        rows = [items[place].rows(number) for place in here]
+        groups = self._groups([len(own) for own in rows])
         held: Mapping[str, Tensor] = {
             parameter: weights[self._units.key(parameter, number)] for parameter in self._units.parameters
         }
@@ -201,13 +197,12 @@ class StreamedExperts:
             held = _decoded(held)
         held = self._with_rest(held, number)
         for group in groups:
-            given = [items[here[one]].hidden[rows[one][0]] for one in group]
+            given = [rows[one] for one in group]
             output = expert_output(self._module, held, given[0] if len(given) == 1 else torch.cat(given))
             for one, part in zip(group, output.split([len(own) for own in given]), strict=True):
-                place, (tokens, places) = here[one], rows[one]
-                so_far = outcomes[place]
-                assert isinstance(so_far, Tensor), "asked before"
-                outcomes[place] = add_rows(so_far, items[place], tokens, places, part)
+                total = sums[here[one]]
+                assert isinstance(total, ExpertSum), "asked before"
+                total.add(number, part)
         together = sum(len(group) > 1 for group in groups)
         self._settings.stats.num_together += together
         self._settings.stats.num_alone += len(groups) - together
@@ -218,15 +213,6 @@ class StreamedExperts:
             return [[one] for one in range(len(counts))]
         few = [one for one, count in enumerate(counts) if count < ENOUGH_ROWS]
         return [*([few] if few else []), *([one] for one, count in enumerate(counts) if count >= ENOUGH_ROWS)]
-
-
-def experts_forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Compute experts that are read on demand; see `StreamedExperts.forward`."""
-    streamed: StreamedExperts = module.__dict__[EXPERTS]
-    return streamed.forward(hidden, index, weights)
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
 def _decoded(held: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from slowllm.modeling.absent_parts import leave_out
 from slowllm.modeling.absent_weight import mark_absent
 from slowllm.modeling.batching import forget_rotary_tables
 from slowllm.modeling.cache_sizes import cache_size_of
+from slowllm.modeling.expert_products import compute_one_by_one
 from slowllm.modeling.head import stream_head
 from slowllm.modeling.layout import granularities, lay_out
 from slowllm.modeling.logit_transform import find_logit_transform
@@ -103,8 +104,8 @@ def open_model(
         compute_dtype = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(devices))
         model = build_skeleton(info.config, info.folder, compute_dtype)
         if not devices and model._can_set_experts_implementation():
-            # Transformers' reference; its default sorts rows by experts, and adds in another order.
-            model.set_experts_implementation("eager")
+            # Its bits are those of transformers' `eager`; the default sorts rows by experts, and adds in another order.
+            compute_one_by_one(model)
         lm = _assemble(
             kind, info, model, checkpoint, options, devices, budget, job, rates, allowed, part,
             exact=exact, poison=poison, is_shared=budget is ram,

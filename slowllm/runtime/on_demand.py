@@ -14,9 +14,10 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from slowllm.modeling.expert_forecast import ExpertForecast
+from slowllm.modeling.expert_products import ON_DEMAND
 from slowllm.modeling.layout import Layout
 from slowllm.modeling.sizes import unit_buffer_bytes
-from slowllm.modeling.streamed_experts import EXPERTS, IMPLEMENTATION, ExpertSettings, StreamedExperts
+from slowllm.modeling.streamed_experts import ExpertSettings, StreamedExperts
 from slowllm.planning.host_plan import Plan
 from slowllm.streaming.cast_stops import CastStops
 from slowllm.streaming.demand_stops import DemandStops
@@ -95,11 +96,10 @@ class OnDemand:
         first = 0
         for experts in self.layout.experts:
             module: Any = model.get_submodule(experts.name)
-            module.__dict__[EXPERTS] = StreamedExperts(
+            module.__dict__[ON_DEMAND] = StreamedExperts(
                 module, experts, first, self.demand, self.forecast, self.settings
             )
             first += len(experts.units)
-        model.set_experts_implementation(IMPLEMENTATION)
 
     def close_files(self) -> None:
         """End the threads that read, so that nobody waits for them any more."""

@@ -109,7 +109,8 @@ def test_modes_are_those_of_each_rider_before_and_after(mode: Any) -> None:
         first, second = carousel.ride([lambda: job(mode), lambda: job(torch.no_grad)])
     finally:
         carousel.close()
-    assert first[0] and second[0]
+    assert first[0]
+    assert second[0]
     assert first[1] == (mode is torch.enable_grad, mode is torch.inference_mode)
     assert modes == [(True, False)]  # of the carousel's own thread
 

@@ -210,8 +210,8 @@ def toy_config(architecture: str) -> PreTrainedConfig:
         raise NotShrinkableError(f"its config is refused ({first_line(error)})") from error
 
 
-def save_toy(architecture: str, folder: Path) -> None:
-    """Save a random toy model of an architecture in shards of at most 60 kB.
+def make_toy(architecture: str, change: Callable[[PreTrainedConfig], None] | None = None) -> PreTrainedModel:
+    """Return a random toy model of an architecture, whose config something may change.
 
     Raises:
         NotShrinkableError: there is none.
@@ -219,6 +219,8 @@ def save_toy(architecture: str, folder: Path) -> None:
     if architecture in NO_TOYS:
         raise NotShrinkableError(NO_TOYS[architecture])
     config = toy_config(architecture)
+    if change is not None:
+        change(config)
     torch.manual_seed(0)
     try:
         with torch.device("meta"):
@@ -234,7 +236,18 @@ def save_toy(architecture: str, folder: Path) -> None:
         tensors += [tensor for name, tensor in model.named_buffers() if re.search(CORRECTION, name)]
         for tensor in tensors:
             tensor.add_(torch.randn_like(tensor) * 0.1)
+    return model
+
+
+def save_toy(architecture: str, folder: Path) -> None:
+    """Save a random toy model of an architecture in shards of at most 60 kB.
+
+    Raises:
+        NotShrinkableError: there is none.
+    """
+    model = make_toy(architecture)
     model.save_pretrained(folder, max_shard_size="60KB")
+    config = toy_config(architecture)
     if model.config.model_type != config.model_type:  # the text model of a larger one
         config.save_pretrained(folder)
 
@@ -307,6 +320,10 @@ HEADINGS: dict[Kind, str] = {
 
 def page(verdicts: Mapping[str, Verdict]) -> str:
     """Return docs/families.md."""
+    text = TABLE.read_text() if TABLE.exists() else ""
+    others = [
+        part for part in text.split("\n## ")[1:] if not part.startswith(tuple(HEADINGS.values()))
+    ]  # what other censuses wrote stays
     parts = [INTRODUCTION.format(version=transformers.__version__, number=len(verdicts))]
     for kind, heading in HEADINGS.items():
         rows = {name: verdict for name, verdict in sorted(verdicts.items()) if verdict.kind == kind}
@@ -316,6 +333,7 @@ def page(verdicts: Mapping[str, Verdict]) -> str:
             for name, verdict in rows.items()
         ]
         parts.append("\n")
+    parts += [f"## {part.rstrip()}\n\n" for part in others]
     return "".join(parts).rstrip() + "\n"
 
 
@@ -335,7 +353,9 @@ def rows(text: str) -> dict[str, Verdict]:
     """Return the verdicts that a page lists."""
     found: dict[str, Verdict] = {}
     for part in text.split("\n## ")[1:]:
-        (kind,) = (kind for kind, heading in HEADINGS.items() if part.startswith(heading))
+        kind = next((kind for kind, heading in HEADINGS.items() if part.startswith(heading)), None)
+        if kind is None:  # a section of another census
+            continue
         listed = re.findall(r"^\| ([\w-]+) \| \w+ \| (.*) \|$", part, re.MULTILINE)
         found |= {name: Verdict(kind, reason) for name, reason in listed}
     return found
