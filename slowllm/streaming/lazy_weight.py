@@ -283,13 +283,15 @@ def _product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tenso
         return None
     if any(isinstance(value, LazyWeight) for value in (x, bias)) or kwargs.keys() & {"alpha", "beta"}:
         return None
-    rows = weight._rows(is_transposed=func is not torch.ops.aten.linear.default)
-    if rows is None or x.dtype != weight.dtype or not x.numel():
+    if x.dtype != weight.dtype or not x.numel() or (bias is not None and bias.dim() != 1):
         return None
-    coded = weight.coded
-    product = coded.codec.multiply(x.reshape(-1, x.shape[-1]), coded.parts, *rows, coded.team)
+    coded, flat = weight.coded, x.reshape(-1, x.shape[-1])
+    if (rows := weight._rows(is_transposed=func is not torch.ops.aten.linear.default)) is not None:
+        product = coded.codec.multiply(flat, coded.parts, *rows, coded.team, bias)
+    elif func is torch.ops.aten.mm.default and (rows := weight._rows(is_transposed=False)) is not None:
+        product = coded.codec.multiply_plain(flat, coded.parts, *rows, coded.team)
+    else:
+        return None
     if product is None:
         return None
-    if bias is not None:
-        product += bias
     return product.view(*x.shape[:-1], -1)

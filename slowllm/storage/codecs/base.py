@@ -1,13 +1,10 @@
-"""What is a codec, and what do codecs share? Parts of a coded matrix, a thread pool, tiles."""
+"""What is a codec, and what do codecs share? Parts of a coded matrix, tiles."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slowllm.storage.codecs.layout_constants import CHUNK
+from slowllm.storage.codecs.layout_constants import CHUNK, IS_COMPILED
+from slowllm.storage.codecs.team import OneThread as OneThread
+from slowllm.storage.codecs.team import Team as Team
+from slowllm.storage.codecs.tiles import multiply_tiles
 from slowllm.storage.spans import TORCH_DTYPES, Coding
 
 # A codec that decodes before it multiplies does so in tiles that stay in the processor's cache.
@@ -25,52 +25,6 @@ MIN_INTEGER_ROWS = 48
 
 # The dtype (safetensors' name) and the shape of each part, by name and in order.
 PartShapes = Mapping[str, tuple[str, tuple[int, ...]]]
-
-
-class Team:
-    """A thread pool for loops over rows; each thread computes alone. Whoever makes it closes it."""
-
-    def __init__(self, num_threads: int) -> None:
-        self.num_threads = max(1, num_threads)
-        self._pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="slowllm-decode")
-        # A product in one of these threads must not wait for torch's own threads, which spin on the same processors.
-        # set_num_threads() sets the number of the calling thread, and that of threads yet to start: so reset the latter.
-        before = torch.get_num_threads()
-        barrier = threading.Barrier(self.num_threads)
-        for ready in [self._pool.submit(_compute_alone, barrier) for _ in range(self.num_threads)]:
-            ready.result()
-        torch.set_num_threads(before)
-
-    def share(self, work: Callable[[int, int], object], first: int, last: int) -> None:
-        """Divide a range among the threads, and call `work` for each part."""
-        num_parts = min(self.num_threads, max(1, last - first))
-        cuts = [first + (last - first) * number // num_parts for number in range(num_parts + 1)]
-        for future in [self._pool.submit(work, *pair) for pair in itertools.pairwise(cuts)]:
-            future.result()
-
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown(wait=True)
-
-
-class OneThread(Team):
-    """A team of the calling thread, for a few rows; it owns nothing."""
-
-    def __init__(self) -> None:
-        self.num_threads = 1
-
-    def share(self, work: Callable[[int, int], object], first: int, last: int) -> None:
-        """Call `work` for the range."""
-        work(first, last)
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-def _compute_alone(barrier: threading.Barrier) -> None:
-    torch.get_num_threads()  # a thread's first product would set the number again
-    torch.set_num_threads(1)
-    barrier.wait()
 
 
 @dataclass(frozen=True)
@@ -131,8 +85,24 @@ class Codec(ABC):
     def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
         """Write the rows `first` to `last` to `out` (last - first, K), bfloat16 or see `decodes_to_any`, contiguous."""
 
-    def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
-        """Return `x` (M, K) times the rows `first` to `last`, transposed; None to have them decoded."""
+    def multiply(
+        self, x: Tensor, parts: Parts, first: int, last: int, team: Team, bias: Tensor | None = None
+    ) -> Tensor | None:
+        """Return `x` (M, K) times the rows `first` to `last`, transposed, plus `bias` (last - first,); None to have them decoded.
+
+        By default they are decoded tile by tile, where few rows are multiplied, with the bits of the whole product.
+        """
+        if not IS_COMPILED:
+            return None
+        alone = OneThread()
+
+        def decode(out: Tensor, begin: int, end: int) -> None:
+            self.decode(parts, out, first + begin, first + end, alone)
+
+        return multiply_tiles(x, last - first, decode, team, bias)
+
+    def multiply_plain(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
+        """Return `x` (M, last - first) times the rows `first` to `last`, not transposed; None to have them decoded."""
         return None
 
     def pick(self, parts: Parts, rows: Tensor) -> Parts | None:

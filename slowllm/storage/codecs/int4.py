@@ -91,7 +91,9 @@ class Int4(StoreCodec):
 
         team.share(work, first, last)
 
-    def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
+    def multiply(
+        self, x: Tensor, parts: Parts, first: int, last: int, team: Team, bias: Tensor | None = None
+    ) -> Tensor | None:
         if x.device.type != "cpu" or x.dtype != torch.bfloat16 or len(x) >= MIN_INTEGER_ROWS:
             return None
         product = x.new_empty(len(x), last - first)
@@ -102,7 +104,7 @@ class Int4(StoreCodec):
                 product[:, tile.start - first : tile.stop - first] = F.linear(x, buffer)
 
         team.share(work, first, last)
-        return product
+        return product if bias is None else product.add_(bias)
 
     def _decode_rows(self, parts: Parts, out: Tensor, first: int, last: int) -> None:
         from slowllm.storage.codecs import cpu_kernels

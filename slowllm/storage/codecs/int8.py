@@ -51,7 +51,9 @@ class Int8(StoreCodec):
         bits = bits_of(out)
         team.share(lambda low, high: cpu_kernels.int8_rows(codes, scales, bits, low, high), 0, last - first)
 
-    def multiply(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
+    def multiply(
+        self, x: Tensor, parts: Parts, first: int, last: int, team: Team, bias: Tensor | None = None
+    ) -> Tensor | None:
         codes, scales = (parts.arrays[name][first:last] for name in ("codes", "scales"))
         is_outlier = x.abs() >= OUTLIER
         columns = is_outlier.any(0).nonzero()[:, 0]
@@ -77,7 +79,7 @@ class Int8(StoreCodec):
                 finish(tile, torch._int_mm(small, codes[tile].T).float())
         else:
             _multiply_tiles(small.to(x.dtype), codes, finish, team)
-        return product
+        return product if bias is None else product.add_(bias)
 
 
 def _multiply_tiles(x: Tensor, codes: Tensor, finish: Callable[[slice, Tensor], None], team: Team) -> None:

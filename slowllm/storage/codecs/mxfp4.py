@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,31 @@ class Mxfp4(Codec):
         loop = mxfp4_kernels.to_bfloat16 if is_short else mxfp4_kernels.to_float32
         numbers = bits_of(out) if is_short else out.numpy()
         team.share(lambda low, high: loop(codes, scales, numbers, first, low, high), first, last)
+
+    def multiply(
+        self, x: Tensor, parts: Parts, first: int, last: int, team: Team, bias: Tensor | None = None
+    ) -> Tensor | None:
+        return None  # rows of the decoded matrix are columns of the stored one
+
+    def multiply_plain(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
+        length = parts.arrays["scales"].shape[2] * BLOCK
+        if not IS_COMPILED or first % length or last - first != length:
+            return None
+        from slowllm.storage.codecs import mxfp4_row_kernels
+        from slowllm.storage.codecs.tiles import multiply_tiles
+
+        exponents = parts.arrays["scales"][first // length]
+        least, most = (int(value) for value in exponents.aminmax())
+        if least < mxfp4_row_kernels.LEAST_EXPONENT or most > mxfp4_row_kernels.MOST_EXPONENT:
+            return None
+        scales = exponents.numpy()
+        codes = parts.arrays["codes"][first // length].flatten(1).numpy()
+
+        def decode(out: Tensor, begin: int, end: int) -> None:
+            pairs = out.view(torch.int32).numpy().view(np.uint32)
+            mxfp4_row_kernels.rows_to_bfloat16(codes, scales, pairs, begin, end)
+
+        return multiply_tiles(x, parts.width, decode, team)
 
     def example(self) -> Parts:
         codes, scales = torch.zeros(1, 2, 2, 16, dtype=torch.uint8), torch.zeros(1, 2, 2, dtype=torch.uint8)

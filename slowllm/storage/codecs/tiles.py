@@ -1,0 +1,81 @@
+"""Multiply a few rows with a matrix that is decoded tile by tile: a tile is multiplied while it is in the cache.
+
+The bits are those of a product with the whole matrix, in bfloat16. That holds where torch sums a column alike however many
+others there are, which is tried out once for each shape on the processor at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slowllm.rounding import ceil_div
+from slowllm.storage.codecs.team import Team
+
+# With more rows, the product takes longer than to write the decoded matrix and to read it again.
+MAX_ROWS = 128
+# Of a decoded tile, which is to stay in a processor's second cache; a tile has whole multiples of so many rows.
+TILE_BYTES = 1 << 19
+TILE_ROWS = 128
+# Rows of the matrix by which it is tried out whether tiles have the bits of the whole.
+_TRIAL_ROWS = 1024
+
+
+def multiply_tiles(
+    x: Tensor,
+    num_rows: int,
+    decode: Callable[[Tensor, int, int], None],
+    team: Team,
+    bias: Tensor | None = None,
+) -> Tensor | None:
+    """Return `x` times a matrix, transposed; None where tiles do not pay, or might have other bits.
+
+    Args:
+        x: (M, K) on the processor.
+        num_rows: R of the matrix (R, K).
+        decode: writes rows of the matrix, from one to another, to a tensor (n, K) of x's dtype.
+        team: shares the work.
+        bias: (R,) that is added before the result is rounded, as torch does it; None for none.
+    Returns:
+        (M, R) in x's dtype.
+    """
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not 0 < len(x) <= MAX_ROWS:
+        return None
+    width = x.shape[1]
+    if num_rows < 2 * TILE_ROWS or not _has_same_bits(len(x), width, torch.get_num_threads()):
+        return None
+    rows = max(1, TILE_BYTES // (2 * width * TILE_ROWS)) * TILE_ROWS
+    with torch.inference_mode(False):  # it is written to by threads that are not in that mode
+        out = torch.empty(len(x), num_rows, dtype=x.dtype)
+
+    def work(first: int, last: int) -> None:
+        tile = torch.empty(rows, width, dtype=x.dtype)
+        with torch.no_grad():
+            for begin in range(first * rows, min(last * rows, num_rows), rows):
+                end = min(begin + rows, num_rows)
+                decode(tile[: end - begin], begin, end)
+                own = None if bias is None else bias[begin:end]
+                out[:, begin:end] = F.linear(x, tile[: end - begin], own)
+
+    team.share(work, 0, ceil_div(num_rows, rows))
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_same_bits(num_rows: int, width: int, num_threads: int) -> bool:
+    """Try out whether products of this shape have the same bits in tiles, computed by one thread each, and as a whole."""
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(num_rows)
+        x = torch.randn(num_rows, width, generator=generator).bfloat16()
+        matrix = torch.randn(_TRIAL_ROWS, width, generator=generator).bfloat16()
+        whole = F.linear(x, matrix)
+        torch.set_num_threads(1)
+        try:
+            tiles = [F.linear(x, tile) for tile in matrix.split(TILE_ROWS)]
+        finally:
+            torch.set_num_threads(num_threads)
+        return torch.equal(torch.cat(tiles, 1), whole)
