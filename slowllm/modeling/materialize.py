@@ -18,7 +18,7 @@ from slowllm.modeling.head import RowReader
 from slowllm.modeling.layout import Layout
 from slowllm.modeling.parts import block_of
 from slowllm.storage.checkpoint import Checkpoint
-from slowllm.storage.codecs.base import OneThread
+from slowllm.storage.codecs.team import OneThread
 from slowllm.storage.spans import Placement, is_coded_by_rows
 from slowllm.streaming.cast_stops import coded_matrix, coded_weight
 from slowllm.streaming.reader import Reader

@@ -25,8 +25,9 @@ from torch import Tensor
 from slowllm.errors import StoreError
 from slowllm.files import replace_file, replacing_alone, sync
 from slowllm.rounding import round_up
-from slowllm.storage.codecs.base import StoreCodec, Team
+from slowllm.storage.codecs.base import StoreCodec
 from slowllm.storage.codecs.registry import STORE_CODECS
+from slowllm.storage.codecs.team import Team
 from slowllm.storage.manifest import PADDING, StoredFile, StoredTensor, file_from_json, header_sha256
 from slowllm.storage.spans import DTYPE_NAMES, TORCH_DTYPES, Placement, take_rows
 from slowllm.streaming.buffers import PAGE

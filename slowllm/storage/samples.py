@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from slowllm.storage.checkpoint import Checkpoint
-from slowllm.storage.codecs.base import Codec, Parts, Team
+from slowllm.storage.codecs.base import Codec, Parts
 from slowllm.storage.codecs.registry import codec_of
+from slowllm.storage.codecs.team import Team
 from slowllm.storage.shard import open_shard, refuse_short
 from slowllm.storage.spans import DTYPE_NAMES, TORCH_DTYPES, Placement, Run
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from slowllm.errors import CheckpointError
 from slowllm.rounding import round_up
 from slowllm.storage.codecs import layout_constants
-from slowllm.storage.codecs.base import Parts, Team
+from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.registry import codec_of
+from slowllm.storage.codecs.team import Team
 from slowllm.storage.spans import TORCH_DTYPES, Placement
 from slowllm.streaming.buffers import Buffer
 from slowllm.streaming.lazy_weight import CACHE_LINE_BYTES, CodedMatrix, LazyWeight

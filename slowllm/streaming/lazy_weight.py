@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_map
 from slowllm.errors import UnsupportedError
 from slowllm.rounding import ceil_div, round_up
 from slowllm.storage.codecs import torch_kernels
-from slowllm.storage.codecs.base import TILE_BYTES, Codec, Parts, Team
+from slowllm.storage.codecs.base import TILE_BYTES, Codec, Parts
+from slowllm.storage.codecs.team import Team
 
 # Each tensor in a cast buffer begins on a cache line.
 CACHE_LINE_BYTES = 64

@@ -15,8 +15,9 @@ from slowllm.options import GIB
 from slowllm.planning.device_plan import DEVICE_SLACK_BYTES
 from slowllm.prepare.convert import convert
 from slowllm.storage.codecs import torch_kernels
-from slowllm.storage.codecs.base import Parts, Team
+from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.registry import STORE_CODECS
+from slowllm.storage.codecs.team import Team
 from slowllm.streaming.devices import CudaDevice
 from tests.support.coded import coded, matrix_of
 from tests.support.families import resident, save_tiny

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from slowllm.rounding import ceil_div
-from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team, bits_of
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of
 from slowllm.storage.codecs.layout_constants import IS_COMPILED
+from slowllm.storage.codecs.team import Team
 
 # Where in a word the codes of its eight outputs begin: the word has outputs 0, 2, 4, 6, 1, 3, 5, 7.
 _SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)

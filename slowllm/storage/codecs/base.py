@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from slowllm.storage.codecs.layout_constants import CHUNK, IS_COMPILED
-from slowllm.storage.codecs.team import OneThread as OneThread
-from slowllm.storage.codecs.team import Team as Team
+from slowllm.storage.codecs.team import OneThread, Team
 from slowllm.storage.codecs.tiles import multiply_tiles
 from slowllm.storage.spans import TORCH_DTYPES, Coding
 

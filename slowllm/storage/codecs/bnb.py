@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from slowllm.rounding import ceil_div
-from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team, bits_of
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of
 from slowllm.storage.codecs.layout_constants import IS_COMPILED
+from slowllm.storage.codecs.team import Team
 
 # Scales that share a scale.
 NESTED = 256

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from slowllm.rounding import ceil_div
-from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team, bits_of, tiles_of
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of, tiles_of
 from slowllm.storage.codecs.fp8 import SCALE_DTYPES, scales_of
 from slowllm.storage.codecs.mxfp4 import e2m1_numbers
+from slowllm.storage.codecs.team import Team
 
 
 class Fp4(Codec):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from slowllm.rounding import ceil_div
-from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team, bits_of
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of
+from slowllm.storage.codecs.team import Team
 
 # Dtypes of scales: numbers, or the exponents of powers of two (ue8m0), which some files call bytes.
 SCALE_DTYPES = ("F32", "BF16", "F16", "U8")

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from slowllm.storage.codecs import layout_constants
-from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team, bits_of, tiles_of
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of, tiles_of
 from slowllm.storage.codecs.gguf_torch import DECODERS
+from slowllm.storage.codecs.team import Team
 from slowllm.storage.gguf import BLOCKS, codec_name
 
 # Numbers that are stored plain.

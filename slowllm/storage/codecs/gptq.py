@@ -16,8 +16,9 @@ from torch import Tensor
 
 from slowllm.errors import CheckpointError
 from slowllm.rounding import ceil_div
-from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team, bits_of
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of
 from slowllm.storage.codecs.layout_constants import IS_COMPILED
+from slowllm.storage.codecs.team import Team
 
 # The sum of ones in each place of a word.
 _ONES = {bits: sum(1 << shift for shift in range(0, 32, bits)) for bits in (2, 4, 8)}

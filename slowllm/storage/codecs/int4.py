@@ -12,15 +12,8 @@ from torch import Tensor
 
 from slowllm.rounding import ceil_div
 from slowllm.storage.codecs import layout_constants
-from slowllm.storage.codecs.base import (
-    MIN_INTEGER_ROWS,
-    Parts,
-    PartShapes,
-    StoreCodec,
-    Team,
-    bits_of,
-    tiles_of,
-)
+from slowllm.storage.codecs.base import MIN_INTEGER_ROWS, Parts, PartShapes, StoreCodec, bits_of, tiles_of
+from slowllm.storage.codecs.team import Team
 
 
 class Int4(StoreCodec):

@@ -10,15 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slowllm.storage.codecs import torch_kernels
-from slowllm.storage.codecs.base import (
-    MIN_INTEGER_ROWS,
-    Parts,
-    PartShapes,
-    StoreCodec,
-    Team,
-    bits_of,
-    tiles_of,
-)
+from slowllm.storage.codecs.base import MIN_INTEGER_ROWS, Parts, PartShapes, StoreCodec, bits_of, tiles_of
+from slowllm.storage.codecs.team import Team
 
 TILE_COLUMNS = 4096
 # Activations this large are multiplied in 16 bit (Dettmers et al., LLM.int8(), 2022, section 3.2).

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from slowllm.rounding import ceil_div, round_up
-from slowllm.storage.codecs.base import Parts, PartShapes, StoreCodec, Team
+from slowllm.storage.codecs.base import Parts, PartShapes, StoreCodec
 from slowllm.storage.codecs.layout_constants import CHUNK, STEP
+from slowllm.storage.codecs.team import Team
 
 
 class Lossless(StoreCodec):

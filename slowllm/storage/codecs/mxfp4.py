@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from slowllm.rounding import ceil_div
-from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team, bits_of
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of
 from slowllm.storage.codecs.layout_constants import IS_COMPILED
+from slowllm.storage.codecs.team import Team
 
 BLOCK = 32
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

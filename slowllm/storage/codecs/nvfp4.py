@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team, bits_of, tiles_of
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of, tiles_of
 from slowllm.storage.codecs.fp8 import scales_of
 from slowllm.storage.codecs.mxfp4 import e2m1_numbers
+from slowllm.storage.codecs.team import Team
 
 BLOCK = 16
 

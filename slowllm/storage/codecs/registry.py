@@ -14,7 +14,7 @@ import torch
 
 from slowllm.errors import StoreError
 from slowllm.storage.codecs.awq import Awq
-from slowllm.storage.codecs.base import Codec, StoreCodec, Team
+from slowllm.storage.codecs.base import Codec, StoreCodec
 from slowllm.storage.codecs.bnb import BnbIntegers, BnbNibbles
 from slowllm.storage.codecs.fp4 import Fp4
 from slowllm.storage.codecs.fp8 import Fp8
@@ -28,6 +28,7 @@ from slowllm.storage.codecs.nvfp4 import Nvfp4
 from slowllm.storage.codecs.rounded import Fp8Rounded
 from slowllm.storage.codecs.scaled_int import ScaledInt
 from slowllm.storage.codecs.stacked import Stacked
+from slowllm.storage.codecs.team import Team
 from slowllm.storage.spans import Coding
 
 # Those that stores are written in.

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from slowllm.storage.codecs import fp8
-from slowllm.storage.codecs.base import Parts, Team, tiles_of
+from slowllm.storage.codecs.base import Parts, tiles_of
 from slowllm.storage.codecs.fp8 import Fp8
+from slowllm.storage.codecs.team import Team
 
 
 def decode_by_way_of(

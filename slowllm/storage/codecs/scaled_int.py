@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from slowllm.rounding import ceil_div
-from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team, bits_of
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of
 from slowllm.storage.codecs.fp8 import scales_of
 from slowllm.storage.codecs.rounded import decode_by_way_of, dtype_of
+from slowllm.storage.codecs.team import Team
 
 # Names of the codes, with how many lie in a byte: packed ones count from the middle of their range, others are signed.
 _PER_BYTE = {"pairs": 2, "bytes": 1, "signed": 1}

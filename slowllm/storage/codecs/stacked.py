@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slowllm.storage.codecs.base import Codec, Parts, PartShapes, Team
+from slowllm.storage.codecs.base import Codec, Parts, PartShapes
+from slowllm.storage.codecs.team import Team
 
 
 class Stacked(Codec):

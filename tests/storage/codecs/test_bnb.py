@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.storage.codecs import bnb, torch_kernels
-from slowllm.storage.codecs.base import Parts, Team
+from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.registry import CODECS
+from slowllm.storage.codecs.team import Team
 from tests.support.bnb_checkpoints import scales_of
 from tests.support.properties import num_examples
 

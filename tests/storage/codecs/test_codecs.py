@@ -14,9 +14,10 @@ from torch import Tensor
 
 from slowllm.errors import StoreError
 from slowllm.storage.codecs import base, cpu_kernels, layout_constants
-from slowllm.storage.codecs.base import Parts, Team
+from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.int8 import quantise_rows
 from slowllm.storage.codecs.registry import STORE_CODECS, check_coding
+from slowllm.storage.codecs.team import Team
 from slowllm.storage.spans import TORCH_DTYPES, CodedArray, Coding
 from tests.support.properties import num_examples
 

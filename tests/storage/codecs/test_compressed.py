@@ -19,8 +19,9 @@ from slowllm.storage.codecs import (
     scaled_int_kernels,
     torch_kernels,
 )
-from slowllm.storage.codecs.base import Parts, Team
+from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.registry import CODECS
+from slowllm.storage.codecs.team import Team
 from tests.support.compressed_checkpoints import decompressed
 from tests.support.properties import num_examples
 from tests.support.same_numbers import same_numbers

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from slowllm.storage.codecs import fp4, fp4_kernels, torch_kernels
-from slowllm.storage.codecs.base import Parts, Team
+from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.registry import CODECS
+from slowllm.storage.codecs.team import Team
 from tests.support.properties import num_examples
 from tests.support.same_numbers import same_numbers
 

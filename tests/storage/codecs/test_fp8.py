@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.storage.codecs import fp8, fp8_kernels, torch_kernels
-from slowllm.storage.codecs.base import Parts, Team, bits_of
+from slowllm.storage.codecs.base import Parts, bits_of
 from slowllm.storage.codecs.registry import CODECS
+from slowllm.storage.codecs.team import Team
 from tests.support.properties import num_examples
 
 SPECIAL = [0.0, -1.0, 1e-45, 1e38, float("inf"), float("nan"), 448.0, 2.0**-126]

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slowllm.storage.codecs import gguf, layout_constants, torch_kernels
-from slowllm.storage.codecs.base import OneThread, Parts, Team
+from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.gguf import GGUF_CODECS
 from slowllm.storage.codecs.registry import CODECS
+from slowllm.storage.codecs.team import OneThread, Team
 from slowllm.storage.gguf import BLOCKS
 from tests.storage.codecs.test_fp8 import same
 from tests.support.properties import num_examples

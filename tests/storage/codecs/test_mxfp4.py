@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from slowllm.storage.codecs import mxfp4, torch_kernels
-from slowllm.storage.codecs.base import Parts, Team
+from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.registry import CODECS
+from slowllm.storage.codecs.team import Team
 from tests.support.properties import num_examples
 from tests.support.same_numbers import same_numbers
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from slowllm.errors import CheckpointError
 from slowllm.storage.codecs import awq, gptq, torch_kernels
-from slowllm.storage.codecs.base import Parts, Team
+from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.registry import CODECS
+from slowllm.storage.codecs.team import Team
 from tests.support.packed_checkpoints import awq_packed, packed
 from tests.support.properties import num_examples
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slowllm.storage.codecs import torch_kernels
-from slowllm.storage.codecs.base import Parts, Team
+from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.layout_constants import CHUNK
 from slowllm.storage.codecs.registry import STORE_CODECS
+from slowllm.storage.codecs.team import Team
 from tests.support.coded import coded, matrix_of
 from tests.support.properties import num_examples
 
