@@ -22,7 +22,7 @@ MAX_ROWS = 128
 TILE_BYTES = 1 << 19
 TILE_ROWS = 128
 # Rows of the matrix by which it is tried out whether tiles have the bits of the whole.
-_TRIAL_ROWS = 1024
+_TRIAL_ROWS = 512
 
 
 def multiply_tiles(
@@ -71,7 +71,9 @@ def _has_same_bits(num_rows: int, width: int, num_threads: int) -> bool:
     with torch.no_grad():
         generator = torch.Generator().manual_seed(num_rows)
         x = torch.randn(num_rows, width, generator=generator).bfloat16()
-        matrix = torch.randn(_TRIAL_ROWS, width, generator=generator).bfloat16()
+        # Of a length that no width has in common, so that rows differ; drawing all would take a tenth of a second.
+        some = torch.randn(65_537, generator=generator).bfloat16()
+        matrix = some.repeat(_TRIAL_ROWS * width // len(some) + 1)[: _TRIAL_ROWS * width].view(-1, width)
         whole = F.linear(x, matrix)
         torch.set_num_threads(1)
         try:
