@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,24 @@ def _names_on_disk(model: PreTrainedModel) -> dict[str, Tensor]:
     names = revert_weight_conversion(model, state)
     if model.config.model_type == "bloom":  # as in bigscience/bloom
         names = {name.removeprefix("transformer."): tensor for name, tensor in names.items()}
-    return names
+    return dict(sorted(names.items(), key=_place(list(names))))
+
+
+def _place(names: list[str]) -> Callable[[tuple[str, Tensor]], tuple[int, int, int]]:
+    """Return a sort key: names in their order, but one expert's tensors after the other's, as published."""
+    places = {name: place for place, name in enumerate(names)}
+    first: dict[str, int] = {}
+
+    def key(item: tuple[str, Tensor]) -> tuple[int, int, int]:
+        found = re.match(r"(.*\.experts\.)(\d+)\.", item[0])
+        if found is None:
+            return places[item[0]], 0, 0
+        return first[found[1]], int(found[2]), places[item[0]]
+
+    for name in names:
+        if (found := re.match(r"(.*\.experts\.)\d+\.", name)) is not None:
+            first.setdefault(found[1], places[name])
+    return key
 
 
 def _shards(arrays: list[StoredArray]) -> Iterator[list[StoredArray]]:

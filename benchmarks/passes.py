@@ -218,6 +218,8 @@ def one_block(folder: Path) -> Any:
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=dict(_tensors_of_first_block(folder)), dtype=torch.bfloat16
     )
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
     model.eval().requires_grad_(False)
     # A frozen head would be multiplied in a batched product for a slice of positions, for which torch copies its whole
     # weight for every row: 23 s for one sequence at a width of 8192.
