@@ -5,6 +5,7 @@
     python -m benchmarks.forward_pass --case many --sentences 5000 --sentence-tokens 20 --ram 5GiB --repeat 1
     python -m benchmarks.forward_pass --warm --tokens 13 --ram 16GiB --peer accelerate
     python -m benchmarks.forward_pass --store lossless --tokens 13 --ram 5GiB
+    python -m benchmarks.forward_pass --formats bf16,fp8,mxfp4,int4,gguf --tokens 13 --ram 5GiB --llama-python PATH
 
 Each run is a process of its own under the same memory cap (a cgroup where the machine allows one), on the same
 bytes. The page cache of its files is dropped before the run; with --warm there is no cap, and the files are read into
@@ -17,6 +18,9 @@ With --store, a store is made beside the checkpoint where it is missing, and pas
 blocks are compared: their bytes, and the time until the head begins. The head keeps 16 bits, and has a larger share of
 a model of a few blocks than of a whole one. A lossless store must give the same bits; for other stores, the distance of
 the logits after one block from the resident model's is reported.
+
+With --formats, checkpoints of the same geometry in several formats are passed in turn, and a table is printed; --checkpoint is then the
+folder of the checkpoints' folders. With --llama-python, llama.cpp passes the GGUF file in turn with us, run by that interpreter.
 """
 
 from __future__ import annotations
@@ -31,9 +35,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from benchmarks import machine, sides
+from benchmarks import format_passes, machine, sides
+from benchmarks.decoded import config_of
 from benchmarks.make_checkpoint import num_model_blocks
 from benchmarks.native_weights import FORMATS
 from benchmarks.report import finish
@@ -245,7 +250,7 @@ def of_peer(task: Task, report: dict[str, Any], runs: Runs) -> dict[str, Any]:
 
 def matrix_sizes(folder: Path) -> tuple[float, int, int]:
     """Return how many weights of a block a token is multiplied with, how many of the head, and the model's width."""
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder)
     config.num_hidden_layers = 1
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -302,6 +307,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="bf16",
         help="how the checkpoint stores weights",
     )
+    parser.add_argument(
+        "--formats",
+        type=format_passes.formats_of,
+        metavar="A,B,...",
+        help="compare these formats instead of one",
+    )
+    parser.add_argument(
+        "--llama-python",
+        type=Path,
+        metavar="PATH",
+        help="interpreter that has llama-cpp-python, for the format gguf",
+    )
     parser.add_argument("--case", choices=["uniform", "mixed", "many"], default="uniform")
     parser.add_argument(
         "--tokens", type=int, default=13, help="case uniform: number of tokens of all sequences together"
@@ -330,20 +347,36 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--case many has no peer and no store, and as many sweeps as it takes")
     if arguments.case == "many" and arguments.sentence_tokens < 2:
         parser.error("--sentence-tokens must be at least 2: the first token is not scored")
+    if arguments.formats and (
+        (arguments.case, arguments.store, arguments.sweeps) != ("uniform", "plain", 1) or arguments.peer
+    ):
+        parser.error("--formats are compared in one sweep of the case uniform, without --store and --peer")
+    if arguments.llama_python and (
+        format_passes.GGUF not in (arguments.formats or []) or arguments.sequences != 1
+    ):
+        parser.error("--llama-python passes one sequence of the format gguf; name it in --formats")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, then print the limit, the measurement, the ratio and the JSON document."""
     arguments = parse(argv)
-    folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks, arguments.format)
+    folder = None
+    if not arguments.formats:
+        folder = sides.checkpoint(
+            arguments.checkpoint, arguments.geometry, arguments.blocks, arguments.format
+        )
     task = Task(
         checkpoint=str(folder), ram=arguments.ram, case=arguments.case, tokens=arguments.tokens,
         sequences=arguments.sequences, sentences=arguments.sentences, sentence_tokens=arguments.sentence_tokens,
         sweeps=arguments.sweeps, keep_resident=not arguments.stream_all,
     )  # fmt: skip
-    report = measure(arguments, task)
-    print(summary(report))
+    if arguments.formats:
+        report = format_passes.measure(arguments, task, verify, matrix_sizes)
+        print(format_passes.summary(report))
+    else:
+        report = measure(arguments, task)
+        print(summary(report))
     finish("forward_pass", report, arguments.report)
 
 

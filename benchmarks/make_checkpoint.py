@@ -3,11 +3,13 @@
     python -m benchmarks.make_checkpoint --geometry llama-70b --blocks 4 OUT
     python -m benchmarks.make_checkpoint --geometry llama-70b --blocks 4 --format fp8 OUT
 
-The files are laid out as on the hub: the hub's tensor names, bf16, shards of about 5 GB with an index, and a small
-tokenizer beside them. Weights are drawn once per scale and written repeatedly at shifting offsets, so that the disk and
-not the generator is the limit. In a format of 8 bits the matrices of the blocks are e4m3 numbers in blocks of 128 x 128, as
-DeepSeek-V3's: their weights are heavy-tailed (Student's t of four degrees of freedom, the largest of many blocks at the end of the
-range), and their scales spread by a factor of e. Norms are one and biases zero, so that activations stay of the order of one.
+The files are laid out as on the hub: the hub's tensor names, shards of about 5 GB with an index, and a small tokenizer beside them.
+Weights are heavy-tailed in every format, their rows and columns differ in size (`heavy_tails`), and they are coded by the format's own
+rule (`coded_pools`): once for each width, and written repeatedly from shifting places, so that the disk and not the generator is the
+limit. Norms are one and biases zero, so that activations stay of the order of one. Experts are unequally popular (`routers`).
+
+Geometries, and the formats in which they are published:
+%(geometries)s
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from benchmarks.native_weights import FORMATS, StoredArray
+from benchmarks.heavy_tails import Pool, bytes_of, generator_of
+from benchmarks.native_weights import FORMATS, StoredArray, arrays_of
 from slowllm.runtime.known_models import KNOWN_MODELS
 from slowllm.storage.spans import DTYPE_BITS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 5_000_000_000
-POOL_ELEMENTS = (1 << 25) + 12_289  # odd, so that the rows of a matrix do not repeat in step
+POOL_ELEMENTS = 1 << 24  # 400 rows of the widest matrices
 
 # Name on the command line: the hub id of a model whose published shape is taken.
 PUBLISHED = {
@@ -98,9 +101,7 @@ def make_checkpoint(
     """
     form = FORMATS[format_of(geometry, storage)]
     model = _on_meta(geometry, num_blocks)
-    arrays = [
-        array for name, tensor in _names_on_disk(model).items() for array in form.arrays_of(name, tensor)
-    ]
+    arrays = list(arrays_of(form, _names_on_disk(model)))
     num_bytes = sum(map(_bytes_of, arrays))
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
@@ -112,12 +113,11 @@ def make_checkpoint(
 
     shards = list(_shards(arrays))
     weight_map = {}
-    pools: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
+    pools: dict[str, Pool] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map.update({array.name: file for array in shard})
-        _write_shard(partial / file, shard, pools, generator)
+        _write_shard(partial / file, shard, pools, seed)
     index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
     (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     model.config.architectures = [type(model).__name__]
@@ -183,9 +183,7 @@ def _shards(arrays: list[StoredArray]) -> Iterator[list[StoredArray]]:
     yield shard
 
 
-def _write_shard(
-    path: Path, arrays: list[StoredArray], pools: dict[str, Tensor], generator: torch.Generator
-) -> None:
+def _write_shard(path: Path, arrays: list[StoredArray], pools: dict[str, Pool], seed: int) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for array in arrays:
@@ -197,28 +195,34 @@ def _write_shard(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays:
-            _write_array(file, array, pools, generator)
+            _write_array(file, array, pools, seed)
 
 
-def _write_array(file: Any, array: StoredArray, pools: dict[str, Tensor], generator: torch.Generator) -> None:
-    if array.content is not None:
-        file.write(array.content.view(torch.uint8).numpy().data)
+def _write_array(file: Any, array: StoredArray, pools: dict[str, Pool], seed: int) -> None:
+    kind = array.kind
+    if kind is None:
+        assert array.content is not None, "what is not cut from a pool has a content"
+        file.write(array.content.expand(array.shape).contiguous().view(torch.uint8).numpy().data)
         return
-    if array.kind not in pools:
-        pools[array.kind] = array.draw(POOL_ELEMENTS, generator)
-    pool = pools[array.kind]
-    start = int(torch.randint(POOL_ELEMENTS, (), generator=generator))
-    left = array.num_elements
-    while left:
-        piece = pool[start : start + left]
-        file.write(piece.view(torch.uint8).numpy().data)
-        left, start = left - len(piece), 0
+    if kind.name not in pools:
+        pools[kind.name] = kind.draw(POOL_ELEMENTS, generator_of(kind.name, seed))
+    for piece in bytes_of(pools[kind.name], array.part, array.num_elements, generator_of(array.origin, seed)):
+        file.write(piece.numpy().data)
+
+
+def described() -> str:
+    """Return a line for each geometry: its name, its blocks, and its native format."""
+    return "\n".join(
+        f"    {name:<14} {num_model_blocks(name):>3} blocks, {format_of(name, 'native')}"
+        for name in sorted(GEOMETRIES)
+    )
 
 
 def main() -> None:
     """Parse the command line, write the checkpoint, and print how long it took."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=(__doc__ or "") % {"geometries": described()},
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--geometry", required=True, choices=sorted(GEOMETRIES))
     parser.add_argument(

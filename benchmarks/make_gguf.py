@@ -3,8 +3,9 @@
     python -m benchmarks.make_gguf --geometry llama-70b --blocks 4 OUT
 
 Half of the attention's values and of the last matrices of the MLPs are Q6_K, the others Q4_K; rows that are no multiple of 256
-weights are Q8_0. Blocks are drawn once a type and written repeatedly at shifting offsets, so that the disk and not the generator
-is the limit. A small tokenizer lies beside the file.
+weights are Q8_0. Weights are heavy-tailed (`heavy_tails`), coded once for each type and width (`gguf_blocks`), and written repeatedly
+from shifting places, so that the disk and not the generator is the limit. The file says that it has no tokenizer, so that llama.cpp
+opens it and takes token ids; a small tokenizer for slowllm lies beside it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gguf_blocks import encode
+from benchmarks.heavy_tails import Pool, bytes_of, generator_of
 from benchmarks.make_checkpoint import GEOMETRIES, ROOT
+from benchmarks.native_weights import PoolKind, deviation_of
 from slowllm.storage.gguf import BLOCKS, DEFAULT_ALIGNMENT, MAGIC
 from slowllm.storage.gguf_files import SUFFIX
 
-POOL_BLOCKS = (1 << 16) + 129  # odd, so that the rows of a matrix do not repeat in step
-# Number of a type, where its float16 scales lie, and the standard deviation of its codes times the scale's own.
-_TYPES = {"q4_k": (12, (0, 2), 150.0), "q6_k": (14, (208,), 1300.0), "q8_0": (8, (0,), 74.0)}
+POOL_ELEMENTS = 1 << 23
+# The numbers of types in the file.
+_TYPES = {"f32": 0, "q8_0": 8, "q4_k": 12, "q6_k": 14}
 _UINT32, _FLOAT32, _STRING = 4, 6, 8
 
 
@@ -80,12 +84,11 @@ def make_gguf(geometry: str, num_blocks: int, out: Path, *, seed: int = 0) -> in
     tensors = list(tensors_of(options, num_blocks))
     header = _header(options, num_blocks, tensors)
     out.mkdir(parents=True, exist_ok=True)
-    draw = np.random.default_rng(seed)
-    pools: dict[str, np.ndarray] = {}
+    pools: dict[str, Pool] = {}
     with open(out / f"{geometry}{SUFFIX}", "wb") as file:
         file.write(header + bytes(-len(header) % DEFAULT_ALIGNMENT))
         for tensor in tensors:
-            _write(file, tensor, pools, draw)
+            _write(file, tensor, pools, seed)
         num_bytes = file.tell()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "weights" / "tiny-bloom" / name, out)
@@ -100,48 +103,35 @@ def _header(options: dict[str, Any], num_blocks: int, tensors: list[StoredTensor
         "context_length": options["max_position_embeddings"], "embedding_length": options["hidden_size"],
         "block_count": num_blocks, "feed_forward_length": options["intermediate_size"],
         "attention.head_count": options["num_attention_heads"],
-        "attention.head_count_kv": options["num_key_value_heads"], "vocab_size": options["vocab_size"],
+        "attention.head_count_kv": options["num_key_value_heads"],
+        "rope.dimension_count": options["hidden_size"] // options["num_attention_heads"], "vocab_size": options["vocab_size"],
     }  # fmt: skip
-    pairs = [string("general.architecture") + struct.pack("<I", _STRING) + string("llama")]
+    words = {"general.architecture": "llama", "tokenizer.ggml.model": "none"}
+    pairs = [string(key) + struct.pack("<I", _STRING) + string(word) for key, word in words.items()]
     pairs += [string(f"llama.{key}") + struct.pack("<II", _UINT32, value) for key, value in counts.items()]
     eps = string("llama.attention.layer_norm_rms_epsilon") + struct.pack("<If", _FLOAT32, 1e-5)
     text = MAGIC + struct.pack("<IQQ", 3, len(tensors), len(pairs) + 1) + b"".join(pairs) + eps
     position = 0
     for tensor in tensors:
-        number = 0 if tensor.kind == "f32" else _TYPES[tensor.kind][0]
+        number = _TYPES[tensor.kind]
         shape = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
         text += string(tensor.name) + shape + struct.pack("<IQ", number, position)
         position += tensor.num_bytes + -tensor.num_bytes % DEFAULT_ALIGNMENT
     return text
 
 
-def _write(file: Any, tensor: StoredTensor, pools: dict[str, np.ndarray], draw: np.random.Generator) -> None:
+def _write(file: Any, tensor: StoredTensor, pools: dict[str, Pool], seed: int) -> None:
     if tensor.kind == "f32":
         file.write(np.ones(tensor.shape, np.float32).tobytes())
     else:
-        name = f"{tensor.kind} {tensor.shape[-1]}"
-        if name not in pools:
-            pools[name] = _blocks(tensor.kind, tensor.shape[-1], draw)
-        pool, left = pools[name], math.prod(tensor.shape) // BLOCKS[tensor.kind][0]
-        start = int(draw.integers(POOL_BLOCKS))
-        while left:
-            piece = pool[start : start + left]
-            file.write(piece.data)
-            left, start = left - len(piece), 0
+        width = tensor.shape[-1]
+        deviation = 1.0 if "embd" in tensor.name else deviation_of(tensor.name, width)
+        kind = PoolKind(tensor.kind, width, deviation, encode(tensor.kind))
+        if kind.name not in pools:
+            pools[kind.name] = kind.draw(POOL_ELEMENTS, generator_of(kind.name, seed))
+        for piece in bytes_of(pools[kind.name], "", tensor.num_bytes, generator_of(tensor.name, seed)):
+            file.write(piece.numpy().data)
     file.write(bytes(-tensor.num_bytes % DEFAULT_ALIGNMENT))
-
-
-def _blocks(kind: str, width: int, draw: np.random.Generator) -> np.ndarray:
-    """Return random blocks whose weights have about the deviation that keeps activations of the order of one."""
-    _, places, spread = _TYPES[kind]
-    blocks = draw.integers(0, 256, (POOL_BLOCKS, BLOCKS[kind][1]), dtype=np.uint8)
-    scales = draw.uniform(0.5, 1.5, (POOL_BLOCKS, len(places))) / spread / math.sqrt(width)
-    if len(places) == 2:  # offsets, half of the largest code
-        scales[:, 1] = 7.5 * scales[:, 0]
-    for number, place in enumerate(places):
-        halves = scales[:, number].astype("<f2")
-        blocks[:, place : place + 2] = halves[:, None].view(np.uint8)
-    return blocks
 
 
 def main() -> None:

@@ -1,27 +1,65 @@
 """Random weights as checkpoints store them: in bfloat16, or in the quantised formats of their makers.
 
-Knows names and shapes of tensors; writes nothing.
+Knows names and shapes of tensors; writes nothing. How weights are spread is in `heavy_tails`, how they are coded in `coded_pools`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Makes so many elements.
-Draw = Callable[[int, torch.Generator], Tensor]
-BLOCK = 128
+from benchmarks import coded_pools, heavy_tails
+from benchmarks.coded_pools import BLOCK, NF4, NF4_BLOCK, NF4_NESTED
+from benchmarks.heavy_tails import Encode, Pool
+from benchmarks.routers import is_router, router_content
+
 # Of these matrices, makers leave the weights as they are.
 _PLAIN = ("embed", "lm_head", "norm", "router", ".gate.weight")
-_DEGREES = 4
-# The standard deviation of codes of 4 bits.
-_SPREAD = 2.5
+# What these matrices return is added to the residual stream.
+_RESIDUAL = ("o_proj", "down_proj", ".w2.", "dense_4h_to_h", "attention.dense", "attn_output", "ffn_down")
+# Of the deviation of other matrices, so that the stream grows slowly and tokens keep what sets them apart.
+_OF_RESIDUAL = 0.25
+
+
+@dataclass(frozen=True)
+class PoolKind:
+    """What a pool holds.
+
+    Attributes:
+        form: name of the format.
+        width: number of columns of its matrix.
+        deviation: of the weights.
+        encode: codes the matrix.
+        unit: number of rows that are coded together.
+        common: how much of the common direction each row has.
+    """
+
+    form: str
+    width: int
+    deviation: float
+    encode: Encode
+    unit: int = 1
+    common: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Name by which pools are kept."""
+        return f"{self.form} {self.width} {self.deviation} {self.common}"
+
+    def draw(self, num_elements: int, generator: torch.Generator) -> Pool:
+        """Draw the pool, of about as many weights as are given."""
+        units = max(2, num_elements // (self.width * self.unit))
+        drawn = heavy_tails.matrix(units * self.unit, self.width, self.deviation, generator)
+        if self.common:
+            drawn += self.common * heavy_tails.common_direction(self.width)
+        return self.encode(drawn)
 
 
 @dataclass(frozen=True)
@@ -32,16 +70,18 @@ class StoredArray:
         name: on disk.
         dtype: safetensors' name of the dtype.
         shape: of the array.
-        kind: of its numbers; arrays of one kind are cut from one pool.
-        draw: makes the pool.
-        content: of an array that is not random.
+        origin: name of the tensor of which it is a part.
+        kind: of the pool from which it is cut; None for one that has its content.
+        part: name of the array in the pool.
+        content: of an array that is not cut from a pool; a single element is repeated.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    kind: str
-    draw: Draw
+    origin: str = ""
+    kind: PoolKind | None = None
+    part: str = ""
     content: Tensor | None = None
 
     @property
@@ -50,59 +90,42 @@ class StoredArray:
         return math.prod(self.shape)
 
 
-def _constant(value: float) -> Draw:
-    return lambda count, _: torch.full((count,), value, dtype=torch.bfloat16)
+def _is_plain(name: str, tensor: Tensor) -> bool:
+    return tensor.dim() < 2 or any(word in name for word in _PLAIN)
 
 
-def _normal(scale: float) -> Draw:
-    return lambda count, generator: torch.randn(count, generator=generator).mul_(scale).to(torch.bfloat16)
-
-
-def _heavy_tailed(count: int, generator: torch.Generator) -> Tensor:
-    """Return numbers of Student's t-distribution, as quotients of normal ones and roots of chi-squared ones."""
-    normal = torch.randn(count, generator=generator)
-    squares = sum(torch.randn(count, generator=generator).square_() for _ in range(_DEGREES))
-    assert isinstance(squares, Tensor)
-    return normal.div_((squares / _DEGREES).sqrt_())
-
-
-def _fp8_codes(count: int, generator: torch.Generator) -> Tensor:
-    values = _heavy_tailed(count, generator)
-    # The largest of a block is at the end of the range; blocks differ in where that is.
-    largest = float(values.abs().topk(max(1, count // (BLOCK * BLOCK))).values.min())
-    return values.mul_(448 / largest).clamp_(-448, 448).to(torch.float8_e4m3fn)
-
-
-def _fp8_scales(width: int) -> Draw:
-    typical = 8.0 / (448 * math.sqrt(width))
-    return lambda count, generator: torch.randn(count, generator=generator).mul_(0.5).exp_().mul_(typical)
+def deviation_of(name: str, width: int) -> float:
+    """Return the deviation of a matrix's weights, by its name and its number of inputs."""
+    return (_OF_RESIDUAL if any(word in name for word in _RESIDUAL) else 1.0) / math.sqrt(width)
 
 
 def bfloat16_array(name: str, tensor: Tensor) -> StoredArray:
-    """Return how a tensor is stored in bfloat16: norms are one, biases zero, and weights normal."""
+    """Return how a tensor is stored in bfloat16: norms are one, biases zero, and weights heavy-tailed."""
     shape = tuple(tensor.shape)
     if tensor.dim() == 1:
-        value = 0.0 if name.endswith("bias") else 1.0
-        return StoredArray(name, "BF16", shape, f"all {value}", _constant(value))
-    scale = 0.02 if "embed" in name else 1 / math.sqrt(shape[-1])
-    return StoredArray(name, "BF16", shape, f"normal {scale}", _normal(scale))
+        value = torch.tensor([0.0 if name.endswith("bias") else 1.0], dtype=torch.bfloat16)
+        return StoredArray(name, "BF16", shape, content=value)
+    common, deviation = 0.0, deviation_of(name, shape[-1])
+    if "embed_tokens" in name:
+        common, deviation = heavy_tails.COMMON, 1.0
+    elif "embed" in name:  # of models that norm it, or whose head it is
+        deviation = 0.02
+    kind = PoolKind("bf16", shape[-1], deviation, coded_pools.bf16, common=common)
+    return StoredArray(name, "BF16", shape, name, kind)
 
 
 def fp8_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
     """Return how a tensor is stored by DeepSeek-V3's format: matrices of blocks in e4m3, a scale for each 128 x 128."""
-    if tensor.dim() < 2 or any(word in name for word in _PLAIN):
+    if _is_plain(name, tensor):
         return [bfloat16_array(name, tensor)]
     *outer, rows, width = tensor.shape
+    assert not outer or rows % BLOCK == 0, "experts side by side have whole blocks"
     grid = (*outer, -(-rows // BLOCK), -(-width // BLOCK))
+    kind = PoolKind("fp8", width, deviation_of(name, width), coded_pools.fp8, BLOCK)
     return [
-        StoredArray(name, "F8_E4M3", tuple(tensor.shape), "fp8", _fp8_codes),
-        StoredArray(f"{name}_scale_inv", "F32", grid, f"scales {width}", _fp8_scales(width)),
+        StoredArray(name, "F8_E4M3", tuple(tensor.shape), name, kind),
+        StoredArray(f"{name}_scale_inv", "F32", grid, name, kind, "scales"),
     ]
-
-
-def _bytes(low: int, high: int) -> Draw:
-    """Return what draws bytes from `low` to below `high`."""
-    return lambda count, generator: torch.randint(low, high, (count,), generator=generator, dtype=torch.uint8)
 
 
 def mxfp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
@@ -111,9 +134,10 @@ def mxfp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
         return [bfloat16_array(name, tensor)]
     experts, width, rows = tensor.shape
     grid = (experts, rows, width // 32)
+    kind = PoolKind("mxfp4", width, deviation_of(name, width), coded_pools.mxfp4)
     return [
-        StoredArray(f"{name}_blocks", "U8", (*grid, 16), "e2m1", _bytes(0, 256)),
-        StoredArray(f"{name}_scales", "U8", grid, "exponents", _bytes(118, 122)),
+        StoredArray(f"{name}_blocks", "U8", (*grid, 16), name, kind),
+        StoredArray(f"{name}_scales", "U8", grid, name, kind, "scales"),
     ]
 
 
@@ -122,79 +146,67 @@ def fp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
     if ".experts." not in name or not name.endswith(".weight"):
         return fp8_arrays(name, tensor)
     rows, width = tensor.shape
+    kind = PoolKind("mxfp4", width, deviation_of(name, width), coded_pools.mxfp4)
     return [
-        StoredArray(name, "I8", (rows, width // 2), "e2m1", _bytes(0, 256)),
-        StoredArray(f"{name}_scale_inv", "F8_E8M0", (rows, width // 32), "exponents", _bytes(118, 122)),
+        StoredArray(name, "I8", (rows, width // 2), name, kind),
+        StoredArray(f"{name}_scale_inv", "F8_E8M0", (rows, width // 32), name, kind, "scales"),
     ]
-
-
-def _words(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator, dtype=torch.int64).int()
 
 
 def int4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
     """Return how a tensor is stored by compressed-tensors: integers of 4 bits, a scale for each 128 of a row."""
-    if tensor.dim() != 2 or any(word in name for word in _PLAIN):
-        return [bfloat16_array(name, tensor)]
-    if tensor.shape[1] % BLOCK:  # groups fill their rows
+    # Groups fill their rows.
+    if _is_plain(name, tensor) or tensor.dim() != 2 or tensor.shape[1] % BLOCK:
         return [bfloat16_array(name, tensor)]
     (rows, width), module = tensor.shape, name.removesuffix(".weight")
-    scale = 1 / (8 * math.sqrt(width))
+    kind = PoolKind("int4", width, deviation_of(name, width), coded_pools.int4)
     return [
-        StoredArray(f"{module}.weight_packed", "I32", (rows, width // 8), "words", _words),
-        StoredArray(
-            f"{module}.weight_scale", "BF16", (rows, width // BLOCK), f"all {scale}", _constant(scale)
-        ),
+        StoredArray(f"{module}.weight_packed", "I32", (rows, width // 8), name, kind),
+        StoredArray(f"{module}.weight_scale", "BF16", (rows, width // BLOCK), name, kind, "scales"),
+    ]
+
+
+def compressed_mxfp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
+    """Return how a tensor is stored by compressed-tensors in e2m1, an exponent for each 32 numbers of a row."""
+    if _is_plain(name, tensor) or tensor.dim() != 2 or tensor.shape[1] % 32:
+        return [bfloat16_array(name, tensor)]
+    (rows, width), module = tensor.shape, name.removesuffix(".weight")
+    kind = PoolKind("mxfp4", width, deviation_of(name, width), coded_pools.mxfp4)
+    return [
+        StoredArray(f"{module}.weight_packed", "U8", (rows, width // 2), name, kind),
+        StoredArray(f"{module}.weight_scale", "U8", (rows, width // 32), name, kind, "scales"),
     ]
 
 
 def nvfp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
     """Return how a tensor is stored by modelopt: in e2m1, an e4m3 scale for each 16 numbers of a row."""
-    if tensor.dim() != 2 or any(word in name for word in _PLAIN):
+    if _is_plain(name, tensor) or tensor.dim() != 2:
         return [bfloat16_array(name, tensor)]
     rows, width = tensor.shape
-    number = 1 / (1000 * math.sqrt(width))
+    kind = PoolKind("nvfp4", width, deviation_of(name, width), coded_pools.nvfp4)
     return [
-        StoredArray(name, "U8", (rows, width // 2), "e2m1", _bytes(0, 256)),
-        StoredArray(f"{name}_scale", "F8_E4M3", (rows, width // 16), "e4m3", _bytes(104, 120)),
-        StoredArray(
-            f"{name}_scale_2", "F32", (1,), f"number {number}", lambda count, _: torch.full((count,), number)
-        ),
+        StoredArray(name, "U8", (rows, width // 2), name, kind),
+        StoredArray(f"{name}_scale", "F8_E4M3", (rows, width // 16), name, kind, "scales"),
+        StoredArray(f"{name}_scale_2", "F32", (1,), name, kind, "whole"),
     ]
-
-
-def _packed_words(count: int, generator: torch.Generator) -> Tensor:
-    """Return words of eight codes of 4 bits, most of them near the middle, as those of weights are."""
-    words = torch.zeros(count, dtype=torch.int64)
-    for place in range(8):
-        codes = torch.randn(count, generator=generator).mul_(_SPREAD).add_(8).round_().clamp_(0, 15)
-        words |= codes.to(torch.int64) << 4 * place
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def _equal_words(word: int) -> Draw:
-    return lambda count, _: torch.full((count,), word, dtype=torch.int32)
-
-
-def _half_scales(width: int) -> Draw:
-    draw = _fp8_scales(width)
-    return lambda count, generator: draw(count, generator).mul_(448 / 8 / _SPREAD).to(torch.float16)
 
 
 def packed_arrays(method: str) -> Callable[[str, Tensor], list[StoredArray]]:
     """Return what says how a tensor is stored by GPTQ or AWQ: 4 bits, groups of 128; experts each by themselves."""
 
     def arrays_of(name: str, tensor: Tensor) -> list[StoredArray]:
-        if tensor.dim() < 2 or any(word in name for word in _PLAIN):
+        if _is_plain(name, tensor):
             return [bfloat16_array(name, tensor)]
         stem, (rows, width) = name.removesuffix(".weight"), tensor.shape
         groups = -(-width // BLOCK)
         codes = (width // 8, rows) if method == "gptq" else (width, rows // 8)
-        zero = 0x77777777 if method == "gptq" else -0x77777778
+        encode = coded_pools.gptq if method == "gptq" else coded_pools.awq
+        # Of the transposed matrix: its columns are outputs.
+        kind = PoolKind(method, rows, deviation_of(name, width), encode, BLOCK)
         return [
-            StoredArray(f"{stem}.qweight", "I32", codes, "packed words", _packed_words),
-            StoredArray(f"{stem}.qzeros", "I32", (groups, rows // 8), f"zeros {zero}", _equal_words(zero)),
-            StoredArray(f"{stem}.scales", "F16", (groups, rows), f"half {width}", _half_scales(width)),
+            StoredArray(f"{stem}.qweight", "I32", codes, name, kind),
+            StoredArray(f"{stem}.qzeros", "I32", (groups, rows // 8), name, kind, "zeros"),
+            StoredArray(f"{stem}.scales", "F16", (groups, rows), name, kind, "scales"),
         ]
 
     return arrays_of
@@ -202,52 +214,39 @@ def packed_arrays(method: str) -> Callable[[str, Tensor], list[StoredArray]]:
 
 def fbgemm_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
     """Return how a tensor is stored by FBGEMM: e4m3 with a scale for each row."""
-    if tensor.dim() != 2 or any(word in name for word in _PLAIN):
+    if _is_plain(name, tensor) or tensor.dim() != 2:
         return [bfloat16_array(name, tensor)]
     rows, width = tensor.shape
+    kind = PoolKind("fp8 rows", width, deviation_of(name, width), coded_pools.fp8_rows)
     return [
-        StoredArray(name, "F8_E4M3", (rows, width), "fp8", _fp8_codes),
-        StoredArray(f"{name}_scale", "F32", (rows, 1), f"scales {width}", _fp8_scales(width)),
+        StoredArray(name, "F8_E4M3", (rows, width), name, kind),
+        StoredArray(f"{name}_scale", "F32", (rows, 1), name, kind, "scales"),
     ]
 
 
-# The numbers of nf4, and a table for scales.
-_NF4 = (
-    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0,
-    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
-)  # fmt: skip
-_NF4_BLOCK = 64
-
-
-def _random_bytes(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8)
-
-
-def _same(value: float) -> Draw:
-    return lambda count, _: torch.full((count,), value)
-
-
 def _written(name: str, dtype: str, content: Tensor) -> StoredArray:
-    return StoredArray(name, dtype, tuple(content.shape), "", _random_bytes, content)
+    return StoredArray(name, dtype, tuple(content.shape), content=content)
 
 
 def nf4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
     """Return how a tensor is stored by bitsandbytes: nf4 in blocks of 64, whose scales are coded as well."""
-    if tensor.dim() < 2 or any(word in name for word in _PLAIN):
+    if _is_plain(name, tensor):
         return [bfloat16_array(name, tensor)]
-    size, typical = tensor.numel(), 1 / math.sqrt(tensor.shape[-1])
-    blocks = -(-size // _NF4_BLOCK)
+    size, width = tensor.numel(), tensor.shape[-1]
+    blocks, deviation = -(-size // NF4_BLOCK), deviation_of(name, width)
+    offset = 2.5 * deviation  # about the mean of the scales
     state = {
-        "quant_type": "nf4", "blocksize": _NF4_BLOCK, "dtype": "bfloat16", "shape": list(tensor.shape),
-        "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 2.5 * typical,
+        "quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": "bfloat16", "shape": list(tensor.shape),
+        "nested_blocksize": NF4_NESTED, "nested_dtype": "float32", "nested_offset": offset,
     }  # fmt: skip
     text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    spread = f"spread {typical}"
+    encode = functools.partial(coded_pools.nf4, offset=offset)
+    kind = PoolKind("nf4", width, deviation, encode, -(-NF4_BLOCK * NF4_NESTED // width))
     return [
-        StoredArray(name, "U8", (-(-size // 2), 1), "bytes", _random_bytes),
-        StoredArray(f"{name}.absmax", "U8", (blocks,), "bytes", _random_bytes),
-        StoredArray(f"{name}.nested_absmax", "F32", (-(-blocks // 256),), spread, _same(0.5 * typical)),
-        _written(f"{name}.quant_map", "F32", torch.tensor(_NF4)),
+        StoredArray(name, "U8", (-(-size // 2), 1), name, kind),
+        StoredArray(f"{name}.absmax", "U8", (blocks,), name, kind, "scales"),
+        StoredArray(f"{name}.nested_absmax", "F32", (-(-blocks // NF4_NESTED),), name, kind, "nested"),
+        _written(f"{name}.quant_map", "F32", torch.tensor(NF4)),
         _written(f"{name}.nested_quant_map", "F32", torch.linspace(-1, 1, 256)),
         _written(f"{name}.quant_state.bitsandbytes__nf4", "U8", text),
     ]
@@ -266,6 +265,30 @@ class StorageFormat:
     settings: Mapping[str, Any] | None = None
 
 
+def arrays_of(form: StorageFormat, tensors: Mapping[str, Tensor]) -> Iterator[StoredArray]:
+    """Yield the arrays of a checkpoint; of routers, as they are in all formats.
+
+    Args:
+        form: of the checkpoint.
+        tensors: of the model by their names on disk; only shapes are looked at.
+    """
+    for name, tensor in tensors.items():
+        if is_router(name):
+            content = router_content(name, tuple(tensor.shape), tensors)
+            yield _written(name, "F32" if content.dtype == torch.float32 else "BF16", content)
+        else:
+            yield from form.arrays_of(name, tensor)
+
+
+def _compressed(layout: str, kind: str, group: int) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": kind, "strategy": "group", "group_size": group}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+
+
 _FP8_SETTINGS = {
     "quant_method": "fp8",
     "activation_scheme": "dynamic",
@@ -276,18 +299,9 @@ FORMATS: Mapping[str, StorageFormat] = {
     "bf16": StorageFormat(lambda name, tensor: [bfloat16_array(name, tensor)]),
     "fp4": StorageFormat(fp4_arrays, _FP8_SETTINGS),
     "fp8": StorageFormat(fp8_arrays, _FP8_SETTINGS),
-    "compressed-int4": StorageFormat(
-        int4_arrays,
-        {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": BLOCK},
-                }
-            },
-        },
+    "compressed-int4": StorageFormat(int4_arrays, _compressed("pack-quantized", "int", BLOCK)),
+    "compressed-mxfp4": StorageFormat(
+        compressed_mxfp4_arrays, _compressed("mxfp4-pack-quantized", "float", 32)
     ),
     "nvfp4": StorageFormat(nvfp4_arrays, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
     "mxfp4": StorageFormat(mxfp4_arrays, {"quant_method": "mxfp4"}),

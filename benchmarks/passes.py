@@ -10,11 +10,9 @@ The last line of stdout is one JSON document.
 from __future__ import annotations
 
 import itertools
-import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +52,9 @@ def load_ours(task: Task, *, keep_resident: bool | None = None) -> Any:
 def run_ours(task: Task) -> dict[str, Any]:
     """Run sweeps with slowllm, all micro-batches in one ride. All are reported; the first is the measurement."""
     passages: list[Any] = []
+    opening = time.perf_counter()
     with load_ours(task) as lm, lm.watching(passages.append), torch.no_grad():
+        open_s = time.perf_counter() - opening
         config = lm.model.config.get_text_config()
         rows = sentences(task, config.vocab_size)
         batches = micro_batches(rows, task.rider_tokens, task.padding_tokens)
@@ -86,6 +86,7 @@ def run_ours(task: Task) -> dict[str, Any]:
         return {
             **sweeps[0],
             **predicted(lm),
+            "open_s": open_s,
             "sweeps": sweeps,
             **held(lm),
             "micro_batches": [len(numbers) for numbers in batches],
@@ -170,6 +171,18 @@ def run_verify(task: Task) -> dict[str, Any]:
     return {"rider_tokens": plan.rider_tokens, "padding_tokens": plan.padding_tokens}
 
 
+def run_logits(task: Task) -> dict[str, Any]:
+    """Save the logits that slowllm computes with all blocks."""
+    with load_ours(task) as lm, torch.no_grad():
+        rows = sentences(task, lm.model.config.get_text_config().vocab_size)
+        batches = micro_batches(rows, task.rider_tokens, task.padding_tokens)
+        jobs = [
+            lambda numbers=numbers: last_logits(lm.model, [rows[n] for n in numbers]) for numbers in batches
+        ]
+        torch.save(lm.ride(jobs), task.logits)
+    return {}
+
+
 def run_resident(task: Task) -> dict[str, Any]:
     """Run the micro-batches through transformers' own model with one block in memory; time block and head."""
     model = one_block(Path(task.checkpoint))
@@ -211,12 +224,14 @@ def _resident_round(model: Any, batches: list[list[Tensor]]) -> tuple[float, flo
 
 def one_block(folder: Path) -> Any:
     """Return transformers' own model with only a checkpoint's first block, embedding and head, in memory in bf16."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.from_pretrained(folder)
+    from benchmarks.decoded import config_of, first_block
+
+    config = config_of(folder)
     config.get_text_config().num_hidden_layers = 1
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None, config=config, state_dict=dict(_tensors_of_first_block(folder)), dtype=torch.bfloat16
+        None, config=config, state_dict=dict(first_block(folder)), dtype=torch.bfloat16
     )
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
@@ -225,17 +240,6 @@ def one_block(folder: Path) -> Any:
     # weight for every row: 23 s for one sequence at a width of 8192.
     model.get_output_embeddings().weight.requires_grad_(True)
     return model
-
-
-def _tensors_of_first_block(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (the file is no dict)
-                number = re.search(r"(?:^|\.)(?:h|layers|blocks)\.(\d+)\.", name)
-                if number is None or int(number[1]) == 0:
-                    yield name, file.get_tensor(name).clone()  # otherwise it would keep the file mapped
 
 
 def run_accelerate(task: Task) -> dict[str, Any]:
@@ -284,6 +288,7 @@ RUNNERS = {
     "ours": run_ours,
     "many": run_many,
     "verify": run_verify,
+    "logits": run_logits,
     "resident": run_resident,
     "accelerate": run_accelerate,
     "accelerate_one_by_one": run_accelerate_one_by_one,

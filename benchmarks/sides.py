@@ -57,18 +57,35 @@ def run(
         cgroup: the cgroup to run in.
         warm: whether the checkpoint is read into the page cache.
     """
+    program = [sys.executable, "-m", f"benchmarks.{module}", SIDE, name]
+    return run_program(program, task, folder=folder, cgroup=cgroup, warm=warm)
+
+
+def run_program(
+    program: Sequence[str],
+    task: Mapping[str, Any],
+    *,
+    folder: Path,
+    cgroup: Path | None,
+    warm: bool = False,
+) -> dict[str, Any]:
+    """Run a program on a task in JSON, and return the JSON document in its last line; see `run`.
+
+    Raises:
+        SystemExit: it failed.
+    """
     if warm:
         machine.read_all(folder)
     else:
         machine.drop_page_cache(folder)
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", SIDE, name, json.dumps(task)],
+        [*program, json.dumps(task)],
         capture_output=True, text=True, check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
         preexec_fn=(lambda: machine.enter_cgroup(cgroup)) if cgroup else None,
     )  # fmt: skip
     if done.returncode:
-        sys.exit(f"{name} failed ({done.returncode}):\n{done.stderr[-2000:]}")
+        sys.exit(f"{' '.join(program[-2:])} failed ({done.returncode}):\n{done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

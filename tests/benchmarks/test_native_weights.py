@@ -11,18 +11,20 @@ import slowllm
 from benchmarks import make_checkpoint
 from benchmarks.native_weights import FORMATS
 
+# Wide enough for groups of 128 numbers.
+WIDE = {
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("storage", sorted(FORMATS))
 def test_a_checkpoint_in_each_format_is_read(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(make_checkpoint, "POOL_ELEMENTS", 50_001)
-    # Wide enough for groups of 128 numbers; gpt-oss's format is of experts only.
-    shape = {
-        "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096,
-        "max_position_embeddings": 2048,
-    }  # fmt: skip
-    kind = "llama"
+    kind, shape = "llama", WIDE
+    # gpt-oss's format is of experts only.
     if storage == "mxfp4":
         kind, shape = "gpt_oss", {**shape, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
     monkeypatch.setitem(make_checkpoint.GEOMETRIES, "tiny", (kind, 8, shape))

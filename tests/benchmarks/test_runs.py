@@ -147,7 +147,18 @@ def test_visit_cost_compares_equal_bits(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize(
     "module",
-    ["forward_pass", "generation", "scoring", "serving", "swarm", "teaching", "tuning_step", "visit_cost"],
+    [
+        "forward_pass",
+        "generation",
+        "scoring",
+        "serving",
+        "swarm",
+        "teaching",
+        "tuning_step",
+        "visit_cost",
+        "expert_counts",
+        "lossless_size",
+    ],
 )
 def test_benchmarks_are_programs(module: str, processes: Processes) -> None:
     done = processes.run("-m", f"benchmarks.{module}", "--help")
