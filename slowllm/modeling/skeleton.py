@@ -24,6 +24,7 @@ from transformers import (
 from slowllm.errors import ArchitectureError, CheckpointError, first_line
 from slowllm.modeling.native.formats import refuse_unknown
 from slowllm.modeling.native.gguf_config import config_of
+from slowllm.modeling.native.modelopt import settings_beside
 from slowllm.storage.checkpoint import read_json
 from slowllm.storage.gguf import read_set
 from slowllm.storage.gguf_files import gguf_files
@@ -67,6 +68,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ArchitectureError(
             f"model type {kind!r} cannot be used by this version of transformers ({first_line(error)})"
         ) from error
+    if not settings and (beside := settings_beside(file.parent)) is not None:
+        config.quantization_config = beside
     return _checked(file, config)
 
 

@@ -29,7 +29,7 @@ from slowllm.storage.gguf_files import SUFFIX
 
 SINGLE = "model.safetensors"
 SMALL_FILES = (
-    "config.json", "generation_config.json", INDEX,
+    "config.json", "hf_quant_config.json", "generation_config.json", INDEX,
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json",
     "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",

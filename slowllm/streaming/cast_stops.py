@@ -23,7 +23,7 @@ from slowllm.storage.codecs import layout_constants
 from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.registry import codec_of
 from slowllm.storage.codecs.team import Team
-from slowllm.storage.spans import TORCH_DTYPES, Placement
+from slowllm.storage.spans import TORCH_DTYPES, CodedArray, Placement
 from slowllm.streaming.buffers import Buffer
 from slowllm.streaming.lazy_weight import CACHE_LINE_BYTES, CodedMatrix, LazyWeight
 from slowllm.streaming.stops import Stops, Weights
@@ -79,26 +79,36 @@ def coded_shape(placement: Placement) -> tuple[int, ...]:
     return (*placement.shape[:-2], placement.shape[-1], placement.shape[-2])
 
 
-def _refuse_not_finite(placement: Placement, stored: Tensor) -> None:
-    """Refuse a coded parameter with scales that are no numbers, before any product is made of them.
+def _refuse_damaged(placement: Placement, stored: Tensor) -> None:
+    """Refuse a coded parameter with scales that are no numbers, or that are not there, before any product is made of them.
 
     Raises:
-        CheckpointError: one is NaN or infinite.
+        CheckpointError: one is NaN or infinite, or a column has one that there is not.
     """
     assert placement.coding is not None, "asked of coded tensors only"
-    for array in placement.coding.arrays:
-        dtype = TORCH_DTYPES[array.dtype]
-        if not dtype.is_floating_point:
-            continue
-        end = array.offset + math.prod(array.shape) * dtype.itemsize
-        values = stored[array.offset : end].view(dtype)
-        if not bool(values.isfinite().all()):
-            run = next(
-                run for run in placement.runs if run.target <= array.offset < run.target + run.num_bytes
-            )
-            raise CheckpointError(
-                f"{run.span.path.name}: {run.span.name} has NaN or infinity among its {array.name}; fetch this shard again"
-            )
+    for coding in (placement.coding, *(rows.coding for rows in placement.coding.rows)):
+        picks, arrays = codec_of(coding).picks, {array.name: array for array in coding.parts}
+        for array in coding.parts:
+            if TORCH_DTYPES[array.dtype].is_floating_point:
+                if not bool(_values_of(array, stored).isfinite().all()):
+                    raise _damage(placement, array, f"has NaN or infinity among its {array.name}")
+            elif array.name in picks:
+                dimension, least = picks[array.name]
+                count = arrays["scales"].shape[dimension]
+                low, high = (int(bound) for bound in _values_of(array, stored).aminmax())
+                if low < least or high >= count:
+                    wrong = low if low < least else high
+                    raise _damage(placement, array, f"names group {wrong} of a matrix that has {count}")
+
+
+def _values_of(array: CodedArray, stored: Tensor) -> Tensor:
+    dtype = TORCH_DTYPES[array.dtype]
+    return stored[array.offset : array.offset + math.prod(array.shape) * dtype.itemsize].view(dtype)
+
+
+def _damage(placement: Placement, array: CodedArray, said: str) -> CheckpointError:
+    run = next(run for run in placement.runs if run.target <= array.offset < run.target + run.num_bytes)
+    return CheckpointError(f"{run.span.path.name}: {run.span.name} {said}; fetch this shard again")
 
 
 def coded_matrix(placement: Placement, stored: Tensor, team: Team) -> CodedMatrix:
@@ -175,7 +185,7 @@ class CastStops(Stops):
     def _coded_weight(self, placement: Placement, stored: Tensor, dtype: torch.dtype) -> LazyWeight:
         assert self._team is not None, "created where anything is coded"
         if placement.name not in self._checked:
-            _refuse_not_finite(placement, stored)
+            _refuse_damaged(placement, stored)
             self._checked.add(placement.name)
         return coded_weight(placement, stored, dtype, self._large[stored.device], self._team)
 

@@ -148,14 +148,18 @@ def store_modelopt(name: str, weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def store_modelopt_back(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """Store a weight as modelopt's own operations dequantise it, in float32."""
-    arrays = store_modelopt(name, weight)
-    if "attn" in name:
-        return {name: arrays[name].float() * arrays[f"{name}_scale"]}
-    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    table = torch.cat([magnitudes, -magnitudes])
-    packed = arrays[name]
-    values = table[torch.stack([packed & 15, packed >> 4], -1).flatten(1).int()]
-    scales = arrays[f"{name}_scale"].float() * arrays[f"{name}_scale_2"]
-    return {name: (values.unflatten(1, (-1, 16)) * scales[..., None]).flatten(1)}
+def store_modelopt_back(dtype: torch.dtype) -> Store:
+    """Return what stores a weight as modelopt's own operations dequantise it for a dtype; float4 in float32, to be rounded once."""
+
+    def store(name: str, weight: Tensor) -> dict[str, Tensor]:
+        arrays = store_modelopt(name, weight)
+        if "attn" in name:
+            return {name: arrays[name].to(dtype) * arrays[f"{name}_scale"].to(dtype)}
+        magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+        table = torch.cat([magnitudes, -magnitudes])
+        packed = arrays[name]
+        values = table[torch.stack([packed & 15, packed >> 4], -1).flatten(1).int()]
+        scales = arrays[f"{name}_scale"].float() * arrays[f"{name}_scale_2"]
+        return {name: (values.unflatten(1, (-1, 16)) * scales[..., None]).flatten(1)}
+
+    return store

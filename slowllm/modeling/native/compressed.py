@@ -5,15 +5,19 @@ Which modules are left plain is seen in the arrays; config.json says how many nu
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from slowllm.errors import CheckpointError
 from slowllm.modeling.native.coded_tensor import CodedPart, CodedTensor
 from slowllm.rounding import ceil_div
 from slowllm.storage.codecs import mxfp4, nvfp4
+from slowllm.storage.shard import open_shard
 from slowllm.storage.spans import Span
 
 # Scales of activations and of caches, which are not quantised here.
@@ -27,6 +31,8 @@ _FORMATS = (
 )  # fmt: skip
 _SCALES = ("F32", "BF16", "F16")
 _BITS = (4, 8)
+# Dtypes of the shape that is stored beside a packed matrix.
+_SHAPES: Mapping[str, str] = {"I64": "<i8", "I32": "<i4"}
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ def _by_scheme(module: str, codes: Span, own: Mapping[str, Span], scheme: _Schem
     elif scheme.columns is not None and len(scales.shape) == 2:
         width = scales.shape[1] * scheme.columns
     else:
-        width = stored * per_word
+        width = _width_of(own.get("weight_shape"), codes, per_word)
     group = _group_of(scales.shape, rows, width, scheme)
     if group is None or scales.dtype not in _SCALES or "weight_global_scale" in own:
         return None
@@ -231,6 +237,32 @@ def _by_scheme(module: str, codes: Span, own: Mapping[str, Span], scheme: _Schem
     else:
         parts.append(CodedPart("signed", codes, codes.shape))
     return CodedTensor(f"{module}.weight", (rows, width), "scaled_int", tuple(parts), group)
+
+
+def _width_of(shape: Span | None, codes: Span, per_word: int) -> int:
+    """Return the width of a packed matrix: the number that is stored beside it, or as many columns as its words hold.
+
+    Raises:
+        CheckpointError: what is stored beside it is not its shape.
+    """
+    if shape is None:
+        return codes.shape[1] * per_word
+    numbers = list[int]()
+    if shape.dtype in _SHAPES and shape.shape == (2,):
+        fd = open_shard(shape)
+        try:
+            numbers = np.frombuffer(
+                os.pread(fd, shape.num_bytes, shape.offset), _SHAPES[shape.dtype]
+            ).tolist()
+        finally:
+            os.close(fd)
+    # A word has a column at least.
+    if len(numbers) != 2 or numbers[0] != codes.shape[0] or not 0 < numbers[1] <= 32 * codes.shape[1]:
+        raise CheckpointError(
+            f"{shape.path.name}: {shape.name} is {shape.dtype} of shape {list(shape.shape)} and says {numbers}, which is no shape "
+            f"for {codes.name} of shape {list(codes.shape)}; fetch this shard again"
+        )
+    return numbers[1]
 
 
 def _group_of(shape: tuple[int, ...], rows: int, width: int, scheme: _Scheme) -> tuple[int, int] | None:

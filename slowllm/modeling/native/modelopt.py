@@ -4,16 +4,52 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from slowllm.errors import CheckpointError
 from slowllm.modeling.native.coded_tensor import CodedPart, CodedTensor
+from slowllm.storage.checkpoint import read_json
 from slowllm.storage.codecs import nvfp4
 from slowllm.storage.spans import Span
 
+# In which modelopt says what it did; newer versions of it say so in config.json as well.
+QUANT_CONFIG = "hf_quant_config.json"
 _ALGORITHMS = ("FP8", "NVFP4", "MIXED_PRECISION")
 # Scales of activations and of caches, which are not quantised here.
 _ACTIVATIONS = re.compile(r"\.(input_scale|output_scale|[kv]_scale|[kv]_proj\.[kv]_scale)$")
+
+
+def settings_beside(folder: Path) -> dict[str, Any] | None:
+    """Return what modelopt's own file says, as config.json would have it; None where there is no such file, or no format in it.
+
+    Args:
+        folder: of the checkpoint.
+    Raises:
+        CheckpointError: the file cannot be read, or names a format that is not read.
+    """
+    file = folder / QUANT_CONFIG
+    if not file.is_file():
+        return None
+    quantization = read_json(file).get("quantization")
+    if not isinstance(quantization, Mapping):
+        raise CheckpointError(f"{file}: has no table called quantization; fetch it again")
+    # Caches alone may be quantised, which is not imitated.
+    if (algorithm := quantization.get("quant_algo")) is None:
+        return None
+    _refuse_unknown(str(file), algorithm)
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "ignore": quantization.get("exclude_modules") or [],
+    }
+
+
+def _refuse_unknown(where: str, algorithm: object) -> None:
+    if algorithm not in _ALGORITHMS:
+        raise CheckpointError(
+            f"{where}: quant_algo is {algorithm!r}, which is not read; there are {', '.join(_ALGORITHMS)}"
+        )
 
 
 def find(settings: Mapping[str, Any], spans: Mapping[str, Span]) -> tuple[list[CodedTensor], set[str]]:
@@ -25,11 +61,7 @@ def find(settings: Mapping[str, Any], spans: Mapping[str, Span]) -> tuple[list[C
     Raises:
         CheckpointError: a scale is missing, or does not go with its weight; or config.json names a format that is not read.
     """
-    algorithm = settings.get("quant_algo")
-    if algorithm not in _ALGORITHMS:
-        raise CheckpointError(
-            f"config.json: quant_algo is {algorithm!r}, which is not read; there are {', '.join(_ALGORITHMS)}"
-        )
+    _refuse_unknown("config.json", settings.get("quant_algo"))
     found, used = [], {name for name in spans if _ACTIVATIONS.search(name)}
     for name, codes in spans.items():
         if not name.endswith(".weight") or codes.dtype not in ("U8", "F8_E4M3"):
@@ -73,7 +105,7 @@ def _fp8(codes: Span, spans: Mapping[str, Span]) -> CodedTensor:
     is_one = scales.shape in shapes[:3]
     group, grid = ((rows, width), (1, 1)) if is_one else ((1, width), (rows, 1))
     parts = (CodedPart("scales", scales, grid), CodedPart("codes", codes, codes.shape))
-    return CodedTensor(codes.name, codes.shape, "fp8", parts, group)
+    return CodedTensor(codes.name, codes.shape, "fp8_cast_scales", parts, group)
 
 
 def _companion(

@@ -72,6 +72,8 @@ class Codec(ABC):
     is_exact: ClassVar[bool] = False
     # Whether it decodes to any floating dtype by itself; otherwise to bfloat16 only.
     decodes_to_any: ClassVar[bool] = False
+    # Arrays of int32 that say which scale a column has: the dimension of the scales that they count along, and their least number.
+    picks: ClassVar[Mapping[str, tuple[int, int]]] = {}
     # How often the bytes of the decoded matrix go through memory in a product of a few rows, not counting those of
     # the stored matrix. Plans use it: compiled decoding is as fast as memory.
     passes: ClassVar[float] = 2.0

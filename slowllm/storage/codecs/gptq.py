@@ -8,6 +8,7 @@ GPTQModel does, so that a zero that wrapped around is found again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -32,6 +33,7 @@ class Gptq(Codec):
 
     name: ClassVar[str] = "gptq"
     decodes_to_any: ClassVar[bool] = True
+    picks: ClassVar[Mapping[str, tuple[int, int]]] = {"order": (0, 0)}
     more: ClassVar[int] = 1
 
     def has_parts(self, parts: PartShapes, num_rows: int, width: int, group: tuple[int, ...] = ()) -> bool:

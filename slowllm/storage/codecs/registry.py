@@ -25,7 +25,7 @@ from slowllm.storage.codecs.int8 import Int8
 from slowllm.storage.codecs.lossless import Lossless
 from slowllm.storage.codecs.mxfp4 import Mxfp4
 from slowllm.storage.codecs.nvfp4 import Nvfp4
-from slowllm.storage.codecs.rounded import Fp8Rounded
+from slowllm.storage.codecs.rounded import Fp8CastScales, Fp8Rounded
 from slowllm.storage.codecs.scaled_int import ScaledInt
 from slowllm.storage.codecs.stacked import Stacked
 from slowllm.storage.codecs.team import Team
@@ -44,6 +44,7 @@ CODECS: Mapping[str, Codec] = {
             Mxfp4(),
             Nvfp4(),
             Fp8Rounded(),
+            Fp8CastScales(),
             ScaledInt(),
             Gptq(),
             GptqV2(),

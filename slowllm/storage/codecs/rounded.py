@@ -1,11 +1,13 @@
 """Numbers that a format rounds to a dtype of its own before they are of another, as compressed-tensors does it.
 
-Its weights are dequantised in the dtype of their scales, and then taken for whatever the model computes in.
+Its weights are dequantised in the dtype of their scales, and then taken for whatever the model computes in. NVIDIA's modelopt
+rounds the scales themselves to the dtype that is computed with, before it multiplies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from slowllm.storage.codecs import fp8
 from slowllm.storage.codecs.base import Parts, tiles_of
-from slowllm.storage.codecs.fp8 import Fp8
+from slowllm.storage.codecs.fp8 import Fp8, scales_of
 from slowllm.storage.codecs.team import Team
 
 
@@ -64,3 +66,22 @@ class Fp8Rounded(Fp8):
 def decode_fp8_rows(parts: Parts, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """Return the rows `first` to `last` in a dtype, by operations of torch, on any device."""
     return fp8.decode_rows(parts, first, last, dtype_of(parts.arrays["scales"])).to(dtype)
+
+
+class Fp8CastScales(Fp8):
+    """Float8 e4m3fn in blocks, whose scales are rounded to the dtype that is decoded to before they are multiplied with."""
+
+    name: ClassVar[str] = "fp8_cast_scales"
+
+    def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
+        super().decode(_with_cast_scales(parts, out.dtype), out, first, last, team)
+
+
+def _with_cast_scales(parts: Parts, dtype: torch.dtype) -> Parts:
+    scales = scales_of(parts.arrays["scales"]).to(dtype)
+    return replace(parts, arrays={**parts.arrays, "scales": scales})
+
+
+def decode_cast_rows(parts: Parts, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Return the rows `first` to `last`, with scales in `dtype`, by operations of torch, on any device."""
+    return fp8.decode_rows(_with_cast_scales(parts, dtype), first, last, dtype)

@@ -5,6 +5,7 @@ A weight is its integer less the zero, times the scale, rounded to the dtype of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -34,6 +35,8 @@ class ScaledInt(Codec):
 
     name: ClassVar[str] = "scaled_int"
     decodes_to_any: ClassVar[bool] = True
+    # -1 says that the order was not written.
+    picks: ClassVar[Mapping[str, tuple[int, int]]] = {"blocks": (1, -1)}
 
     def has_parts(self, parts: PartShapes, num_rows: int, width: int, group: tuple[int, ...] = ()) -> bool:
         names = set(parts) & set(_PER_BYTE)

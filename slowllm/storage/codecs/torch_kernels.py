@@ -56,6 +56,7 @@ _WHOLE = {
     "mxfp4": mxfp4.decode_rows,
     "nvfp4": nvfp4.decode_rows,
     "fp8_rounded": rounded.decode_fp8_rows,
+    "fp8_cast_scales": rounded.decode_cast_rows,
     "scaled_int": scaled_int.decode_rows,
     "gptq": gptq.decode_rows,
     "gptq_v2": gptq.decode_rows_v2,

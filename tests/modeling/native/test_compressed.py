@@ -121,7 +121,7 @@ def test_blocks_of_columns_may_have_an_order_of_their_own(tmp_path: Path) -> Non
     case = "int4 groups"
     folder = compressed("llama-2", case, tmp_path)
     found = []
-    for order in (torch.full((64,), -1), torch.arange(64) // 16, torch.arange(64) % 4, torch.full((64,), 99)):
+    for order in (torch.full((64,), -1), torch.arange(64) // 16, torch.arange(64) % 4):
 
         def add(tensors: dict[str, torch.Tensor], order: torch.Tensor = order) -> None:
             if f"{MODULE}.weight_packed" in tensors:
@@ -132,7 +132,74 @@ def test_blocks_of_columns_may_have_an_order_of_their_own(tmp_path: Path) -> Non
             found.append(lm.model(IDS).logits)
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
-    assert found[3].isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [4, 99, -2])
+def test_a_block_that_there_is_not_is_refused_by_name(wrong: int, tmp_path: Path) -> None:
+    folder = compressed("llama-2", "int4 groups", tmp_path)
+    order = (torch.arange(64) // 16).int()
+    order[17] = wrong
+    packed, name = f"{MODULE}.weight_packed", f"{MODULE}.weight_g_idx"
+    change_tensors(folder, lambda tensors: packed in tensors and tensors.update({name: order}))
+    message = rf"model-\d+-of-\d+\.safetensors: {name} names group {wrong} of a matrix that has 4"
+    with slowllm.load(folder, resident=False) as lm, pytest.raises(CheckpointError, match=message):
+        lm.model(IDS)
+
+
+@pytest.mark.parametrize(
+    ("case", "width"),
+    crossed(
+        ["int4 channels", "int8 channels", "int4 groups", "int4 groups with zeros"],
+        [70, 81, 90],
+        quick=[("int4 channels", 81), ("int8 channels", 70), ("int4 groups", 90)],
+    ),
+)
+def test_rows_need_not_fill_their_words(
+    case: str, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inputs of down_proj are as many as an odd width; the groups of other cases divide it by 10 or 9."""
+    form, weights, dtype = CASES[case]
+    if "group_size" in weights:
+        size = {70: 14, 81: 27, 90: 18}[width]
+        monkeypatch.setitem(CASES, case, (form, {**weights, "group_size": size}, dtype))
+    save_tiny("llama-2", tmp_path / "plain", torch.bfloat16, intermediate_size=width)
+
+    def only_down(store: Any) -> Any:
+        return lambda name, weight: store(name, weight) if "down_proj" in name else {name: weight}
+
+    settings, store, back = settings_of(case), store_compressed(case), store_decompressed(case)
+    folder = quantised(tmp_path / "plain", tmp_path / "stored", settings, only_down(store))
+    plain = plain_copy(tmp_path / "plain", tmp_path / "back", only_down(back))
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)
+    with torch.no_grad(), slowllm.load(folder, dtype="bfloat16", resident=False) as lm:
+        assert torch.equal(lm.model(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        torch.tensor([96, 640]),
+        torch.tensor([95, 64]),
+        torch.tensor([96, 0]),
+        torch.tensor([96]),
+        torch.ones(2),
+    ],
+    ids=str,
+)
+def test_a_shape_that_lies_is_refused_by_name(shape: torch.Tensor, tmp_path: Path) -> None:
+    folder = compressed("llama-2", "int4 channels", tmp_path)
+    change_tensors(folder, _changed("weight_shape", lambda _: shape))
+    with pytest.raises(
+        CheckpointError, match=rf"{MODULE}.weight_shape is \w+ of shape .* which is no shape for"
+    ):
+        slowllm.load(folder)
+
+
+def test_a_shape_of_other_words_is_refused_by_name(tmp_path: Path) -> None:
+    folder = compressed("llama-2", "int4 channels", tmp_path)
+    change_tensors(folder, _changed("weight_shape", lambda _: torch.tensor([96, 50])))
+    with pytest.raises(CheckpointError, match=rf"{MODULE} has .*go with no group of config.json"):
+        slowllm.load(folder)
 
 
 def _without(kind: str) -> Any:

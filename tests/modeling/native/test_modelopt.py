@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import slowllm
 from slowllm.errors import CheckpointError
-from slowllm.modeling.native.formats import find_native
+from slowllm.modeling.native.formats import find_native, settings_of
+from slowllm.modeling.native.modelopt import QUANT_CONFIG
+from slowllm.modeling.skeleton import read_config
 from slowllm.storage.codecs.registry import CODECS
 from tests.support.cases import crossed
 from tests.support.compressed_checkpoints import store_modelopt, store_modelopt_back
@@ -50,7 +53,8 @@ def test_logits_are_those_of_the_dequantised_model(
     name: str, dtype: str, resident: bool, tmp_path: Path
 ) -> None:
     folder = modelopt(name, tmp_path)
-    back = plain_copy(tmp_path / "plain", tmp_path / "back", store_modelopt_back)
+    store = store_modelopt_back(getattr(torch, dtype))
+    back = plain_copy(tmp_path / "plain", tmp_path / "back", store)
     model = AutoModelForCausalLM.from_pretrained(
         back, dtype=getattr(torch, dtype), experts_implementation="eager"
     )
@@ -60,7 +64,7 @@ def test_logits_are_those_of_the_dequantised_model(
 
 def test_tokens_and_gradients_are_those_of_the_dequantised_model(tmp_path: Path) -> None:
     folder = modelopt("llama-2", tmp_path)
-    back = plain_copy(tmp_path / "plain", tmp_path / "back", store_modelopt_back)
+    back = plain_copy(tmp_path / "plain", tmp_path / "back", store_modelopt_back(torch.float32))
     found = []
     for one in (folder, back):
         with slowllm.load(one, dtype="float32", resident=False) as lm:
@@ -111,6 +115,45 @@ def test_an_algorithm_that_is_not_read_is_refused(tmp_path: Path) -> None:
     folder = modelopt("llama-2", tmp_path)
     change_settings(folder, {**SETTINGS, "quant_algo": "W4A8_AWQ"})
     with pytest.raises(CheckpointError, match="quant_algo is 'W4A8_AWQ', which is not read; there are FP8"):
+        slowllm.load(folder)
+
+
+def with_a_file_of_its_own(folder: Path, content: object) -> Path:
+    """Move what config.json says of the format to modelopt's own file, which older checkpoints have alone."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / QUANT_CONFIG).write_text(json.dumps(content))
+    return folder
+
+
+def test_a_file_of_modelopts_own_is_read_where_config_json_says_nothing(tmp_path: Path) -> None:
+    folder = modelopt("llama-2", tmp_path)
+    with torch.no_grad(), slowllm.load(folder, dtype="bfloat16") as lm:
+        wanted = lm.model(IDS).logits
+    quantization = {
+        "quant_algo": "MIXED_PRECISION",
+        "kv_cache_quant_algo": None,
+        "exclude_modules": ["lm_head"],
+    }
+    with_a_file_of_its_own(folder, {"producer": {"name": "modelopt"}, "quantization": quantization})
+    with torch.no_grad(), slowllm.load(folder, dtype="bfloat16") as lm:
+        assert torch.equal(lm.model(IDS).logits, wanted)
+    assert settings_of(read_config(folder)) == SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"quantization": {"quant_algo": "W4A8_AWQ"}}, rf"{QUANT_CONFIG}: quant_algo is 'W4A8_AWQ', which is not read"),
+        ({"producer": {}}, rf"{QUANT_CONFIG}: has no table called quantization"),
+        ([], rf"{QUANT_CONFIG}: is not a JSON object"),
+        ({"quantization": {"quant_algo": None}}, "is stored as F8_E4M3, and the checkpoint has no scales for it"),
+    ],
+)  # fmt: skip
+def test_a_file_of_modelopts_own_that_lies_is_refused(content: object, message: str, tmp_path: Path) -> None:
+    folder = with_a_file_of_its_own(modelopt("llama-2", tmp_path), content)
+    with pytest.raises(CheckpointError, match=message):
         slowllm.load(folder)
 
 

@@ -20,6 +20,7 @@ from slowllm.modeling.native.packed import find_awq, find_gptq
 from slowllm.storage.codecs.registry import CODECS
 from slowllm.storage.spans import DTYPE_BITS, Span
 from tests.support.cases import crossed, quick_and_long
+from tests.support.damaged_checkpoints import change_tensors
 from tests.support.families import save_tiny
 from tests.support.packed_checkpoints import PackedLayer, packed_model, packed_pair
 from tests.support.properties import num_examples
@@ -184,15 +185,26 @@ def test_zeros_that_fill_no_words_are_refused() -> None:
         find_gptq({"bits": 4, "group_size": 16}, spans)
 
 
-def test_a_group_that_there_is_not_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize(("by", "wrong"), [(1, 4), (-1, -1)])
+def test_a_group_that_there_is_not_is_refused_by_name(
+    by: int, wrong: int, resident: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(folders["gptq"], tmp_path / "copy"))
-    _damaged(folder, _put("g_idx", lambda old: old + 1))
-    with (
-        slowllm.load(folder) as lm,
-        pytest.raises(
-            CheckpointError, match="a g_idx of the checkpoint names group 4 of a matrix that has 4"
-        ),
-    ):
+    _damaged(folder, _put("g_idx", lambda old: old + by))
+    message = (
+        rf"model-\d+-of-\d+\.safetensors: {STEM}\.g_idx names group {wrong} of a matrix that has 4; fetch"
+    )
+    with slowllm.load(folder, resident=resident) as lm, pytest.raises(CheckpointError, match=message):
+        lm.model(IDS)
+
+
+def test_a_group_that_there_is_not_is_refused_inside_of_a_stack_of_experts(tmp_path: Path) -> None:
+    folder, _ = packed_model("mixtral", tmp_path, LAYERS["gptq-ordered"])
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.g_idx"
+    change_tensors(folder, lambda tensors: name in tensors and tensors.update({name: tensors[name] + 99}))
+    message = rf"model-\d+-of-\d+\.safetensors: {name} names group \d+ of a matrix that has 4"
+    with slowllm.load(folder) as lm, pytest.raises(CheckpointError, match=message):
         lm.model(IDS)
 
 

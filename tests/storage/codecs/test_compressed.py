@@ -31,6 +31,7 @@ SPECIAL = [0.0, -1.0, 1e-45, 1e38, float("inf"), float("nan"), 2.0**-126, 3e-39]
 DECODERS = {
     "nvfp4": nvfp4.decode_rows,
     "fp8_rounded": rounded.decode_fp8_rows,
+    "fp8_cast_scales": rounded.decode_cast_rows,
     "scaled_int": scaled_int.decode_rows,
 }
 
@@ -126,6 +127,20 @@ def test_any_rows_of_float8_are_those_of_torchs_operations(
     rows: int, width: int, group: tuple[int, int], cut: tuple[int, int], seed: int, dtype: torch.dtype
 ) -> None:
     assert_rows("fp8_rounded", fp8_parts(rows, width, group, dtype, seed), cut)
+    assert_rows("fp8_cast_scales", fp8_parts(rows, width, group, dtype, seed), cut)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_of_modelopt_are_rounded_before_they_are_multiplied_with(
+    dtype: torch.dtype, team: Team
+) -> None:
+    draw = torch.Generator().manual_seed(3)
+    codes, scales = random_bytes(draw, 8, 64), torch.rand((8, 1), generator=draw) / 448
+    # As modelopt 0.47 dequantises (FP8QTensor).
+    wanted = codes.view(torch.float8_e4m3fn).to(dtype) * scales.to(dtype)
+    parts, out = Parts({"codes": codes, "scales": scales}, 8, 64, (1, 64)), torch.empty(8, 64, dtype=dtype)
+    CODECS["fp8_cast_scales"].decode(parts, out, 0, 8, team)
+    assert same_numbers(out, wanted)
 
 
 @num_examples(80)
