@@ -112,7 +112,7 @@ def describe(
 def _shares_prefixes(lm: StreamedLM) -> bool:
     """Return whether rows may continue from other rows' keys and values."""
     # Between the leaves of a block every rider would hold the keys and values that it took from another.
-    return lm.plan.granularity == "blocks" and lm.keeps_caches and can_share(lm.config)
+    return lm.plan.granularity != "leaves" and lm.keeps_caches and can_share(lm.config)
 
 
 def _num_prefix_positions(lm: TextSide) -> int:

@@ -64,7 +64,10 @@ def free_tokens(sizes: Sizes, rider_tokens: int, read_seconds: float, rates: Rat
 
     def seconds(num_tokens: int) -> float:
         rider = min(rider_tokens, num_tokens)
-        return math.fsum(compute_seconds(stop, rates, rider, num_tokens) for stop in sizes.stops)
+        return math.fsum(
+            compute_seconds(stop, rates, rider, num_tokens) + _unit_seconds(sizes, number, num_tokens, rates)
+            for number, stop in enumerate(sizes.stops)
+        )
 
     if not read_seconds or seconds(1) > read_seconds:
         return 0
@@ -223,3 +226,45 @@ def _sweep_seconds(
             seconds[sweep] += wait + work
             last = index
     return seconds[0], seconds[1]
+
+
+@dataclass(frozen=True)
+class SweepCost:
+    """What a sweep takes where experts are read on demand.
+
+    Attributes:
+        num_tokens: of the sweep.
+        is_first: whether nothing is in memory before it.
+        read_bytes: that it is expected to read.
+        seconds: that it takes.
+    """
+
+    num_tokens: int
+    is_first: bool
+    read_bytes: int
+    seconds: float
+
+
+def sweep_costs(
+    sizes: Sizes, resident: frozenset[int], ring_bytes: int, kept_units: int, sweep_tokens: int, rates: Rates
+) -> tuple[SweepCost, ...]:
+    """Return what a first token takes, a later one, and a sweep of the job; nothing where blocks are read whole.
+
+    Args:
+        sizes, resident, ring_bytes, kept_units: as for `forecast_of`.
+        sweep_tokens: of the job's sweeps.
+        rates: of the machine.
+    """
+    if sizes.experts is None:
+        return ()
+    everything = sum(stop.num_bytes for stop in sizes.stops)
+    kept_bytes = sum(sizes.stops[stop].num_bytes for stop in resident)
+    costs = []
+    for tokens, is_first in ((1, True), (1, False), (max(2, sweep_tokens), False)):
+        job = Job(num_tokens=tokens, longest=tokens, repeated=True, forward_only=True)
+        forecast = forecast_of(sizes, resident, ring_bytes, tokens, tokens, job, rates, kept_units)
+        demand = sum(_demand(sizes, tokens, 0 if is_first else kept_units).values())
+        num_bytes = (everything if is_first else everything - kept_bytes) + int(demand)
+        seconds = forecast.first_seconds if is_first else forecast.later_seconds
+        costs.append(SweepCost(tokens, is_first, num_bytes, seconds))
+    return tuple(costs)

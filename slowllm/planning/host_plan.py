@@ -384,4 +384,11 @@ def with_smaller_weights(sizes: Sizes, factor: float) -> Sizes:
         replace(s, num_bytes=int(s.num_bytes * factor), largest_bytes=int(s.largest_bytes * factor))
         for s in sizes.stops
     )
-    return replace(sizes, stops=stops)
+    experts = sizes.experts
+    if experts is not None:
+        experts = replace(
+            experts,
+            unit_bytes=int(experts.unit_bytes * factor),
+            largest_bytes=int(experts.largest_bytes * factor),
+        )
+    return replace(sizes, stops=stops, experts=experts)

@@ -21,7 +21,7 @@ from slowllm.modeling.parts import Part
 from slowllm.options import AUTO, parse_bytes, parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates, least_host_bytes
-from slowllm.planning.forecast import forecast_of, free_tokens
+from slowllm.planning.forecast import SweepCost, forecast_of, free_tokens, sweep_costs
 from slowllm.planning.host_plan import Plan, advise, least_bytes, make_plan, sizes_for, with_smaller_weights
 from slowllm.planning.job import WHOLE_BLOCKS, Job, Rates, Sizes
 from slowllm.runtime.blueprint import Blueprint, BlueprintSizes, measure_blueprint, stored_dtype_of
@@ -102,6 +102,7 @@ class Survey:
         planned_from: what the sizes are taken from where the weights are not there, None where they are.
         free_tokens: that a sweep computes while its bytes are read; 0 where nothing is read, or on devices.
         native_format: the quantised format of the maker in which the weights are read as they are; None where they are plain.
+        token_costs: where experts are read on demand, what a first token, a later one, and a sweep of the job take.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Survey:
     planned_from: str | None = None
     free_tokens: int = 0
     native_format: str | None = None
+    token_costs: tuple[SweepCost, ...] = ()
 
     @property
     def can_be_halved(self) -> bool:
@@ -268,6 +270,14 @@ def _planned(
         ),
         "larger": tuple(advise(choices, plan, job=job, rates=rates, **budget)),
         "halved_seconds": halved.forecast.seconds,
+        "token_costs": sweep_costs(
+            sizes_for(plan, choices),
+            plan.resident,
+            plan.ring_bytes,
+            plan.kept_units,
+            plan.sweep_tokens,
+            rates,
+        ),
     }
 
 

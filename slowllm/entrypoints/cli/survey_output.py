@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from slowllm.errors import counted
 from slowllm.options import format_binary, format_bytes
 
 if TYPE_CHECKING:
-    from slowllm.planning.forecast import Forecast
+    from slowllm.planning.forecast import Forecast, SweepCost
     from slowllm.runtime.survey import Survey
 
 
@@ -53,6 +54,9 @@ def _document(survey: Survey) -> dict[str, Any]:
         "peak_ram_bytes": survey.process_bytes + plan.peak_bytes,
         "smallest_ram_bytes": survey.smallest_bytes,
         "more_ram": [{"ram_bytes": ram, "seconds": seconds} for ram, seconds in survey.larger],
+        "expert_ring_bytes": plan.expert_ring_bytes,
+        "kept_experts": plan.kept_units,
+        "token_costs": [dataclasses.asdict(cost) for cost in survey.token_costs],
         "half_the_bytes_seconds": survey.halved_seconds,
         "native_format": survey.native_format,
     }
@@ -105,7 +109,11 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
     for name, num_bytes, num_stops in survey.devices:
         rows.append((name, f"{format_binary(num_bytes)} at the peak; {counted(num_stops, 'stop')} there"))
     if plan.ring_bytes:
-        what = "whole blocks" if plan.granularity == "blocks" else "parts of blocks (forward only)"
+        what = {
+            "blocks": "whole blocks",
+            "experts": "blocks without their experts",
+            "leaves": "parts of blocks (forward only)",
+        }[plan.granularity]
         rows += [
             ("streamed", f"{what} through a ring of {format_bytes(plan.ring_bytes)}"),
             (
@@ -113,8 +121,19 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
                 f"{len(plan.resident)} of {counted(survey.num_stops, 'stop')}, {format_bytes(plan.resident_bytes)}, not read again",
             ),
         ]
-    else:
+    elif not plan.expert_ring_bytes:
         rows.append(("resident", "everything, mapped from the page cache"))
+    else:
+        rows.append(("resident", "all but experts"))
+    if plan.expert_ring_bytes:
+        rows.append(
+            (
+                "experts",
+                f"read when a router asks for them, through a ring of {format_bytes(plan.expert_ring_bytes)}; "
+                f"{plan.kept_units:,} stay, those asked for most",
+            )
+        )
+    rows += [("a token", _cost_of(cost)) for cost in survey.token_costs]
     rows += [
         (
             "micro-batch",
@@ -129,6 +148,13 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
             ("faster", f"weights of half the bytes (a store of 8 bits): {duration(survey.halved_seconds)}")
         )
     return [*rows, ("smallest", f"--ram {format_binary(survey.smallest_bytes)} would do")]
+
+
+def _cost_of(cost: SweepCost) -> str:
+    what = {(1, True): "the first", (1, False): "a later one"}.get(
+        (cost.num_tokens, cost.is_first), f"{counted(cost.num_tokens, 'token')} in one sweep"
+    )
+    return f"{what}: {format_bytes(cost.read_bytes)}, {duration(cost.seconds)}"
 
 
 def _how(is_measured: bool) -> str:

@@ -93,7 +93,7 @@ class Answering:
         if status.stop is None:
             return "waiting"
         num_blocks = len(lm.layout.blocks)
-        if lm.plan.granularity == "blocks" and status.stop < num_blocks:
+        if lm.plan.granularity != "leaves" and status.stop < num_blocks:
             return f"block {status.stop + 1} of {num_blocks}"
         return f"stop {status.stop + 1} of {status.num_stops}"
 

@@ -76,7 +76,7 @@ class MachineView:
         """Return the plan that the model was opened with, which does not change."""
         lm, plan, rates = self._desk.lm, self._desk.lm.plan, self._rates
         how = {True: "measured", False: "assumed"}
-        resident = "everything, mapped from the page cache"
+        resident = "all but experts" if plan.expert_ring_bytes else "everything, mapped from the page cache"
         if plan.ring_bytes:
             resident = f"{len(lm.resident)} of {counted(lm.num_stops, 'stop')}, {format_bytes(plan.resident_bytes)}, not read again"
         rows = [
@@ -85,7 +85,9 @@ class MachineView:
             ("in memory", resident),
         ]
         if plan.ring_bytes:
-            what = "whole blocks" if plan.granularity == "blocks" else "parts of blocks"
+            what = {"blocks": "whole blocks", "experts": "blocks without their experts"}.get(
+                plan.granularity, "parts of blocks"
+            )
             rows.append(("streamed", f"{what} through a ring of {format_bytes(plan.ring_bytes)}"))
         rows += [
             (

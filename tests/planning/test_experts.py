@@ -1,0 +1,83 @@
+"""How many experts a sweep is expected to need, and what that costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from slowllm.errors import PlanError
+from slowllm.planning.experts import demand_bytes, distinct_experts
+from slowllm.planning.forecast import sweep_costs
+from slowllm.planning.host_plan import make_plan
+from slowllm.planning.job import ExpertSizes, Job, Rates, Sizes, StopSize
+
+GIB = 1 << 30
+EXPERTS = ExpertSizes(frozenset(range(1, 9)), 256, 8, 44 << 20, 30 << 20, 88e6)
+SIZES = Sizes(
+    "experts", tuple(StopSize(200 << 20, 50 << 20, 4e8) for _ in range(10)), 1 << 20, 1000, 0, 1000,
+    num_blocks=9, num_head_stops=1, experts=EXPERTS,
+)  # fmt: skip
+WHOLE = replace(
+    SIZES, granularity="blocks", experts=None,
+    stops=tuple(StopSize((200 << 20) + 256 * (44 << 20), 30 << 20, 4e8 + 8 * 88e6) for _ in range(10)),
+)  # fmt: skip
+
+
+def test_one_token_needs_its_own_and_many_need_nearly_all() -> None:
+    assert distinct_experts(256, 8, 1) == pytest.approx(8, rel=1e-6)
+    # Published counts of DeepSeek-V3.
+    assert distinct_experts(256, 8, 16) == pytest.approx(76, rel=0.05)
+    assert distinct_experts(256, 8, 149) == pytest.approx(205, rel=0.05)
+    assert distinct_experts(256, 8, 256) == pytest.approx(248, rel=0.05)
+    assert distinct_experts(8, 2, 10_000) == pytest.approx(8, abs=1e-3)
+    assert distinct_experts(4, 4, 1) == pytest.approx(4, abs=1e-3)
+    counts = [distinct_experts(128, 4, tokens) for tokens in (1, 2, 8, 64, 512)]
+    assert counts == sorted(counts)
+
+
+def test_popular_ones_that_are_kept_are_hit_more_often_than_others() -> None:
+    rest = distinct_experts(256, 8, 1, num_kept=64)
+    assert rest < 8 * (1 - 64 / 256)
+    assert distinct_experts(256, 8, 1, num_kept=256) == 0
+    assert demand_bytes(EXPERTS, 1) == pytest.approx(8 * EXPERTS.unit_bytes)
+    assert demand_bytes(EXPERTS, 1, kept_units=8 * 64) == pytest.approx(rest * EXPERTS.unit_bytes)
+
+
+def test_a_block_that_does_not_fit_is_read_by_its_experts() -> None:
+    job, budget = Job(num_tokens=64, longest=64, forward_only=True), 8 * GIB
+    with pytest.raises(PlanError):
+        make_plan([WHOLE], free_bytes=budget, total_bytes=budget, job=job)
+    plan = make_plan([WHOLE, SIZES], free_bytes=budget, total_bytes=budget, job=job)
+    assert plan.granularity == "experts"
+    assert plan.peak_bytes <= budget
+    assert plan.expert_ring_bytes >= EXPERTS.smallest_ring_bytes
+    assert not plan.kept_units  # what is read once is not kept
+
+
+def test_what_is_left_keeps_experts_for_the_next_sweeps() -> None:
+    job = Job(num_tokens=64, longest=64, num_passes=8, forward_only=True)
+    plans = [make_plan([SIZES], free_bytes=ram * GIB, total_bytes=ram * GIB, job=job) for ram in (5, 10, 20)]
+    assert [plan.peak_bytes <= ram * GIB for plan, ram in zip(plans, (5, 10, 20), strict=True)] == [True] * 3
+    kept = [plan.kept_units for plan in plans]
+    assert kept == sorted(kept)
+    assert kept[-1] > kept[0]
+    assert plans[-1].forecast.later_seconds < plans[0].forecast.later_seconds
+
+
+def test_the_costs_of_a_token_and_of_a_sweep() -> None:
+    resident = frozenset(range(10))
+    first, later, sweep = sweep_costs(SIZES, resident, 0, 0, 2048, Rates())
+    dense = sum(stop.num_bytes for stop in SIZES.stops)
+    token = 8 * 8 * EXPERTS.unit_bytes
+    assert (first.num_tokens, later.num_tokens, sweep.num_tokens) == (1, 1, 2048)
+    assert first.read_bytes == pytest.approx(dense + token, rel=1e-6)
+    assert later.read_bytes == pytest.approx(token, rel=1e-6)
+    assert sweep.read_bytes > 0.95 * EXPERTS.all_bytes
+    assert later.seconds < first.seconds < sweep.seconds
+    assert sweep_costs(WHOLE, frozenset(), 0, 0, 2048, Rates()) == ()
+
+
+def test_the_smallest_budget_is_named_where_an_expert_does_not_fit() -> None:
+    with pytest.raises(PlanError, match="the smallest that would do is"):
+        make_plan([SIZES], free_bytes=300 << 20, total_bytes=300 << 20, job=Job(num_tokens=64, longest=64))
