@@ -162,6 +162,8 @@ def api(
             with may_end_while_starting():
                 opened, job = open_first(runner, jobs, budget_of(runner.ram, _server_bytes(body_bytes)))
             lm = held.enter_context(opened)
+            if lm.experts is not None:
+                lm.experts.settings.is_exact = exact
             folder = None
             if cache is not None:
                 owner = f"{lm.fingerprint()}-{str(lm.model.dtype).removeprefix('torch.')}"
