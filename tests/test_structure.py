@@ -42,6 +42,7 @@ ONLY_IN = {
     "pyarrow": {"tables", "inference.shard_files"},
     "safetensors": {"inference", "modeling", "runtime", "prepare"},
     "numba": {"storage.codecs.cpu_kernels"},
+    "gguf": {"storage.codecs.gguf_grids"},
     "huggingface_hub": {"prepare", "runtime.model_folder"},
     "psutil": {"runtime", "tuning", "entrypoints"},
     "datasets": {"inference.eval_tasks"},
@@ -91,6 +92,7 @@ LOADED_LATE = {
     "storage.codecs.packed_kernels",
     "storage.codecs.gguf_kernels",
     "storage.codecs.gguf_super_kernels",
+    "storage.codecs.gguf_grid_kernels",
     "modeling.soft_prompt_files",
 }
 

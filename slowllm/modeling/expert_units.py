@@ -101,7 +101,9 @@ def cut_experts(placement: Placement) -> Iterator[Placement]:
     for number in range(placement.shape[0]):
         pieces: list[tuple[int, int]] = []
         coding: Coding | None = None
-        if placement.coding is None or not placement.coding.arrays:  # the latter is planned by its config only
+        if (
+            placement.coding is None or not placement.coding.arrays
+        ):  # the latter is planned by its config only
             coding = placement.coding
             num_bytes = placement.num_bytes // placement.shape[0]
             pieces.append((number * num_bytes, num_bytes))

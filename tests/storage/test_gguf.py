@@ -146,7 +146,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "empty": (file_of([], [entry("t", (0, 3))]), r"t has the impossible shape \[3, 0\]"),
     "overflow": (file_of([], [entry("t", (1 << 40, 1 << 40))]), "t has the impossible shape"),
     "unknown type": (file_of([], [entry("t", kind=99)]), "t has the unknown type 99; there are F32, F16, BF16, Q4_0"),
-    "type that is not read": (file_of([], [entry("t", kind=16)]), "t has the type IQ2_XXS, which is not read"),
+    "type that is not read": (file_of([], [entry("t", kind=34)]), "t has the type TQ1_0, which is not read"),
     "no blocks": (file_of([], [entry("t", (40, 2), kind=8)]), r"t has rows of 40 weights, which are no blocks of 32 \(Q8_0\)"),
     "odd place": (file_of([], [entry("t", offset=8)], 64), "t begins at byte 8 of the data, which is no multiple of 32"),
     "overlap": (file_of([], [entry("t", (16, 2)), entry("u", offset=32)], 160), r"u begins at byte \d+, inside t"),

@@ -22,6 +22,8 @@ _SCALES: Mapping[str, tuple[tuple[int, ...], float]] = {
     "q4_0": ((0,), 1e-2), "q4_1": ((0, 2), 5e-3), "q5_0": ((0,), 5e-3), "q5_1": ((0, 2), 3e-3), "q8_0": ((0,), 5e-4),
     "iq4_nl": ((0,), 5e-4), "q2_k": ((80, 82), 1e-3), "q3_k": ((108,), 5e-4), "q4_k": ((0, 2), 1e-4),
     "q5_k": ((0, 2), 5e-5), "q6_k": ((208,), 2e-5), "iq4_xs": ((0,), 2e-5),
+    "iq1_s": ((0,), 5e-3), "iq2_xxs": ((0,), 1e-3), "iq2_xs": ((0,), 1e-3), "iq2_s": ((0,), 1e-3), "iq3_xxs": ((0,), 3e-4),
+    "iq3_s": ((0,), 2e-4),
 }  # fmt: skip
 
 
@@ -138,6 +140,10 @@ def random_blocks(kind: str, num_rows: int, width: int, draw: np.random.Generato
     blocks = draw.integers(0, 256, (num_rows, width // weights, size), dtype=np.uint8)
     if kind == "mxfp4":
         blocks[..., 0] = draw.integers(117, 122, blocks.shape[:2])
+        return blocks.reshape(num_rows, -1)
+    if kind == "iq1_m":  # the digits of a float16 number of about 0.01 stand in four places
+        for place, digit in ((49, 0), (51, 2), (53, 1), (55, 2)):
+            blocks[..., place] = blocks[..., place] & 15 | digit << 4
         return blocks.reshape(num_rows, -1)
     places, scale = _SCALES[kind]
     for place in places:

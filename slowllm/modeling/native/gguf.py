@@ -16,7 +16,9 @@ from slowllm.errors import CheckpointError
 from slowllm.modeling.native.coded_tensor import CodedPart, CodedTensor
 from slowllm.modeling.native.gguf_config import ROPE_FACTORS
 from slowllm.rounding import ceil_div
+from slowllm.storage.codecs import layout_constants
 from slowllm.storage.codecs.gguf import PLUS_ONE
+from slowllm.storage.codecs.gguf_grids import ROW_LENGTHS
 from slowllm.storage.gguf import codec_name
 from slowllm.storage.gguf_files import SUFFIX
 from slowllm.storage.spans import Span
@@ -100,6 +102,7 @@ def find(
                     f"{own.path.name}: {own.name} and {seen[own_name]} are both {own_name}; one must go"
                 )
             seen[own_name] = own.name
+            _refuse_without_tables(own)
             is_plus_one = architecture.startswith("gemma") and leaf.endswith("_norm")
             if own.coding is not None or is_plus_one or (order and len(own.shape) > 1):
                 coded.append(_coded(own_name, own, order, is_plus_one=is_plus_one))
@@ -113,6 +116,16 @@ def find(
             if order:
                 orders[own_name] = order
     return coded, plain, orders
+
+
+def _refuse_without_tables(span: Span) -> None:
+    """Refuse a type whose code words are not on this machine."""
+    kind = "" if span.coding is None else span.coding.codec.removeprefix(codec_name(""))
+    if kind in ROW_LENGTHS and not layout_constants.HAS_GRIDS:
+        raise CheckpointError(
+            f"{span.path.name}: {span.name} is of type {kind.upper()}, whose code words are in the package gguf, which is not "
+            "installed; pip install gguf"
+        )
 
 
 def _renamed(name: str, blocks: str, names: Mapping[str, str]) -> tuple[str, str]:

@@ -7,6 +7,7 @@ that are stored plain, and have to be put in order or are stored plus one (norms
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import ClassVar
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from slowllm.storage.codecs import layout_constants
 from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of, tiles_of
+from slowllm.storage.codecs.gguf_grid_torch import GRID_DECODERS
+from slowllm.storage.codecs.gguf_grids import ROW_LENGTHS, grid_of, signs_of
 from slowllm.storage.codecs.gguf_torch import DECODERS
 from slowllm.storage.codecs.team import Team
 from slowllm.storage.gguf import BLOCKS, codec_name
@@ -63,10 +66,14 @@ class Gguf(Codec):
             out[rows.start - origin : rows.stop - origin] = tile
 
     def _by_loop(self, parts: Parts, out: Tensor, origin: int, first: int, last: int) -> None:
-        from slowllm.storage.codecs.gguf_kernels import LOOPS
+        from slowllm.storage.codecs.gguf_grid_kernels import GRID_LOOPS
+        from slowllm.storage.codecs.gguf_kernels import LOOPS, Loop
         from slowllm.storage.codecs.gguf_super_kernels import SUPER_LOOPS
 
-        loop = LOOPS[self.kind] if self.kind in LOOPS else SUPER_LOOPS[self.kind]
+        if self.kind in ROW_LENGTHS:
+            loop: Loop = functools.partial(GRID_LOOPS[self.kind], grid_of(self.kind), signs_of(self.kind))
+        else:
+            loop = LOOPS[self.kind] if self.kind in LOOPS else SUPER_LOOPS[self.kind]
         num_blocks = parts.width // self.weights
         blocks = parts.arrays["blocks"].view(parts.num_rows, num_blocks, self.block_bytes).numpy()
         stored = rows_in_file(torch.arange(first, last), parts.group).numpy()
@@ -89,7 +96,8 @@ class Gguf(Codec):
         if self.kind in _PLAIN:
             values = _numbers(blocks, _PLAIN[self.kind])
             return (values.float() - self.offset).to(dtype) if self.offset else values.to(dtype)
-        return DECODERS[self.kind](blocks.reshape(-1, self.block_bytes)).view(last - first, -1).to(dtype)
+        decode = GRID_DECODERS[self.kind] if self.kind in ROW_LENGTHS else DECODERS[self.kind]
+        return decode(blocks.reshape(-1, self.block_bytes)).view(last - first, -1).to(dtype)
 
     def pick(self, parts: Parts, rows: Tensor) -> Parts:
         blocks = parts.arrays["blocks"][rows_in_file(rows, parts.group)]

@@ -138,7 +138,10 @@ def test_logits_are_those_of_the_dequantised_model(family: str, name: str, tmp_p
 
 @pytest.mark.parametrize(
     "kind",
-    quick_and_long([*BLOCKS, "f32", "f16", "bf16"], ["q4_0", "q8_0", "q3_k", "q4_k", "q6_k", "mxfp4", "f16"]),
+    quick_and_long(
+        [*BLOCKS, "f32", "f16", "bf16"],
+        ["q4_0", "q8_0", "q3_k", "q4_k", "q6_k", "mxfp4", "iq2_xs", "iq1_m", "f16"],
+    ),
 )
 def test_every_type_computes_the_logits_of_the_dequantised_model(kind: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", "llama", kind, has_head=kind != "q8_0")

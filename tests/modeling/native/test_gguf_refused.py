@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import slowllm
 from slowllm.errors import CheckpointError, SlowLLMError
 from slowllm.modeling.native import gguf as gguf_format
+from slowllm.storage.codecs import layout_constants
 from slowllm.storage.spans import Span
 from tests.support.gguf_checkpoints import HIDDEN, write_gguf
 from tests.support.properties import num_examples
@@ -76,6 +77,16 @@ def test_a_norm_in_blocks_that_is_stored_plus_one_is_refused(tmp_path: Path) -> 
         CheckpointError,
         match=r"output_norm\.weight is a norm, and stored in blocks \(Q8_0\), which is not read",
     ):
+        slowllm.load(path)
+
+
+def test_a_type_whose_code_words_are_not_installed_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "llama", "iq3_s")
+    monkeypatch.setattr(layout_constants, "HAS_GRIDS", False)
+    message = r"m\.gguf: token_embd\.weight is of type IQ3_S, whose code words are in the package gguf, .* pip install gguf"
+    with pytest.raises(CheckpointError, match=message):
         slowllm.load(path)
 
 
