@@ -16,7 +16,7 @@ from slowllm.planning.job import ExpertSizes, Sizes, StopSize
 from slowllm.rounding import ceil_div
 from slowllm.storage.codecs.registry import codec_of
 from slowllm.storage.spans import Placement
-from slowllm.streaming.cast_stops import cast_buffer_bytes
+from slowllm.streaming.cast_stops import cast_buffer_bytes, kept_buffer_bytes
 from slowllm.streaming.read_requests import ring_bytes_of
 
 # A row's recurrent states are shared out among this many tokens of it, so rows of fewer are counted too low.
@@ -96,6 +96,7 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
         num_head_stops=len(layout.chunks),
         num_blocks=max(1, len(layout.part.blocks)),
         experts=experts,
+        decoded_stop_bytes=kept_buffer_bytes(layout.stops, layout.dtypes),
     )
 
 

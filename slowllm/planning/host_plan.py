@@ -55,6 +55,8 @@ class Plan:
         kept_units: experts that stay in memory.
         keeps_graph: whether autograd keeps the graph over the blocks, instead of recomputing them on the way down:
             all weights stay, and there is room.
+        decoded_bytes: of a buffer in which the matrices of a coded stop stay decoded while several riders pass it; 0 where
+            each is decoded for each rider.
     """
 
     granularity: Granularity
@@ -71,6 +73,7 @@ class Plan:
     keeps_graph: bool = False
     expert_ring_bytes: int = 0
     kept_units: int = 0
+    decoded_bytes: int = 0
 
     def _repr_html_(self) -> str:
         forecast = self.forecast
@@ -81,6 +84,7 @@ class Plan:
                 ("memory", format_binary(self.peak_bytes)),
                 ("resident", f"{len(self.resident)} stops, {format_binary(self.resident_bytes)}"),
                 ("ring", format_binary(self.ring_bytes) if self.ring_bytes else "none: nothing is streamed"),
+                *([("decoded stop", format_binary(self.decoded_bytes))] if self.decoded_bytes else []),
                 ("tokens of a micro-batch", f"{self.rider_tokens:,}"),
                 ("tokens of a sweep", f"{self.sweep_tokens:,}"),
                 ("longest sequence", f"{self.longest:,} tokens"),
@@ -143,6 +147,14 @@ def keep_graph(plan: Plan, choices: Sequence[Sizes], job: Job, free_bytes: int) 
     if plan.ring_bytes or not job.turns or plan.peak_bytes + more > free_bytes:
         return plan
     return replace(plan, keeps_graph=True, peak_bytes=plan.peak_bytes + more)
+
+
+def keep_decoded(plan: Plan, choices: Sequence[Sizes], free_bytes: int) -> Plan:
+    """Let riders share the decoded matrices of a stop if more than one is expected, and what is left of the budget suffices."""
+    more = sizes_for(plan, choices).decoded_stop_bytes
+    if plan.sweep_tokens <= plan.rider_tokens or plan.peak_bytes + more > free_bytes:
+        return plan
+    return replace(plan, decoded_bytes=more, peak_bytes=plan.peak_bytes + more)
 
 
 def sizes_for(plan: Plan, choices: Sequence[Sizes]) -> Sizes:
@@ -376,19 +388,3 @@ def advise(
             better_budgets.append((larger, better))
             seconds = better
     return better_budgets
-
-
-def with_smaller_weights(sizes: Sizes, factor: float) -> Sizes:
-    """Return the sizes of a model whose weights take `factor` of the bytes on disk and in memory."""
-    stops = tuple(
-        replace(s, num_bytes=int(s.num_bytes * factor), largest_bytes=int(s.largest_bytes * factor))
-        for s in sizes.stops
-    )
-    experts = sizes.experts
-    if experts is not None:
-        experts = replace(
-            experts,
-            unit_bytes=int(experts.unit_bytes * factor),
-            largest_bytes=int(experts.largest_bytes * factor),
-        )
-    return replace(sizes, stops=stops, experts=experts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from slowllm.errors import InputError
@@ -95,6 +95,7 @@ class Sizes:
         returns_all_logits: whether a call of the model computes logits of all positions, whatever is asked for.
         num_blocks: whose stops these are.
         experts: that are read on demand, beside the stops.
+        decoded_stop_bytes: of the coded matrices of the largest stop, decoded; experts are left out.
     """
 
     granularity: Granularity
@@ -113,6 +114,7 @@ class Sizes:
     returns_all_logits: bool = False
     num_blocks: int = 1
     experts: ExpertSizes | None = None
+    decoded_stop_bytes: int = 0
 
     @property
     def all_bytes(self) -> int:
@@ -299,3 +301,19 @@ class Rates:
     measured: bool = False
     disk_measured: bool = False
     compute_measured: bool = False
+
+
+def with_smaller_weights(sizes: Sizes, factor: float) -> Sizes:
+    """Return the sizes of a model whose weights take `factor` of the bytes on disk and in memory."""
+    stops = tuple(
+        replace(s, num_bytes=int(s.num_bytes * factor), largest_bytes=int(s.largest_bytes * factor))
+        for s in sizes.stops
+    )
+    experts = sizes.experts
+    if experts is not None:
+        experts = replace(
+            experts,
+            unit_bytes=int(experts.unit_bytes * factor),
+            largest_bytes=int(experts.largest_bytes * factor),
+        )
+    return replace(sizes, stops=stops, experts=experts)

@@ -33,7 +33,7 @@ from slowllm.modeling.streamed_model import make_streamed
 from slowllm.options import Options, format_bytes, parse_bytes, parse_devices, parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import DevicePlan
-from slowllm.planning.host_plan import keep_graph, make_plan, widen
+from slowllm.planning.host_plan import keep_decoded, keep_graph, make_plan, widen
 from slowllm.planning.job import Granularity, Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement, make_plans, move_kept, place_stops
@@ -199,6 +199,8 @@ def _assemble(
         # If there is room, validation rides along with a step.
         if (job is None and not is_shared) or (job is not None and job.turns):
             plan = widen(plan, choices, budget.free_bytes)
+        if not is_shared:
+            plan = keep_decoded(plan, choices, budget.free_bytes)
     keep_together()
     compute_dtype = next(parameter.dtype for parameter in model.parameters())
     first_device = devices[0].torch_device if devices else None
@@ -231,9 +233,11 @@ def _assemble(
     picked = layout.picked if placement is None else frozenset()
     buffer_bytes = cast_buffer_bytes(layout.stops, layout.dtypes, picked)
     if any(buffer_bytes):
-        stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, torch_devices)
+        stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, torch_devices, plan.decoded_bytes)
     experts = OnDemand.open(layout, plan, poison=poison, is_exact=exact) if layout.experts else None
     lm = kind(info, model, checkpoint, source, stops, plan, choices, budget, layout, placement, experts)
+    if isinstance(stops, CastStops):
+        stops.num_waiting = lm._carousel.num_waiting
     on_demand = {name for units in layout.experts for name in units.full_names}
     for index in layout.part.blocks:
         block = layout.blocks[index]

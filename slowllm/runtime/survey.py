@@ -22,8 +22,15 @@ from slowllm.options import AUTO, parse_bytes, parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates, least_host_bytes
 from slowllm.planning.forecast import SweepCost, forecast_of, free_tokens, sweep_costs
-from slowllm.planning.host_plan import Plan, advise, least_bytes, make_plan, sizes_for, with_smaller_weights
-from slowllm.planning.job import WHOLE_BLOCKS, Job, Rates, Sizes
+from slowllm.planning.host_plan import (
+    Plan,
+    advise,
+    keep_decoded,
+    least_bytes,
+    make_plan,
+    sizes_for,
+)
+from slowllm.planning.job import WHOLE_BLOCKS, Job, Rates, Sizes, with_smaller_weights
 from slowllm.runtime.blueprint import Blueprint, BlueprintSizes, measure_blueprint, stored_dtype_of
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
@@ -260,6 +267,7 @@ def _planned(
     """Plan a job by measured rates; return the attributes of a `Survey` that follow from the plan."""
     budget: dict[str, Any] = {"free_bytes": ram_bytes - process_bytes, "total_bytes": ram_bytes}
     plan = make_plan(choices, job=job, rates=rates, keep_resident=keep_resident, **budget)
+    plan = keep_decoded(plan, choices, ram_bytes - process_bytes)
     halved_sizes = [with_smaller_weights(sizes, 0.5) for sizes in choices]
     halved = make_plan(halved_sizes, job=job, rates=rates, keep_resident=keep_resident, **budget)
     return {

@@ -249,6 +249,11 @@ class Carousel:
         """Whether this thread is at a stop: the carousel's own, or one that computes by itself."""
         return self._boarding.local.is_computing or threading.current_thread() is self._thread
 
+    def num_waiting(self, stop: int) -> int:
+        """Return how many visits wait at a stop."""
+        with self._boarding.changed:
+            return sum(visit.stop == stop for visit in self._boarding.waiting)
+
     def _compute_alone(self, stop: int, work: Callable[[Weights], T], weights: Weights) -> T:
         """Do a visit's work on the visitor's thread, where nobody else waits and nothing has to be brought."""
         local, started = self._boarding.local, time.perf_counter()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from slowllm.storage.codecs.registry import codec_of
 from slowllm.storage.codecs.team import Team
 from slowllm.storage.spans import TORCH_DTYPES, CodedArray, Placement
 from slowllm.streaming.buffers import Buffer
+from slowllm.streaming.kept_matrix import KeptMatrix
 from slowllm.streaming.lazy_weight import CACHE_LINE_BYTES, CodedMatrix, LazyWeight
 from slowllm.streaming.stops import Stops, Weights
 
@@ -59,6 +60,18 @@ def cast_buffer_bytes(
                 large = max(large, num_bytes)
         small = max(small, small_of_stop)
     return small, large
+
+
+def kept_buffer_bytes(stops: Sequence[Sequence[Placement]], dtypes: Mapping[str, torch.dtype]) -> int:
+    """Return the size of a buffer for all coded matrices of the largest stop, decoded; experts are left out."""
+    return max((sum(_kept_bytes(p, dtypes[p.name]) for p in stop) for stop in stops), default=0)
+
+
+def _kept_bytes(placement: Placement, dtype: torch.dtype) -> int:
+    """Return the bytes of a matrix that riders may share, decoded, on whole cache lines; 0 of another tensor."""
+    if placement.coding is None or len(placement.shape) != 2 or not codec_of(placement.coding).is_decoded:
+        return 0
+    return round_up(math.prod(placement.shape) * dtype.itemsize, CACHE_LINE_BYTES)
 
 
 def _is_small(shape: Sequence[int]) -> bool:
@@ -119,14 +132,19 @@ def coded_matrix(placement: Placement, stored: Tensor, team: Team) -> CodedMatri
 
 
 def coded_weight(
-    placement: Placement, stored: Tensor, dtype: torch.dtype, buffer: Tensor, team: Team
+    placement: Placement,
+    stored: Tensor,
+    dtype: torch.dtype,
+    buffer: Tensor,
+    team: Team,
+    kept: KeptMatrix | None = None,
 ) -> LazyWeight:
-    """Return a coded parameter whose bytes are in memory as a weight that is decoded when it is used."""
+    """Return a coded parameter whose bytes are in memory as a weight that is decoded when it is used, or once, to `kept`."""
     coded = coded_matrix(placement, stored, team)
     shape = torch.empty(coded_shape(placement), dtype=placement.dtype, device="meta")
     if coded_shape(placement) != placement.shape:
         shape = shape.transpose(-1, -2)
-    return LazyWeight(shape, dtype, buffer, coded)
+    return LazyWeight(shape, dtype, buffer, coded, kept)
 
 
 class CastStops(Stops):
@@ -138,6 +156,11 @@ class CastStops(Stops):
         dtypes: compute dtype of every tensor, by name.
         buffer_bytes: from `cast_buffer_bytes`.
         devices: where stops hand their weights out; each has buffers of its own.
+        kept_bytes: of a buffer in which the coded matrices of a stop stay decoded while several riders pass it, from
+            `kept_buffer_bytes`; 0 to have each decoded for each rider. On the processor only.
+
+    Attributes:
+        num_waiting: returns how many riders wait at a stop; where one does, nothing is kept.
     """
 
     def __init__(
@@ -147,6 +170,7 @@ class CastStops(Stops):
         dtypes: Mapping[str, torch.dtype],
         buffer_bytes: tuple[int, int],
         devices: Sequence[torch.device] = (torch.device("cpu"),),
+        kept_bytes: int = 0,
     ) -> None:
         self.num_stops = stops.num_stops
         self._stops, self._dtypes = stops, dtypes
@@ -161,16 +185,23 @@ class CastStops(Stops):
         self._small, self._large = (
             {device: _allocate(device, size) for device in devices} for size in buffer_bytes
         )
+        self._kept = _allocate(torch.device("cpu"), kept_bytes) if kept_bytes else None
+        self.num_waiting: Callable[[int], int] = lambda stop: 1
 
     @contextlib.contextmanager
     def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
-        with self._stops.visit(stop, upcoming) as stored:
-            offset = 0
+        with self._stops.visit(stop, upcoming) as stored, contextlib.ExitStack() as leaving:
+            offset, kept_offset = 0, 0
+            is_shared = self._kept is not None and self.num_waiting(stop) > 1
             weights: dict[str, Tensor] = {}
             for name, tensor in stored.items():
                 dtype = self._dtypes[name]
                 if name in self._coded:
-                    weights[name] = self._coded_weight(self._coded[name], tensor, dtype)
+                    kept = self._room(self._coded[name], tensor, dtype, kept_offset) if is_shared else None
+                    if kept is not None:
+                        leaving.callback(kept.leave)
+                        kept_offset += _kept_bytes(self._coded[name], dtype)
+                    weights[name] = self._coded_weight(self._coded[name], tensor, dtype, kept)
                 elif tensor.dtype == dtype:
                     weights[name] = tensor
                 elif _is_small(tensor.shape):
@@ -182,12 +213,27 @@ class CastStops(Stops):
                     weights[name] = LazyWeight(tensor, dtype, self._large[tensor.device])
             yield weights
 
-    def _coded_weight(self, placement: Placement, stored: Tensor, dtype: torch.dtype) -> LazyWeight:
+    def _room(
+        self, placement: Placement, stored: Tensor, dtype: torch.dtype, offset: int
+    ) -> KeptMatrix | None:
+        """Return room for a decoded matrix at `offset` of the buffer; None where there is none."""
+        num_bytes = _kept_bytes(placement, dtype)
+        if self._kept is None or not num_bytes or stored.device.type != "cpu":
+            return None
+        if offset + num_bytes > len(self._kept):
+            return None
+        size = math.prod(placement.shape) * dtype.itemsize
+        memory = self._kept[offset : offset + size].view(dtype)
+        return KeptMatrix(memory.view(-1, coded_shape(placement)[-1]))
+
+    def _coded_weight(
+        self, placement: Placement, stored: Tensor, dtype: torch.dtype, kept: KeptMatrix | None
+    ) -> LazyWeight:
         assert self._team is not None, "created where anything is coded"
         if placement.name not in self._checked:
             _refuse_damaged(placement, stored)
             self._checked.add(placement.name)
-        return coded_weight(placement, stored, dtype, self._large[stored.device], self._team)
+        return coded_weight(placement, stored, dtype, self._large[stored.device], self._team, kept)
 
     def close(self) -> None:
         """End the threads that decode."""

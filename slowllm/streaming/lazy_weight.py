@@ -15,6 +15,7 @@ from slowllm.rounding import ceil_div, round_up
 from slowllm.storage.codecs import torch_kernels
 from slowllm.storage.codecs.base import TILE_BYTES, Codec, Parts
 from slowllm.storage.codecs.team import Team
+from slowllm.streaming.kept_matrix import KeptMatrix
 
 # Each tensor in a cast buffer begins on a cache line.
 CACHE_LINE_BYTES = 64
@@ -89,19 +90,25 @@ class LazyWeight(Tensor):
     A view of it is a lazy weight too. Operations that pick rows pick them as stored and cast the result. Every other
     operation reads the weight from the cast buffer; where one operation reads two weights and the second does not
     fit there, from a fresh tensor. `stored` of a coded weight is a meta tensor, whose views say which elements are
-    meant.
+    meant. A coded weight that several riders use is decoded once, to `kept`.
     """
 
     stored: Tensor
     buffer: Tensor
     coded: CodedMatrix | None
+    kept: KeptMatrix | None
 
     # Without this, torch would wrap the results of operations in this class as well.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
-        cls, stored: Tensor, dtype: torch.dtype, buffer: Tensor, coded: CodedMatrix | None = None
+        cls,
+        stored: Tensor,
+        dtype: torch.dtype,
+        buffer: Tensor,
+        coded: CodedMatrix | None = None,
+        kept: KeptMatrix | None = None,
     ) -> LazyWeight:
         """Wrap `stored`; `buffer` is uint8 and at least as large as the cast weight."""
         weight: LazyWeight = Tensor._make_wrapper_subclass(
@@ -112,7 +119,7 @@ class LazyWeight(Tensor):
             dtype=dtype,
             device=buffer.device,
         )
-        weight.stored, weight.buffer, weight.coded = stored, buffer, coded
+        weight.stored, weight.buffer, weight.coded, weight.kept = stored, buffer, coded, kept
         return weight
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -142,6 +149,10 @@ class LazyWeight(Tensor):
         """Decode the rows that the view touches, and return the view of them."""
         shape, strides, start = self.stored.shape, self.stored.stride(), int(self.stored.storage_offset())
         width = coded.parts.width
+        if self.kept is not None:
+            whole = self.kept.rows(lambda out: coded.decode(out, 0, coded.parts.num_rows))
+            if whole is not None:
+                return whole.as_strided(shape, strides, int(whole.storage_offset()) + start)
         first, last = start // width, ceil_div(start + _extent(shape, strides), width)
         flat = self._allocate((last - first) * width, offset)
         coded.decode(flat.view(-1, width), first, last)
@@ -241,7 +252,9 @@ def _view(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
     def wrap(value: Any) -> Any:
         is_tensor = isinstance(value, Tensor)
-        return LazyWeight(value, weight.dtype, weight.buffer, weight.coded) if is_tensor else value
+        return (
+            LazyWeight(value, weight.dtype, weight.buffer, weight.coded, weight.kept) if is_tensor else value
+        )
 
     # Outside of inference mode: a view that is an inference tensor cannot have a normal tensor for its base.
     with torch.inference_mode(False):
@@ -276,13 +289,15 @@ def _grouped_product(
 
 
 def _product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return a product with a coded weight that its codec can compute without decoding it; else None."""
+    """Return a product with a coded weight that can be computed without decoding all of it first; else None."""
     x_place, weight_place, bias_place = _PRODUCTS[func]
     x, weight = args[x_place], args[weight_place]
     bias = args[bias_place] if bias_place < len(args) else kwargs.get("bias")
     if not isinstance(weight, LazyWeight) or weight.coded is None:
         return None
     if any(isinstance(value, LazyWeight) for value in (x, bias)) or kwargs.keys() & {"alpha", "beta"}:
+        return None
+    if weight.kept is not None:  # decoded once for several riders
         return None
     if x.dtype != weight.dtype or not x.numel() or (bias is not None and bias.dim() != 1):
         return None

@@ -134,6 +134,10 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
             )
         )
     rows += [("a token", _cost_of(cost)) for cost in survey.token_costs]
+    if plan.decoded_bytes:
+        rows.append(
+            ("decoded", f"once for all micro-batches at a stop, to {format_bytes(plan.decoded_bytes)}")
+        )
     rows += [
         (
             "micro-batch",

@@ -63,6 +63,8 @@ def plan_of(lm: StreamedLM, job: Job, num_resumed: int) -> list[tuple[str, str]]
         ]
     else:
         found.append(("weights", f"{format_bytes(lm.weight_bytes)}, all in memory maps"))
+    if plan.decoded_bytes:
+        found.append(("decoded weights of a stop", format_bytes(plan.decoded_bytes)))
     found.append(
         (f"tokens of {'a step' if job.repeated else 'the job'}, with padding", f"{job.num_tokens or 0:,}")
     )

@@ -52,7 +52,7 @@ class Awq(Codec):
 
         words, zeros = (parts.arrays[name].numpy().view(np.uint32) for name in ("codes", "zeros"))
         scales, is_half = (
-            parts.arrays["scales"].float().numpy(),
+            parts.arrays["scales"][:, first:last].float().contiguous().numpy(),
             parts.arrays["scales"].dtype == torch.float16,
         )
         shifts = np.array(_SHIFTS, np.int64)

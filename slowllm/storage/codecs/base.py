@@ -34,7 +34,7 @@ class Parts:
         arrays: by the name of the part.
         num_rows, width: of the matrix.
         group: see `Coding`.
-        rows: of a matrix that is put together of several, each with the name of its codec, its first row and its parts.
+        rows: of a matrix that is put together of several, each with the name of its codec, its first row and its parts, in order.
         offset: see `Coding`.
     """
 
@@ -59,7 +59,7 @@ class Parts:
             )
         rows = tuple(
             (own.coding.codec, own.first, cls.of(stored, own.coding, (own.num_rows, shape[-1])))
-            for own in coding.rows
+            for own in sorted(coding.rows, key=lambda own: own.first)
         )
         return cls(arrays, math.prod(shape[:-1]), shape[-1], coding.group, rows, coding.offset)
 
@@ -77,6 +77,8 @@ class Codec(ABC):
     # How often the bytes of the decoded matrix go through memory in a product of a few rows, not counting those of
     # the stored matrix. Plans use it: compiled decoding is as fast as memory.
     passes: ClassVar[float] = 2.0
+    # Whether products of many rows are made of the decoded matrix.
+    is_decoded: ClassVar[bool] = True
 
     @abstractmethod
     def has_parts(self, parts: PartShapes, num_rows: int, width: int, group: tuple[int, ...] = ()) -> bool:

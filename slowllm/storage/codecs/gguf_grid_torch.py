@@ -18,7 +18,8 @@ _DELTA = 0.125
 def _numbers(stored: Tensor, length: int) -> Tensor:
     """Return numbers (N, K / length) int64 of so many bytes each, the lowest first; stored (N, K) uint8."""
     wide = stored.long().unflatten(1, (-1, length))
-    return (wide << 8 * torch.arange(length, device=stored.device)).sum(-1)
+    numbers: Tensor = (wide << 8 * torch.arange(length, device=stored.device)).sum(-1)
+    return numbers
 
 
 def _pieces(numbers: Tensor, step: int, count: int) -> Tensor:

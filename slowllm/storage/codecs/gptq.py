@@ -65,7 +65,7 @@ class Gptq(Codec):
 
         words, zeros = (parts.arrays[name].numpy().view(np.uint32) for name in ("codes", "zeros"))
         scales, is_half = (
-            parts.arrays["scales"].float().numpy(),
+            parts.arrays["scales"][:, first:last].float().contiguous().numpy(),
             parts.arrays["scales"].dtype == torch.float16,
         )
         bits, more = bits_of_code(parts), self.more

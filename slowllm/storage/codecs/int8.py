@@ -29,6 +29,7 @@ class Int8(StoreCodec):
     name: ClassVar[str] = "int8"
     is_exact: ClassVar[bool] = False
     passes: ClassVar[float] = 0.8
+    is_decoded: ClassVar[bool] = False
 
     def layout(self, num_rows: int, width: int) -> PartShapes:
         return {"codes": ("I8", (num_rows, width)), "scales": ("F32", (num_rows,))}

@@ -32,7 +32,7 @@ _MAGIC = np.float32(0.5)
 # A float32 with these bits is 2^23; a small integer in its lowest bits is added to it.
 _WIDE, _TWO_23 = np.uint32(0x4B000000), np.float32(2.0**23)
 # Scales between these make no float16 that is subnormal or infinite.
-_LOW_SCALE, _HIGH_SCALE = np.float32(2.0**-14), np.float32(255.0)
+LOW_SCALE, HIGH_SCALE = np.float32(2.0**-14), np.float32(255.0)
 
 
 def _turn(words: np.ndarray, base: int, count: int, low: int, high: int, tile: np.ndarray) -> None:
@@ -193,7 +193,7 @@ def _scale(values: np.ndarray, scales: np.ndarray, zeros: np.ndarray, group: int
             _multiply_group(part, scales[number], zeros[number])
     is_normal = True
     for number in range(len(scales)):
-        is_normal &= _LOW_SCALE <= abs(scales[number]) <= _HIGH_SCALE
+        is_normal &= LOW_SCALE <= abs(scales[number]) <= HIGH_SCALE
     return is_normal
 
 
@@ -226,7 +226,7 @@ def _finish(values: np.ndarray, is_half: bool, is_normal: bool, small: np.ndarra
         out.view(np.float32)[:] = values
 
 
-_finish_row = compiled(_finish)
+finish_row = compiled(_finish)
 
 
 def _turn_floats(scales: np.ndarray, base: int, count: int, low: int, tile: np.ndarray) -> None:
@@ -286,13 +286,13 @@ def _along(
     for base in range(first, last, _TILE):
         count = min(_TILE, last - base)
         _turn_words(words, base, count, 0, height, tile)
-        _turn_scales(scales, base, count, 0, tile_scales)
+        _turn_scales(scales, base - origin, count, 0, tile_scales)
         _zeros_of_rows(zeros, bits, base, count, more, tile_zeros)
         for c in range(count):
             _spread_row(tile[c, :height], bits, codes)
             _widen_row(codes, values.view(np.uint32))
             is_normal = _scale_row(values, tile_scales[c], tile_zeros[c], group, order)
-            _finish_row(values, is_half, is_normal, small, out[base + c - origin])
+            finish_row(values, is_half, is_normal, small, out[base + c - origin])
 
 
 along = compiled(_along)
@@ -301,7 +301,7 @@ along = compiled(_along)
 Args:
     words: (K x bits / 32, R) uint32.
     zeros: (G, R x bits / 32) uint32.
-    scales: (G, R) float32.
+    scales: (G, ..) float32; begins with row `origin`.
     order: (K,) int32, of each column its group; empty where `group` columns share one, from the first on.
     bits: of a code: 2, 3, 4 or 8.
     group: columns that share a scale.
@@ -339,13 +339,13 @@ def _across(
             for number in range(max(first, 8 * base), min(last, 8 * (base + count))):
                 column, shift = number // 8, shifts[number % 8]
                 for g in range(num):
-                    row_scales[g] = scales[at + g, number]
+                    row_scales[g] = scales[at + g, number - origin]
                     zero = (zeros[at + g, column] >> np.uint32(shift)) & np.uint32(15)
                     row_zeros[g] = _TWO_23 + np.float32(zero)
                 row = values[:size]
                 _pick_row(tile[column - base, :size], shift, row.view(np.uint32))
                 is_normal = _scale_row(row, row_scales[:num], row_zeros, group, none)
-                _finish_row(row, is_half, is_normal, small, out[number - origin, low : low + size])
+                finish_row(row, is_half, is_normal, small, out[number - origin, low : low + size])
 
 
 across = compiled(_across)
@@ -354,7 +354,7 @@ across = compiled(_across)
 Args:
     words: (K, R / 8) uint32.
     zeros: (G, R / 8) uint32.
-    scales: (G, R) float32.
+    scales: (G, ..) float32; begins with row `origin`.
     shifts: (8,) int64, where in a word the code of each of its rows begins.
     group, is_half, out, origin: see `along`.
 """

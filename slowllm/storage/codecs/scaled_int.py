@@ -14,6 +14,7 @@ from torch import Tensor
 from slowllm.rounding import ceil_div
 from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of
 from slowllm.storage.codecs.fp8 import scales_of
+from slowllm.storage.codecs.layout_constants import IS_COMPILED
 from slowllm.storage.codecs.rounded import decode_by_way_of, dtype_of
 from slowllm.storage.codecs.team import Team
 
@@ -70,7 +71,11 @@ class ScaledInt(Codec):
                 end = min(begin + step, high)
                 _decode(parts, tile[begin - low : end - low], first + begin, first + end, team)
 
-        decode_by_way_of(dtype_of(parts.arrays["scales"]), out, rows_of, team)
+        rounded = dtype_of(parts.arrays["scales"])
+        if _has_half_loop(rounded, out.dtype):
+            rows_of(out, 0, len(out))
+        else:
+            decode_by_way_of(rounded, out, rows_of, team)
 
     def example(self) -> Parts:
         codes, scales = torch.zeros(2, 64, dtype=torch.uint8), torch.ones(2, 1)
@@ -90,10 +95,17 @@ def _decode(parts: Parts, out: Tensor, first: int, last: int, team: Team) -> Non
     factors, offsets, are_pairs = scales.numpy(), zeros.numpy(), name == "pairs"
     is_short = out.dtype == torch.bfloat16
     loop = scaled_int_kernels.to_bfloat16 if is_short else scaled_int_kernels.to_float32
+    if _has_half_loop(parts.arrays["scales"].dtype, out.dtype):
+        loop = scaled_int_kernels.to_half
     numbers = bits_of(out) if is_short else out.numpy()
     team.share(
         lambda low, high: loop(own, are_pairs, factors, offsets, columns, numbers, low, high), 0, len(out)
     )
+
+
+def _has_half_loop(rounded: torch.dtype, wanted: torch.dtype) -> bool:
+    """Return whether a loop rounds to float16 on the way to a dtype; torch's operations take fifty times as long."""
+    return IS_COMPILED and rounded == torch.float16 and wanted in (torch.bfloat16, torch.float32)
 
 
 def _name_of(parts: Parts) -> str:

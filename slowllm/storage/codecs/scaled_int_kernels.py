@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from slowllm.storage.codecs.cpu_kernels import compiled, round_row
+from slowllm.storage.codecs.packed_kernels import HIGH_SCALE, LOW_SCALE, finish_row
 
 _4, _15 = np.uint8(4), np.uint8(15)
 # Numbers that are decoded at a time, so that they stay in the first cache.
@@ -111,6 +112,37 @@ def _to_float32(
             out[number, begin:end] = piece
 
 
+def _to_half(
+    codes: np.ndarray,
+    are_pairs: bool,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    columns: int,
+    out: np.ndarray,
+    first: int,
+    last: int,
+) -> None:
+    width = out.shape[1]
+    blocks = 2 * max(1, _PIECE // (2 * columns))
+    size = min(width + 1, blocks * columns)
+    row, small = np.empty(size, np.float32), np.empty(size, np.float32)
+    for number in range(first, last):
+        for begin in range(0, width, blocks * columns):
+            end = min(begin + blocks * columns, width)
+            block = begin // columns
+            if are_pairs:
+                pairs = codes[number, begin // 2 : (end + 1) // 2]
+                _widen_pairs_row(pairs, row[: 2 * len(pairs)])
+            else:
+                _widen_bytes_row(codes[number, begin:end], row[: end - begin])
+            piece, own = row[: end - begin], scales[number, block : block + blocks]
+            _scale_row(piece, own, zeros[number, block : block + blocks], columns)
+            is_normal = True
+            for i in range(len(own)):
+                is_normal &= LOW_SCALE <= abs(own[i]) <= HIGH_SCALE
+            finish_row(piece, True, is_normal, small, out[number, begin:end])
+
+
 # Uncompiled, these loops are fast enough: numpy does a piece at a time.
 to_bfloat16 = compiled(_to_bfloat16)
 """Decode the rows `first` to `last`.
@@ -125,3 +157,11 @@ Args:
 
 to_float32 = compiled(_to_float32)
 """Decode the rows `first` to `last` to float32; see `to_bfloat16`."""
+
+to_half = compiled(_to_half)
+"""Decode the rows `first` to `last`, rounded to float16 and then to the dtype of `out`; only where `IS_COMPILED`.
+
+Args:
+    out: (R, K) float32 or uint16, the bits of bf16 numbers.
+    codes, are_pairs, scales, zeros, columns: see `to_bfloat16`.
+"""

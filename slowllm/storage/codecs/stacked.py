@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -28,7 +29,11 @@ class Stacked(Codec):
         return not parts and not group  # what its rows have is checked by themselves
 
     def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
-        for name, begin, own in parts.rows:
+        # Rows are in order, and there may be hundreds of parts.
+        number = max(0, bisect.bisect_right(parts.rows, first, key=lambda row: row[1]) - 1)
+        for name, begin, own in parts.rows[number:]:
+            if begin >= last:
+                break
             low, high = max(first, begin), min(last, begin + own.num_rows)
             if low < high:
                 self._codec_of(name).decode(
