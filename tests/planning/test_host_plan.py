@@ -29,10 +29,9 @@ from slowllm.planning.host_plan import (
     least_bytes,
     make_plan,
     widen,
-    with_smaller_weights,
     working_bytes,
 )
-from slowllm.planning.job import Granularity, Job, Rates, Sizes, StopSize
+from slowllm.planning.job import Granularity, Job, Rates, Sizes, StopSize, with_smaller_weights
 from slowllm.planning.resident_stops import choose_resident, spread
 from tests.support.properties import num_examples
 
