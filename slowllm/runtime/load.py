@@ -92,9 +92,9 @@ def open_model(
     devices = open_devices(parse_devices(options.device))
     if devices and isinstance(ram, Budget):
         ram.take(max(0, psutil.Process().memory_info().rss - before))
-    allowed = _allowed(granularity, job, has_devices=bool(devices))
     if not isinstance(job, Job | None):
         raise InputError(f"job must be a slowllm.Job, not {type(job).__name__}")
+    allowed = _allowed(granularity, job, has_devices=bool(devices))
     info = path_or_hub_id if isinstance(path_or_hub_id, ModelInfo) else ModelInfo(path_or_hub_id, prompt)
     checkpoint = open_checkpoint(info.folder, may_lack_shards=part is not None)
     in_store = {span.coding.codec for span in checkpoint.spans.values() if span.coding is not None}

@@ -55,12 +55,14 @@ def test_known_models_have_the_sizes_of_the_published_ones(name: str) -> None:
     blueprint = find_blueprint(name, None)
     assert blueprint is not None
     sizes = measure_blueprint(blueprint, blueprint.dtype, torch.bfloat16, forward_only=False)
-    blocks = sizes.choices[0]
     config = blueprint.config
     # Of an untied embedding only rows are read, so it is no part of a sweep.
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * 2
     assert math.isclose((sizes.weight_bytes + embedding) / 1e9, GIGABYTES[name], rel_tol=0.002)
-    assert sizes.num_stops == {"blocks": config.num_hidden_layers + blocks.num_head_stops}
+    assert [one.granularity for one in sizes.choices] in (["blocks"], ["blocks", "experts"])
+    assert sizes.num_stops == {
+        one.granularity: config.num_hidden_layers + one.num_head_stops for one in sizes.choices
+    }
 
 
 def test_a_known_model_is_found_by_its_id_and_by_its_last_part() -> None:
