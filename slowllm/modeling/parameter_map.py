@@ -21,12 +21,14 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.pytorch_utils import Conv1D
 
 from slowllm.errors import CheckpointError
 from slowllm.modeling.blocks import find_blocks
 from slowllm.modeling.fused_parameters import place_fused
 from slowllm.modeling.native.coded_tensor import ordered_runs, stacked_placement, whole_placement
 from slowllm.modeling.native.formats import find_native, refuse_lying
+from slowllm.modeling.native.packed import PACKED_CODECS
 from slowllm.modeling.parts import Part, block_of, names_in
 from slowllm.storage.spans import Placement, Run, Span
 
@@ -89,6 +91,10 @@ def place(
     placements: dict[str, Placement] = {}
     for target, span in plain.items():
         if (coded := native.coded.get(span.name)) is not None:
+            if coded.codec in PACKED_CODECS and isinstance(
+                model.get_submodule(target.rpartition(".")[0]), Conv1D
+            ):
+                coded = replace(coded, is_transposed=True)
             placements[target] = whole_placement(target, coded)
             _check_shape(replace(span, shape=placements[target].shape), target, tuple(wanted[target].shape))
             continue

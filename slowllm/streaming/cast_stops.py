@@ -142,7 +142,8 @@ def coded_weight(
     """Return a coded parameter whose bytes are in memory as a weight that is decoded when it is used, or once, to `kept`."""
     coded = coded_matrix(placement, stored, team)
     shape = torch.empty(coded_shape(placement), dtype=placement.dtype, device="meta")
-    if coded_shape(placement) != placement.shape:
+    # Also where the matrices are square.
+    if placement.coding is not None and placement.coding.is_transposed:
         shape = shape.transpose(-1, -2)
     return LazyWeight(shape, dtype, buffer, coded, kept)
 

@@ -90,6 +90,9 @@ _BLOCKS_OF: Mapping[str, Callable[[str], list[tuple[str, tuple[int, ...]]]]] = {
     "gemma3": lambda b: [*_attention(b, norms=True), *_mlp(b), *_norms(b, *_FOUR_NORMS)],
     "bloom": lambda b: [*_fused_attention(b, 3 * HIDDEN, True), *_norms(b, *_TWO_NORMS, bias=True)],
     "falcon": lambda b: [*_fused_attention(b, HIDDEN + 2 * HEAD, False), *_norms(b, "attn_norm", bias=True)],
+    "falcon-40b": lambda b: [
+        *_fused_attention(b, HIDDEN + 2 * KV_HEADS * HEAD, False), *_norms(b, "attn_norm", "attn_norm_2", bias=True)
+    ],
 }  # fmt: skip
 FAMILIES = tuple(_BLOCKS_OF)
 
@@ -98,7 +101,7 @@ def tensors_of(family: str, *, has_head: bool) -> list[tuple[str, tuple[int, ...
     """Return names and shapes, in torch's order, of the tensors of a family."""
     found: list[tuple[str, tuple[int, ...]]] = [("token_embd.weight", (VOCAB, HIDDEN))]
     found += [("output_norm.weight", (HIDDEN,))]
-    if family in ("bloom", "falcon"):
+    if family in ("bloom", "falcon", "falcon-40b"):
         found += [("output_norm.bias", (HIDDEN,))]
     if family == "bloom":
         found += [("token_embd_norm.weight", (HIDDEN,)), ("token_embd_norm.bias", (HIDDEN,))]
@@ -109,9 +112,14 @@ def tensors_of(family: str, *, has_head: bool) -> list[tuple[str, tuple[int, ...
     return found
 
 
+def architecture_of(family: str) -> str:
+    """Return what llama.cpp calls a family."""
+    return {"mixtral": "llama", "falcon-40b": "falcon"}.get(family, family)
+
+
 def metadata_of(family: str) -> dict[str, Any]:
     """Return the metadata of a family's tiny model, without tokenizer."""
-    architecture = "llama" if family == "mixtral" else family
+    architecture = architecture_of(family)
     found: dict[str, Any] = {
         "context_length": 128, "embedding_length": HIDDEN, "block_count": BLOCK_COUNT, "feed_forward_length": WIDE,
         "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "rope.freq_base": 10000.0,
@@ -128,6 +136,8 @@ def metadata_of(family: str) -> dict[str, Any]:
         found |= {"attention.sliding_window": 8}
     if family == "gemma2":
         found |= {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}
+    if family == "falcon-40b":
+        found["attention.layer_norm_epsilon"] = 1e-5
     if family in ("bloom", "falcon"):
         found["attention.layer_norm_epsilon"] = 1e-5
         found["attention.head_count_kv"] = HEADS if family == "bloom" else 1
@@ -201,7 +211,7 @@ def write_gguf(
         part: which of how many parts of the tensors is written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = GGUFWriter(path, "llama" if family == "mixtral" else family)
+    writer = GGUFWriter(path, architecture_of(family))
     for key, value in {**metadata_of(family), **(metadata or {})}.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

@@ -50,6 +50,8 @@ _BLOOM = {
     "attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense",
     "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
 }  # fmt: skip
+# The larger Falcons, which call themselves falcon as well.
+_FALCON_OF_TWO_NORMS = "falcon with two norms"
 # By architecture: the name of the blocks, and the names of tensors without those of their blocks.
 _NAMES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "llama": ("model.layers", {**_LLAMA, **_MIXTRAL}),
@@ -60,6 +62,7 @@ _NAMES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "gemma2": ("model.layers", _GEMMA),
     "gemma3": ("model.layers", _GEMMA),
     "falcon": ("transformer.h", _BLOOM),
+    _FALCON_OF_TWO_NORMS: ("transformer.h", {**_BLOOM, "attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"}),
     "bloom": ("transformer.h", _BLOOM),
 }
 _NAME = re.compile(r"(?:blk\.(?P<block>\d+)\.)?(?P<leaf>\w+)(?P<suffix>\.weight|\.bias)?")
@@ -87,6 +90,8 @@ def find(
             f"config.json: says that the weights are quantised as GGUF, but {(strangers or list(spans.values()))[0].path.name} "
             "is no GGUF file; fetch config.json and the weights again"
         )
+    has_two_norms = architecture == "falcon" and any(".attn_norm_2." in name for name in spans)
+    names = _NAMES[_FALCON_OF_TWO_NORMS if has_two_norms else architecture]
     coded: list[CodedTensor] = []
     plain: dict[str, Span] = {}
     orders: dict[str, tuple[int, ...]] = {}
@@ -94,7 +99,7 @@ def find(
     for span in spans.values():
         if span.name == ROPE_FACTORS:
             continue
-        name, leaf = _renamed(span.name, *_NAMES[architecture])
+        name, leaf = _renamed(span.name, *names)
         for own_name, own in _experts(name, span, settings) if "{}" in name else [(name, span)]:
             order = _order(leaf, own, settings)
             if own_name in seen:
@@ -172,15 +177,17 @@ def _order(leaf: str, span: Span, settings: Mapping[str, Any]) -> tuple[int, ...
     heads = settings["num_heads"]
     if settings["architecture"] == "llama" and leaf in ("attn_q", "attn_k"):
         heads = heads if leaf == "attn_q" else settings["num_key_value_heads"]
-        parts, order = (
-            2 * heads,
-            (rows // heads // 2, 2, 1),
-        )  # pairs, of which the model has all first ones first
+        # Pairs, of which the model has all first ones first.
+        parts: int = 2 * heads
+        order: tuple[int, ...] = (rows // heads // 2, 2, 1)
     elif settings["architecture"] == "bloom" and leaf == "attn_qkv":
-        parts, order = (
-            3 * heads,
-            (3, heads, rows // heads // 3),
-        )  # all queries, then all keys; the model has them by heads
+        # All queries, then all keys; the model has them by heads.
+        parts, order = 3 * heads, (3, heads, rows // heads // 3)
+    elif settings["architecture"] == "falcon" and leaf == "attn_qkv" and settings["num_key_value_heads"] > 1:
+        # All queries, then all keys, then all values; the model has them by heads of keys.
+        groups = settings["num_key_value_heads"]
+        parts, size = heads + 2 * groups, rows // (heads + 2 * groups)
+        order = (groups, heads // groups * size, size, size)
     else:
         return ()
     if rows % parts or not rows:

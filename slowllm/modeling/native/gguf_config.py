@@ -109,11 +109,15 @@ def config_of(name: str, header: GgufHeader) -> PreTrainedConfig:
     if rope is not None:
         found["rope_parameters"] = rope
         found.pop("rope_theta", None)
-    if architecture == "falcon" and metadata.get("falcon.attention.head_count_kv", 1) != 1:
-        raise CheckpointError(
-            f"{name}: is a Falcon with several heads of keys, which transformers does not read from GGUF; use the original "
-            "checkpoint in safetensors"
-        )
+    if architecture == "falcon" and (groups := found.get("num_key_value_heads", 1)) != 1:
+        heads = found.get("num_attention_heads")
+        if not isinstance(heads, int) or not isinstance(groups, int) or groups < 1 or heads % groups:
+            raise CheckpointError(
+                f"{name}: is a Falcon with {heads} heads for {groups} heads of keys, which do not divide them"
+            )
+        has_two_norms = "blk.0.attn_norm_2.weight" in header.spans
+        found |= {"num_kv_heads": groups, "new_decoder_architecture": True}
+        found["num_ln_in_parallel_attn"] = 2 if has_two_norms else 1
     try:
         config = AutoConfig.for_model(kind, **found)
         config.quantization_config = {
@@ -121,7 +125,9 @@ def config_of(name: str, header: GgufHeader) -> PreTrainedConfig:
             "architecture": architecture,
             "num_heads": int(config.num_attention_heads),
             "num_key_value_heads": int(
-                getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+                found.get("num_kv_heads")
+                or getattr(config, "num_key_value_heads", None)
+                or (1 if architecture == "falcon" else config.num_attention_heads)
             ),
             "num_experts": int(
                 getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 0) or 0

@@ -11,6 +11,8 @@ from slowllm.modeling.native.coded_tensor import CodedPart, CodedTensor
 from slowllm.rounding import ceil_div
 from slowllm.storage.spans import Span
 
+# Of these, a matrix is that of a linear layer, also where the layer is GPT-2's, which has it transposed.
+PACKED_CODECS = ("gptq", "gptq_v2", "awq")
 _BITS = (2, 3, 4, 8)
 _LARGEST = 1 << 31
 _SCALES = ("F16", "BF16")
@@ -39,7 +41,8 @@ def find_gptq(settings: Mapping[str, Any], spans: Mapping[str, Span]) -> tuple[l
     version = _word(settings, ("checkpoint_format", "format"), "gptq")
     if version not in ("gptq", "gptq_v2") or settings.get("is_marlin_format"):
         raise CheckpointError(
-            f"config.json: a layout of GPTQ, {'marlin' if version == 'gptq' else version}, is not read; there are gptq and gptq_v2"
+            f"config.json: a layout of GPTQ, {'marlin' if version == 'gptq' else version}, is not read; there are gptq and "
+            "gptq_v2: use a checkpoint in one of these, or the original one in bfloat16 or float16"
         )
     bits, group = _bits_of(settings), _group_of(settings)
     # Rules for single modules, which the arrays' shapes show.
@@ -64,7 +67,8 @@ def find_awq(settings: Mapping[str, Any], spans: Mapping[str, Span]) -> tuple[li
     version = _word(settings, ("version", "format"), "gemm")
     if version != "gemm" or settings.get("backend") == "llm-awq":
         raise CheckpointError(
-            f"config.json: a layout of AWQ, {'llm-awq' if version == 'gemm' else version}, is not read; there is gemm"
+            f"config.json: a layout of AWQ, {'llm-awq' if version == 'gemm' else version}, is not read; there is gemm: use a "
+            "checkpoint of that version, or the original one in bfloat16 or float16"
         )
     bits, group = _bits_of(settings), _group_of(settings)
     if bits != 4:

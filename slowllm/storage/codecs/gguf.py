@@ -1,7 +1,8 @@
 """Matrices as GGUF files store them: rows of blocks, of which each has the scales and codes of its weights.
 
 A weight is what ggml's reference computes in float32, rounded once to the compute dtype. `Coding.group` says that rows lie
-in another order than the model has them: rows of (-1, a, b, c) whose second and third dimension change places. Numbers
+in another order than the model has them: rows of (-1, a, b, c) whose second and third dimension change places; or, of four
+numbers (n, a, b, c), the a rows of each of n groups, then the b rows of each, then the c rows. Numbers
 that are stored plain, and have to be put in order or are stored plus one (norms of Gemma), are blocks of one weight.
 """
 
@@ -27,6 +28,8 @@ from slowllm.storage.gguf import BLOCKS, codec_name
 # Numbers that are stored plain.
 _PLAIN: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 PLUS_ONE = "-plus-one"
+# How many numbers say an order of groups; see the module.
+_GROUPS = 4
 
 
 class Gguf(Codec):
@@ -47,7 +50,9 @@ class Gguf(Codec):
 
     def has_parts(self, parts: PartShapes, num_rows: int, width: int, group: tuple[int, ...] = ()) -> bool:
         row_bytes = width // self.weights * self.block_bytes
-        is_ordered = not group or (len(group) == 3 and min(group) > 0 and num_rows % math.prod(group) == 0)
+        is_ordered = not group or (
+            len(group) in (3, _GROUPS) and min(group) > 0 and num_rows % _rows_of(group) == 0
+        )
         return (
             is_ordered
             and not width % self.weights
@@ -115,10 +120,24 @@ def _numbers(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return blocks.contiguous().view(dtype)
 
 
+def _rows_of(group: tuple[int, ...]) -> int:
+    """Return how many rows are put in order together."""
+    return group[0] * sum(group[1:]) if len(group) == _GROUPS else math.prod(group)
+
+
 def rows_in_file(rows: Tensor, group: tuple[int, ...]) -> Tensor:
     """Return where rows of the matrix lie in the file; see the module."""
     if not group:
         return rows
+    if len(group) == _GROUPS:
+        num_groups, first, second, third = group
+        inside = rows % _rows_of(group)
+        number, place = inside // (first + second + third), inside % (first + second + third)
+        in_first = number * first + place
+        in_second = num_groups * first + number * second + place - first
+        in_third = num_groups * (first + second) + number * third + place - first - second
+        in_others = torch.where(place < first + second, in_second, in_third)
+        return rows - inside + torch.where(place < first, in_first, in_others)
     outer, inner, length = group
     size = math.prod(group)
     place = rows % size

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import slowllm
-from slowllm.errors import CheckpointError
+from slowllm.errors import CheckpointError, NonFiniteError
 from slowllm.storage.codecs.stacked import Stacked
+from tests.support.damaged_checkpoints import change_settings
 from tests.support.families import save_tiny
 from tests.support.native_checkpoints import dequantised, fp8_settings, quantised, store_fp8
 
@@ -226,6 +227,59 @@ def test_scales_that_are_no_numbers_are_refused_by_name(value: float, resident: 
         pytest.raises(CheckpointError, match=message),
     ):
         lm.model(IDS)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_weights_that_are_no_numbers_end_with_the_name_of_their_block(code: int, tmp_path: Path) -> None:
+    """As in transformers, such a code is a NaN; it is noticed where it comes out."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if NAME in tensors:
+            tensors[NAME].view(torch.uint8)[3, 5] = code
+
+    folder = fp8("llama-2", tmp_path)
+    _damaged(folder, change)
+    message = r"model\.layers\.1: NaN in the output at position \[0, 0\]; the weights are damaged"
+    with (
+        slowllm.load(folder, resident=False) as lm,
+        torch.no_grad(),
+        pytest.raises(NonFiniteError, match=message),
+    ):
+        lm.model(IDS)
+
+
+def _with_arrays_of_gptq(tensors: dict[str, torch.Tensor]) -> None:
+    if NAME in tensors:
+        del tensors[NAME], tensors[f"{NAME}_scale_inv"]
+        tensors[f"{NAME.removesuffix('weight')}qweight"] = torch.zeros(8, 96, dtype=torch.int32)
+
+
+def _with_arrays_of_modelopt(tensors: dict[str, torch.Tensor]) -> None:
+    if NAME in tensors:
+        del tensors[f"{NAME}_scale_inv"]
+        tensors |= {NAME: torch.zeros(96, 32, dtype=torch.uint8), f"{NAME}_scale": torch.ones(96, 4)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(_with_arrays_of_gptq, rf"{NAME}.* missing"), (_with_arrays_of_modelopt, rf"{NAME} .*shape \[96, 32\]")],
+)
+def test_a_second_format_in_the_checkpoint_is_refused_by_name(
+    change: Any, message: str, tmp_path: Path
+) -> None:
+    folder = fp8("llama-2", tmp_path)
+    _damaged(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        slowllm.load(folder)
+
+
+def test_arrays_decide_which_modules_are_quantised_and_not_what_config_says(tmp_path: Path) -> None:
+    folder = fp8("llama-2", tmp_path)
+    with torch.no_grad(), slowllm.load(folder, resident=False) as lm:
+        wanted = lm.model(IDS).logits
+    change_settings(folder, {**fp8_settings((8, 16)), "modules_to_not_convert": ["model.layers.1.mlp"]})
+    with torch.no_grad(), slowllm.load(folder, resident=False) as lm:
+        assert torch.equal(lm.model(IDS).logits, wanted)
 
 
 @pytest.mark.parametrize(

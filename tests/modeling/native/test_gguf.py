@@ -66,6 +66,8 @@ def reference(path: Path, family: str, dtype: torch.dtype) -> PreTrainedModel:
         model.set_experts_implementation("eager")
     if family == "mixtral":
         tensors = mixtral_tensors(path)
+    elif family == "falcon-40b":
+        tensors = falcon_tensors(path)
     else:
         tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     found = model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=False)
@@ -75,13 +77,42 @@ def reference(path: Path, family: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def mixtral_tensors(path: Path) -> dict[str, torch.Tensor]:
-    stored = {
+def dequantised_tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {
         tensor.name: torch.from_numpy(
             np.array(dequantize(tensor.data, GGMLQuantizationType(tensor.tensor_type)))
         )
         for tensor in GGUFReader(path).tensors
     }
+
+
+def falcon_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Undo what llama.cpp does to a Falcon with several heads of keys: it joins all queries, all keys, and all values."""
+    stored = dequantised_tensors(path)
+    names = {
+        "attn_norm": "ln_mlp", "attn_norm_2": "ln_attn", "attn_output": "self_attention.dense",
+        "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
+    }  # fmt: skip
+    found = {
+        "transformer.word_embeddings.weight": stored["token_embd.weight"],
+        "transformer.ln_f.weight": stored["output_norm.weight"], "transformer.ln_f.bias": stored["output_norm.bias"],
+    }  # fmt: skip
+    for number in range(2):
+        ours, theirs = f"transformer.h.{number}", f"blk.{number}"
+        joined = stored[f"{theirs}.attn_qkv.weight"].split([HIDDEN, KV_HEADS * 64, KV_HEADS * 64])
+        by_head = [part.reshape(KV_HEADS, -1, HIDDEN) for part in joined]
+        found[f"{ours}.self_attention.query_key_value.weight"] = torch.cat(by_head, 1).reshape(-1, HIDDEN)
+        for gguf_name, name in names.items():
+            found |= {
+                f"{ours}.{name}.{kind}": stored[f"{theirs}.{gguf_name}.{kind}"]
+                for kind in ("weight", "bias")
+                if f"{theirs}.{gguf_name}.{kind}" in stored
+            }
+    return found
+
+
+def mixtral_tensors(path: Path) -> dict[str, torch.Tensor]:
+    stored = dequantised_tensors(path)
     names = {
         "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm",
         "ffn_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.gate",
@@ -123,14 +154,16 @@ def assert_same(path: Path, wanted: torch.Tensor, **options: Any) -> None:
         ["float32", "bfloat16"],
         quick=[
             ("llama", "float32"), ("llama", "bfloat16"), ("qwen2", "bfloat16"), ("qwen3moe", "bfloat16"),
-            ("gemma3", "bfloat16"), ("bloom", "bfloat16"),
+            ("gemma3", "bfloat16"), ("bloom", "bfloat16"), ("falcon-40b", "float32"),
         ],
     ),
 )  # fmt: skip
 def test_logits_are_those_of_the_dequantised_model(family: str, name: str, tmp_path: Path) -> None:
     dtype = getattr(torch, name)
-    # Gemma's head is its embedding.
-    path = write_gguf(tmp_path / "m.gguf", family, mixed, has_head=not family.startswith("gemma"))
+    # The head of these is their embedding.
+    path = write_gguf(
+        tmp_path / "m.gguf", family, mixed, has_head=not family.startswith("gemma") and family != "falcon-40b"
+    )
     wanted = logits_of(reference(path, family, dtype))
     assert_same(path, wanted, resident=True)
     assert_same(path, wanted, resident=False)

@@ -32,7 +32,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"blk.0.attn_qkv.weight of shape \[768, 256\] is not divided by 5 heads, of which the metadata tells",
     ),
     "falcon": (
-        {"family": "falcon", "metadata": {"falcon.attention.head_count_kv": 8}}, "is a Falcon with several heads of keys",
+        {"family": "falcon", "metadata": {"falcon.attention.head_count_kv": 8}},
+        "is a Falcon with 4 heads for 8 heads of keys, which do not divide them",
+    ),
+    "falcon of other rows": (
+        {"family": "falcon-40b", "metadata": {"falcon.attention.head_count_kv": 3, "falcon.attention.head_count": 6}},
+        r"blk.0.attn_qkv.weight of shape \[512, 256\] is not divided by 6 heads|cannot be used",
     ),
     "metadata": ({"metadata": {"llama.block_count": 0}}, "names 0 blocks"),
     "unusable metadata": ({"metadata": {"llama.embedding_length": 0.5}}, "cannot be used|needs"),

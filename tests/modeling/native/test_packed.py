@@ -58,6 +58,26 @@ def test_logits_are_those_of_the_dequantised_model(name: str, layer: str, tmp_pa
         assert_same(folder, dtype, logits_of(back, dtype), resident=resident)
 
 
+@pytest.mark.parametrize(
+    ("layer", "dtype"),
+    crossed(LAYERS, ["float32", "bfloat16"], quick=[("gptq-ordered", "float32"), ("awq", "bfloat16")]),
+)
+def test_layers_of_gpt_2_are_those_of_the_dequantised_model(layer: str, dtype: str, tmp_path: Path) -> None:
+    """Their weights are transposed, which GPTQModel undoes before it packs them."""
+    save_tiny("gpt2", tmp_path / "plain", torch.bfloat16)
+
+    def pack(name: str, weight: torch.Tensor) -> Any:
+        if ".h." not in name:
+            return {name: weight}, weight
+        arrays, back = LAYERS[layer](name, weight.T)
+        return arrays, back.T
+
+    folder, back = packed_pair(tmp_path, pack, LAYERS[layer].settings)
+    wanted = logits_of(back, dtype)
+    assert_same(folder, dtype, wanted, resident=True)
+    assert_same(folder, dtype, wanted, resident=False)
+
+
 WIDE_3 = PackedLayer(bits=3, group=32, is_ordered=True, version="gptq_v2")
 UNEVEN = PackedLayer("awq", group=24)
 
@@ -217,9 +237,17 @@ def test_a_group_that_there_is_not_is_refused_inside_of_a_stack_of_experts(tmp_p
         ("gptq", {"group_size": 0}, "group_size is 0, not a number such as 128, or -1"),
         ("gptq", {"group_size": "16"}, "group_size is '16', not a number"),
         ("gptq", {"group_size": 32}, "scales is F16 of shape"),
-        ("gptq", {"checkpoint_format": "gptq_pro"}, "a layout of GPTQ, gptq_pro, is not read"),
+        (
+            "gptq",
+            {"checkpoint_format": "gptq_pro"},
+            "a layout of GPTQ, gptq_pro, is not read; there are gptq and gptq_v2: use a",
+        ),
         ("gptq", {"is_marlin_format": True}, "a layout of GPTQ, marlin, is not read"),
-        ("gptq", {"quant_method": "awq", "version": "gemv"}, "a layout of AWQ, gemv, is not read"),
+        (
+            "gptq",
+            {"quant_method": "awq", "version": "gemv"},
+            "a layout of AWQ, gemv, is not read; there is gemm: use a checkpoint of that version",
+        ),
         ("awq", {"backend": "llm-awq"}, "a layout of AWQ, llm-awq, is not read"),
         ("awq", {"bits": 8}, "AWQ has 4 bits, not 8"),
         ("awq", {"quant_method": "gptq"}, "no g_idx|F16 of shape|I32 of shape"),

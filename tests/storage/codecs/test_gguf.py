@@ -118,6 +118,21 @@ def test_rows_in_another_order_are_put_in_the_models(kind: str, group: tuple[int
     assert same(decoded(f"gguf-{kind}", picked, 0, 3, torch.float32, team), wanted[[7, 0, 7]])
 
 
+@pytest.mark.parametrize("kind", ["q4_k", "f16"])
+@pytest.mark.parametrize("group", [(2, 6, 3, 3), (3, 2, 1, 4), (1, 5, 1, 1)])
+def test_rows_of_groups_are_put_together(kind: str, group: tuple[int, ...], team: Team) -> None:
+    size = group[0] * sum(group[1:])
+    parts = parts_of(kind, 2 * size, 2, 5, group)
+    wanted = []
+    for half in reference(kind, parts).split(size):
+        pieces = half.split([group[0] * length for length in group[1:]])
+        wanted.append(torch.cat([piece.view(group[0], -1, parts.width) for piece in pieces], 1).flatten(0, 1))
+    assert same(decoded(f"gguf-{kind}", parts, 0, 2 * size, torch.float32, team), torch.cat(wanted))
+    on_device = torch.empty(5, parts.width)
+    torch_kernels.decode(f"gguf-{kind}", parts, on_device, 2, 7)
+    assert same(on_device, torch.cat(wanted)[2:7])
+
+
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
 def test_one_is_subtracted_before_rounding(kind: str, team: Team) -> None:
     values = torch.tensor([[1.0, 1.01, 0.5, 3.0]]).to(
@@ -145,6 +160,8 @@ def test_arrays_that_do_not_make_the_matrix_are_not_taken() -> None:
     assert codec.has_parts({"blocks": ("U8", (6, 288))}, 6, 512, (3, 2, 1))
     assert not codec.has_parts({"blocks": ("U8", (6, 288))}, 6, 512, (4, 2, 1))
     assert not codec.has_parts({"blocks": ("U8", (6, 288))}, 6, 512, (3, 2))
+    assert codec.has_parts({"blocks": ("U8", (6, 288))}, 6, 512, (1, 4, 1, 1))
+    assert not codec.has_parts({"blocks": ("U8", (6, 288))}, 6, 512, (2, 4, 1, 1))
     assert not codec.has_parts({"blocks": ("U8", (6, 287))}, 6, 512)
     assert not codec.has_parts({"blocks": ("U8", (6, 144))}, 6, 300)
     assert not codec.has_parts({}, 6, 512)
