@@ -27,7 +27,8 @@ from slowllm.errors import CheckpointError
 from slowllm.modeling.blocks import find_blocks
 from slowllm.modeling.fused_parameters import place_fused
 from slowllm.modeling.native.coded_tensor import ordered_runs, stacked_placement, whole_placement
-from slowllm.modeling.native.formats import find_native, refuse_lying
+from slowllm.modeling.native.companions import weight_of, whole_ones
+from slowllm.modeling.native.formats import find_native, refuse_lying, settings_of
 from slowllm.modeling.native.packed import PACKED_CODECS
 from slowllm.modeling.parts import Part, block_of, names_in
 from slowllm.storage.spans import Placement, Run, Span
@@ -61,6 +62,9 @@ def place(
     wanted = {name: tensor for name, tensor in state.items() if is_in(name)}
     by_pattern = {pattern: entry for entry in _converters(model) for pattern in entry.source_patterns}
 
+    if absent and settings_of(model.config) is not None:
+        spans = whole_ones(spans, absent)
+        absent = {weight_of(name): shard for name, shard in absent.items()}
     native = find_native(model.config, spans)
     if not (native.coded or absent or (part is not None and not part.blocks)):
         refuse_lying(model.config, spans.values())
@@ -130,7 +134,16 @@ def names_of_part(model: PreTrainedModel, names: Iterable[str], part: Part) -> l
         InputError: the part reaches out of the model.
     """
     is_in, state = names_in(model, part), model.state_dict()
-    return [name for name, target, _ in _targets(model, state, names) if target in state and is_in(target)]
+    arrays: dict[str, list[str]] = defaultdict(list)
+    is_quantised = settings_of(model.config) is not None
+    for name in names:
+        arrays[weight_of(name) if is_quantised else name].append(name)
+    return [
+        name
+        for weight, target, _ in _targets(model, state, arrays)
+        if target in state and is_in(target)
+        for name in arrays[weight]
+    ]
 
 
 def blocks_of_names(model: PreTrainedModel, names: Iterable[str]) -> frozenset[int]:

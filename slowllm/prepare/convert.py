@@ -7,7 +7,6 @@ its manifest is written, last of all.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -20,17 +19,18 @@ from typing import Any
 import torch
 
 from slowllm.errors import InputError, StoreError
-from slowllm.files import replace_file, replacing, system_errors
+from slowllm.files import replace_file, system_errors
 from slowllm.modeling.parameter_map import place
 from slowllm.modeling.skeleton import build_skeleton, read_config
 from slowllm.options import format_bytes
+from slowllm.prepare.decoded import is_quantised, num_matrices
 from slowllm.prepare.encode import FileTask, finished, record_path
-from slowllm.prepare.hub import is_small
 from slowllm.prepare.pickle_check import check_against_torch
-from slowllm.prepare.store_plan import is_exact, plan_files, refuse_other_dtypes
+from slowllm.prepare.small_files import copy_small_files, hashes_of_small_files
+from slowllm.prepare.store_plan import plan_files, refuse_other_dtypes
 from slowllm.prepare.workers import Progress, write_files
 from slowllm.storage import pickles
-from slowllm.storage.checkpoint import INDEX, Checkpoint
+from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.gguf_files import gguf_files
 from slowllm.storage.manifest import (
     FORMAT,
@@ -56,12 +56,16 @@ class Converted:
         folder: of the store.
         manifest: of the store; None while other ranks still have files to write.
         source_bytes: size of the source's tensors.
+        num_kept: number of matrices that the source has quantised, and the store as well, byte for byte.
+        num_requantised: number of those that were rounded again.
         was_there: whether an earlier run had finished the store.
     """
 
     folder: Path
     manifest: Manifest | None
     source_bytes: int
+    num_kept: int = 0
+    num_requantised: int = 0
     was_there: bool = False
 
     @property
@@ -79,18 +83,22 @@ def convert(
     rank: int = 0,
     world_size: int = 1,
     name: str | None = None,
+    requantise: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Converted:
     """Write a store of the checkpoint in the folder `source` to the folder `out`.
 
+    Matrices that are quantised already are kept as they are, whatever the store.
+
     Args:
-        source: a Hugging Face folder of safetensors or `pytorch_model*.bin` files.
+        source: a Hugging Face folder of safetensors or `pytorch_model*.bin` files, or a GGUF file or its folder.
         out: new, empty, or left by an earlier run of the same conversion.
         store: ``bf16``, ``lossless``, ``int8`` or ``int4``.
         workers: number of processes that encode; by default one for each 2 GiB of weights, at most one for each core.
         rank: which share of the files this run writes; the run that ends last writes the manifest.
         world_size: number of shares.
         name: of the checkpoint, for messages; by default the folder's.
+        requantise: whether matrices of blocks that are quantised already are decoded and rounded again, as the store has it.
         on_progress: called at the start and after every file.
     Raises:
         CheckpointError: the source cannot be read, or is a store itself.
@@ -114,7 +122,8 @@ def convert(
         config: Any = read_config(source)
         model = build_skeleton(config, source, torch.bfloat16)
         placements = place(model, checkpoint.spans)
-        _refuse_native(source, placements)
+        if requantise:
+            _refuse_requantising(source, store, placements)
         if store == "lossless":
             refuse_other_dtypes(placements)
         job = {
@@ -122,40 +131,43 @@ def convert(
             "store": store,
             "source_name": name or source.name,
             "source_hash": checkpoint.weights_hash(),
+            "requantised": requantise,
         }
-        tasks = plan_files(model, placements, out, store, job)
+        tasks = plan_files(model, placements, out, store, job, requantise=requantise)
         _begin(out, job)
         source_bytes = sum(task.source_bytes for task in tasks)
         was_there = (out / MANIFEST).is_file()
         if not was_there:
-            _copy_small_files(source, out)
+            copy_small_files(source, out, config)
             share = tasks[rank::world_size]
             _check_space(out, share)
             write_files(share, workers, on_progress)
             if _has_only_pickles(source):
                 check_against_torch(share)
-        manifest = _end(out, tasks, job, is_exact(store, placements))
-    return Converted(out, manifest, source_bytes, was_there)
+        manifest = _end(out, tasks, job)
+    counts = {True: 0, False: 0}
+    for task in (tensor for file in tasks for tensor in file.tensors):
+        if task.placement.coding is not None and is_quantised(task.placement.coding):
+            counts[task.is_kept] += num_matrices(task.placement)
+    return Converted(out, manifest, source_bytes, counts[True], counts[False], was_there)
 
 
-def _refuse_native(source: Path, placements: Mapping[str, Placement]) -> None:
-    """Refuse a checkpoint whose weights are quantised already: they would be rounded a second time."""
-    coded = next((p for p in placements.values() if p.coding is not None), None)
-    if coded is not None:
-        raise StoreError(
-            f"{source}: {coded.name} is quantised already, and every job reads it as it is, without a store, which would round a "
-            "second time; to make a store, convert the original in bfloat16"
+def _refuse_requantising(source: Path, store: str, placements: Mapping[str, Placement]) -> None:
+    """Refuse the option where there is nothing to round again."""
+    if store == "lossless":
+        raise InputError(
+            "a lossless store rounds nothing, so it cannot requantise; use --store int8, int4 or bf16"
+        )
+    if not any(p.coding is not None and is_quantised(p.coding) for p in placements.values()):
+        raise InputError(
+            f"{source}: none of its matrices is quantised, so none can be rounded again; leave out --requantise"
         )
 
 
 def _open_source(folder: Path, *, checks: bool) -> Checkpoint:
     if is_store(folder):
         raise StoreError(f"{folder}: is a store already; convert the checkpoint that it was made from")
-    if gguf_files(folder):
-        raise StoreError(
-            f"{folder}: is a GGUF model, which is read as it is; a store is made of the original checkpoint in safetensors"
-        )
-    if _has_only_pickles(folder):
+    if not gguf_files(folder) and _has_only_pickles(folder):
         checkpoint = pickles.open_pickled(folder)
         if checks:
             pickles.check_crcs(checkpoint)
@@ -181,6 +193,9 @@ def _begin(out: Path, job: Mapping[str, Any]) -> None:
                 raise StoreError(
                     f"{out}: is a finished {done.store} store of {done.source_name}; name another folder"
                 )
+            if done.requantised != job["requantised"]:
+                how = "with" if done.requantised else "without"
+                raise StoreError(f"{out}: is a store that was made {how} --requantise; name another folder")
             open_checkpoint(out).close()  # refuses a store with a missing file or another store's
             return
         if not (out / UNFINISHED).is_file():
@@ -201,27 +216,15 @@ def _begin(out: Path, job: Mapping[str, Any]) -> None:
         raise StoreError(f"{out}: {error.strerror or error}") from error
     except ValueError as error:
         raise StoreError(f"{out}: its {UNFINISHED} is damaged; empty the folder and begin again") from error
-    for key, what in (("format", "format"), ("store", "store"), ("source_hash", "model")):
+    begun.setdefault("requantised", False)  # of an earlier version
+    for key, what in (
+        ("format", "format"), ("store", "store"), ("source_hash", "model"), ("requantised", "choice of --requantise"),
+    ):  # fmt: skip
         if begun.get(key) != job[key]:
             raise StoreError(
                 f"{out}: was begun for another {what} ({begun.get('store')} of {begun.get('source_name')}); "
                 "name another folder, or empty this one"
             )
-
-
-def _copy_small_files(source: Path, out: Path) -> None:
-    for path in sorted(source.rglob("*")):
-        name = path.relative_to(source).as_posix()
-        if name != INDEX and path.is_file() and is_small(name):
-            target = out / name
-            target.parent.mkdir(exist_ok=True)
-            with system_errors(StoreError, target), replacing(target, is_shared=True) as partial:
-                shutil.copyfile(path, partial)
-
-
-def _hashes_of_small_files(out: Path) -> dict[str, str]:
-    names = [path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if path.is_file()]
-    return {n: hashlib.sha256((out / n).read_bytes()).hexdigest() for n in names if is_small(n)}
 
 
 def _check_space(out: Path, tasks: Sequence[FileTask]) -> None:
@@ -236,7 +239,7 @@ def _check_space(out: Path, tasks: Sequence[FileTask]) -> None:
         )
 
 
-def _end(out: Path, tasks: Sequence[FileTask], job: Mapping[str, Any], exact: bool) -> Manifest | None:
+def _end(out: Path, tasks: Sequence[FileTask], job: Mapping[str, Any]) -> Manifest | None:
     """Write the manifest, if the files of all ranks are finished."""
     if (out / MANIFEST).is_file():
         return read_manifest(out)
@@ -248,8 +251,9 @@ def _end(out: Path, tasks: Sequence[FileTask], job: Mapping[str, Any], exact: bo
         log.info("%d of %d files are for other ranks to write", len(missing), len(files))
         return None
     manifest = Manifest(
-        str(job["store"]), __version__, str(job["source_name"]), str(job["source_hash"]), exact,
-        {name: file for name, file in files.items() if file is not None}, _hashes_of_small_files(out),
+        str(job["store"]), __version__, str(job["source_name"]), str(job["source_hash"]),
+        all(tensor.is_exact for task in tasks for tensor in task.tensors),
+        {name: file for name, file in files.items() if file is not None}, hashes_of_small_files(out), job["requantised"] is True,
     )  # fmt: skip
     with system_errors(StoreError, out / MANIFEST, "; run the same command again"):
         replace_file(out / MANIFEST, manifest.to_json(), is_shared=True)

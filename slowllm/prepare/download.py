@@ -29,6 +29,7 @@ from slowllm.files import lock, put_in_place, replace_file
 from slowllm.options import format_bytes
 from slowllm.prepare.hub import HubFile, choose, list_files, one_sentence
 from slowllm.storage.checkpoint import Checkpoint
+from slowllm.storage.gguf_files import SUFFIX
 
 # The hub serves larger files by its Xet protocol only, which http_get does not implement.
 MAX_FILE_BYTES = 50 * 1000**3
@@ -44,6 +45,7 @@ def download(
     verify: bool = True,
     blocks: str | None = None,
     ends: bool = False,
+    gguf: str | None = None,
 ) -> Path:
     """Download the files of a checkpoint, or of a part of it, that streaming needs, and return its folder.
 
@@ -57,6 +59,9 @@ def download(
             compared; so are LFS files found in `to`, because their names do not include their revision.
         blocks: fetch only shards with tensors of these, such as ``8:16``.
         ends: fetch only shards with tensors outside the blocks, beside those of `blocks`.
+        gguf: name of the GGUF file to fetch, of a set any; not needed where the repository has one GGUF model and no safetensors.
+    Returns:
+        the folder, or the first GGUF file.
     Raises:
         DownloadError: the hub does not answer or refuses, the disk is too small, or a file has a wrong size or hash.
         CheckpointError: the repository has no weights that can be streamed.
@@ -71,7 +76,10 @@ def download(
             if place.folder.exists() and not place.folder.is_dir():
                 raise InputError(f"{place.folder}: is a file; name a folder")
         run = _Run(repo, commit, place, verify)
-        files = choose(repo, listing, run.read)
+        files = choose(repo, listing, run.read, gguf)
+        is_gguf = files[-1].name.endswith(SUFFIX)
+        if is_gguf and (blocks is not None or ends):
+            raise InputError("a GGUF model is fetched whole; leave out --blocks and --ends")
         what, part = f"{repo} {revision} ({commit[:8]})", None
         if blocks is not None or ends:
             from slowllm.prepare.part_files import files_of_part  # imports transformers
@@ -84,6 +92,9 @@ def download(
         with run.progress(missing_bytes, files):
             _in_threads(run.fetch, files, run.stop)
         place.finish()
+    if is_gguf:
+        Checkpoint.open(place.folder / files[0].name).close()
+        return place.folder / files[0].name
     if part is not None:
         part.check(place.folder)
     else:

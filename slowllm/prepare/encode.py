@@ -24,11 +24,13 @@ from torch import Tensor
 
 from slowllm.errors import StoreError
 from slowllm.files import replace_file, replacing_alone, sync
+from slowllm.prepare.decoded import coded_pieces, decoded
 from slowllm.rounding import round_up
 from slowllm.storage.codecs.base import StoreCodec
 from slowllm.storage.codecs.registry import STORE_CODECS
 from slowllm.storage.codecs.team import Team
-from slowllm.storage.manifest import PADDING, StoredFile, StoredTensor, file_from_json, header_sha256
+from slowllm.storage.gguf import codec_name
+from slowllm.storage.manifest import KEPT, PADDING, StoredFile, StoredTensor, file_from_json, header_sha256
 from slowllm.storage.spans import DTYPE_NAMES, TORCH_DTYPES, Placement, take_rows
 from slowllm.streaming.buffers import PAGE
 from slowllm.streaming.reader import Reader
@@ -47,13 +49,30 @@ class TensorTask:
 
     Attributes:
         placement: where its bytes come from.
-        codec: name of the codec; None to write it uncoded.
+        codec: name of the codec; None to write it uncoded, or as it is coded already.
         dtype: to write it in where there is no codec.
+        decodes: whether a tensor that is coded already is decoded; otherwise its bytes are kept.
     """
 
     placement: Placement
     codec: str | None
     dtype: torch.dtype
+    decodes: bool = False
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the tensor is coded already, and stays so."""
+        return self.placement.coding is not None and not self.decodes
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether what is written has the bits of the source."""
+        if self.codec is not None:
+            return STORE_CODECS[self.codec].is_exact
+        if self.decodes:  # of plain numbers, those of bfloat16 are decoded without being rounded
+            coding = self.placement.coding
+            return coding is not None and coding.codec == codec_name("bf16")
+        return self.is_kept or self.dtype == self.placement.dtype
 
 
 @dataclass(frozen=True)
@@ -83,6 +102,8 @@ class FileTask:
 
 def _estimate(task: TensorTask) -> int:
     placement = task.placement
+    if task.is_kept:
+        return placement.num_bytes
     if task.codec is None:
         return math.prod(placement.shape) * task.dtype.itemsize
     layout = STORE_CODECS[task.codec].layout(math.prod(placement.shape[:-1]), placement.shape[-1])
@@ -179,11 +200,26 @@ class _Writer:
         placement, source = task.placement, hashlib.sha256()
 
         def hashed() -> Iterator[Tensor]:
+            numbers = _cut(task)
             for piece in read():
                 source.update(_bytes_of(piece))
-                yield piece
+                if task.decodes:
+                    dtype = torch.float32 if task.codec and not task.is_exact else torch.bfloat16
+                    unit = 1 if task.codec is None else STORE_CODECS[task.codec].unit(placement.shape[-1])
+                    yield from decoded(next(numbers), piece, dtype, unit, PIECE_BYTES)
+                else:
+                    yield piece
 
         self._align()
+        if task.is_kept:
+            assert placement.coding is not None, "it is coded"
+            name = f"{placement.name}.{placement.coding.codec}.{KEPT}"
+            self._add(name, "U8", (placement.num_bytes,), self._filled(hashed()))
+            self.tensors[placement.name] = StoredTensor(
+                placement.shape, DTYPE_NAMES[placement.dtype], placement.coding.codec, (KEPT,), source.hexdigest(),
+                placement.coding,
+            )  # fmt: skip
+            return
         codec, dtype = task.codec, "BF16"
         parts = None if codec is None else self._coded(placement, STORE_CODECS[codec], hashed())
         if parts is None:
@@ -265,12 +301,18 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _cut(task: TensorTask) -> Iterator[Placement]:
-    """Cut a tensor into flat pieces of about `PIECE_BYTES`, each a multiple of its codec's unit."""
+    """Cut a tensor into flat pieces of about `PIECE_BYTES`, each a multiple of its codec's unit.
+
+    One that is to be decoded is cut only where its arrays begin and end.
+    """
     placement = task.placement
-    count = math.prod(placement.shape)
-    flat = Placement(placement.name, (count,), placement.dtype, placement.runs)
+    if task.decodes:
+        yield from coded_pieces(placement)
+        return
+    count, dtype = math.prod(placement.stored_shape), placement.stored_dtype
+    flat = Placement(placement.name, (count,), dtype, placement.runs)
     unit = 1 if task.codec is None else STORE_CODECS[task.codec].unit(placement.shape[-1])
-    piece = max(1, PIECE_BYTES // placement.dtype.itemsize // unit) * unit
+    piece = max(1, PIECE_BYTES // dtype.itemsize // unit) * unit
     for start in range(0, count, piece):
         yield take_rows(flat, placement.name, start, min(start + piece, count))
 

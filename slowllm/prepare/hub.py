@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
@@ -25,7 +26,7 @@ from huggingface_hub.errors import (
 
 from slowllm.errors import CheckpointError, DownloadError, InputError, SlowLLMError
 from slowllm.storage.checkpoint import INDEX
-from slowllm.storage.gguf_files import SUFFIX
+from slowllm.storage.gguf_files import SUFFIX, names_of_set
 
 SINGLE = "model.safetensors"
 SMALL_FILES = (
@@ -92,21 +93,21 @@ def list_files(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
     return commit, listing
 
 
-def choose(repo: str, listing: Mapping[str, HubFile], read: Callable[[HubFile], bytes]) -> list[HubFile]:
+def choose(
+    repo: str, listing: Mapping[str, HubFile], read: Callable[[HubFile], bytes], gguf: str | None = None
+) -> list[HubFile]:
     """Return the files that streaming needs, small ones first.
 
     Args:
         repo: its id, for messages.
         listing: every file of the repository, by name.
         read: returns the content of a file; called only for the index of the shards.
+        gguf: name of the GGUF file that is wanted, of a set any.
     Raises:
-        CheckpointError: the repository has no model in safetensors.
+        CheckpointError: the repository has no model in safetensors, and no GGUF file or several models of which none is named.
     """
-    if INDEX not in listing and SINGLE not in listing and any(name.endswith(SUFFIX) for name in listing):
-        raise CheckpointError(
-            f"{repo}: has only GGUF files, of which one is chosen by hand: fetch it with `hf download {repo} FILE.gguf`, and name "
-            "the file as the model"
-        )
+    if gguf is not None or (INDEX not in listing and SINGLE not in listing and _gguf_models(listing)):
+        return _choose_gguf(repo, listing, gguf)
     if "config.json" not in listing:
         raise CheckpointError(f"{repo}: has no config.json, so it is not a transformers model")
     shards = [SINGLE]
@@ -124,6 +125,30 @@ def choose(repo: str, listing: Mapping[str, HubFile], read: Callable[[HubFile], 
             raise CheckpointError(f"{repo}: {INDEX} names {name!r}, which is not a file beside it")
     small = [file for name, file in sorted(listing.items()) if is_small(name)]
     return small + [listing[name] for name in shards]
+
+
+def _gguf_models(listing: Mapping[str, HubFile]) -> dict[str, list[str]]:
+    """Return the names of each GGUF model's files, by the first of them, without those of vision towers."""
+    models: dict[str, list[str]] = {}
+    for name in sorted(name for name in listing if name.endswith(SUFFIX)):
+        if not PurePosixPath(name).name.startswith("mmproj"):
+            names = names_of_set(name)
+            models[names[0]] = names
+    return models
+
+
+def _choose_gguf(repo: str, listing: Mapping[str, HubFile], gguf: str | None) -> list[HubFile]:
+    """Return the files of one GGUF model."""
+    models = _gguf_models(listing)
+    chosen = [names for names in models.values() if gguf in (*names, None)]
+    if len(chosen) != 1:
+        there = ", ".join([*models][:8]) + (" and others" if len(models) > 8 else "")
+        if gguf is not None:
+            raise CheckpointError(f"{repo}: has no GGUF file {gguf!r}; there are {there or 'none'}")
+        raise CheckpointError(f"{repo}: has {len(models)} GGUF models ({there}); choose one with --gguf FILE")
+    if missing := [name for name in chosen[0] if name not in listing]:
+        raise CheckpointError(f"{repo}: has no {missing[0]}, which belongs to {chosen[0][0]}")
+    return [listing[name] for name in chosen[0]]
 
 
 def is_small(name: str) -> bool:

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from slowllm.errors import StoreError
 from slowllm.modeling.layout import Layout, in_order_of_use, lay_out
 from slowllm.modeling.linear_maps import linear_maps
+from slowllm.prepare.decoded import is_quantised
 from slowllm.prepare.encode import FileTask, TensorTask
-from slowllm.storage.spans import Placement
+from slowllm.storage.gguf import codec_name
+from slowllm.storage.spans import Coding, Placement
 
 # Smaller matrices gain nothing that can be noticed.
 MIN_WEIGHTS = 4096
@@ -29,8 +31,19 @@ def plan_files(
     out: Path,
     store: str,
     job: Mapping[str, Any],
+    *,
+    requantise: bool = False,
 ) -> list[FileTask]:
-    """Return the files of a store: one for all outside the blocks, one a block in order of use, and the head's."""
+    """Return the files of a store: one for all outside the blocks, one a block in order of use, and the head's.
+
+    Args:
+        model: a skeleton.
+        placements: of its parameters.
+        out: folder of the store.
+        store: its kind.
+        job: what the conversion is known by.
+        requantise: whether matrices that are quantised already are decoded and coded as the store has it.
+    """
     blocks = lay_out(model, placements)
     order = {name: number for number, name in enumerate(in_order_of_use(model, placements))}
     coded = _coded_names(model, placements, blocks, _FLOATS if store != "lossless" else (torch.bfloat16,))
@@ -39,10 +52,18 @@ def plan_files(
 
     def task(name: str) -> TensorTask:
         placement = placements[name]
+        if placement.coding is not None:
+            return coded_task(name, placement, placement.coding)
         cast = store == "bf16" and placement.dtype in _FLOATS
         return TensorTask(
             placement, codec if name in coded else None, torch.bfloat16 if cast else placement.dtype
         )
+
+    def coded_task(name: str, placement: Placement, coding: Coding) -> TensorTask:
+        decodes = name in coded and (requantise or not is_quantised(coding))
+        if store == "lossless":  # no other plain numbers are in bfloat16
+            decodes = name in coded and coding.codec == codec_name("bf16")
+        return TensorTask(placement, codec if decodes else None, placement.dtype, decodes)
 
     def file(name: str, tensors: Sequence[str]) -> FileTask:
         # The hash makes the header differ from that of another model of the same shape.
@@ -83,19 +104,16 @@ def _coded_names(
 def refuse_other_dtypes(placements: Mapping[str, Placement]) -> None:
     """Check that a checkpoint is in bfloat16, as the lossless codec needs it.
 
+    One that is quantised already is kept as it is, whatever its other tensors are.
+
     Raises:
         StoreError: its largest tensor has another dtype.
     """
+    if any(p.coding is not None and is_quantised(p.coding) for p in placements.values()):
+        return
     largest = max(placements.values(), key=lambda placement: placement.num_bytes)
     if largest.dtype != torch.bfloat16:
         name = str(largest.dtype).removeprefix("torch.")
         raise StoreError(
             f"{largest.name}: is {name}, but the lossless store is for bfloat16; use --store bf16, int8 or int4"
         )
-
-
-def is_exact(store: str, placements: Mapping[str, Placement]) -> bool:
-    """Whether every tensor of a store decodes to the bits of the source."""
-    if store == "bf16":
-        return all(p.dtype == torch.bfloat16 or not p.dtype.is_floating_point for p in placements.values())
-    return store == "lossless"

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from slowllm.errors import CheckpointError, StoreError
 from slowllm.prepare.encode import read_pieces
-from slowllm.storage.gguf_files import gguf_files
+from slowllm.storage.gguf_files import SUFFIX, gguf_files
 from slowllm.storage.manifest import MANIFEST, is_store, open_checkpoint, read_manifest
 
 NUM_READERS = 2
@@ -89,17 +89,20 @@ def _of_store(folder: Path) -> Iterator[_HashedFile]:
 
 
 def _of_cache(folder: Path) -> Iterator[_HashedFile]:
-    if gguf_files(folder):
-        raise CheckpointError(
-            f"{folder}: is a GGUF model, of which nothing here says which hash it should have"
-        )
+    if files := gguf_files(folder):
+        yield from _named_by_hash(files)
+        return
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
-    for path in sorted(folder.iterdir()):
+    yield from _named_by_hash(sorted(folder.iterdir()))
+
+
+def _named_by_hash(paths: Iterable[Path]) -> Iterator[_HashedFile]:
+    for path in paths:
         etag = path.resolve().name
         if path.is_file() and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
             yield _HashedFile(path, None, etag, is_git=len(etag) == 40)
-        elif path.suffix == ".safetensors":
+        elif path.suffix in (".safetensors", SUFFIX):
             raise CheckpointError(
                 f"{path}: nothing says which hash it should have; the hub's cache does (`slowllm download`), and so "
                 f"does the {MANIFEST} of a store (`slowllm convert`)"

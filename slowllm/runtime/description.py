@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from slowllm.errors import CheckpointError, InputError, first_line
 from slowllm.files import refuse_large, system_errors
+from slowllm.modeling.native.gguf_tokenizer import gguf_tokenizer
 from slowllm.modeling.skeleton import read_config
 from slowllm.modeling.soft_prompt_files import load_prompt
 from slowllm.modeling.soft_prompts import SoftPrompt, check_fits
-from slowllm.runtime.gguf_tokenizer import gguf_tokenizer
 from slowllm.runtime.model_folder import EMBEDDED, find_folder
 from slowllm.storage.checkpoint import LFS_POINTER
 from slowllm.storage.gguf_files import gguf_files

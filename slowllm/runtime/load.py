@@ -97,8 +97,8 @@ def open_model(
     allowed = _allowed(granularity, job, has_devices=bool(devices))
     info = path_or_hub_id if isinstance(path_or_hub_id, ModelInfo) else ModelInfo(path_or_hub_id, prompt)
     checkpoint = open_checkpoint(info.folder, may_lack_shards=part is not None)
-    in_store = {span.coding.codec for span in checkpoint.spans.values() if span.coding is not None}
-    warm_up(in_store | native_codecs(info.config, checkpoint.spans))
+    in_store = [span.coding.codecs for span in checkpoint.spans.values() if span.coding is not None]
+    warm_up(frozenset().union(*in_store) | native_codecs(info.config, checkpoint.spans, checkpoint.absent))
     budget = ram if isinstance(ram, Budget) else Budget(ram_bytes, psutil.Process().memory_info().rss)
     try:
         compute_dtype = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(devices))

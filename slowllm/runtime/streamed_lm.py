@@ -232,6 +232,10 @@ class StreamedLM:
         """
         # The compute dtype and the folder are no part of the checkpoint.
         config = {**self.config.to_dict(), "dtype": None, "_name_or_path": None}
+        if (config.get("quantization_config") or {}).get(
+            "quant_method"
+        ) == "gguf":  # which a store of it has not
+            del config["quantization_config"]
         if self.swarm is not None and self._checkpoint.absent:
             config["hashes of blocks"] = sorted(self.swarm.hashes().items())
         return self._checkpoint.fingerprint(

@@ -45,15 +45,19 @@ def _without_projectors(folder: Path) -> Iterator[Path]:
     yield from models or files
 
 
-def _set_of(file: Path) -> list[Path]:
-    match = _SPLIT.fullmatch(file.name)
+def names_of_set(name: str) -> list[str]:
+    """Return the names of the files that belong to one with this name, its own among them."""
+    match = _SPLIT.fullmatch(name)
     if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
-        return [file]
+        return [name]
     count = int(match["count"])
-    names = [f"{match['stem']}-{number:05}-of-{count:05}{SUFFIX}" for number in range(1, count + 1)]
-    files = [file.with_name(name) for name in names]
+    return [f"{match['stem']}-{number:05}-of-{count:05}{SUFFIX}" for number in range(1, count + 1)]
+
+
+def _set_of(file: Path) -> list[Path]:
+    files = [file.with_name(name) for name in names_of_set(file.name)]
     for one in files:
-        if not one.is_file():
+        if len(files) > 1 and not one.is_file():
             raise CheckpointError(
                 f"{one.name}: missing, though {file.name} says that it is there; fetch this file"
             )

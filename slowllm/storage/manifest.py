@@ -11,21 +11,24 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from slowllm.errors import CheckpointError, StoreError
 from slowllm.storage.checkpoint import Checkpoint, read_json
-from slowllm.storage.codecs.registry import check_coding
+from slowllm.storage.codecs.registry import check_coding, check_kept
 from slowllm.storage.shard import read_header
-from slowllm.storage.spans import CodedArray, Coding, Span
+from slowllm.storage.spans import CodedArray, CodedRows, Coding, Span
 
 MANIFEST, UNFINISHED = "slowllm_store.json", "slowllm_store.unfinished.json"
 # Incremented when an older slowllm would misread what a newer one writes.
 FORMAT = 1
 # Prefix of the entries for the unused bytes before a tensor that begins on a page.
 PADDING = "__padding__."
+
+# Name of the only part of a tensor that is kept as the source has it.
+KEPT = "kept"
 
 StoreName = Literal["bf16", "lossless", "int8", "int4"]
 STORES: tuple[StoreName, ...] = get_args(StoreName)
@@ -41,6 +44,8 @@ class StoredTensor:
         codec: its name; None where the tensor is not coded.
         parts: names of the codec's arrays, in order; each is in the file as ``tensor.codec.part``.
         source_sha256: of the source's bytes.
+        coding: of a tensor that the source has in its maker's format and that is kept so: its arrays are one part, in which
+            this says where each lies.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +53,7 @@ class StoredTensor:
     codec: str | None
     parts: tuple[str, ...]
     source_sha256: str
+    coding: Coding | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Manifest:
         is_exact: whether every tensor decodes to the bits of the source.
         files: by name.
         small_files: the hash of each config and tokenizer file, by name.
+        requantised: whether matrices that were quantised already were rounded again.
     """
 
     store: str
@@ -88,10 +95,12 @@ class Manifest:
     is_exact: bool
     files: Mapping[str, StoredFile]
     small_files: Mapping[str, str]
+    requantised: bool = False
 
     def to_json(self) -> str:
         """Return the text of the manifest's file."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        # Not indented: of a mixture of many experts that are kept as they are, it tells of a hundred thousand arrays.
+        return json.dumps({"format": FORMAT, **asdict(self)}) + "\n"
 
 
 def is_store(folder: Path) -> bool:
@@ -129,6 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(
             str(table["store"]), str(table["slowllm"]), str(table["source_name"]), str(table["source_hash"]),
             table["is_exact"] is True, files, {str(k): str(v) for k, v in table["small_files"].items()},
+            table.get("requantised") is True,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise StoreError(
@@ -145,11 +155,35 @@ def file_from_json(entry: Mapping[str, Any]) -> StoredFile:
     tensors = {
         name: StoredTensor(
             tuple(map(int, tensor["shape"])), str(tensor["dtype"]), tensor["codec"], tuple(tensor["parts"]),
-            str(tensor["source_sha256"]),
+            str(tensor["source_sha256"]), coding_from_json(tensor.get("coding")),
         )
         for name, tensor in entry["tensors"].items()
     }  # fmt: skip
     return StoredFile(int(entry["num_bytes"]), str(entry["sha256"]), str(entry["header_sha256"]), tensors)
+
+
+def coding_from_json(entry: Mapping[str, Any] | None) -> Coding | None:
+    """Return the coding of a tensor that is kept in its maker's format; None where there is none.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError, OverflowError: the entry is damaged.
+    """
+    if entry is None:
+        return None
+    parts = tuple(
+        CodedArray(str(part["name"]), str(part["dtype"]), tuple(map(int, part["shape"])), int(part["offset"]))
+        for part in entry["parts"]
+    )
+    rows = []
+    for one in entry["rows"]:
+        own = coding_from_json(one["coding"])
+        if own is None:
+            raise ValueError("rows without a coding")
+        rows.append(CodedRows(int(one["first"]), int(one["num_rows"]), own))
+    return Coding(
+        str(entry["codec"]), parts, tuple(map(int, entry["group"])), tuple(rows), entry["is_transposed"] is True,
+        float(entry["offset"]),
+    )  # fmt: skip
 
 
 def open_checkpoint(folder: str | os.PathLike[str], *, may_lack_shards: bool = False) -> Checkpoint:
@@ -199,7 +233,16 @@ def _span_of(path: Path, name: str, entry: StoredTensor, header: Mapping[str, Sp
     spans = [header[part] for part in names]
     first, last = spans[0], spans[-1]
     if entry.codec is None:
-        return first
+        return replace(first, in_store=True)
+    if entry.coding is not None:
+        if len(spans) != 1 or entry.coding.codec != entry.codec or entry.dtype != "BF16":
+            raise StoreError(
+                f"{path.name}: {name} is told of in two ways; delete the store and convert the model again"
+            )
+        check_kept(f"{path.name}: {name}", entry.coding, entry.shape, first.num_bytes)
+        return replace(
+            first, name=name, dtype=entry.dtype, shape=entry.shape, coding=entry.coding, in_store=True
+        )
     parts = tuple(
         CodedArray(part, span.dtype, span.shape, span.offset - first.offset)
         for part, span in zip(entry.parts, spans, strict=True)
@@ -209,7 +252,9 @@ def _span_of(path: Path, name: str, entry: StoredTensor, header: Mapping[str, Sp
     if entry.dtype != "BF16":
         raise StoreError(f"{path.name}: {name} is said to decode to {entry.dtype}, but codecs give BF16")
     num_bytes = last.offset + last.num_bytes - first.offset
-    return Span(name, path, entry.dtype, entry.shape, first.offset, num_bytes, first.stamp, coding)
+    return Span(
+        name, path, entry.dtype, entry.shape, first.offset, num_bytes, first.stamp, coding, in_store=True
+    )
 
 
 def header_sha256(path: Path) -> str:

@@ -77,6 +77,11 @@ class Coding:
         """The arrays of all its parts."""
         return self.parts + tuple(array for rows in self.rows for array in rows.coding.arrays)
 
+    @property
+    def codecs(self) -> frozenset[str]:
+        """The names of its codec and of those of its rows."""
+        return frozenset((self.codec, *(rows.coding.codec for rows in self.rows)))
+
 
 @dataclass(frozen=True)
 class CodedRows:
@@ -106,6 +111,7 @@ class Span:
         num_bytes: length.
         stamp: of the shard when its header was read; None where none was read.
         coding: of a coded tensor, whose dtype and shape are then those after decoding.
+        in_store: whether it is of a store, where each tensor is a parameter of the model, under the name that it has there.
     """
 
     name: str
@@ -116,6 +122,7 @@ class Span:
     num_bytes: int
     stamp: Stamp | None = field(default=None, repr=False)
     coding: Coding | None = None
+    in_store: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -341,11 +341,15 @@ def listing(*names: str) -> dict[str, hub.HubFile]:
         (["config.json", "consolidated.00.pth"], "", "has only pickled weights"),
         (["config.json"], "", "has neither model.safetensors nor model.safetensors.index.json"),
         (
-            ["config.json", "x.gguf"],
+            ["config.json", "x.gguf", "y-00001-of-00002.gguf", "y-00002-of-00002.gguf", "mmproj-x.gguf"],
             "",
-            "has only GGUF files, of which one is chosen by hand: fetch it with `hf download",
+            r"has 2 GGUF models \(x\.gguf, y-00001-of-00002\.gguf\); choose one with --gguf FILE",
         ),
-        (["x-Q4_K_M.gguf"], "", "has only GGUF files, of which one is chosen by hand"),
+        (
+            ["y-00002-of-00002.gguf"],
+            "",
+            "has no y-00001-of-00002.gguf, which belongs to y-00001-of-00002.gguf",
+        ),
         (["config.json", hub.INDEX], "]", "index.json has no weight_map"),
         (["config.json", hub.INDEX], "{}", "index.json has no weight_map"),
         (["config.json", hub.INDEX], '{"weight_map": {}}', "index.json has no weight_map"),

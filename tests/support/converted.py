@@ -1,7 +1,7 @@
 """A parent that pays the imports once, and forks children that convert: shares at once, or one that is killed.
 
     python -m tests.support.converted ranks OUT WORLD_SIZE
-    python -m tests.support.converted killed OUT NUM_KILLS SEED
+    python -m tests.support.converted killed OUT NUM_KILLS SEED [SOURCE]
 
 Prints one JSON document: how each child ended, and how many files were finished when it did.
 """
@@ -42,7 +42,7 @@ def fork(job: Callable[[], object]) -> int:
         os._exit(code)
 
 
-def slowly(out: Path) -> None:
+def slowly(source: Path, out: Path) -> None:
     """Convert so slowly that a kill comes in the middle of a file."""
     append = encode._Array.append
 
@@ -51,7 +51,7 @@ def slowly(out: Path) -> None:
         append(own, tensor)
 
     encode._Array.append = late  # type: ignore[method-assign]
-    convert(TINY_BLOOM, out, store="lossless", workers=1)
+    convert(source, out, store="lossless", workers=1)
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
         generator = random.Random(int(numbers[1]))
         for _ in range(int(numbers[0])):
             before = finished[-1] if finished else 0
-            child = fork(lambda: slowly(Path(out)))
+            child = fork(lambda: slowly(Path(numbers[2]) if numbers[2:] else TINY_BLOOM, Path(out)))
             # Until it has finished a file more, and then a moment, so that it is in the middle of the next.
             while (
                 len(list(Path(out).glob("*.safetensors.json"))) == before

@@ -19,7 +19,7 @@ class Repo:
     """The files of a repository, and what is wrong with it.
 
     Attributes:
-        files: content by name; what ends in .safetensors or .bin is stored with LFS.
+        files: content by name; what ends in .safetensors, .bin or .gguf is stored with LFS.
         refusal: status and X-Error-Code for every request, or for files only.
         listing: entries of the listing that are not as they should be, by name.
         served: content that is not what is listed, by name; each is served once.
@@ -47,7 +47,7 @@ class Request:
 
 
 def is_lfs(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin"))
+    return name.endswith((".safetensors", ".bin", ".gguf"))
 
 
 def etag(name: str, content: bytes) -> str:

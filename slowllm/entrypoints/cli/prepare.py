@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +51,13 @@ def convert(
             help="Number of shares that the files are divided into, each written by a run of its own on the same disk.",
         ),
     ] = 1,
+    requantise: Annotated[
+        bool,
+        typer.Option(
+            "--requantise",
+            help="Round the matrices of blocks again that the checkpoint has quantised; by default they are kept as they are.",
+        ),
+    ] = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Write a store: a copy of a checkpoint with fewer bytes to stream.
@@ -61,6 +69,9 @@ def convert(
     int4: about 0.28 of the bytes (64 weights share a scale and an offset).
 
     bf16: not quantised, one file a block; other dtypes are rounded.
+
+    Matrices that the checkpoint has quantised (float8, mxfp4, GPTQ, AWQ, bitsandbytes, GGUF and others) are kept byte for
+    byte, unless --requantise rounds them a second time. A GGUF file becomes a folder with a config and a tokenizer.
 
     Embeddings, norms, routers and the head are not quantised. All verbs take a store where they take a model. What is
     written is read back and compared. After an interrupt, a crash or a full disk, the same command resumes where it
@@ -99,7 +110,7 @@ def convert(
         try:
             done = make(
                 folder, out, store=store, workers=workers, rank=rank, world_size=world_size,
-                name=None if folder.name == Path(model).name else model, on_progress=on_progress,
+                name=None if folder.name == Path(model).name else model, requantise=requantise, on_progress=on_progress,
             )  # fmt: skip
         except KeyboardInterrupt:
             print("slowllm: interrupted; the same command goes on where it stopped", file=sys.stderr)
@@ -118,7 +129,20 @@ def convert(
             f"{format_bytes(done.source_bytes)} in {duration(seconds)}, read back and compared",
             file=sys.stderr,
         )
+    for sentence in _about_quantised(store, done.num_kept, done.num_requantised):
+        print(sentence, file=sys.stderr)
     typer.echo(done.folder)
+
+
+def _about_quantised(store: str, num_kept: int, num_requantised: int) -> Iterator[str]:
+    """Yield what became of matrices that were quantised already."""
+    if num_requantised:
+        yield f"{counted(num_requantised, 'quantised matrix', 'quantised matrices')}: rounded a second time, to {store}"
+    if num_kept:
+        again = (
+            "" if num_requantised or store == "lossless" else "; --requantise rounds those of blocks again"
+        )
+        yield f"{counted(num_kept, 'quantised matrix', 'quantised matrices')}: kept as the checkpoint has them{again}"
 
 
 def verify(
@@ -174,6 +198,15 @@ def download(
             help="Fetch only the shards that have tensors outside the blocks: embedding, norms, head. With --blocks, both.",
         ),
     ] = False,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            "--gguf",
+            help="Fetch this GGUF file, of a set any, and those that belong to it.",
+            metavar="FILE",
+            show_default="the only GGUF model, where there are no safetensors",
+        ),
+    ] = None,
 ) -> None:
     """Fetch the files of a model on the hub that streaming needs.
 
@@ -181,6 +214,7 @@ def download(
     the weights. The free space is checked first. After an interrupt, a crash or a lost connection, the same command
     resumes where it stopped. File sizes are always compared with the hub's. Afterwards `slowllm forward --model REPO`
     finds the model in the cache; with --to, or with a --revision other than main, give it the folder that is printed.
+    Of a GGUF model the file is printed, which is given as the model.
 
     For gated models, log in with `hf auth login` or set HF_TOKEN.
     """
@@ -191,7 +225,7 @@ def download(
         import transformers
 
         transformers.logging.set_verbosity_error()
-    typer.echo(fetch(repo, revision=revision, to=to, verify=verify, blocks=blocks, ends=ends))
+    typer.echo(fetch(repo, revision=revision, to=to, verify=verify, blocks=blocks, ends=ends, gguf=gguf))
 
 
 def _refuse_stdout(folder: Path | None) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from slowllm.errors import CheckpointError
 from slowllm.modeling.native import bnb, compressed, fbgemm, fp8, gguf, modelopt, mxfp4, packed
 from slowllm.modeling.native.coded_tensor import CodedTensor
+from slowllm.modeling.native.companions import whole_ones
 from slowllm.storage.spans import Span
 
 
@@ -90,6 +91,8 @@ def find_native(config: PreTrainedConfig, spans: Mapping[str, Span]) -> NativeTe
         CheckpointError: an array is missing, or does not go with its tensor.
     """
     settings = settings_of(config)
+    if any(span.in_store for span in spans.values()):  # which has made them parameters already
+        return NativeTensors(spans, {})
     if settings is None:
         _refuse_leftovers(spans.values())
         return NativeTensors(spans, {})
@@ -108,12 +111,13 @@ def find_native(config: PreTrainedConfig, spans: Mapping[str, Span]) -> NativeTe
 
 
 def refuse_lying(config: PreTrainedConfig, spans: Iterable[Span]) -> None:
-    """Refuse a config that names a quantised format, where no tensor is stored in it.
+    """Refuse a config that names a quantised format, where no tensor is stored in it and they are not those of a store.
 
     Raises:
         CheckpointError: it does.
     """
-    if (name := format_name(config)) is not None:
+    spans = list(spans)
+    if (name := format_name(config)) is not None and not any(span.in_store for span in spans):
         file = next((span.path.name for span in spans), "the checkpoint")
         raise CheckpointError(
             f"{file}: config.json says that weights are quantised ({name}), but none is; config.json and the weights do not belong "
@@ -121,10 +125,19 @@ def refuse_lying(config: PreTrainedConfig, spans: Iterable[Span]) -> None:
         )
 
 
-def native_codecs(config: PreTrainedConfig, spans: Mapping[str, Span]) -> set[str]:
-    """Return the names of the codecs that a checkpoint in its maker's format needs."""
+def native_codecs(
+    config: PreTrainedConfig, spans: Mapping[str, Span], absent: Iterable[str] = ()
+) -> set[str]:
+    """Return the names of the codecs that a checkpoint in its maker's format needs.
+
+    Args:
+        config: of the checkpoint.
+        spans: of the shards that are there, by name on disk.
+        absent: names of arrays whose shards are not there.
+    """
     if settings_of(config) is None:
         return set()
+    spans = whole_ones(spans, absent)
     return {tensor.codec for tensor in find_native(config, spans).coded.values()}
 
 

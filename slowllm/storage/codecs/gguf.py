@@ -30,6 +30,8 @@ _PLAIN: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16,
 PLUS_ONE = "-plus-one"
 # How many numbers say an order of groups; see the module.
 _GROUPS = 4
+# The codecs of numbers that are not rounded, and have only to be put in order.
+PLAIN_NAMES = frozenset(codec_name(kind) for kind in _PLAIN)
 
 
 class Gguf(Codec):

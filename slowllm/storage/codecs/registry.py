@@ -29,7 +29,7 @@ from slowllm.storage.codecs.rounded import Fp8CastScales, Fp8Rounded
 from slowllm.storage.codecs.scaled_int import ScaledInt
 from slowllm.storage.codecs.stacked import Stacked
 from slowllm.storage.codecs.team import Team
-from slowllm.storage.spans import Coding
+from slowllm.storage.spans import TORCH_DTYPES, Coding
 
 # Those that stores are written in.
 STORE_CODECS: Mapping[str, StoreCodec] = {codec.name: codec for codec in (Lossless(), Int8(), Int4())}
@@ -76,6 +76,49 @@ def warm_up(names: Iterable[str]) -> None:
                 CODECS[name].decode(parts, out, 0, parts.num_rows, team)
     finally:
         team.close()
+
+
+def check_kept(name: str, coding: Coding, shape: tuple[int, ...], num_bytes: int) -> None:
+    """Check that a matrix which a store keeps in its maker's format has the arrays that its codec expects.
+
+    Args:
+        name: for messages.
+        coding: as the manifest has it.
+        shape: of the parameter.
+        num_bytes: of all its arrays.
+    Raises:
+        StoreError: it has others, or they reach out of these bytes.
+    """
+    for codec in sorted(coding.codecs - CODECS.keys()):
+        raise StoreError(f"{name}: its codec {codec!r} is unknown; a newer slowllm may know it")
+    if len(shape) >= 2 and coding.is_transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    if not shape or not _is_whole(coding, math.prod(shape[:-1]), shape[-1], num_bytes):
+        raise StoreError(
+            f"{name}: its arrays do not make a matrix of shape {list(shape)}; delete the store and convert the model again"
+        )
+
+
+def _is_whole(coding: Coding, num_rows: int, width: int, num_bytes: int) -> bool:
+    """Whether a coding's arrays lie in so many bytes, where words can be read, and make all rows once."""
+    for part in coding.parts:
+        if part.dtype not in TORCH_DTYPES or min(part.shape, default=0) < 0 or part.offset < 0:
+            return False
+        itemsize = TORCH_DTYPES[part.dtype].itemsize
+        if part.offset % itemsize or part.offset + math.prod(part.shape) * itemsize > num_bytes:
+            return False
+    parts = {part.name: (part.dtype, part.shape) for part in coding.parts}
+    if len(parts) < len(coding.parts) or not math.isfinite(coding.offset) or min(coding.group, default=1) < 1:
+        return False
+    at = 0
+    for rows in coding.rows:
+        is_next = rows.first == at and rows.num_rows > 0 and not rows.coding.rows
+        if not is_next or not _is_whole(rows.coding, rows.num_rows, width, num_bytes):
+            return False
+        at += rows.num_rows
+    if bool(coding.rows) != (coding.codec == Stacked.name) or (coding.rows and at != num_rows):
+        return False
+    return CODECS[coding.codec].has_parts(parts, num_rows, width, coding.group)
 
 
 def check_coding(name: str, coding: Coding, shape: tuple[int, ...]) -> None:
