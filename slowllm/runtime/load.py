@@ -199,7 +199,8 @@ def _assemble(
         # If there is room, validation rides along with a step.
         if (job is None and not is_shared) or (job is not None and job.turns):
             plan = widen(plan, choices, budget.free_bytes)
-        if not is_shared:
+        # Where others will be opened in the budget, what is left is theirs.
+        if not is_shared or (job is not None and job.turns):
             plan = keep_decoded(plan, choices, budget.free_bytes)
     keep_together()
     compute_dtype = next(parameter.dtype for parameter in model.parameters())

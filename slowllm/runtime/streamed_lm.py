@@ -122,16 +122,9 @@ class StreamedLM:
         model.__dict__["_slowllm"] = self
         self._owned = contextlib.ExitStack()
         held = (
-            self._owned,
-            self._carousel,
-            source,
-            stops,
-            device_placement,
-            checkpoint,
-            budget,
-            plan.peak_bytes,
+            self._owned, self._carousel, source, stops, device_placement, checkpoint, budget, plan.peak_bytes,
             experts,
-        )
+        )  # fmt: skip
         self._finalizer = weakref.finalize(self, _release, *held)
 
     def away(self, work: Callable[[], T]) -> T:
@@ -219,8 +212,7 @@ class StreamedLM:
     @property
     def read_bytes(self) -> int:
         """Bytes read from files so far, those of experts that routers asked for included."""
-        on_demand = 0 if self.experts is None else self.experts.read_bytes
-        return self._source.stats.read_bytes + on_demand
+        return self._source.stats.read_bytes + (self.experts.read_bytes if self.experts else 0)
 
     def fingerprint(self, *, of_source: bool = False) -> str:
         """Return a hash of the checkpoint: its config, every span, and samples of every shard.

@@ -281,11 +281,26 @@ def _grouped_product(
     for number, end in enumerate(offs.tolist()):
         if begin < end:
             one = LazyWeight(weight.stored[number], weight.dtype, weight.buffer, weight.coded)
+            if (product := _tiled(x[begin:end], one)) is not None:
+                out[begin:end] = product
+                begin = end
+                continue
             # Where a matrix begins on a cache line is where it begins in the whole: products may depend on it.
             place = int(one.stored.storage_offset()) * weight.dtype.itemsize % CACHE_LINE_BYTES
             torch.mm(x[begin:end], one.cast(place), out=out[begin:end])
         begin = end
     return out
+
+
+def _tiled(x: Any, weight: LazyWeight) -> Tensor | None:
+    """Return `x` times a coded matrix, decoded tile by tile to the bits of the whole; None where this cannot be."""
+    coded = weight.coded
+    # A codec that multiplies in its own way has other bits.
+    if coded is None or type(coded.codec).multiply is not Codec.multiply or x.dtype != weight.dtype:
+        return None
+    if (rows := weight._rows(is_transposed=True)) is None:
+        return None
+    return coded.codec.multiply(x, coded.parts, *rows, coded.team)
 
 
 def _product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -302,6 +317,9 @@ def _product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tenso
     if x.dtype != weight.dtype or not x.numel() or (bias is not None and bias.dim() != 1):
         return None
     coded, flat = weight.coded, x.reshape(-1, x.shape[-1])
+    # There torch rounds the product before it adds the bias, elsewhere only the sum.
+    later = bias if x.dim() > 2 and not x.is_contiguous() else None
+    bias = None if later is not None else bias
     if (rows := weight._rows(is_transposed=func is not torch.ops.aten.linear.default)) is not None:
         product = coded.codec.multiply(flat, coded.parts, *rows, coded.team, bias)
     elif func is torch.ops.aten.mm.default and (rows := weight._rows(is_transposed=False)) is not None:
@@ -310,4 +328,6 @@ def _product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tenso
         return None
     if product is None:
         return None
+    if later is not None:
+        product += later
     return product.view(*x.shape[:-1], -1)

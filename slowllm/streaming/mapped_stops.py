@@ -10,12 +10,15 @@ from torch import Tensor
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.storage.spans import Placement, Run
 from slowllm.streaming.buffers import PAGE
+from slowllm.streaming.mapped_pages import STOPS_AHEAD, MappedPages
 from slowllm.streaming.reader import Reader
 from slowllm.streaming.stops import StopRead, Weights
 
 
 class MappedStops:
     """Serve stops from memory maps: for a model that fits the budget, no copies and no reads of our own.
+
+    On the first sweep, a thread has the kernel read the pages of the next stops; see `mapped_pages`.
 
     What no map can hold (fused experts, tensors at odd addresses) is read once, at the first visit.
 
@@ -39,6 +42,7 @@ class MappedStops:
         resident = frozenset(range(len(stops)))
         self._rest = Reader(rest, ring_bytes=PAGE, resident=resident, num_threads=4 if any(rest) else 1)
         self.stats = self._rest.stats
+        self._pages = MappedPages([stop.values() for stop in self._mapped])
 
     @contextlib.contextmanager
     def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
@@ -46,6 +50,7 @@ class MappedStops:
         mapped = self._mapped  # before the rest is asked, which refuses once they are let go
         with self._rest.visit(stop, upcoming) as rest:
             self._checkpoint.check_runs(self._furthest[stop])
+            self._pages.fetch([stop, *upcoming[:STOPS_AHEAD]])
             yield {**mapped[stop], **rest}
 
     @property
@@ -68,9 +73,11 @@ class MappedStops:
         if not mapped or self._has_rest[stop]:
             return None
         self._checkpoint.check_runs(self._furthest[stop])
+        self._pages.fetch(range(stop, min(stop + 1 + STOPS_AHEAD, self.num_stops)))
         return mapped[stop]
 
     def close(self) -> None:
         """Let go of the maps."""
         self._rest.close()
+        self._pages.close()
         self._mapped = []

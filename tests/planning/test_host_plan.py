@@ -25,6 +25,7 @@ from slowllm.planning.host_plan import (
     START_BYTES,
     Plan,
     advise,
+    keep_decoded,
     keep_graph,
     least_bytes,
     make_plan,
@@ -518,6 +519,18 @@ def test_the_graph_is_kept_only_where_all_weights_stay_and_there_is_room() -> No
     )
     kept = keep_graph(plan, [TALL], job, 3 * GIB)
     assert kept.peak_bytes == plan.peak_bytes + plan.sweep_tokens * KIB
+
+
+def test_decoded_stops_are_kept_only_for_several_riders_and_of_what_is_left() -> None:
+    coded = replace(TALL, decoded_stop_bytes=MIB)
+    plan = plan_of(coded, 3 * GIB, replace(STEP, num_tokens=5000, rider_tokens=100))
+    assert plan.sweep_tokens > plan.rider_tokens
+    kept = keep_decoded(plan, [coded], plan.peak_bytes + MIB)
+    assert kept == replace(plan, decoded_bytes=MIB, peak_bytes=plan.peak_bytes + MIB)
+    assert keep_decoded(plan, [coded], plan.peak_bytes + MIB - 1) == plan
+    alone = replace(plan, rider_tokens=plan.sweep_tokens)
+    assert keep_decoded(alone, [coded], 100 * GIB) == alone
+    assert keep_decoded(plan, [TALL], 100 * GIB) == plan, "nothing is coded"
 
 
 def test_given_micro_batches_are_not_changed() -> None:

@@ -49,12 +49,12 @@ def multiply_tiles(
     if num_rows < 2 * TILE_ROWS or not _has_same_bits(len(x), width, torch.get_num_threads()):
         return None
     rows = max(1, TILE_BYTES // (2 * width * TILE_ROWS)) * TILE_ROWS
-    with torch.inference_mode(False):  # it is written to by threads that are not in that mode
-        out = torch.empty(len(x), num_rows, dtype=x.dtype)
+    out = torch.empty(len(x), num_rows, dtype=x.dtype)
 
     def work(first: int, last: int) -> None:
         tile = torch.empty(rows, width, dtype=x.dtype)
-        with torch.no_grad():
+        # In the mode in which both inference tensors and others may be written to, and no graph is made.
+        with torch.inference_mode():
             for begin in range(first * rows, min(last * rows, num_rows), rows):
                 end = min(begin + rows, num_rows)
                 decode(tile[: end - begin], begin, end)

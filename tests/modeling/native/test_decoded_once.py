@@ -13,6 +13,7 @@ import slowllm
 from slowllm.planning.host_plan import Plan
 from slowllm.storage.codecs.fp8 import Fp8
 from slowllm.storage.codecs.stacked import Stacked
+from slowllm.streaming.cast_stops import CastStops
 from tests.support.families import save_tiny
 from tests.support.native_checkpoints import fp8_settings, quantised, store_fp8
 
@@ -65,6 +66,10 @@ def test_three_riders_decode_each_matrix_once(
     with slowllm.load(folder, dtype=dtype, resident=resident) as lm, torch.no_grad():
         assert lm.plan.decoded_bytes
         assert lm.plan.peak_bytes <= lm.budget_bytes
+        stops = lm._carousel._stops
+        assert isinstance(stops, CastStops)
+        assert stops._kept is not None
+        assert len(stops._kept) == lm.plan.decoded_bytes
         decoded.clear()  # loops are loaded by decoding an example
         alone = [lm.ride([lambda ids=ids: lm.model(ids).logits])[0] for ids in IDS]
         matrices = [p for stop in lm.layout.stops for p in stop if p.coding is not None and len(p.shape) == 2]
