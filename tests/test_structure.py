@@ -84,6 +84,7 @@ LOADED_LATE = {
     "storage.codecs.cpu_kernels",
     "storage.codecs.fp4_kernels",
     "storage.codecs.fp8_kernels",
+    "storage.codecs.fp8_packed_kernels",
     "storage.codecs.mxfp4_kernels",
     "storage.codecs.mxfp4_row_kernels",
     "storage.codecs.nvfp4_kernels",

@@ -24,10 +24,11 @@ from slowllm.modeling.parameter_map import place
 from slowllm.modeling.skeleton import build_skeleton, read_config
 from slowllm.options import format_bytes
 from slowllm.prepare.decoded import is_quantised, num_matrices
-from slowllm.prepare.encode import FileTask, finished, record_path
+from slowllm.prepare.encode import finished, record_path
 from slowllm.prepare.pickle_check import check_against_torch
 from slowllm.prepare.small_files import copy_small_files, hashes_of_small_files
 from slowllm.prepare.store_plan import plan_files, refuse_other_dtypes
+from slowllm.prepare.tasks import FileTask
 from slowllm.prepare.workers import Progress, write_files
 from slowllm.storage import pickles
 from slowllm.storage.checkpoint import Checkpoint

@@ -14,8 +14,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,13 +24,15 @@ from torch import Tensor
 from slowllm.errors import StoreError
 from slowllm.files import replace_file, replacing_alone, sync
 from slowllm.prepare.decoded import coded_pieces, decoded
+from slowllm.prepare.pack_fp8 import cut_to_pack, write_packed
+from slowllm.prepare.tasks import FileTask, TensorTask
 from slowllm.rounding import round_up
 from slowllm.storage.codecs.base import StoreCodec
 from slowllm.storage.codecs.registry import STORE_CODECS
 from slowllm.storage.codecs.team import Team
 from slowllm.storage.gguf import codec_name
 from slowllm.storage.manifest import KEPT, PADDING, StoredFile, StoredTensor, file_from_json, header_sha256
-from slowllm.storage.spans import DTYPE_NAMES, TORCH_DTYPES, Placement, take_rows
+from slowllm.storage.spans import DTYPE_NAMES, TORCH_DTYPES, Coding, Placement, take_rows
 from slowllm.streaming.buffers import PAGE
 from slowllm.streaming.reader import Reader
 from slowllm.streaming.ring import smallest_ring
@@ -41,73 +42,6 @@ PIECE_BYTES = 16 << 20
 # Escapes of a losslessly coded tensor are kept in memory until its end. Where their bytes exceed this share of the
 # tensor's, coding saves nothing, and the tensor is written as it is.
 MAX_LOOSE_SHARE = 1 / 8
-
-
-@dataclass(frozen=True)
-class TensorTask:
-    """A tensor to be written.
-
-    Attributes:
-        placement: where its bytes come from.
-        codec: name of the codec; None to write it uncoded, or as it is coded already.
-        dtype: to write it in where there is no codec.
-        decodes: whether a tensor that is coded already is decoded; otherwise its bytes are kept.
-    """
-
-    placement: Placement
-    codec: str | None
-    dtype: torch.dtype
-    decodes: bool = False
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the tensor is coded already, and stays so."""
-        return self.placement.coding is not None and not self.decodes
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether what is written has the bits of the source."""
-        if self.codec is not None:
-            return STORE_CODECS[self.codec].is_exact
-        if self.decodes:  # of plain numbers, those of bfloat16 are decoded without being rounded
-            coding = self.placement.coding
-            return coding is not None and coding.codec == codec_name("bf16")
-        return self.is_kept or self.dtype == self.placement.dtype
-
-
-@dataclass(frozen=True)
-class FileTask:
-    """A file to be written.
-
-    Attributes:
-        path: of the file.
-        tensors: of the file, in the order in which they are used.
-        metadata: for its header.
-    """
-
-    path: Path
-    tensors: tuple[TensorTask, ...]
-    metadata: tuple[tuple[str, str], ...]
-
-    @property
-    def source_bytes(self) -> int:
-        """Size of the source's tensors."""
-        return sum(task.placement.num_bytes for task in self.tensors)
-
-    @property
-    def estimated_bytes(self) -> int:
-        """Estimate of the file's size."""
-        return sum(_estimate(task) for task in self.tensors)
-
-
-def _estimate(task: TensorTask) -> int:
-    placement = task.placement
-    if task.is_kept:
-        return placement.num_bytes
-    if task.codec is None:
-        return math.prod(placement.shape) * task.dtype.itemsize
-    layout = STORE_CODECS[task.codec].layout(math.prod(placement.shape[:-1]), placement.shape[-1])
-    return sum(math.prod(shape) * TORCH_DTYPES[dtype].itemsize for dtype, shape in layout.values())
 
 
 def record_path(path: Path) -> Path:
@@ -185,14 +119,20 @@ class _Writer:
         pieces: list[list[Placement]] = []
         plans = []
         for tensor in self._task.tensors:
-            cut = list(_cut(tensor))
-            plans.append((tensor, len(pieces), len(cut)))
-            pieces += [[piece] for piece in cut]
+            ways = []
+            for cut in (
+                list(_cut(tensor)),
+                list(cut_to_pack(tensor.placement, PIECE_BYTES) if tensor.packs else ()),
+            ):
+                ways.append((len(pieces), len(cut)))
+                pieces += [[piece] for piece in cut]
+            plans.append((tensor, ways))
         if pieces:
             ring = smallest_ring(pieces) + 2 * PIECE_BYTES
             with contextlib.closing(Reader(pieces, ring_bytes=ring, num_threads=4)) as reader:
-                for tensor, first, count in plans:
-                    self._tensor(tensor, functools.partial(_read, reader, first, count))
+                for tensor, (plain, to_pack) in plans:
+                    if not (tensor.packs and self._packed(tensor, _read(reader, *to_pack))):
+                        self._tensor(tensor, functools.partial(_read, reader, *plain))
         os.ftruncate(self._fd, self._at)
         self._write_header()
 
@@ -213,12 +153,9 @@ class _Writer:
         self._align()
         if task.is_kept:
             assert placement.coding is not None, "it is coded"
-            name = f"{placement.name}.{placement.coding.codec}.{KEPT}"
-            self._add(name, "U8", (placement.num_bytes,), self._filled(hashed()))
-            self.tensors[placement.name] = StoredTensor(
-                placement.shape, DTYPE_NAMES[placement.dtype], placement.coding.codec, (KEPT,), source.hexdigest(),
-                placement.coding,
-            )  # fmt: skip
+            data = self._filled(hashed())
+            name = self._keep(placement, placement.coding, source.hexdigest())
+            self._add(name, "U8", (placement.num_bytes,), data)
             return
         codec, dtype = task.codec, "BF16"
         parts = None if codec is None else self._coded(placement, STORE_CODECS[codec], hashed())
@@ -268,6 +205,44 @@ class _Writer:
             self._add(prefix + name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), self._filled([tensor]))
         return (*layout, *further)
 
+    def _packed(self, task: TensorTask, pieces: Generator[Tensor, None, None]) -> bool:
+        """Write a tensor of e4m3 numbers packed; return False, and nothing is written, where that saves little."""
+        self._align()
+        source, at = hashlib.sha256(), self._at
+        arrays: list[_Array] = []
+
+        def begin(offset: int) -> Callable[[Tensor], None]:
+            arrays.append(_Array(self._fd, at + offset))
+            return arrays[-1].append
+
+        def hashed() -> Generator[Tensor, None, None]:
+            with contextlib.closing(pieces):  # or the reader would hold the last one
+                for piece in pieces:
+                    source.update(_bytes_of(piece))
+                    yield piece
+
+        with contextlib.closing(hashed()) as bytes_read:
+            packed = write_packed(task.placement, bytes_read, begin)
+        if packed is None:
+            return False
+        coding, num_bytes = packed
+        name = self._keep(task.placement, coding, source.hexdigest())
+        self._header[name] = self._entry("U8", (num_bytes,), num_bytes)
+        self._at += num_bytes
+        self.arrays += arrays
+        return True
+
+    def _keep(self, placement: Placement, coding: Coding, sha256: str) -> str:
+        """Enter a tensor that stays coded as it is, and return the name of its bytes in the file."""
+        self.tensors[placement.name] = StoredTensor(
+            placement.shape, DTYPE_NAMES[placement.dtype], coding.codec, (KEPT,), sha256, coding
+        )
+        return f"{placement.name}.{coding.codec}.{KEPT}"
+
+    def _entry(self, dtype: str, shape: Sequence[int], num_bytes: int) -> dict[str, Any]:
+        begin = self._at - self._data
+        return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + num_bytes]}
+
     def _filled(self, pieces: Iterable[Tensor]) -> _Array:
         array = _Array(self._fd, self._at)
         for piece in pieces:
@@ -276,9 +251,8 @@ class _Writer:
 
     def _add(self, name: str, dtype: str, shape: Sequence[int], array: _Array) -> None:
         assert array.begin == self._at, "arrays are written where they were laid out"
+        self._header[name] = self._entry(dtype, shape, array.num_bytes)
         self._at += array.num_bytes
-        offsets = [array.begin - self._data, self._at - self._data]
-        self._header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         self.arrays.append(array)
 
     def _align(self, boundary: int = PAGE) -> None:
@@ -317,7 +291,7 @@ def _cut(task: TensorTask) -> Iterator[Placement]:
         yield take_rows(flat, placement.name, start, min(start + piece, count))
 
 
-def _read(reader: Reader, first: int, count: int) -> Iterator[Tensor]:
+def _read(reader: Reader, first: int, count: int) -> Generator[Tensor, None, None]:
     for number in range(first, first + count):
         ahead = range(number + 1, min(number + 3, reader.num_stops))
         with reader.visit(number, ahead) as weights:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from slowllm.errors import CheckpointError, StoreError
-from slowllm.prepare.encode import PIECE_BYTES, FileTask, finished, record_path
+from slowllm.prepare.encode import PIECE_BYTES, finished, record_path
+from slowllm.prepare.tasks import FileTask
 from slowllm.storage.pickles import load_mapped
 from slowllm.storage.spans import Run
 

@@ -16,7 +16,8 @@ from slowllm.errors import StoreError
 from slowllm.modeling.layout import Layout, in_order_of_use, lay_out
 from slowllm.modeling.linear_maps import linear_maps
 from slowllm.prepare.decoded import is_quantised
-from slowllm.prepare.encode import FileTask, TensorTask
+from slowllm.prepare.pack_fp8 import is_packable
+from slowllm.prepare.tasks import FileTask, TensorTask
 from slowllm.storage.gguf import codec_name
 from slowllm.storage.spans import Coding, Placement
 
@@ -63,7 +64,8 @@ def plan_files(
         decodes = name in coded and (requantise or not is_quantised(coding))
         if store == "lossless":  # no other plain numbers are in bfloat16
             decodes = name in coded and coding.codec == codec_name("bf16")
-        return TensorTask(placement, codec if decodes else None, placement.dtype, decodes)
+        packs = store == "lossless" and not decodes and is_packable(coding)
+        return TensorTask(placement, codec if decodes else None, placement.dtype, decodes, packs)
 
     def file(name: str, tensors: Sequence[str]) -> FileTask:
         # The hash makes the header differ from that of another model of the same shape.

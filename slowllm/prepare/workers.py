@@ -19,7 +19,8 @@ import torch
 
 from slowllm.errors import StoreError
 from slowllm.options import GIB
-from slowllm.prepare.encode import FileTask, finished, write_file
+from slowllm.prepare.encode import finished, write_file
+from slowllm.prepare.tasks import FileTask
 
 # Weights that are worth a process of their own: it imports torch for several seconds before it encodes anything.
 WORKER_BYTES = 2 * GIB

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ from slowllm.entrypoints.cli import app
 from slowllm.errors import CheckpointError, InputError, StoreError
 from slowllm.prepare.verify import verify
 from slowllm.storage.manifest import MANIFEST, open_checkpoint
+from tests.support.compressed_checkpoints import settings_of, store_compressed
+from tests.support.families import save_tiny
 from tests.support.gguf_checkpoints import write_gguf
+from tests.support.native_checkpoints import fp8_settings, quantised, store_fp8
 from tests.support.native_sources import NATIVE_SOURCES, save_native
 from tests.support.paths import ROOT
 from tests.support.stores import make_store
@@ -258,3 +261,44 @@ def test_a_damaged_coding_is_refused(
     (tmp_path / "store" / MANIFEST).write_text(json.dumps(table))
     with pytest.raises(StoreError, match=message):
         open_checkpoint(tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["fp8", "mixtral", "compressed"])
+def test_float8_is_packed_without_loss_where_that_gains(name: str, tmp_path: Path) -> None:
+    family = "mixtral" if name == "mixtral" else "llama-2"
+    save_tiny(family, tmp_path / "plain", torch.bfloat16, hidden_size=256, intermediate_size=384)
+    stores, settings = store_fp8((128, 128)), fp8_settings((128, 128))
+    if name == "compressed":
+        stores, settings = store_compressed("float8 channels"), settings_of("float8 channels")
+
+    def store(key: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        if "1.self_attn.q_proj" in key:  # of numbers of every size: nothing is gained
+            weight = torch.rand(weight.shape).mul(-14).exp2().bfloat16()
+        return stores(key, weight)
+
+    source = quantised(tmp_path / "plain", tmp_path / "native", settings, store)
+    done = make_store(source, tmp_path / "store", "lossless").manifest
+    assert done is not None
+    assert done.is_exact
+    stored = {key: tensor for file in done.files.values() for key, tensor in file.tensors.items()}
+    codec = "fp8_rounded" if name == "compressed" else "fp8"
+    assert stored["model.layers.0.self_attn.q_proj.weight"].codec == f"{codec}_packed"
+    assert stored["model.layers.1.self_attn.q_proj.weight"].codec == codec
+    if name == "mixtral":
+        experts = stored["model.layers.0.mlp.experts.down_proj"].coding
+        assert experts is not None
+        assert experts.codecs == {"stacked", "fp8_packed"}
+    sizes = [
+        sum(span.num_bytes for span in open_checkpoint(folder).spans.values() if "layers.0" in span.name)
+        for folder in (source, tmp_path / "store")
+    ]
+    assert sizes[1] < 0.95 * sizes[0]
+    for dtype in ("bfloat16", "float32"):
+        wanted = logits_and_tokens(source, dtype)
+        found = logits_and_tokens(tmp_path / "store", dtype, keep_resident=False, poison=True)
+        assert all(map(torch.equal, found, wanted))
+    kept = make_store(source, tmp_path / "int8", "int8").manifest
+    assert kept is not None
+    assert (
+        kept.files["block-00000.safetensors"].tensors["model.layers.0.self_attn.q_proj.weight"].codec == codec
+    )

@@ -18,6 +18,7 @@ from slowllm.storage.codecs.base import Codec, StoreCodec
 from slowllm.storage.codecs.bnb import BnbIntegers, BnbNibbles
 from slowllm.storage.codecs.fp4 import Fp4
 from slowllm.storage.codecs.fp8 import Fp8
+from slowllm.storage.codecs.fp8_packed import FP8_PACKED
 from slowllm.storage.codecs.gguf import GGUF_CODECS
 from slowllm.storage.codecs.gptq import Gptq, GptqV2
 from slowllm.storage.codecs.int4 import Int4
@@ -52,6 +53,7 @@ CODECS: Mapping[str, Codec] = {
             BnbNibbles(),
             BnbIntegers(),
             *GGUF_CODECS,
+            *FP8_PACKED,
             Stacked(lambda name: CODECS[name]),
         )
     },

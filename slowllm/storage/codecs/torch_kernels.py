@@ -11,7 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slowllm.storage.codecs import awq, bnb, fp4, fp8, gguf, gptq, mxfp4, nvfp4, rounded, scaled_int
+from slowllm.storage.codecs import (
+    awq,
+    bnb,
+    fp4,
+    fp8,
+    fp8_packed,
+    gguf,
+    gptq,
+    mxfp4,
+    nvfp4,
+    rounded,
+    scaled_int,
+)
 from slowllm.storage.codecs.base import Parts
 from slowllm.storage.codecs.layout_constants import CHUNK
 
@@ -64,6 +76,7 @@ _WHOLE = {
     "bnb_4bit": bnb.decode_nibbles,
     "bnb_8bit": bnb.decode_integers,
     **{codec.name: codec.decode_rows for codec in gguf.GGUF_CODECS},
+    **{codec.name: codec.decode_rows for codec in fp8_packed.FP8_PACKED},
 }
 
 
