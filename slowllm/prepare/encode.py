@@ -30,7 +30,6 @@ from slowllm.rounding import round_up
 from slowllm.storage.codecs.base import StoreCodec
 from slowllm.storage.codecs.registry import STORE_CODECS
 from slowllm.storage.codecs.team import Team
-from slowllm.storage.gguf import codec_name
 from slowllm.storage.manifest import KEPT, PADDING, StoredFile, StoredTensor, file_from_json, header_sha256
 from slowllm.storage.spans import DTYPE_NAMES, TORCH_DTYPES, Coding, Placement, take_rows
 from slowllm.streaming.buffers import PAGE

@@ -12,9 +12,9 @@ from torch import Tensor
 from slowllm.errors import StoreError
 from slowllm.prepare.decoded import coded_pieces
 from slowllm.rounding import ceil_div, round_up
-from slowllm.storage.codecs.base import OneThread
 from slowllm.storage.codecs.fp8_packed import FP8_PACKED, PACKED, known_parts, pack, starts_of, unpack
 from slowllm.storage.codecs.layout_constants import CHUNK
+from slowllm.storage.codecs.team import OneThread
 from slowllm.storage.spans import DTYPE_NAMES, TORCH_DTYPES, CodedArray, Coding, Placement, Run
 
 # Of the bytes of a tensor; with less, packing is not worth its decoding, and the tensor is kept as it is.

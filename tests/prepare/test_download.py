@@ -343,7 +343,7 @@ def listing(*names: str) -> dict[str, hub.HubFile]:
         (
             ["config.json", "x.gguf", "y-00001-of-00002.gguf", "y-00002-of-00002.gguf", "mmproj-x.gguf"],
             "",
-            r"has 2 GGUF models \(x\.gguf, y-00001-of-00002\.gguf\); choose one with --gguf FILE",
+            "has 2 GGUF models (x.gguf, y-00001-of-00002.gguf); choose one with --gguf FILE",
         ),
         (
             ["y-00002-of-00002.gguf"],

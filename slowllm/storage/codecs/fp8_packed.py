@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from slowllm.rounding import ceil_div, round_up
-from slowllm.storage.codecs.base import TILE_BYTES, Codec, Parts, PartShapes, Team
+from slowllm.storage.codecs.base import TILE_BYTES, Codec, Parts, PartShapes
 from slowllm.storage.codecs.fp8 import SCALE_DTYPES, Fp8, decode_rows
 from slowllm.storage.codecs.layout_constants import CHUNK
 from slowllm.storage.codecs.rounded import Fp8Rounded, decode_fp8_rows
+from slowllm.storage.codecs.team import Team
 
 # Numbers that share the words of all arrays.
 STEP = 64
