@@ -163,9 +163,9 @@ class StreamedExperts:
             try:
                 for unit, weights in self._demand.bring(left, ahead):
                     number = unit - self._first
-                    left = left[1:]
                     here = [place for place in wanted_by[number] if isinstance(sums[place], ExpertSum)]
                     self._multiply(items, sums, here, number, weights)
+                    left = left[1:]
             except Exception as error:  # of one expert: those who need it end, and nobody else
                 failed = left[0] - self._first
                 left = left[1:]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import slowllm
 from slowllm.errors import CheckpointError, PlanError
 from slowllm.modeling.expert_units import cut_experts
+from slowllm.modeling.streamed_experts import StreamedExperts
 from slowllm.streaming.buffers import PAGE
 from tests.support.families import MIXTURES, resident, save_tiny
 from tests.support.native_checkpoints import fp8_settings, quantised, store_fp8, store_mxfp4
@@ -183,6 +184,28 @@ def test_an_expert_that_cannot_be_read_ends_those_who_need_it(
     for number, outcome in enumerate(outcomes):
         if number not in failed:
             assert torch.equal(outcome, wanted[number])
+
+
+def test_a_product_that_fails_ends_those_who_need_its_expert(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with streamed(tiny("olmoe")) as lm, torch.no_grad():
+        lm.model(IDS[:1, :1])
+        chosen = lm.experts.forecast.chosen.nonzero()[0]
+        # The last one of its block that the text needs: behind it there is no other to be taken for it.
+        broken = int(chosen[-1])
+        inner = StreamedExperts._multiply
+
+        def multiply(self: Any, items: Any, sums: Any, here: Any, number: int, weights: Any) -> None:
+            if self._first + number == broken:
+                raise MemoryError("no memory for this product")
+            inner(self, items, sums, here, number, weights)
+
+        monkeypatch.setattr(StreamedExperts, "_multiply", multiply)
+        with pytest.raises(MemoryError, match="no memory for this product"):
+            lm.model(IDS[:1, :1])
+        monkeypatch.undo()
+        assert lm.model(IDS[:1, :1]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(
