@@ -5,6 +5,7 @@ Counts what was chosen. Pure bookkeeping: reads nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -26,13 +27,12 @@ class ExpertForecast:
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
-        self._counts = list(counts)
-        self._firsts = [int(first) for first in np.cumsum([0, *counts[:-1]])] if counts else []
-        self._next = dict(zip(self._firsts, [*self._firsts[1:], *self._firsts[:1]], strict=True))
-        self._size = dict(zip(self._firsts, counts, strict=True))
+        ends = list(itertools.accumulate(counts, initial=0))
+        self._following = dict(itertools.pairwise(ends[:-1]))
+        self._size = dict(zip(ends, counts, strict=False))
         self._last: dict[int, list[int]] = {}
         self._named: dict[int, set[int]] = {}
-        self.chosen = np.zeros(sum(counts), dtype=np.int64)
+        self.chosen = np.zeros(ends[-1], dtype=np.int64)
         self.num_ahead = self.num_hit = 0
 
     def saw(self, first: int, chosen: Iterable[int]) -> None:
@@ -48,20 +48,23 @@ class ExpertForecast:
         named = self._named.pop(first, set())
         self.num_hit += len(named & set(units))
 
-    def ahead_of(self, first: int) -> list[int]:
-        """Return the units that are worth reading ahead while a module computes: of the next module, in order."""
-        following = self._next[first]
-        if following == first:
+    def ahead_of(self, first: int, chosen: Sequence[int]) -> list[int]:
+        """Return the units that are worth reading ahead while a module computes: of the next module, in order.
+
+        Behind the last module nothing is, because another sweep may not come.
+
+        Args:
+            first: the unit of the module's first expert.
+            chosen: numbers in the module that this sweep needs.
+        """
+        following = self._following.get(first)
+        if following is None:
             return []
-        before = self._last.get(following)
-        last = self._last.get(first) if before is None else before
-        if last is None:
-            return []
-        share = len(last) / self._size[first if before is None else following]
+        size, before = self._size[following], self._last.get(following)
+        share = len(chosen) / self._size[first] if before is None else len(before) / size
         if share < NEARLY_ALL:
             return []
-        numbers = range(self._size[following]) if before is None else before
-        units = [following + number for number in numbers]
+        units = [following + number for number in (range(size) if before is None else before)]
         self.num_ahead += len(units)
         self._named[following] = set(units)
         return units

@@ -157,7 +157,7 @@ class StreamedExperts:
         stats = self._settings.stats
         stats.num_distinct += len(union)
         stats.num_wanted += sum(map(len, wanted_by.values()))
-        ahead = self._forecast.ahead_of(self._first)
+        ahead = self._forecast.ahead_of(self._first, union)
         left = [self._first + number for number in union]
         while left:
             try:
