@@ -11,11 +11,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from slowllm.errors import ArchitectureError
-from slowllm.modeling.experts import expert_modules
+from slowllm.modeling.experts import ExpertLayout, expert_layouts
 from slowllm.storage.codecs.registry import CODECS
 from slowllm.storage.spans import TORCH_DTYPES, CodedArray, CodedRows, Coding, Placement, Run
 
@@ -27,19 +26,22 @@ class ExpertUnits:
     """The experts of one module.
 
     Attributes:
-        name: of the module in the model.
-        parameters: that the units hold, by their names in the module.
-        units: the tensors of each expert.
+        layout: of one of them.
+        units: the matrices of each, in the order of `ExpertLayout.matrices`; biases come with the block.
     """
 
-    name: str
-    parameters: tuple[str, ...]
+    layout: ExpertLayout
     units: tuple[tuple[Placement, ...], ...]
 
     @property
+    def name(self) -> str:
+        """Of the module in the model."""
+        return self.layout.name
+
+    @property
     def full_names(self) -> tuple[str, ...]:
-        """The parameters' names in the model."""
-        return tuple(f"{self.name}.{key}" for key in self.parameters)
+        """The names in the model of the parameters that the units hold."""
+        return tuple(f"{self.name}.{key}" for key in self.layout.matrices)
 
     def key(self, parameter: str, number: int) -> str:
         """Return the name of an expert's tensor among the weights of its unit."""
@@ -63,12 +65,10 @@ def find_units(
     Raises:
         ArchitectureError: experts cannot be taken apart.
     """
-    modules = expert_modules(model)
     return [
-        _units_of(name, module, placements)
+        _units_of(layout, placements)
         for block in blocks
-        for name, module in modules.items()
-        if name.startswith(f"{block}.")
+        for layout in expert_layouts(model.get_submodule(block), block)
     ]
 
 
@@ -81,13 +81,9 @@ def can_cut(model: PreTrainedModel, blocks: Sequence[str], placements: Mapping[s
         return False
 
 
-def _units_of(name: str, module: nn.Module, placements: Mapping[str, Placement]) -> ExpertUnits:
-    held = {key: value for key, value in module._parameters.items() if value is not None and value.dim() == 3}
-    number = {value.shape[0] for value in held.values()}
-    if len(number) != 1:
-        raise ArchitectureError(f"{name}: its parameters do not have one matrix for each expert")
-    cut = [list(cut_experts(placements[f"{name}.{key}"])) for key in held]
-    return ExpertUnits(name, tuple(held), tuple(zip(*cut, strict=True)))
+def _units_of(layout: ExpertLayout, placements: Mapping[str, Placement]) -> ExpertUnits:
+    cut = [list(cut_experts(placements[f"{layout.name}.{key}"])) for key in layout.matrices]
+    return ExpertUnits(layout, tuple(zip(*cut, strict=True)))
 
 
 def cut_experts(placement: Placement) -> Iterator[Placement]:
@@ -101,9 +97,8 @@ def cut_experts(placement: Placement) -> Iterator[Placement]:
     for number in range(placement.shape[0]):
         pieces: list[tuple[int, int]] = []
         coding: Coding | None = None
-        if (
-            placement.coding is None or not placement.coding.arrays
-        ):  # the latter is planned by its config only
+        # A coding without arrays is planned by its config only.
+        if placement.coding is None or not placement.coding.arrays:
             coding = placement.coding
             num_bytes = placement.num_bytes // placement.shape[0]
             pieces.append((number * num_bytes, num_bytes))

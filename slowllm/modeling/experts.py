@@ -42,6 +42,11 @@ class ExpertLayout:
         return tuple(f"{self.name}.{key}" for key in self.shapes)
 
     @property
+    def matrices(self) -> tuple[str, ...]:
+        """Those of an expert's parts that are matrices, by the parameters' names in the module; the others are biases."""
+        return tuple(key for key, shape in self.shapes.items() if len(shape) == 2)
+
+    @property
     def expert_bytes(self) -> int:
         """The bytes of one expert in the compute dtype."""
         return sum(
@@ -59,14 +64,16 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_decorated(module)}
 
 
-def expert_layouts(model: nn.Module) -> tuple[ExpertLayout, ...]:
+def expert_layouts(model: nn.Module, prefix: str = "") -> tuple[ExpertLayout, ...]:
     """Return what the experts of each decorated module in a model or block are made of.
 
     Args:
-        model: a skeleton, or a model with its weights.
+        model: a skeleton, or a model with its weights; or a part of one.
+        prefix: the part's name in the model.
     """
     found = []
-    for name, module in expert_modules(model).items():
+    for inner, module in expert_modules(model).items():
+        name = ".".join(part for part in (prefix, inner) if part)
         own = _own_parameters(module)
         found.append(
             ExpertLayout(

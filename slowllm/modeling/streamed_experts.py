@@ -101,7 +101,7 @@ class StreamedExperts:
 
     def _recorded(self, routing: Routing) -> Tensor:
         """Compute as `eager` does, with weights that autograd may keep, because they are brought again in backward."""
-        wanted = routing.experts
+        wanted, layout = routing.experts, self._units.layout
         total = ExpertSum(routing, sum_dtype(self._module, routing))
         for place, number in enumerate(wanted):
             later = [self._first + other for other in wanted[place + 1 :]]
@@ -111,11 +111,11 @@ class StreamedExperts:
                     self._demand,
                     self._first + number,
                     self._units.key(parameter, number),
-                    self._meta(parameter),
+                    torch.empty(layout.shapes[parameter], dtype=layout.dtypes[parameter], device="meta"),
                     later,
                     sooner,
                 )
-                for parameter in self._units.parameters
+                for parameter in layout.matrices
             }
             total.add(
                 number, expert_output(self._module, self._with_rest(held, number), routing.rows(number))
@@ -123,22 +123,11 @@ class StreamedExperts:
         self._forecast.saw(self._first, wanted)
         return total.result()
 
-    def _meta(self, parameter: str) -> Tensor:
-        whole = self._module._parameters[parameter]
-        assert whole is not None, "it was there when the units were cut"
-        return torch.empty(whole.shape[1:], dtype=whole.dtype, device="meta")
-
     def _with_rest(self, held: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """Return an expert's weights, those included that come with the block, as its biases do."""
-        parameters = self._module._parameters.items()
-        rest = {
-            key: value[number]
-            for key, value in parameters
-            if value is not None
-            and key not in self._units.parameters
-            and len(value) == len(self._units.units)
-        }
-        return {**rest, **held}
+        layout = self._units.layout
+        biases = [key for key in layout.shapes if key not in layout.matrices]
+        return {**{key: getattr(self._module, key)[number] for key in biases}, **held}
 
     def serve(self, items: Sequence[Routing]) -> Sequence[Tensor | BaseException]:
         """Compute for all who are at the stop; see `gathering.Gathering`."""
@@ -191,7 +180,8 @@ class StreamedExperts:
         rows = [items[place].rows(number) for place in here]
         groups = self._groups([len(own) for own in rows])
         held: Mapping[str, Tensor] = {
-            parameter: weights[self._units.key(parameter, number)] for parameter in self._units.parameters
+            parameter: weights[self._units.key(parameter, number)]
+            for parameter in self._units.layout.matrices
         }
         if len(groups) > 1:
             held = _decoded(held)
