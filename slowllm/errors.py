@@ -6,6 +6,7 @@ The command line prints them without a traceback and exits with code 2.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import PurePath
 
@@ -202,3 +203,14 @@ def first_line(error: BaseException) -> str:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun, in the plural (by default with an s) unless it is 1: ``1 line``, ``1,024 tokens``."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def twin(error: BaseException) -> BaseException:
+    """Copy an error: threads that raise one object would mix their tracebacks and notes in it."""
+    try:
+        copied = copy.copy(error)
+    except Exception:  # its class takes other arguments than it keeps; then all threads share the one
+        return error
+    copied.__cause__, copied.__context__ = error.__cause__, error.__context__
+    copied.__suppress_context__ = error.__suppress_context__
+    return copied.with_traceback(error.__traceback__)

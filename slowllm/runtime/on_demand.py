@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from slowllm.modeling.expert_forecast import ExpertForecast
@@ -54,7 +55,6 @@ class OnDemand:
         *,
         poison: bool = False,
         is_exact: bool = False,
-        counts: np.ndarray | None = None,
     ) -> Self:
         """Open the files of experts, with memory as planned.
 
@@ -63,19 +63,17 @@ class OnDemand:
             plan: of it.
             poison: see `Reader`.
             is_exact: whether each rider's rows are multiplied by themselves.
-            counts: (U,) int64, how often each expert was asked for before; None where nobody counted.
         """
         units = layout.units
         sizes = [len(experts.units) for experts in layout.experts]
         ends = list(itertools.accumulate(sizes, initial=0))
         groups = [range(first, end) for first, end in itertools.pairwise(ends)]
         reader = Reader(units, ring_bytes=plan.expert_ring_bytes, poison=poison)
-        counts = np.zeros(len(units), dtype=np.int64) if counts is None else counts
-        kept = KeptStops(reader, units, groups, plan.kept_units // len(groups), counts)
+        kept = KeptStops(reader, units, groups, plan.kept_units // len(groups))
         dtypes, buffer_bytes = layout.unit_dtypes, unit_buffer_bytes(layout)
         cast = CastStops(kept, units, dtypes, buffer_bytes) if any(buffer_bytes) else None
         stops: Stops = kept if cast is None else cast
-        demand = DemandStops(reader, kept, stops)
+        demand = DemandStops(reader, stops)
         return cls(layout, demand, kept, ExpertForecast(sizes), ExpertSettings(is_exact), reader, cast)
 
     @property
@@ -100,6 +98,25 @@ class OnDemand:
                 module, experts, first, self.demand, self.forecast, self.settings
             )
             first += len(experts.units)
+
+    def copied(self, name: str) -> Tensor | None:
+        """Return a copy of a parameter (E, ..) that holds experts, in the compute dtype; None of another parameter.
+
+        For the carousel's thread, as a visit's work.
+        """
+        first = 0
+        for experts in self.layout.experts:
+            units = range(first, first + len(experts.units))
+            first = units.stop
+            if name in experts.full_names:
+                parameter, dtype = name.rpartition(".")[2], self.layout.dtypes[name]
+                return torch.stack(
+                    [
+                        weights[experts.key(parameter, unit - units.start)].to(dtype, copy=True)
+                        for unit, weights in self.demand.bring(units)
+                    ]
+                )
+        return None
 
     def close_files(self) -> None:
         """End the threads that read, so that nobody waits for them any more."""

@@ -253,6 +253,11 @@ class StreamedLM:
             raise InputError(f"{self.name}: has no parameter {name!r}") from error
         if not isinstance(parameter, AbsentWeight):
             return cast(Tensor, parameter).detach().clone().cpu()
+        if self.experts is not None and number is not None:
+            experts = self.experts
+            found: Tensor | None = self._carousel.visit(number, "up", lambda _: experts.copied(name))
+            if found is not None:
+                return found
         first_chunk = self.num_stops - len(self.layout.chunks)
         if name == self.layout.head_parameter:
             places = [(first_chunk + number, chunk.name) for number, chunk in enumerate(self.layout.chunks)]

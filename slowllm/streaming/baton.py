@@ -6,10 +6,10 @@ Knows riders and the turns that they wait for; starts no thread and has no lock.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable
 
+from slowllm.errors import twin
 from slowllm.streaming.riders import Party, Rider, Turn
 from slowllm.streaming.rng_state import RandomState, SharedGenerators, at_state, fork
 
@@ -108,14 +108,3 @@ class Baton:
             self.holder.outer_state = state
         else:
             self._generators.set(state)
-
-
-def twin(error: BaseException) -> BaseException:
-    """Copy an error: threads that raise one object would mix their tracebacks and notes in it."""
-    try:
-        copied = copy.copy(error)
-    except Exception:  # its class takes other arguments than it keeps; then all threads share the one
-        return error
-    copied.__cause__, copied.__context__ = error.__cause__, error.__context__
-    copied.__suppress_context__ = error.__suppress_context__
-    return copied.with_traceback(error.__traceback__)

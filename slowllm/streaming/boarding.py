@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
-from slowllm.errors import RideError
+from slowllm.errors import RideError, twin
 from slowllm.streaming.alone import Alone
-from slowllm.streaming.baton import Baton, twin
+from slowllm.streaming.baton import Baton
 from slowllm.streaming.ride import SIGNAL_SECONDS, Ride
 from slowllm.streaming.rider_threads import RiderThreads
 from slowllm.streaming.riders import Course, Party, PartyGroup, Rider, RiderJob, ThreadState, Turn, Visit

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from slowllm.streaming.kept_stops import KeptStops
 from slowllm.streaming.reader import Reader, ReadStats
 from slowllm.streaming.stops import Stops, Weights
 
@@ -19,15 +18,14 @@ class DemandStops:
 
     Args:
         reader: of the units, each a stop there.
-        kept: of which some stay in memory.
-        stops: the same in the compute dtype; `kept` itself where nothing is cast.
+        stops: the same in the compute dtype, some of which may stay in memory.
     Attributes:
         num_asked: units that were handed over.
     """
 
-    def __init__(self, reader: Reader, kept: KeptStops, stops: Stops) -> None:
+    def __init__(self, reader: Reader, stops: Stops) -> None:
         self.num_asked = 0
-        self._reader, self._kept, self._stops = reader, kept, stops
+        self._reader, self._stops = reader, stops
 
     @property
     def read_stats(self) -> ReadStats:
@@ -54,7 +52,3 @@ class DemandStops:
         with self._stops.visit(unit, upcoming) as weights:
             self.num_asked += 1
             yield weights
-
-    def prefetch(self, units: Sequence[int]) -> None:
-        """Have units read ahead that are expected next, instead of those that were expected before."""
-        self._kept.prefetch(units)

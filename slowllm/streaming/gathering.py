@@ -18,6 +18,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from greenlet import getcurrent, greenlet
 
+from slowllm.errors import twin
+
 Item_contra = TypeVar("Item_contra", contravariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
 
@@ -87,7 +89,7 @@ def gather(gathering: Gathering[Any, Any], item: Any) -> Any:
         with _outside():
             outcome = here.parent.switch(Paused(here, gathering, item))
     if isinstance(outcome, BaseException):
-        raise outcome
+        raise twin(outcome)  # others may have the same error
     return outcome
 
 

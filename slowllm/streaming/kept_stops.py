@@ -8,6 +8,7 @@ needs next. A unit takes another's place when it has been asked for clearly more
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -24,7 +25,7 @@ from slowllm.streaming.stops import Stops, Weights
 MARGIN = 1.5
 
 
-def slot_bytes_of(unit: Sequence[Placement]) -> int:
+def _slot_bytes_of(unit: Sequence[Placement]) -> int:
     """Return the bytes that a unit takes in a slot, each tensor aligned."""
     return sum(round_up(placement.num_bytes, ALIGNMENT) for placement in unit)
 
@@ -37,10 +38,9 @@ class KeptStops(Stops):
         units: the tensors of each.
         groups: the units of each group, consecutive ones.
         num_kept: units of each group that may stay.
-        counts: (U,) int64, how often each unit was asked for before; counted on here.
     Attributes:
+        counts: how often each unit was asked for, (U,) int64.
         num_hits: how often a unit was asked for that was here.
-        num_asked: how often any was.
     """
 
     def __init__(
@@ -49,28 +49,17 @@ class KeptStops(Stops):
         units: Sequence[Sequence[Placement]],
         groups: Sequence[range],
         num_kept: int,
-        counts: np.ndarray,
     ) -> None:
-        self.num_stops = len(units)
-        self.num_hits = self.num_asked = 0
-        self.counts = counts
+        self.num_stops, self.num_hits = len(units), 0
+        self.counts = np.zeros(len(units), dtype=np.int64)
         self._reader, self._units = reader, units
-        self._slot_bytes = max(map(slot_bytes_of, units), default=0)
+        self._slot_bytes = max(map(_slot_bytes_of, units), default=0)
         self._group_of = {unit: number for number, group in enumerate(groups) for unit in group}
         self._num_kept = [min(num_kept, len(group)) for group in groups]
         self._buffer = Buffer(self._slot_bytes * sum(self._num_kept))
-        ends = np.cumsum([0, *self._num_kept])
-        self._free = [
-            list(range(int(end), int(end) + n)) for end, n in zip(ends, self._num_kept, strict=False)
-        ]
+        ends = list(itertools.accumulate(self._num_kept, initial=0))
+        self._free = [list(range(first, end)) for first, end in itertools.pairwise(ends)]
         self._kept: list[dict[int, tuple[int, dict[str, Tensor]]]] = [{} for _ in groups]
-        # What was asked for most before comes in first, if anything is known of before.
-        self._favourites = [
-            frozenset(sorted(group, key=lambda unit: -counts[unit])[:n])
-            if counts[list(group)].any()
-            else None
-            for group, n in zip(groups, self._num_kept, strict=True)
-        ]
 
     def is_kept(self, unit: int) -> bool:
         """Whether a unit is in memory to stay for now."""
@@ -80,7 +69,6 @@ class KeptStops(Stops):
     def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
         """Hold a unit; see `Reader.visit`. What is here is not read ahead."""
         upcoming = [unit for unit in upcoming if not self.is_kept(unit)]
-        self.num_asked += 1
         self.counts[stop] += 1
         if (kept := self._kept[self._group_of[stop]].get(stop)) is not None:
             self.num_hits += 1
@@ -92,10 +80,6 @@ class KeptStops(Stops):
             if (slot := self._slot_for(stop)) is not None:
                 self._kept[self._group_of[stop]][stop] = slot, self._copied(stop, weights, slot)
 
-    def prefetch(self, units: Sequence[int]) -> None:
-        """Have units read ahead that are not here; see `Reader.prefetch`."""
-        self._reader.prefetch([unit for unit in units if not self.is_kept(unit)])
-
     def close(self) -> None:
         """Let the memory go. Weights handed out stay readable."""
         self._kept = [{} for _ in self._kept]
@@ -104,10 +88,9 @@ class KeptStops(Stops):
     def _slot_for(self, unit: int) -> int | None:
         """Return a slot for a unit, which may be another's that gives way; None where it is not worth it."""
         number = self._group_of[unit]
-        favourites, kept, free = self._favourites[number], self._kept[number], self._free[number]
+        kept, free = self._kept[number], self._free[number]
         if free:
-            is_welcome = favourites is None or unit in favourites
-            return free.pop() if is_welcome else None
+            return free.pop()
         if not kept:
             return None
         least = min(kept, key=lambda one: self.counts[one])

@@ -244,3 +244,23 @@ def test_the_matrices_of_all_experts_cover_the_parameter(tiny: Callable[..., Pat
                 assert sum(one.num_bytes for one in cut) == whole.num_bytes
                 runs = [(run.span.name, run.source, run.num_bytes) for one in cut for run in one.runs]
                 assert sorted(runs) == sorted((r.span.name, r.source, r.num_bytes) for r in whole.runs)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_a_parameter_of_all_experts_can_be_looked_at(name: str, tiny: Callable[..., Path]) -> None:
+    plain: Any = resident(tiny(name))
+    with streamed(tiny(name)) as lm:
+        for key, value in plain.named_parameters():
+            if ".layers.1." in key:
+                assert torch.equal(lm.weights(key), value), key
+
+
+def test_experts_that_stay_are_not_read_again_and_have_the_same_bits(tiny: Callable[..., Path]) -> None:
+    plain: Any = resident(tiny("qwen3-moe"))
+    with streamed(tiny("qwen3-moe"), resident=True) as lm, torch.no_grad():
+        assert lm.plan.kept_units == len(lm.layout.units)
+        assert torch.equal(lm.model(IDS).logits, plain(IDS).logits)
+        before = lm.read_bytes
+        assert torch.equal(lm.model(IDS).logits, plain(IDS).logits)
+        assert lm.read_bytes == before
+        assert lm.experts.kept.num_hits == lm.experts.forecast.chosen.sum() // 2
