@@ -18,21 +18,12 @@ from slowllm.streaming.kept_matrix import KeptMatrix
 from slowllm.streaming.lazy_weight import CodedMatrix, LazyWeight
 
 
-class Counting(Codec):
-    """Float8 that says which rows were decoded at a time."""
-
-    name = "fp8"
-    decodes_to_any = True
+class Counting(Fp8):
+    """Float8, or a stack of it, that says which rows were decoded at a time."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self.ranges: list[tuple[int, int]] = []
-
-    def has_parts(self, *args: object) -> bool:
-        raise NotImplementedError
-
-    def example(self) -> Parts:
-        raise NotImplementedError
 
     def decode(self, parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
         self.ranges.append((first, last))

@@ -54,6 +54,37 @@ def _scale_plain(row: np.ndarray, scales: np.ndarray, zeros: np.ndarray, columns
 _scale_row = compiled(_scale_blocks, _scale_plain)
 
 
+def _decode(
+    codes: np.ndarray,
+    are_pairs: bool,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    columns: int,
+    begin: int,
+    end: int,
+    row: np.ndarray,
+) -> None:
+    """Write the weights `begin` to `end` of a row to `row`; `begin` is even, and the first column of a block."""
+    if are_pairs:
+        pairs = codes[begin // 2 : (end + 1) // 2]
+        _widen_pairs_row(pairs, row[: 2 * len(pairs)])
+    else:
+        _widen_bytes_row(codes[begin:end], row[: end - begin])
+    blocks = slice(begin // columns, (end - 1) // columns + 1)
+    _scale_row(row[: end - begin], scales[blocks], zeros[blocks], columns)
+
+
+_decode_piece = compiled(_decode)
+
+
+def _piece(columns: int) -> int:
+    """Return how many columns are decoded at a time: an even number of blocks."""
+    return 2 * max(1, _PIECE // (2 * columns)) * columns
+
+
+_piece_of = compiled(_piece)
+
+
 def _to_bfloat16(
     codes: np.ndarray,
     are_pairs: bool,
@@ -64,23 +95,14 @@ def _to_bfloat16(
     first: int,
     last: int,
 ) -> None:
-    width = out.shape[1]
-    blocks = 2 * max(1, _PIECE // (2 * columns))
-    row = np.empty(min(width + 1, blocks * columns), np.float32)
+    width, step = out.shape[1], _piece_of(columns)
+    row = np.empty(min(width + 1, step), np.float32)
     for number in range(first, last):
-        for begin in range(0, width, blocks * columns):
-            end = min(begin + blocks * columns, width)
-            block = begin // columns
-            if are_pairs:
-                pairs = codes[number, begin // 2 : (end + 1) // 2]
-                _widen_pairs_row(pairs, row[: 2 * len(pairs)])
-            else:
-                _widen_bytes_row(codes[number, begin:end], row[: end - begin])
-            piece = row[: end - begin]
-            _scale_row(
-                piece, scales[number, block : block + blocks], zeros[number, block : block + blocks], columns
-            )
-            round_row(piece.view(np.uint32), out[number, begin:end])
+        stored, own_scales, own_zeros = codes[number], scales[number], zeros[number]
+        for begin in range(0, width, step):
+            end = min(begin + step, width)
+            _decode_piece(stored, are_pairs, own_scales, own_zeros, columns, begin, end, row)
+            round_row(row[: end - begin].view(np.uint32), out[number, begin:end])
 
 
 def _to_float32(
@@ -93,23 +115,14 @@ def _to_float32(
     first: int,
     last: int,
 ) -> None:
-    width = out.shape[1]
-    blocks = 2 * max(1, _PIECE // (2 * columns))
-    row = np.empty(min(width + 1, blocks * columns), np.float32)
+    width, step = out.shape[1], _piece_of(columns)
+    row = np.empty(min(width + 1, step), np.float32)
     for number in range(first, last):
-        for begin in range(0, width, blocks * columns):
-            end = min(begin + blocks * columns, width)
-            block = begin // columns
-            if are_pairs:
-                pairs = codes[number, begin // 2 : (end + 1) // 2]
-                _widen_pairs_row(pairs, row[: 2 * len(pairs)])
-            else:
-                _widen_bytes_row(codes[number, begin:end], row[: end - begin])
-            piece = row[: end - begin]
-            _scale_row(
-                piece, scales[number, block : block + blocks], zeros[number, block : block + blocks], columns
-            )
-            out[number, begin:end] = piece
+        stored, own_scales, own_zeros = codes[number], scales[number], zeros[number]
+        for begin in range(0, width, step):
+            end = min(begin + step, width)
+            _decode_piece(stored, are_pairs, own_scales, own_zeros, columns, begin, end, row)
+            out[number, begin:end] = row[: end - begin]
 
 
 def _to_half(
@@ -122,25 +135,18 @@ def _to_half(
     first: int,
     last: int,
 ) -> None:
-    width = out.shape[1]
-    blocks = 2 * max(1, _PIECE // (2 * columns))
-    size = min(width + 1, blocks * columns)
-    row, small = np.empty(size, np.float32), np.empty(size, np.float32)
+    width, step = out.shape[1], _piece_of(columns)
+    row, small = np.empty(min(width + 1, step), np.float32), np.empty(min(width + 1, step), np.float32)
     for number in range(first, last):
-        for begin in range(0, width, blocks * columns):
-            end = min(begin + blocks * columns, width)
-            block = begin // columns
-            if are_pairs:
-                pairs = codes[number, begin // 2 : (end + 1) // 2]
-                _widen_pairs_row(pairs, row[: 2 * len(pairs)])
-            else:
-                _widen_bytes_row(codes[number, begin:end], row[: end - begin])
-            piece, own = row[: end - begin], scales[number, block : block + blocks]
-            _scale_row(piece, own, zeros[number, block : block + blocks], columns)
+        stored, own_scales, own_zeros = codes[number], scales[number], zeros[number]
+        for begin in range(0, width, step):
+            end = min(begin + step, width)
+            _decode_piece(stored, are_pairs, own_scales, own_zeros, columns, begin, end, row)
+            own = own_scales[begin // columns : (end - 1) // columns + 1]
             is_normal = True
             for i in range(len(own)):
                 is_normal &= LOW_SCALE <= abs(own[i]) <= HIGH_SCALE
-            finish_row(piece, True, is_normal, small, out[number, begin:end])
+            finish_row(row[: end - begin], True, is_normal, small, out[number, begin:end])
 
 
 # Uncompiled, these loops are fast enough: numpy does a piece at a time.
