@@ -135,7 +135,7 @@ def held(lm: Any) -> dict[str, Any]:
         "granularity": lm.plan.granularity,
         "plan_peak_bytes": lm.plan.peak_bytes,
         "num_resident": len(lm.plan.resident),
-        "mapped": not lm.plan.ring_bytes,
+        "mapped": not lm.plan.streams,
     }
 
 

@@ -253,8 +253,9 @@ class LM(StreamedLM):
         rates, plan = self.rates or Rates(), self.plan
         job = plan_of(rates)
         forecast = forecast_of(
-            self.sizes, plan.resident, plan.ring_bytes, plan.rider_tokens, plan.sweep_tokens, job, rates
-        )
+            self.sizes, plan.resident, plan.ring_bytes, plan.rider_tokens, plan.sweep_tokens, job, rates,
+            plan.kept_units,
+        )  # fmt: skip
         if show is True:
             from slowllm.entrypoints.progress import progress
 
@@ -271,16 +272,16 @@ class LM(StreamedLM):
         if not self._finalizer.alive:
             return f"<div>{text_html(repr(self))}</div>"
         plan, config = self.plan, self.config.get_text_config()
-        held = f"{len(self.resident)} of {counted(self.num_stops, 'stop')}"
+        held = plan.held(len(self.resident), self.num_stops)
         facts = [
             ("model", type(self.model).__name__),
             ("size", f"{self.part_name}, hidden size {config.hidden_size:,}, vocabulary {config.vocab_size:,}"),
             ("compute dtype", str(self.model.dtype).removeprefix("torch.")),
             ("a sweep", format_bytes(self.weight_bytes)),
             ("budget", f"{format_binary(self.budget_bytes)}, of which the model takes {format_binary(plan.peak_bytes)}"),
-            ("in memory", f"{held}, {format_bytes(plan.resident_bytes)}" if plan.ring_bytes else "all"),
+            ("in memory", f"{held}, {format_bytes(plan.resident_bytes)}" if plan.streams else "all"),
         ]  # fmt: skip
-        if plan.ring_bytes:
+        if plan.streams:
             is_known = self.rates is not None and self.rates.disk_measured
             disk = f"{format_bytes(self.rates.disk)}/s" if self.rates and is_known else "not measured"
             facts.append(("disk", f"{disk}; {format_bytes(self.report.read_bytes)} read so far"))

@@ -39,7 +39,7 @@ def times_of(lm: StreamedLM, seconds: float) -> str:
             f"peak RSS {format_bytes(report.peak_rss_bytes)} here"
         )
     disk = f"{format_bytes(lm.weight_bytes)} of weights mapped, nothing streamed"
-    if lm.plan.ring_bytes:
+    if lm.plan.streams:
         disk = f"read {format_bytes(report.read_bytes)} at {format_bytes(report.read_bytes / seconds)}/s"
     return (
         f"{disk}, waiting {report.wait_seconds:.2f} s, computing {report.compute_seconds:.2f} s, "

@@ -125,9 +125,9 @@ def line_of(lm: StreamedLM, job: Job, forecast: Forecast, num_resumed: int = 0) 
     """
     num_sweeps = forecast.num_sweeps
     held = "all of it fits in memory"
-    if lm.plan.ring_bytes:
-        held = f"{len(lm.resident)} of {counted(lm.num_stops, 'stop')} stay in memory"
-    is_known = lm.plan.ring_bytes and not num_resumed and forecast.is_measured
+    if lm.plan.streams:
+        held = f"{lm.plan.held(len(lm.resident), lm.num_stops)} stay in memory"
+    is_known = lm.plan.streams and not num_resumed and forecast.is_measured
     about = f", about {duration(forecast.seconds)}" if is_known else ""
     # Continuations may end before their last token.
     how_many = "about" if job.num_passes == 1 else "at most"
@@ -155,11 +155,11 @@ def line_of_steps(lm: StreamedLM, job: Job, what: str, peak_bytes: int) -> str:
     plan, forecast = lm.plan, lm.plan.forecast
     held, about = "all that is used fits in memory", ""
     of_what = "weights" if lm.swarm is None else "weights here, blocks in the swarm"
-    if plan.ring_bytes:
+    if plan.streams:
         num_used = lm.num_stops - len(plan.unused)
-        held = f"{len(lm.resident - plan.unused)} of {counted(num_used, 'stop')} stay in memory"
+        held = f"{plan.held(len(lm.resident - plan.unused), num_used)} stay in memory"
     if job.turns:
-        if plan.ring_bytes and forecast.is_measured:
+        if plan.streams and forecast.is_measured:
             later = forecast.later_seconds * max(1, forecast.num_sweeps)
             about = (
                 f"; about {duration(forecast.first_seconds)} for the first step and "
@@ -167,7 +167,7 @@ def line_of_steps(lm: StreamedLM, job: Job, what: str, peak_bytes: int) -> str:
             )
         line = f"steps of up to {counted(job.num_tokens or 0, 'token')}{about}"
     else:
-        if plan.ring_bytes and forecast.is_measured:
+        if plan.streams and forecast.is_measured:
             about = f", about {duration(forecast.seconds)}"
         line = f"{what}: {counted(job.num_tokens or 0, 'token')}, once{about}"
     return f"{lm.name}: {format_bytes(lm.weight_bytes)} of {of_what}, {held}; {line}; at most {format_binary(peak_bytes)} of RAM"

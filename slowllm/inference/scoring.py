@@ -37,8 +37,9 @@ from slowllm.modeling.batching import BatchRule, batch_rule
 from slowllm.modeling.log_probs import log_probs_at
 from slowllm.modeling.shared_cache import Beginning, SharedCache, SharedPrefix, can_share
 from slowllm.modeling.soft_prompts import PrefixBeginning
-from slowllm.planning.host_plan import MAX_RIDER_TOKENS, Plan, padding_worth
+from slowllm.planning.host_plan import MAX_RIDER_TOKENS, padding_worth
 from slowllm.planning.job import Job, Rates
+from slowllm.planning.plan import Plan
 from slowllm.runtime.run_identity import batch_identity, digest_of, packed_as_begun, saved_packing
 from slowllm.runtime.state import State
 from slowllm.runtime.streamed_lm import StreamedLM

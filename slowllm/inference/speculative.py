@@ -177,7 +177,7 @@ def load_draft(
         model = open_model(StreamedLM, draft, ram=budget, dtype=dtype, job=job)
     except PlanError as error:
         raise InputError(f"draft model {draft.name}: {error}") from error
-    if model.plan.ring_bytes:
+    if model.plan.streams:
         model.close()
         raise _no_room(draft.name)
     return model
@@ -221,7 +221,7 @@ def generate(
             raise InputError(f"a draft is a loaded model or 'lookup', not {draft!r}")
         return _generate_with_lookup(lm, prompts, counts, on_tokens, state)
     check_draft(lm, draft)
-    if draft.plan.ring_bytes:
+    if draft.plan.streams:
         raise _no_room(draft.name)
     costs, plan = costs_of(lm, rates), lm.plan
     longest = max((prompt.num_tokens for prompt in prompts), default=1)

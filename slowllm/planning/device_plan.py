@@ -16,7 +16,6 @@ from slowllm.planning.forecast import forecast_of, reads_of
 from slowllm.planning.host_plan import (
     MAX_SWEEP_TOKENS,
     SLACK_BYTES,
-    Plan,
     least_rider_tokens,
     make_plan,
     padding_worth,
@@ -24,6 +23,7 @@ from slowllm.planning.host_plan import (
     working_bytes,
 )
 from slowllm.planning.job import Job, Rates, Sizes
+from slowllm.planning.plan import Plan
 from slowllm.planning.resident_stops import spread
 from slowllm.rounding import round_up
 

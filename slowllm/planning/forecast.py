@@ -246,7 +246,14 @@ class SweepCost:
 
 
 def sweep_costs(
-    sizes: Sizes, resident: frozenset[int], ring_bytes: int, kept_units: int, sweep_tokens: int, rates: Rates
+    sizes: Sizes,
+    resident: frozenset[int],
+    ring_bytes: int,
+    kept_units: int,
+    sweep_tokens: int,
+    rates: Rates,
+    *,
+    is_only: bool = False,
 ) -> tuple[SweepCost, ...]:
     """Return what a first token takes, a later one, and a sweep of the job; nothing where blocks are read whole.
 
@@ -254,13 +261,14 @@ def sweep_costs(
         sizes, resident, ring_bytes, kept_units: as for `forecast_of`.
         sweep_tokens: of the job's sweeps.
         rates: of the machine.
+        is_only: whether the job has one sweep, which finds nothing in memory.
     """
     if sizes.experts is None:
         return ()
     everything = sum(stop.num_bytes for stop in sizes.stops)
     kept_bytes = sum(sizes.stops[stop].num_bytes for stop in resident)
     costs = []
-    for tokens, is_first in ((1, True), (1, False), (max(2, sweep_tokens), False)):
+    for tokens, is_first in ((1, True), (1, False), (max(2, sweep_tokens), is_only)):
         job = Job(num_tokens=tokens, longest=tokens, repeated=True, forward_only=True)
         forecast = forecast_of(sizes, resident, ring_bytes, tokens, tokens, job, rates, kept_units)
         demand = sum(_demand(sizes, tokens, 0 if is_first else kept_units).values())

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from slowllm.errors import PlanError
-from slowllm.html import facts_html
 from slowllm.options import MIB, format_binary
-from slowllm.planning.forecast import Forecast, compute_seconds, forecast_of, reads_of
-from slowllm.planning.job import ASSUMED_LENGTH, ExpertSizes, Granularity, Job, Rates, Sizes
+from slowllm.planning.forecast import compute_seconds, forecast_of, reads_of
+from slowllm.planning.job import ExpertSizes, Job, Rates, Sizes
+from slowllm.planning.plan import Plan
 from slowllm.planning.resident_stops import choose_resident
 from slowllm.rounding import ceil_div, round_up
 
@@ -33,68 +33,6 @@ START_BYTES = 24 * MIB
 EXPERTS_AHEAD_BYTES = 256 * MIB
 # Stops smaller than a block must bring the time down to this share, or handing them over is not worth it.
 LEAVES_GAIN = 0.95
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a model is held in memory.
-
-    Attributes:
-        granularity: whether stops are blocks or leaves.
-        resident: stops that stay in memory, spread evenly.
-        ring_bytes: of the ring through which the others stream; 0 if all stay.
-        rider_tokens: tokens of one micro-batch, padding included.
-        sweep_tokens: tokens of all riders of one sweep.
-        padding_tokens: padding in a micro-batch that takes as long as another micro-batch would.
-        peak_bytes: what the model takes of the budget.
-        resident_bytes: of it, the stops that stay.
-        forecast: the expected times of the job.
-        longest: tokens of the longest sequence that memory is planned for.
-        unused: stops that the job never visits.
-        expert_ring_bytes: of the ring through which experts come that are read on demand; 0 where there are none.
-        kept_units: experts that stay in memory.
-        keeps_graph: whether autograd keeps the graph over the blocks, instead of recomputing them on the way down:
-            all weights stay, and there is room.
-        decoded_bytes: of a buffer in which the matrices of a coded stop stay decoded while several riders pass it; 0 where
-            each is decoded for each rider.
-    """
-
-    granularity: Granularity
-    resident: frozenset[int]
-    ring_bytes: int
-    rider_tokens: int
-    sweep_tokens: int
-    padding_tokens: int
-    peak_bytes: int
-    resident_bytes: int
-    forecast: Forecast
-    longest: int = ASSUMED_LENGTH
-    unused: frozenset[int] = frozenset()
-    keeps_graph: bool = False
-    expert_ring_bytes: int = 0
-    kept_units: int = 0
-    decoded_bytes: int = 0
-
-    def _repr_html_(self) -> str:
-        forecast = self.forecast
-        disk = "assumed rates" if not forecast.is_measured else "measured rates"
-        return facts_html(
-            f"plan of {self.granularity}",
-            [
-                ("memory", format_binary(self.peak_bytes)),
-                ("resident", f"{len(self.resident)} stops, {format_binary(self.resident_bytes)}"),
-                ("ring", format_binary(self.ring_bytes) if self.ring_bytes else "none: nothing is streamed"),
-                *([("decoded stop", format_binary(self.decoded_bytes))] if self.decoded_bytes else []),
-                ("tokens of a micro-batch", f"{self.rider_tokens:,}"),
-                ("tokens of a sweep", f"{self.sweep_tokens:,}"),
-                ("longest sequence", f"{self.longest:,} tokens"),
-                ("sweeps", f"{forecast.num_sweeps:,}"),
-                (
-                    "a sweep",
-                    f"{forecast.first_seconds:.3g} s, later {forecast.later_seconds:.3g} s, at {disk}",
-                ),
-            ],
-        )
 
 
 def make_plan(
@@ -144,7 +82,7 @@ def widen(plan: Plan, choices: Sequence[Sizes], free_bytes: int) -> Plan:
 def keep_graph(plan: Plan, choices: Sequence[Sizes], job: Job, free_bytes: int) -> Plan:
     """Let autograd keep its graph over the blocks if sweeps turn, all weights stay in memory, and there is room for it."""
     more = plan.sweep_tokens * _graph_token_bytes(plan, sizes_for(plan, choices))
-    if plan.ring_bytes or not job.turns or plan.peak_bytes + more > free_bytes:
+    if plan.streams or not job.turns or plan.peak_bytes + more > free_bytes:
         return plan
     return replace(plan, keeps_graph=True, peak_bytes=plan.peak_bytes + more)
 

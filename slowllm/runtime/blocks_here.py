@@ -104,7 +104,7 @@ class _Room:
             plan = make_plan(
                 [sizes], free_bytes=self._budget.free_bytes, total_bytes=self._budget.total_bytes, job=job
             )
-            return not plan.ring_bytes
+            return not plan.streams
         plan, device_plan = make_plans(
             [layout], [sizes], self._devices, self._options, self._budget, job, None
         )

@@ -19,8 +19,8 @@ from slowllm.modeling.streamed_block import Home
 from slowllm.options import Options, format_bytes
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import DeviceBudget, DevicePlan, device_rates, plan_devices, plan_host
-from slowllm.planning.host_plan import Plan
 from slowllm.planning.job import Job, Rates, Sizes
+from slowllm.planning.plan import Plan
 from slowllm.streaming.device_stops import DeviceStops
 from slowllm.streaming.devices import Device, PinnedMemory, allowed_bytes
 from slowllm.streaming.reader import Reader

@@ -19,7 +19,7 @@ from slowllm.modeling.expert_products import ON_DEMAND
 from slowllm.modeling.layout import Layout
 from slowllm.modeling.sizes import unit_buffer_bytes
 from slowllm.modeling.streamed_experts import ExpertSettings, StreamedExperts
-from slowllm.planning.host_plan import Plan
+from slowllm.planning.plan import Plan
 from slowllm.streaming.cast_stops import CastStops
 from slowllm.streaming.demand_stops import DemandStops
 from slowllm.streaming.kept_stops import KeptStops

@@ -28,8 +28,9 @@ from slowllm.modeling.layout import Layout
 from slowllm.modeling.parts import Part, block_of
 from slowllm.options import format_binary, format_bytes
 from slowllm.planning.budget import Budget
-from slowllm.planning.host_plan import Plan, sizes_for
+from slowllm.planning.host_plan import sizes_for
 from slowllm.planning.job import Sizes
+from slowllm.planning.plan import Plan
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
 from slowllm.runtime.on_demand import OnDemand
@@ -328,8 +329,8 @@ class StreamedLM:
     def __repr__(self) -> str:
         if not self._finalizer.alive:
             return f"<{type(self).__name__} {self.name}, closed>"
-        kept = f"{len(self.resident)} of {self.num_stops} stops resident"
-        held = kept if self.plan.ring_bytes else "all in memory"
+        kept = f"{self.plan.held(len(self.resident), self.num_stops)} resident"
+        held = kept if self.plan.streams else "all in memory"
         prompt = f", soft prompt of {counted(self.num_virtual_tokens, 'token')}" if self.soft_prompt else ""
         return (
             f"<{type(self).__name__} {self.name}: {type(self.model).__name__}, {self.part_name}, "

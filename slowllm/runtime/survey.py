@@ -22,15 +22,9 @@ from slowllm.options import AUTO, parse_bytes, parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates, least_host_bytes
 from slowllm.planning.forecast import SweepCost, forecast_of, free_tokens, sweep_costs
-from slowllm.planning.host_plan import (
-    Plan,
-    advise,
-    keep_decoded,
-    least_bytes,
-    make_plan,
-    sizes_for,
-)
+from slowllm.planning.host_plan import advise, keep_decoded, least_bytes, make_plan, sizes_for
 from slowllm.planning.job import WHOLE_BLOCKS, Job, Rates, Sizes, with_smaller_weights
+from slowllm.planning.plan import Plan
 from slowllm.runtime.blueprint import Blueprint, BlueprintSizes, measure_blueprint, stored_dtype_of
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
@@ -283,8 +277,9 @@ def _planned(
             plan.resident,
             plan.ring_bytes,
             plan.kept_units,
-            plan.sweep_tokens,
+            min(plan.sweep_tokens, job.planned_tokens),
             rates,
+            is_only=plan.forecast.num_sweeps == 1,
         ),
     }
 

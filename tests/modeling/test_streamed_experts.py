@@ -13,9 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slowllm
+from slowllm.entrypoints.cost import cost_of, times_of
+from slowllm.entrypoints.progress import line_of
 from slowllm.errors import CheckpointError, PlanError
 from slowllm.modeling.expert_units import cut_experts
 from slowllm.modeling.streamed_experts import StreamedExperts
+from slowllm.planning.job import Job
 from slowllm.streaming.buffers import PAGE
 from tests.support.families import MIXTURES, resident, save_tiny
 from tests.support.native_checkpoints import fp8_settings, quantised, store_fp8, store_mxfp4
@@ -264,3 +267,18 @@ def test_experts_that_stay_are_not_read_again_and_have_the_same_bits(tiny: Calla
         assert torch.equal(lm.model(IDS).logits, plain(IDS).logits)
         assert lm.read_bytes == before
         assert lm.experts.kept.num_hits == lm.experts.forecast.chosen.sum() // 2
+
+
+def test_what_is_said_of_a_model_names_experts_and_claims_no_maps(tiny: Callable[..., Path]) -> None:
+    with streamed(tiny("mixtral"), resident=True) as lm, torch.no_grad():
+        assert lm.plan.streams
+        num_experts = len(lm.layout.units)
+        assert f"4 of 4 stops and {num_experts} experts resident" in repr(lm)
+        job = Job(num_tokens=30, longest=15, forward_only=True)
+        assert f"4 of 4 stops and {num_experts} experts stay in memory" in line_of(lm, job, lm.plan.forecast)
+        lm.model(IDS)
+        assert times_of(lm, 1.0).startswith("read ")
+        assert "mapped" not in cost_of(lm)
+    with slowllm.load(tiny("mixtral"), granularity="blocks") as lm:
+        assert not lm.plan.streams
+        assert "all in memory" in repr(lm)

@@ -21,8 +21,9 @@ from slowllm.planning.device_plan import (
     plan_devices,
     plan_host,
 )
-from slowllm.planning.host_plan import Plan, working_bytes
+from slowllm.planning.host_plan import working_bytes
 from slowllm.planning.job import Job, Rates, Sizes, StopSize
+from slowllm.planning.plan import Plan
 from tests.support.properties import num_examples
 
 RATES = device_rates(Rates())

@@ -23,7 +23,6 @@ from slowllm.planning.host_plan import (
     MAX_SWEEP_TOKENS,
     SLACK_BYTES,
     START_BYTES,
-    Plan,
     advise,
     keep_decoded,
     keep_graph,
@@ -33,6 +32,7 @@ from slowllm.planning.host_plan import (
     working_bytes,
 )
 from slowllm.planning.job import Granularity, Job, Rates, Sizes, StopSize, with_smaller_weights
+from slowllm.planning.plan import Plan
 from slowllm.planning.resident_stops import choose_resident, spread
 from tests.support.properties import num_examples
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from slowllm.errors import InputError, PlanError
 from slowllm.options import GIB, KIB, MIB
 from slowllm.planning.device_plan import HOST_SLACK_BYTES, DeviceBudget, device_rates, plan_devices, plan_host
-from slowllm.planning.host_plan import Plan, least_bytes, make_plan, session_bytes, working_bytes
+from slowllm.planning.host_plan import least_bytes, make_plan, session_bytes, working_bytes
 from slowllm.planning.job import Job, Rates, Sizes, StopSize
+from slowllm.planning.plan import Plan
 from tests.support.properties import num_examples
 
 # Four of ten blocks, as a part has them: the stops of the others are empty.

@@ -41,7 +41,7 @@ def token_forecast(lm: StreamedLM, rates: Rates) -> Forecast:
     """Return how long the first sweep for one token takes, and a later one."""
     job = Job(num_tokens=1, longest=1, forward_only=True)
     rates = rates if lm.device_placement is None else device_rates(rates)
-    return forecast_of(lm.sizes, lm.resident, lm.plan.ring_bytes, 1, 1, job, rates)
+    return forecast_of(lm.sizes, lm.resident, lm.plan.ring_bytes, 1, 1, job, rates, lm.plan.kept_units)
 
 
 def converse(

@@ -253,7 +253,7 @@ def _print_measured(model: str, chosen: ServerOptions) -> None:
 def _described(server: Any) -> str:
     served, plan = server.spans.served, server.lm.plan
     stays = len([stop for stop in plan.resident if served.first <= stop < served.end])
-    where = "all in memory" if not plan.ring_bytes else f"{stays} of them in memory, the others streamed"
+    where = "all in memory" if not plan.streams else f"{stays} of them in memory, the others streamed"
     weights = f"the model's weights are {server.weights}; " if server.weights else ""
     gradients = "with" if served.has_backward else "without"
     return (

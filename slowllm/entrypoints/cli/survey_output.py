@@ -109,30 +109,14 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
     for name, num_bytes, num_stops in survey.devices:
         rows.append((name, f"{format_binary(num_bytes)} at the peak; {counted(num_stops, 'stop')} there"))
     if plan.ring_bytes:
-        what = {
-            "blocks": "whole blocks",
-            "experts": "blocks without their experts",
-            "leaves": "parts of blocks (forward only)",
-        }[plan.granularity]
-        rows += [
-            ("streamed", f"{what} through a ring of {format_bytes(plan.ring_bytes)}"),
-            (
-                "resident",
-                f"{len(plan.resident)} of {counted(survey.num_stops, 'stop')}, {format_bytes(plan.resident_bytes)}, not read again",
-            ),
-        ]
-    elif not plan.expert_ring_bytes:
-        rows.append(("resident", "everything, mapped from the page cache"))
-    else:
-        rows.append(("resident", "all but experts"))
+        rows.append(("streamed", f"{plan.streamed} through a ring of {format_bytes(plan.ring_bytes)}"))
     if plan.expert_ring_bytes:
-        rows.append(
-            (
-                "experts",
-                f"read when a router asks for them, through a ring of {format_bytes(plan.expert_ring_bytes)}; "
-                f"{plan.kept_units:,} stay, those asked for most",
-            )
-        )
+        ring = format_bytes(plan.expert_ring_bytes)
+        rows.append(("experts", f"read when a router asks for them, through a ring of {ring}"))
+    held = "everything, mapped from the page cache"
+    if plan.streams:
+        held = f"{plan.held(len(plan.resident), survey.num_stops)}, {format_bytes(plan.resident_bytes)}, not read again"
+    rows.append(("resident", held))
     rows += [("a token", _cost_of(cost)) for cost in survey.token_costs]
     if plan.decoded_bytes:
         rows.append(

@@ -52,14 +52,14 @@ def plan_of(lm: StreamedLM, job: Job, num_resumed: int) -> list[tuple[str, str]]
     ]
     if lm.swarm is not None:
         found.append(("weights", f"{format_bytes(lm.weight_bytes)} here, blocks in the swarm"))
-    elif plan.ring_bytes:
+    elif plan.streams:
         found += [
             ("weights of a sweep", format_bytes(lm.weight_bytes)),
             (
                 "resident",
-                f"{len(lm.resident)} of {counted(lm.num_stops, 'stop')}, {format_bytes(plan.resident_bytes)}",
+                f"{plan.held(len(lm.resident), lm.num_stops)}, {format_bytes(plan.resident_bytes)}",
             ),
-            ("ring of streamed stops", format_bytes(plan.ring_bytes)),
+            ("ring of what is streamed", format_bytes(plan.ring_bytes + plan.expert_ring_bytes)),
         ]
     else:
         found.append(("weights", f"{format_bytes(lm.weight_bytes)}, all in memory maps"))

@@ -76,19 +76,23 @@ class MachineView:
         """Return the plan that the model was opened with, which does not change."""
         lm, plan, rates = self._desk.lm, self._desk.lm.plan, self._rates
         how = {True: "measured", False: "assumed"}
-        resident = "all but experts" if plan.expert_ring_bytes else "everything, mapped from the page cache"
-        if plan.ring_bytes:
-            resident = f"{len(lm.resident)} of {counted(lm.num_stops, 'stop')}, {format_bytes(plan.resident_bytes)}, not read again"
+        resident = "everything, mapped from the page cache"
+        if plan.streams:
+            resident = f"{plan.held(len(lm.resident), lm.num_stops)}, {format_bytes(plan.resident_bytes)}, not read again"
         rows = [
             ("model", f"{lm.name}, {lm.part_name}, computed in {str(lm.model.dtype).removeprefix('torch.')}"),
             ("weights", f"{format_bytes(lm.weight_bytes)} a sweep in {counted(lm.num_stops, 'stop')}"),
             ("in memory", resident),
         ]
         if plan.ring_bytes:
-            what = {"blocks": "whole blocks", "experts": "blocks without their experts"}.get(
-                plan.granularity, "parts of blocks"
+            rows.append(("streamed", f"{plan.streamed} through a ring of {format_bytes(plan.ring_bytes)}"))
+        if plan.expert_ring_bytes:
+            rows.append(
+                (
+                    "experts",
+                    f"when a router asks for them, through a ring of {format_bytes(plan.expert_ring_bytes)}",
+                )
             )
-            rows.append(("streamed", f"{what} through a ring of {format_bytes(plan.ring_bytes)}"))
         rows += [
             (
                 "room",
@@ -115,7 +119,7 @@ class MachineView:
         ring = carousel_html(
             status.num_stops,
             status.stop if status.num_riding else None,
-            range(status.num_stops) if not lm.plan.ring_bytes else lm.resident,
+            range(status.num_stops) if not lm.plan.streams else lm.resident,
             [place, f"{status.num_riding} riding", f"{status.num_waiting} waiting"],
         )
         seconds = self._sweep_seconds

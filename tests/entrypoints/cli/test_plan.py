@@ -45,6 +45,26 @@ def test_a_known_model_is_planned_without_its_weights(monkeypatch: Any, capsys: 
     assert "TFLOP/s (measured)" in table
 
 
+def test_the_plan_of_a_mixture_says_what_a_token_takes(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("slowllm.runtime.rates.WIDTH", 512)
+    plan, _ = planned(
+        ["plan", "openai/gpt-oss-20b", "--ram", "8GiB", "--tokens", "2000"], monkeypatch, capsys
+    )
+    assert plan["stops"] == "experts"
+    assert plan["expert_ring_bytes"] > 0
+    first, later, sweep = plan["token_costs"]
+    assert (first["num_tokens"], later["num_tokens"], sweep["num_tokens"]) == (1, 1, 2000)
+    # 24 blocks of 32 experts, 4 for a token, and what is not experts: 1.2 of 12.6 GB and more.
+    assert (
+        later["read_bytes"] < 1.35e9 < first["read_bytes"] < sweep["read_bytes"] < plan["weight_bytes"] * 1.01
+    )
+    assert run(["plan", "openai/gpt-oss-20b", "--ram", "8GiB", "--tokens", "2000"], monkeypatch) == 0
+    table = " ".join(capsys.readouterr().out.split())
+    assert "read when a router asks for them, through a ring of" in table
+    assert "42 of 42 stops and 0 experts" in table
+    assert "mapped" not in table
+
+
 def test_a_config_alone_is_planned(configured: Path, monkeypatch: Any, capsys: Any) -> None:
     plan, _ = planned(["plan", configured], monkeypatch, capsys)
     by_config, _ = planned(["plan", "--config", configured / "config.json"], monkeypatch, capsys)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import slowllm
-from slowllm.planning.host_plan import Plan
+from slowllm.planning.plan import Plan
 from slowllm.storage.codecs.fp8 import Fp8
 from slowllm.storage.codecs.stacked import Stacked
 from slowllm.streaming.cast_stops import CastStops
