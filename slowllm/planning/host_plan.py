@@ -61,10 +61,10 @@ def make_plan(
         raise PlanError(_refusal(choices, job, free_bytes, total_bytes, keep_resident))
     chosen = best[0]
     # Whole blocks are simpler, and leaves cannot run backward, so others are chosen only if blocks do not fit, or if others
-    # are faster.
+    # are faster. Where all weights stay in memory there is nothing to gain.
     for other in best[1:]:
         may_be = job.forward_only or (other.granularity != "leaves" and not job.turns)
-        if may_be and other.forecast.seconds < LEAVES_GAIN * chosen.forecast.seconds:
+        if may_be and chosen.streams and other.forecast.seconds < LEAVES_GAIN * chosen.forecast.seconds:
             chosen = other
     return chosen
 

@@ -65,6 +65,14 @@ def test_what_is_left_keeps_experts_for_the_next_sweeps() -> None:
     assert plans[-1].forecast.later_seconds < plans[0].forecast.later_seconds
 
 
+def test_where_everything_fits_blocks_stay_whole() -> None:
+    everything = WHOLE.all_bytes + 4 * GIB
+    for job in (Job(repeated=True), Job(num_tokens=64, longest=64, forward_only=True)):
+        plan = make_plan([WHOLE, SIZES], free_bytes=everything, total_bytes=everything, job=job)
+        assert plan.granularity == "blocks"
+        assert not plan.streams
+
+
 def test_the_costs_of_a_token_and_of_a_sweep() -> None:
     resident = frozenset(range(10))
     first, later, sweep = sweep_costs(SIZES, resident, 0, 0, 2048, Rates())

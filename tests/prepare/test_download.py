@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,6 @@ SMALL = {"config.json": b"{}", "model.safetensors": save({"weight": ones(3, 5)})
 LARGE = {"config.json": b"{}", "model.safetensors": save({"weight": ones(6_000_000)})}
 WEIGHTS = SMALL["model.safetensors"]
 DAMAGED = WEIGHTS[:-1] + b"!"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[FakeHub]:
-    with FakeHub() as server:
-        yield server
 
 
 def test_a_model_is_fetched_once_and_loaded_offline_by_its_id(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,17 +29,6 @@ NATIVE = {
     "nvfp4": "compressed nvfp4",
 }
 SET = [f"big-Q8_0-0000{number}-of-00002.gguf" for number in (1, 2)]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[FakeHub]:
-    with FakeHub() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,17 +36,6 @@ CASES: dict[str, tuple[str, list[str], set[str] | str]] = {
     "no index": ("damaged", ["--ends"], f"someone/no-index: {INDEX} has no weight_map of tensor names"),
     "incomplete": ("incomplete", ["--blocks", "1:2"], "model.layers.1.self_attn.q_proj.weight: missing from the checkpoint"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[FakeHub]:
-    with FakeHub() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

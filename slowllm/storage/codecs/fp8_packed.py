@@ -120,7 +120,11 @@ def _pack_chunk(bits: np.ndarray) -> dict[str, np.ndarray]:
     codes[places] = 0
     # An escape is found from the last one by a step of at most 255: where they are further apart, others stand between.
     steps = np.diff(places, prepend=0)
-    more = [place - step + 255 * n for place, step in zip(places, steps, strict=True) if step > 255 for n in range(1, (step - 1) // 255 + 1)]  # fmt: skip
+    more = [
+        place - step + 255 * n
+        for place, step in zip(places, steps, strict=True)
+        for n in range(1, (step - 1) // 255 + 1)
+    ]
     places = np.sort(np.concatenate([places, np.array(more, np.int64)]))
     steps = np.diff(places, prepend=0)
     ends = ((bits >> 4) & 8) | (bits & 7)
