@@ -19,6 +19,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import slowllm
 from benchmarks import coded_pools, expert_counts, gguf_blocks, heavy_tails, make_checkpoint
 from tests.benchmarks.test_native_weights import WIDE
+from tests.support.cases import quick_and_long
 
 # The distance of coded weights from the drawn ones, of their norm: of 8 bits, and of 4.
 DISTANCE = {"fp8": 0.04, "fbgemm_fp8": 0.04, "bf16": 0.003}
@@ -76,7 +77,10 @@ def test_gguf_blocks_are_decoded_by_llama_cpps_package_to_what_was_drawn(kind: s
 
 @pytest.mark.parametrize(
     "storage",
-    ["bf16", "fp8", "fbgemm_fp8", "compressed-int4", "compressed-mxfp4", "nvfp4", "gptq", "awq", "nf4"],
+    quick_and_long(
+        ["bf16", "fp8", "fbgemm_fp8", "compressed-int4", "compressed-mxfp4", "nvfp4", "gptq", "awq", "nf4"],
+        ["bf16", "fp8", "compressed-int4", "nf4"],
+    ),
 )
 def test_a_product_with_coded_weights_is_near_that_with_the_drawn_ones(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

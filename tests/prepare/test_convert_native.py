@@ -21,6 +21,7 @@ from slowllm.entrypoints.cli import app
 from slowllm.errors import CheckpointError, InputError, StoreError
 from slowllm.prepare.verify import verify
 from slowllm.storage.manifest import MANIFEST, open_checkpoint
+from tests.support.cases import quick_and_long
 from tests.support.compressed_checkpoints import settings_of, store_compressed
 from tests.support.families import save_tiny
 from tests.support.gguf_checkpoints import write_gguf
@@ -37,7 +38,12 @@ def logits_and_tokens(folder: Path, dtype: str, **options: Any) -> tuple[torch.T
         return lm.model(IDS).logits, lm.model.generate(IDS, max_new_tokens=3, do_sample=False)
 
 
-@pytest.mark.parametrize("name", NATIVE_SOURCES)
+@pytest.mark.parametrize(
+    "name",
+    quick_and_long(
+        NATIVE_SOURCES, ["fp8 experts", "fp8 deepseek", "mxfp4", "gptq", "bnb nf4", "gguf", "gguf experts"]
+    ),
+)
 def test_a_store_computes_what_its_source_computes(name: str, tmp_path: Path) -> None:
     source = save_native(name, tmp_path)
     done = make_store(source, tmp_path / "store", "lossless")
@@ -174,6 +180,7 @@ def test_a_store_of_a_gguf_file_is_a_folder_of_its_own(tmp_path: Path) -> None:
     ).read_bytes()
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     source, store = save_native("fp8 experts", tmp_path), tmp_path / "store"
     make_store(source, tmp_path / "whole", "lossless")
