@@ -1,4 +1,4 @@
-"""Multiply a few rows with a matrix that is decoded tile by tile: a tile is multiplied while it is in the cache.
+"""Multiply a few rows with a matrix that is decoded tile by tile: a tile is multiplied while it is in a cache.
 
 The bits are those of a product with the whole matrix, in bfloat16. That holds where torch sums a column alike however many
 others there are, which is tried out once for each shape on the processor at hand.
@@ -13,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slowllm.rounding import ceil_div
+from slowllm.rounding import ceil_div, round_up
 from slowllm.storage.codecs.team import Team
 
 # With more rows, the product takes longer than to write the decoded matrix and to read it again.
 MAX_ROWS = 128
-# Of a decoded tile, which is to stay in a processor's second cache; a tile has whole multiples of so many rows.
-TILE_BYTES = 1 << 19
+# Of the decoded tiles of all threads together, which are to stay in the cache that processors share, and of one of them at
+# least: each product of torch's costs ten microseconds beside its work, so a tile is not to be small.
+ALL_TILES_BYTES = 8 << 20
+TILE_BYTES = 1 << 20
+# A tile has whole multiples of so many rows.
 TILE_ROWS = 128
 # Rows of the matrix by which it is tried out whether tiles have the bits of the whole.
 _TRIAL_ROWS = 512
@@ -48,7 +51,7 @@ def multiply_tiles(
     width = x.shape[1]
     if num_rows < 2 * TILE_ROWS or not _has_same_bits(len(x), width, torch.get_num_threads()):
         return None
-    rows = max(1, TILE_BYTES // (2 * width * TILE_ROWS)) * TILE_ROWS
+    rows = _tile_rows(num_rows, width, team.num_threads)
     out = torch.empty(len(x), num_rows, dtype=x.dtype)
 
     def work(first: int, last: int) -> None:
@@ -63,6 +66,14 @@ def multiply_tiles(
 
     team.share(work, 0, ceil_div(num_rows, rows))
     return out
+
+
+def _tile_rows(num_rows: int, width: int, num_threads: int) -> int:
+    """Return the rows of a tile: so many that each thread has as many tiles as the others."""
+    num_bytes = max(TILE_BYTES, ALL_TILES_BYTES // num_threads)
+    most = max(1, num_bytes // (2 * width * TILE_ROWS)) * TILE_ROWS
+    num_tiles = round_up(ceil_div(num_rows, most), num_threads)
+    return round_up(ceil_div(num_rows, num_tiles), TILE_ROWS)
 
 
 @functools.lru_cache(maxsize=1024)
