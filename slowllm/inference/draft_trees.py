@@ -7,11 +7,15 @@ rows of one batch, one for each path from the root to a leaf, all padded to the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 # Beyond this a larger tree adds next to nothing.
 MAX_TREE_TOKENS = 512
+# How likely the next token of a draft is accepted, for the size of a tree whose every token has a price. Published rates of
+# small drafts for large models are 0.6 to 0.8.
+ACCEPTANCE = 0.7
+MAX_DRAFTED_WITH_EXPERTS = 16
 
 
 @dataclass(frozen=True)
@@ -83,24 +87,49 @@ class Costs:
     """Seconds that the parts of a sweep take by the plan, once resident stops are in memory.
 
     Attributes:
-        read: reading its bytes from disk.
+        read: reading its bytes from disk, those of experts that are read on demand excepted.
         weights: passing the weights through the processor, for each rider.
         token: computing one token.
+        experts: the seconds of reading and of computing the experts that so many tokens are expected to choose, where experts
+            are read on demand.
     """
 
     read: float
     weights: float
     token: float
+    experts: Callable[[int], tuple[float, float]] | None = None
+
+    def sweep_seconds(self, num_riders: int, num_tokens: int) -> float:
+        """Return how long a sweep takes in which each of some riders brings `num_tokens`."""
+        reading, computing = self.read, num_riders * (self.weights + num_tokens * self.token)
+        if self.experts is not None:
+            read_experts, compute_experts = self.experts(num_riders * num_tokens)
+            reading, computing = reading + read_experts, computing + compute_experts
+        return max(reading, computing)
 
 
 def free_tokens(costs: Costs, num_riders: int) -> int:
-    """Return how many tokens each rider may bring whose computation is hidden behind reading.
+    """Return how many drafted tokens each rider may bring, at most `MAX_TREE_TOKENS`.
 
-    Where nothing is read, or so many riders share the sweep that nothing is hidden: as many as take as long as the
-    weights take through the processor.
+    As many as are computed while the weights are read. Where nothing is read, or so many riders share the sweep that nothing is
+    hidden: as many as take as long as the weights take through the processor. Where experts are read on demand no token is
+    free, since each chooses experts of its own: then as many as give the most tokens a second, if each is accepted by
+    `ACCEPTANCE` (Leviathan, Kalman and Matias 2023, "Fast inference from transformers via speculative decoding", section 3.4), or
+    none.
     """
+    if costs.experts is not None:
+        return max(
+            range(MAX_DRAFTED_WITH_EXPERTS + 1),
+            key=lambda number: _tokens_a_second(costs, num_riders, number),
+        )
     hidden = costs.read / num_riders - costs.weights
     return min(MAX_TREE_TOKENS, max(1, int(max(hidden, costs.weights) / costs.token)))
+
+
+def _tokens_a_second(costs: Costs, num_riders: int, num_drafted: int) -> float:
+    """Return the expected tokens of one rider, by the seconds of its sweep."""
+    expected = (1 - ACCEPTANCE ** (num_drafted + 1)) / (1 - ACCEPTANCE)
+    return expected / max(costs.sweep_seconds(num_riders, num_drafted + 1), 1e-12)
 
 
 def pays(
@@ -118,6 +147,7 @@ def pays(
         tokens_per_pass: that each then gets.
         draft_seconds: that drafting takes each.
     """
-    plain = max(costs.read, num_riders * (costs.weights + costs.token))
-    drafted = max(costs.read, num_riders * (costs.weights + tree_tokens * costs.token))
+    # The last token that was accepted goes through the experts with those that are drafted.
+    brought = tree_tokens + (costs.experts is not None)
+    plain, drafted = costs.sweep_seconds(num_riders, 1), costs.sweep_seconds(num_riders, brought)
     return tokens_per_pass * plain > drafted + num_riders * draft_seconds

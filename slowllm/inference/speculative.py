@@ -39,6 +39,7 @@ from slowllm.modeling.batching import batch_rule
 from slowllm.modeling.shared_cache import takes_cache
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import device_rates
+from slowllm.planning.forecast import expert_seconds
 from slowllm.planning.job import Job, Rates
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.load import open_model
@@ -52,10 +53,22 @@ LOOKUP_TOKENS = 10
 def costs_of(lm: StreamedLM, rates: Rates) -> Costs:
     """Return the costs of a sweep of this model once its resident stops are in memory."""
     rates = rates if lm.device_placement is None else device_rates(rates)
+    sizes, plan, experts = lm.sizes, lm.plan, None
+    read_bytes, passing_bytes = plan.forecast.read_bytes, sizes.all_bytes
+    if sizes.experts is not None:
+        read_bytes = sum(
+            stop.num_bytes for number, stop in enumerate(sizes.stops) if number not in plan.resident
+        )
+        passing_bytes = sum(stop.num_bytes + stop.decoded_bytes for stop in sizes.stops)
+
+        def experts(num_tokens: int) -> tuple[float, float]:
+            return expert_seconds(sizes, num_tokens, plan.kept_units, rates)
+
     return Costs(
-        read=lm.plan.forecast.read_bytes / rates.disk,
-        weights=lm.sizes.all_bytes / rates.memory,
-        token=sum(stop.flops for stop in lm.sizes.stops) / rates.compute,
+        read=read_bytes / rates.disk,
+        weights=passing_bytes / rates.memory,
+        token=sum(stop.flops for stop in sizes.stops) / rates.compute,
+        experts=experts,
     )
 
 

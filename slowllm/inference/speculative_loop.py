@@ -92,7 +92,7 @@ class DraftStats:
         is_measured = num_passes >= MIN_MEASURED_PASSES
         num_tokens = self.counts.num_tokens - self.counts.num_plain
         tokens_per_pass = num_tokens / num_passes if is_measured else EXPECTED_TOKENS
-        decision = pays(
+        decision = tree_tokens > 0 and pays(
             self.costs, num_riders=self.num_riders, tree_tokens=tree_tokens, tokens_per_pass=tokens_per_pass,
             draft_seconds=self.draft_seconds,
         )  # fmt: skip
@@ -128,7 +128,7 @@ def continue_with_draft(
         nodes: list[Node] = []
         tree_tokens = min(max_tree_tokens, free_tokens(stats.costs, stats.num_riders))
         depth = min(MAX_DEPTH, tree_tokens, settings.max_new_tokens - (len(ids) - start) - 1)
-        if depth and stats.should_draft(tree_tokens):
+        if stats.should_draft(tree_tokens) and depth:
             started = time.perf_counter()
             candidates = _draft(small, ngrams, ids, num_unseen_by_draft, depth, tree_tokens)
             num_unseen_by_draft = 0

@@ -160,6 +160,19 @@ def _unit_seconds(sizes: Sizes, stop: int, num_tokens: int, rates: Rates) -> flo
     return passing_bytes / rates.memory + num_tokens * experts.top_k * experts.unit_flops / rates.compute
 
 
+def expert_seconds(sizes: Sizes, num_tokens: int, kept_units: int, rates: Rates) -> tuple[float, float]:
+    """Return how long a sweep's tokens are expected to take with the experts of all blocks: to read them, and to compute.
+
+    Args:
+        sizes: of a model whose experts are read on demand; others take no time here.
+        num_tokens: of the sweep.
+        kept_units: experts that stay in memory.
+        rates: of the machine.
+    """
+    computing = math.fsum(_unit_seconds(sizes, stop, num_tokens, rates) for stop in range(len(sizes.stops)))
+    return sum(_demand(sizes, num_tokens, kept_units).values()) / rates.disk, computing
+
+
 def reads_of(sizes: Sizes, job: Job) -> list[int]:
     """Return how often a sweep among others reads each stop that is not kept.
 
