@@ -12,6 +12,7 @@ import math
 import os
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +24,8 @@ MAX_SHOWN_LETTERS = 60
 STATE_NAME = ".state"
 # Descriptions of models, tokenizers and templates are smaller; a sparse file of gigabytes is not read.
 MAX_DESCRIPTION_BYTES = 256 << 20
+# Between two looks whether a lock is free.
+LOOK_SECONDS = 0.02
 
 
 @contextlib.contextmanager
@@ -122,6 +125,34 @@ def lock(file: int, refusal: SlowLLMError) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise refusal from error
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, wait_seconds: float) -> Iterator[bool]:
+    """Lock a folder as long as the context lasts, and say whether nobody else has it.
+
+    Args:
+        folder: that is there.
+        wait_seconds: for whoever has it.
+    Raises:
+        OSError: it cannot be opened or locked.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        until = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_ours = True
+                break
+            except BlockingIOError:
+                if (left := until - time.monotonic()) <= 0:
+                    is_ours = False
+                    break
+                time.sleep(min(left, LOOK_SECONDS))
+        yield is_ours
+    finally:
+        os.close(handle)
 
 
 _NO_LINE = "has no non-empty line"

@@ -36,6 +36,8 @@ os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
 if _set := [name for name in os.environ if name.startswith("SLOWLLM_")]:
     for _name in _set:
         del os.environ[_name]
+# And which experts they need is none of what the user's models need.
+os.environ["SLOWLLM_EXPERT_COUNTS"] = "0"
 
 import transformers
 

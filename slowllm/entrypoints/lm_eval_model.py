@@ -68,6 +68,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         swarm: multiaddresses of peers of the swarm that computes the blocks, with + between them or as a list.
         allowed_peers, blocked_peers, timeout, step_timeout, replay, token_file, identity, weights, spot_check: of the swarm, as
             the options of the command line; several ids with + between them.
+        exact: of experts that are read on demand, whether each micro-batch has the bits that it has alone, as it has by default.
         max_length: tokens that the model takes, if not the number in its config.
         max_gen_toks: new tokens where a task sets no limit.
         add_bos_token: whether texts begin with BOS; by default the tokenizer decides.
@@ -91,6 +92,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         device: str | None = None,
         vram: str | None = None,
         swarm: str | Sequence[str] | None = None,
+        exact: bool | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
@@ -119,13 +121,14 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
         self._job: Job | None = None
         self._info: ModelInfo | StreamedLM
         if isinstance(pretrained, StreamedLM):
-            for name, given in (("soft prompt", prompt), ("swarm", swarm)):
+            for name, given in (("soft prompt", prompt), ("swarm", swarm), ("choice of exact", exact)):
                 if given is not None:
                     raise InputError(f"a loaded model has its own {name}; give it to load()")
             self._info = self._lm = pretrained
         else:
             self._info = ModelInfo(pretrained, prompt)
         self._ram, self._dtype, self._device, self._vram = ram, dtype, device or "cpu", vram
+        self._exact = exact is None or exact
         self.tokenizer: Any = self._info.tokenizer
         self._max_length, self._max_gen_toks = max_length, max_gen_toks
         self.add_bos_token, self.custom_prefix_token_id = add_bos_token, prefix_token_id
@@ -281,7 +284,7 @@ class SlowLM(TemplateLM):  # type: ignore[misc]
             self.close()
             options: dict[str, Any] = {
                 "ram": self._ram, "dtype": self._dtype, "device": self._device, "vram": self._vram, "job": job,
-                "rates": self._rates,
+                "rates": self._rates, "exact": self._exact,
             }  # fmt: skip
             if self._swarm is not None:
                 from slowllm.swarm.client import open_client

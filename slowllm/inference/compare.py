@@ -230,7 +230,7 @@ def _split(divergence: Divergence, counts: list[int]) -> list[Divergence]:
 
 def open_pair(
     a: ModelInfo, b: ModelInfo, jobs: tuple[Job, Job], budget: Budget, *, dtype: str, rates: tuple[Rates, Rates],
-    keep_resident: bool, into: Callable[[StreamedLM], StreamedLM],
+    keep_resident: bool, exact: bool = True, into: Callable[[StreamedLM], StreamedLM],
 ) -> tuple[StreamedLM, StreamedLM]:  # fmt: skip
     """Open two models within one budget.
 
@@ -242,6 +242,7 @@ def open_pair(
         dtype: compute dtype.
         rates: of the machine, by the files of each.
         keep_resident: whether stops that fit the budget stay in memory.
+        exact: as for `slowllm.load`.
         into: called with each as it is opened, to own it.
     Raises:
         PlanError: the budget is too small for both.
@@ -260,6 +261,7 @@ def open_pair(
                 job=jobs[0],
                 rates=rates[0],
                 keep_resident=keep_resident,
+                exact=exact,
             )
         )
     finally:
@@ -267,7 +269,14 @@ def open_pair(
     # What A has left, B may have.
     second = into(
         open_model(
-            StreamedLM, b, ram=budget, dtype=dtype, job=jobs[1], rates=rates[1], keep_resident=keep_resident
+            StreamedLM,
+            b,
+            ram=budget,
+            dtype=dtype,
+            job=jobs[1],
+            rates=rates[1],
+            keep_resident=keep_resident,
+            exact=exact,
         )
     )
     return first, second

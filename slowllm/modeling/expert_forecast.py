@@ -22,6 +22,7 @@ class ExpertForecast:
         counts: of the experts of each module, in the order of the blocks.
     Attributes:
         chosen: how many sweeps needed each unit, (U,) int64.
+        num_sweeps: that passed each module, by the unit of its first expert.
         num_ahead: units that were named to be read ahead of a router.
         num_hit: those of them that the router then chose.
     """
@@ -33,6 +34,7 @@ class ExpertForecast:
         self._last: dict[int, list[int]] = {}
         self._named: dict[int, set[int]] = {}
         self.chosen = np.zeros(ends[-1], dtype=np.int64)
+        self.num_sweeps = dict.fromkeys(ends[:-1], 0)
         self.num_ahead = self.num_hit = 0
 
     def saw(self, first: int, chosen: Iterable[int]) -> None:
@@ -45,6 +47,7 @@ class ExpertForecast:
         self._last[first] = sorted(chosen)
         units = [first + number for number in self._last[first]]
         self.chosen[units] += 1
+        self.num_sweeps[first] += 1
         named = self._named.pop(first, set())
         self.num_hit += len(named & set(units))
 

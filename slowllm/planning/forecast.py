@@ -155,7 +155,7 @@ def _unit_seconds(sizes: Sizes, stop: int, num_tokens: int, rates: Rates) -> flo
     experts = sizes.experts
     if experts is None or stop not in experts.stops:
         return 0.0
-    distinct = distinct_experts(experts.num_experts, experts.top_k, num_tokens)
+    distinct = distinct_experts(experts.num_experts, experts.top_k, num_tokens, popularity=experts.popularity)
     passing_bytes = distinct * (experts.unit_bytes + experts.decoded_bytes)
     return passing_bytes / rates.memory + num_tokens * experts.top_k * experts.unit_flops / rates.compute
 

@@ -47,6 +47,8 @@ class ExpertSizes:
         largest_bytes: of its largest tensor there.
         unit_flops: of one token in one expert.
         decoded_bytes: further bytes that pass through the processor for every expert, if it is decoded.
+        popularity: of each expert of a block, the most popular first, where earlier runs were counted; see `popularity_of` in
+            `planning.experts`.
     """
 
     stops: frozenset[int]
@@ -56,6 +58,7 @@ class ExpertSizes:
     largest_bytes: int
     unit_flops: float = 0.0
     decoded_bytes: int = 0
+    popularity: tuple[float, ...] = ()
 
     @property
     def num_units(self) -> int:
@@ -317,3 +320,10 @@ def with_smaller_weights(sizes: Sizes, factor: float) -> Sizes:
             largest_bytes=int(experts.largest_bytes * factor),
         )
     return replace(sizes, stops=stops, experts=experts)
+
+
+def with_popularity(sizes: Sizes, popularity: tuple[float, ...]) -> Sizes:
+    """Return sizes whose experts are as popular as earlier runs found; see `ExpertSizes`."""
+    if sizes.experts is None or not popularity:
+        return sizes
+    return replace(sizes, experts=replace(sizes.experts, popularity=popularity))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar, get_args
 
 import psutil
@@ -19,7 +20,7 @@ from slowllm.modeling.batching import forget_rotary_tables
 from slowllm.modeling.cache_sizes import cache_size_of
 from slowllm.modeling.expert_products import compute_one_by_one
 from slowllm.modeling.head import stream_head
-from slowllm.modeling.layout import granularities, lay_out
+from slowllm.modeling.layout import Layout, granularities, lay_out
 from slowllm.modeling.logit_transform import find_logit_transform
 from slowllm.modeling.materialize import fill, head_rows
 from slowllm.modeling.native.formats import native_codecs
@@ -34,9 +35,11 @@ from slowllm.options import Options, format_bytes, parse_bytes, parse_devices, p
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import DevicePlan
 from slowllm.planning.host_plan import keep_decoded, keep_graph, make_plan, widen
-from slowllm.planning.job import Granularity, Job, Rates
+from slowllm.planning.job import Granularity, Job, Rates, with_popularity
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement, make_plans, move_kept, place_stops
+from slowllm.runtime.expert_history import ExpertHistory, counts_folder
+from slowllm.runtime.fingerprint import fingerprint_of
 from slowllm.runtime.memory import budget_bytes
 from slowllm.runtime.on_demand import OnDemand
 from slowllm.runtime.rates import choose_dtype
@@ -155,6 +158,21 @@ def _allowed(
     ]
 
 
+def _history_of(
+    model: PreTrainedModel, checkpoint: Checkpoint, layouts: Mapping[Granularity, Layout]
+) -> ExpertHistory | None:
+    """Return what earlier runs chose of the experts; None where none are read on demand, or nothing is to be remembered."""
+    layout, folder = layouts.get("experts"), counts_folder()
+    if layout is None or folder is None:
+        return None
+    return ExpertHistory(
+        folder,
+        functools.partial(fingerprint_of, model.config, checkpoint),
+        {experts.name: len(experts.units) for experts in layout.experts},
+        is_whole=layout.part.is_whole(len(layout.blocks)),
+    )
+
+
 def _assemble(
     kind: type[L],
     info: ModelInfo,
@@ -179,6 +197,9 @@ def _assemble(
     layouts = {name: lay_out(model, placements, name, part) for name in names if name in allowed}
     cache = cache_size_of(model, part)
     choices = [sizes_of(model, layout, cache) for layout in layouts.values()]
+    history = _history_of(model, checkpoint, layouts)
+    if history is not None:
+        choices = [with_popularity(sizes, history.popularity()) for sizes in choices]
     logit_transform = find_logit_transform(model)
     device_plan: DevicePlan | None = None
     if devices:
@@ -235,7 +256,9 @@ def _assemble(
     buffer_bytes = cast_buffer_bytes(layout.stops, layout.dtypes, picked)
     if any(buffer_bytes):
         stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, torch_devices, plan.decoded_bytes)
-    experts = OnDemand.open(layout, plan, poison=poison, is_exact=exact) if layout.experts else None
+    experts = None
+    if layout.experts:
+        experts = OnDemand.open(layout, plan, poison=poison, is_exact=exact, history=history)
     lm = kind(info, model, checkpoint, source, stops, plan, choices, budget, layout, placement, experts)
     if isinstance(stops, CastStops):
         stops.num_waiting = lm._carousel.num_waiting

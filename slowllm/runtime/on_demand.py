@@ -6,10 +6,12 @@ Knows files and plans; what experts compute is `modeling.streamed_experts`.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,11 +22,14 @@ from slowllm.modeling.layout import Layout
 from slowllm.modeling.sizes import unit_buffer_bytes
 from slowllm.modeling.streamed_experts import ExpertSettings, StreamedExperts
 from slowllm.planning.plan import Plan
+from slowllm.runtime.expert_history import ExpertHistory
 from slowllm.streaming.cast_stops import CastStops
 from slowllm.streaming.demand_stops import DemandStops
 from slowllm.streaming.kept_stops import KeptStops
 from slowllm.streaming.reader import Reader
 from slowllm.streaming.stops import StopRead, Stops
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -37,6 +42,7 @@ class OnDemand:
         kept: those that stay in memory.
         forecast: what routers chose so far.
         settings: how they are multiplied, and what was counted.
+        history: what earlier runs chose, to which this one's choices are added; None where nothing is to be remembered.
     """
 
     layout: Layout
@@ -44,6 +50,7 @@ class OnDemand:
     kept: KeptStops
     forecast: ExpertForecast
     settings: ExpertSettings
+    history: ExpertHistory | None
     _reader: Reader
     _cast: CastStops | None
 
@@ -55,6 +62,7 @@ class OnDemand:
         *,
         poison: bool = False,
         is_exact: bool = False,
+        history: ExpertHistory | None = None,
     ) -> Self:
         """Open the files of experts, with memory as planned.
 
@@ -63,18 +71,38 @@ class OnDemand:
             plan: of it.
             poison: see `Reader`.
             is_exact: whether each rider's rows are multiplied by themselves.
+            history: what earlier runs chose, by which it is decided what stays.
         """
         units = layout.units
         sizes = [len(experts.units) for experts in layout.experts]
         ends = list(itertools.accumulate(sizes, initial=0))
         groups = [range(first, end) for first, end in itertools.pairwise(ends)]
         reader = Reader(units, ring_bytes=plan.expert_ring_bytes, poison=poison)
-        kept = KeptStops(reader, units, groups, plan.kept_units // len(groups))
+        counts = None if history is None else history.counts()
+        num_kept = plan.kept_units // len(groups)
+        kept = KeptStops(reader, units, groups, num_kept, counts)
         dtypes, buffer_bytes = layout.unit_dtypes, unit_buffer_bytes(layout)
         cast = CastStops(kept, units, dtypes, buffer_bytes) if any(buffer_bytes) else None
         stops: Stops = kept if cast is None else cast
         demand = DemandStops(reader, stops)
-        return cls(layout, demand, kept, ExpertForecast(sizes), ExpertSettings(is_exact), reader, cast)
+        opened = cls(
+            layout, demand, kept, ExpertForecast(sizes), ExpertSettings(is_exact), history, reader, cast
+        )
+        log.info("experts are read when routers ask for them: %s", opened.products)
+        if num_kept:
+            known = None if history is None or not history.earlier else history.path
+            log.info(
+                "%d experts of each block stay in memory: those that are needed most, %s",
+                num_kept, f"by what {known} remembers of earlier runs" if known else "from now on",
+            )  # fmt: skip
+        return opened
+
+    @property
+    def products(self) -> str:
+        """How rows are multiplied where several micro-batches want an expert, in words."""
+        if self.settings.is_exact:
+            return "rows of each micro-batch by themselves, with the bits that they have alone (exact)"
+        return "rows of several micro-batches together, which may round otherwise than alone (not exact)"
 
     @property
     def read_bytes(self) -> int:
@@ -118,12 +146,30 @@ class OnDemand:
                 )
         return None
 
+    def remember(self) -> None:
+        """Save what was chosen for the next start, where the last time is long enough ago. For the carousel's thread."""
+        if self.history is not None:
+            self.history.save_if_due(*self._chosen)
+
+    def leave_out(self) -> None:
+        """Do not remember what was chosen so far, because no text asked for it."""
+        if self.history is not None:
+            self.history.leave_out(*self._chosen)
+
+    @property
+    def _chosen(self) -> tuple[np.ndarray, list[int]]:
+        return self.forecast.chosen, list(self.forecast.num_sweeps.values())
+
     def close_files(self) -> None:
         """End the threads that read, so that nobody waits for them any more."""
         self._reader.close()
 
     def close(self) -> None:
-        """End the threads that decode, and let memory go."""
+        """End the threads that decode, let memory go, and save for the next start what was chosen."""
+        if self.demand.num_asked:
+            log.info("of %d experts asked for, %d were in memory", self.demand.num_asked, self.kept.num_hits)
         self.kept.close()
         if self._cast is not None:
             self._cast.close()
+        if self.history is not None:
+            self.history.save(*self._chosen)

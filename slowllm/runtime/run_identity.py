@@ -55,6 +55,8 @@ def run_identity(kind: str, lm: StreamedLM, **settings: Any) -> dict[str, Any]:
         "tokenizer": _tokenizer_digest(lm.folder),
         "generation_config": _digest_of_files(lm.folder, "generation_config.json"),
         **computed_by(lm.model),
+        # Where rows of several riders are multiplied together, who rides together counts.
+        **({} if lm.experts is None or lm.experts.settings.is_exact else {"exact": False}),
         **settings,
         "threads": torch.get_num_threads(),
         "kernels": {

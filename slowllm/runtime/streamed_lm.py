@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import resource
 import sys
@@ -33,6 +32,7 @@ from slowllm.planning.job import Sizes
 from slowllm.planning.plan import Plan
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
+from slowllm.runtime.fingerprint import fingerprint_of
 from slowllm.runtime.on_demand import OnDemand
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.streaming.carousel import Carousel
@@ -223,17 +223,8 @@ class StreamedLM:
         Args:
             of_source: hash the checkpoint that a store was made from. An exact store has its source's hash anyway.
         """
-        # The compute dtype and the folder are no part of the checkpoint.
-        config = {**self.config.to_dict(), "dtype": None, "_name_or_path": None}
-        if (config.get("quantization_config") or {}).get(
-            "quant_method"
-        ) == "gguf":  # which a store of it has not
-            del config["quantization_config"]
-        if self.swarm is not None and self._checkpoint.absent:
-            config["hashes of blocks"] = sorted(self.swarm.hashes().items())
-        return self._checkpoint.fingerprint(
-            json.dumps(config, sort_keys=True, default=str), of_source=of_source
-        )
+        hashes = self.swarm.hashes() if self.swarm is not None and self._checkpoint.absent else None
+        return fingerprint_of(self.config, self._checkpoint, hashes, of_source=of_source)
 
     def weights(self, name: str) -> Tensor:
         """Return a copy of a parameter in the compute dtype and in the processor's memory, which the budget does not count.
@@ -353,6 +344,8 @@ class StreamedLM:
 
 def _report_passage(handle: weakref.ref[StreamedLM], passage: Passage) -> None:
     lm = handle()
+    if lm is not None and lm.experts is not None:
+        lm.experts.remember()
     for watcher in [] if lm is None else lm._watchers.copy():
         watcher(passage)
 

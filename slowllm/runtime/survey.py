@@ -55,11 +55,10 @@ def block_rates(lm: StreamedLM, rates: Rates) -> Rates:
     _first_block_seconds(lm, few)  # read, and buffers touched
     few_seconds = _first_block_seconds(lm, few)
     rates = replace(rates, memory=num_bytes / few_seconds, measured=True)
-    if (
-        many < 8 * few
-    ):  # there is no room for more tokens, or the job has no more, so their rate hardly matters
-        return rates
-    many_seconds = _first_block_seconds(lm, many)
+    # Where there is no room for more tokens, or the job has no more, their rate hardly matters.
+    many_seconds = 0.0 if many < 8 * few else _first_block_seconds(lm, many)
+    if lm.experts is not None:  # what a token that is no text needs is nothing to remember
+        lm.experts.leave_out()
     if many_seconds <= few_seconds:  # too small a model to tell
         return rates
     return replace(rates, compute=many * flops / (many_seconds - few_seconds), compute_measured=True)
@@ -104,6 +103,7 @@ class Survey:
         free_tokens: that a sweep computes while its bytes are read; 0 where nothing is read, or on devices.
         native_format: the quantised format of the maker in which the weights are read as they are; None where they are plain.
         token_costs: where experts are read on demand, what a first token, a later one, and a sweep of the job take.
+        knows_experts: whether it is known from earlier runs which experts are needed how often; else it is assumed.
     """
 
     name: str
@@ -124,6 +124,7 @@ class Survey:
     free_tokens: int = 0
     native_format: str | None = None
     token_costs: tuple[SweepCost, ...] = ()
+    knows_experts: bool = False
 
     @property
     def can_be_halved(self) -> bool:
@@ -175,6 +176,7 @@ def survey(
             dtype=str(lm.model.dtype).removeprefix("torch."), ram_bytes=ram_bytes, process_bytes=process_bytes,
             job=job, rates=rates, store=_kind_of(info.folder),
             native_format=format_name(info.config),
+            knows_experts=any(one.experts is not None and bool(one.experts.popularity) for one in lm.choices),
             **(
                 _planned(lm.choices, ram_bytes, process_bytes, job, rates, keep_resident)
                 if placement is None

@@ -144,6 +144,26 @@ def test_a_loaded_model_is_used_as_it_is(tasks: list[dict[str, Any]]) -> None:
         assert lm.ride([lambda: 1]) == [1]  # still open
 
 
+def test_exact_is_an_argument(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def open_model(*args: Any, **options: Any) -> None:
+        seen.append(options["exact"])
+        raise InputError("seen")
+
+    monkeypatch.setattr(lm_eval_model, "open_model", open_model)
+    for more in ("", ",exact=True", ",exact=False"):
+        model = lm_eval_model.SlowLM.create_from_arg_string(f"pretrained={llama},dtype=fp32{more}")
+        with pytest.raises(InputError, match="seen"):
+            model.loglikelihood([instance("loglikelihood", ("A value", " the"))])
+    assert seen == [True, True, False]
+    with (
+        slowllm.load(llama, dtype="fp32") as lm,
+        pytest.raises(InputError, match="a loaded model has its own choice of exact; give it to load"),
+    ):
+        lm_eval_model.SlowLM(lm, exact=False)
+
+
 def test_a_model_is_opened_anew_only_for_more(model: lm_eval_model.SlowLM) -> None:
     def ask(text: str) -> Any:
         return model.loglikelihood([instance("loglikelihood", (text, " the"))])

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slowllm.errors import PlanError
-from slowllm.planning.experts import demand_bytes, distinct_experts
+from slowllm.planning.experts import ENOUGH_CHOICES, demand_bytes, distinct_experts, popularity_of
 from slowllm.planning.forecast import sweep_costs
 from slowllm.planning.host_plan import make_plan
-from slowllm.planning.job import ExpertSizes, Job, Rates, Sizes, StopSize
+from slowllm.planning.job import (
+    ExpertSizes,
+    Job,
+    Rates,
+    Sizes,
+    StopSize,
+    with_popularity,
+    with_smaller_weights,
+)
 
 GIB = 1 << 30
 EXPERTS = ExpertSizes(frozenset(range(1, 9)), 256, 8, 44 << 20, 30 << 20, 88e6)
@@ -89,3 +101,73 @@ def test_the_costs_of_a_token_and_of_a_sweep() -> None:
 def test_the_smallest_budget_is_named_where_an_expert_does_not_fit() -> None:
     with pytest.raises(PlanError, match="the smallest that would do is"):
         make_plan([SIZES], free_bytes=300 << 20, total_bytes=300 << 20, job=Job(num_tokens=64, longest=64))
+
+
+def chosen_by(weights: Sequence[float], top_k: int, num_sweeps: int, num_tokens: int) -> list[int]:
+    """Return in how many of some sweeps, each of so many tokens, each expert was chosen."""
+    draw, counts = random.Random(0), [0] * len(weights)
+    for _ in range(num_sweeps):
+        needed: set[int] = set()
+        for _token in range(num_tokens):
+            keys = [draw.random() ** (1 / weight) for weight in weights]  # Efraimidis and Spirakis, 2006
+            needed |= set(sorted(range(len(weights)), key=lambda number: -keys[number])[:top_k])
+        for number in needed:
+            counts[number] += 1
+    return counts
+
+
+@pytest.mark.parametrize("num_tokens", [1, 6])
+@pytest.mark.parametrize("power", [0.0, 2.0])
+def test_what_sweeps_chose_tells_what_others_will_need(num_tokens: int, power: float) -> None:
+    weights = [(number + 1) ** -power for number in range(32)]
+    counts = chosen_by(weights, 2, 2000, num_tokens)
+    popularity = popularity_of([counts], [2000])
+    assert sum(popularity) == pytest.approx(1)
+    assert list(popularity) == sorted(popularity, reverse=True)
+    for other in (1, 4, 16):
+        seen = sum(chosen_by(weights, 2, 100, other)) / 100
+        assert distinct_experts(32, 2, other, popularity=popularity) == pytest.approx(seen, rel=0.12)
+    # Of what a token needs, what stays has its share of the counts.
+    if num_tokens == 1:
+        hits = 1 - distinct_experts(32, 2, 1, 8, popularity) / 2
+        assert hits == pytest.approx(sum(sorted(counts)[-8:]) / sum(counts), abs=0.06)
+
+
+def test_of_few_choices_little_is_believed() -> None:
+    one = popularity_of([[1, 1, *[0] * 30]], [1])
+    assumed = distinct_experts(32, 2, 64)
+    assert distinct_experts(32, 2, 64, popularity=one) == pytest.approx(assumed, rel=0.05)
+    many = popularity_of([[900, 900, *[0] * 30]], [900])
+    assert distinct_experts(32, 2, 64, popularity=many) < 0.6 * assumed
+    assert popularity_of([], []) == popularity_of([[0, 0]], [5]) == ()
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 1 << 30), min_size=5, max_size=5), min_size=1, max_size=3),
+    st.integers(0, 9),
+)
+def test_any_counts_are_a_popularity(chosen: list[list[int]], more: int) -> None:
+    found = popularity_of(chosen, [max(counts) + more for counts in chosen])
+    if any(map(any, chosen)):
+        assert sum(found) == pytest.approx(1)
+        assert all(0 < one <= 1 for one in found)
+        assert list(found) == sorted(found, reverse=True)
+        assert distinct_experts(5, 2, 1, popularity=found) == pytest.approx(2, rel=1e-3)
+    else:
+        assert found == ()
+
+
+def test_a_plan_knows_what_earlier_runs_chose() -> None:
+    counts = [[ENOUGH_CHOICES * 100] * 64 + [0] * 192] * 8  # a quarter is always needed, and no other is
+    known = with_popularity(SIZES, popularity_of(counts, [ENOUGH_CHOICES * 200] * 8))
+    job = Job(num_tokens=64, longest=64, num_passes=64, forward_only=True)
+    plans = [
+        make_plan([sizes], free_bytes=40 * GIB, total_bytes=40 * GIB, job=job) for sizes in (SIZES, known)
+    ]
+    assert plans[0].kept_units == plans[1].kept_units > 8 * 64
+    before, after = (plan.forecast for plan in plans)
+    assert after.read_bytes < before.read_bytes / 4
+    assert after.seconds < before.seconds
+    assert with_smaller_weights(known, 0.5).experts.popularity == known.experts.popularity  # type: ignore[union-attr]
+    assert with_popularity(SIZES, ()) is SIZES
+    assert with_popularity(WHOLE, (0.5, 0.5)) is WHOLE

@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from slowllm.storage.manifest import open_checkpoint
 from slowllm.storage.spans import Placement, Run
-from slowllm.streaming.kept_stops import MARGIN, KeptStops
+from slowllm.streaming.kept_stops import ENOUGH_COUNTS, MARGIN, KeptStops
 from slowllm.streaming.reader import Reader
 from slowllm.streaming.ring import smallest_ring
 
@@ -28,7 +29,9 @@ def tensors(tmp_path: Path) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def kept_stops(folder: Path, num_kept: int, *, poison: bool = True) -> Iterator[tuple[KeptStops, Reader]]:
+def kept_stops(
+    folder: Path, num_kept: int, *, poison: bool = True, counts: list[int] | None = None
+) -> Iterator[tuple[KeptStops, Reader]]:
     with open_checkpoint(folder) as checkpoint:
         spans = checkpoint.spans
         units = [
@@ -42,7 +45,8 @@ def kept_stops(folder: Path, num_kept: int, *, poison: bool = True) -> Iterator[
             for unit in range(NUM_UNITS)
         ]  # fmt: skip
         with contextlib.closing(Reader(units, ring_bytes=smallest_ring(units), poison=poison)) as reader:
-            stops = KeptStops(reader, units, GROUPS, num_kept)
+            known = None if counts is None else np.array(counts)
+            stops = KeptStops(reader, units, GROUPS, num_kept, known)
             yield stops, reader
             stops.close()
 
@@ -111,3 +115,47 @@ def test_who_raises_while_a_unit_is_held_keeps_nothing(
         assert not stops.is_kept(0)
         visit(stops, 0, tensors)
         assert stops.is_kept(0)
+
+
+def test_those_that_earlier_runs_asked_for_most_take_their_places_when_they_come(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    # The third was asked for hardly more often than the first, and has its place all the same.
+    with kept_stops(tmp_path, 2, counts=[8, 1, 10, 30, 0, 0, 0, 0]) as (stops, reader):
+        for unit, kept in ((0, [0]), (1, [0, 1]), (3, [0, 3]), (2, [2, 3]), (0, [2, 3]), (1, [2, 3])):
+            visit(stops, unit, tensors)
+            assert [unit for unit in range(4) if stops.is_kept(unit)] == kept
+        before = reader.stats.read_bytes
+        for unit in (2, 3):
+            visit(stops, unit, tensors)
+        assert reader.stats.read_bytes == before
+        # Of a group of which nothing is known, the first ones stay as ever.
+        for unit in (4, 5, 6):
+            visit(stops, unit, tensors)
+        assert [unit for unit in range(4, 8) if stops.is_kept(unit)] == [4, 5]
+
+
+def test_what_earlier_runs_asked_for_gives_way_to_what_is_asked_for_now(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    with kept_stops(tmp_path, 1, counts=[0, 3, 0, 0, 0, 0, 0, 0]) as (stops, _):
+        visit(stops, 1, tensors)
+        for _time in range(8):
+            visit(stops, 0, tensors)
+        assert stops.is_kept(0)
+        visit(stops, 1, tensors)  # which is no longer expected to stay
+        assert stops.is_kept(0)
+    with kept_stops(tmp_path, 1, counts=[0, 3, 0, 0, 0, 0, 0, 0]) as (stops, _):
+        for _time in range(8):
+            visit(stops, 0, tensors)
+        visit(stops, 1, tensors)  # comes too late
+        assert stops.is_kept(0)
+
+
+def test_counts_of_a_group_are_halved_where_they_are_many(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    most = ENOUGH_COUNTS * len(GROUPS[0])
+    with kept_stops(tmp_path, 1, counts=[most - 8, 8, 0, 0, 0, 0, 3, 0]) as (stops, _):
+        visit(stops, 1, tensors)
+        assert stops.counts.tolist() == [(most - 8) // 2, 4, 0, 0, 0, 0, 3, 0]

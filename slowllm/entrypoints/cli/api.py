@@ -95,13 +95,7 @@ def api(
     body_seconds: Annotated[
         float, typer.Option(help="Seconds in which the body of a request must have come.", min=0.1)
     ] = 60.0,
-    exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact",
-            help="Let each prompt ride alone, with the bits that it has alone; together they take less time and round otherwise.",
-        ),
-    ] = False,
+    exact: options.ExactPrompts = False,
     drain: Annotated[
         float, typer.Option(help="Seconds that requests get to end after SIGTERM or Ctrl-C; a second signal ends them.", min=0.0)
     ] = 30.0,
@@ -127,7 +121,9 @@ def api(
             f"--max-body {max_body}: is too small for any request; give {_LEAST_BODY_BYTES} bytes at least"
         )
     cache_bytes = parse_bytes(cache_size)
-    runner = Runner(model, ram, device, vram, dtype, resident=resident, swarm=swarm, dry_run=dry_run)
+    runner = Runner(
+        model, ram, device, vram, dtype, resident=resident, swarm=swarm, dry_run=dry_run, exact=exact
+    )
     if dry_run:
         runner.load_libraries()
         runner.print_plan(
@@ -162,8 +158,6 @@ def api(
             with may_end_while_starting():
                 opened, job = open_first(runner, jobs, budget_of(runner.ram, _server_bytes(body_bytes)))
             lm = held.enter_context(opened)
-            if lm.experts is not None:
-                lm.experts.settings.is_exact = exact
             folder = None
             if cache is not None:
                 owner = f"{lm.fingerprint()}-{str(lm.model.dtype).removeprefix('torch.')}"

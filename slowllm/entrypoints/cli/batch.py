@@ -38,6 +38,7 @@ def batch(
     swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    exact: options.Exact = True,
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -64,7 +65,7 @@ def batch(
     lines = read_lines(file)  # before the model is opened: an unreadable file should not cost a wait
     runner = Runner(
         model, ram, device, vram, dtype, resident=resident, swarm=swarm, state=state, kind="batch",
-        overwrite=overwrite, dry_run=dry_run,
+        overwrite=overwrite, dry_run=dry_run, exact=exact,
     )  # fmt: skip
     out = runner.check_output(out, file)
     runner.load_libraries()

@@ -58,6 +58,7 @@ def chat(
     ] = None,
     resident: options.Resident = True,
     swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
+    exact: options.Exact = True,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
     """Talk with a model in the terminal.
@@ -67,7 +68,7 @@ def chat(
     tokenizer has no chat template continues a plain transcript.
     """
     options.log_to_stderr(verbose)
-    runner = Runner(model, ram, device, vram, dtype, resident=resident, swarm=swarm)
+    runner = Runner(model, ram, device, vram, dtype, resident=resident, swarm=swarm, exact=exact)
     runner.load_libraries()
     from slowllm.entrypoints.cli.chat_loop import converse
     from slowllm.entrypoints.conversation import Conversation

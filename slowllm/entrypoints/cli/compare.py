@@ -46,6 +46,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap of the confidence intervals.", min=0)] = 0,
     resident: options.Resident = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    exact: options.Exact = True,
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
@@ -59,7 +60,10 @@ def compare(
     """
     options.log_to_stderr(verbose)
     named = inputs.choose_files(files, text, "a file")
-    runners = [Runner(model, ram, "cpu", None, dtype, resident=resident, dry_run=dry_run) for model in (a, b)]
+    runners = [
+        Runner(model, ram, "cpu", None, dtype, resident=resident, dry_run=dry_run, exact=exact)
+        for model in (a, b)
+    ]
     runners[0].load_libraries()
     with contextlib.ExitStack() as stack:
         texts, jobs = _read(runners, stack, named, text or [], column, prefix, max_tokens, truncate)
@@ -119,7 +123,7 @@ def _open(
     one, other = runners
     return open_pair(
         one.info, other.info, jobs, Budget(budget_bytes(one.ram), psutil.Process().memory_info().rss),
-        dtype=one.dtype, rates=(one.rates, other.rates), keep_resident=one.resident, into=stack.enter_context,
+        dtype=one.dtype, rates=(one.rates, other.rates), keep_resident=one.resident, exact=one.exact, into=stack.enter_context,
     )  # fmt: skip
 
 

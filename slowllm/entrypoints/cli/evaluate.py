@@ -94,6 +94,7 @@ def boolq(
     state: options.State = None,
     overwrite: options.Overwrite = False,
     report: options.Report = None,
+    exact: options.Exact = True,
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -106,7 +107,7 @@ def boolq(
     options.check_normalize(normalize)
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, state=state, kind="eval boolq",
-        overwrite=overwrite, dry_run=dry_run, swarm=swarm,
+        overwrite=overwrite, dry_run=dry_run, exact=exact, swarm=swarm,
     )  # fmt: skip
     out = runner.check_output(out, data, template_file)
     report = runner.check_report(report, data, template_file)
@@ -156,6 +157,7 @@ def task(
     state: options.State = None,
     overwrite: options.Overwrite = False,
     report: options.Report = None,
+    exact: options.Exact = True,
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -167,7 +169,7 @@ def task(
     options.check_normalize(normalize)
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, state=state, kind="eval task",
-        overwrite=overwrite, dry_run=dry_run, swarm=swarm,
+        overwrite=overwrite, dry_run=dry_run, exact=exact, swarm=swarm,
     )  # fmt: skip
     out = runner.check_output(out, data, template_file)
     report = runner.check_report(report, data, template_file)
@@ -212,7 +214,7 @@ def lm(
     All requests of a kind share as few sweeps as possible.
 
     All other options are lm-eval's own, which `slowllm eval lm run --help` prints. --model_args takes pretrained (a
-    folder, or a model of the local cache), ram, dtype, device, vram, prompt and max_length.
+    folder, or a model of the local cache), ram, dtype, device, vram, prompt, exact and max_length.
 
     Nothing is downloaded without --allow-downloads: a task whose data are not on this machine ends in a sentence.
     """

@@ -85,6 +85,7 @@ def forward(
             "--save-every", help="With --state: maximum number of seconds of work that a kill may cost.", min=0.0
         ),
     ] = 30.0,
+    exact: options.Exact = True,
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
@@ -101,7 +102,7 @@ def forward(
     entries = inputs.read_entries(files, text)
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, resident=resident, swarm=swarm, state=state, kind="forward",
-        overwrite=overwrite, dry_run=dry_run,
+        overwrite=overwrite, dry_run=dry_run, exact=exact,
     )  # fmt: skip
     out = runner.check_output(out, *files)
     report = runner.check_report(report, *files)

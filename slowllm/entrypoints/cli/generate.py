@@ -113,6 +113,7 @@ def generate(
     state: options.State = None,
     overwrite: options.Overwrite = False,
     report: options.Report = None,
+    exact: options.Exact = True,
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
@@ -126,7 +127,7 @@ def generate(
     entries = _entries(prompts, file)
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, resident=resident, swarm=swarm, state=state, kind="generate",
-        overwrite=overwrite, dry_run=dry_run,
+        overwrite=overwrite, dry_run=dry_run, exact=exact,
     )  # fmt: skip
     out = runner.check_output(out, *(file or ()))
     report = runner.check_report(report, *(file or ()))

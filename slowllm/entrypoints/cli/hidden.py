@@ -48,6 +48,7 @@ def hidden(
     max_tokens: into_shards.MaxTokens = None,
     truncate: into_shards.Truncate = False,
     resident: options.Resident = True,
+    exact: options.Exact = True,
     dry_run: options.DryRun = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
     verbose: options.Verbose = False,
@@ -67,7 +68,16 @@ def hidden(
     if pool not in ("last", "mean", "all"):
         raise InputError(f"--pool {pool!r} is unknown; use last, mean or all")
     runner = Runner(
-        model, ram, device, vram, dtype, resident=resident, state=where.state, kind="hidden", dry_run=dry_run
+        model,
+        ram,
+        device,
+        vram,
+        dtype,
+        resident=resident,
+        state=where.state,
+        kind="hidden",
+        dry_run=dry_run,
+        exact=exact,
     )
     where.check()
     runner.load_libraries()

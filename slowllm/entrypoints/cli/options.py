@@ -68,6 +68,18 @@ Resident = Annotated[
         help="Keep the blocks that fit the budget in memory, or read every block in every sweep.",
     ),
 ]
+_TOGETHER = "the bits that it has alone; together they take less time and round otherwise."
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact/--no-exact",
+        help=f"In experts that are read on demand, give each micro-batch {_TOGETHER}",
+    ),
+]
+# Of verbs that answer whoever comes, whose prompts share micro-batches as well.
+ExactPrompts = Annotated[
+    bool, typer.Option("--exact/--no-exact", help=f"Let each prompt ride alone, with {_TOGETHER}")
+]
 ANY_ADDRESS = "/ip4/0.0.0.0/tcp/0"
 Identity = Annotated[
     Path | None,

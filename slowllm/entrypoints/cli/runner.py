@@ -53,6 +53,7 @@ class Runner:
             as long as the file is not complete.
         kind: of that job.
         overwrite: whether to begin anew beside the lines of another job.
+        exact: of experts that are read on demand, whether each micro-batch has the bits that it has alone.
         swarm: that computes the blocks; without peers, they are computed here.
         dry_run: whether the verb only prints the plan of its job, for which the weights need not be there.
     Raises:
@@ -65,7 +66,7 @@ class Runner:
     def __init__(
         self, model: str | None, ram: str, device: str, vram: str | None, dtype: str, *,
         prompt: str | None = None, resident: bool = True, state: Path | None = None, kind: str = "",
-        overwrite: bool = False, dry_run: bool = False, swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
+        overwrite: bool = False, dry_run: bool = False, exact: bool = True, swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     ) -> None:  # fmt: skip
         if ram != AUTO:
             parse_bytes(ram)
@@ -75,7 +76,7 @@ class Runner:
             raise InputError("--vram is for a GPU; name one with --device cuda, or leave it out")
         parse_dtype(dtype)
         self.ram, self.device, self.vram, self.resident = ram, device, vram, resident
-        self.dry_run, self._swarm = dry_run, swarm
+        self.dry_run, self.exact, self._swarm = dry_run, exact, swarm
         self.part: Part | None = None
         if swarm.peers and dry_run:
             raise InputError(
@@ -341,7 +342,7 @@ class Runner:
 
         options: dict[str, Any] = {
             "ram": budget or self.ram, "device": self.device, "vram": self.vram, "dtype": self.dtype,
-            "keep_resident": self.resident, "job": job, "rates": self.rates,
+            "keep_resident": self.resident, "job": job, "rates": self.rates, "exact": self.exact,
         }  # fmt: skip
         if (swarm := self.swarm_options()) is not None:
             from slowllm.swarm.client import open_client

@@ -56,6 +56,7 @@ def score(
     per_token: options.PerToken = False,
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    exact: options.Exact = True,
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -79,7 +80,7 @@ def score(
     options.check_normalize(normalize)
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, state=state, kind="score",
-        overwrite=overwrite, dry_run=dry_run, swarm=swarm,
+        overwrite=overwrite, dry_run=dry_run, exact=exact, swarm=swarm,
     )  # fmt: skip
     out = runner.check_output(out, *files)
     runner.load_libraries()

@@ -56,6 +56,7 @@ def _document(survey: Survey) -> dict[str, Any]:
         "more_ram": [{"ram_bytes": ram, "seconds": seconds} for ram, seconds in survey.larger],
         "expert_ring_bytes": plan.expert_ring_bytes,
         "kept_experts": plan.kept_units,
+        "expert_use_seen": survey.knows_experts,
         "token_costs": [dataclasses.asdict(cost) for cost in survey.token_costs],
         "half_the_bytes_seconds": survey.halved_seconds,
         "native_format": survey.native_format,
@@ -112,7 +113,8 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         rows.append(("streamed", f"{plan.streamed} through a ring of {format_bytes(plan.ring_bytes)}"))
     if plan.expert_ring_bytes:
         ring = format_bytes(plan.expert_ring_bytes)
-        rows.append(("experts", f"read when a router asks for them, through a ring of {ring}"))
+        basis = "as earlier runs needed them" if survey.knows_experts else "as is assumed of any model"
+        rows.append(("experts", f"read when a router asks for them, through a ring of {ring}; {basis}"))
     held = "everything, mapped from the page cache"
     if plan.streams:
         held = f"{plan.held(len(plan.resident), survey.num_stops)}, {format_bytes(plan.resident_bytes)}, not read again"

@@ -37,6 +37,7 @@ def teach(
     resident: options.Resident = True,
     swarm: SwarmChoice = SwarmChoice(),  # noqa: B008 (frozen)
     save_every: into_shards.SaveEvery = 30.0,
+    exact: options.Exact = True,
     dry_run: options.DryRun = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
     verbose: options.Verbose = False,
@@ -62,6 +63,7 @@ def teach(
         state=where.state,
         kind="teach",
         dry_run=dry_run,
+        exact=exact,
     )
     where.check()
     runner.load_libraries()

@@ -70,6 +70,7 @@ def web(
     max_waiting: Annotated[
         int, typer.Option(help="Texts that may wait for room; further ones are refused.", min=1)
     ] = 128,
+    exact: options.ExactPrompts = False,
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:  # fmt: skip
@@ -79,7 +80,9 @@ def web(
     makes room for others. Nothing is sent to or loaded from any other machine. Ends at Ctrl-C or SIGTERM.
     """
     options.log_to_stderr(verbose)
-    runner = Runner(model, ram, device, vram, dtype, resident=resident, swarm=swarm, dry_run=dry_run)
+    runner = Runner(
+        model, ram, device, vram, dtype, resident=resident, swarm=swarm, dry_run=dry_run, exact=exact
+    )
     if dry_run:
         runner.load_libraries()
         runner.print_plan(
@@ -104,7 +107,7 @@ def web(
         budget = budget_of(runner.ram, _PAGE_BYTES)
         opened, _ = open_first(runner, jobs, budget)
         lm = held.enter_context(opened)
-        service = held.enter_context(Service(lm, max_rows=max_rows, max_waiting=max_waiting))
+        service = held.enter_context(Service(lm, max_rows=max_rows, max_waiting=max_waiting, is_exact=exact))
         desk = Desk(lm, service, max_rows)
         machine = held.enter_context(MachineView(desk, runner.rates, budget.total_bytes))
         results = folder / "results"

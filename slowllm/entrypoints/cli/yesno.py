@@ -47,6 +47,7 @@ def yesno(
     ] = r"Question: {question}\nAnswer:",
     state: options.State = None,
     overwrite: options.Overwrite = False,
+    exact: options.Exact = True,
     dry_run: options.DryRun = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -66,7 +67,7 @@ def yesno(
         raise InputError(f"--yes {yes!r} and --no {no!r} must be two different words, neither of them empty")
     runner = Runner(
         model, ram, device, vram, dtype, prompt=prompt, state=state, kind="yesno",
-        overwrite=overwrite, dry_run=dry_run, swarm=swarm,
+        overwrite=overwrite, dry_run=dry_run, exact=exact, swarm=swarm,
     )  # fmt: skip
     out = runner.check_output(out, *files)
     runner.load_libraries()

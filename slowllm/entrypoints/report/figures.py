@@ -63,6 +63,8 @@ def plan_of(lm: StreamedLM, job: Job, num_resumed: int) -> list[tuple[str, str]]
         ]
     else:
         found.append(("weights", f"{format_bytes(lm.weight_bytes)}, all in memory maps"))
+    if lm.experts is not None:
+        found.append(("experts", f"read when routers ask for them; {lm.experts.products}"))
     if plan.decoded_bytes:
         found.append(("decoded weights of a stop", format_bytes(plan.decoded_bytes)))
     found.append(

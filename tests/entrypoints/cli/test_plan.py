@@ -61,6 +61,8 @@ def test_the_plan_of_a_mixture_says_what_a_token_takes(monkeypatch: Any, capsys:
     assert run(["plan", "openai/gpt-oss-20b", "--ram", "8GiB", "--tokens", "2000"], monkeypatch) == 0
     table = " ".join(capsys.readouterr().out.split())
     assert "read when a router asks for them, through a ring of" in table
+    assert "; as is assumed of any model" in table
+    assert not plan["expert_use_seen"]
     assert "42 of 42 stops and 0 experts" in table
     assert "mapped" not in table
 
