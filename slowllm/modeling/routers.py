@@ -1,13 +1,16 @@
 """Which experts will a block choose, asked of its router alone?
 
-Knows how transformers' mixtures name their routers and norms; computes with the router's weights, and with no others of the block.
+Knows how transformers' mixtures name their routers and norms; computes with the router's weights, and with no others of the block,
+in their place or as copies that stay when the block has gone.
 Asked with another block's output, the answer is a guess: attention is still to come.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,12 +34,13 @@ class Router:
         module: the router.
         norm: of the hidden states before they come to the mixture; None if there is none, or if it is not known.
         parameters: the names in the block of all parameters and buffers that are read.
+        others: returns the tensors of the mixture that the router is called with beside the hidden states.
     """
 
     module: nn.Module
     norm: nn.Module | None
     parameters: tuple[str, ...]
-    _others: tuple[Tensor, ...]
+    others: Callable[[], tuple[Tensor, ...]]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the experts chosen, (T, k) int64.
@@ -44,11 +48,10 @@ class Router:
         Args:
             hidden: (B, T', H) or (T, H) in the compute dtype, as the mixture has them, behind the norm.
         """
-        rows = (
-            hidden.reshape(1, -1, hidden.shape[-1]) if self._others else hidden.reshape(-1, hidden.shape[-1])
-        )
+        others = self.others()
+        rows = hidden.reshape(1, -1, hidden.shape[-1]) if others else hidden.reshape(-1, hidden.shape[-1])
         with torch.no_grad():
-            chosen: Tensor = self.module(rows, *self._others)[2]
+            chosen: Tensor = self.module(rows, *others)[2]
         return chosen.reshape(-1, chosen.shape[-1])
 
     def guess(self, hidden: Tensor) -> Tensor:
@@ -59,6 +62,49 @@ class Router:
         """
         with torch.no_grad():
             return self(hidden if self.norm is None else self.norm(hidden))
+
+
+class KeptRouter:
+    """A router that can be asked when its block is not in memory, with copies of its weights.
+
+    Its modules are copies as well: what hooks record of the block's own calls, they do not record of guesses.
+
+    Args:
+        router: of a block that has not been called yet.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._copy = replace(router, module=copy.deepcopy(router.module), norm=copy.deepcopy(router.norm))
+        self.is_kept = False
+
+    @property
+    def entrance(self) -> nn.Module:
+        """The block's own module that hidden states come to as `guess` takes them."""
+        return self._router.module if self._router.norm is None else self._router.norm
+
+    def keep(self) -> None:
+        """Copy the weights, which are in the block now."""
+        with torch.inference_mode(False), torch.no_grad():
+            _copy_weights(self._router.module, self._copy.module)
+            if self._router.norm is not None and self._copy.norm is not None:
+                _copy_weights(self._router.norm, self._copy.norm)
+            others = tuple(other.detach().clone() for other in self._router.others())
+        self._copy = replace(self._copy, others=lambda: others)
+        self.is_kept = True
+
+    def guess(self, hidden: Tensor) -> Tensor:
+        """Return the experts chosen, as `Router.guess` does, when weights have been kept."""
+        assert self.is_kept, "weights have been copied"
+        return self._copy.guess(hidden)
+
+
+def _copy_weights(source: nn.Module, target: nn.Module) -> None:
+    for name, value in (*source.named_parameters(), *source.named_buffers()):
+        path, _, key = name.rpartition(".")
+        owner = target.get_submodule(path)
+        tables: Any = owner._parameters if key in owner._parameters else owner._buffers
+        tables[key] = value.detach().clone()
 
 
 def find_router(block: nn.Module) -> Router | None:
@@ -81,11 +127,13 @@ def find_router(block: nn.Module) -> Router | None:
         return None
     module: nn.Module = getattr(mixture, key)
     _, *asked = inspect.signature(module.forward).parameters
-    others = [
-        value for value in (getattr(mixture, other, None) for other in asked) if isinstance(value, Tensor)
-    ]
-    if len(others) < len(asked):
+    if not all(isinstance(getattr(mixture, other, None), Tensor) for other in asked):
         return None
+
+    def others() -> tuple[Tensor, ...]:
+        # Looked up when they are needed: a parameter is in its place only while its block is visited.
+        return tuple(getattr(mixture, other) for other in asked)
+
     norm_name, norm = (None, None) if mixture is block else _norm_before(block)
     parts: list[tuple[str | None, Any]] = [(f"{name}.{key}".lstrip("."), module), (norm_name, norm)]
     names = [
@@ -95,7 +143,7 @@ def find_router(block: nn.Module) -> Router | None:
         for inner, _ in (*owner.named_parameters(), *owner.named_buffers())
     ]
     names += [f"{name}.{other}".lstrip(".") for other in asked]
-    return Router(module, norm, tuple(names), tuple(others))
+    return Router(module, norm, tuple(names), others)
 
 
 def _norm_before(block: nn.Module) -> tuple[str | None, nn.Module | None]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from slowllm.modeling.cache_sizes import CacheSize, number_of
 from slowllm.modeling.layout import Layout, block_numbers
 from slowllm.modeling.online_softmax import TILE_COLUMNS
+from slowllm.modeling.routers import find_router
 from slowllm.planning.job import ExpertSizes, Sizes, StopSize
 from slowllm.rounding import ceil_div
 from slowllm.storage.codecs.registry import codec_of
@@ -128,7 +129,18 @@ def _experts_of(layout: Layout, config: Any) -> ExpertSizes | None:
         largest_bytes=max(size.largest_bytes for size in sizes),
         unit_flops=max(size.flops for size in sizes),
         decoded_bytes=max(size.decoded_bytes for size in sizes),
+        router_bytes=sum(_router_bytes(layout, number) for number in stops),
     )
+
+
+def _router_bytes(layout: Layout, block: int) -> int:
+    """Return the bytes of a copy of what a block's router reads; 0 where it cannot be asked by itself."""
+    router = find_router(layout.blocks[block])
+    if router is None:
+        return 0
+    held = {**dict(layout.blocks[block].named_parameters()), **dict(layout.blocks[block].named_buffers())}
+    dtypes = {name: layout.dtypes.get(f"{layout.blocks_name}.{block}.{name}") for name in router.parameters}
+    return sum(held[name].numel() * (dtype or held[name].dtype).itemsize for name, dtype in dtypes.items())
 
 
 def experts_per_token(config: Any) -> int | None:

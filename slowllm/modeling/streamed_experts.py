@@ -1,8 +1,8 @@
 """The experts of a block, each of which is brought when a router has chosen it, once for all who are at the block.
 
 Takes the place of a module's own computing. Everybody at the block's stop comes here with the rows that its router sent on;
-the union of the chosen experts is brought in ascending order, each is decoded once and multiplied for all, and the rows
-are added up as transformers' `eager` loop adds them: by ascending expert.
+the union of the chosen experts is brought, those that are in memory first, while the others are read. Each is decoded once and
+multiplied for all, and the rows are added up as transformers' `eager` loop adds them: by ascending expert.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from slowllm.modeling.expert_forecast import ExpertForecast
 from slowllm.modeling.expert_products import expert_output, sum_dtype
 from slowllm.modeling.expert_routing import ExpertSum, Routing
 from slowllm.modeling.expert_units import ExpertUnits
+from slowllm.modeling.look_ahead import LookAhead
 from slowllm.rounding import round_up
 from slowllm.streaming.demand_stops import DemandStops
 from slowllm.streaming.gathering import gather
@@ -26,6 +27,9 @@ from slowllm.streaming.stops import Weights
 
 # From this number of rows on, a product of one's own is as fast as one with those of others.
 ENOUGH_ROWS = 64
+# Outputs of experts that are computed before their turn wait until those before them have been read. Where they would take more
+# than this, as many rows' would, experts are computed in ascending order.
+MOST_WAITING_BYTES = 16 << 20
 
 
 @dataclass
@@ -58,6 +62,19 @@ class ExpertSettings:
     stats: ExpertStats = field(default_factory=ExpertStats)
 
 
+@dataclass(frozen=True, eq=False)
+class _Arrival:
+    """What a rider comes with.
+
+    Attributes:
+        routing: of its rows.
+        before: its hidden states before the norm, from which the next block's experts are guessed; None if they are not.
+    """
+
+    routing: Routing
+    before: Tensor | None
+
+
 class StreamedExperts:
     """The experts of one module.
 
@@ -68,6 +85,7 @@ class StreamedExperts:
         demand: brings units.
         forecast: tells which units are worth reading ahead.
         settings: of all blocks.
+        look_ahead: guesses which experts the next module will need; None to guess nothing.
     """
 
     def __init__(
@@ -78,9 +96,18 @@ class StreamedExperts:
         demand: DemandStops,
         forecast: ExpertForecast,
         settings: ExpertSettings,
+        look_ahead: LookAhead | None = None,
     ) -> None:
         self._module, self._units, self._first = module, units, first_unit
         self._demand, self._forecast, self._settings = demand, forecast, settings
+        self._look_ahead = look_ahead
+        self._before: Tensor | None = None
+        if look_ahead is not None:
+            look_ahead.watch(first_unit, self._note)
+
+    def _note(self, before: Tensor | None) -> None:
+        """Note the hidden states of the rider who is about to come here."""
+        self._before = before
 
     @property
     def wait_seconds(self) -> float:
@@ -93,10 +120,11 @@ class StreamedExperts:
         Raises:
             CheckpointError, OSError: one of them cannot be read.
         """
+        before, self._before = self._before, None
         is_recorded = routing.hidden.requires_grad or routing.top_k_weights.requires_grad
         if torch.is_grad_enabled() and is_recorded:
             return self._recorded(routing)
-        result: Tensor = gather(self, routing)
+        result: Tensor = gather(self, _Arrival(routing, before))
         return result
 
     def _recorded(self, routing: Routing) -> Tensor:
@@ -129,12 +157,14 @@ class StreamedExperts:
         biases = [key for key in layout.shapes if key not in layout.matrices]
         return {**{key: getattr(self._module, key)[number] for key in biases}, **held}
 
-    def serve(self, items: Sequence[Routing]) -> Sequence[Tensor | BaseException]:
+    def serve(self, items: Sequence[_Arrival]) -> Sequence[Tensor | BaseException]:
         """Compute for all who are at the stop; see `gathering.Gathering`."""
         with torch.no_grad():
-            return self._serve(items)
+            return self._serve([item.routing for item in items], [item.before for item in items])
 
-    def _serve(self, items: Sequence[Routing]) -> list[Tensor | BaseException]:
+    def _serve(
+        self, items: Sequence[Routing], before: Sequence[Tensor | None]
+    ) -> list[Tensor | BaseException]:
         wanted_by: dict[int, list[int]] = {}
         for place, item in enumerate(items):
             for number in item.experts:
@@ -146,8 +176,12 @@ class StreamedExperts:
         stats = self._settings.stats
         stats.num_distinct += len(union)
         stats.num_wanted += sum(map(len, wanted_by.values()))
-        ahead = self._forecast.ahead_of(self._first, union)
         left = [self._first + number for number in union]
+        were_ahead, ahead = self._compare(left), self._forecast.ahead_of(self._first, union)
+        if self._look_ahead is not None and not ahead:
+            ahead = self._look_ahead.guess(self._first, before)
+        if sum(map(_output_bytes, items)) <= MOST_WAITING_BYTES:
+            left = self._demand.soonest_first(left, were_ahead)
         while left:
             try:
                 for unit, weights in self._demand.bring(left, ahead):
@@ -167,6 +201,13 @@ class StreamedExperts:
                 ]
         self._forecast.saw(self._first, union)
         return [one.result() if isinstance(one, ExpertSum) else one for one in sums]
+
+    def _compare(self, wanted: Sequence[int]) -> Sequence[int]:
+        """Compare what was guessed of this module with the units wanted; return those that were read ahead on the guess."""
+        if self._look_ahead is None:
+            return ()
+        self._look_ahead.keep(self._first)
+        return self._look_ahead.compare(self._first, wanted)
 
     def _multiply(
         self,
@@ -203,6 +244,11 @@ class StreamedExperts:
             return [[one] for one in range(len(counts))]
         few = [one for one, count in enumerate(counts) if count < ENOUGH_ROWS]
         return [*([few] if few else []), *([one] for one, count in enumerate(counts) if count >= ENOUGH_ROWS)]
+
+
+def _output_bytes(routing: Routing) -> int:
+    """Return the bytes of all outputs of all chosen experts."""
+    return routing.top_k_index.numel() * routing.hidden.shape[1] * routing.hidden.itemsize
 
 
 def _decoded(held: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -208,15 +208,19 @@ def _candidates(sizes: Sizes, job: Job, rates: Rates, free_bytes: int, keep_resi
     padding = padding_worth(rates) if job.packing is None else job.packing[2]
 
     def plan(resident: frozenset[int], ring: int, rider: int, sweep: int, peak: int, repeats: bool) -> Plan:
-        experts, kept_units, expert_ring = sizes.experts, 0, 0
+        experts, kept_units, expert_ring, router_bytes = sizes.experts, 0, 0, 0
         if experts is not None:
             # Of what is left over, the ring comes first: the more experts are on their way, the better is the disk used.
             left = free_bytes - peak
             expert_ring = experts.smallest_ring_bytes + min(left * 9 // 10, _more_experts(experts))
             left -= expert_ring - experts.smallest_ring_bytes
+            # Where more than experts is read, the disk has the next stop to read while a block computes.
+            if repeats and not ring and experts.router_bytes <= left * 9 // 10:
+                router_bytes = experts.router_bytes
+                left -= router_bytes
             if keep_resident and repeats:
                 kept_units = max(0, min(experts.num_units, left * 9 // 10 // experts.unit_bytes))
-            peak += expert_ring - experts.smallest_ring_bytes + kept_units * experts.unit_bytes
+            peak += expert_ring - experts.smallest_ring_bytes + kept_units * experts.unit_bytes + router_bytes
         forecast = forecast_of(sizes, resident, ring, rider, sweep, job, rates, kept_units)
         resident_bytes = sum(sizes.stops[stop].num_bytes for stop in resident - unused)
         if experts is not None:
@@ -224,6 +228,7 @@ def _candidates(sizes: Sizes, job: Job, rates: Rates, free_bytes: int, keep_resi
         return Plan(
             sizes.granularity, resident, ring, rider, sweep, padding, peak, resident_bytes, forecast,
             job.longest, unused, expert_ring_bytes=expert_ring, kept_units=kept_units,
+            router_bytes=router_bytes,
         )  # fmt: skip
 
     for rider, sweep in token_choices(job):

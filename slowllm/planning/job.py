@@ -49,6 +49,7 @@ class ExpertSizes:
         decoded_bytes: further bytes that pass through the processor for every expert, if it is decoded.
         popularity: of each expert of a block, the most popular first, where earlier runs were counted; see `popularity_of` in
             `planning.experts`.
+        router_bytes: of copies of all routers, which guess what the next stop will need.
     """
 
     stops: frozenset[int]
@@ -59,6 +60,7 @@ class ExpertSizes:
     unit_flops: float = 0.0
     decoded_bytes: int = 0
     popularity: tuple[float, ...] = ()
+    router_bytes: int = 0
 
     @property
     def num_units(self) -> int:

@@ -32,6 +32,7 @@ class Plan:
         unused: stops that the job never visits.
         expert_ring_bytes: of the ring through which experts come that are read on demand; 0 where there are none.
         kept_units: experts that stay in memory.
+        router_bytes: of copies of routers, which guess what the next block will need; 0 where nothing is guessed.
         keeps_graph: whether autograd keeps the graph over the blocks, instead of recomputing them on the way down:
             all weights stay, and there is room.
         decoded_bytes: of a buffer in which the matrices of a coded stop stay decoded while several riders pass it; 0 where
@@ -52,6 +53,7 @@ class Plan:
     keeps_graph: bool = False
     expert_ring_bytes: int = 0
     kept_units: int = 0
+    router_bytes: int = 0
     decoded_bytes: int = 0
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,14 +19,21 @@ from transformers import PreTrainedModel
 from slowllm.modeling.expert_forecast import ExpertForecast
 from slowllm.modeling.expert_products import ON_DEMAND
 from slowllm.modeling.layout import Layout
+from slowllm.modeling.look_ahead import LookAhead
+from slowllm.modeling.parts import block_of
+from slowllm.modeling.routers import KeptRouter, find_router
 from slowllm.modeling.sizes import unit_buffer_bytes
 from slowllm.modeling.streamed_experts import ExpertSettings, StreamedExperts
+from slowllm.options import format_bytes
 from slowllm.planning.plan import Plan
 from slowllm.runtime.expert_history import ExpertHistory
+from slowllm.storage.spans import Placement
 from slowllm.streaming.cast_stops import CastStops
 from slowllm.streaming.demand_stops import DemandStops
 from slowllm.streaming.kept_stops import KeptStops
+from slowllm.streaming.read_requests import ring_bytes_of
 from slowllm.streaming.reader import Reader
+from slowllm.streaming.ring import smallest_ring
 from slowllm.streaming.stops import StopRead, Stops
 
 log = logging.getLogger(__name__)
@@ -42,6 +49,7 @@ class OnDemand:
         kept: those that stay in memory.
         forecast: what routers chose so far.
         settings: how they are multiplied, and what was counted.
+        look_ahead: guesses which ones the next block will need; None where the plan has no room for copies of routers.
         history: what earlier runs chose, to which this one's choices are added; None where nothing is to be remembered.
     """
 
@@ -50,6 +58,7 @@ class OnDemand:
     kept: KeptStops
     forecast: ExpertForecast
     settings: ExpertSettings
+    look_ahead: LookAhead | None
     history: ExpertHistory | None
     _reader: Reader
     _cast: CastStops | None
@@ -84,10 +93,13 @@ class OnDemand:
         dtypes, buffer_bytes = layout.unit_dtypes, unit_buffer_bytes(layout)
         cast = CastStops(kept, units, dtypes, buffer_bytes) if any(buffer_bytes) else None
         stops: Stops = kept if cast is None else cast
-        demand = DemandStops(reader, stops)
-        opened = cls(
-            layout, demand, kept, ExpertForecast(sizes), ExpertSettings(is_exact), history, reader, cast
-        )
+        demand = DemandStops(reader, stops, kept.is_kept)
+        look_ahead = None
+        if plan.router_bytes:
+            most = _units_beside(plan.expert_ring_bytes, units)
+            look_ahead = LookAhead(_routers_of(layout), ends[:-1], most, kept.is_kept)
+        forecast, settings = ExpertForecast(sizes), ExpertSettings(is_exact)
+        opened = cls(layout, demand, kept, forecast, settings, look_ahead, history, reader, cast)
         log.info("experts are read when routers ask for them: %s", opened.products)
         if num_kept:
             known = None if history is None or not history.earlier else history.path
@@ -109,6 +121,11 @@ class OnDemand:
         """Bytes read so far."""
         return self._reader.stats.read_bytes
 
+    @property
+    def dropped_bytes(self) -> int:
+        """Bytes read of experts that nobody needed before others took their room."""
+        return self._reader.dropped_bytes
+
     def watch_reads(self, watcher: Callable[[StopRead], None]) -> None:
         """Have a function called with each expert that has been read, on the thread that read the last of it."""
         self._reader.on_read = watcher
@@ -123,7 +140,7 @@ class OnDemand:
         for experts in self.layout.experts:
             module: Any = model.get_submodule(experts.name)
             module.__dict__[ON_DEMAND] = StreamedExperts(
-                module, experts, first, self.demand, self.forecast, self.settings
+                module, experts, first, self.demand, self.forecast, self.settings, self.look_ahead
             )
             first += len(experts.units)
 
@@ -167,9 +184,35 @@ class OnDemand:
     def close(self) -> None:
         """End the threads that decode, let memory go, and save for the next start what was chosen."""
         if self.demand.num_asked:
-            log.info("of %d experts asked for, %d were in memory", self.demand.num_asked, self.kept.num_hits)
+            log.info("%s", self.counted())
         self.kept.close()
         if self._cast is not None:
             self._cast.close()
         if self.history is not None:
             self.history.save(*self._chosen)
+
+    def counted(self) -> str:
+        """Return what was done so far, in words."""
+        guessed = "none read ahead on a guess"
+        if self.look_ahead is not None and self.look_ahead.num_read:
+            guessed = f"{self.look_ahead.num_read:,} read ahead on a guess, {self.look_ahead.num_read_right:,} of them needed"
+        return (
+            f"{self.demand.num_asked:,} experts were computed with, {self.kept.num_hits:,} of them in memory; {guessed}; "
+            f"{format_bytes(self.dropped_bytes)} read in vain"
+        )
+
+
+def _routers_of(layout: Layout) -> list[KeptRouter | None]:
+    """Return the router of each module of experts."""
+    routers = []
+    for experts in layout.experts:
+        number = block_of(f"{experts.name}.", layout.blocks_name)
+        assert number is not None, "experts are in blocks"
+        router = find_router(layout.blocks[number])
+        routers.append(None if router is None else KeptRouter(router))
+    return routers
+
+
+def _units_beside(ring_bytes: int, units: Sequence[Sequence[Placement]]) -> int:
+    """Return how many units fit in a ring beside one that is held."""
+    return (ring_bytes - smallest_ring(units)) // max(sum(map(ring_bytes_of, unit)) for unit in units)

@@ -1,13 +1,14 @@
 """Bring units of weights when somebody asks for them: experts, of which no one knows ahead who is needed.
 
 Knows units and their order; knows neither experts nor tokens. Each unit that is asked for is read once and handed over
-in the order asked; what is expected behind them is read ahead as far as the ring has room.
+in the order asked; what is expected behind them is read ahead as far as the ring has room. Where the order is free, units that
+are in memory come first, so that the others are read meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from slowllm.streaming.reader import Reader, ReadStats
 from slowllm.streaming.stops import Stops, Weights
@@ -19,18 +20,31 @@ class DemandStops:
     Args:
         reader: of the units, each a stop there.
         stops: the same in the compute dtype, some of which may stay in memory.
+        is_kept: whether a unit is in memory to stay for now.
     Attributes:
         num_asked: units that were handed over.
     """
 
-    def __init__(self, reader: Reader, stops: Stops) -> None:
+    def __init__(self, reader: Reader, stops: Stops, is_kept: Callable[[int], bool]) -> None:
         self.num_asked = 0
-        self._reader, self._stops = reader, stops
+        self._reader, self._stops, self._is_kept = reader, stops, is_kept
 
     @property
     def read_stats(self) -> ReadStats:
         """What reading cost so far."""
         return self._reader.stats
+
+    def soonest_first(self, units: Sequence[int], ahead: Sequence[int] = ()) -> list[int]:
+        """Return units in the order in which the disk is waited for least.
+
+        Those that are in memory to stay come first, then those that were to be read ahead, then the others.
+
+        Args:
+            units: each once; among equals, their order stays.
+            ahead: units that the last call expected (`then`), in the order in which they are read.
+        """
+        places = {unit: place for place, unit in enumerate(ahead)}
+        return sorted(units, key=lambda unit: -1 if self._is_kept(unit) else places.get(unit, len(places)))
 
     def bring(self, units: Sequence[int], then: Sequence[int] = ()) -> Iterator[tuple[int, Weights]]:
         """Yield units with their weights, which are valid until the next is asked for.

@@ -106,6 +106,11 @@ class Reader(PrefetchedStops[LoadedStop, _Read]):
         """The memory that stops are handed out in, each piece of whole pages."""
         return [self._ring.buffer.bytes, self._kept.bytes]
 
+    @property
+    def dropped_bytes(self) -> int:
+        """Bytes read of stops that were given up before anybody held them; those that are still in the ring do not count yet."""
+        return self._ring.dropped_bytes
+
     @contextlib.contextmanager
     def visit(self, stop: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
         """Hold a stop in memory, and read those that come next meanwhile.
@@ -130,7 +135,7 @@ class Reader(PrefetchedStops[LoadedStop, _Read]):
                 if loaded.stop not in awaited and not loaded.ready:
                     self._ring.evict(loaded)
             slot = self._wait_for(stop, upcoming)
-            slot.held = True
+            slot.held = slot.was_held = True
             self.stats.wait_seconds += time.perf_counter() - started
         try:
             yield slot.weights
@@ -250,7 +255,10 @@ class Reader(PrefetchedStops[LoadedStop, _Read]):
                 self.stats.read_bytes += read.request.needed
                 slot.read_bytes += read.request.needed
                 # A stop that was given up meanwhile is not there.
-                if slot.ready and self._ring.loaded.get(slot.stop) is slot and slot.began_at is not None:
+                is_there = self._ring.loaded.get(slot.stop) is slot
+                if not is_there:
+                    self._ring.dropped_bytes += read.request.needed
+                if slot.ready and is_there and slot.began_at is not None:
                     done = StopRead(slot.stop, slot.began_at, time.perf_counter(), slot.read_bytes)
             elif self._ring.loaded.get(slot.stop) is slot:
                 self._ring.evict(slot)

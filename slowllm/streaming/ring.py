@@ -45,6 +45,7 @@ class LoadedStop:
         regions: the memory of each.
         num_in_flight: reads under way.
         held: whether a visitor holds it.
+        was_held: whether one has held it.
         began_at: when its first read began, by `time.perf_counter`; None where none has.
         read_bytes: bytes read so far.
     """
@@ -57,6 +58,7 @@ class LoadedStop:
     regions: list[np.ndarray] = field(default_factory=list)
     num_in_flight: int = 0
     held: bool = False
+    was_held: bool = False
     began_at: float | None = None
     read_bytes: int = 0
 
@@ -79,6 +81,7 @@ class Ring:
         streamed: those of them that are not resident.
         wanted: stops that are waited for or expected, the next first.
         upcoming: stops that are expected behind the one that is held.
+        dropped_bytes: bytes read of stops that were given up before anybody held them.
     """
 
     def __init__(self, num_bytes: int, stop_bytes: Sequence[int], resident: frozenset[int]) -> None:
@@ -87,6 +90,7 @@ class Ring:
         self.streamed: dict[int, LoadedStop] = {}
         self.wanted: list[int] = []
         self.upcoming: list[int] = []
+        self.dropped_bytes = 0
         self._num_bytes, self._stop_bytes, self._resident = num_bytes, stop_bytes, resident
         self._extents: deque[tuple[int, int, LoadedStop]] = deque()
         self._started_over: set[int] = set()
@@ -132,6 +136,8 @@ class Ring:
         if self.loaded.get(slot.stop) is slot:
             del self.loaded[slot.stop]
             self.streamed.pop(slot.stop, None)
+            if not slot.was_held:
+                self.dropped_bytes += slot.read_bytes
 
     def _allocate(self, num_bytes: int, slot: LoadedStop) -> np.ndarray | None:
         if not num_bytes:  # an extent of no bytes would look like a full circle

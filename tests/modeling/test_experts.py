@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slowllm.modeling.experts import ExpertLayout, expert_layouts, expert_modules, picked_experts, weights_of
 from slowllm.modeling.layout import find_blocks
-from slowllm.modeling.routers import Router, find_router
+from slowllm.modeling.routers import KeptRouter, Router, find_router
 from tests.support.census import IDS, make_toy
 from tests.support.expert_census import INTERFACE, TABLE, expert_rows, expert_toy, with_experts
 
@@ -97,7 +97,9 @@ def test_a_router_says_which_experts_its_block_will_choose(architecture: str) ->
         return
     assert router is not None
     assert (router.norm is None) == (architecture in NO_NORM)
+    kept = KeptRouter(router)
     seen = watched(model, blocks[-1], router)
+    kept.keep()
     # It reads no other weight of its block.
     state = dict(blocks[-1].named_parameters()) | dict(blocks[-1].named_buffers())
     assert set(router.parameters) <= state.keys()
@@ -108,6 +110,13 @@ def test_a_router_says_which_experts_its_block_will_choose(architecture: str) ->
     assert torch.equal(router(seen["hidden"]).sort(-1).values, chosen)
     if "before" in seen:
         assert torch.equal(router.guess(seen["before"]).sort(-1).values, chosen)
+    # What is kept can be asked when nothing of the block is left, and as often as one likes.
+    for value in state.values():
+        if value.is_floating_point():
+            value.data.fill_(torch.nan)
+    before = seen.get("before", seen["hidden"])
+    for given in (before, before.reshape(-1, before.shape[-1])):
+        assert torch.equal(kept.guess(given).sort(-1).values, chosen)
 
 
 @pytest.mark.parametrize("architecture", MAIN)

@@ -23,6 +23,7 @@ from slowllm.planning.job import (
     with_popularity,
     with_smaller_weights,
 )
+from slowllm.planning.plan import Plan
 
 GIB = 1 << 30
 EXPERTS = ExpertSizes(frozenset(range(1, 9)), 256, 8, 44 << 20, 30 << 20, 88e6)
@@ -171,3 +172,25 @@ def test_a_plan_knows_what_earlier_runs_chose() -> None:
     assert with_smaller_weights(known, 0.5).experts.popularity == known.experts.popularity  # type: ignore[union-attr]
     assert with_popularity(SIZES, ()) is SIZES
     assert with_popularity(WHOLE, (0.5, 0.5)) is WHOLE
+
+
+def test_routers_are_copied_where_nothing_but_experts_is_read_and_there_is_room() -> None:
+    job, copies = Job(repeated=True, longest=64), 40 << 20
+
+    def plan(budget: int, router_bytes: int, job: Job = job) -> Plan:
+        sizes = replace(SIZES, experts=replace(EXPERTS, router_bytes=router_bytes))
+        return make_plan([sizes], free_bytes=budget, total_bytes=budget, job=job)
+
+    assert plan(8 * GIB, copies).router_bytes == copies
+    assert plan(8 * GIB, copies).peak_bytes <= 8 * GIB
+    kept = plan(8 * GIB, copies).kept_units, plan(8 * GIB, 0).kept_units
+    assert plan(8 * GIB, copies).peak_bytes - plan(8 * GIB, 0).peak_bytes == copies - EXPERTS.unit_bytes * (
+        kept[1] - kept[0]
+    )
+    assert plan(2 * GIB, copies).ring_bytes
+    assert not plan(2 * GIB, copies).router_bytes  # other stops are read meanwhile
+    assert not plan(8 * GIB, 8 * GIB).router_bytes
+    once = Job(num_tokens=64, longest=64, forward_only=True)
+    assert not plan(
+        8 * GIB, copies, once
+    ).router_bytes  # a second sweep, which it would be for, does not come

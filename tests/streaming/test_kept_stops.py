@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from slowllm.storage.manifest import open_checkpoint
 from slowllm.storage.spans import Placement, Run
+from slowllm.streaming.demand_stops import DemandStops
 from slowllm.streaming.kept_stops import ENOUGH_COUNTS, MARGIN, KeptStops
 from slowllm.streaming.reader import Reader
 from slowllm.streaming.ring import smallest_ring
@@ -159,3 +160,14 @@ def test_counts_of_a_group_are_halved_where_they_are_many(
     with kept_stops(tmp_path, 1, counts=[most - 8, 8, 0, 0, 0, 0, 3, 0]) as (stops, _):
         visit(stops, 1, tensors)
         assert stops.counts.tolist() == [(most - 8) // 2, 4, 0, 0, 0, 0, 3, 0]
+
+
+def test_what_is_in_memory_comes_first_and_what_was_read_ahead_next(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    with kept_stops(tmp_path, 1) as (stops, reader):
+        for unit in (3, 5):
+            visit(stops, unit, tensors)
+        demand = DemandStops(reader, stops, stops.is_kept)
+        assert demand.soonest_first(range(NUM_UNITS)) == [3, 5, 0, 1, 2, 4, 6, 7]
+        assert demand.soonest_first([1, 2, 3, 6, 7], ahead=[7, 3, 2, 4]) == [3, 7, 2, 1, 6]

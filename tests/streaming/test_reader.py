@@ -510,6 +510,44 @@ def test_a_wrong_guess_costs_a_read_and_no_more(files: list[Path]) -> None:
         assert reader.stats.read_bytes <= 2 * len(order) * (cost + 3 * PAGE)
 
 
+def test_bytes_that_were_read_for_nobody_are_counted_when_their_room_is_taken(files: list[Path]) -> None:
+    stops, arrived = alike(files), threading.Event()
+    costs = [cost_of(stop) for stop in stops]
+    with closing(Reader(stops, ring_bytes=smallest_of(stops), num_threads=2)) as reader:
+        reader.on_read = lambda read: arrived.set()
+        reader.prefetch([1])
+        assert arrived.wait(60)
+        assert reader.dropped_bytes == 0
+        for stop in (2, 3, 2):  # what somebody held is not read in vain
+            with reader.visit(stop):
+                pass
+            assert reader.dropped_bytes == costs[1]
+    assert reader.stats.read_bytes == costs[1] + costs[2] + costs[3] + costs[2]
+
+
+def test_a_read_that_ends_when_its_stop_has_been_given_up_is_counted(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops, begun, may_end = alike(files), threading.Event(), threading.Event()
+    cost, inner = cost_of(stops[2]), reader_module.Reader._fill
+
+    def fill(self: Any, *args: Any) -> None:
+        if not begun.is_set():
+            begun.set()
+            assert may_end.wait(60)
+        inner(self, *args)
+
+    monkeypatch.setattr(reader_module.Reader, "_fill", fill)
+    roomy = sum(ring_bytes_of(tensor) for stop in stops for tensor in stop)
+    with closing(Reader(stops, ring_bytes=roomy, num_threads=2)) as reader:
+        reader.prefetch([1])
+        assert begun.wait(60)
+        with reader.visit(2):  # the stop before is given up
+            pass
+        may_end.set()
+    assert 0 < reader.dropped_bytes == reader.stats.read_bytes - cost
+
+
 def test_nothing_is_read_before_a_visit_nor_without_a_guess(files: list[Path]) -> None:
     stops = alike(files)
     with closing(Reader(stops, ring_bytes=smallest_of(stops), resident=frozenset([4]))) as reader:
