@@ -39,11 +39,25 @@ def bf16(matrix: Tensor) -> Pool:
 
 def fp8(matrix: Tensor) -> Pool:
     """Code in e4m3 with a scale for each 128 x 128: the largest of a block becomes 448."""
+    return _fp8(matrix, _blocks(matrix).abs().amax((1, 3)).div_(448))
+
+
+def fp8_exponents(matrix: Tensor) -> Pool:
+    """Code in e4m3 with a power of two for each 128 x 128, of which the exponent is stored: no number exceeds 448."""
+    exponents = _blocks(matrix).abs().amax((1, 3)).div_(448).log2_().ceil_()
+    pool = _fp8(matrix, exponents.exp2())
+    return {**pool, "scales": _in_steps(exponents.add_(127).to(torch.uint8), 1, matrix.shape[1], BLOCK)}
+
+
+def _blocks(matrix: Tensor) -> Tensor:
+    """Return a matrix as (blocks down, 128, blocks across, 128), with zeros where its columns do not fill blocks."""
+    padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % BLOCK))
+    return padded.view(len(matrix) // BLOCK, BLOCK, -1, BLOCK)
+
+
+def _fp8(matrix: Tensor, scales: Tensor) -> Pool:
     rows, width = matrix.shape
-    padded = torch.nn.functional.pad(matrix, (0, -width % BLOCK))
-    blocks = padded.view(rows // BLOCK, BLOCK, -1, BLOCK)
-    scales = blocks.abs().amax((1, 3)).div_(448)
-    codes = (blocks / scales[:, None, :, None]).clamp_(-448, 448).view(rows, -1)[:, :width]
+    codes = (_blocks(matrix) / scales[:, None, :, None]).clamp_(-448, 448).view(rows, -1)[:, :width]
     return {
         "": _in_steps(codes.to(torch.float8_e4m3fn), BLOCK, width, BLOCK),
         "scales": _in_steps(scales, 1, width, BLOCK),

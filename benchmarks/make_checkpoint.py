@@ -15,6 +15,7 @@ Geometries, and the formats in which they are published:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from benchmarks import deepseek_v4
 from benchmarks.heavy_tails import Pool, bytes_of, generator_of
 from benchmarks.native_weights import FORMATS, StoredArray, arrays_of
 from slowllm.runtime.known_models import KNOWN_MODELS
@@ -37,6 +39,9 @@ from slowllm.storage.spans import DTYPE_BITS
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 5_000_000_000
 POOL_ELEMENTS = 1 << 24  # 400 rows of the widest matrices
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.")
+# In the order of safetensors' own writer.
+_DTYPES = ("I64", "F32", "BF16", "F8_E8M0", "F8_E4M3", "I8")
 
 # Name on the command line: the hub id of a model whose published shape is taken.
 PUBLISHED = {
@@ -62,6 +67,21 @@ def _published(hub_id: str) -> tuple[str, int, dict[str, Any]]:
 # Model type, number of blocks of the whole model, and its published configuration.
 GEOMETRIES: dict[str, tuple[str, int, dict[str, Any]]] = {
     **{name: _published(hub_id) for name, hub_id in PUBLISHED.items()},
+    "deepseek-v4-flash": ("deepseek_v4", 43, dict(deepseek_v4.FLASH)),
+    # As in zai-org/GLM-5.2.
+    "glm-5.2": (
+        "glm_moe_dsa",
+        78,
+        {
+            "vocab_size": 154880, "hidden_size": 6144, "intermediate_size": 12288, "moe_intermediate_size": 2048,
+            "num_attention_heads": 64, "num_key_value_heads": 64, "q_lora_rank": 2048, "kv_lora_rank": 512,
+            "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256, "n_routed_experts": 256, "n_shared_experts": 1,
+            "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 3, "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5, "index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048, "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 8000000.0}, "max_position_embeddings": 202752,
+            "tie_word_embeddings": False,
+        },
+    ),
     # For the tests of the benchmarks.
     "tiny": (
         "llama",
@@ -82,6 +102,8 @@ def format_of(geometry: str, storage: str) -> str:
     """
     if storage != "native":
         return storage
+    if GEOMETRIES[geometry][0] == "deepseek_v4":
+        return "fp4"
     published = KNOWN_MODELS[PUBLISHED[geometry]].quantisation if geometry in PUBLISHED else None
     return "bf16" if published is None else {"fp8": "fp8", "mxfp4": "mxfp4"}[str(published["quant_method"])]
 
@@ -112,6 +134,10 @@ def make_checkpoint(
     partial.mkdir()
 
     shards = list(_shards(arrays))
+    if form.is_by_dtype:
+        shards = [
+            sorted(shard, key=lambda array: (_DTYPES.index(array.dtype), array.name)) for shard in shards
+        ]
     weight_map = {}
     pools: dict[str, Pool] = {}
     for number, shard in enumerate(shards, 1):
@@ -125,11 +151,19 @@ def make_checkpoint(
     if form.settings is not None:
         model.config.quantization_config = dict(form.settings)
     model.config.save_pretrained(partial)
+    if model.config.model_type == "deepseek_v4":
+        _add_published(partial / "config.json", GEOMETRIES[geometry][2])
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "weights" / "tiny-bloom" / file, partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return num_bytes
+
+
+def _add_published(path: Path, options: dict[str, Any]) -> None:
+    """Add to config.json what it says on the hub and transformers leaves out or names otherwise, for programs that read only that."""
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**options, **saved}, indent=2))
 
 
 def _bytes_of(array: StoredArray) -> int:
@@ -149,6 +183,8 @@ def _names_on_disk(model: PreTrainedModel) -> dict[str, Tensor]:
         name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
     }
     names = revert_weight_conversion(model, state)
+    if model.config.model_type == "deepseek_v4":
+        names = {deepseek_v4.published_name(name): tensor for name, tensor in names.items()}
     if model.config.model_type == "bloom":  # as in bigscience/bloom
         names = {name.removeprefix("transformer."): tensor for name, tensor in names.items()}
     return dict(sorted(names.items(), key=_place(list(names))))
@@ -160,27 +196,35 @@ def _place(names: list[str]) -> Callable[[tuple[str, Tensor]], tuple[int, int, i
     first: dict[str, int] = {}
 
     def key(item: tuple[str, Tensor]) -> tuple[int, int, int]:
-        found = re.match(r"(.*\.experts\.)(\d+)\.", item[0])
+        found = _EXPERT.match(item[0])
         if found is None:
             return places[item[0]], 0, 0
         return first[found[1]], int(found[2]), places[item[0]]
 
     for name in names:
-        if (found := re.match(r"(.*\.experts\.)\d+\.", name)) is not None:
+        if (found := _EXPERT.match(name)) is not None:
             first.setdefault(found[1], places[name])
     return key
 
 
 def _shards(arrays: list[StoredArray]) -> Iterator[list[StoredArray]]:
+    """Yield the arrays of each shard; an expert's are in one, as published."""
     shard: list[StoredArray] = []
     size = 0
-    for array in arrays:
-        if shard and size + _bytes_of(array) > SHARD_BYTES:
+    for _, group in itertools.groupby(arrays, key=_unit):
+        unit = list(group)
+        num_bytes = sum(map(_bytes_of, unit))
+        if shard and size + num_bytes > SHARD_BYTES:
             yield shard
             shard, size = [], 0
-        shard.append(array)
-        size += _bytes_of(array)
+        shard += unit
+        size += num_bytes
     yield shard
+
+
+def _unit(array: StoredArray) -> str:
+    found = _EXPERT.match(array.name)
+    return array.name if found is None else found[0]
 
 
 def _write_shard(path: Path, arrays: list[StoredArray], pools: dict[str, Pool], seed: int) -> None:

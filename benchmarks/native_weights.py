@@ -15,15 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import coded_pools, heavy_tails
+from benchmarks import coded_pools, deepseek_v4, heavy_tails
 from benchmarks.coded_pools import BLOCK, NF4, NF4_BLOCK, NF4_NESTED
 from benchmarks.heavy_tails import Encode, Pool
 from benchmarks.routers import is_router, router_content
+from slowllm.storage.spans import DTYPE_NAMES
 
 # Of these matrices, makers leave the weights as they are.
-_PLAIN = ("embed", "lm_head", "norm", "router", ".gate.weight")
+_PLAIN = ("embed", "head.weight", "norm", "router", ".gate.weight", "compressor", "weights_proj")
 # What these matrices return is added to the residual stream.
-_RESIDUAL = ("o_proj", "down_proj", ".w2.", "dense_4h_to_h", "attention.dense", "attn_output", "ffn_down")
+_RESIDUAL = (
+    "o_proj",
+    "down_proj",
+    ".w2.",
+    "dense_4h_to_h",
+    "attention.dense",
+    "attn_output",
+    "ffn_down",
+    "wo_b",
+)
 # Of the deviation of other matrices, so that the stream grows slowly and tokens keep what sets them apart.
 _OF_RESIDUAL = 0.25
 
@@ -106,7 +116,7 @@ def bfloat16_array(name: str, tensor: Tensor) -> StoredArray:
         value = torch.tensor([0.0 if name.endswith("bias") else 1.0], dtype=torch.bfloat16)
         return StoredArray(name, "BF16", shape, content=value)
     common, deviation = 0.0, deviation_of(name, shape[-1])
-    if "embed_tokens" in name:
+    if "embed_tokens" in name or name == "embed.weight":
         common, deviation = heavy_tails.COMMON, 1.0
     elif "embed" in name:  # of models that norm it, or whose head it is
         deviation = 0.02
@@ -142,14 +152,20 @@ def mxfp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
 
 
 def fp4_arrays(name: str, tensor: Tensor) -> list[StoredArray]:
-    """Return how a tensor is stored by DeepSeek-V4's format: experts in e2m1, an exponent for each 32, the rest in float8."""
-    if ".experts." not in name or not name.endswith(".weight"):
-        return fp8_arrays(name, tensor)
-    rows, width = tensor.shape
-    kind = PoolKind("mxfp4", width, deviation_of(name, width), coded_pools.mxfp4)
+    """Return how a tensor is stored by DeepSeek-V4's format: experts in e2m1, an exponent for each 32, the rest in e4m3, one for a block."""
+    if _is_plain(name, tensor):
+        return [bfloat16_array(name, tensor)]
+    (rows, width), scales = tensor.shape, f"{name.removesuffix('.weight')}.scale"
+    deviation = deviation_of(name, width)
+    if ".experts." in name:
+        kind = PoolKind("mxfp4", width, deviation, coded_pools.mxfp4)
+        dtype, codes, grid = "I8", (rows, width // 2), (rows, width // 32)
+    else:
+        kind = PoolKind("fp8 exponents", width, deviation, coded_pools.fp8_exponents, BLOCK)
+        dtype, codes, grid = "F8_E4M3", (rows, width), (-(-rows // BLOCK), -(-width // BLOCK))
     return [
-        StoredArray(name, "I8", (rows, width // 2), name, kind),
-        StoredArray(f"{name}_scale_inv", "F8_E8M0", (rows, width // 32), name, kind, "scales"),
+        StoredArray(name, dtype, codes, name, kind),
+        StoredArray(scales, "F8_E8M0", grid, name, kind, "scales"),
     ]
 
 
@@ -259,25 +275,31 @@ class StorageFormat:
     Attributes:
         arrays_of: returns the arrays of a tensor.
         settings: what config.json says of the format; None for a plain one.
+        is_by_dtype: whether a shard's arrays are in the order of safetensors' own writer, by dtype and name, so that an expert's codes
+            lie side by side and its scales elsewhere; else each tensor's arrays lie together.
     """
 
     arrays_of: Callable[[str, Tensor], Iterable[StoredArray]]
     settings: Mapping[str, Any] | None = None
+    is_by_dtype: bool = False
 
 
 def arrays_of(form: StorageFormat, tensors: Mapping[str, Tensor]) -> Iterator[StoredArray]:
-    """Yield the arrays of a checkpoint; of routers, as they are in all formats.
+    """Yield the arrays of a checkpoint; of routers and of DeepSeek-V4's small arrays, as they are in all formats.
 
     Args:
         form: of the checkpoint.
         tensors: of the model by their names on disk; only shapes are looked at.
     """
+    num_experts = next((len(tensors[name]) for name in tensors if name.endswith(".ffn.gate.weight")), 0)
     for name, tensor in tensors.items():
-        if is_router(name):
+        content = deepseek_v4.content_of(name, tensor, num_experts) if num_experts else None
+        if content is None and is_router(name):
             content = router_content(name, tuple(tensor.shape), tensors)
-            yield _written(name, "F32" if content.dtype == torch.float32 else "BF16", content)
-        else:
+        if content is None:
             yield from form.arrays_of(name, tensor)
+        else:
+            yield _written(name, DTYPE_NAMES[content.dtype], content)
 
 
 def _compressed(layout: str, kind: str, group: int) -> dict[str, Any]:
@@ -297,7 +319,7 @@ _FP8_SETTINGS = {
 }
 FORMATS: Mapping[str, StorageFormat] = {
     "bf16": StorageFormat(lambda name, tensor: [bfloat16_array(name, tensor)]),
-    "fp4": StorageFormat(fp4_arrays, _FP8_SETTINGS),
+    "fp4": StorageFormat(fp4_arrays, {**_FP8_SETTINGS, "scale_fmt": "ue8m0"}, is_by_dtype=True),
     "fp8": StorageFormat(fp8_arrays, _FP8_SETTINGS),
     "compressed-int4": StorageFormat(int4_arrays, _compressed("pack-quantized", "int", BLOCK)),
     "compressed-mxfp4": StorageFormat(

@@ -67,6 +67,17 @@ def test_mxfp4_is_decoded_by_transformers_to_what_was_drawn() -> None:
     assert distance(decoded[0].T, matrix) < DISTANCE_OF_FOUR_BITS
 
 
+def test_float8_with_exponents_is_near_what_was_drawn_and_uses_the_range_of_its_codes() -> None:
+    matrix = drawn(256, 192)
+    pool = coded_pools.fp8_exponents(matrix)
+    codes, exponents = pool[""].reshape(256, 192).float(), pool["scales"].reshape(2, 2).float() - 127
+    scales = exponents.exp2().repeat_interleave(128, 0).repeat_interleave(128, 1)[:, :192]
+    assert distance(codes * scales, matrix) < DISTANCE["fp8"]
+    for rows in codes.split(128):
+        for block in rows.split(128, 1):
+            assert 224 <= block.abs().max() <= 448
+
+
 @pytest.mark.parametrize(("kind", "limit"), [("q4_k", 0.12), ("q6_k", 0.03), ("q8_0", 0.01)])
 def test_gguf_blocks_are_decoded_by_llama_cpps_package_to_what_was_drawn(kind: str, limit: float) -> None:
     matrix = drawn(64, 512)

@@ -408,6 +408,8 @@ BILLIONS = {
     "llama-405b": 405.9,
     "mixtral-8x22b": 140.6,
     "falcon-180b": 179.5,
+    "glm-5.2": 743.9,
+    "deepseek-v4-flash": 284.3,
 }
 
 
@@ -420,6 +422,8 @@ def test_geometries_have_the_sizes_of_the_published_models(geometry: str) -> Non
         assert "h.0.self_attention.query_key_value.weight" in names
     if geometry == "mixtral-8x22b":
         assert "model.layers.0.block_sparse_moe.experts.7.w2.weight" in names
+    if geometry == "deepseek-v4-flash":
+        assert "layers.0.ffn.experts.255.w2.weight" in names
 
 
 def test_a_disk_too_small_is_refused_with_the_numbers(tmp_path: Path) -> None:
