@@ -40,7 +40,6 @@ from transformers import AutoModelForCausalLM
 from benchmarks import format_passes, machine, sides
 from benchmarks.decoded import config_of
 from benchmarks.make_checkpoint import num_model_blocks
-from benchmarks.native_weights import FORMATS
 from benchmarks.report import finish
 from benchmarks.sentences import Task, lengths_of
 from slowllm.modeling.layout import find_blocks
@@ -301,12 +300,7 @@ def summary(report: dict[str, Any]) -> str:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, and refuse options that do not go together."""
     parser = sides.parser(__doc__)
-    parser.add_argument(
-        "--format",
-        choices=["native", *sorted(FORMATS)],
-        default="bf16",
-        help="how the checkpoint stores weights",
-    )
+    sides.add_format_option(parser)
     parser.add_argument(
         "--formats",
         type=format_passes.formats_of,

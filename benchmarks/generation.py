@@ -1,8 +1,10 @@
 """A few tokens for many prompts, on a checkpoint larger than memory: us, and accelerate's disk offload.
 
     python -m benchmarks.generation --geometry llama-70b --blocks 4 --prompts 32 --new-tokens 8 --ram 5GiB --peer accelerate
+    python -m benchmarks.generation --geometry gpt-oss-120b --blocks 36 --format native --ram 16GiB --prompts 1 --new-tokens 64 --sample
 
-Prompts of random tokens are continued greedily. slowllm continues all of them together; accelerate's `generate`
+Prompts of random tokens are continued greedily, or with --sample by tokens drawn from flattened logits: what random weights find
+likeliest repeats itself, and so do the experts that it asks for. slowllm continues all of them together; accelerate's `generate`
 continues them one by one (a few tokens of one prompt are measured and the rest extrapolated), and all in one padded
 batch. Each run is a process of its own under the same memory cap, with the page cache dropped; the sides run in turn.
 The limit is the larger of two times: reading the bytes of all sweeps at the disk's rate, and computing the tokens. A
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
@@ -41,6 +44,7 @@ class Task:
     prompts: int
     prompt_tokens: int
     new_tokens: int
+    is_sampled: bool = False
 
 
 def prompts_of(task: Task, vocab_size: int) -> list[Tensor]:
@@ -62,16 +66,36 @@ def run_ours(task: Task) -> dict[str, Any]:
     from slowllm.runtime.rates import quick_rates
 
     info = ModelInfo(task.checkpoint)
-    settings = Settings(max_new_tokens=task.new_tokens, min_new_tokens=task.new_tokens)
-    prompts = [Prompt(tuple(ids.tolist()), settings) for ids in prompts_of(task, info.config.vocab_size)]
+    settings = Settings(
+        max_new_tokens=task.new_tokens, min_new_tokens=task.new_tokens, do_sample=task.is_sampled, top_k=0, temperature=10.0
+    )  # fmt: skip
+    prompts = [
+        Prompt(tuple(ids.tolist()), dataclasses.replace(settings, seed=number))
+        for number, ids in enumerate(prompts_of(task, info.config.vocab_size))
+    ]
     rates = quick_rates(info.folder, "bfloat16")
     job = generation.job_of(info, prompts, rates)
-    with load(info, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:
+    with load(info, ram=task.ram, dtype="bf16", job=job, rates=rates, exact=False) as lm:
+        # When each token of the first prompt came, and what was read until then.
+        came: list[tuple[float, int]] = []
+
+        def note(prompt: int, sequence: int, ids: tuple[int, ...]) -> None:
+            if prompt == 0:
+                came.extend([(time.perf_counter(), lm.read_bytes)] * len(ids))
+
         started = time.perf_counter()
-        tokens = [continuation.ids for (continuation,) in generation.generate(lm, prompts)]
+        tokens = [continuation.ids for (continuation,) in generation.generate(lm, prompts, on_tokens=note)]
         wall = time.perf_counter() - started
         report = lm.report
+        # The second half, by when the experts that stay have been chosen.
+        half = came[len(came) // 2 :]
+        steps = [b[0] - a[0] for a, b in itertools.pairwise(half)]
+        experts = lm.experts
         return {
+            "first_token_s": came[0][0] - started,
+            "later_token_s": statistics.median(steps) if steps else None,
+            "later_token_bytes": (half[-1][1] - half[0][1]) / max(1, len(steps)),
+            "expert_hits": experts.kept.num_hits / max(1, experts.demand.num_asked) if experts else None,
             "wall_s": wall,
             "tokens": tokens,
             "num_sweeps": report.num_passages / lm.num_stops,
@@ -156,7 +180,8 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
         "gemm_tflop_per_s": flops_rate / 1e12, "disk_limit_s": read / rate, "gemm_limit_s": flops / flops_rate,
         "wall_s": walls["ours"], "tokens_per_sweep": task.prompts * task.new_tokens / ours["num_sweeps"],
         **{k: ours[k] for k in ("num_sweeps", "read_bytes", "wait_s", "compute_s", "weight_bytes", "resident_bytes",
-                                "plan_peak_bytes", "predicted_s", "predicted_sweeps", "peak_rss_bytes")},
+                                "plan_peak_bytes", "predicted_s", "predicted_sweeps", "peak_rss_bytes", "first_token_s",
+                                "later_token_s", "later_token_bytes", "expert_hits")},
     }  # fmt: skip
     report["limit_s"] = max(report["disk_limit_s"], report["gemm_limit_s"])
     report["efficiency"] = report["limit_s"] / report["wall_s"]
@@ -184,9 +209,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=16, help="mean number of tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=8)
+    sides.add_format_option(parser)
+    parser.add_argument(
+        "--sample", action="store_true", help="draw tokens; without a peer, which would draw others"
+    )
     arguments = parser.parse_args(argv)
-    folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks)
-    task = Task(str(folder), arguments.ram, arguments.prompts, arguments.prompt_tokens, arguments.new_tokens)
+    if arguments.sample and arguments.peer:
+        parser.error("--sample goes without --peer")
+    folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks, arguments.format)
+    task = Task(
+        str(folder),
+        arguments.ram,
+        arguments.prompts,
+        arguments.prompt_tokens,
+        arguments.new_tokens,
+        arguments.sample,
+    )
     report = measure(arguments, task)
     print(
         f"{task.prompts} prompts x {task.new_tokens} tokens in {report['wall_s']:.2f} s, {report['num_sweeps']:.3g} "

@@ -78,7 +78,7 @@ def run_ours(task: Task, *, share: bool = True) -> dict[str, Any]:
     rates = quick_rates(info.folder, "bfloat16")
     job = job_of_queries(queries, info, rates, share=share)
     relative = task.choice_tokens == 1
-    with load(info, ram=task.ram, dtype="bf16", job=job, rates=rates) as lm:
+    with load(info, ram=task.ram, dtype="bf16", job=job, rates=rates, exact=False) as lm:
         started = time.perf_counter()
         found = [a.log_likelihood for a in score_queries(lm, queries, relative=relative, share=share)]
         wall = time.perf_counter() - started
@@ -171,7 +171,11 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
     with sides.capped(arguments.ram) as cgroup:
         for _ in range(arguments.repeat):
             disk.append(machine.measure_disk(folder).bytes_per_second)
-            for name in ("ours", "whole", "accelerate") if arguments.peer else ("ours", "whole"):
+            for name in (
+                "ours",
+                *(() if arguments.only else ("whole",)),
+                *(["accelerate"] if arguments.peer else ()),
+            ):
                 runs.setdefault(name, []).append(
                     found := sides.run(
                         "scoring", name, dataclasses.asdict(task), folder=folder, cgroup=cgroup
@@ -187,15 +191,16 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
     walls = {name: statistics.median(run["wall_s"] for run in found) for name, found in runs.items()}
     rate = statistics.median(disk)
     report = {
-        **dataclasses.asdict(task), "geometry": arguments.geometry, "blocks": arguments.blocks, "verified": True,
+        **dataclasses.asdict(task), "geometry": arguments.geometry, "blocks": arguments.blocks, "verified": len(runs) > 1,
         "capped_by_cgroup": cgroup is not None, "repeat": arguments.repeat, "disk_gb_per_s": rate / 1e9,
-        "disk_limit_s": ours["weight_bytes"] / rate, "wall_s": walls["ours"], "whole_s": walls["whole"],
-        "speedup_by_sharing": walls["whole"] / walls["ours"],
+        "disk_limit_s": ours["weight_bytes"] / rate, "wall_s": walls["ours"],
         "questions_per_sweep": task.questions / ours["num_sweeps"],
         "questions_per_second": task.questions / walls["ours"],
         **{k: ours[k] for k in ("num_sweeps", "read_bytes", "wait_s", "compute_s", "peak_rss_bytes", "plan_peak_bytes",
                                 "planned_tokens", "predicted_s")},
     }  # fmt: skip
+    if "whole" in walls:
+        report |= {"whole_s": walls["whole"], "speedup_by_sharing": walls["whole"] / walls["ours"]}
     if arguments.peer:
         report |= {
             "peer": "accelerate", "peer_wall_s": walls["accelerate"], "speedup": walls["accelerate"] / walls["ours"],
@@ -207,6 +212,7 @@ def measure(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Make or find the checkpoint, measure and report."""
     parser = sides.parser(__doc__)
+    sides.add_format_option(parser)
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument(
         "--header-tokens", type=int, default=100, help="number of tokens that all questions begin with"
@@ -217,16 +223,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--choices", type=int, default=2)
     parser.add_argument("--choice-tokens", type=int, default=1)
     parser.add_argument("--peer-batch", type=int, default=16, help="number of rows of the peer's batch")
+    parser.add_argument(
+        "--only", action="store_true", help="leave out rows that share no prefix; nothing is compared then"
+    )
     arguments = parser.parse_args(argv)
-    folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks)
+    folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks, arguments.format)
     task = Task(
         str(folder), arguments.ram, arguments.questions, arguments.header_tokens, arguments.question_tokens,
         arguments.choices, arguments.choice_tokens, arguments.peer_batch,
     )  # fmt: skip
     report = measure(arguments, task)
     print(
-        f"{report['questions']} questions in {report['wall_s']:.2f} s, {report['num_sweeps']:.3g} sweeps; each by "
-        f"itself {report['whole_s']:.2f} s"
+        f"{report['questions']} questions in {report['wall_s']:.2f} s, {report['num_sweeps']:.3g} sweeps"
+        + (f"; each by itself {report['whole_s']:.2f} s" if "whole_s" in report else "")
         + (f"; accelerate {report['peer_wall_s']:.2f} s" if "peer" in report else "")
     )
     finish("scoring", report, arguments.report)

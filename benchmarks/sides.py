@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from benchmarks import machine
 from benchmarks.make_checkpoint import GEOMETRIES, make_checkpoint
+from benchmarks.native_weights import FORMATS
 from benchmarks.report import add_report_option
 from slowllm.options import format_bytes, parse_bytes
 from slowllm.prepare.convert import convert
@@ -42,6 +43,16 @@ def parser(description: str | None, peers: Sequence[str] = ("accelerate",)) -> a
     )
     add_report_option(options)
     return options
+
+
+def add_format_option(options: argparse.ArgumentParser) -> None:
+    """Add the option of how the checkpoint stores weights."""
+    options.add_argument(
+        "--format",
+        choices=["native", *sorted(FORMATS)],
+        default="bf16",
+        help="how the checkpoint stores weights; native: as the model is published",
+    )
 
 
 def run(
