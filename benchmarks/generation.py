@@ -66,11 +66,11 @@ def run_ours(task: Task) -> dict[str, Any]:
     from slowllm.runtime.rates import quick_rates
 
     info = ModelInfo(task.checkpoint)
-    settings = Settings(
-        max_new_tokens=task.new_tokens, min_new_tokens=task.new_tokens, do_sample=task.is_sampled, top_k=0, temperature=10.0
-    )  # fmt: skip
+    settings = Settings(max_new_tokens=task.new_tokens, min_new_tokens=task.new_tokens)
+    if task.is_sampled:
+        settings = dataclasses.replace(settings, do_sample=True, top_k=0, temperature=10.0)
     prompts = [
-        Prompt(tuple(ids.tolist()), dataclasses.replace(settings, seed=number))
+        Prompt(tuple(ids.tolist()), dataclasses.replace(settings, seed=number if task.is_sampled else None))
         for number, ids in enumerate(prompts_of(task, info.config.vocab_size))
     ]
     rates = quick_rates(info.folder, "bfloat16")
@@ -81,7 +81,7 @@ def run_ours(task: Task) -> dict[str, Any]:
 
         def note(prompt: int, sequence: int, ids: tuple[int, ...]) -> None:
             if prompt == 0:
-                came.extend([(time.perf_counter(), lm.read_bytes)] * len(ids))
+                came.append((time.perf_counter(), lm.read_bytes))
 
         started = time.perf_counter()
         tokens = [continuation.ids for (continuation,) in generation.generate(lm, prompts, on_tokens=note)]

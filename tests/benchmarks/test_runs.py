@@ -321,6 +321,13 @@ def test_generation_reports_tokens_per_sweep(measured: Callable[..., dict[str, A
     assert report["peer_one_by_one_measured_tokens"] == 2
 
 
+def test_generation_can_sample(measured: Callable[..., dict[str, Any]]) -> None:
+    report = measured("--prompts", "2", "--new-tokens", "6", "--sample", module=generation)
+    assert report["num_sweeps"] == 6
+    assert 0 < report["first_token_s"] < report["wall_s"]
+    assert 0 < report["later_token_s"] < report["wall_s"]
+
+
 def test_a_tuning_step_has_a_limit_and_a_peer(measured: Callable[..., dict[str, Any]]) -> None:
     report = measured(
         "--sentences", "12", "--peer-batch", "8", "--stream-all", "--peer", "accelerate", module=tuning_step
