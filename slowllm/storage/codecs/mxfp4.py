@@ -19,6 +19,8 @@ from slowllm.storage.codecs.layout_constants import IS_COMPILED
 from slowllm.storage.codecs.team import Team
 
 BLOCK = 32
+# From the first exponent on, every number of a block is normal in bfloat16; up to the second, none overflows.
+LEAST_EXPONENT, MOST_EXPONENT = 3, 251
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -72,7 +74,7 @@ class Mxfp4(Codec):
 
         exponents = parts.arrays["scales"][first // length]
         least, most = (int(value) for value in exponents.aminmax())
-        if least < mxfp4_row_kernels.LEAST_EXPONENT or most > mxfp4_row_kernels.MOST_EXPONENT:
+        if least < LEAST_EXPONENT or most > MOST_EXPONENT:
             return None
         scales = exponents.numpy()
         codes = parts.arrays["codes"][first // length].flatten(1).numpy()

@@ -16,8 +16,6 @@ _1, _3, _6, _7, _12, _16 = (np.uint32(number) for number in (1, 3, 6, 7, 12, 16)
 _ONES, _SIXES, _SEVENS, _SIGNS = (np.uint32(number * 0x10001) for number in (1, 6, 7, 8))
 # Codes and bytes of a block.
 _BLOCK, _BYTES = 32, 16
-# From the first exponent on, every number of a block is normal; up to the second, none overflows.
-LEAST_EXPONENT, MOST_EXPONENT = 3, 251
 
 
 def _to_bfloat16(codes: np.ndarray, scales: np.ndarray, out: np.ndarray, first: int, last: int) -> None:
@@ -39,7 +37,7 @@ def _to_bfloat16(codes: np.ndarray, scales: np.ndarray, out: np.ndarray, first: 
 
 
 rows_to_bfloat16 = compiled(_to_bfloat16)
-"""Decode the rows `first` to `last`; only where `IS_COMPILED`, and all exponents are in the range above.
+"""Decode the rows `first` to `last`; only where `IS_COMPILED`, and all exponents are in the range of `mxfp4`.
 
 Args:
     codes: (R, K / 2) uint8, two codes in each, the first in the low bits.

@@ -13,6 +13,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from slowllm.storage.codecs import fp4, fp4_kernels, torch_kernels
 from slowllm.storage.codecs.base import Parts
+from slowllm.storage.codecs.layout_constants import IS_COMPILED
 from slowllm.storage.codecs.registry import CODECS
 from slowllm.storage.codecs.team import Team
 from tests.support.properties import num_examples
@@ -57,6 +58,20 @@ def test_every_byte_is_the_pair_of_transformers(dtype: torch.dtype, team: Team) 
         parts = Parts({"scales": scales, "codes": codes}, 4, 128, (1, 32))
         wanted = Fp8Dequantize(None)._dequantize_one(codes.view(torch.int8), scales, output_dtype=dtype)
         assert same_numbers(decoded(parts, 0, 4, dtype, team), wanted)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_scales_that_are_exponents_have_a_loop_of_their_own(
+    first: int, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    exponents = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16)
+    parts = Parts({"scales": exponents, "codes": codes}, 256, 512, (1, 32))
+    wanted = fp4.decode_rows(parts, 0, 256, torch.bfloat16)
+    assert same_numbers(decoded(parts, first, 256, torch.bfloat16, team), wanted[first:])
+    if IS_COMPILED:
+        monkeypatch.delattr(fp4, "decode_scaled")
+    assert same_numbers(decoded(parts, 3, 252, torch.bfloat16, team), wanted[3:252])
 
 
 @num_examples(60)
