@@ -16,7 +16,7 @@ from slowllm.rounding import ceil_div
 from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of, tiles_of
 from slowllm.storage.codecs.fp8 import SCALE_DTYPES, scales_of
 from slowllm.storage.codecs.layout_constants import IS_COMPILED
-from slowllm.storage.codecs.mxfp4 import BLOCK, LEAST_EXPONENT, MOST_EXPONENT, e2m1_numbers
+from slowllm.storage.codecs.mxfp4 import BLOCK, e2m1_numbers, keep_normal
 from slowllm.storage.codecs.team import Team
 
 
@@ -59,10 +59,7 @@ def _small_exponents(parts: Parts, first: int, last: int) -> Tensor | None:
     if scales.dtype != torch.uint8 or parts.group != (1, BLOCK) or parts.width % BLOCK or not IS_COMPILED:
         return None
     own = scales[first:last]
-    if not own.numel():
-        return None
-    least, most = (int(value) for value in own.aminmax())
-    return own if least >= LEAST_EXPONENT and most <= MOST_EXPONENT else None
+    return own if keep_normal(own) else None
 
 
 def row_scales(parts: Parts, first: int, last: int) -> Tensor:

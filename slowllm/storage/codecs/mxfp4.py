@@ -73,8 +73,7 @@ class Mxfp4(Codec):
         from slowllm.storage.codecs.tiles import multiply_tiles
 
         exponents = parts.arrays["scales"][first // length]
-        least, most = (int(value) for value in exponents.aminmax())
-        if least < LEAST_EXPONENT or most > MOST_EXPONENT:
+        if not keep_normal(exponents):
             return None
         scales = exponents.numpy()
         codes = parts.arrays["codes"][first // length].flatten(1).numpy()
@@ -88,6 +87,13 @@ class Mxfp4(Codec):
     def example(self) -> Parts:
         codes, scales = torch.zeros(1, 2, 2, 16, dtype=torch.uint8), torch.zeros(1, 2, 2, dtype=torch.uint8)
         return Parts({"codes": codes, "scales": scales}, 64, 2)
+
+
+def keep_normal(exponents: Tensor) -> bool:
+    """Whether all numbers of blocks with these exponents, uint8 on the processor, are normal in bfloat16, or zero."""
+    # Not by torch, whose threads wait for each other where others compute.
+    values = exponents.numpy()
+    return bool(values.size) and int(values.min()) >= LEAST_EXPONENT and int(values.max()) <= MOST_EXPONENT
 
 
 def e2m1_numbers(packed: Tensor) -> Tensor:
