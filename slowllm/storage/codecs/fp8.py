@@ -14,8 +14,11 @@ from torch import Tensor
 
 from slowllm.rounding import ceil_div
 from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of
+from slowllm.storage.codecs.layout_constants import IS_COMPILED
 from slowllm.storage.codecs.team import Team
 
+# A loop over fewer columns that share a scale costs more than what it saves.
+_WIDE = 32
 # Dtypes of scales: numbers, or the exponents of powers of two (ue8m0), which some files call bytes.
 SCALE_DTYPES = ("F32", "BF16", "F16", "U8")
 
@@ -43,10 +46,10 @@ class Fp8(Codec):
         scales = scales_of(parts.arrays["scales"][base // rows : ceil_div(last, rows)]).numpy()
         if out.dtype == torch.bfloat16:
             bits = bits_of(out)
+            is_wide = IS_COMPILED and columns >= _WIDE
+            loop = fp8_kernels.blocks_to_bfloat16 if is_wide else fp8_kernels.to_bfloat16
             team.share(
-                lambda low, high: fp8_kernels.to_bfloat16(
-                    codes, scales, rows, columns, bits, first - base, low, high
-                ),
+                lambda low, high: loop(codes, scales, rows, columns, bits, first - base, low, high),
                 first - base,
                 last - base,
             )

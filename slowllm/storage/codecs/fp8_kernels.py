@@ -9,10 +9,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from slowllm.storage.codecs.cpu_kernels import compiled, round_row
+from slowllm.storage.codecs.cpu_kernels import compiled, round_row, rounded_bits
 
 _MAGNITUDE, _SIGN, _NAN = np.uint32(0x7F), np.uint32(0x80), np.uint32(0x7FC00000)
-_20, _24 = np.uint32(20), np.uint32(24)
+_8, _16, _20, _24 = (np.uint32(number) for number in (8, 16, 20, 24))
+# Added to the exponent of a normal number, and what a subnormal one is a multiple of.
+_EXPONENT, _SMALLEST = np.uint32(120 << 23), np.float32(2.0**-9)
 _FACTOR = np.float32(2.0**120)
 _ZERO = np.uint32(0)
 # Columns that are decoded at a time: their float32 numbers stay in the innermost cache, which made it 1.4 times as fast.
@@ -44,6 +46,38 @@ def _scale_blocks(row: np.ndarray, scales: np.ndarray, columns: int) -> None:
 
 
 _scale_row = compiled(_scale_blocks)
+
+
+def _blocks_to_bfloat16(
+    codes: np.ndarray,
+    scales: np.ndarray,
+    rows: int,
+    columns: int,
+    out: np.ndarray,
+    origin: int,
+    first: int,
+    last: int,
+) -> None:
+    width = codes.shape[1]
+    for number in range(first, last):
+        for block in range(scales.shape[1]):
+            scale = scales[number // rows, block]
+            part = codes[number, block * columns : min((block + 1) * columns, width)]
+            target = out[number - origin, block * columns : min((block + 1) * columns, width)]
+            for i in range(len(target)):
+                code = np.uint32(part[i])
+                low = np.uint32(code & _MAGNITUDE)
+                # A subnormal number is a multiple of 2^-9; as bits of a subnormal float32 it would take ten times as long.
+                small = np.float32(np.float32(np.int32(low)) * _SMALLEST).view(np.uint32)
+                bits = small if low < _8 else np.uint32(np.uint32(low << _20) + _EXPONENT)
+                bits = _NAN if low == _MAGNITUDE else bits
+                signed = np.uint32(bits | np.uint32(np.uint32(code & _SIGN) << _24))
+                product = np.float32(signed.view(np.float32) * scale)
+                target[i] = np.uint16(rounded_bits(product.view(np.uint32)) >> _16)
+
+
+blocks_to_bfloat16 = compiled(_blocks_to_bfloat16)
+"""Decode the rows `first` to `last`, half as fast again as `to_bfloat16`; only where `IS_COMPILED`, and blocks are not narrow."""
 
 
 def _to_bfloat16(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,6 +98,11 @@ def _decode(parts: Parts, out: Tensor, first: int, last: int, team: Team) -> Non
     loop = scaled_int_kernels.to_bfloat16 if is_short else scaled_int_kernels.to_float32
     if _has_half_loop(parts.arrays["scales"].dtype, out.dtype):
         loop = scaled_int_kernels.to_half
+    elif IS_COMPILED and is_short and are_pairs and not columns % 2 and not parts.width % 2:
+        both = out.view(torch.int32).numpy().view(np.uint32)
+        fast = scaled_int_kernels.pairs_to_bfloat16
+        team.share(lambda low, high: fast(own, factors, offsets, columns, both, low, high), 0, len(out))
+        return
     numbers = bits_of(out) if is_short else out.numpy()
     team.share(
         lambda low, high: loop(own, are_pairs, factors, offsets, columns, numbers, low, high), 0, len(out)
@@ -116,7 +122,7 @@ def _factors(parts: Parts, first: int, last: int) -> tuple[Tensor, Tensor, int]:
     """Return the scales and zeros of rows as float32, and how many columns share them."""
     name, arrays, (rows, columns) = _name_of(parts), parts.arrays, parts.group
     numbers = torch.arange(first, last, device=arrays["scales"].device) // rows
-    scales = scales_of(arrays["scales"][numbers])
+    scales = scales_of(arrays["scales"][first:last] if rows == 1 else arrays["scales"][numbers])
     if "zeros" not in arrays:
         zeros = torch.full_like(scales, _MIDDLES[name])
     elif name == "signed":
