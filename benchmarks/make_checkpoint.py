@@ -119,11 +119,16 @@ def make_checkpoint(
     """Write a checkpoint and return its size in bytes. The folder gets its name when it is complete.
 
     Raises:
-        SystemExit: there is too little free space.
+        SystemExit: there is too little free space, or nothing in the model that the format codes.
     """
     form = FORMATS[format_of(geometry, storage)]
     model = _on_meta(geometry, num_blocks)
     arrays = list(arrays_of(form, _names_on_disk(model)))
+    plain = {array.name for array in arrays_of(FORMATS["bf16"], _names_on_disk(model))}
+    if form.settings is not None and {array.name for array in arrays} == plain:
+        sys.exit(
+            f"{out}: {geometry} has no weights that {format_of(geometry, storage)} codes; choose another --format"
+        )
     num_bytes = sum(map(_bytes_of, arrays))
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free

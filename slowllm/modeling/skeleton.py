@@ -6,6 +6,7 @@ Knows transformers; reads config files and no weights.
 from __future__ import annotations
 
 import logging
+import reprlib
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from slowllm.errors import ArchitectureError, CheckpointError, first_line
+from slowllm.modeling.block_counts import MAX_BLOCKS, refuse_many_blocks
 from slowllm.modeling.native.formats import refuse_unknown
 from slowllm.modeling.native.gguf_config import config_of
 from slowllm.modeling.native.modelopt import settings_beside
@@ -31,8 +33,20 @@ from slowllm.storage.gguf_files import gguf_files
 
 log = logging.getLogger(__name__)
 
-# A config that names more is damaged; making them all would take hours.
-MAX_BLOCKS = 10_000
+# Norms, rotary tables and masks are made in memory before any weight is read. Those of Llama-3.1-405B take 10 MB; a config
+# that asks for more than this is damaged, and making them could exhaust the machine's memory.
+MAX_FILLED_BYTES = 1 << 31
+# What makes tensors of a size that a config may name.
+_FILLS = (
+    torch.ones,
+    torch.zeros,
+    torch.full,
+    torch.arange,
+    torch.eye,
+    torch.linspace,
+    torch.rand,
+    torch.randn,
+)
 
 # transformers sets torch's default dtype, which all threads share, while it builds a model, and puts it back as it was: of two
 # threads that build models at once, the later would leave the other's dtype behind for the whole process.
@@ -55,8 +69,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     kind = table.get("model_type")
     if kind is None and file == folder:  # transformers would guess it from the file's path
         raise CheckpointError(f"{file}: names no model_type")
+    refuse_many_blocks(file, table)
     if settings := table.get("quantization_config"):
-        refuse_unknown(str(folder), settings)
+        refuse_unknown(str(file), settings)
     try:
         # Without trust_remote_code: a config that names code of its own is read by transformers' class, or refused.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -66,7 +81,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         if isinstance(kind, str) and kind in CONFIG_MAPPING:
             raise CheckpointError(f"{file}: cannot be used ({first_line(error)})") from error
         raise ArchitectureError(
-            f"model type {kind!r} cannot be used by this version of transformers ({first_line(error)})"
+            f"{file}: model type {reprlib.repr(kind)} cannot be used by this version of transformers ({first_line(error)})"
         ) from error
     if not settings and (beside := settings_beside(file.parent)) is not None:
         config.quantization_config = beside
@@ -75,12 +90,17 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 def _checked(file: Path, config: Any) -> PreTrainedConfig:
     """Refuse a config whose model is not streamed, and settle what is computed here."""
-    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    kind = reprlib.repr(getattr(config, "model_type", "?"))
+    text = config.get_text_config()
+    if not isinstance(text, PreTrainedConfig):
+        raise CheckpointError(
+            f"{file}: has a config of a text model inside, which model type {kind} does not have; fetch it again"
+        )
+    count = getattr(text, "num_hidden_layers", None)
     if isinstance(count, int) and not 1 <= count <= MAX_BLOCKS:
         raise CheckpointError(f"{file}: names {count} blocks")
     if getattr(config, "is_encoder_decoder", False):
-        kind = getattr(config, "model_type", "?")
-        raise ArchitectureError(f"model type {kind!r} is an encoder-decoder; only decoders are streamed")
+        raise ArchitectureError(f"model type {kind} is an encoder-decoder; only decoders are streamed")
     config.return_dict = True  # what is computed here is looked up by name
     _take_built_in_kernels(config)
     return cast(PreTrainedConfig, config)
@@ -107,13 +127,27 @@ class _EmptyOnMeta(TorchFunctionMode):
 
     Under `torch.device("meta")` rotary tables and scales would be empty as well, and no checkpoint restores them.
     Functions of `torch.nn.init` leave meta tensors as they are; torch would run them through decompositions in Python,
-    which took half the time of loading a small model.
+    which took half the time of loading a small model. Buffers of more than `MAX_FILLED_BYTES` altogether are refused.
+
+    Args:
+        where: the file that describes the model, for messages.
     """
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self._where, self._filled_bytes = where, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
+        elif func in _FILLS:
+            self._filled_bytes += func(*args, **{**kwargs, "device": "meta"}).nbytes
+            if self._filled_bytes > MAX_FILLED_BYTES:
+                raise CheckpointError(
+                    f"{self._where}: describes a model with {self._filled_bytes:,} bytes of norms and tables, where "
+                    f"{MAX_FILLED_BYTES:,} may be; a size in it is wrong: fetch it again"
+                )
         elif (name := getattr(func, "__name__", "")).endswith("_") and hasattr(torch.nn.init, name):
             tensor = args[0] if args else kwargs["tensor"]
             if tensor.is_meta:
@@ -146,20 +180,24 @@ def build_skeleton(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -
         dtype: compute dtype, which buffers may depend on.
     Raises:
         ArchitectureError: transformers has no causal LM for it.
+        CheckpointError: it names sizes that no model has, or generation_config.json cannot be used.
     """
     kind = str(getattr(config, "model_type", "?"))
+    where = folder.name if folder.is_file() else "config.json"
     try:
-        with _BUILDING, _EmptyOnMeta():
+        with _BUILDING, _EmptyOnMeta(where):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a model's constructor may raise on a config
         raise ArchitectureError(
-            f"model type {kind!r} has no usable causal LM ({first_line(error)})"
+            f"{where}: model type {kind!r} has no usable causal LM ({first_line(error)})"
         ) from error
     # from_pretrained computes buffers a second time, outside the default dtype of the construction: in bfloat16
     # GPT-J's sinusoids would differ. Parameters are on meta, where initialising costs nothing.
     for module in model.modules():
         module._is_hf_initialized = False
-    with _EmptyOnMeta():
+    with _EmptyOnMeta(where):
         model.initialize_weights()
     for name, buffer in model.named_buffers():
         if buffer.is_meta:

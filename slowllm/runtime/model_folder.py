@@ -46,8 +46,16 @@ def find_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
         return folder
     if exists:
         raise CheckpointError(
-            f"{text}: is a file; give the folder that holds config.json and the safetensors, or a GGUF file"
+            f"{text}: is a file; give the folder that holds config.json and the safetensors, or a GGUF file, whose name ends "
+            f"in {SUFFIX}"
         )
+    if folder.suffix == SUFFIX:
+        target = (
+            f"is a link to {os.readlink(folder)}, which is not there"
+            if folder.is_symlink()
+            else "no such file"
+        )
+        raise CheckpointError(f"{text}: {target}")
     if text.startswith(EMBEDDED):
         return _embedded_folder(text.removeprefix(EMBEDDED))
     if text.count("/") > 1 or text.startswith((".", "/", "~")):

@@ -101,7 +101,8 @@ class Survey:
         store: the kind of the store, or gguf; None where the model is neither.
         planned_from: what the sizes are taken from where the weights are not there, None where they are.
         free_tokens: that a sweep computes while its bytes are read; 0 where nothing is read, or on devices.
-        native_format: the quantised format of the maker in which the weights are read as they are; None where they are plain.
+        native_format: the quantised format of the maker in which the weights are read as they are; None where they are plain,
+            or were rounded again by a store.
         token_costs: where experts are read on demand, what a first token, a later one, and a sweep of the job take.
         knows_experts: whether it is known from earlier runs which experts are needed how often; else it is assumed.
     """
@@ -175,7 +176,7 @@ def survey(
             name=lm.name, weight_bytes=lm.weight_bytes, num_stops=lm.num_stops,
             dtype=str(lm.model.dtype).removeprefix("torch."), ram_bytes=ram_bytes, process_bytes=process_bytes,
             job=job, rates=rates, store=_kind_of(info.folder),
-            native_format=format_name(info.config),
+            native_format=None if _is_rounded_again(info.folder) else format_name(info.config),
             knows_experts=any(one.experts is not None and bool(one.experts.popularity) for one in lm.choices),
             **(
                 _planned(lm.choices, ram_bytes, process_bytes, job, rates, keep_resident)
@@ -250,6 +251,11 @@ def _kind_of(folder: Path) -> str | None:
     if gguf_files(folder):
         return "gguf"
     return read_manifest(folder).store if is_store(folder) else None
+
+
+def _is_rounded_again(folder: Path) -> bool:
+    """Whether a folder is a store whose matrices are no longer in the format that its config.json names."""
+    return is_store(folder) and read_manifest(folder).requantised
 
 
 def _planned(

@@ -173,7 +173,7 @@ def _read_start(cursor: _Cursor) -> tuple[int, int]:
             cursor.refuse("is a git-LFS pointer, not the file itself; fetch the file with `git lfs pull`")
         cursor.refuse("does not begin with GGUF, so it is not a GGUF file")
     version = cursor.number("<I", "its version")
-    if version & 0xFFFF == 0:
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *VERSIONS):
         cursor.refuse("is a big-endian GGUF file, which is not read; fetch the little-endian one")
     if version not in VERSIONS:
         cursor.refuse(

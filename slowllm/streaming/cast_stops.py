@@ -96,19 +96,25 @@ def _refuse_damaged(placement: Placement, stored: Tensor) -> None:
     """Refuse a coded parameter with scales that are no numbers, or that are not there, before any product is made of them.
 
     Raises:
-        CheckpointError: one is NaN or infinite, or a column has one that there is not.
+        CheckpointError: one is NaN or infinite, or zero where it is divided by, or a column has one that there is not.
     """
     assert placement.coding is not None, "asked of coded tensors only"
     for coding in (placement.coding, *(rows.coding for rows in placement.coding.rows)):
-        picks, arrays = codec_of(coding).picks, {array.name: array for array in coding.parts}
+        codec, arrays = codec_of(coding), {array.name: array for array in coding.parts}
         for array in coding.parts:
-            if TORCH_DTYPES[array.dtype].is_floating_point:
-                if not bool(_values_of(array, stored).isfinite().all()):
+            values = _values_of(array, stored)
+            if values.is_floating_point():
+                if not bool(values.isfinite().all()):
                     raise _damage(placement, array, f"has NaN or infinity among its {array.name}")
-            elif array.name in picks:
-                dimension, least = picks[array.name]
+                if array.name in codec.divisors and not bool(values.all()):
+                    raise _damage(placement, array, f"is zero, and its {array.name} is divided by")
+            elif array.dtype == "U8" and array.name in codec.nan_bytes:
+                if any(bool((values == code).any()) for code in codec.nan_bytes[array.name]):
+                    raise _damage(placement, array, f"has NaN among its {array.name}")
+            elif array.name in codec.picks:
+                dimension, least = codec.picks[array.name]
                 count = arrays["scales"].shape[dimension]
-                low, high = (int(bound) for bound in _values_of(array, stored).aminmax())
+                low, high = (int(bound) for bound in values.aminmax())
                 if low < least or high >= count:
                     wrong = low if low < least else high
                     raise _damage(placement, array, f"names group {wrong} of a matrix that has {count}")

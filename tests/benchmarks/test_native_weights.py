@@ -117,3 +117,13 @@ def test_deepseek_v4_is_read_with_experts_chosen_unequally(deepseek: Path) -> No
         counts = table.flatten().bincount(minlength=12)
         assert 1.5 * counts.min() < counts.max()
     assert not torch.equal(*tables)
+
+
+@pytest.mark.parametrize("storage", ["mxfp4", "compressed-int4"])
+def test_a_format_that_codes_nothing_of_a_model_is_refused(storage: str, tmp_path: Path) -> None:
+    """Its config.json would name a format that no tensor is in."""
+    with pytest.raises(
+        SystemExit, match=f"tiny has no weights that {storage} codes; choose another --format"
+    ):
+        make_checkpoint.make_checkpoint("tiny", 2, tmp_path / "out", storage=storage)
+    assert not (tmp_path / "out").exists()

@@ -211,6 +211,46 @@ def test_weights_that_would_be_divided_in_place_are_refused(tmp_path: Path) -> N
     assert same_as_plain(tmp_path)
 
 
+@pytest.mark.parametrize("changes", [{"hidden_size": 1 << 31}, {"head_dim": 1 << 40}], ids=str)
+def test_sizes_that_no_model_has_are_refused_before_memory_is_taken_for_them(
+    changes: dict[str, int], tmp_path: Path
+) -> None:
+    """Norms and rotary tables are real before any weight is read, whose shapes would show what is wrong."""
+    save_tiny("llama-2", tmp_path)
+    add_to_config(tmp_path, **changes)
+    message = r"config\.json: describes a model with [\d,]+ bytes of norms and tables, where 2,147,483,648 may be; a size"
+    with pytest.raises(CheckpointError, match=message):
+        slowllm.load(tmp_path)
+
+
+def test_more_blocks_than_there_can_be_are_refused_before_a_list_of_them_is_made(tmp_path: Path) -> None:
+    save_tiny("gemma-3-sliding", tmp_path)
+    message = r"config\.json: names 2,147,483,648 blocks \(num_hidden_layers\); there are at most 10,000"
+    add_to_config(tmp_path, num_hidden_layers=1 << 31, layer_types=None)
+    with pytest.raises(CheckpointError, match=message):
+        slowllm.load(tmp_path)
+    add_to_config(tmp_path, num_hidden_layers=3, text_config={"num_hidden_layers": 1 << 31})
+    with pytest.raises(CheckpointError, match=message):
+        slowllm.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_config": {"hidden_size": 64}}, r"config\.json: has a config of a text model inside, which model type 'llama' does"),
+        ({"model_type": "x" * 5000}, r"config\.json: model type 'x{12}\.{3}x{13}' cannot be used by this version"),
+    ],
+    ids=["text", "long"],
+)  # fmt: skip
+def test_a_config_with_what_its_model_type_does_not_have_is_refused(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    save_tiny("llama-2", tmp_path)
+    add_to_config(tmp_path, **changes)
+    with pytest.raises(SlowLLMError, match=message):
+        slowllm.load(tmp_path)
+
+
 def test_a_window_beyond_any_number_of_tokens_is_one_sentence(tmp_path: Path) -> None:
     save_tiny("gemma-3-sliding", tmp_path)
     add_to_config(tmp_path, sliding_window=10**30)

@@ -120,6 +120,14 @@ def test_the_command_says_what_became_of_quantised_matrices_and_plan_counts_thei
         planned.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert planned[0]["weight_bytes"] == planned[1]["weight_bytes"]
     assert planned[1]["native_format"] == "fp8"
+    for folder, said in (
+        (source, "fp8, read as it is"),
+        (store, "int8 store; what was quantised as fp8 is kept so"),
+        (tmp_path / "other", "int4 store"),  # which has float8 no longer
+    ):
+        assert run(["plan", folder, "--ram", "8GiB"], monkeypatch) == 0
+        rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.strip()]
+        assert [row[1].strip() for row in rows if row[0] == "format"] == [said]
     assert run(["verify", store, "--json"], monkeypatch) == 0
 
 

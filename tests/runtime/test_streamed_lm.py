@@ -570,7 +570,9 @@ def test_hub_ids_resolve_offline_through_the_cache(tmp_path: Path, monkeypatch: 
     [
         ("./nowhere", "no such folder"),
         ("/no/where/at/all", "no such folder"),
-        (str(__file__), "is a file; give"),
+        ("nowhere.gguf", r"nowhere\.gguf: no such file$"),
+        ("/no/where.gguf", r"/no/where\.gguf: no such file$"),
+        (str(__file__), r"is a file; give the folder .*, or a GGUF file, whose name ends in \.gguf$"),
     ],
 )
 def test_a_path_that_is_no_model_is_refused(path: str, sentence: str) -> None:

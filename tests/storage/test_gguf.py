@@ -119,6 +119,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "short": (b"GGUF\x03\0\0\0", "has 8 bytes, too few for a GGUF header"),
     "big-endian": (file_of([], [], start=b"GGUF\0\0\0\x03"), "is a big-endian GGUF file, which is not read"),
     "version": (file_of([], [], start=b"GGUF\x01\0\0\0"), "is of version 1 of GGUF, which is not read; there are 2 and 3"),
+    "version 0": (file_of([], [], start=b"GGUF\0\0\0\0"), "is of version 0 of GGUF, which is not read; there are 2 and 3"),
+    "version with a flag": (file_of([], [], start=b"GGUF\0\0\0\x80"), "is of version 2147483648 of GGUF, which is not read"),
     "too many tensors": (file_of([], [], counts=(1 << 60, 0)), "claims 1,152,921,504,606,846,976 tensors, more than"),
     "too many keys": (file_of([], [], counts=(0, 1 << 60)), "claims 1,152,921,504,606,846,976 keys, more than"),
     "long string": (file_of([pair("a", 8, HUGE)], []), r"a ends at byte 1,152,\d+.* but the file has"),

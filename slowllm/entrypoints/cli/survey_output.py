@@ -93,7 +93,15 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         rows.append(
             ("weights", f"not on this machine, or not all of them; planned from {survey.planned_from}")
         )
-    if survey.native_format is not None:
+    is_store = survey.store not in (None, "gguf")
+    if is_store:
+        kept = (
+            ""
+            if survey.native_format is None
+            else f"; what was quantised as {survey.native_format} is kept so"
+        )
+        rows.append(("format", f"{survey.store} store{kept}"))
+    elif survey.native_format is not None:
         rows.append(("format", f"{survey.native_format}, read as it is"))
     rows += [
         (

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import regex
 
 from slowllm.errors import CheckpointError
 from slowllm.modeling.native.coded_tensor import CodedPart, CodedTensor
@@ -31,6 +33,8 @@ _FORMATS = (
 )  # fmt: skip
 _SCALES = ("F32", "BF16", "F16")
 _BITS = (4, 8)
+# A pattern of config.json may need time without end: the module re cannot be told when to stop.
+_MATCH_SECONDS = 2
 # Dtypes of the shape that is stored beside a packed matrix.
 _SHAPES: Mapping[str, str] = {"I64": "<i8", "I32": "<i4"}
 
@@ -42,6 +46,8 @@ class _Scheme:
     Attributes:
         targets: names of modules or of classes, or patterns behind ``re:``.
         bits: of a number.
+        kind: of a number, float or int; None where config.json does not say.
+        strategy: which numbers share a scale, by its name; None where config.json does not say.
         is_symmetric: whether there are no zeros.
         columns: that share a scale; None where a whole row does.
         block: rows and columns that share a scale, if blocks do.
@@ -49,16 +55,32 @@ class _Scheme:
 
     targets: tuple[str, ...]
     bits: int
+    kind: object
+    strategy: object
     is_symmetric: bool
     columns: int | None
     block: tuple[int, int] | None
 
     def names(self, module: str) -> bool:
-        """Whether a target is the name of a module."""
+        """Whether a target is the name of a module.
+
+        Raises:
+            CheckpointError: a pattern tries more ways to match than there is time for.
+        """
         return any(
-            re.match(target[3:], module) is not None if target.startswith("re:") else target == module
+            _matches(target[3:], module) if target.startswith("re:") else target == module
             for target in self.targets
         )
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return regex.match(pattern, module, timeout=_MATCH_SECONDS) is not None
+    except TimeoutError as error:
+        raise CheckpointError(
+            f"config.json: the target {reprlib.repr('re:' + pattern)} is not matched with {module} in {_MATCH_SECONDS} s; "
+            "write it without repetitions inside of repetitions"
+        ) from error
 
 
 def find(settings: Mapping[str, Any], spans: Mapping[str, Span]) -> tuple[list[CodedTensor], set[str]]:
@@ -108,6 +130,13 @@ def _weights_in(spans: Mapping[str, Span]) -> Iterator[tuple[str, Span]]:
 
 
 def _schemes_of(settings: Mapping[str, Any]) -> list[_Scheme]:
+    transforms = settings.get("transform_config")
+    # None, and a table without groups, are usual.
+    if transforms.get("config_groups") if isinstance(transforms, Mapping) else transforms:
+        raise CheckpointError(
+            "config.json: its transform_config says that activations are rotated before they meet the weights, which is not "
+            "computed; use a checkpoint without it"
+        )
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError("config.json: its quantization_config has no config_groups")
@@ -121,7 +150,7 @@ def _schemes_of(settings: Mapping[str, Any]) -> list[_Scheme]:
         form = group.get("format") or whole
         if form not in _FORMATS:
             raise CheckpointError(
-                f"config.json: the format {form!r} of compressed-tensors is not read; there are {', '.join(_FORMATS)}"
+                f"config.json: the format {reprlib.repr(form)} of compressed-tensors is not read; there are {', '.join(_FORMATS)}"
             )
         found.append(_scheme(str(name), group, weights))
     return found
@@ -132,27 +161,34 @@ def _scheme(name: str, group: Mapping[str, Any], weights: Mapping[str, Any]) -> 
     targets, bits = group.get("targets", []), weights.get("num_bits", 8)
     strategy, size, block = (weights.get(key) for key in ("strategy", "group_size", "block_structure"))
     if bits not in _BITS or isinstance(bits, bool):
-        raise CheckpointError(f"{where}: num_bits is {bits!r}, which is not read; there are 4 and 8")
+        raise CheckpointError(
+            f"{where}: num_bits is {reprlib.repr(bits)}, which is not read; there are 4 and 8"
+        )
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise CheckpointError(f"{where}: targets is {targets!r}, not a list of names")
+        raise CheckpointError(f"{where}: targets is {reprlib.repr(targets)}, not a list of names")
     for target in targets:
         try:
-            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
-        except re.error as error:
-            raise CheckpointError(f"{where}: the target {target!r} is no pattern ({error})") from error
+            regex.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except regex.error as error:
+            raise CheckpointError(
+                f"{where}: the target {reprlib.repr(target)} is no pattern ({error})"
+            ) from error
     if size is not None and (not isinstance(size, int) or size == 0 or not -1 <= size < 1 << 31):
-        raise CheckpointError(f"{where}: group_size is {size!r}, not a number such as 128, or -1")
+        raise CheckpointError(f"{where}: group_size is {reprlib.repr(size)}, not a number such as 128, or -1")
     if strategy in ("group", "tensor_group") and (size is None or size < 1):
-        raise CheckpointError(f"{where}: has groups, but group_size is {size!r}")
+        raise CheckpointError(f"{where}: has groups, but group_size is {reprlib.repr(size)}")
     if strategy == "block" and not (
         isinstance(block, list)
         and len(block) == 2
         and all(isinstance(one, int) and 0 < one < 1 << 31 for one in block)
     ):
-        raise CheckpointError(f"{where}: block_structure is {block!r}, not two numbers such as [128, 128]")
+        raise CheckpointError(
+            f"{where}: block_structure is {reprlib.repr(block)}, not two numbers such as [128, 128]"
+        )
     columns = size if size is not None and size > 0 and strategy != "block" else None
     pair = (block[0], block[1]) if strategy == "block" and block is not None else None
-    return _Scheme(tuple(targets), bits, weights.get("symmetric", True) is not False, columns, pair)
+    is_symmetric, kind = weights.get("symmetric", True) is not False, weights.get("type")
+    return _Scheme(tuple(targets), bits, kind, strategy, is_symmetric, columns, pair)
 
 
 def _coded(module: str, codes: Span, own: Mapping[str, Span], schemes: list[_Scheme]) -> CodedTensor:
@@ -206,6 +242,8 @@ def _by_scheme(module: str, codes: Span, own: Mapping[str, Span], scheme: _Schem
         width = _width_of(own.get("weight_shape"), codes, per_word)
     group = _group_of(scales.shape, rows, width, scheme)
     if group is None or scales.dtype not in _SCALES or "weight_global_scale" in own:
+        return None
+    if scheme.kind == ("int" if codes.dtype == "F8_E4M3" else "float"):
         return None
     if is_packed and (stored != ceil_div(width, per_word) or codes.dtype != "I32"):
         return None
@@ -273,6 +311,6 @@ def _group_of(shape: tuple[int, ...], rows: int, width: int, scheme: _Scheme) ->
     if scheme.columns is not None:
         is_whole = width % scheme.columns == 0 and shape == (rows, width // scheme.columns)
         return (1, scheme.columns) if is_whole else None
-    if shape in ((), (1,), (1, 1)):
-        return rows, width
-    return (1, width) if shape in ((rows,), (rows, 1)) else None
+    if shape in ((rows,), (rows, 1)) and scheme.strategy != "tensor":
+        return 1, width
+    return (rows, width) if shape in ((), (1,), (1, 1)) and scheme.strategy != "channel" else None

@@ -6,6 +6,7 @@ activations, which some formats imply on GPUs, are not imitated: they stay in th
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,8 @@ _FINDERS: Mapping[str, _Finder] = {
     "awq": packed.find_awq,
     "bitsandbytes": bnb.find,
 }
+# A longer name of a format is cut short in messages.
+_LONGEST_NAME = 40
 
 
 def refuse_unknown(where: str, settings: object) -> None:
@@ -58,9 +61,10 @@ def refuse_unknown(where: str, settings: object) -> None:
         CheckpointError: it is.
     """
     method = settings.get("quant_method", "?") if isinstance(settings, Mapping) else settings
-    if not isinstance(settings, Mapping) or method not in _FINDERS:
+    if not isinstance(settings, Mapping) or not isinstance(method, str) or method not in _FINDERS:
+        said = method if isinstance(method, str) and len(method) <= _LONGEST_NAME else reprlib.repr(method)
         raise CheckpointError(
-            f"{where}: is already quantised ({method}), which is not read; there are {', '.join(sorted(_FINDERS))}; "
+            f"{where}: is already quantised ({said}), which is not read; there are {', '.join(sorted(_FINDERS))}; "
             "or use the original checkpoint in bfloat16 or float16"
         )
 

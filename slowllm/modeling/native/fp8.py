@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,12 +47,19 @@ def find(settings: Mapping[str, Any], spans: Mapping[str, Span]) -> tuple[list[C
             raise CheckpointError(f"{span.path.name}: {name} is stored as {span.dtype} but is no matrix")
         found.append(_coded(span, scale, block))
         used |= {name, scale.name}
-    if lonely := sorted(name for name in spans if name not in used and name.endswith("_scale_inv")):
+    if lonely := sorted(name for name in spans.keys() - used if _is_scale(name, spans)):
         raise CheckpointError(
             f"{spans[lonely[0]].path.name}: {lonely[0]} is a scale, but its weight is not stored in float8; config.json and "
             "the weights do not belong together"
         )
     return found, used
+
+
+def _is_scale(name: str, spans: Mapping[str, Span]) -> bool:
+    """Whether an array is the scale of a weight, by its name."""
+    return name.endswith(("_scale_inv", ".qscale_weight")) or (
+        name.endswith("_scale") and name.removesuffix("_scale") in spans
+    )
 
 
 def _block_of(settings: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -64,7 +72,7 @@ def _block_of(settings: Mapping[str, Any]) -> tuple[int, int] | None:
         or not all(isinstance(side, int) and 0 < side < 1 << 31 for side in block)
     ):
         raise CheckpointError(
-            f"config.json: weight_block_size is {block!r}, not two numbers such as [128, 128]"
+            f"config.json: weight_block_size is {reprlib.repr(block)}, not two numbers such as [128, 128]"
         )
     return block[0], block[1]
 

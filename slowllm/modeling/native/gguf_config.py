@@ -6,7 +6,9 @@ lacks: scaled rotary tables, soft caps, widths of heads and experts. Reads no we
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 
 from slowllm.errors import CheckpointError, first_line
+from slowllm.modeling.block_counts import refuse_many_blocks
 from slowllm.storage.gguf import GgufHeader
 from slowllm.storage.shard import open_shard
 from slowllm.storage.spans import Span
@@ -50,6 +53,12 @@ _MORE: Mapping[str, Mapping[str, str]] = {
     "gemma2": _CAPS,
     "gemma3": _CAPS,
 }
+# Numbers that are divided by, or of which there is one at least, where they are there.
+_POSITIVE = ("attention.head_count", "attention.head_count_kv", "rope.freq_base", "rope.dimension_count")
+# Of which a file has one; a default would be a guess that changes the results.
+_EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+# The name of a tensor of a block; no number is longer.
+_BLOCK = re.compile(r"blk\.(\d{1,9})\.")
 # Their head is the embedding, whatever the file has.
 _TIED = ("falcon", "bloom")
 # The factors by which a rotary table is divided, of Llama 3.1 and later.
@@ -90,10 +99,13 @@ def config_of(name: str, header: GgufHeader) -> PreTrainedConfig:
     for key, value in metadata.items():
         if (target := keys.get(key)) is not None:
             if not isinstance(value, int | float):
-                raise CheckpointError(
-                    f"{name}: {key} is {reprlib.repr(value)}, where one number for all blocks is read"
-                )
+                wanted = "one number" if key.startswith("tokenizer.") else "one number for all blocks"
+                raise CheckpointError(f"{name}: {key} is {reprlib.repr(value)}, where {wanted} is read")
+            if not math.isfinite(value):
+                raise CheckpointError(f"{name}: {key} is {value}, which is no number to compute with")
             found[target] = value
+    refuse_many_blocks(name, found)
+    _refuse_unusable(name, architecture, header)
     found["tie_word_embeddings"] = "output.weight" not in header.spans or architecture in _TIED
     if "vocab_size" not in found and "token_embd.weight" in header.spans:
         tokens = metadata.get("tokenizer.ggml.tokens")
@@ -136,6 +148,34 @@ def config_of(name: str, header: GgufHeader) -> PreTrainedConfig:
     except Exception as error:  # whatever transformers' validation may raise
         raise CheckpointError(f"{name}: its metadata cannot be used ({first_line(error)})") from error
     return config
+
+
+def _refuse_unusable(name: str, architecture: str, header: GgufHeader) -> None:
+    """Refuse numbers that no model has, and those that are missing though a default would change the results.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    metadata = header.metadata
+    for key in (f"{architecture}.{one}" for one in _POSITIVE):
+        if isinstance(value := metadata.get(key), int | float) and value <= 0:
+            raise CheckpointError(f"{name}: {key} is {value}, which is not positive")
+    if not any(f"{architecture}.{one}" in metadata for one in _EPSILONS):
+        raise CheckpointError(
+            f"{name}: has none of {' and '.join(_EPSILONS)} of {architecture}, which its norms need; fetch another file"
+        )
+    count, used = (metadata.get(f"{architecture}.{one}") for one in ("expert_count", "expert_used_count"))
+    if isinstance(count, int) and count and not (isinstance(used, int) and 1 <= used <= count):
+        raise CheckpointError(
+            f"{name}: {architecture}.expert_used_count is {reprlib.repr(used)}, where a number from 1 to {count} is needed"
+        )
+    num_blocks = metadata.get(f"{architecture}.block_count")
+    for tensor in header.spans:
+        match = _BLOCK.match(tensor)
+        if match and isinstance(num_blocks, int) and int(match[1]) >= num_blocks > 0:
+            raise CheckpointError(
+                f"{name}: {tensor} belongs to a block beyond the {num_blocks} that {architecture}.block_count names"
+            )
 
 
 def _rope_of(

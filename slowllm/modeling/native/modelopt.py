@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def settings_beside(folder: Path) -> dict[str, Any] | None:
 def _refuse_unknown(where: str, algorithm: object) -> None:
     if algorithm not in _ALGORITHMS:
         raise CheckpointError(
-            f"{where}: quant_algo is {algorithm!r}, which is not read; there are {', '.join(_ALGORITHMS)}"
+            f"{where}: quant_algo is {reprlib.repr(algorithm)}, which is not read; there are {', '.join(_ALGORITHMS)}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,13 +79,13 @@ def find_awq(settings: Mapping[str, Any], spans: Mapping[str, Span]) -> tuple[li
 
 def _word(settings: Mapping[str, Any], names: tuple[str, ...], usual: str) -> str:
     found = next((settings[name] for name in names if settings.get(name) is not None), usual)
-    return str(found).lower()
+    return str(found)[:40].lower()
 
 
 def _bits_of(settings: Mapping[str, Any]) -> int:
     bits = settings.get("bits", settings.get("w_bit"))
     if not isinstance(bits, int) or isinstance(bits, bool) or bits not in _BITS:
-        raise CheckpointError(f"config.json: bits is {bits!r}, not 2, 3, 4 or 8")
+        raise CheckpointError(f"config.json: bits is {reprlib.repr(bits)}, not 2, 3, 4 or 8")
     return bits
 
 
@@ -92,7 +93,9 @@ def _group_of(settings: Mapping[str, Any]) -> int | None:
     """Return how many inputs share a scale; None if all do."""
     group = settings.get("group_size", settings.get("q_group_size", 128))
     if not isinstance(group, int) or isinstance(group, bool) or not (group == -1 or 0 < group < _LARGEST):
-        raise CheckpointError(f"config.json: group_size is {group!r}, not a number such as 128, or -1")
+        raise CheckpointError(
+            f"config.json: group_size is {reprlib.repr(group)}, not a number such as 128, or -1"
+        )
     return None if group == -1 else group
 
 

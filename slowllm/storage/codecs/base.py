@@ -74,6 +74,10 @@ class Codec(ABC):
     decodes_to_any: ClassVar[bool] = False
     # Arrays of int32 that say which scale a column has: the dimension of the scales that they count along, and their least number.
     picks: ClassVar[Mapping[str, tuple[int, int]]] = {}
+    # Arrays of bytes that are scales: the bytes that are NaN.
+    nan_bytes: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    # Arrays whose numbers are divided by.
+    divisors: ClassVar[frozenset[str]] = frozenset()
     # How often the bytes of the decoded matrix go through memory in a product of a few rows, not counting those of
     # the stored matrix. Plans use it: compiled decoding is as fast as memory.
     passes: ClassVar[float] = 2.0

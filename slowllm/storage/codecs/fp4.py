@@ -6,6 +6,7 @@ A weight is its number times its block's scale, multiplied in float32 and rounde
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from slowllm.rounding import ceil_div
 from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of, tiles_of
-from slowllm.storage.codecs.fp8 import SCALE_DTYPES, scales_of
+from slowllm.storage.codecs.fp8 import NAN_EXPONENT, SCALE_DTYPES, scales_of
 from slowllm.storage.codecs.layout_constants import IS_COMPILED
 from slowllm.storage.codecs.mxfp4 import BLOCK, e2m1_numbers, keep_normal
 from slowllm.storage.codecs.team import Team
@@ -25,6 +26,7 @@ class Fp4(Codec):
 
     name: ClassVar[str] = "fp4"
     decodes_to_any: ClassVar[bool] = True
+    nan_bytes: ClassVar[Mapping[str, tuple[int, ...]]] = {"scales": (NAN_EXPONENT,)}
 
     def has_parts(self, parts: PartShapes, num_rows: int, width: int, group: tuple[int, ...] = ()) -> bool:
         if len(group) != 2 or min(group) < 1 or set(parts) != {"scales", "codes"} or width % 2:

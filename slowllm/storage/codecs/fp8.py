@@ -7,6 +7,7 @@ A weight is its number times its block's scale, multiplied in float32 and rounde
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,8 @@ from slowllm.storage.codecs.team import Team
 _WIDE = 32
 # Dtypes of scales: numbers, or the exponents of powers of two (ue8m0), which some files call bytes.
 SCALE_DTYPES = ("F32", "BF16", "F16", "U8")
+# The exponent that is NaN.
+NAN_EXPONENT = 0xFF
 
 
 class Fp8(Codec):
@@ -28,6 +31,7 @@ class Fp8(Codec):
 
     name: ClassVar[str] = "fp8"
     decodes_to_any: ClassVar[bool] = True
+    nan_bytes: ClassVar[Mapping[str, tuple[int, ...]]] = {"scales": (NAN_EXPONENT,)}
 
     def has_parts(self, parts: PartShapes, num_rows: int, width: int, group: tuple[int, ...] = ()) -> bool:
         if len(group) != 2 or min(group) < 1 or set(parts) != {"scales", "codes"}:

@@ -35,6 +35,7 @@ class Fp8Packed(Codec):
     """
 
     decodes_to_any: ClassVar[bool] = True
+    nan_bytes: ClassVar[Mapping[str, tuple[int, ...]]] = Fp8.nan_bytes
 
     def __init__(self, unpacked: Fp8) -> None:
         self.name = unpacked.name + PACKED  # type: ignore[misc]  # of each object, where other codecs have one of their class

@@ -6,6 +6,7 @@ are divided by it, and a weight is rounded to bfloat16 before it is of another d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -24,6 +25,8 @@ class Nvfp4(Codec):
 
     name: ClassVar[str] = "nvfp4"
     decodes_to_any: ClassVar[bool] = True
+    nan_bytes: ClassVar[Mapping[str, tuple[int, ...]]] = {"scales": (0x7F, 0xFF)}
+    divisors: ClassVar[frozenset[str]] = frozenset({"divisor"})
 
     def has_parts(self, parts: PartShapes, num_rows: int, width: int, group: tuple[int, ...] = ()) -> bool:
         return (

@@ -241,6 +241,10 @@ INT4, ZEROS, FLOAT8, NVFP4 = "int4 groups", "int4 groups with zeros", "float8 ch
         (ZEROS, _without("weight_zero_point"), rf"{MODULE} has .*go with no group"),
         (ZEROS, _changed("weight_zero_point", lambda t: t[1:]), rf"{MODULE} has .*weight_zero_point I32 \[11, 2\]"),
         (FLOAT8, _changed("weight_scale", lambda t: t[1:]), rf"{MODULE} has weight F8_E4M3 \[96, 64\], weight_scale BF16 \[95, 1\]"),
+        (FLOAT8, _changed("weight_scale", lambda t: t[:1]), rf"{MODULE} has weight F8_E4M3 \[96, 64\], weight_scale BF16 \[1, 1\]"),
+        (FLOAT8, _changed("weight", lambda t: t.view(torch.int8)), rf"{MODULE} has weight I8 \[96, 64\], .*go with no group"),
+        ("plain int8", _changed("weight", lambda t: t.view(torch.float8_e4m3fn)), rf"{MODULE} has weight F8_E4M3 .*go with no group"),
+        ("float8 tensors", _changed("weight_scale", lambda t: t.expand(96, 1)), rf"{MODULE} has .*weight_scale BF16 \[96, 1\]"),
         (FLOAT8, _without("weight"), rf"{MODULE}.weight_scale belongs to no quantised weight"),
         (NVFP4, _without("weight_global_scale"), rf"{MODULE}.weight_scale is F8_E4M3 of shape \[96, 4\] which are no scales"),
         (NVFP4, _changed("weight_global_scale", lambda t: t.half()), rf"{MODULE}.weight_global_scale F16 \[1\], which are no scales"),
@@ -253,6 +257,30 @@ def test_half_a_format_is_refused_by_name(case: str, change: Any, message: str, 
         slowllm.load(folder)
 
 
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize(
+    ("case", "kind", "value", "message"),
+    [
+        (NVFP4, "weight_global_scale", 0, "is zero, and its divisor is divided by"),
+        (NVFP4, "weight_scale", 0x7F, "has NaN among its scales"),
+        (NVFP4, "weight_scale", 0xFF, "has NaN among its scales"),
+        ("mxfp4", "weight_scale", 0xFF, "has NaN among its scales"),
+    ],
+)
+def test_scales_that_make_no_numbers_are_refused_by_name(
+    case: str, kind: str, value: int, message: str, resident: bool, tmp_path: Path
+) -> None:
+    def damage(scales: torch.Tensor) -> torch.Tensor:
+        scales.view(-1)[:1].view(torch.uint8)[:] = value
+        return scales
+
+    folder = compressed("llama-2", case, tmp_path)
+    change_tensors(folder, _changed(kind, damage))
+    named = rf"model-\d+-of-\d+\.safetensors: {MODULE}\.{kind} {message}; fetch this shard again"
+    with slowllm.load(folder, resident=resident) as lm, pytest.raises(CheckpointError, match=named):
+        lm.model(IDS)
+
+
 def _group(**weights: Any) -> dict[str, Any]:
     settings = settings_of(INT4)
     group = settings["config_groups"]["group_0"]
@@ -263,8 +291,14 @@ def _group(**weights: Any) -> dict[str, Any]:
     ("settings", "message"),
     [
         ({"quant_method": "compressed-tensors"}, "quantization_config has no config_groups"),
+        (
+            {**settings_of(INT4), "transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+            "config.json: its transform_config says that activations are rotated",
+        ),
+        ({**settings_of(INT4), "transform_config": "hadamard"}, "its transform_config says that activations are rotated"),
         ({**settings_of(INT4), "format": "marlin-24"}, "the format 'marlin-24' of compressed-tensors is not read"),
         (_group(num_bits=3), "group_0: num_bits is 3, which is not read"),
+        (_group(num_bits="4" * 5000), "group_0: num_bits is '4{12}[.]{3}4{13}', which is not read"),
         (_group(group_size=0), "group_0: group_size is 0, not a number"),
         (_group(group_size=None), "group_0: has groups, but group_size is None"),
         (_group(strategy="block"), "group_0: block_structure is None, not two numbers"),
@@ -288,6 +322,36 @@ def test_a_config_that_lies_is_refused(settings: Any, message: str, saved: Path)
     config.quantization_config = settings
     with pytest.raises(CheckpointError, match=message):
         find_native(config, spans)
+
+
+@pytest.mark.parametrize("transforms", [None, {}, {"config_groups": {}}])
+def test_a_table_without_transforms_is_read(transforms: object, saved: Path) -> None:
+    config = AutoConfig.from_pretrained(saved)
+    config.quantization_config = {**settings_of(INT4), "transform_config": transforms}
+    assert find_native(config, spans_of(saved)).coded
+
+
+def _with_pattern(pattern: str) -> dict[str, Any]:
+    settings = settings_of(INT4)
+    return {
+        **settings, "config_groups": {"a": {**settings["config_groups"]["group_0"], "targets": [f"re:{pattern}"]}}
+    }  # fmt: skip
+
+
+def test_a_pattern_with_many_ways_to_match_is_decided(saved: Path) -> None:
+    config = AutoConfig.from_pretrained(saved)
+    config.quantization_config = _with_pattern(r"^(([a-z_.0-9])+)+$X")  # with the module re: 2^length ways
+    assert find_native(config, spans_of(saved)).coded
+
+
+@pytest.mark.long  # which waits until the time for a pattern is over
+def test_a_pattern_without_end_is_refused(saved: Path) -> None:
+    config = AutoConfig.from_pretrained(saved)
+    config.quantization_config = _with_pattern(r"(.|[a-z_.0-9]|[\w.])*\d\d\d")
+    with pytest.raises(
+        CheckpointError, match=r"the target 're:.*' is not matched with model\..* in 2 s; write it"
+    ):
+        find_native(config, spans_of(saved))
 
 
 def test_a_format_that_is_not_read_is_refused_when_it_is_opened(tmp_path: Path) -> None:

@@ -186,6 +186,17 @@ def _with_two_scales(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{NAME}_scale"] = torch.ones(1)
 
 
+def _with_a_weight_that_is_not_coded(suffix: str) -> Any:
+    """Return what puts a plain weight in the place of a coded one, whose scales stay under a name of another maker."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if NAME in tensors:
+            tensors[f"{NAME}{suffix}"] = tensors.pop(f"{NAME}_scale_inv")
+            tensors[NAME] = tensors[NAME].bfloat16()
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -201,6 +212,14 @@ def _with_two_scales(tensors: dict[str, torch.Tensor]) -> None:
             rf"{NAME}_scale_inv is F32 of shape \[\], which are no scales for .* with blocks of 8 x 16",
         ),
         (_with_whole_numbers, rf"{NAME}_scale_inv is I32 of shape"),
+        (
+            _with_a_weight_that_is_not_coded("_scale"),
+            rf"{NAME}_scale is a scale, but its weight is not stored in float8",
+        ),
+        (
+            _with_a_weight_that_is_not_coded("_scale_inv"),
+            rf"{NAME}_scale_inv is a scale, but its weight is not",
+        ),
         (_with_two_scales, rf"{NAME} is stored as F8_E4M3 but has two scales"),
     ],
 )
@@ -226,6 +245,18 @@ def test_scales_that_are_no_numbers_are_refused_by_name(value: float, resident: 
         torch.no_grad(),
         pytest.raises(CheckpointError, match=message),
     ):
+        lm.model(IDS)
+
+
+def test_exponents_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if NAME in tensors:
+            tensors[f"{NAME}_scale_inv"].view(torch.uint8)[2, 1] = 0xFF
+
+    folder = fp8("llama-2", tmp_path, dtype=torch.float8_e8m0fnu)
+    _damaged(folder, change)
+    message = rf"model-\d+-of-\d+\.safetensors: {NAME}_scale_inv has NaN among its scales; fetch"
+    with slowllm.load(folder) as lm, torch.no_grad(), pytest.raises(CheckpointError, match=message):
         lm.model(IDS)
 
 
@@ -262,7 +293,10 @@ def _with_arrays_of_modelopt(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(_with_arrays_of_gptq, rf"{NAME}.* missing"), (_with_arrays_of_modelopt, rf"{NAME} .*shape \[96, 32\]")],
+    [
+        (_with_arrays_of_gptq, rf"{NAME}.* missing"),
+        (_with_arrays_of_modelopt, rf"{NAME}_scale is a scale, but its weight is not stored"),
+    ],
 )
 def test_a_second_format_in_the_checkpoint_is_refused_by_name(
     change: Any, message: str, tmp_path: Path
@@ -292,7 +326,17 @@ def test_arrays_decide_which_modules_are_quantised_and_not_what_config_says(tmp_
         ),
         ({"quant_method": "fp8", "weight_block_size": "16"}, "weight_block_size is '16', not two numbers"),
         ({"quant_method": "hqq"}, r"is already quantised \(hqq\), which is not read"),
-        ("fp8", r"is already quantised \(fp8\), which is not read"),
+        ("fp8", r"config\.json: is already quantised \(fp8\), which is not read"),
+        ({"quant_method": []}, r"config\.json: is already quantised \(\[\]\), which is not read"),
+        ({"quant_method": {"a": 1}}, r"config\.json: is already quantised \(\{'a': 1\}\), which is not read"),
+        (
+            {"quant_method": "x" * 5000},
+            r"config\.json: is already quantised \('x{12}\.{3}x{13}'\), which is not read",
+        ),
+        (
+            {"quant_method": "fp8", "weight_block_size": "9" * 5000},
+            r"weight_block_size is '9{12}\.{3}9{13}', not two",
+        ),
     ],
 )
 def test_a_config_that_lies_is_refused(settings: Any, message: str, tmp_path: Path) -> None:

@@ -41,11 +41,49 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "metadata": ({"metadata": {"llama.block_count": 0}}, "names 0 blocks"),
     "unusable metadata": ({"metadata": {"llama.embedding_length": 0.5}}, "cannot be used|needs"),
+    "many blocks": (
+        {"family": "gemma3", "metadata": {"gemma3.block_count": 1 << 31}},
+        r"m\.gguf: names 2,147,483,648 blocks \(num_hidden_layers\); there are at most 10,000",
+    ),
+    "no heads of keys": (
+        {"metadata": {"llama.attention.head_count_kv": 0}}, r"m\.gguf: llama\.attention\.head_count_kv is 0, which is not positive",
+    ),
+    "no base": ({"metadata": {"llama.rope.freq_base": 0.0}}, r"m\.gguf: llama\.rope\.freq_base is 0\.0, which is not positive"),
+    "NaN": (
+        {"metadata": {"llama.rope.freq_base": float("nan")}},
+        r"m\.gguf: llama\.rope\.freq_base is nan, which is no number to compute with",
+    ),
+    "infinity": (
+        {"metadata": {"llama.attention.layer_norm_rms_epsilon": float("inf")}}, r"m\.gguf: llama\.attention\.\w+ is inf, which is no",
+    ),
+    "no epsilon": (
+        {"metadata": {"llama.attention.layer_norm_rms_epsilon": None}},
+        r"m\.gguf: has none of attention\.layer_norm_rms_epsilon and attention\.layer_norm_epsilon of llama, which its norms need",
+    ),
+    "no count of used experts": (
+        {"family": "qwen2moe", "metadata": {"qwen2moe.expert_used_count": None}},
+        r"m\.gguf: qwen2moe\.expert_used_count is None, where a number from 1 to 4 is needed",
+    ),
+    "no used expert": (
+        {"family": "qwen2moe", "metadata": {"qwen2moe.expert_used_count": 0}},
+        r"m\.gguf: qwen2moe\.expert_used_count is 0, where a number from 1 to 4 is needed",
+    ),
+    "too many used experts": (
+        {"family": "qwen2moe", "metadata": {"qwen2moe.expert_used_count": 1 << 31}},
+        r"m\.gguf: qwen2moe\.expert_used_count is 2147483648, where a number from 1 to 4 is needed",
+    ),
+    "impossible metadata": (
+        {"metadata": {"llama.embedding_length": 1 << 31}},
+        r"m\.gguf: describes a model with [\d,]+ bytes of norms and tables, where 2,147,483,648 may be; a size in it is wrong",
+    ),
     "width": (
         {"metadata": {"llama.feed_forward_length": 96}},
         r"m\.gguf: model\.layers\.0\.mlp\.down_proj\.weight has shape \[256, 512\] but .* needs \[256, 96\]",
     ),
-    "too many blocks": ({"metadata": {"llama.block_count": 1}}, "belongs to a block beyond the 1 that config.json names"),
+    "too many blocks": (
+        {"metadata": {"llama.block_count": 1}},
+        r"m\.gguf: blk\.1\.\w+\.weight belongs to a block beyond the 1 that llama\.block_count names",
+    ),
     "too few blocks": ({"metadata": {"llama.block_count": 3}}, r"model\.layers\.2\..* and \d+ more: missing from the checkpoint"),
     "experts": (
         {"family": "mixtral", "metadata": {"llama.expert_count": 5}},

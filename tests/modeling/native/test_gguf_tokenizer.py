@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 import slowllm
 from slowllm.errors import CheckpointError
+from slowllm.modeling.native.gguf_tokenizer import gguf_tokenizer
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.run_identity import _tokenizer_digest
 from tests.support.gguf_checkpoints import byte_level_tokenizer, sentencepiece_tokenizer, write_gguf
@@ -55,7 +56,6 @@ def test_a_file_without_a_tokenizer_is_refused_where_text_is_encoded(tmp_path: P
     "change",
     [
         {"tokenizer.ggml.model": "rwkv"},
-        {"tokenizer.ggml.bos_token_id": 10**6},
         {"tokenizer.ggml.merges": ["abc"]},
     ],
 )
@@ -76,3 +76,29 @@ def test_another_vocabulary_is_another_tokenizer_for_a_resumed_job(tmp_path: Pat
     one = write_gguf(tmp_path / "one.gguf", "qwen2", "q8_0", metadata=byte_level_tokenizer())
     other = write_gguf(tmp_path / "other.gguf", "qwen2", "q8_0", metadata=sentencepiece_tokenizer())
     assert _tokenizer_digest(one) == _tokenizer_digest(one) != _tokenizer_digest(other)
+
+
+TOKENIZER = byte_level_tokenizer()
+KEY = r"m\.gguf: tokenizer\.ggml"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": [7, 8]}, rf"{KEY}\.tokens is no list of strings"),
+        ({"merges": None}, r"m\.gguf: has neither tokenizer\.ggml\.merges nor tokenizer\.ggml\.scores"),
+        ({"token_type": [1, 1]}, rf"{KEY}\.token_type has 2 entries, but there are 272 tokens"),
+        ({"token_type": 1}, rf"{KEY}\.token_type is no list, but there are 272 tokens"),
+        ({"scores": [0.5] * 273}, rf"{KEY}\.scores has 273 entries, but there are 272 tokens"),
+        ({"bos_token_id": 272}, rf"{KEY}\.bos_token_id is 272, which is none of its 272 tokens"),
+        ({"eos_token_id": True}, rf"{KEY}\.eos_token_id is True, which is none of its 272 tokens"),
+    ],
+    ids=str,
+)
+def test_a_vocabulary_that_does_not_go_together_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    metadata = {**TOKENIZER, **{f"tokenizer.ggml.{key}": value for key, value in changes.items()}}
+    path = write_gguf(tmp_path / "m.gguf", kinds="q8_0", metadata=metadata)
+    with pytest.raises(CheckpointError, match=message):
+        gguf_tokenizer([path])

@@ -111,6 +111,20 @@ def test_half_a_format_is_refused_by_name(change: Any, message: str, tmp_path: P
         slowllm.load(folder)
 
 
+def test_scales_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if NAME in tensors:
+            tensors[f"{NAME}_scale"].view(torch.uint8)[0, 0] = 0x7F
+
+    folder = modelopt("llama-2", tmp_path)
+    change_tensors(folder, change)
+    with (
+        slowllm.load(folder) as lm,
+        pytest.raises(CheckpointError, match=rf"{NAME}_scale has NaN among its scales"),
+    ):
+        lm.model(IDS)
+
+
 def test_an_algorithm_that_is_not_read_is_refused(tmp_path: Path) -> None:
     folder = modelopt("llama-2", tmp_path)
     change_settings(folder, {**SETTINGS, "quant_algo": "W4A8_AWQ"})
