@@ -63,7 +63,7 @@ class LookAhead:
 
     Args:
         routers: of each module of experts, in the order of the blocks; None of one that cannot be asked by itself.
-        firsts: the unit of each module's first expert.
+        modules: the units of each one's experts.
         most: units that may be read ahead at a time.
         is_kept: whether a unit is in memory to stay.
     Attributes:
@@ -76,11 +76,13 @@ class LookAhead:
     def __init__(
         self,
         routers: Sequence[KeptRouter | None],
-        firsts: Sequence[int],
+        modules: Sequence[range],
         most: int,
         is_kept: Callable[[int], bool],
     ) -> None:
         self.num_guessed = self.num_right = self.num_read = self.num_read_right = 0
+        firsts = [units.start for units in modules]
+        self._units = dict(zip(firsts, modules, strict=True))
         self._routers = dict(zip(firsts, routers, strict=True))
         self._following = dict(itertools.pairwise(firsts))
         self._most, self._is_kept = most, is_kept
@@ -128,7 +130,9 @@ class LookAhead:
         with torch.no_grad():
             chosen = router.guess(known[0] if len(known) == 1 else torch.cat(known))
         units = [following + number for number in dict.fromkeys(chosen.T.reshape(-1).tolist())]
-        units = [unit for unit in units if not self._is_kept(unit)][: self._most]
+        # A router may name an expert that there is not: the sentinel of one on another machine, or because it is damaged.
+        units = [unit for unit in units if unit in self._units[following] and not self._is_kept(unit)]
+        units = units[: self._most]
         is_read = self._rates[following].is_trusted
         self._guesses[following] = _Guess(tuple(units), is_read)
         return units if is_read else []

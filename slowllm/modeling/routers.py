@@ -24,6 +24,8 @@ _NORMS_BEFORE = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layer
 # The same, but in blocks that have the norm of what a mixture gives, these are of attention.
 _NORM_BEHIND = "post_feedforward_layernorm"
 _NORMS_BEFORE_UNLESS_BEHIND = ("post_attention_layernorm", "input_layernorm", "norm")
+# Routers that ask for texts of rows (B, T', H). All others take rows (T, H), and those of LFM2 nothing else.
+_TAKES_TEXTS = frozenset({"AfmoeTokenChoiceRouter"})
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,10 @@ class Router:
         Args:
             hidden: (B, T', H) or (T, H) in the compute dtype, as the mixture has them, behind the norm.
         """
-        others = self.others()
-        rows = hidden.reshape(1, -1, hidden.shape[-1]) if others else hidden.reshape(-1, hidden.shape[-1])
+        takes_texts = any(kind.__name__ in _TAKES_TEXTS for kind in type(self.module).__mro__)
+        rows = hidden.reshape(*((1,) if takes_texts else ()), -1, hidden.shape[-1])
         with torch.no_grad():
-            chosen: Tensor = self.module(rows, *others)[2]
+            chosen: Tensor = self.module(rows, *self.others())[2]
         return chosen.reshape(-1, chosen.shape[-1])
 
     def guess(self, hidden: Tensor) -> Tensor:

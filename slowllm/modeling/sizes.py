@@ -144,7 +144,7 @@ def _router_bytes(layout: Layout, block: int) -> int:
 
 
 def experts_per_token(config: Any) -> int | None:
-    """Return how many experts a token takes, by whatever name a config has for it."""
+    """Return how many experts a token takes, by whatever name a config has for it; the most, where blocks differ."""
     for name in (
         "num_experts_per_tok",
         "moe_k",
@@ -154,8 +154,10 @@ def experts_per_token(config: Any) -> int | None:
         "top_k",
     ):
         value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
+        # HunYuan-A13B's has a number for each block.
+        most = max(value, default=0) if isinstance(value, list) else value
+        if isinstance(most, int) and most > 0:
+            return most
     return None
 
 
@@ -165,13 +167,13 @@ def planned_token_bytes(cache: CacheSize) -> int:
 
 
 def _size_of(stop: Sequence[Placement], config: Any) -> StopSize:
-    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    used = min(1.0, (getattr(config, "num_experts_per_tok", None) or num_experts) / num_experts)
+    top_k = experts_per_token(config)
     flops = 0.0
     for p in stop:
         if len(p.shape) >= 2:
             # A tensor of three dimensions holds every expert, of which a token takes a few.
-            flops += 2 * math.prod(p.shape) * (used if len(p.shape) == 3 else 1.0)
+            used = min(1.0, top_k / p.shape[0]) if top_k and len(p.shape) == 3 else 1.0
+            flops += 2 * math.prod(p.shape) * used
     decoded = sum(p.decoded_bytes * codec_of(p.coding).passes for p in stop if p.coding is not None)
     return StopSize(
         num_bytes=sum(map(ring_bytes_of, stop)),

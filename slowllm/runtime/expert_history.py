@@ -24,8 +24,9 @@ from slowllm.streaming.kept_stops import ENOUGH_COUNTS
 
 log = logging.getLogger(__name__)
 
-# Set to 0, nothing is remembered.
+# Set to one of these, in letters of either case, nothing is remembered: whoever writes "off" does not want files of what was needed.
 SWITCH = "SLOWLLM_EXPERT_COUNTS"
+_OFF = ("0", "false", "no", "off")
 VERSION = 1
 # A file of the largest models, of 23,000 experts, has a hundredth of it.
 MAX_BYTES = 16 << 20
@@ -62,7 +63,7 @@ def counts_folder() -> Path | None:
     It is ``slowllm/experts`` in ``$XDG_CACHE_HOME``, or in ``~/.cache`` where that is not set or no absolute path, as the XDG base
     directory specification says.
     """
-    if os.environ.get(SWITCH) == "0":
+    if os.environ.get(SWITCH, "").strip().lower() in _OFF:
         return None
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not named.is_absolute():
@@ -70,6 +71,9 @@ def counts_folder() -> Path | None:
             named = Path.home() / ".cache"
         except RuntimeError:  # nobody has a home here
             return None
+    # A relative home would have it written into whatever folder the process runs in.
+    if not named.is_absolute():
+        return None
     return named / "slowllm" / "experts"
 
 
@@ -116,7 +120,10 @@ class ExpertHistory:
     def earlier(self) -> Mapping[str, ModuleCounts]:
         """What earlier runs chose, by the modules' names; nothing where it is not known."""
         # A fingerprint takes a look at all shards, in vain where there is no file at all.
-        if not self._folder.is_dir():
+        try:
+            if not self._folder.is_dir():
+                return {}
+        except OSError:  # nobody may look there, which is said when it is to be written
             return {}
         try:
             path = self.path
@@ -125,7 +132,9 @@ class ExpertHistory:
         try:
             return self._read()
         except InputError as error:
-            _warn_of(path, str(error))
+            # A folder in its place is not replaced, which is said when the model is closed.
+            if not os.path.isdir(path):
+                _warn_of(path, str(error))
             return {}
 
     def counts(self) -> np.ndarray:
@@ -210,6 +219,8 @@ class ExpertHistory:
                 name: {"num_sweeps": one.num_sweeps, "chosen": one.chosen} for name, one in modules.items()
             },
         }
+        if self.path.is_dir() and not self.path.is_symlink():
+            raise InputError(f"{self.path.name} is a folder; delete it")
         replace_file(self.path, json.dumps(table))
 
     def _read(self) -> dict[str, ModuleCounts]:

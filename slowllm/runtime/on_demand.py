@@ -97,7 +97,7 @@ class OnDemand:
         look_ahead = None
         if plan.router_bytes:
             most = _units_beside(plan.expert_ring_bytes, units)
-            look_ahead = LookAhead(_routers_of(layout), ends[:-1], most, kept.is_kept)
+            look_ahead = LookAhead(_routers_of(layout), groups, most, kept.is_kept)
         forecast, settings = ExpertForecast(sizes), ExpertSettings(is_exact)
         opened = cls(layout, demand, kept, forecast, settings, look_ahead, history, reader, cast)
         log.info("experts are read when routers ask for them: %s", opened.products)

@@ -117,6 +117,8 @@ def test_a_router_says_which_experts_its_block_will_choose(architecture: str) ->
     before = seen.get("before", seen["hidden"])
     for given in (before, before.reshape(-1, before.shape[-1])):
         assert torch.equal(kept.guess(given).sort(-1).values, chosen)
+    one = before.reshape(-1, before.shape[-1])[:1]  # as in generation, which is where guesses are made
+    assert torch.equal(kept.guess(one).sort(-1).values, chosen[:1])
 
 
 @pytest.mark.parametrize("architecture", MAIN)

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 import slowllm
 from slowllm.modeling import look_ahead
@@ -201,6 +202,24 @@ def test_a_guess_is_not_recorded_as_a_choice(mode: Any, mixture: Callable[[float
             assert len(ours) == len(theirs)
             assert all(map(torch.equal, ours, theirs))
         assert lm.experts.look_ahead.num_guessed
+
+
+def test_an_expert_that_there_is_not_is_not_guessed(
+    mixture: Callable[[float], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: Any = resident(mixture(1e-4))
+    inner: Any = Qwen3MoeTopKRouter.forward
+
+    def with_sentinel(router: Any, hidden: Tensor) -> Any:
+        logits, weights, chosen = inner(router, hidden)
+        return logits, weights, chosen.index_fill(-1, torch.tensor([1]), NUM_EXPERTS)
+
+    monkeypatch.setattr(Qwen3MoeTopKRouter, "forward", with_sentinel)
+    with opened(mixture(1e-4)) as lm:
+        for token in IDS.view(-1, 1, 1).expand(-1, 2, -1).reshape(-1, 1, 1):
+            assert torch.equal(lm.model(token).logits, plain(token).logits)
+        ahead = lm.experts.look_ahead
+        assert ahead.num_guessed == ahead.num_right > 0
 
 
 @given(shares=st.lists(st.floats(0, 1), max_size=300))

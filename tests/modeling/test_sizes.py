@@ -137,3 +137,22 @@ def test_states_of_a_row_are_shared_out_among_its_tokens(tmp_path: Path) -> None
         assert size.token_bytes == 0
         for sizes in lm.choices:
             assert sizes.result_token_bytes == ceil_div(size.row_bytes, MIN_ROW_TOKENS) + 4 * VOCAB
+
+
+def test_experts_a_token_may_be_counted_for_each_block(tmp_path: Path) -> None:
+    """As HunYuan-A13B's config does."""
+    config: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "vocab_size": VOCAB, "num_experts": 4,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("hunyuan_v1_moe", moe_topk=2, **config))
+    model.save_pretrained(tmp_path / "one")
+    model.config.moe_topk = [2, 2, 2]
+    model.save_pretrained(tmp_path / "list")
+    with (
+        slowllm.load(tmp_path / "one", dtype="fp32") as one,
+        slowllm.load(tmp_path / "list", dtype="fp32") as lm,
+    ):
+        assert lm.choices == one.choices
+        assert [sizes.experts.top_k for sizes in lm.choices if sizes.experts is not None] == [2]

@@ -203,10 +203,11 @@ def test_a_plan_says_that_it_reckons_with_earlier_runs(tiny: Callable[..., Path]
     assert known == [False, True]
 
 
+@pytest.mark.parametrize("value", ["0", "false", "Off", "no "])
 def test_where_it_is_switched_off_nothing_is_written(
-    tiny: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+    value: str, tiny: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setenv(SWITCH, value)
     with opened(tiny(NAME)) as lm:
         ask(lm, 7)
     assert not folder.exists()
@@ -221,6 +222,9 @@ def test_the_folder_is_that_of_the_users_caches(monkeypatch: pytest.MonkeyPatch,
         assert counts_folder() == tmp_path / ".cache" / "slowllm" / "experts"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "named"))
     assert counts_folder() == tmp_path / "named" / "slowllm" / "experts"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "relative")  # nothing is to appear in the working directory
+    assert counts_folder() is None
 
 
 def history(folder: Path, sizes: dict[str, int] = SIZES, *, is_whole: bool = True) -> ExpertHistory:
@@ -317,6 +321,27 @@ def read_only(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_folder_that_cannot_even_be_looked_at_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Nobody may look for a name of this length; root may look everywhere else.
+    save(tmp_path / ("x" * 300), 2, 0, 1, 1, 1, 1, 1, 1)
+    assert history(tmp_path / ("x" * 300)).counts().tolist() == [0] * 8
+    (record,) = caplog.records
+    assert "cannot be written" in record.getMessage()
+
+
+def test_a_folder_in_the_place_of_a_file_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / f"{FINGERPRINT}.json"
+    file.mkdir()
+    found = history(tmp_path)
+    assert found.counts().tolist() == [0] * 8
+    found.save(np.array([2, 0, 1, 1, 1, 1, 1, 1]), [2, 2])
+    (record,) = caplog.records  # and nobody was told that it would be replaced
+    assert f"{file.name} is a folder; delete it" in record.getMessage()
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_read_only_folder_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

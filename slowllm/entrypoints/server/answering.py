@@ -134,7 +134,7 @@ class Answering:
         rides = self._board(asked, None)
         try:
             gone: asyncio.Future[Any] = asyncio.create_task(until_gone(request.receive))
-            ended: asyncio.Future[Any] = asyncio.gather(*map(_ended, rides))
+            ended = _all_ended(rides)
             try:
                 await asyncio.wait({gone, ended}, return_when=asyncio.FIRST_COMPLETED)
                 if not ended.done():
@@ -170,7 +170,7 @@ class Answering:
             self.metrics.count(url, 200 if is_complete else _GONE, time.monotonic() - begun)
 
         async def events() -> AsyncGenerator[bytes]:
-            ended = asyncio.gather(*map(_ended, rides))
+            ended = _all_ended(rides)
             ended.add_done_callback(lambda _: changed.set())
             try:
                 for chunk in writer.begin():
@@ -243,6 +243,14 @@ def _ended(ride: Ride[Answer]) -> asyncio.Future[None]:
 
     ride.add_done_callback(ended)
     return future
+
+
+def _all_ended(rides: Sequence[Ride[Answer]]) -> asyncio.Future[Any]:
+    """Return a future of this loop that is done when all rides have ended; it may be cancelled, and nobody need ask what came of it."""
+    ended: asyncio.Future[Any] = asyncio.gather(*map(_ended, rides))
+    # What `gather` returns is not cancelled by `cancel` but gets an exception, of which asyncio complains if nobody asks for it.
+    ended.add_done_callback(lambda future: future.cancelled() or future.exception())
+    return ended
 
 
 def _results(rides: Sequence[Ride[Answer]]) -> list[Answer]:

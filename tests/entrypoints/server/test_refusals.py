@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -260,7 +261,10 @@ def test_a_client_that_hangs_up_has_its_ride_cancelled(stream: bool, serve: Serv
         answering = client.answering  # type: ignore[attr-defined]
         service = answering.served.service
 
+        complaints: list[dict[str, Any]] = []
+
         async def hang_up() -> int:
+            asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what))
             talk = Talk({"prompt": "The value", "max_tokens": 500, "stream": stream, "n": 2})
             running = asyncio.create_task(client.app(talk.scope, talk.receive, talk.send))  # type: ignore[arg-type]
             while not (done := service.status().num_new_tokens):
@@ -272,6 +276,8 @@ def test_a_client_that_hangs_up_has_its_ride_cancelled(stream: bool, serve: Serv
             return done
 
         asyncio.run(hang_up())
+        gc.collect()  # asyncio complains of an exception when its future goes
+        assert not complaints
         assert client.post(COMPLETIONS, json=GOOD).status_code == 200
         assert service.status().num_new_tokens < 500
         assert 'status="499"' in client.get("/metrics").text
