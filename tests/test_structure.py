@@ -93,6 +93,7 @@ LOADED_LATE = {
     "storage.codecs.packed_kernels",
     "storage.codecs.gguf_kernels",
     "storage.codecs.gguf_super_kernels",
+    "storage.codecs.gguf_pair_kernels",
     "storage.codecs.gguf_grid_kernels",
     "modeling.soft_prompt_files",
 }

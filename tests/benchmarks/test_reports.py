@@ -179,7 +179,8 @@ def test_scoring_compares_with_rows_that_share_nothing_and_with_the_peer(report_
 def test_generation_is_limited_by_all_its_sweeps(report_of: Report) -> None:
     figures = {
         "tokens": [[1, 2]] * 4, "num_sweeps": 2.0, "wait_s": 1.0, "compute_s": 1.0, **SHARED, "plan_peak_bytes": 1,
-        "predicted_s": 1.0, "predicted_sweeps": 2,
+        "predicted_s": 1.0, "predicted_sweeps": 2, "first_token_s": 1.0, "later_token_s": 0.5, "later_token_bytes": 1,
+        "expert_hits": None,
     }  # fmt: skip
     runs: Runs = {
         "ours": [figures | {"wall_s": wall_s, "read_bytes": 12 * GB} for wall_s in (8.0, 4.0, 9.0)],

@@ -21,7 +21,7 @@ from slowllm.entrypoints.cli import app
 from slowllm.errors import CheckpointError, InputError, StoreError
 from slowllm.prepare.verify import verify
 from slowllm.storage.manifest import MANIFEST, open_checkpoint
-from tests.support.cases import quick_and_long
+from tests.support.cases import crossed, quick_and_long
 from tests.support.compressed_checkpoints import settings_of, store_compressed
 from tests.support.families import save_tiny
 from tests.support.gguf_checkpoints import write_gguf
@@ -62,8 +62,13 @@ def test_a_store_computes_what_its_source_computes(name: str, tmp_path: Path) ->
 LOSSY = ["int8", "int4", "bf16"]
 
 
-@pytest.mark.parametrize("store", LOSSY)
-@pytest.mark.parametrize("name", ["fp8 experts", "gptq", "mxfp4"])
+@pytest.mark.parametrize(
+    ("name", "store"),
+    crossed(
+        ["fp8 experts", "gptq", "mxfp4"], LOSSY,
+        quick=[("fp8 experts", "int8"), ("gptq", "int4"), ("mxfp4", "bf16")],
+    ),
+)  # fmt: skip
 def test_what_is_quantised_is_not_rounded_again_unless_asked_to(
     name: str, store: str, tmp_path: Path
 ) -> None:
@@ -278,7 +283,7 @@ def test_a_damaged_coding_is_refused(
         open_checkpoint(tmp_path / "store")
 
 
-@pytest.mark.parametrize("name", ["fp8", "mixtral", "compressed"])
+@pytest.mark.parametrize("name", quick_and_long(["fp8", "mixtral", "compressed"], quick=["fp8"]))
 def test_float8_is_packed_without_loss_where_that_gains(name: str, tmp_path: Path) -> None:
     family = "mixtral" if name == "mixtral" else "llama-2"
     save_tiny(family, tmp_path / "plain", torch.bfloat16, hidden_size=256, intermediate_size=384)

@@ -118,7 +118,16 @@ class Codec(ABC):
 
     @abstractmethod
     def example(self) -> Parts:
-        """Return the parts of a small matrix, to load what decodes it before memory and time are measured."""
+        """Return the parts of a small matrix."""
+
+    def warm_up(self, team: Team) -> None:
+        """Load the loops that decode, or compile them, before memory and time are measured."""
+        self._decode_all(self.example(), team)
+
+    def _decode_all(self, parts: Parts, team: Team) -> None:
+        for dtype in (torch.bfloat16, torch.float32) if self.decodes_to_any else (torch.bfloat16,):
+            out = torch.empty(parts.num_rows, parts.width, dtype=dtype)
+            self.decode(parts, out, 0, parts.num_rows, team)
 
 
 class StoreCodec(Codec):

@@ -7,6 +7,7 @@ A weight is its number times its block's scale, multiplied in float32 and rounde
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -50,6 +51,13 @@ class Fp4(Codec):
     def example(self) -> Parts:
         codes, scales = torch.zeros(2, 64, dtype=torch.uint8), torch.ones(2, 4)
         return Parts({"scales": scales, "codes": codes}, 2, 128, (1, 32))
+
+    def warm_up(self, team: Team) -> None:
+        super().warm_up(team)
+        # Scales that are exponents have another loop.
+        example = self.example()
+        exponents = torch.full((2, 4), 127, dtype=torch.uint8)
+        self._decode_all(replace(example, arrays={**example.arrays, "scales": exponents}), team)
 
 
 def _small_exponents(parts: Parts, first: int, last: int) -> Tensor | None:

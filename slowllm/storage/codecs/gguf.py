@@ -75,6 +75,7 @@ class Gguf(Codec):
     def _by_loop(self, parts: Parts, out: Tensor, origin: int, first: int, last: int) -> None:
         from slowllm.storage.codecs.gguf_grid_kernels import GRID_LOOPS
         from slowllm.storage.codecs.gguf_kernels import LOOPS, Loop
+        from slowllm.storage.codecs.gguf_pair_kernels import PAIR_LOOPS
         from slowllm.storage.codecs.gguf_super_kernels import SUPER_LOOPS
 
         if self.kind in ROW_LENGTHS:
@@ -85,7 +86,10 @@ class Gguf(Codec):
         blocks = parts.arrays["blocks"].view(parts.num_rows, num_blocks, self.block_bytes).numpy()
         stored = rows_in_file(torch.arange(first, last), parts.group).numpy()
         wanted = out[first - origin : last - origin]
-        if out.dtype == torch.float32:
+        if out.dtype == torch.bfloat16 and self.kind in PAIR_LOOPS:
+            pairs = wanted.view(torch.int32).numpy().view(np.uint32).reshape(len(stored), num_blocks, -1)
+            PAIR_LOOPS[self.kind](blocks, blocks.view(np.uint16), stored, pairs)
+        elif out.dtype == torch.float32:
             loop(
                 blocks, stored, wanted.view(-1, num_blocks, self.weights).numpy(), np.empty((0, 0), np.uint16)
             )

@@ -88,6 +88,14 @@ class Mxfp4(Codec):
         codes, scales = torch.zeros(1, 2, 2, 16, dtype=torch.uint8), torch.zeros(1, 2, 2, dtype=torch.uint8)
         return Parts({"codes": codes, "scales": scales}, 64, 2)
 
+    def warm_up(self, team: Team) -> None:
+        super().warm_up(team)
+        if IS_COMPILED:
+            from slowllm.storage.codecs.mxfp4_row_kernels import rows_to_bfloat16
+
+            codes, scales = np.zeros((2, 32), np.uint8), np.full((2, 2), 127, np.uint8)
+            rows_to_bfloat16(codes, scales, np.empty((2, 32), np.uint32), 0, 2)
+
 
 def keep_normal(exponents: Tensor) -> bool:
     """Whether all numbers of blocks with these exponents, uint8 on the processor, are normal in bfloat16, or zero."""

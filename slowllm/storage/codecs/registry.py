@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-import torch
-
 from slowllm.errors import StoreError
 from slowllm.storage.codecs.awq import Awq
 from slowllm.storage.codecs.base import Codec, StoreCodec
@@ -70,12 +68,7 @@ def warm_up(names: Iterable[str]) -> None:
     team = Team(1)
     try:
         for name in sorted(set(names)):
-            parts = CODECS[name].example()
-            for dtype in (
-                (torch.bfloat16, torch.float32) if CODECS[name].decodes_to_any else (torch.bfloat16,)
-            ):
-                out = torch.empty(parts.num_rows, parts.width, dtype=dtype)
-                CODECS[name].decode(parts, out, 0, parts.num_rows, team)
+            CODECS[name].warm_up(team)
     finally:
         team.close()
 

@@ -82,6 +82,14 @@ class ScaledInt(Codec):
         codes, scales = torch.zeros(2, 64, dtype=torch.uint8), torch.ones(2, 1)
         return Parts({"pairs": codes, "scales": scales}, 2, 128, (1, 128))
 
+    def warm_up(self, team: Team) -> None:
+        super().warm_up(team)
+        # Those of a byte each have another loop.
+        self._decode_all(
+            Parts({"bytes": torch.zeros(2, 8, dtype=torch.uint8), "scales": torch.ones(2, 1)}, 2, 8, (1, 8)),
+            team,
+        )
+
 
 def _decode(parts: Parts, out: Tensor, first: int, last: int, team: Team) -> None:
     from slowllm.storage.codecs import scaled_int_kernels
