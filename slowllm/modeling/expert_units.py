@@ -103,16 +103,24 @@ def cut_experts(placement: Placement) -> Iterator[Placement]:
             num_bytes = placement.num_bytes // placement.shape[0]
             pieces.append((number * num_bytes, num_bytes))
         else:
-            coding, num_bytes = _cut(placement, placement.coding, number, pieces)
+            coding, num_bytes = _cut(placement, placement.coding, number, pieces, runs, targets)
         own = tuple(_taken(runs, targets, pieces))
         assert sum(run.num_bytes for run in own) == num_bytes, "arrays are covered by runs"
         yield Placement(unit_key(placement.name, number), placement.shape[1:], placement.dtype, own, coding)
 
 
 def _cut(
-    placement: Placement, coding: Coding, number: int, pieces: list[tuple[int, int]]
+    placement: Placement,
+    coding: Coding,
+    number: int,
+    pieces: list[tuple[int, int]],
+    runs: Sequence[Run],
+    targets: Sequence[int],
 ) -> tuple[Coding, int]:
-    """Return the coding of one matrix and its bytes; add to `pieces` where these are in the whole."""
+    """Return the coding of one matrix and its bytes; add to `pieces` where these are in the whole.
+
+    `runs` are the placement's, in the order of their `targets`.
+    """
     count, *shape = placement.shape
     num_rows, width = (shape[1], shape[0]) if coding.is_transposed else (shape[0], shape[1])
     offset = 0
@@ -134,10 +142,8 @@ def _cut(
         here = coding.rows[bisect_left(starts, first) : bisect_left(starts, end)]
         if sum(rows.num_rows for rows in here) != num_rows or any(r.coding.rows for r in here):
             raise ArchitectureError(f"{placement.name}: its experts are not coded one by one")
-        # Those of wide elements first, so that each begins at a multiple of its element.
-        order = sorted(
-            ((place, array) for place, rows in enumerate(here) for array in rows.coding.parts),
-            key=lambda item: -TORCH_DTYPES[item[1].dtype].itemsize,
+        order = _in_memory_order(
+            [(place, array) for place, rows in enumerate(here) for array in rows.coding.parts], runs, targets
         )
         parts: list[list[CodedArray]] = [[] for _ in here]
         for place, array in order:
@@ -161,6 +167,28 @@ def _cut(
     if not CODECS[coding.codec].has_parts(shapes, num_rows, width, coding.group):
         raise ArchitectureError(f"{placement.name}: its experts are coded together")
     return replace(coding, parts=own_parts), offset
+
+
+def _in_memory_order(
+    arrays: Sequence[tuple[int, CodedArray]], runs: Sequence[Run], targets: Sequence[int]
+) -> list[tuple[int, CodedArray]]:
+    """Return the arrays of one expert in the order in which they lie in memory.
+
+    As on disk where each then begins at a multiple of its element, so that they are read as they lie there; else those of wide
+    elements come first.
+    """
+
+    def in_file(item: tuple[int, CodedArray]) -> tuple[str, int]:
+        run = runs[bisect_right(targets, item[1].offset) - 1]
+        return str(run.span.path), run.span.offset + run.source + item[1].offset - run.target
+
+    order, offset = sorted(arrays, key=in_file), 0
+    for _, array in order:
+        itemsize = TORCH_DTYPES[array.dtype].itemsize
+        if offset % itemsize:
+            return sorted(arrays, key=lambda item: -TORCH_DTYPES[item[1].dtype].itemsize)
+        offset += math.prod(array.shape) * itemsize
+    return order
 
 
 def _taken(runs: Sequence[Run], targets: Sequence[int], pieces: Sequence[tuple[int, int]]) -> Iterator[Run]:

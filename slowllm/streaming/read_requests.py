@@ -35,11 +35,14 @@ class ReadRequest:
 
 
 def lead_of(placement: Placement) -> int:
-    """Return the bytes between the start of a tensor's page and its first byte, so that file and memory agree modulo a page."""
+    """Return the bytes between the start of a tensor's page and its first byte, so that file and memory agree modulo a page.
+
+    Where the parts of a tensor lie in several places, as codes and their scales do, that is so for the largest of them.
+    """
     if not placement.runs:
         return 0
-    first = placement.runs[0]
-    lead = (first.span.offset + first.source) % PAGE
+    largest = max(placement.runs, key=lambda run: run.num_bytes)
+    lead = (largest.span.offset + largest.source - largest.target) % PAGE
     # torch cannot view bf16 at an odd address; such a tensor goes through a bounce buffer instead.
     return lead if lead % placement.unit == 0 else 0
 
