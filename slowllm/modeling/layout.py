@@ -275,7 +275,7 @@ def _in_order_of_use(model: PreTrainedModel, leaves: Sequence[Sequence[str]]) ->
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     except Exception as error:  # whatever a model's forward may raise on such stubs
-        log.info("%s: %r; its leaves are read in the order of their definition", type(model).__name__, error)
+        log.debug("%s: %r; its leaves are read in the order of their definition", type(model).__name__, error)
         return in_order_of_definition
     finally:
         for module in stubbed:
