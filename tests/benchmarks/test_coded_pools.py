@@ -157,7 +157,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return made
 
 
-@pytest.mark.parametrize("name", sorted(MIXTURES))
+@pytest.mark.parametrize("name", quick_and_long(sorted(MIXTURES), quick=["deepseek"]))
 def test_experts_are_unequally_popular_in_another_order_in_each_block(
     name: str, mixture: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

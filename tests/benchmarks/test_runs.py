@@ -81,6 +81,7 @@ def measured(
     return measure
 
 
+@pytest.mark.long
 def test_forward_pass_runs_its_sides_as_processes(
     tiny_llama: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -72,7 +72,7 @@ def test_a_block_of_real_width_gives_the_resident_models_bits(folder: Path, dtyp
     ("num_rows", "dtype"),
     crossed(
         [1, 7, 37, 300], [torch.bfloat16, torch.float32],
-        quick=[(1, torch.bfloat16), (7, torch.float32), (37, torch.bfloat16)],
+        quick=[(7, torch.float32), (37, torch.bfloat16)],
     ),
 )  # fmt: skip
 def test_a_head_in_chunks_gives_the_bits_of_the_whole(dtype: torch.dtype, num_rows: int) -> None:

@@ -161,7 +161,9 @@ BEST = {
             "mixtral", "prefix", {"gradient_accumulation_steps": 2, **CLIPPED}, marks=pytest.mark.long
         ),
         # With a prefix, transformers' own checkpointing drops the cache that holds it, and a resident model fails.
-        ("llama-3-scaled-rope", "prompt", {"activation_checkpointing": True}),
+        pytest.param(
+            "llama-3-scaled-rope", "prompt", {"activation_checkpointing": True}, marks=pytest.mark.long
+        ),
         ("falcon-new-decoder", "prefix", BEST),
     ],
     ids=["accumulated-and-clipped", "the-same-with-experts", "checkpointing", "best-at-end"],

@@ -143,7 +143,7 @@ def test_scales_of_modelopt_are_rounded_before_they_are_multiplied_with(
     assert same_numbers(out, wanted)
 
 
-@num_examples(80)
+@num_examples(40)
 @given(
     ROWS, WIDTHS, st.integers(1, 220), CUTS, SEEDS, FLOATS, st.sampled_from(["pairs", "bytes", "signed"]), st.booleans()
 )  # fmt: skip

@@ -86,7 +86,7 @@ CASES = st.one_of(
 )
 
 
-@num_examples(80)
+@num_examples(40)
 @given(
     CASES,
     st.integers(1, 3),

@@ -17,7 +17,7 @@ from tests.support.coded import coded, matrix_of
 from tests.support.properties import num_examples
 
 
-@num_examples(60)
+@num_examples(40)
 @given(
     codec=st.sampled_from(sorted(STORE_CODECS)),
     rows=st.integers(1, 40),
