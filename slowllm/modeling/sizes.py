@@ -55,7 +55,8 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
     activations = max(map(sum, sides), default=0) + sum(expert_sides) + 4 * hidden
     logits = layout.head.out_features if layout.part.has_ends else 0
     is_eager = getattr(config, "_attn_implementation", "eager") == "eager"
-    scores_bytes = (number_of(config, "num_attention_heads") or 1) * (2 * 4 + 2 * itemsize) if is_eager else 0
+    num_heads = (number_of(config, "num_attention_heads") or 1) if is_eager else 0
+    scores_bytes = num_heads * (2 * 4 + 2 * itemsize)
     head_tile_bytes = TILE_COLUMNS * (itemsize + 3 * 4)
     kept_bytes = sum(
         p.num_bytes + p.num_bytes // p.dtype.itemsize * layout.dtypes[p.name].itemsize for p in layout.kept
@@ -86,6 +87,8 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
         block_token_bytes=max(2 * itemsize * activations, head_tile_bytes),
         attention_token_bytes=scores_bytes,
         rider_token_bytes=itemsize * (6 * hidden + inside) + 1024,
+        # Before the last of its matrices, attention still has what it has made of its scores (BLOOM: three tensors).
+        waiting_attention_bytes=3 * itemsize * num_heads if layout.granularity == "leaves" else 0,
         result_token_bytes=cache_bytes + itemsize * logits,
         cache_token_bytes=cache_bytes,
         logits_bytes=4 * logits,

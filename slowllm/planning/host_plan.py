@@ -72,7 +72,8 @@ def make_plan(
 def widen(plan: Plan, choices: Sequence[Sizes], free_bytes: int) -> Plan:
     """Let the sweeps of a session carry more tokens than were assumed, if the budget has room left for them."""
     sizes = sizes_for(plan, choices)
-    token_bytes = sizes.waiting_token_bytes + (_graph_token_bytes(plan, sizes) if plan.keeps_graph else 0)
+    token_bytes = sizes.waiting_token_bytes + plan.longest * sizes.waiting_attention_bytes
+    token_bytes += _graph_token_bytes(plan, sizes) if plan.keeps_graph else 0
     more = max(0, min((free_bytes - plan.peak_bytes) // token_bytes, MAX_SWEEP_TOKENS - plan.sweep_tokens))
     return replace(
         plan, sweep_tokens=plan.sweep_tokens + more, peak_bytes=plan.peak_bytes + more * token_bytes
@@ -129,7 +130,7 @@ def padding_worth(rates: Rates) -> int:
 def working_bytes(sizes: Sizes, job: Job, rider_tokens: int, sweep_tokens: int) -> int:
     """Return the memory of a sweep's riders, one of which computes, and of sessions."""
     waiting = sizes.rider_token_bytes + (sizes.result_token_bytes if job.keeps_results else 0)
-    waiting += job.held_token_bytes
+    waiting += job.held_token_bytes + job.longest * sizes.waiting_attention_bytes
     scratch = sizes.scratch_bytes(rider_tokens, job.longest)
     if job.rows:
         waiting += sizes.cache_token_bytes

@@ -90,6 +90,7 @@ class Sizes:
         block_token_bytes: scratch memory of one token inside a block; one rider computes at a time.
         attention_token_bytes: the same for every token of its sequence, if attention scores are materialised.
         rider_token_bytes: memory of one token of a waiting rider.
+        waiting_attention_bytes: the same for every token of its sequence, if riders wait in the middle of attention.
         result_token_bytes: further memory of it if a call of the model returns everything: logits, keys and values.
         checkpoint_token_bytes: further memory of it if a gradient is asked for: the input of every block.
         replay_token_bytes: further scratch memory of a token inside a block that runs backward.
@@ -120,6 +121,7 @@ class Sizes:
     num_blocks: int = 1
     experts: ExpertSizes | None = None
     decoded_stop_bytes: int = 0
+    waiting_attention_bytes: int = 0
 
     @property
     def all_bytes(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slowllm.errors import InputError
-from slowllm.malloc import keep_together
+from slowllm.malloc import keep_few_kernels, keep_together
 from slowllm.modeling.absent_parts import leave_out
 from slowllm.modeling.absent_weight import mark_absent
 from slowllm.modeling.batching import forget_rotary_tables
@@ -31,6 +31,7 @@ from slowllm.modeling.skeleton import build_skeleton
 from slowllm.modeling.soft_prompts import SoftPrompt, hook_inputs
 from slowllm.modeling.streamed_block import stream_block, stream_leaves
 from slowllm.modeling.streamed_model import make_streamed
+from slowllm.modeling.unasked_attention import drop_unasked_attention
 from slowllm.options import Options, format_bytes, parse_bytes, parse_devices, parse_dtype
 from slowllm.planning.budget import Budget
 from slowllm.planning.device_plan import DevicePlan
@@ -224,6 +225,7 @@ def _assemble(
         if not is_shared or (job is not None and job.turns):
             plan = keep_decoded(plan, choices, budget.free_bytes)
     keep_together()
+    keep_few_kernels()
     compute_dtype = next(parameter.dtype for parameter in model.parameters())
     first_device = devices[0].torch_device if devices else None
     leave_out(model, layout, first_device)
@@ -282,6 +284,8 @@ def _assemble(
             stream_leaves(block, lm._carousel, leaves, name, index, home)
     if experts is not None:
         experts.put_into(model)
+    if layout.granularity != "blocks":  # riders wait within a block
+        drop_unasked_attention(model)
     if layout.part.has_ends:
         chunk_rows = head_rows(checkpoint, layout.chunks)
         stream_head(

@@ -33,6 +33,7 @@ from slowllm.planning.plan import Plan
 from slowllm.runtime.description import ModelInfo
 from slowllm.runtime.device_placement import DevicePlacement
 from slowllm.runtime.fingerprint import fingerprint_of
+from slowllm.runtime.heap_watch import HeapWatch
 from slowllm.runtime.on_demand import OnDemand
 from slowllm.storage.checkpoint import Checkpoint
 from slowllm.streaming.carousel import Carousel
@@ -116,6 +117,7 @@ class StreamedLM:
             stops,
             functools.partial(_report_passage, weakref.ref(self)),
             generators,
+            on_visit=HeapWatch(budget).look,
             gathers=experts is not None,
         )
         # A caller that keeps only the model keeps its handle alive. A forgotten handle is closed when it is collected,

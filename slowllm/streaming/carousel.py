@@ -45,6 +45,7 @@ class Carousel:
     Args:
         stops: where weights come from.
         on_passage: called after each stop, on the thread that computed there; must not raise and not visit.
+        on_visit: called in the same way after each part of a visit's work, while others may still wait at the stop.
         generators: from which riders draw random numbers.
         gathers: whether visits may wait for one another in the middle of their work; see `gathering`.
     """
@@ -55,12 +56,13 @@ class Carousel:
         on_passage: Callable[[Passage], None] | None = None,
         generators: SharedGenerators | None = None,
         *,
+        on_visit: Callable[[], None] | None = None,
         gathers: bool = False,
     ) -> None:
         self.totals = Totals()
-        self._stops, self._on_passage = stops, on_passage
+        self._stops, self._on_passage, self._on_visit = stops, on_passage, on_visit
         self._boarding = Boarding(generators or SharedGenerators())
-        self._service = StopService(stops, self._boarding, self.totals, on_passage, gathers=gathers)
+        self._service = StopService(stops, self._boarding, self.totals, on_passage, on_visit, gathers=gathers)
         self._course, self._detour = Course(), Course()
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="slowllm-carousel", daemon=True)
@@ -267,6 +269,8 @@ class Carousel:
             self.totals.num_passed += 1
             self.totals.compute_seconds += seconds
             try:
+                if self._on_visit is not None:
+                    self._on_visit()
                 if self._on_passage is not None:
                     self._on_passage(Passage(stop, "up", 1, 0.0, seconds, started))
             finally:

@@ -25,7 +25,7 @@ class StopService:
         stops: where weights come from.
         boarding: who waits.
         totals: that are counted up.
-        on_passage: see `Carousel`.
+        on_passage, on_visit: see `Carousel`.
         gathers: whether visits may wait for one another in the middle of their work; see `gathering`.
     """
 
@@ -35,10 +35,11 @@ class StopService:
         boarding: Boarding,
         totals: Totals,
         on_passage: Callable[[Passage], None] | None,
+        on_visit: Callable[[], None] | None,
         *,
         gathers: bool,
     ) -> None:
-        self.totals, self._gathers = totals, gathers
+        self.totals, self._gathers, self._on_visit = totals, gathers, on_visit
         self._stops, self._boarding, self._on_passage = stops, boarding, on_passage
         self._held_stops = stops if isinstance(stops, HeldStops) else None
 
@@ -72,6 +73,8 @@ class StopService:
                         break
                     compute_seconds += seconds
                     self.totals.compute_seconds += seconds
+                    if self._on_visit is not None:
+                        self._on_visit()
         except BaseException as error:
             if wait_seconds is not None:  # all have passed, so no visit is left that could raise it
                 raise

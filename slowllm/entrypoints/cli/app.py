@@ -33,7 +33,7 @@ from slowllm.entrypoints.cli.verb import add_verb
 from slowllm.entrypoints.cli.web import web
 from slowllm.entrypoints.cli.yesno import yesno
 from slowllm.errors import SlowLLMError
-from slowllm.malloc import keep_together
+from slowllm.malloc import keep_few_kernels, keep_together
 
 app = typer.Typer(
     name="slowllm",
@@ -111,6 +111,7 @@ def _run() -> None:
             stderr.error("standard output is closed")
             sys.exit(2)
         keep_together()
+        keep_few_kernels()
         try:
             try:
                 arguments, said = from_petals(sys.argv[1:])
