@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import cast
+import functools
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from slowllm.errors import ArchitectureError
 from slowllm.streaming.lazy_weight import LazyWeight
+from slowllm.streaming.mapped_pages import fetch_rows
+
+# Fewer rows are read by faults in as little time.
+MIN_ROWS = 8
 
 
 class HostEmbedding(nn.Embedding):
@@ -24,7 +29,11 @@ class HostEmbedding(nn.Embedding):
 
 
 def stream_embedding(
-    embedding: nn.Module, weight: Tensor, compute_dtype: torch.dtype, device: torch.device | None = None
+    embedding: nn.Module,
+    weight: Tensor,
+    compute_dtype: torch.dtype,
+    device: torch.device | None = None,
+    mapped: Tensor | None = None,
 ) -> None:
     """Put a mapped weight (V, H) into a model's input embedding, which stays a module of its own class.
 
@@ -35,6 +44,7 @@ def stream_embedding(
         weight: in the host's memory; a coded one is lazy already.
         compute_dtype: of the model.
         device: that the rows are moved to; None for the processor.
+        mapped: the weight as it is stored, on a memory map; None where it has been read.
     Raises:
         ArchitectureError: the embedding is no `nn.Embedding`.
     """
@@ -47,3 +57,14 @@ def stream_embedding(
         kind = type(embedding)
         embedding.__class__ = type(kind.__name__, (HostEmbedding, kind), {"__module__": __name__})
         cast(HostEmbedding, embedding)._device = device
+    if mapped is not None:
+        embedding.register_forward_pre_hook(functools.partial(_fetch, mapped, len(weight)))
+
+
+def _fetch(mapped: Tensor, num_rows: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Have the rows that a call looks up read together."""
+    del module
+    if args and isinstance(args[0], Tensor) and args[0].numel() >= MIN_ROWS:
+        rows = args[0].unique().tolist()  # ascending
+        if rows[0] >= 0 and rows[-1] < num_rows:
+            fetch_rows(mapped, mapped.nbytes // num_rows, rows)

@@ -86,6 +86,7 @@ def fill(
             for name, tensor in weights.items()
         }
     if placement is not None:
+        mapped = embedding
         if embedding is None:
             embedding = copies.pop(placement.name)
         elif placement.coding is not None:
@@ -93,7 +94,7 @@ def fill(
             embedding = coded_weight(placement, embedding, compute_dtype, nothing, OneThread())
         head_is_tied = layout.head.weight is layout.embedding.weight
         old = layout.embedding._parameters["weight"]
-        stream_embedding(layout.embedding, embedding, compute_dtype, device)
+        stream_embedding(layout.embedding, embedding, compute_dtype, device, mapped)
         _replace(model, old, layout.embedding._parameters["weight"], filled)
         assert head_is_tied == (layout.head.weight is layout.embedding.weight), "tied weights stay tied"
     for name, tensor in copies.items():

@@ -7,12 +7,14 @@ advises only: where the kernel does not know the advice, the pages come when the
 from __future__ import annotations
 
 import ctypes
+import functools
 import queue
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
+from slowllm.rounding import round_up
 from slowllm.streaming.buffers import PAGE
 
 # Linux: read these pages from their file in the background; and map them, waiting for those that are under way (5.14).
@@ -82,5 +84,35 @@ class MappedPages:
             _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), advice)
 
 
+def fetch_rows(matrix: Tensor, row_bytes: int, rows: Sequence[int]) -> None:
+    """Ask for the pages of single rows of a mapped matrix, all at once, and return without waiting.
+
+    A page fault reads 128 kB around the page, one fault after the other.
+
+    Args:
+        matrix: on a memory map, its rows one after the other.
+        row_bytes: of each.
+        rows: in ascending order, each once.
+    """
+    if hasattr(_libc(), "madvise"):
+        for begin, end in _ranges_of(matrix.data_ptr(), row_bytes, rows):
+            _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _WILL_NEED)
+
+
+def _ranges_of(address: int, row_bytes: int, rows: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of addresses, from the start of a page each, in which rows lie; those in neighbouring pages as one."""
+    begin = end = -1
+    for row in rows:
+        first = (address + row * row_bytes) // PAGE * PAGE
+        if end < 0 or first > round_up(end, PAGE):
+            if end >= 0:
+                yield begin, end
+            begin = first
+        end = address + (row + 1) * row_bytes
+    if end >= 0:
+        yield begin, end
+
+
+@functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from slowllm.storage.checkpoint import Checkpoint
@@ -127,3 +131,32 @@ def test_where_the_kernel_knows_no_such_advice_nothing_happens(
     with stops.visit(0, (1, 2)) as weights:
         stops._pages.wait()
         assert weights["0.weight"].shape == (NUM_BYTES // 2,)
+
+
+@given(
+    start=st.integers(1, 3 * PAGE),
+    row_bytes=st.integers(1, 3 * PAGE),
+    rows=st.sets(st.integers(0, 60), max_size=20),
+)
+def test_single_rows_are_asked_for_with_their_pages_and_no_others(
+    start: int, row_bytes: int, rows: set[int]
+) -> None:
+    ranges = list(mapped_pages._ranges_of(start, row_bytes, sorted(rows)))
+    wanted = {(start + row * row_bytes + byte) // PAGE for row in rows for byte in range(row_bytes)}
+    asked = [page for begin, end in ranges for page in range(begin // PAGE, -(-end // PAGE))]
+    assert sorted(set(asked)) == asked == sorted(wanted)
+    assert all(begin % PAGE == 0 for begin, _ in ranges)
+    # Neighbouring pages come in one request.
+    assert all(after // PAGE > -(-end // PAGE) for (_, end), (after, _) in itertools.pairwise(ranges))
+
+
+def test_rows_that_are_asked_for_come_from_the_file(tmp_path: Path) -> None:
+    matrix = torch.arange(200 * 3000, dtype=torch.int32).view(200, 3000)
+    path = tmp_path / "matrix"
+    path.write_bytes(matrix.numpy().tobytes())
+    with open(path, "rb") as file:
+        found = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.int32)
+    found = found.view(200, 3000)
+    mapped_pages.fetch_rows(found, 12_000, [0, 1, 7, 199])
+    mapped_pages.fetch_rows(found, 12_000, [])
+    assert torch.equal(found, matrix)
