@@ -1,4 +1,4 @@
-"""Measure the cache that a model returns, by forward passes on the meta device, which computes only shapes.
+"""Measure the cache that a model returns, and see how it attends, by forward passes on the meta device, which computes only shapes.
 
 No formula covers it: a cache may hold full keys and values, compressed latents (MLA), windows, recurrent states, or
 nothing for blocks that use another's keys and values.
@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from slowllm.modeling.blocks import find_blocks
 from slowllm.modeling.parts import Part
 from slowllm.modeling.recompute import is_cache, tensor_refs
+from slowllm.modeling.unfused_attention import UnfusedAttention
 from slowllm.rounding import ceil_div
 
 log = logging.getLogger(__name__)
@@ -44,10 +45,12 @@ class CacheSize:
     Attributes:
         token_bytes: that each token of a row adds.
         row_bytes: that each row takes besides, however long it is: recurrent states.
+        unfused_heads: of the block with the most for which torch has no fused attention; see `unfused_attention`.
     """
 
     token_bytes: int
     row_bytes: int
+    unfused_heads: int = 0
 
 
 _measured: dict[tuple[type, str, torch.dtype, Part | None], CacheSize] = {}
@@ -78,10 +81,11 @@ def measure_cache(model: PreTrainedModel, part: Part | None = None) -> CacheSize
             if can_set_experts:  # transformers' default has no meta kernel for float32
                 model.set_experts_implementation("batched_mm")
             kinds = _kinds_of(model, blocks)
-            sizes = [_row_bytes(module, blocks, kinds, length, counted) for length in LENGTHS]
+            with UnfusedAttention() as unfused:
+                sizes = [_row_bytes(module, blocks, kinds, length, counted) for length in LENGTHS]
             token_bytes = max(sizes[1] - sizes[0], ceil_div(sizes[2] - sizes[1], LENGTHS[2] - LENGTHS[1]))
             rest = [size - length * token_bytes for size, length in zip(sizes, LENGTHS, strict=True)]
-            return CacheSize(token_bytes, max(0, *rest))
+            return CacheSize(token_bytes, max(0, *rest), unfused.num_heads)
         except Exception as error:  # whatever a model's forward may raise where tensors have no numbers
             log.info("%s: its cache is not measured: %r", type(module).__name__, error)
         finally:

@@ -35,7 +35,7 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
     """Return the sizes of a model's stops, and estimates of the memory that tokens take.
 
     Each matrix of a block leaves one output, and about as much again in activations and residuals; attention written
-    out in full (BLOOM) holds its scores in fp32 and in the compute dtype.
+    out in full (BLOOM, DeepSeek) holds its scores in fp32 and in the compute dtype.
 
     Args:
         model: a skeleton.
@@ -55,8 +55,8 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
     activations = max(map(sum, sides), default=0) + sum(expert_sides) + 4 * hidden
     logits = layout.head.out_features if layout.part.has_ends else 0
     is_eager = getattr(config, "_attn_implementation", "eager") == "eager"
-    num_heads = (number_of(config, "num_attention_heads") or 1) if is_eager else 0
-    scores_bytes = num_heads * (2 * 4 + 2 * itemsize)
+    num_heads = number_of(config, "num_attention_heads") or 1
+    scores_bytes = (num_heads if is_eager else cache.unfused_heads) * (2 * 4 + 2 * itemsize)
     head_tile_bytes = TILE_COLUMNS * (itemsize + 3 * 4)
     kept_bytes = sum(
         p.num_bytes + p.num_bytes // p.dtype.itemsize * layout.dtypes[p.name].itemsize for p in layout.kept
@@ -88,7 +88,9 @@ def sizes_of(model: PreTrainedModel, layout: Layout, cache: CacheSize) -> Sizes:
         attention_token_bytes=scores_bytes,
         rider_token_bytes=itemsize * (6 * hidden + inside) + 1024,
         # Before the last of its matrices, attention still has what it has made of its scores (BLOOM: three tensors).
-        waiting_attention_bytes=3 * itemsize * num_heads if layout.granularity == "leaves" else 0,
+        waiting_attention_bytes=3 * itemsize * num_heads
+        if is_eager and layout.granularity == "leaves"
+        else 0,
         result_token_bytes=cache_bytes + itemsize * logits,
         cache_token_bytes=cache_bytes,
         logits_bytes=4 * logits,

@@ -60,7 +60,8 @@ def test_a_cache_is_counted_to_the_byte(name: str, dtype: torch.dtype) -> None:
 def test_latents_take_a_fraction_of_full_keys_and_values() -> None:
     made = AutoConfig.for_model("deepseek_v3", num_hidden_layers=5)  # all else as released
     size = measure_cache(build_skeleton(made, Path("nowhere"), torch.bfloat16))
-    assert size == CacheSize(5 * 2 * (made.kv_lora_rank + made.qk_rope_head_dim), 0)
+    # Their heads have 192 numbers and those of the values 128, for which torch has no fused attention.
+    assert size == CacheSize(5 * 2 * (made.kv_lora_rank + made.qk_rope_head_dim), 0, unfused_heads=128)
     # The formula that was here before: a head_dim of 64, keys and values of 128 heads.
     assert pytest.approx(28.4, abs=0.1) == 2 * 128 * 64 / (512 + 64)
 
