@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from slowllm.errors import CheckpointError, RideError, first_line
 
@@ -123,10 +123,14 @@ class SharedCache(Cache):
         super().__init__(layers=[_Layer(block, beginning, shared) for block in range(num_blocks)])
 
 
-def can_share(config: Any) -> bool:
-    """Return whether a model's cache is keys and values of every token at every block, and nothing else.
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
-    Windows, recurrent states and indices of a cache are not handed from rider to rider.
+
+def can_share(config: Any) -> bool:
+    """Return whether a model's cache is keys and values at every block, and nothing else.
+
+    Recurrent states and indices of a cache are not handed from rider to rider. Of a block with a window all keys and values are, as
+    within one call: it is the mask that keeps those away that are too far back.
 
     Raises:
         CheckpointError: transformers can make no cache by the config.
@@ -137,7 +141,7 @@ def can_share(config: Any) -> bool:
         layers = DynamicCache(config=config.get_text_config()).layers
     except Exception as error:  # whatever transformers and torch may raise on a config
         raise CheckpointError(f"config.json: no cache can be made by it ({first_line(error)})") from error
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers) and takes_cache(config)
+    return bool(layers) and all(type(layer) in _PLAIN_LAYERS for layer in layers) and takes_cache(config)
 
 
 def takes_cache(config: Any) -> bool:

@@ -96,6 +96,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         # By default the bias alone would choose the same experts for every token.
         {
             **_LLAMA, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.1,
+            "sliding_window": 8,
         },
     ),
     "granite-scaled-logits": ("granite", {**_LLAMA, "logits_scaling": 3.0, "embedding_multiplier": 2.0}),
