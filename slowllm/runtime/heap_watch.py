@@ -13,10 +13,9 @@ import psutil
 from slowllm.malloc import free_heap_bytes, give_back
 from slowllm.planning.budget import Budget
 
-# Looking takes 0.05 ms; giving memory back and having it anew take about 0.1 s for each GB.
-LOOK_SECONDS = 0.1
-GIVE_BACK_SECONDS = 1.0
-# Where that does not bring the process below what is planned, others hold the memory, and trying again is of little use.
+# Looking takes 0.05 ms; giving memory back and having it anew take about 0.2 s for each GB.
+LOOK_SECONDS = 0.02
+# Where little comes of it, others hold the memory, and trying again is of little use.
 IN_VAIN_SECONDS = 30.0
 # Fewer bytes are not worth it.
 LEAST_BYTES = 64 << 20
@@ -41,13 +40,13 @@ class HeapWatch:
         if now < self._next_look:
             return
         self._next_look = now + LOOK_SECONDS
-        most = self._budget.used_bytes - MARGIN_BYTES
-        if self._held_bytes() <= most or free_heap_bytes() < LEAST_BYTES:
+        held_bytes = self._held_bytes()
+        if held_bytes <= self._budget.used_bytes - MARGIN_BYTES or free_heap_bytes() < LEAST_BYTES:
             return
         give_back()
         self.num_given_back += 1
-        is_enough = self._held_bytes() <= most
-        self._next_look = now + (GIVE_BACK_SECONDS if is_enough else IN_VAIN_SECONDS)
+        if held_bytes - self._held_bytes() < LEAST_BYTES:
+            self._next_look = now + IN_VAIN_SECONDS
 
     def _held_bytes(self) -> int:
         """Return the process's resident bytes, without pages of files, which the system takes back by itself."""
