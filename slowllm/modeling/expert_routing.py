@@ -114,16 +114,25 @@ class ExpertSum:
         self._routing = routing
         self._sum = torch.zeros_like(routing.hidden, dtype=dtype)
         self._awaited = deque(routing.experts)
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, Tensor | None] = {}
 
     def add(self, expert: int, outputs: Tensor) -> None:
         """Take the outputs (n, H) of an expert for its rows."""
+        self._take(expert, outputs)
+
+    def skip(self, expert: int) -> None:
+        """Do without an expert: nobody needs the sums of those rows that chose it."""
+        self._take(expert, None)
+
+    def _take(self, expert: int, outputs: Tensor | None) -> None:
         assert expert in self._awaited, "a chosen expert arrives once"
         assert expert not in self._kept, "a chosen expert arrives once"
         self._kept[expert] = outputs
         while self._awaited and self._awaited[0] in self._kept:
             first = self._awaited.popleft()
-            self._add(first, self._kept.pop(first))
+            ready = self._kept.pop(first)
+            if ready is not None:
+                self._add(first, ready)
 
     def _add(self, expert: int, outputs: Tensor) -> None:
         tokens, choices = self._routing.places(expert)

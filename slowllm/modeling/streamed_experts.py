@@ -2,12 +2,14 @@
 
 Takes the place of a module's own computing. Everybody at the block's stop comes here with the rows that its router sent on;
 the union of the chosen experts is brought, those that are in memory first, while the others are read. Each is decoded once and
-multiplied for all, and the rows are added up as transformers' `eager` loop adds them: by ascending expert.
+multiplied for all, and the rows are added up as transformers' `eager` loop adds them: by ascending expert. Riders are computed as
+one, or where bits count, each as a party of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,8 +27,6 @@ from slowllm.streaming.gathering import gather
 from slowllm.streaming.lazy_weight import CACHE_LINE_BYTES, LazyWeight
 from slowllm.streaming.stops import Weights
 
-# From this number of rows on, a product of one's own is as fast as one with those of others.
-ENOUGH_ROWS = 64
 # Outputs of experts that are computed before their turn wait until those before them have been read. Where they would take more
 # than this, as many rows' would, experts are computed in ascending order.
 MOST_WAITING_BYTES = 16 << 20
@@ -73,6 +73,69 @@ class _Arrival:
 
     routing: Routing
     before: Tensor | None
+
+
+class _Party:
+    """Riders whose rows are computed as one: all at the stop, or one.
+
+    Args:
+        module: of the experts.
+        arrivals: of the riders.
+    """
+
+    def __init__(self, module: nn.Module, arrivals: Sequence[_Arrival]) -> None:
+        self._members = [one.routing for one in arrivals]
+        first = self._members[0]
+        self.routing = first
+        if len(arrivals) > 1:
+            self.routing = Routing(
+                torch.cat([one.hidden for one in self._members]),
+                torch.cat([one.top_k_index for one in self._members]),
+                torch.cat([one.top_k_weights for one in self._members]),
+                first.num_experts,
+            )
+        self._total = ExpertSum(self.routing, sum_dtype(module, self.routing))
+        self._errors: dict[int, BaseException] = {}
+
+    @property
+    def wants(self) -> Collection[int]:
+        """The experts that somebody needs who has not failed."""
+        if not self._errors:
+            return self.routing.experts
+        left = [one for number, one in enumerate(self._members) if number not in self._errors]
+        return set(itertools.chain.from_iterable(one.experts for one in left))
+
+    def num_takers(self) -> list[int]:
+        """Return for each expert how many riders have chosen it."""
+        lengths = torch.tensor([len(one.hidden) for one in self._members])
+        riders = torch.arange(len(lengths)).repeat_interleave(lengths)[:, None]
+        # The sentinel of experts elsewhere has a number of its own.
+        pairs = (riders * (self.routing.num_experts + 1) + self.routing.top_k_index).unique()
+        counts = torch.bincount(pairs % (self.routing.num_experts + 1), minlength=self.routing.num_experts)
+        return counts[: self.routing.num_experts].tolist()
+
+    def add(self, number: int, outputs: Tensor) -> None:
+        """Take the outputs of an expert for its rows."""
+        self._total.add(number, outputs)
+
+    def fail(self, number: int, error: BaseException) -> None:
+        """Do without an expert: those who need it raise the error."""
+        for place, one in enumerate(self._members):
+            if number in one.experts:
+                self._errors.setdefault(place, error)
+        self._total.skip(number)
+
+    def skip_all(self, numbers: Iterable[int]) -> None:
+        """Do without experts that only those need who have failed."""
+        for number in numbers:
+            self._total.skip(number)
+
+    def outcomes(self) -> list[Tensor | BaseException]:
+        """Return what comes of each rider, in order: the sum of its experts' outputs (T, H), or an error."""
+        if len(self._errors) == len(self._members):
+            return [self._errors[place] for place in range(len(self._members))]
+        sums = self._total.result().split([len(one.hidden) for one in self._members])
+        return [self._errors.get(place, total) for place, total in enumerate(sums)]
 
 
 class StreamedExperts:
@@ -160,47 +223,50 @@ class StreamedExperts:
     def serve(self, items: Sequence[_Arrival]) -> Sequence[Tensor | BaseException]:
         """Compute for all who are at the stop; see `gathering.Gathering`."""
         with torch.no_grad():
-            return self._serve([item.routing for item in items], [item.before for item in items])
+            return self._serve(items)
 
-    def _serve(
-        self, items: Sequence[Routing], before: Sequence[Tensor | None]
-    ) -> list[Tensor | BaseException]:
-        wanted_by: dict[int, list[int]] = {}
-        for place, item in enumerate(items):
-            for number in item.experts:
-                wanted_by.setdefault(number, []).append(place)
-        union = sorted(wanted_by)
-        sums: list[ExpertSum | BaseException] = [
-            ExpertSum(item, sum_dtype(self._module, item)) for item in items
-        ]
-        stats = self._settings.stats
-        stats.num_distinct += len(union)
-        stats.num_wanted += sum(map(len, wanted_by.values()))
+    def _serve(self, items: Sequence[_Arrival]) -> list[Tensor | BaseException]:
+        groups = [[one] for one in items] if self._settings.is_exact else [items]
+        parties = [_Party(self._module, group) for group in groups]
+        union = sorted(set(itertools.chain.from_iterable(party.wants for party in parties)))
+        self._count(parties, union)
         left = [self._first + number for number in union]
         were_ahead, ahead = self._compare(left), self._forecast.ahead_of(self._first, union)
         if self._look_ahead is not None and not ahead:
-            ahead = self._look_ahead.guess(self._first, before)
-        if sum(map(_output_bytes, items)) <= MOST_WAITING_BYTES:
+            ahead = self._look_ahead.guess(self._first, [item.before for item in items])
+        if sum(_output_bytes(party.routing) for party in parties) <= MOST_WAITING_BYTES:
             left = self._demand.soonest_first(left, were_ahead)
         while left:
             try:
                 for unit, weights in self._demand.bring(left, ahead):
-                    number = unit - self._first
-                    here = [place for place in wanted_by[number] if isinstance(sums[place], ExpertSum)]
-                    self._multiply(items, sums, here, number, weights)
+                    self._multiply(parties, unit - self._first, weights)
                     left = left[1:]
             except Exception as error:  # of one expert: those who need it end, and nobody else
-                failed = left[0] - self._first
-                left = left[1:]
-                for place in wanted_by[failed]:
-                    sums[place] = error
-                left = [
-                    unit
-                    for unit in left
-                    if any(isinstance(sums[place], ExpertSum) for place in wanted_by[unit - self._first])
-                ]
+                left = self._without(parties, left, error)
         self._forecast.saw(self._first, union)
-        return [one.result() if isinstance(one, ExpertSum) else one for one in sums]
+        return list(itertools.chain.from_iterable(party.outcomes() for party in parties))
+
+    def _count(self, parties: Sequence[_Party], union: Sequence[int]) -> None:
+        """Count what will be done."""
+        stats = self._settings.stats
+        stats.num_distinct += len(union)
+        for party in parties:
+            takers = party.num_takers()
+            stats.num_wanted += sum(takers)
+            stats.num_together += sum(count > 1 for count in takers)
+            stats.num_alone += takers.count(1)
+
+    def _without(self, parties: Sequence[_Party], left: Sequence[int], error: Exception) -> list[int]:
+        """Let those fail who need the first of the units that are left; return those that others need."""
+        failed, numbers = left[0] - self._first, [unit - self._first for unit in left[1:]]
+        needed = set[int]()
+        for party in parties:
+            if failed in party.routing.experts:
+                before = party.wants
+                party.fail(failed, error)
+                party.skip_all(number for number in numbers if number in before and number not in party.wants)
+            needed |= set(party.wants)
+        return [self._first + number for number in numbers if number in needed]
 
     def _compare(self, wanted: Sequence[int]) -> Sequence[int]:
         """Compare what was guessed of this module with the units wanted; return those that were read ahead on the guess."""
@@ -209,41 +275,18 @@ class StreamedExperts:
         self._look_ahead.keep(self._first)
         return self._look_ahead.compare(self._first, wanted)
 
-    def _multiply(
-        self,
-        items: Sequence[Routing],
-        sums: list[ExpertSum | BaseException],
-        here: Sequence[int],
-        number: int,
-        weights: Weights,
-    ) -> None:
+    def _multiply(self, parties: Sequence[_Party], number: int, weights: Weights) -> None:
         """Add one expert's output to what comes of those who want it."""
-        rows = [items[place].rows(number) for place in here]
-        groups = self._groups([len(own) for own in rows])
+        takers = [party for party in parties if number in party.wants]
         held: Mapping[str, Tensor] = {
             parameter: weights[self._units.key(parameter, number)]
             for parameter in self._units.layout.matrices
         }
-        if len(groups) > 1:
+        if len(takers) > 1:
             held = _decoded(held)
         held = self._with_rest(held, number)
-        for group in groups:
-            given = [rows[one] for one in group]
-            output = expert_output(self._module, held, given[0] if len(given) == 1 else torch.cat(given))
-            for one, part in zip(group, output.split([len(own) for own in given]), strict=True):
-                total = sums[here[one]]
-                assert isinstance(total, ExpertSum), "asked before"
-                total.add(number, part)
-        together = sum(len(group) > 1 for group in groups)
-        self._settings.stats.num_together += together
-        self._settings.stats.num_alone += len(groups) - together
-
-    def _groups(self, counts: Sequence[int]) -> list[list[int]]:
-        """Return whose rows are multiplied together: those of few rows, unless each is to have bits of its own."""
-        if self._settings.is_exact:
-            return [[one] for one in range(len(counts))]
-        few = [one for one, count in enumerate(counts) if count < ENOUGH_ROWS]
-        return [*([few] if few else []), *([one] for one, count in enumerate(counts) if count >= ENOUGH_ROWS)]
+        for party in takers:
+            party.add(number, expert_output(self._module, held, party.routing.rows(number)))
 
 
 def _output_bytes(routing: Routing) -> int:

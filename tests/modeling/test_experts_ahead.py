@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 import slowllm
 from slowllm.errors import CheckpointError
 from slowllm.modeling import streamed_experts
-from slowllm.modeling.expert_routing import ExpertSum, Routing
+from slowllm.modeling.expert_routing import ExpertSum
 from slowllm.modeling.streamed_experts import StreamedExperts
 from slowllm.planning.host_plan import make_plan
 from tests.support.families import resident, save_tiny
@@ -65,26 +64,26 @@ def test_experts_in_memory_are_computed_while_the_others_are_read(
         lm.experts.watch_reads(lambda read: arrived[read.stop].set())
         num_checked = 0
 
-        def serve(self: Any, items: Sequence[Routing], before: Any) -> Any:
+        def serve(self: Any, items: Any) -> Any:
             nonlocal num_checked
             computed.clear()
-            union = {number for item in items for number in item.experts}
+            union = {number for item in items for number in item.routing.experts}
             missing = [n for n in sorted(union) if not kept.is_kept(self._first + n)]
             wanted = [(n, True) for n in sorted(union.difference(missing))] + [(n, False) for n in missing]
-            result = inner_serve(self, items, before)
+            result = inner_serve(self, items)
             assert computed == wanted
             num_checked += bool(missing) and len(missing) < len(union) and missing[0] < max(union)
             return result
 
-        def multiply(self: Any, items: Any, sums: Any, here: Any, number: int, weights: Any) -> None:
+        def multiply(self: Any, parties: Any, number: int, weights: Any) -> None:
             is_kept = kept.is_kept(self._first + number)
             if not computed and is_kept:
                 # Nothing has been computed of this block, and what is missing is being read: it arrives.
-                union = {other for item in items for other in item.experts}
+                union = {other for party in parties for other in party.routing.experts}
                 missing = [n for n in sorted(union) if not kept.is_kept(self._first + n)]
                 assert all(arrived[self._first + n].wait(60) for n in missing[:2])
             computed.append((number, is_kept))
-            inner_multiply(self, items, sums, here, number, weights)
+            inner_multiply(self, parties, number, weights)
 
         monkeypatch.setattr(StreamedExperts, "_serve", serve)
         monkeypatch.setattr(StreamedExperts, "_multiply", multiply)

@@ -80,12 +80,14 @@ class Record:
         inner = StreamedExperts._serve
         ahead = lm.experts.look_ahead
 
-        def serve(experts: Any, items: Any, before: Any) -> Any:
-            wanted = [experts._first + number for number in {n for item in items for n in item.experts}]
+        def serve(experts: Any, items: Any) -> Any:
+            wanted = [
+                experts._first + number for number in {n for item in items for n in item.routing.experts}
+            ]
             self.wanted.update(wanted)
             if (guess := ahead._guesses.get(experts._first)) is not None and guess.is_read:
                 self.in_vain.update(set(guess.units).difference(wanted))
-            result = inner(experts, items, before)
+            result = inner(experts, items)
             following = ahead._following.get(experts._first)
             if waits and (guess := ahead._guesses.get(following)) is not None and guess.is_read:
                 # Nobody has asked for them yet; the next block's router has not run.

@@ -155,13 +155,14 @@ def test_where_nearly_all_are_needed_they_are_read_ahead(tiny: Callable[..., Pat
         assert forecast.num_hit >= 0.75 * forecast.num_ahead
 
 
+@pytest.mark.parametrize("exact", [True, False])
 def test_an_expert_that_cannot_be_read_ends_those_who_need_it(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exact: bool, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain: Any = resident(tiny("olmoe"))
     texts = [torch.tensor([[number]]) for number in range(5, 17)]
     wanted = [plain(ids).logits for ids in texts]
-    with streamed(tiny("olmoe")) as lm, torch.no_grad():
+    with streamed(tiny("olmoe"), exact=exact) as lm, torch.no_grad():
         lm.model(texts[0])
         broken = int(
             lm.experts.forecast.chosen.nonzero()[0][-1]
@@ -189,7 +190,7 @@ def test_an_expert_that_cannot_be_read_ends_those_who_need_it(
     assert all(outcomes[number] == f"unit {broken} cannot be read" for number in failed)
     for number, outcome in enumerate(outcomes):
         if number not in failed:
-            assert torch.equal(outcome, wanted[number])
+            torch.testing.assert_close(outcome, wanted[number], atol=0 if exact else 2e-4, rtol=0)
 
 
 def test_a_product_that_fails_ends_those_who_need_its_expert(
@@ -202,10 +203,10 @@ def test_a_product_that_fails_ends_those_who_need_its_expert(
         broken = int(chosen[-1])
         inner = StreamedExperts._multiply
 
-        def multiply(self: Any, items: Any, sums: Any, here: Any, number: int, weights: Any) -> None:
+        def multiply(self: Any, parties: Any, number: int, weights: Any) -> None:
             if self._first + number == broken:
                 raise MemoryError("no memory for this product")
-            inner(self, items, sums, here, number, weights)
+            inner(self, parties, number, weights)
 
         monkeypatch.setattr(StreamedExperts, "_multiply", multiply)
         with pytest.raises(MemoryError, match="no memory for this product"):
