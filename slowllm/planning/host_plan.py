@@ -61,12 +61,23 @@ def make_plan(
         raise PlanError(_refusal(choices, job, free_bytes, total_bytes, keep_resident))
     chosen = best[0]
     # Whole blocks are simpler, and leaves cannot run backward, so others are chosen only if blocks do not fit, or if others
-    # are faster. Where all weights stay in memory there is nothing to gain.
+    # are faster. Where all weights stay in memory there is nothing to gain, but that experts are decoded once for all riders.
     for other in best[1:]:
         may_be = job.forward_only or (other.granularity != "leaves" and not job.turns)
-        if may_be and chosen.streams and other.forecast.seconds < LEAVES_GAIN * chosen.forecast.seconds:
+        if (
+            may_be
+            and (chosen.streams or _shares_decoding(other, choices, job))
+            and other.forecast.seconds < LEAVES_GAIN * chosen.forecast.seconds
+        ):
             chosen = other
     return chosen
+
+
+def _shares_decoding(plan: Plan, choices: Sequence[Sizes], job: Job) -> bool:
+    """Return whether several riders will want experts that have to be decoded, which each would do for itself in a whole block."""
+    experts = sizes_for(plan, choices).experts
+    is_coded = experts is not None and experts.decoded_bytes > 0
+    return is_coded and job.num_tokens is not None and plan.sweep_tokens > plan.rider_tokens
 
 
 def widen(plan: Plan, choices: Sequence[Sizes], free_bytes: int) -> Plan:

@@ -86,6 +86,19 @@ def test_where_everything_fits_blocks_stay_whole() -> None:
         assert not plan.streams
 
 
+def test_where_everything_fits_coded_experts_are_decoded_for_all_riders_at_once() -> None:
+    experts = replace(EXPERTS, decoded_bytes=2 * EXPERTS.unit_bytes)
+    coded = replace(SIZES, experts=experts)
+    stops = tuple(replace(stop, decoded_bytes=256 * experts.decoded_bytes) for stop in WHOLE.stops)
+    whole = replace(WHOLE, stops=stops)
+    everything = WHOLE.all_bytes + 8 * GIB
+    for num_tokens, granularity in ((20_000, "experts"), (64, "blocks"), (None, "blocks")):
+        job = Job(num_tokens=num_tokens, longest=64, forward_only=True)
+        plan = make_plan([whole, coded], free_bytes=everything, total_bytes=everything, job=job)
+        assert plan.granularity == granularity
+    assert plan.peak_bytes <= everything
+
+
 def test_the_costs_of_a_token_and_of_a_sweep() -> None:
     resident = frozenset(range(10))
     first, later, sweep = sweep_costs(SIZES, resident, 0, 0, 2048, Rates())
