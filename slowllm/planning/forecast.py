@@ -97,9 +97,11 @@ def forecast_of(
         kept_units: experts that stay in memory, where each is read on demand.
     """
     total = job.planned_tokens
-    sweep = min(sweep_tokens, total)
+    num_loads = ceil_div(total, min(sweep_tokens, total))
+    # The last one is seldom full; what all of them have is shared out evenly.
+    sweep = ceil_div(total, num_loads)
     rider = min(rider_tokens, sweep)
-    num_riders, num_loads = ceil_div(sweep, rider), ceil_div(total, sweep)
+    num_riders = ceil_div(sweep, rider)
     course = _course(sizes, job)
     demand = _demand(sizes, sweep, kept_units)
     full = [
