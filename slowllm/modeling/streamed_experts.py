@@ -9,7 +9,7 @@ one, or where bits count, each as a party of its own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -149,6 +149,7 @@ class StreamedExperts:
         forecast: tells which units are worth reading ahead.
         settings: of all blocks.
         look_ahead: guesses which experts the next module will need; None to guess nothing.
+        on_expert: called after each expert that was multiplied.
     """
 
     def __init__(
@@ -160,10 +161,11 @@ class StreamedExperts:
         forecast: ExpertForecast,
         settings: ExpertSettings,
         look_ahead: LookAhead | None = None,
+        on_expert: Callable[[], None] | None = None,
     ) -> None:
         self._module, self._units, self._first = module, units, first_unit
         self._demand, self._forecast, self._settings = demand, forecast, settings
-        self._look_ahead = look_ahead
+        self._look_ahead, self._on_expert = look_ahead, on_expert
         self._before: Tensor | None = None
         if look_ahead is not None:
             look_ahead.watch(first_unit, self._note)
@@ -241,6 +243,8 @@ class StreamedExperts:
                 for unit, weights in self._demand.bring(left, ahead):
                     self._multiply(parties, unit - self._first, weights)
                     left = left[1:]
+                    if self._on_expert is not None:
+                        self._on_expert()
             except Exception as error:  # of one expert: those who need it end, and nobody else
                 left = self._without(parties, left, error)
         self._forecast.saw(self._first, union)

@@ -283,7 +283,7 @@ def _assemble(
             leaves = {m: stop for stop, m in enumerate(layout.modules) if m.startswith(f"{name}.")}
             stream_leaves(block, lm._carousel, leaves, name, index, home)
     if experts is not None:
-        experts.put_into(model)
+        experts.put_into(model, lm.heap_watch.look)
     if layout.granularity != "blocks":  # riders wait within a block
         drop_unasked_attention(model)
     if layout.part.has_ends:

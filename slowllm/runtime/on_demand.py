@@ -130,17 +130,18 @@ class OnDemand:
         """Have a function called with each expert that has been read, on the thread that read the last of it."""
         self._reader.on_read = watcher
 
-    def put_into(self, model: PreTrainedModel) -> None:
+    def put_into(self, model: PreTrainedModel, on_expert: Callable[[], None] | None = None) -> None:
         """Have a model's experts computed from what is read on demand.
 
         Args:
             model: whose parameters of experts are on the meta device.
+            on_expert: called after each expert, on the thread that computed it.
         """
         first = 0
         for experts in self.layout.experts:
             module: Any = model.get_submodule(experts.name)
             module.__dict__[ON_DEMAND] = StreamedExperts(
-                module, experts, first, self.demand, self.forecast, self.settings, self.look_ahead
+                module, experts, first, self.demand, self.forecast, self.settings, self.look_ahead, on_expert
             )
             first += len(experts.units)
 

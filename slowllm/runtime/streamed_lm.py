@@ -84,6 +84,7 @@ class StreamedLM:
         budget_bytes: that the process may take.
         swarm: the machines that hold the blocks; None where they are here.
         experts: that are read when routers ask for them; None where blocks are read whole.
+        heap_watch: keeps the heap within what is planned.
     """
 
     def __init__(
@@ -113,11 +114,12 @@ class StreamedLM:
         devices = [] if device_placement is None else device_placement.devices
         generators = SharedGenerators([device.generator for device in devices])
         self.experts = experts
+        self.heap_watch = HeapWatch(budget)
         self._carousel = Carousel(
             stops,
             functools.partial(_report_passage, weakref.ref(self)),
             generators,
-            on_visit=HeapWatch(budget).look,
+            on_visit=self.heap_watch.look,
             gathers=experts is not None,
         )
         # A caller that keeps only the model keeps its handle alive. A forgotten handle is closed when it is collected,
