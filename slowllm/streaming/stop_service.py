@@ -52,14 +52,14 @@ class StopService:
         stop = course.stop
         started = time.perf_counter()
         compute_seconds, num_passed, wait_seconds = 0.0, 0, None
+        paused: list[tuple[Visit, Paused]] = []
+        ready: deque[tuple[Visit, Callable[[], Any]]] = deque()
         try:
             held = self.held(stop)
             with self._stops.visit(stop, upcoming) if held is None else nullcontext(held) as weights:
                 wait_seconds = time.perf_counter() - started
                 self.totals.num_passages += 1
                 self.totals.wait_seconds += wait_seconds
-                paused: list[tuple[Visit, Paused]] = []
-                ready: deque[tuple[Visit, Callable[[], Any]]] = deque()
                 while True:
                     if (seconds := self._pass_next(course, weights, paused)) is not None:
                         num_passed += 1
@@ -76,7 +76,10 @@ class StopService:
                     if self._on_visit is not None:
                         self._on_visit()
         except BaseException as error:
-            if wait_seconds is not None:  # all have passed, so no visit is left that could raise it
+            if wait_seconds is not None:  # a fault of ours; whoever has passed cannot raise it
+                for visit, _ in (*paused, *ready):
+                    visit.error = error
+                    self._boarding.finish(visit)
                 raise
             self._boarding.dismiss_at(stop, error)
             return
@@ -142,10 +145,10 @@ class StopService:
         Those that are `paused` become `ready` to go on, in their order.
         """
         started, waiting = time.perf_counter(), sorted(paused, key=lambda item: item[0].order)
-        paused.clear()
         gatherings = list(dict.fromkeys(one.gathering for _, one in waiting))
         before = sum(gathering.wait_seconds for gathering in gatherings)
         outcomes = serve_all([one for _, one in waiting])
+        paused.clear()
         ready.extend(
             (visit, functools.partial(one.resume, outcome))
             for (visit, one), outcome in zip(waiting, outcomes, strict=True)
