@@ -28,6 +28,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("llama", {**_SIDES, "vocab_size": 8192}),
     "large-vocabulary": ("llama", {**_SIDES, "vocab_size": LARGE_VOCABULARY}),
     "experts": ("mixtral", {**_SIDES, "vocab_size": 8192, "num_local_experts": 4}),
+    # Attention whose scores are written out, and many riders that wait for experts of which each is read by itself.
+    "sinks": (
+        "gpt_oss",
+        {**_SIDES, "vocab_size": 8192, "num_attention_heads": 16, "head_dim": 32, "num_local_experts": 32, "num_experts_per_tok": 4},
+    ),
     "mla": (
         "deepseek_v3",
         {**_SIDES, "vocab_size": 8192, "num_key_value_heads": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
