@@ -64,7 +64,8 @@ def stream_embedding(
 def _fetch(mapped: Tensor, num_rows: int, module: nn.Module, args: tuple[Any, ...]) -> None:
     """Have the rows that a call looks up read together."""
     del module
-    if args and isinstance(args[0], Tensor) and args[0].numel() >= MIN_ROWS:
-        rows = args[0].unique().tolist()  # ascending
+    ids = args[0] if args else None
+    if isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32) and ids.numel() >= MIN_ROWS:
+        rows = ids.unique().tolist()  # ascending
         if rows[0] >= 0 and rows[-1] < num_rows:
             fetch_rows(mapped, mapped.nbytes // num_rows, rows)

@@ -118,21 +118,23 @@ class ExpertSum:
 
     def add(self, expert: int, outputs: Tensor) -> None:
         """Take the outputs (n, H) of an expert for its rows."""
-        self._take(expert, outputs)
-
-    def skip(self, expert: int) -> None:
-        """Do without an expert: nobody needs the sums of those rows that chose it."""
-        self._take(expert, None)
-
-    def _take(self, expert: int, outputs: Tensor | None) -> None:
         assert expert in self._awaited, "a chosen expert arrives once"
         assert expert not in self._kept, "a chosen expert arrives once"
         self._kept[expert] = outputs
+        self._add_those_whose_turn_it_is()
+
+    def skip(self, expert: int) -> None:
+        """Do without an expert, whether it has arrived or not: nobody needs the sums of those rows that chose it."""
+        if expert in self._awaited:
+            self._kept[expert] = None
+            self._add_those_whose_turn_it_is()
+
+    def _add_those_whose_turn_it_is(self) -> None:
         while self._awaited and self._awaited[0] in self._kept:
             first = self._awaited.popleft()
-            ready = self._kept.pop(first)
-            if ready is not None:
-                self._add(first, ready)
+            outputs = self._kept.pop(first)
+            if outputs is not None:
+                self._add(first, outputs)
 
     def _add(self, expert: int, outputs: Tensor) -> None:
         tokens, choices = self._routing.places(expert)

@@ -9,7 +9,7 @@ one, or where bits count, each as a party of its own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -115,20 +115,23 @@ class _Party:
         return counts[: self.routing.num_experts].tolist()
 
     def add(self, number: int, outputs: Tensor) -> None:
-        """Take the outputs of an expert for its rows."""
-        self._total.add(number, outputs)
+        """Take the outputs of an expert for its rows. Where they cannot be added, all members raise the error."""
+        try:
+            self._total.add(number, outputs)
+        except Exception as error:  # the sum may lack those of another expert, which came before its turn
+            self._errors = dict.fromkeys(range(len(self._members)), error)
 
     def fail(self, number: int, error: BaseException) -> None:
-        """Do without an expert: those who need it raise the error."""
+        """Do without an expert: those who need it raise the error, and what only they need is not awaited any more."""
+        before = self.wants
         for place, one in enumerate(self._members):
             if number in one.experts:
                 self._errors.setdefault(place, error)
-        self._total.skip(number)
-
-    def skip_all(self, numbers: Iterable[int]) -> None:
-        """Do without experts that only those need who have failed."""
-        for number in numbers:
-            self._total.skip(number)
+        wanted = self.wants
+        if wanted:
+            for other in before:
+                if other not in wanted:
+                    self._total.skip(other)
 
     def outcomes(self) -> list[Tensor | BaseException]:
         """Return what comes of each rider, in order: the sum of its experts' outputs (T, H), or an error."""
@@ -242,9 +245,9 @@ class StreamedExperts:
             try:
                 for unit, weights in self._demand.bring(left, ahead):
                     self._multiply(parties, unit - self._first, weights)
-                    left = left[1:]
                     if self._on_expert is not None:
                         self._on_expert()
+                    left = left[1:]
             except Exception as error:  # of one expert: those who need it end, and nobody else
                 left = self._without(parties, left, error)
         self._forecast.saw(self._first, union)
@@ -265,10 +268,8 @@ class StreamedExperts:
         failed, numbers = left[0] - self._first, [unit - self._first for unit in left[1:]]
         needed = set[int]()
         for party in parties:
-            if failed in party.routing.experts:
-                before = party.wants
+            if failed in party.wants:
                 party.fail(failed, error)
-                party.skip_all(number for number in numbers if number in before and number not in party.wants)
             needed |= set(party.wants)
         return [self._first + number for number in numbers if number in needed]
 

@@ -42,6 +42,12 @@ class HeapWatch:
         if now < self._next_look:
             return
         self._next_look = now + LOOK_SECONDS
+        try:
+            self._give_back_what_is_too_much(now)
+        except (OSError, psutil.Error):  # as where no further file can be opened; no reason to end a job
+            self._next_look = now + IN_VAIN_SECONDS
+
+    def _give_back_what_is_too_much(self, now: float) -> None:
         held_bytes = self._held_bytes()
         if held_bytes <= self._budget.used_bytes - MARGIN_BYTES or free_heap_bytes() < LEAST_BYTES:
             return

@@ -16,6 +16,8 @@ import slowllm
 from slowllm.entrypoints.cost import cost_of, times_of
 from slowllm.entrypoints.progress import line_of
 from slowllm.errors import CheckpointError, PlanError
+from slowllm.modeling import streamed_experts
+from slowllm.modeling.expert_routing import ExpertSum
 from slowllm.modeling.expert_units import cut_experts
 from slowllm.modeling.streamed_experts import StreamedExperts
 from slowllm.planning.job import Job
@@ -191,6 +193,84 @@ def test_an_expert_that_cannot_be_read_ends_those_who_need_it(
     for number, outcome in enumerate(outcomes):
         if number not in failed:
             torch.testing.assert_close(outcome, wanted[number], atol=0 if exact else 2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("name", "num_broken"), [("olmoe", 2), ("deepseek-v3", 4)])
+def test_of_several_experts_that_fail_each_ends_those_who_need_it(
+    name: str, exact: bool, num_broken: int, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: Any = resident(tiny(name))
+    texts = [torch.tensor([[number]]) for number in range(5, 21)]
+    wanted = [plain(ids).logits for ids in texts]
+    with streamed(tiny(name), exact=exact) as lm, torch.no_grad():
+        first = sum(len(experts.units) for experts in lm.layout.experts[:-1])
+        needed: list[set[int]] = []
+        for ids in texts:
+            before = lm.experts.forecast.chosen.copy()
+            lm.model(ids)
+            needed.append(set((lm.experts.forecast.chosen - before).nonzero()[0].tolist()))
+        broken = set(range(first, first + num_broken))
+        inner, failing = lm.experts.demand.holding, set(broken)
+
+        def holding(unit: int, upcoming: Any = ()) -> Any:
+            if unit in failing:
+                raise CheckpointError(f"unit {unit} cannot be read")
+            return inner(unit, upcoming)
+
+        def job(ids: torch.Tensor) -> Any:
+            try:
+                return lm.model(ids).logits
+            except CheckpointError as error:
+                return str(error)
+
+        monkeypatch.setattr(lm.experts.demand, "holding", holding)
+        outcomes: list[Any] = lm.ride([lambda ids=ids: job(ids) for ids in texts])
+    assert any(isinstance(outcome, str) for outcome in outcomes)
+    assert not all(isinstance(outcome, str) for outcome in outcomes)
+    for outcome, units, logits in zip(outcomes, needed, wanted, strict=True):
+        if units & broken:
+            assert outcome in {f"unit {unit} cannot be read" for unit in units & broken}
+        else:
+            torch.testing.assert_close(outcome, logits, atol=0 if exact else 2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("step", ["expert_output", "sum"])
+def test_a_product_or_sum_that_fails_among_others_is_named(
+    exact: bool, step: str, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = 0
+
+    def once(inner: Any) -> Any:
+        def call(*args: Any) -> Any:
+            nonlocal number
+            number += 1
+            if number == 2:
+                raise MemoryError("no memory for this")
+            return inner(*args)
+
+        return call
+
+    with streamed(tiny("olmoe"), exact=exact) as lm, torch.no_grad():
+        texts = [torch.tensor([[number]]) for number in range(5, 21)]
+
+        def job(ids: torch.Tensor) -> str:
+            try:
+                return "" if lm.model(ids).logits.isfinite().all() else "wrong"
+            except MemoryError as error:
+                return str(error)
+
+        if step == "sum":
+            monkeypatch.setattr(ExpertSum, "_add", once(ExpertSum._add))
+        else:
+            monkeypatch.setattr(streamed_experts, "expert_output", once(streamed_experts.expert_output))
+        outcomes = lm.ride([lambda ids=ids: job(ids) for ids in texts])
+        assert set(outcomes) - {""} == {"no memory for this"}
+        if exact or step == "expert_output":
+            assert "" in outcomes
+        monkeypatch.undo()
+        assert not any(lm.ride([lambda ids=ids: job(ids) for ids in texts]))
 
 
 def test_a_product_that_fails_ends_those_who_need_its_expert(

@@ -137,3 +137,22 @@ def test_one_rider_runs_at_a_time_when_those_that_were_served_go_on() -> None:
         carousel.close()
     assert most == [1]
     assert [len(call) for call in sums.calls] == [5, 5]
+
+
+def test_a_fault_while_others_wait_in_the_middle_of_a_stop_hangs_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sums = Sums()
+    carousel = Carousel(MemoryStops(1), gathers=True)
+
+    def fault(*args: Any) -> Any:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("slowllm.streaming.stop_service.serve_all", fault)
+    try:
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            carousel.ride(
+                [lambda: carousel.visit(0, "up", lambda weights: gather(sums, 1)) for _ in range(2)]
+            )
+    finally:
+        carousel.close()
