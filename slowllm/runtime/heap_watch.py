@@ -17,8 +17,8 @@ from slowllm.planning.budget import Budget
 
 # Looking takes 0.05 ms; giving memory back and having it anew take about 0.2 s for each GB.
 LOOK_SECONDS = 0.02
-# Where little comes of it, others hold the memory, and trying again is of little use.
-IN_VAIN_SECONDS = 30.0
+# Where little comes of it, others hold the memory, or a moment does: not tried again at once.
+IN_VAIN_SECONDS = 2.0
 # Fewer bytes are not worth it.
 LEAST_BYTES = 64 << 20
 # Below what is planned by as much, there is room for what the next stop takes in holes of its own.
