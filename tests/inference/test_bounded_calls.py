@@ -47,7 +47,9 @@ def children() -> list[psutil.Process]:
     return psutil.Process().children()
 
 
-@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize(
+    "bomb", [bomb if bomb != "a huge power" else pytest.param(bomb, marks=pytest.mark.long) for bomb in BOMBS]
+)
 def test_a_bomb_in_a_prompt_template_is_one_sentence(bomb: str, one_second: None) -> None:
     jinja, match = BOMBS[bomb]
     with pytest.raises(InputError, match=match):

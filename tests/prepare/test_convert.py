@@ -266,7 +266,8 @@ def test_killed_at_any_moment_it_goes_on_where_it_stopped(
     assert {n: d for n, d in digests(tmp_path / "store").items() if not n.endswith(".part")} == wanted
 
 
-@pytest.mark.parametrize("stores", [("int4",), pytest.param(("lossless", "int4"), marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("stores", [("int4",), ("lossless", "int4")])
 def test_memory_is_bounded_by_pieces_not_by_a_block(stores: tuple[str, ...], tmp_path: Path) -> None:
     save_tiny(
         "llama-2", tmp_path / "source", torch.bfloat16, shard="1GB", hidden_size=2048, intermediate_size=8192,

@@ -145,6 +145,7 @@ def test_a_move_that_fails_goes_back_with_one_warning(
         server.check()
 
 
+@pytest.mark.long
 def test_a_server_that_cannot_go_back_leaves_with_the_error(
     model: Path, meeting: Network, tmp_path: Path
 ) -> None:

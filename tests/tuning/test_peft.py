@@ -164,7 +164,7 @@ BEST = {
         pytest.param(
             "llama-3-scaled-rope", "prompt", {"activation_checkpointing": True}, marks=pytest.mark.long
         ),
-        ("falcon-new-decoder", "prefix", BEST),
+        pytest.param("falcon-new-decoder", "prefix", BEST, marks=pytest.mark.long),
     ],
     ids=["accumulated-and-clipped", "the-same-with-experts", "checkpointing", "best-at-end"],
 )
@@ -214,6 +214,7 @@ def test_trainer_rides_and_a_micro_batch_is_one_sweep_up_and_down(
     assert passages == [*range(last), *range(last, 0, -1)] * 4 + [0]
 
 
+@pytest.mark.long
 def test_several_trainers_share_their_sweeps(runs: Runs, tiny: Tiny, tmp_path: Path) -> None:
     with streamed(tiny("mixtral")) as lm:
         adapted = {kind: with_prompt(lm.model, kind) for kind in KINDS}

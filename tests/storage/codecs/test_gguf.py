@@ -67,7 +67,7 @@ def decoded(name: str, parts: Parts, first: int, last: int, dtype: torch.dtype, 
     return out
 
 
-@num_examples(80)
+@num_examples(40)
 @given(
     st.sampled_from(KINDS),
     st.integers(1, 12),
