@@ -90,7 +90,7 @@ def test_killed_at_many_moments_it_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    command = command_of(verb, tmp_path, num_texts=2 * num_kills + 20)
+    command = command_of(verb, tmp_path, num_texts=4 * num_kills + 16)
     killed = [*command, "--out", out, "--state", tmp_path / "state"]
     done = processes.run("-m", "tests.support.killed", moment, num_kills, 5, *killed)
     assert done.returncode == 0, done.stderr
