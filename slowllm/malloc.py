@@ -34,7 +34,7 @@ def keep_together() -> None:
 def keep_few_kernels() -> None:
     """Let oneDNN, which multiplies in bfloat16, keep the kernels of the products used last, and not of a thousand.
 
-    A kernel is made for each shape of a product and takes 3 to 6 MB. Micro-batches and experts have as many shapes as numbers of
+    A kernel is made for each shape of a product and takes 1 to 6 MB. Micro-batches and experts have as many shapes as numbers of
     rows, so the thousand that torch and oneDNN keep by default took gigabytes. Making one anew takes 0.1 to 0.5 ms. What the
     environment says already stays; both read it before their first product.
     """

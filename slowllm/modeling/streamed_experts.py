@@ -106,7 +106,9 @@ class _Party:
         return set(itertools.chain.from_iterable(one.experts for one in left))
 
     def num_takers(self) -> list[int]:
-        """Return for each expert how many riders have chosen it."""
+        """Return for each expert how many riders have chosen it; of one rider alone, only for those that it has chosen."""
+        if len(self._members) == 1:
+            return [1] * len(self.routing.experts)
         lengths = torch.tensor([len(one.hidden) for one in self._members])
         riders = torch.arange(len(lengths)).repeat_interleave(lengths)[:, None]
         # The sentinel of experts elsewhere has a number of its own.
