@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from slowllm.errors import forward_errors
 from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings
+from slowllm.inference.sampling import TokenChooser, draws_by_row
 from slowllm.inference.stopping import (
     EndDetector,
     RowMonitor,
@@ -64,7 +65,7 @@ def continue_prompts(
         lm: a loaded model.
         model: from `with_own_defaults`.
         numbers: of the prompts, for `on_tokens`.
-        prompts: of equal settings; only one where tokens are sampled.
+        prompts: of equal settings but for their seeds; only one where beams are sampled.
         on_tokens: see `generation.generate`.
         on_pass: called after each pass through the model with the number of tokens that a row got.
         extra: for transformers' GenerationConfig.
@@ -74,14 +75,24 @@ def continue_prompts(
     width = inputs["input_ids"].shape[1]
     detector = EndDetector(lm, settings, tokens)
     monitor = RowMonitor(detector, tokens, numbers, width, settings, on_tokens, on_pass)
-    if settings.do_sample and settings.seed is not None:
+    asked, processors = settings, LogitsProcessorList()
+    if draws_by_row(settings):
+        processors.append(TokenChooser(prompts, tokens, width, inputs["input_ids"].device))
+        # To `generate` each continuation is a greedy row; a soft prompt's cache has as many already.
+        inputs = {
+            name: value.repeat_interleave(settings.num_rows, 0) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        asked = Settings(settings.max_new_tokens, top_log_probs=settings.top_log_probs)
+    elif settings.do_sample and settings.seed is not None:
         torch.manual_seed(settings.seed)  # of this rider only: the generator changes hands with the baton
     soft_prompt = lm.soft_prompt
     adding = contextlib.nullcontext() if soft_prompt is None else soft_prompt.adding()
     with adding, call_context(final_length=width + settings.max_new_tokens):
         output = model.generate(
             **inputs,
-            generation_config=_generation_config(settings, tokens, **extra),
+            generation_config=_generation_config(asked, tokens, **extra),
+            logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([monitor]),
         )
     continuations = []

@@ -2,7 +2,7 @@
 
 Prompts of like length and equal settings share a micro-batch, and each micro-batch is a rider that runs transformers'
 own `generate()` with a cache of its own (see `continuation`). A rider whose prompts have all ended leaves, and the next
-one boards. A prompt whose tokens are sampled rides alone, so that its tokens do not depend on its neighbours.
+one boards. A prompt of which beams are sampled rides alone, because `generate` draws for all rows with one generator.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from slowllm.errors import InputError, NonFiniteError, SlowLLMError
 from slowllm.inference.continuation import continue_prompts, with_own_defaults
 from slowllm.inference.generation_types import Continuation, OnTokens, Prompt, Settings, check_prompt
+from slowllm.inference.sampling import draws_by_row
 from slowllm.inference.saved_continuations import ContinueGroup, saved_in
 from slowllm.inference.stopping import MAX_CRITERIA, stop_criteria
 from slowllm.inference.text import TextSide
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 MAX_RIDERS = 256
 # Prompts are packed within a window of this many sweeps' tokens, so that any number of prompts can stream through.
 WINDOW_SWEEPS = 4
+# Copies of a row's logits while its next token is drawn: values, probabilities, and what sorting for top_p takes, with indices of
+# eight bytes.
+CHOICE_COPIES = 12
 
 
 def job_of(
@@ -65,6 +69,8 @@ def job_of(
     rows: Counter[ContinuedRow] = Counter()
     for prompt in prompts:
         rows[row_of(prompt.width, prompt.settings)] += prompt.settings.num_rows
+    if chosen := [prompt.settings.num_rows for prompt in prompts if draws_by_row(prompt.settings)]:
+        rows[ContinuedRow(1, 2, 0, CHOICE_COPIES)] += max(chosen)
     # Made here, where the plan finds their tables in the process's memory.
     for stop in list(dict.fromkeys(prompt.settings.stop for prompt in prompts))[:MAX_CRITERIA]:
         stop_criteria(lm.tokenizer, stop)
@@ -83,10 +89,10 @@ def job_of(
 def row_of(width: int, settings: Settings) -> ContinuedRow:
     """Return what is held of a row that is continued: the copies of its logits that transformers' `generate` makes.
 
-    Float32 logits, scores and probabilities stay until those of the next token replace them. Sorting for top_p takes
-    values, and indices of eight bytes.
+    Float32 logits and scores stay until those of the next token replace them. What a `TokenChooser` takes is counted
+    for one prompt at a time, with `CHOICE_COPIES`.
     """
-    num_held, num_scratch = (3, 9) if settings.do_sample else (2, 4)
+    num_held, num_scratch = 2, 4
     if settings.num_beams > 1:
         num_held, num_scratch = 3, 6
     if settings.top_log_probs is not None:
@@ -114,8 +120,8 @@ def _group(
     alike: dict[Hashable, list[int]] = {}
     for number, prompt in enumerate(prompts):
         key: Hashable = number
-        if not (prompt.settings.do_sample or rule.rides_alone):
-            # Without sampling the seed makes no difference.
+        samples_beams = prompt.settings.do_sample and prompt.settings.num_beams > 1
+        if not (samples_beams or rule.rides_alone):
             width_class = rule.growing_class(prompt.width, prompt.settings.max_new_tokens)
             key = (replace(prompt.settings, seed=None), width_class if can_pad else len(prompt.ids))
         alike.setdefault(key, []).append(number)

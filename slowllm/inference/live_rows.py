@@ -6,21 +6,14 @@ by a generator that is seeded as `torch.manual_seed` seeds the global one.
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
-from transformers.generation.logits_process import (
-    MinNewTokensLengthLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from slowllm.inference.continuation import text_of
 from slowllm.inference.generation_types import Continuation, Prompt
+from slowllm.inference.sampling import generator_of, next_tokens, processors_of
 from slowllm.inference.service_types import OnPartial, PartialContinuation
 from slowllm.inference.stopping import EndDetector, SpecialTokens, without_eos
 from slowllm.inference.text import TextSide
@@ -53,14 +46,7 @@ class LiveRow:
         self._is_stopped = False
         self._detector = EndDetector(lm, prompt.settings, tokens)
         self._processors = processors_of(prompt, tokens.eos)
-        self._generator: torch.Generator | None = None
-        if prompt.settings.do_sample:
-            self._generator = torch.Generator()
-            seed = prompt.settings.seed
-            if seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed((seed + index) % (1 << 64))
+        self._generator = generator_of(prompt.settings, index)
         self._log_probs: list[float] = []
         self._tops: list[dict[int, float]] = []
 
@@ -86,13 +72,8 @@ class LiveRow:
             logits: (V,) behind the last token, as the model returns them.
         """
         raw = logits.detach().to("cpu", torch.float32)
-        scores = raw[None].clone()
-        if self._processors:
-            scores = self._processors(cast(Any, torch.tensor([self._ids])), cast(Any, scores))
-        if self._generator is None:
-            token = int(scores.argmax(-1))
-        else:
-            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        ids = torch.tensor([self._ids])
+        token = int(next_tokens(ids, raw[None].clone(), self._processors, self._generator))
         self._ids.append(token)
         if (num_top := self._settings.top_log_probs) is not None:
             log_probs = raw.log_softmax(-1)
@@ -129,22 +110,3 @@ class LiveRow:
         return Continuation(
             ids, text, reason, tuple(self._log_probs[: len(ids)]), tuple(self._tops[: len(ids)]), eos
         )
-
-
-def processors_of(prompt: Prompt, eos: tuple[int, ...]) -> LogitsProcessorList:
-    """Return transformers' processors for the settings of a prompt, in the order in which `generate` has them."""
-    settings, processors = prompt.settings, LogitsProcessorList()
-    if settings.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.min_new_tokens and eos:
-        processors.append(
-            MinNewTokensLengthLogitsProcessor(len(prompt.ids), settings.min_new_tokens, torch.tensor(eos))
-        )
-    if settings.do_sample:
-        if settings.temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k:
-            processors.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1.0:
-            processors.append(TopPLogitsWarper(settings.top_p))
-    return processors

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import secrets
 import threading
 import time
 from collections import deque
@@ -30,6 +29,7 @@ from slowllm.inference.live_batch import BatchModel, LiveBatch, Seat, may_share_
 from slowllm.inference.live_cache import RowCache
 from slowllm.inference.live_rows import LiveRow
 from slowllm.inference.prompt_scores import score_prompts
+from slowllm.inference.sampling import seeded
 from slowllm.inference.service_tasks import ServiceTask, checked_size, class_of
 from slowllm.inference.service_types import Answer, Ask, OnPartial, PartialContinuation, ServiceStatus
 from slowllm.inference.stored_layers import DamagedCacheError
@@ -107,6 +107,7 @@ class Service:
             InputError: this model cannot do that, or was not opened for so many tokens.
             BusyError: too many asks wait, or the service is closing.
         """
+        ask = replace(ask, prompt=seeded(ask.prompt))
         num_tokens, num_rows = checked_size(self._lm, ask, self._max_rows, joins=self._joins(ask))
         ride: Ride[Answer] = Ride(lambda: None)
         task = ServiceTask(ask, on_partial, ride, num_tokens, num_rows)
@@ -248,8 +249,6 @@ class Service:
 
     def _ride_alone(self, task: ServiceTask) -> None:
         prompt = replace(task.ask.prompt, num_virtual=self._lm.num_virtual_tokens)
-        if prompt.settings.do_sample and prompt.settings.seed is None:
-            prompt = replace(prompt, settings=replace(prompt.settings, seed=secrets.randbits(63)))
 
         def ended(ride: Ride[list[tuple[Continuation, ...]]]) -> None:
             try:

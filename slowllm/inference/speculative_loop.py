@@ -17,8 +17,8 @@ from slowllm.inference.branching_cache import CachedModel
 from slowllm.inference.continuation import make_continuation
 from slowllm.inference.draft_trees import Costs, Node, choose_tree, free_tokens, paths_of, pays
 from slowllm.inference.generation_types import Continuation, Prompt
-from slowllm.inference.live_rows import processors_of
 from slowllm.inference.ngram_cache import MAX_NGRAM, NgramCache
+from slowllm.inference.sampling import processors_of
 from slowllm.inference.stopping import EndDetector, special_tokens, without_eos
 from slowllm.runtime.streamed_lm import StreamedLM
 

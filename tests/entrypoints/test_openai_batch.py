@@ -369,8 +369,8 @@ def test_a_rider_that_fails_costs_the_others_nothing(lm: Any, monkeypatch: Any) 
         return go_on(lm, view, numbers, prompts, **more)
 
     monkeypatch.setattr(openai_batch, "continue_prompts", fail)
-    request = functools.partial(line, max_tokens=2)  # drawn, so each has a rider of its own
-    rows = done(lm, *(request(f"r{n}", prompt=prompt) for n, prompt in enumerate(PROMPTS)))
+    # Of different settings, so that each has a rider of its own.
+    rows = done(lm, *(line(f"r{n}", prompt=prompt, max_tokens=2 + n) for n, prompt in enumerate(PROMPTS)))
     assert [row["response"]["status_code"] for row in rows] == [200, 500, 200]
     assert rows[1]["error"] == {"code": "server_error", "message": "block 3: NaN"}
 

@@ -344,6 +344,10 @@ def test_a_job_counts_what_is_held_and_how_often_it_passes() -> None:
     assert [(row.width, row.length, count) for row, count in job.rows] == [(8, 12, 1), (6, 10, 3)]
     assert job.most_logits(14, 12) == 3 * 2 + 3 * 6
     assert job.most_logits(26, 42) == 3 * 3 + 2 + 3 * 6 + 4
+    # Tokens of one prompt at a time are drawn.
+    sampled = [Prompt((5,) * 8, Settings(4, do_sample=True, num_return_sequences=rows)) for rows in (1, 5, 2)]
+    job = generation.job_of(known, sampled)
+    assert job.most_logits(1 << 20, 1 << 20) == 8 * (2 + 4) + 5 * generation.CHOICE_COPIES
 
 
 @pytest.mark.parametrize("family", ["bloom", "llama-3-scaled-rope", "falcon-multi-query", "deepseek-v3"])
@@ -358,15 +362,18 @@ def test_no_more_is_held_than_the_plan_counts(family: str, tiny: Callable[..., P
 
 
 def test_groups_have_equal_settings_and_fit(tiny_bloom: slowllm.StreamedLM) -> None:
-    kinds = [Settings(4), Settings(4, num_beams=3), Settings(9), Settings(4, do_sample=True, seed=1)]
-    prompts = [Prompt((5,) * (1 + n * 7 % 13), kinds[n % 4]) for n in range(40)]
+    kinds = [
+        Settings(4), Settings(4, num_beams=3), Settings(9), Settings(4, do_sample=True),
+        Settings(2, num_beams=2, do_sample=True),
+    ]  # fmt: skip
+    prompts = [Prompt((5,) * (1 + n * 7 % 13), kinds[n % 5]) for n in range(40)]
     groups = generation._group(tiny_bloom, prompts, 40, 80, 64)
     assert sorted(n for group in groups for n in group) == list(range(40))
     for group in groups:
         settings = {prompts[n].settings for n in group}
         (one,) = settings
         width = max(len(prompts[n].ids) for n in group)
-        assert len(group) == 1 or not one.do_sample
+        assert len(group) == 1 or not (one.do_sample and one.num_beams > 1)
         assert len(group) == 1 or len(group) * one.num_rows * width <= 40
         assert len(group) == 1 or generation._held_tokens([prompts[n] for n in group]) <= 80
     assert len(groups) < 40
@@ -374,6 +381,41 @@ def test_groups_have_equal_settings_and_fit(tiny_bloom: slowllm.StreamedLM) -> N
     equal = generation._group(recurrent, prompts, 40, 80, 64)
     assert all(len({len(prompts[n].ids) for n in group}) == 1 for group in equal)
     assert pack([3, 2], 6) == [[0, 1]]
+
+
+def test_seeds_differ_within_a_micro_batch(tiny_bloom: slowllm.StreamedLM) -> None:
+    prompts = [Prompt((5, 6, 7), Settings(4, do_sample=True, seed=seed)) for seed in (1, None, 3)]
+    assert generation._group(tiny_bloom, prompts, 40, 80, 64) == [[0, 1, 2]]
+
+
+def test_sampled_prompts_share_a_micro_batch_and_get_what_they_get_alone(
+    tiny_bloom: slowllm.StreamedLM, plain_bloom: Any
+) -> None:
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.4}
+    kinds = [Settings(7, min_new_tokens=3, seed=seed, num_return_sequences=2, **options) for seed in range(8)]
+    prompts = [Prompt(tuple(range(40, 41 + n)), kind) for n, kind in enumerate(kinds)]
+    before = tiny_bloom.report.num_passages
+    found = list(generate(tiny_bloom, prompts))
+    assert num_sweeps(tiny_bloom, before) == 7
+    assert [[list(one.ids) for one in of_prompt] for of_prompt in found] == [
+        by_transformers(plain_bloom, prompt) for prompt in prompts
+    ]
+
+
+def test_unseeded_prompts_draw_different_tokens_which_the_callers_seed_repeats(
+    tiny_bloom: slowllm.StreamedLM,
+) -> None:
+    prompts = [Prompt((330, 420), Settings(8, do_sample=True, top_k=0))] * 4
+
+    def draw() -> list[tuple[int, ...]]:
+        return [one.ids for (one,) in generate(tiny_bloom, prompts)]
+
+    torch.manual_seed(5)
+    first = draw()
+    assert len(set(first)) == 4
+    assert draw() != first
+    torch.manual_seed(5)
+    assert draw() == first
 
 
 def run(*arguments: str) -> list[dict[str, Any]]:
