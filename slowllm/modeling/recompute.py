@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from slowllm.errors import UnsupportedError
 from slowllm.modeling.finite import check_finite
+from slowllm.streaming.call_context import call_context
 from slowllm.streaming.stops import Direction, Weights
 from slowllm.streaming.thread_context import current_autocasts
 
@@ -42,6 +43,15 @@ class Recomputable(Protocol):
 
     def _run(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the block with its weights."""
+
+
+class LateNode(Protocol):
+    """A node of a block's graph whose gradients are not computed by autograd's own run, during which nobody may wait."""
+
+    output: Tensor
+
+    def compute_gradients(self, gradient: Tensor) -> None:
+        """Compute what the node will return when autograd comes to it, given the gradient of its output."""
 
 
 @dataclass(frozen=True)
@@ -181,13 +191,20 @@ class RecordedCall:
 
         def work(weights: Weights) -> list[Tensor | None]:
             # Forward and backward in one visit: autograd may save the weights, which are valid until the visit ends.
-            with torch.enable_grad():
+            nodes: list[LateNode] = []
+            with torch.enable_grad(), call_context(late_nodes=nodes):
                 out_leaves, _ = tree_flatten(self.block._run(weights, args, kwargs), is_leaf=is_cache)
             outputs = [ref.get(ref.side(leaves, out_leaves)) for ref in self.outputs]
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
             if not pairs:
                 return [None] * len(inputs)
             reached, reached_grads = zip(*pairs, strict=True)
+            for node in reversed(nodes):
+                (grad,) = torch.autograd.grad(
+                    reached, [node.output], reached_grads, retain_graph=True, allow_unused=True
+                )
+                if grad is not None:
+                    node.compute_gradients(grad)
             return list(torch.autograd.grad(reached, inputs, reached_grads, allow_unused=True))
 
         with contextlib.ExitStack() as stack:

@@ -11,17 +11,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from slowllm.modeling.demand_weight import DemandWeight
 from slowllm.modeling.expert_forecast import ExpertForecast
 from slowllm.modeling.expert_products import expert_output, sum_dtype
 from slowllm.modeling.expert_routing import ExpertSum, Routing
 from slowllm.modeling.expert_units import ExpertUnits
+from slowllm.modeling.held_weight import HeldWeight, Holder
 from slowllm.modeling.look_ahead import LookAhead
+from slowllm.modeling.recorded_experts import RecordedExperts, RecordedGradients
 from slowllm.rounding import round_up
+from slowllm.streaming.call_context import current_call
 from slowllm.streaming.demand_stops import DemandStops
 from slowllm.streaming.gathering import gather
 from slowllm.streaming.lazy_weight import CACHE_LINE_BYTES, LazyWeight
@@ -75,6 +78,32 @@ class _Arrival:
     before: Tensor | None
 
 
+class Taker(Protocol):
+    """Somebody who computes with experts in the order in which they are brought."""
+
+    @property
+    def wants(self) -> Collection[int]:
+        """The experts that are still needed."""
+
+    def take(self, number: int, weights: Weights, /) -> None:
+        """Compute with an expert, whose weights are valid for the time of this call, by the names of the module's parameters."""
+
+    def fail(self, number: int, error: BaseException, /) -> None:
+        """Do without an expert."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Meeting:
+    """A point of their work to which riders come; see `gathering.Gathering`."""
+
+    serve: Callable[[Sequence[Any]], list[Any]]
+    demand: DemandStops
+
+    @property
+    def wait_seconds(self) -> float:
+        return self.demand.read_stats.wait_seconds
+
+
 class _Party:
     """Riders whose rows are computed as one: all at the stop, or one.
 
@@ -84,7 +113,7 @@ class _Party:
     """
 
     def __init__(self, module: nn.Module, arrivals: Sequence[_Arrival]) -> None:
-        self._members = [one.routing for one in arrivals]
+        self._module, self._members = module, [one.routing for one in arrivals]
         first = self._members[0]
         self.routing = first
         if len(arrivals) > 1:
@@ -116,8 +145,9 @@ class _Party:
         counts = torch.bincount(pairs % (self.routing.num_experts + 1), minlength=self.routing.num_experts)
         return counts[: self.routing.num_experts].tolist()
 
-    def add(self, number: int, outputs: Tensor) -> None:
-        """Take the outputs of an expert for its rows. Where they cannot be added, all members raise the error."""
+    def take(self, number: int, weights: Weights) -> None:
+        """Add the outputs of an expert for its rows. Where they cannot be added, all members raise the error."""
+        outputs = expert_output(self._module, weights, self.routing.rows(number))
         try:
             self._total.add(number, outputs)
         except Exception as error:  # the sum may lack those of another expert, which came before its turn
@@ -172,6 +202,9 @@ class StreamedExperts:
         self._demand, self._forecast, self._settings = demand, forecast, settings
         self._look_ahead, self._on_expert = look_ahead, on_expert
         self._before: Tensor | None = None
+        # Riders that run backward come to each of these two in turn.
+        self._recording = _Meeting(self._serve_recorded, demand)
+        self._gradients = _Meeting(self._serve_recorded, demand)
         if look_ahead is not None:
             look_ahead.watch(first_unit, self._note)
 
@@ -198,28 +231,41 @@ class StreamedExperts:
         return result
 
     def _recorded(self, routing: Routing) -> Tensor:
-        """Compute as `eager` does, with weights that autograd may keep, because they are brought again in backward."""
-        wanted, layout = routing.experts, self._units.layout
-        total = ExpertSum(routing, sum_dtype(self._module, routing))
-        for place, number in enumerate(wanted):
-            later = [self._first + other for other in wanted[place + 1 :]]
-            sooner = [self._first + other for other in reversed(wanted[:place])]
-            held = {
-                parameter: DemandWeight.of(
-                    self._demand,
-                    self._first + number,
-                    self._units.key(parameter, number),
-                    torch.empty(layout.shapes[parameter], dtype=layout.dtypes[parameter], device="meta"),
-                    later,
-                    sooner,
-                )
-                for parameter in layout.matrices
-            }
-            total.add(
-                number, expert_output(self._module, self._with_rest(held, number), routing.rows(number))
+        """Compute under autograd, with a node of the block's graph that its replay sees to (see `recorded_experts`)."""
+        nodes = current_call().late_nodes
+        assert nodes is not None, "a block is replayed for its gradient"
+        recorded = RecordedExperts(self._module, routing, self._kept_weights)
+        total: Tensor = gather(self._recording, recorded)
+        node = recorded.node(
+            total, lambda gradient: gather(self._gradients, RecordedGradients(recorded, gradient))
+        )
+        nodes.append(node)
+        return node.output
+
+    def _kept_weights(self, number: int, holder: Holder) -> Mapping[str, Tensor]:
+        """Return weights of an expert that autograd may keep while it is not in memory."""
+        layout, device = self._units.layout, torch.device("cpu")
+        held = {
+            parameter: HeldWeight(
+                torch.empty(layout.shapes[parameter], dtype=layout.dtypes[parameter], device="meta"),
+                holder, parameter, device,
             )
-        self._forecast.saw(self._first, wanted)
-        return total.result()
+            for parameter in layout.matrices
+        }  # fmt: skip
+        return self._with_rest(held, number)
+
+    def _serve_recorded(self, items: Sequence[RecordedExperts | RecordedGradients]) -> list[Any]:
+        """Compute outputs, or gradients, of all riders at the stop that run backward."""
+        union = sorted(set(itertools.chain.from_iterable(one.wants for one in items)))
+        stats = self._settings.stats
+        stats.num_distinct += len(union)
+        num_wanted = sum(len(one.wants) for one in items)
+        stats.num_wanted += num_wanted
+        stats.num_alone += num_wanted
+        with torch.autograd.set_multithreading_enabled(False):
+            self._pass(items, self._demand.soonest_first([self._first + number for number in union]))
+        self._forecast.saw(self._first, union)
+        return [one.outcome() for one in items]
 
     def _with_rest(self, held: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """Return an expert's weights, those included that come with the block, as its biases do."""
@@ -243,17 +289,28 @@ class StreamedExperts:
             ahead = self._look_ahead.guess(self._first, [item.before for item in items])
         if sum(_output_bytes(party.routing) for party in parties) <= MOST_WAITING_BYTES:
             left = self._demand.soonest_first(left, were_ahead)
+        self._pass(parties, left, ahead)
+        self._forecast.saw(self._first, union)
+        return list(itertools.chain.from_iterable(party.outcomes() for party in parties))
+
+    def _pass(self, takers: Sequence[Taker], units: Sequence[int], ahead: Sequence[int] = ()) -> None:
+        """Bring units, each to all who want it.
+
+        Args:
+            takers: who want them.
+            units: in the order in which they are brought.
+            ahead: units that are expected behind them.
+        """
+        left = list(units)
         while left:
             try:
                 for unit, weights in self._demand.bring(left, ahead):
-                    self._multiply(parties, unit - self._first, weights)
+                    self._hand_out(takers, unit - self._first, weights)
                     if self._on_expert is not None:
                         self._on_expert()
                     left = left[1:]
             except Exception as error:  # of one expert: those who need it end, and nobody else
-                left = self._without(parties, left, error)
-        self._forecast.saw(self._first, union)
-        return list(itertools.chain.from_iterable(party.outcomes() for party in parties))
+                left = self._without(takers, left, error)
 
     def _count(self, parties: Sequence[_Party], union: Sequence[int]) -> None:
         """Count what will be done."""
@@ -265,14 +322,14 @@ class StreamedExperts:
             stats.num_together += sum(count > 1 for count in takers)
             stats.num_alone += takers.count(1)
 
-    def _without(self, parties: Sequence[_Party], left: Sequence[int], error: Exception) -> list[int]:
+    def _without(self, takers: Sequence[Taker], left: Sequence[int], error: Exception) -> list[int]:
         """Let those fail who need the first of the units that are left; return those that others need."""
         failed, numbers = left[0] - self._first, [unit - self._first for unit in left[1:]]
         needed = set[int]()
-        for party in parties:
-            if failed in party.wants:
-                party.fail(failed, error)
-            needed |= set(party.wants)
+        for taker in takers:
+            if failed in taker.wants:
+                taker.fail(failed, error)
+            needed |= set(taker.wants)
         return [self._first + number for number in numbers if number in needed]
 
     def _compare(self, wanted: Sequence[int]) -> Sequence[int]:
@@ -282,18 +339,18 @@ class StreamedExperts:
         self._look_ahead.keep(self._first)
         return self._look_ahead.compare(self._first, wanted)
 
-    def _multiply(self, parties: Sequence[_Party], number: int, weights: Weights) -> None:
-        """Add one expert's output to what comes of those who want it."""
-        takers = [party for party in parties if number in party.wants]
+    def _hand_out(self, takers: Sequence[Taker], number: int, weights: Weights) -> None:
+        """Let those who want an expert compute with it."""
         held: Mapping[str, Tensor] = {
             parameter: weights[self._units.key(parameter, number)]
             for parameter in self._units.layout.matrices
         }
-        if len(takers) > 1:
+        those = [taker for taker in takers if number in taker.wants]
+        if len(those) > 1:
             held = _decoded(held)
         held = self._with_rest(held, number)
-        for party in takers:
-            party.add(number, expert_output(self._module, held, party.routing.rows(number)))
+        for taker in those:
+            taker.take(number, held)
 
 
 def _output_bytes(routing: Routing) -> int:

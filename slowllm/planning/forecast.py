@@ -124,7 +124,8 @@ def forecast_of(
     )
     reads = reads_of(sizes, job)
     read_bytes = sum(s.num_bytes * reads[n] for n, s in enumerate(sizes.stops) if n not in resident)
-    read_bytes += int(sum(num_bytes * reads[stop] for stop, num_bytes in demand.items()))
+    # On the way down experts are brought for the outputs, and again for the gradients.
+    read_bytes += int(sum(demand.get(stop, 0.0) * work for stop, work in course))
     computing = math.fsum(full[stop] * work for stop, work in course)
     times = REPEATS if job.repeated else 1
     num_full, num_short = times * num_loads - 1, times * num_loads * (job.num_passes - 1)
@@ -235,7 +236,7 @@ def _sweep_seconds(
             room = ring_bytes - (0 if is_resident else stop.num_bytes)
             work = times * computing[index]
             # A router's choice is read while the experts before it are multiplied.
-            asked = (first_demand if sweep == 0 else demand).get(index, 0.0) / rates.disk
+            asked = times * (first_demand if sweep == 0 else demand).get(index, 0.0) / rates.disk
             wait, work = wait + asked, max(0.0, work - asked)
             prefetched = min(max(room, 0), max(0.0, prefetched - to_read) + work * rates.disk)
             seconds[sweep] += wait + work

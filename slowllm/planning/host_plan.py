@@ -85,6 +85,8 @@ def widen(plan: Plan, choices: Sequence[Sizes], free_bytes: int) -> Plan:
     sizes = sizes_for(plan, choices)
     token_bytes = sizes.waiting_token_bytes + plan.longest * sizes.waiting_attention_bytes
     token_bytes += _graph_token_bytes(plan, sizes) if plan.keeps_graph else 0
+    if sizes.experts is not None:
+        token_bytes += _replay_bytes(sizes, plan.longest)
     more = max(0, min((free_bytes - plan.peak_bytes) // token_bytes, MAX_SWEEP_TOKENS - plan.sweep_tokens))
     return replace(
         plan, sweep_tokens=plan.sweep_tokens + more, peak_bytes=plan.peak_bytes + more * token_bytes
@@ -116,7 +118,12 @@ def _graph_token_bytes(plan: Plan, sizes: Sizes) -> int:
     """Return the bytes that autograd keeps of a token over all blocks."""
     blocks = range(len(sizes.stops) - sizes.num_head_stops)
     num_blocks = sum(sizes.stops[block].num_bytes > 0 and block not in plan.unused for block in blocks)
-    return num_blocks * (sizes.replay_token_bytes + plan.longest * sizes.replay_attention_bytes)
+    return num_blocks * _replay_bytes(sizes, plan.longest)
+
+
+def _replay_bytes(sizes: Sizes, longest: int) -> int:
+    """Return the bytes that autograd keeps of a token within a block, in a sequence of so many tokens."""
+    return sizes.replay_token_bytes + longest * sizes.replay_attention_bytes
 
 
 def least_rider_tokens(job: Job) -> int:
@@ -151,7 +158,9 @@ def working_bytes(sizes: Sizes, job: Job, rider_tokens: int, sweep_tokens: int) 
         scratch += num_logits * sizes.logits_bytes
     if not job.forward_only:
         waiting += sizes.checkpoint_token_bytes
-        scratch += rider_tokens * (sizes.replay_token_bytes + job.longest * sizes.replay_attention_bytes)
+        # Riders that wait for experts on the way down each keep what autograd needs of the block.
+        tokens = rider_tokens if sizes.experts is None else sweep_tokens
+        scratch += tokens * _replay_bytes(sizes, job.longest)
     return scratch + sweep_tokens * waiting + session_bytes(sizes, job)
 
 

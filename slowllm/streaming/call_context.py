@@ -50,6 +50,8 @@ class CallContext:
         vectors: of a deep prompt, (P, H) or (B, P, H) for each block, as `edit_input` adds them.
         final_length: positions that a cache of these calls will hold at its end; 0 where nobody knows.
         take_hidden: given the hidden states (B, T, H) after the last block, which then pass no head.
+        late_nodes: takes the nodes of a block's graph whose gradients are computed before autograd runs for the whole block
+            (`recompute.LateNode`), in order; None where no graph is made.
     """
 
     reach: Reach = field(default_factory=Reach)
@@ -60,6 +62,7 @@ class CallContext:
     vectors: tuple[Tensor | None, ...] = ()
     final_length: int = 0
     take_hidden: Callable[[Tensor], None] | None = None
+    late_nodes: list[Any] | None = None
 
 
 _context: ContextVar[CallContext] = ContextVar("call_context", default=CallContext())  # noqa: B039 (frozen)

@@ -281,14 +281,14 @@ def test_a_product_that_fails_ends_those_who_need_its_expert(
         chosen = lm.experts.forecast.chosen.nonzero()[0]
         # The last one of its block that the text needs: behind it there is no other to be taken for it.
         broken = int(chosen[-1])
-        inner = StreamedExperts._multiply
+        inner = StreamedExperts._hand_out
 
         def multiply(self: Any, parties: Any, number: int, weights: Any) -> None:
             if self._first + number == broken:
                 raise MemoryError("no memory for this product")
             inner(self, parties, number, weights)
 
-        monkeypatch.setattr(StreamedExperts, "_multiply", multiply)
+        monkeypatch.setattr(StreamedExperts, "_hand_out", multiply)
         with pytest.raises(MemoryError, match="no memory for this product"):
             lm.model(IDS[:1, :1])
         monkeypatch.undo()
