@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 from slowllm.errors import NonFiniteError
 from slowllm.inference.continuation import with_own_defaults
 from slowllm.inference.generation_types import Prompt
-from slowllm.inference.live_cache import RowCache, can_merge
+from slowllm.inference.live_cache import RowCache, can_merge, empty_cache
 from slowllm.inference.live_rows import LiveRow
 from slowllm.inference.stopping import special_tokens
 from slowllm.modeling.batching import batch_rule
@@ -64,7 +64,7 @@ class BatchModel:
             ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
             mask[row, width - len(prompt.ids) :] = 1
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)  # as `generate` numbers them
-        cache = DynamicCache(config=self._config)
+        cache = empty_cache(self._config)
         return RowCache(cache, mask), self._pass(ids, mask, positions, cache)
 
     def go_on(self, cache: RowCache, last_tokens: Sequence[int]) -> Tensor:

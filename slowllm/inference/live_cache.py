@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 # Keys and values of fewer tokens than this are not kept: each prompt that continues kept ones makes its first pass alone.
 LEAST_TOKENS = 16
@@ -24,7 +24,20 @@ def can_merge(config: Any) -> bool:
         config: of the model.
     """
     layers = DynamicCache(config=config.get_text_config()).layers
-    return all(type(layer) is DynamicLayer for layer in layers)
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def empty_cache(config: Any) -> DynamicCache:
+    """Return a cache of a model for which rows `can_merge`, with all keys and values of blocks with a window as well.
+
+    Rows then begin in any column: it is the mask that keeps those away that are too far back.
+
+    Args:
+        config: of the text model.
+    """
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer() for _ in DynamicCache(config=config).layers]
+    return cache
 
 
 class RowCache:
