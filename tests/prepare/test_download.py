@@ -24,6 +24,7 @@ from tests.support.command_line import refused
 from tests.support.downloads import Result, blob, environment, run_all, snapshot
 from tests.support.fake_hub import COMMIT, FakeHub, Repo, etag
 from tests.support.paths import TINY_BLOOM
+from tests.support.processes import Processes
 
 BLOOM = {path.name: path.read_bytes() for path in TINY_BLOOM.iterdir()}
 STRAYS = dict.fromkeys(
@@ -42,11 +43,11 @@ DAMAGED = WEIGHTS[:-1] + b"!"
 
 
 def test_a_model_is_fetched_once_and_loaded_offline_by_its_id(
-    server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FakeHub, processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.repos["someone/tiny"] = Repo({**BLOOM, **STRAYS, "chat_template.jinja": b"{{ x }}"})
     env, call = environment(server, tmp_path), (["someone/tiny"], None, {})
-    once, again = run_all({"once": call, "again": call}, env).values()
+    once, again = run_all(processes, {"once": call, "again": call}, env).values()
     assert once.code == again.code == 0, once.err + again.err
     folder = snapshot(tmp_path, "someone/tiny")
     assert once.out == again.out == f"{folder}\n"
@@ -76,7 +77,9 @@ def test_a_model_is_fetched_once_and_loaded_offline_by_its_id(
         assert lm.tokenizer("a")["input_ids"]
 
 
-def test_an_interrupted_and_a_killed_download_go_on_where_they_were(server: FakeHub, tmp_path: Path) -> None:
+def test_an_interrupted_and_a_killed_download_go_on_where_they_were(
+    server: FakeHub, processes: Processes, tmp_path: Path
+) -> None:
     name, content = "model.safetensors", LARGE["model.safetensors"]
     server.repos["someone/large"] = Repo(dict(LARGE), stalls=[12_000_000, 23_000_000])
     partial = blob(tmp_path, "someone/large", name, content)
@@ -98,7 +101,7 @@ def test_an_interrupted_and_a_killed_download_go_on_where_they_were(server: Fake
         assert ("slowllm: interrupted; what has arrived is kept" in errors) == (ending == signal.SIGINT)
         assert "Traceback" not in errors
         have.append(partial.stat().st_size)
-    assert run_all({"": (["someone/large"], None, {})}, env)[""].code == 0
+    assert run_all(processes, {"": (["someone/large"], None, {})}, env)[""].code == 0
     assert [start for file, start in server.fetched("someone/large") if file == name] == have
     assert (snapshot(tmp_path, "someone/large") / name).read_bytes() == content
     assert not partial.exists()
@@ -226,7 +229,7 @@ def place_of(case: Case, home: Path, repo: str, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(server: FakeHub, home: Path) -> dict[str, Result]:
+def results(processes: Processes, server: FakeHub, home: Path) -> dict[str, Result]:
     todo = {}
     for name, case in CASES.items():
         repo = f"someone/{name}"
@@ -243,7 +246,7 @@ def results(server: FakeHub, home: Path) -> dict[str, Result]:
         other.write(b"12")
         fcntl.flock(other, fcntl.LOCK_EX)
         todo["hash again"] = todo["hash"]
-        return run_all(todo, environment(server, home))
+        return run_all(processes, todo, environment(server, home))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -20,6 +20,7 @@ from tests.support.fake_hub import FakeHub, Repo
 from tests.support.gguf_checkpoints import write_gguf
 from tests.support.native_sources import save_native
 from tests.support.parted import shard_of, tensors_of, write
+from tests.support.processes import Processes
 
 NATIVE = {
     "fp8": "fp8 experts",
@@ -32,7 +33,7 @@ SET = [f"big-Q8_0-0000{number}-of-00002.gguf" for number in (1, 2)]
 
 
 @pytest.fixture(scope="module")
-def results(server: FakeHub, home: Path) -> dict[str, Result]:
+def results(processes: Processes, server: FakeHub, home: Path) -> dict[str, Result]:
     todo = {}
     for repo, name in NATIVE.items():
         source = save_native(name, home / repo)
@@ -57,7 +58,7 @@ def results(server: FakeHub, home: Path) -> dict[str, Result]:
     todo["no such"] = (["someone/gguf", "--gguf", "x.gguf"], None, {})
     todo["in part"] = (["someone/one", "--blocks", "0:1"], None, {})
     todo["no gguf"] = (["someone/fp8", "--gguf", "x.gguf"], None, {})
-    return run_all(todo, environment(server, home))
+    return run_all(processes, todo, environment(server, home))
 
 
 @pytest.mark.parametrize("repo", NATIVE)
@@ -90,7 +91,7 @@ def test_blocks_come_with_their_scales(
 
 
 def test_a_scale_in_another_shard_is_fetched_and_half_a_weight_of_another_block_is_no_matter(
-    tmp_path: Path, server: FakeHub
+    tmp_path: Path, server: FakeHub, processes: Processes
 ) -> None:
     source = save_native("fp8", tmp_path)
     folder = write(source, tmp_path / "parted", tensors_of(source))
@@ -103,7 +104,9 @@ def test_a_scale_in_another_shard_is_fetched_and_half_a_weight_of_another_block_
         save_file(tensors, folder / shard_of(number), {"format": "pt"})
     (folder / INDEX).write_text(json.dumps(index))
     server.repos["someone/moved"] = Repo({path.name: path.read_bytes() for path in folder.iterdir()})
-    run = run_all({"": (["someone/moved", "--blocks", "0:1"], None, {})}, environment(server, tmp_path))[""]
+    run = run_all(
+        processes, {"": (["someone/moved", "--blocks", "0:1"], None, {})}, environment(server, tmp_path)
+    )[""]
     assert run.code == 0, run.err
     fetched = {name for name, _ in server.fetched("someone/moved") if name.endswith(".safetensors")}
     assert fetched == {shard_of(0), shard_of(1)}

@@ -18,6 +18,7 @@ from tests.support.downloads import Result, environment, run_all, snapshot
 from tests.support.fake_hub import FakeHub, Repo
 from tests.support.families import save_tiny
 from tests.support.parted import OUTSIDE, parted, shard_of, tensors_of, write
+from tests.support.processes import Processes
 
 SMALL = {"config.json", "generation_config.json", INDEX}
 # Case: the repository, its options, and the shards that are fetched or what is said.
@@ -43,7 +44,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def results(server: FakeHub, home: Path, tiny: Callable[..., Path]) -> dict[str, tuple[Result, set[str]]]:
+def results(
+    processes: Processes, server: FakeHub, home: Path, tiny: Callable[..., Path]
+) -> dict[str, tuple[Result, set[str]]]:
     mixtral = contents(parted(tiny("mixtral"), home / "mixtral"))
     tied = contents(parted(tiny("llama-tied"), home / "tied"))
     save_tiny("llama-2", home / "single", shard="1GB")
@@ -71,7 +74,7 @@ def results(server: FakeHub, home: Path, tiny: Callable[..., Path]) -> dict[str,
         )
     todo["more"] = (["someone/span", "--blocks", "0:2"], None, {})
     todo["all"] = (["someone/span"], None, {})
-    found = run_all(todo, environment(server, home))
+    found = run_all(processes, todo, environment(server, home))
     return {
         case: (found[case], {file for file, _ in server.fetched(f"someone/{case.replace(' ', '-')}")})
         for case in CASES

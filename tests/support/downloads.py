@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.support.fake_hub import COMMIT, FakeHub, etag
 from tests.support.paths import ROOT
+from tests.support.processes import Processes
 
-# Runs many cases in one process, because starting one costs seconds.
+# Runs many cases in one process. The one from which it is forked has read another environment.
 CHILD = """
-import contextlib, io, json, shutil, sys
+import contextlib, importlib, io, json, shutil, sys
 from collections import namedtuple
 from huggingface_hub import constants
+importlib.reload(constants)
 from slowllm import cli
 disk_usage, constants_before = shutil.disk_usage, dict(vars(constants))
-for name, (arguments, free, patches) in json.load(sys.stdin).items():
+for name, (arguments, free, patches) in json.loads(sys.argv[1]).items():
     shutil.disk_usage = disk_usage if free is None else lambda path: namedtuple("U", "free")(free)
     vars(constants).update({**constants_before, **patches})
     sys.argv, code, out, err = ["slowllm", "download", *arguments], 0, io.StringIO(), io.StringIO()
@@ -57,11 +57,8 @@ def blob(home: Path, repo: str, name: str, content: bytes) -> Path:
     return snapshot(home, repo).parent.parent / "blobs" / etag(name, content)
 
 
-def run_all(todo: dict[str, Any], env: dict[str, str]) -> dict[str, Result]:
+def run_all(processes: Processes, todo: dict[str, Any], env: dict[str, str]) -> dict[str, Result]:
     """Run `slowllm download` for each case, given as its arguments, bytes free, and constants to change."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD],
-        env=env, input=json.dumps(todo), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = processes.run("-c", CHILD, json.dumps(todo), env=env)
     assert done.returncode == 0, done.stderr
     return {name: Result(*rest) for name, *rest in map(json.loads, done.stdout.splitlines())}
