@@ -34,6 +34,7 @@ from tests.support.cases import crossed
 from tests.support.families import family_cases, resident, save_tiny
 from tests.support.host_device import HostDevice
 from tests.support.paths import ROOT, TINY_BLOOM
+from tests.support.processes import Processes
 from tests.support.stores import gradients, make_store, passed
 
 Tiny = Callable[..., Path]
@@ -229,32 +230,33 @@ def test_the_source_is_not_changed_and_the_copy_is_complete(tiny: Tiny, tmp_path
     assert told[0].estimated_bytes == pytest.approx(size, rel=0.3)  # headers weigh much in so small a model
 
 
-def converted(*arguments: object) -> dict[str, list[int]]:
+def converted(processes: Processes, *arguments: object) -> dict[str, list[int]]:
     """Run `tests.support.converted`, which forks before it has threads."""
-    command = [sys.executable, "-m", "tests.support.converted", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    done = processes.run("-m", "tests.support.converted", *arguments)
     assert not done.returncode, done.stderr
     found: dict[str, list[int]] = json.loads(done.stdout)
     return found
 
 
 @pytest.mark.long
-def test_workers_and_ranks_make_the_same_store(embedded: Callable[[str], Path], tmp_path: Path) -> None:
+def test_workers_and_ranks_make_the_same_store(
+    embedded: Callable[[str], Path], processes: Processes, tmp_path: Path
+) -> None:
     wanted = digests(embedded("int4"))
     make_store(TINY_BLOOM, tmp_path / "workers", "int4", workers=2)
     assert digests(tmp_path / "workers") == wanted
 
     # Eleven files in four shares, all at once: the last share is short.
-    assert converted("ranks", tmp_path / "ranks", 4)["codes"] == [0] * 4
+    assert converted(processes, "ranks", tmp_path / "ranks", 4)["codes"] == [0] * 4
     assert digests(tmp_path / "ranks") == wanted
 
 
 @pytest.mark.parametrize("num_kills", [2, pytest.param(6, marks=pytest.mark.long)])
 def test_killed_at_any_moment_it_goes_on_where_it_stopped(
-    num_kills: int, embedded: Callable[[str], Path], tmp_path: Path
+    num_kills: int, embedded: Callable[[str], Path], processes: Processes, tmp_path: Path
 ) -> None:
     wanted, store = digests(embedded("lossless")), tmp_path / "store"
-    found = converted("killed", store, num_kills, 5)
+    found = converted(processes, "killed", store, num_kills, 5)
     assert found["codes"] == [-signal.SIGKILL] * num_kills
     assert found["finished"] == sorted(found["finished"]), "what was finished stays finished"
     assert 0 < found["finished"][-1] < 11

@@ -17,7 +17,8 @@ import pytest
 
 from slowllm.entrypoints.cli import app
 from tests.support.command_line import run
-from tests.support.paths import ROOT, TINY_BLOOM
+from tests.support.paths import TINY_BLOOM
+from tests.support.processes import Processes
 
 
 def test_a_system_message_that_leaves_no_room_is_refused(monkeypatch: Any, capsys: Any) -> None:
@@ -34,8 +35,9 @@ def test_the_embedded_model_says_that_it_is_a_toy(talkative: Path, monkeypatch: 
         assert ("This is the embedded toy model" in capsys.readouterr().out) == is_toy
 
 
+# Of the terminal on its standard input, this process becomes the one that Ctrl-C interrupts.
 SLOWLY = """
-import sys, time
+import fcntl, os, sys, termios, time
 from slowllm import cli
 from slowllm.runtime import streamed_lm
 report = streamed_lm._report_passage
@@ -43,6 +45,8 @@ def report_slowly(handle, passage):
     report(handle, passage)
     time.sleep(0.05)
 streamed_lm._report_passage = report_slowly
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 cli.run()
 """
 
@@ -50,12 +54,13 @@ cli.run()
 class Terminal:
     """A process in a terminal of its own."""
 
-    def __init__(self, arguments: list[str]) -> None:
-        self.child, self.file = pty.fork()
-        if not self.child:
-            os.chdir(ROOT)
-            os.environ.update({"TERM": "xterm", "COLUMNS": "100", "LINES": "30", "PYTHONPATH": str(ROOT)})
-            os.execv(sys.executable, [sys.executable, "-c", SLOWLY, *arguments])
+    def __init__(self, processes: Processes, *arguments: object) -> None:
+        self.file, theirs = pty.openpty()
+        env = {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+        self.process = processes.start(
+            "-c", SLOWLY, *arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=env
+        )
+        os.close(theirs)
         self.seen = ""
 
     def wait_for(self, text: str) -> str:
@@ -82,7 +87,7 @@ class Terminal:
         """
         self.send(text)
         self.wait_for(text)
-        state = Path(f"/proc/{self.child}/task/{self.child}/stat")
+        state = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat")
         deadline = time.monotonic() + 60
         while state.read_text().rpartition(")")[2].split()[0] != "S":
             assert time.monotonic() < deadline, "the prompt never waited for keys"
@@ -97,13 +102,15 @@ class Terminal:
         except OSError:
             pass
         os.close(self.file)
-        return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+        return self.process.wait().returncode
 
 
-def test_a_terminal_stops_answers_keeps_what_came_and_leaves(talkative: Path, tmp_path: Path) -> None:
+def test_a_terminal_stops_answers_keeps_what_came_and_leaves(
+    talkative: Path, processes: Processes, tmp_path: Path
+) -> None:
     terminal = Terminal(
-        ["chat", "--model", str(talkative), "--dtype", "fp32", "--stream-all", "--max-new-tokens", "150",
-         "--temperature", "0"]
+        processes, "chat", "--model", talkative, "--dtype", "fp32", "--stream-all", "--max-new-tokens", "150",
+        "--temperature", "0",
     )  # fmt: skip
     terminal.wait_for("Ctrl-D leaves.")
     terminal.wait_for("> ")

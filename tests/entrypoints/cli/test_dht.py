@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,6 @@ import pytest
 from slowllm.swarm.network import Network
 from tests.support.command_line import refused
 from tests.support.swarm_processes import LOOPBACK, SwarmProcess, SwarmProcesses, wait_for_end
-
-
-@pytest.fixture(scope="module")
-def swarm() -> Iterator[SwarmProcesses]:
-    """What starts processes that have paid for hivemind's import."""
-    with SwarmProcesses() as processes:
-        yield processes
 
 
 def start(swarm: SwarmProcesses, *options: object) -> SwarmProcess:

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from tests.support.processes import Processes
 from tests.support.terminal import run_on_terminal
 
 FORWARD = ["-m", "slowllm", "forward"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture
@@ -72,19 +70,12 @@ def test_a_file_is_written_whole(sentences: Path, tmp_path: Path, monkeypatch: A
     assert list(tmp_path.iterdir()) == [sentences, out] or set(tmp_path.iterdir()) == {sentences, out}
 
 
-def test_a_terminal_gets_a_table(sentences: Path) -> None:
-    # `script` gives the process a terminal of its own.
-    if shutil.which("script") is None:
-        pytest.skip("needs the program `script` to make a terminal")
-    line = " ".join([sys.executable, *FORWARD, str(sentences)])
-    done = subprocess.run(
-        ["script", "-qec", line, "/dev/null"],
-        env={**ENVIRONMENT, "COLUMNS": "120", "TERM": "xterm"},
-        capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert "perplexity" in done.stdout
-    assert "The compiler checks every reference." in done.stdout
-    assert '{"line"' not in done.stdout
+def test_a_terminal_gets_a_table(sentences: Path, processes: Processes) -> None:
+    ended, written = run_on_terminal(processes, "forward", sentences)
+    assert ended.returncode == 0
+    assert "perplexity" in written
+    assert "The compiler checks every reference." in written
+    assert '{"line"' not in written
 
 
 def test_standard_input_is_read(sentences: Path, processes: Processes) -> None:

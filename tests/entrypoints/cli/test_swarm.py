@@ -27,12 +27,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swarm_processes() -> Iterator[SwarmProcesses]:
-    with SwarmProcesses() as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
 def servers(model: Path) -> Iterator[list[Server]]:
     """Two servers, of blocks 0 to 3 and 2 to 3."""
     with (
@@ -156,7 +150,7 @@ def test_values_of_a_swarms_options_are_refused_before_anything_is_opened(
 
 @pytest.mark.long
 def test_a_swarm_at_whose_address_nobody_listens_is_said_before_anything_heavy_is_loaded(
-    swarm_processes: SwarmProcesses,
+    swarm: SwarmProcesses,
 ) -> None:
     peer = "/ip4/127.0.0.1/tcp/9/p2p/QmbFTxrLH22v1EbhBqqeZSgDdQFCUVdXjQnrCvvGUVTJqn"
     arguments = [
@@ -170,7 +164,7 @@ def test_a_swarm_at_whose_address_nobody_listens_is_said_before_anything_heavy_i
         peer,
     ]
     said = f"slowllm: no initial peer can be joined: {peer}: nobody answers there\n"
-    ended = swarm_processes.run("-m", *arguments)
+    ended = swarm.run("-m", *arguments)
     assert (ended.returncode, ended.stderr) == (2, said)
     program = f"""
 import sys
@@ -188,8 +182,8 @@ finally:
 
 
 @pytest.mark.long
-def test_serve_logs_json_lines_and_answers_prometheus(model: Path, swarm_processes: SwarmProcesses) -> None:
-    server = swarm_processes.serve(
+def test_serve_logs_json_lines_and_answers_prometheus(model: Path, swarm: SwarmProcesses) -> None:
+    server = swarm.serve(
         model,
         "0:2",
         "--metrics",
