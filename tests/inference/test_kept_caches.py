@@ -226,19 +226,18 @@ def test_a_conversation_is_found_on_disk_by_a_later_process(lm: Any, tmp_path: P
 def test_damaged_files_and_full_folders_cost_a_computation_only(
     lm: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = Settings(max_new_tokens=20, min_new_tokens=20)
+    settings = Settings(max_new_tokens=8, min_new_tokens=8)
     prompts = [Prompt(encode_prompt(lm, text * 3, settings).ids, settings) for text in TEXTS]
+    wanted = [alone(lm, prompt) for prompt in prompts]
     with closing(CacheFolder(tmp_path, "m", 1 << 30)) as folder, Service(lm, folder=folder) as service:
-        for prompt in prompts:
-            assert service.submit(Ask(prompt)).result(60).continuations == alone(lm, prompt)
+        assert [service.submit(Ask(prompt)).result(60).continuations for prompt in prompts] == wanted
     files = sorted(tmp_path.rglob("*.safetensors"))
     assert len(files) == 3
     size = max(file.stat().st_size for file in files)
     with closing(CacheFolder(tmp_path, "m", 1 << 30)) as folder, Service(lm, folder=folder) as service:
         for file in files:
             file.write_bytes(b"damaged")
-        for prompt in prompts:
-            assert service.submit(Ask(prompt)).result(60).continuations == alone(lm, prompt)
+        assert [service.submit(Ask(prompt)).result(60).continuations for prompt in prompts] == wanted
     assert "is left aside" in caplog.text
     with closing(CacheFolder(tmp_path, "m", 2 * size)) as folder, Service(lm, folder=folder) as service:
         for prompt in prompts:

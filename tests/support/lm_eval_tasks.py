@@ -12,9 +12,13 @@ import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.utils import collect_env
 from transformers import PreTrainedTokenizerFast
 
 from tests.support.families import VOCAB, save_tiny
+
+# lm-eval puts into each of its results what `pip list`, `lscpu` and others say of the machine: they say it once.
+collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
 # A log-likelihood sums tens of nats; in fp32 a product of another shape rounds otherwise.
 TOLERANCE = 1e-5
