@@ -41,7 +41,9 @@ def run_python_on_terminal(processes: Processes, *arguments: object, columns: in
     """Run Python on a terminal of its own; return how it ended, and all that was written to the terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (30, columns))
-    started = processes.start(*arguments, stdin=theirs, stdout=theirs, stderr=theirs, env={"TERM": "xterm"})
+    # Workers of pytest-xdist have a COLUMNS of their own, which would hide this terminal's.
+    env = {"TERM": "xterm", "COLUMNS": str(columns)}
+    started = processes.start(*arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # which is how a terminal ends
