@@ -371,6 +371,24 @@ def test_families_continue_rows_that_come_and_go(name: str, tmp_path: Path) -> N
             assert len(answer.prompt_scores.log_probs) == len(prompt.ids) - 1
 
 
+@pytest.mark.parametrize("name", ["gemma-3-sliding", "gpt-oss"])
+def test_rows_longer_than_a_window_share_a_batch(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path / "model")  # with windows of 8 tokens
+    folder = speaking(tmp_path / "model", tmp_path / "speaking")
+    settings = Settings(max_new_tokens=10, min_new_tokens=10)
+    prompts = [Prompt(tuple(range(40 + width, 40 + 3 * width)), settings) for width in (1, 4, 9, 11)]
+    job = slowllm.Job(num_tokens=2048, longest=64, repeated=True)
+    with slowllm.load(folder, dtype="float32", job=job) as lm:
+        wanted = [alone(lm, prompt) for prompt in prompts]
+        passages: list[Any] = []
+        with Service(lm) as service, lm.watching(passages.append):
+            with Held(lm):
+                rides = [service.submit(Ask(prompt)) for prompt in prompts]
+            assert [ride.result(60).continuations for ride in rides] == wanted
+    # One rider for all rows, but for what was under way when they came.
+    assert sum(one.num_passed for one in passages) < 2 * lm.num_stops * 10
+
+
 def test_a_conversation_goes_on_from_what_was_kept_of_it(lm: Any) -> None:
     settings, prompt = (
         Settings(max_new_tokens=20, min_new_tokens=20),
