@@ -19,7 +19,7 @@ from slowllm.errors import ArchitectureError, CheckpointError
 from slowllm.modeling.blocks import find_blocks, prefixes_of
 from slowllm.modeling.expert_units import ExpertUnits, can_cut, find_units
 from slowllm.modeling.experts import picked_experts
-from slowllm.modeling.parts import Part
+from slowllm.modeling.parts import Part, block_of
 from slowllm.planning.job import Granularity
 from slowllm.rounding import ceil_div, round_up
 from slowllm.storage.spans import Placement, is_coded_by_rows, take_rows
@@ -50,7 +50,7 @@ class Layout:
         streamed_names: the parameters that stay empty, because their stops bring them.
         part: that is laid out; the stops of other blocks are empty.
         placements: of the part's parameters and persistent buffers, by name.
-        picked: the parameters of experts that are used one at a time on the processor.
+        picked: the parameters of experts that are used one at a time.
         experts: of each module of experts that is read on demand, beside the stops.
     """
 
@@ -89,6 +89,12 @@ class Layout:
     def units(self) -> tuple[tuple[Placement, ...], ...]:
         """The tensors of each expert that is read on demand, in the order of the blocks."""
         return tuple(unit for experts in self.experts for unit in experts.units)
+
+    @property
+    def expert_blocks(self) -> list[int]:
+        """The block of each module of experts that is read on demand."""
+        found = [block_of(f"{experts.name}.", self.blocks_name) for experts in self.experts]
+        return [number for number in found if number is not None]
 
     @property
     def unit_dtypes(self) -> Mapping[str, torch.dtype]:

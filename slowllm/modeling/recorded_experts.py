@@ -22,8 +22,8 @@ from slowllm.modeling.expert_routing import ExpertSum, Routing
 from slowllm.modeling.held_weight import Holder
 from slowllm.streaming.stops import Weights
 
-# Makes the weights of an expert that are in memory while its unit is held, of its number and what holds it.
-MakeWeights = Callable[[int, Holder], Mapping[str, Tensor]]
+# Makes the weights of an expert that are in memory while its unit is held, of its number, what holds it, and the device.
+MakeWeights = Callable[[int, Holder, torch.device], Mapping[str, Tensor]]
 
 
 @dataclass
@@ -74,7 +74,7 @@ class RecordedExperts:
             rows, shares = (
                 value.detach().requires_grad_(value.requires_grad) for value in self._inputs[expert]
             )
-            outputs = expert_output(self._module, self._make_weights(expert, holder), rows)
+            outputs = expert_output(self._module, self._make_weights(expert, holder, rows.device), rows)
             weighed = (outputs * shares).to(self._dtype)
         holder.weights = None
         self._products[expert] = _Product((rows, shares), weighed, holder)

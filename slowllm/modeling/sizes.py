@@ -120,10 +120,7 @@ def _experts_of(layout: Layout, config: Any) -> ExpertSizes | None:
     """Return what the experts take that are read on demand; None where there are none."""
     if not layout.experts:
         return None
-    blocks = [f"{layout.blocks_name}.{number}." for number in range(len(layout.blocks))]
-    stops = [
-        number for one in layout.experts for number, block in enumerate(blocks) if one.name.startswith(block)
-    ]
+    stops = layout.expert_blocks
     count = max(len(one.units) for one in layout.experts)
     sizes = [_size_of(unit, config) for unit in layout.units]
     return ExpertSizes(

@@ -101,7 +101,7 @@ class _Meeting:
 
     @property
     def wait_seconds(self) -> float:
-        return self.demand.read_stats.wait_seconds
+        return self.demand.wait_seconds
 
 
 class _Party:
@@ -141,7 +141,8 @@ class _Party:
         lengths = torch.tensor([len(one.hidden) for one in self._members])
         riders = torch.arange(len(lengths)).repeat_interleave(lengths)[:, None]
         # The sentinel of experts elsewhere has a number of its own.
-        pairs = (riders * (self.routing.num_experts + 1) + self.routing.top_k_index).unique()
+        index = self.routing.top_k_index
+        pairs = (riders.to(index.device) * (self.routing.num_experts + 1) + index).unique()
         counts = torch.bincount(pairs % (self.routing.num_experts + 1), minlength=self.routing.num_experts)
         return counts[: self.routing.num_experts].tolist()
 
@@ -242,9 +243,9 @@ class StreamedExperts:
         nodes.append(node)
         return node.output
 
-    def _kept_weights(self, number: int, holder: Holder) -> Mapping[str, Tensor]:
+    def _kept_weights(self, number: int, holder: Holder, device: torch.device) -> Mapping[str, Tensor]:
         """Return weights of an expert that autograd may keep while it is not in memory."""
-        layout, device = self._units.layout, torch.device("cpu")
+        layout = self._units.layout
         held = {
             parameter: HeldWeight(
                 torch.empty(layout.shapes[parameter], dtype=layout.dtypes[parameter], device="meta"),

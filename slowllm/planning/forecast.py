@@ -90,11 +90,13 @@ def forecast_of(
     job: Job,
     rates: Rates,
     kept_units: int = 0,
+    on_devices: frozenset[int] = frozenset(),
 ) -> Forecast:
     """Return the expected times of a job that keeps the stops `resident` and streams the others through a ring.
 
     Args:
         kept_units: experts that stay in memory, where each is read on demand.
+        on_devices: of the resident stops, those that stay on a device; the others are copied there in every sweep.
     """
     total = job.planned_tokens
     num_loads = ceil_div(total, min(sweep_tokens, total))
@@ -104,20 +106,13 @@ def forecast_of(
     num_riders = ceil_div(sweep, rider)
     course = _course(sizes, job)
     demand = _demand(sizes, sweep, kept_units)
-    full = [
-        compute_seconds(stop, rates, rider, sweep) + _unit_seconds(sizes, number, sweep, rates)
-        for number, stop in enumerate(sizes.stops)
-    ]
+    full = _computing(sizes, rider, sweep, rates, on_devices)
     first, later = _sweep_seconds(
         sizes, course, resident, ring_bytes, full, rates, demand, _demand(sizes, sweep, 0)
     )
     # A load's later passes compute one token of each sequence, and each rider still takes the weights through.
     rows = max(num_riders, sweep // job.longest)
-    one_each = [
-        compute_seconds(stop, rates, ceil_div(rows, num_riders), rows)
-        + _unit_seconds(sizes, number, rows, rates)
-        for number, stop in enumerate(sizes.stops)
-    ]
+    one_each = _computing(sizes, ceil_div(rows, num_riders), rows, rates, on_devices)
     short_demand = _demand(sizes, rows, kept_units)
     _, short = _sweep_seconds(
         sizes, course, resident, ring_bytes, one_each, rates, short_demand, short_demand
@@ -145,6 +140,18 @@ def forecast_of(
     )
 
 
+def _computing(sizes: Sizes, rider: int, sweep: int, rates: Rates, on_devices: frozenset[int]) -> list[float]:
+    """Return how long each stop computes a sweep's tokens; while it does, the next one is copied to its device."""
+    return [
+        max(
+            compute_seconds(stop, rates, rider, sweep),
+            0.0 if number in on_devices else stop.num_bytes / rates.copy,
+        )
+        + _unit_seconds(sizes, number, sweep, rates)
+        for number, stop in enumerate(sizes.stops)
+    ]
+
+
 def _demand(sizes: Sizes, num_tokens: int, kept_units: int) -> dict[int, float]:
     """Return the bytes of experts that stops are expected to read for a sweep's tokens."""
     if sizes.experts is None:
@@ -154,13 +161,17 @@ def _demand(sizes: Sizes, num_tokens: int, kept_units: int) -> dict[int, float]:
 
 
 def _unit_seconds(sizes: Sizes, stop: int, num_tokens: int, rates: Rates) -> float:
-    """Return how long a stop's experts take to compute a sweep's tokens, each expert once for all riders."""
+    """Return how long a stop's experts take to compute a sweep's tokens, each expert once for all riders.
+
+    While one is computed, the next is copied to its device.
+    """
     experts = sizes.experts
     if experts is None or stop not in experts.stops:
         return 0.0
     distinct = distinct_experts(experts.num_experts, experts.top_k, num_tokens, popularity=experts.popularity)
     passing_bytes = distinct * (experts.unit_bytes + experts.decoded_bytes)
-    return passing_bytes / rates.memory + num_tokens * experts.top_k * experts.unit_flops / rates.compute
+    computing = passing_bytes / rates.memory + num_tokens * experts.top_k * experts.unit_flops / rates.compute
+    return max(computing, distinct * experts.unit_bytes / rates.copy)
 
 
 def expert_seconds(sizes: Sizes, num_tokens: int, kept_units: int, rates: Rates) -> tuple[float, float]:

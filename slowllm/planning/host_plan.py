@@ -63,14 +63,15 @@ def make_plan(
     # Whole blocks are simpler, and leaves cannot run backward, so others are chosen only if blocks do not fit, or if others
     # are faster. Where all weights stay in memory there is nothing to gain, but that experts are decoded once for all riders.
     for other in best[1:]:
-        may_be = job.forward_only or (other.granularity != "leaves" and not job.turns)
-        if (
-            may_be
-            and (chosen.streams or _shares_decoding(other, choices, job))
-            and other.forecast.seconds < LEAVES_GAIN * chosen.forecast.seconds
-        ):
+        if (chosen.streams or _shares_decoding(other, choices, job)) and is_worth_more(other, chosen, job):
             chosen = other
     return chosen
+
+
+def is_worth_more(other: Plan, plan: Plan, job: Job) -> bool:
+    """Return whether a plan with stops smaller than blocks is faster than one with larger stops by so much that it is worth it."""
+    may_be = job.forward_only or (other.granularity != "leaves" and not job.turns)
+    return may_be and other.forecast.seconds < LEAVES_GAIN * plan.forecast.seconds
 
 
 def _shares_decoding(plan: Plan, choices: Sequence[Sizes], job: Job) -> bool:

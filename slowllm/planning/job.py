@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -297,6 +298,7 @@ class Rates:
         disk: bytes a second that the reader gets.
         memory: bytes of weights a second in a matrix product with few rows.
         compute: floating-point operations a second of a block with many rows, work beside the products included.
+        copy: bytes a second from RAM to where they are computed with; infinite where that is the processor.
         measured: whether any of them is.
         disk_measured: whether the disk's rate is.
         compute_measured: whether the rate with many rows is.
@@ -305,6 +307,7 @@ class Rates:
     disk: float = 2e9
     memory: float = 12e9
     compute: float = 1e12
+    copy: float = math.inf
     measured: bool = False
     disk_measured: bool = False
     compute_measured: bool = False

@@ -1,4 +1,4 @@
-"""Put a streamed model on devices: plan both memories, put the device stops behind the reader, and move what stays.
+"""Put a streamed model on devices: plan both memories, put device stops behind the readers, and move what stays.
 
 Knows transformers' models by their parts, plans and devices. Without a device, none of this is used.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,12 +20,15 @@ from slowllm.modeling.layout import Layout, block_numbers
 from slowllm.modeling.streamed_block import Home
 from slowllm.options import Options, format_bytes
 from slowllm.planning.budget import Budget
-from slowllm.planning.device_plan import DeviceBudget, DevicePlan, device_rates, plan_devices, plan_host
+from slowllm.planning.device_plan import DeviceBudget, DevicePlan, device_rates, homes_of, plan_both
 from slowllm.planning.job import Job, Rates, Sizes
 from slowllm.planning.plan import Plan
+from slowllm.storage.spans import Placement
 from slowllm.streaming.device_stops import DeviceStops
 from slowllm.streaming.devices import Device, PinnedMemory, allowed_bytes
+from slowllm.streaming.kept_stops import KeptStops
 from slowllm.streaming.reader import Reader
+from slowllm.streaming.stops import Stops
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +42,10 @@ def make_plans(
     job: Job | None,
     rates: Rates | None,
 ) -> tuple[Plan, DevicePlan]:
-    """Plan the memory of the devices, and then RAM.
+    """Plan the memory of the devices, and of RAM.
 
     Args:
-        layouts: the model cut into blocks, and into leaves where it can be.
+        layouts: the model cut into blocks, into blocks without their experts and into leaves where it can be.
         choices: the sizes of each layout.
         budget: of RAM; `options` have that of each device.
     Raises:
@@ -53,14 +58,9 @@ def make_plans(
         DeviceBudget(str(device.torch_device), allowed_bytes(device, options.vram_bytes))
         for device in devices
     ]
-    device_plan = plan_devices(
-        choices, [block_numbers(layout) for layout in layouts], budgets, job=job, rates=rates,
-        keep_resident=options.keep_resident,
-    )  # fmt: skip
-    plan = plan_host(
-        next(sizes for sizes in choices if sizes.granularity == device_plan.granularity), device_plan,
-        free_bytes=budget.free_bytes, total_bytes=budget.total_bytes, job=job, rates=rates,
-        keep_resident=options.keep_resident,
+    device_plan, plan = plan_both(
+        choices, [block_numbers(layout) for layout in layouts], budgets, free_bytes=budget.free_bytes,
+        total_bytes=budget.total_bytes, job=job, rates=rates, keep_resident=options.keep_resident,
     )  # fmt: skip
     log.info(
         "%s: %d of %d stops stay there and take %s of %s; %d stops stay in RAM",
@@ -82,21 +82,71 @@ def _check_codecs(layout: Layout, devices: Sequence[Device]) -> None:
 
 
 @dataclass(frozen=True)
+class CopiedStops:
+    """Stops that are copied to devices, and the memory that they come from. Owns both; close it.
+
+    Attributes:
+        stops: whose weights are on the devices.
+        pinned: the host's memory, if a device copies from it by itself.
+    """
+
+    stops: DeviceStops
+    pinned: PinnedMemory | None
+
+    @classmethod
+    def of(
+        cls,
+        stops: Stops,
+        placements: Sequence[Sequence[Placement]],
+        memory: Sequence[np.ndarray],
+        devices: Sequence[Device],
+        *,
+        homes: Sequence[int],
+        kept: frozenset[int],
+        num_slots: Sequence[int],
+        poison: bool,
+    ) -> Self:
+        """Put devices behind stops.
+
+        Args:
+            stops, placements, devices, homes, kept, num_slots, poison: see `DeviceStops`.
+            memory: that the stops hand out.
+        Raises:
+            PlanError: a device has less memory than was planned for.
+        """
+        is_cuda = any(device.torch_device.type == "cuda" for device in devices)
+        pinned = PinnedMemory(memory, devices[0].torch_device) if is_cuda else None
+        try:
+            copied = DeviceStops(
+                stops, placements, homes=homes, devices=devices, kept=kept, num_slots=num_slots, poison=poison
+            )
+        except BaseException:
+            if pinned is not None:
+                pinned.close()
+            raise
+        return cls(copied, pinned)
+
+    def close(self) -> None:
+        """End the copying, then unpin the memory. Close the reader before."""
+        self.stops.close()
+        if self.pinned is not None:
+            self.pinned.close()
+
+
+@dataclass(frozen=True)
 class DevicePlacement:
-    """The devices of a model, and the memory between them and the reader.
+    """The devices of a model, and the stops of its blocks there.
 
     Attributes:
         plan: how the devices' memory is divided.
-        stops: whose weights are on the devices.
+        copied: blocks, or their leaves, and the chunks of the head.
         devices: that compute; sweeps begin and end on the first.
-        pinned: the reader's memory, if a device copies from it by itself.
         homes: the device of each block.
     """
 
     plan: DevicePlan
-    stops: DeviceStops
+    copied: CopiedStops
     devices: tuple[Device, ...]
-    pinned: PinnedMemory | None
     homes: tuple[Home, ...]
 
     @property
@@ -105,32 +155,23 @@ class DevicePlacement:
         return tuple(device.torch_device for device in self.devices)
 
     def close(self) -> None:
-        """End the copying, then unpin the reader's memory. Close the reader before."""
-        self.stops.close()
-        if self.pinned is not None:
-            self.pinned.close()
+        """End the copying, and give the devices' memory back. Close the reader before."""
+        self.copied.close()
 
 
 def place_stops(
     layout: Layout, reader: Reader, devices: Sequence[Device], plan: DevicePlan, *, poison: bool = False
 ) -> DevicePlacement:
-    """Put devices behind a reader.
+    """Put devices behind the reader of a model's stops.
 
     Raises:
         PlanError: a device has less memory than was planned for.
     """
     first = devices[0].torch_device
-    is_cuda = any(device.torch_device.type == "cuda" for device in devices)
-    pinned = PinnedMemory(reader.buffers, first) if is_cuda else None
-    try:
-        stops = DeviceStops(
-            reader, layout.stops, homes=plan.homes, devices=devices, kept=plan.kept, num_slots=plan.num_slots,
-            poison=poison,
-        )  # fmt: skip
-    except BaseException:
-        if pinned is not None:
-            pinned.close()
-        raise
+    copied = CopiedStops.of(
+        reader, layout.stops, reader.buffers, devices, homes=plan.homes, kept=plan.kept, num_slots=plan.num_slots,
+        poison=poison,
+    )  # fmt: skip
     device_of_block = dict(zip(block_numbers(layout), plan.homes, strict=True))
     last = layout.part.end - 1
     homes = tuple(
@@ -138,7 +179,32 @@ def place_stops(
         Home(devices[device_of_block.get(block, 0)].torch_device, first if block == last else None)
         for block in range(len(layout.blocks))
     )
-    return DevicePlacement(plan, stops, tuple(devices), pinned, homes)
+    return DevicePlacement(plan, copied, tuple(devices), homes)
+
+
+def place_experts(
+    layout: Layout, kept: KeptStops, reader: Reader, placement: DevicePlacement, *, poison: bool = False
+) -> CopiedStops:
+    """Put devices behind experts that are read on demand: each is copied to the device that computes its block.
+
+    Args:
+        layout: with experts.
+        kept: brings them, and keeps some.
+        reader: of them.
+        placement: of the model's stops.
+    Raises:
+        PlanError: a device has less memory than was planned for.
+    """
+    blocks = [
+        number
+        for number, experts in zip(layout.expert_blocks, layout.experts, strict=True)
+        for _ in experts.units
+    ]
+    return CopiedStops.of(
+        kept, layout.units, [*reader.buffers, *kept.buffers], placement.devices,
+        homes=homes_of(blocks, len(placement.devices)), kept=frozenset(),
+        num_slots=placement.plan.num_expert_slots, poison=poison,
+    )  # fmt: skip
 
 
 def move_kept(model: PreTrainedModel, layout: Layout, placement: DevicePlacement) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -98,7 +99,7 @@ def open_model(
         ram.take(max(0, psutil.Process().memory_info().rss - before))
     if not isinstance(job, Job | None):
         raise InputError(f"job must be a slowllm.Job, not {type(job).__name__}")
-    allowed = _allowed(granularity, job, has_devices=bool(devices))
+    allowed = _allowed(granularity, job)
     info = path_or_hub_id if isinstance(path_or_hub_id, ModelInfo) else ModelInfo(path_or_hub_id, prompt)
     checkpoint = open_checkpoint(info.folder, may_lack_shards=part is not None)
     in_store = [span.coding.codecs for span in checkpoint.spans.values() if span.coding is not None]
@@ -107,8 +108,9 @@ def open_model(
     try:
         compute_dtype = choose_dtype(options.dtype, checkpoint, is_on_gpu=bool(devices))
         model = build_skeleton(info.config, info.folder, compute_dtype)
-        if not devices and model._can_set_experts_implementation():
-            # Its bits are those of transformers' `eager`; the default sorts rows by experts, and adds in another order.
+        if model._can_set_experts_implementation():
+            # Its bits are those of transformers' `eager`; the default sorts rows by experts, and adds in another order. On a device
+            # that also has all experts of a block decoded at once, which may take more memory than the block itself.
             compute_one_by_one(model)
         lm = _assemble(
             kind, info, model, checkpoint, options, devices, budget, job, rates, allowed, part,
@@ -132,7 +134,7 @@ def open_model(
 
 
 def _allowed(
-    granularity: Granularity | Collection[Granularity] | None, job: Job | None, *, has_devices: bool
+    granularity: Granularity | Collection[Granularity] | None, job: Job | None
 ) -> Collection[Granularity]:
     """Return how the model may be cut.
 
@@ -149,14 +151,7 @@ def _allowed(
         raise InputError(
             "stops smaller than a block serve forward only; serve without backward, or use whole blocks"
         )
-    if granularity == "experts" and has_devices:
-        raise InputError("experts are read on demand on the processor only; use 'blocks' with a device")
-    return [
-        name
-        for name in asked
-        if not (name == "experts" and has_devices)
-        and not (name == "leaves" and runs_backward and granularity is None)
-    ]
+    return [name for name in asked if not (name == "leaves" and runs_backward and granularity is None)]
 
 
 def _history_of(
@@ -233,34 +228,35 @@ def _assemble(
 
     budget.take(plan.peak_bytes)
     source: Reader | MappedStops
-    if plan.ring_bytes or layout.experts:
-        # Beside experts that are read, maps of the rest would be read slowly, by faults.
-        ring_bytes = plan.ring_bytes or PAGE
-        source = Reader(layout.stops, ring_bytes=ring_bytes, resident=plan.resident, poison=poison)
-    else:
-        used = [() if number in plan.unused else stop for number, stop in enumerate(layout.stops)]
-        source = MappedStops(checkpoint, used)
-    stops: Stops = source
     placement: DevicePlacement | None = None
-    if device_plan is not None:
-        assert isinstance(source, Reader), "with a device there is always a ring"
-        try:
+    experts: OnDemand | None = None
+    with contextlib.ExitStack() as undoing:
+        undoing.callback(budget.give_back, plan.peak_bytes)
+        if plan.ring_bytes or layout.experts:
+            # Beside experts that are read, maps of the rest would be read slowly, by faults.
+            ring_bytes = plan.ring_bytes or PAGE
+            source = Reader(layout.stops, ring_bytes=ring_bytes, resident=plan.resident, poison=poison)
+        else:
+            used = [() if number in plan.unused else stop for number, stop in enumerate(layout.stops)]
+            source = MappedStops(checkpoint, used)
+        undoing.callback(source.close)
+        if device_plan is not None:
+            assert isinstance(source, Reader), "with a device there is always a ring"
             placement = place_stops(layout, source, devices, device_plan, poison=poison)
-        except BaseException:
-            source.close()
-            budget.give_back(plan.peak_bytes)
-            raise
-        stops = placement.stops
+            undoing.callback(placement.close)
+        if layout.experts:
+            experts = OnDemand.open(
+                layout, plan, poison=poison, is_exact=exact, history=history, placement=placement
+            )
+        undoing.pop_all()
+    stops: Stops = source
+    if placement is not None:
+        stops = placement.copied.stops
         move_kept(model, layout, placement)
     torch_devices = (torch.device("cpu"),) if placement is None else placement.torch_devices
-    # On a device, a grouped product reads all experts.
-    picked = layout.picked if placement is None else frozenset()
-    buffer_bytes = cast_buffer_bytes(layout.stops, layout.dtypes, picked)
+    buffer_bytes = cast_buffer_bytes(layout.stops, layout.dtypes, layout.picked)
     if any(buffer_bytes):
         stops = CastStops(stops, layout.stops, layout.dtypes, buffer_bytes, torch_devices, plan.decoded_bytes)
-    experts = None
-    if layout.experts:
-        experts = OnDemand.open(layout, plan, poison=poison, is_exact=exact, history=history)
     lm = kind(info, model, checkpoint, source, stops, plan, choices, budget, layout, placement, experts)
     if isinstance(stops, CastStops):
         stops.num_waiting = lm._carousel.num_waiting

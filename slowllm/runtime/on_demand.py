@@ -20,12 +20,12 @@ from slowllm.modeling.expert_forecast import ExpertForecast
 from slowllm.modeling.expert_products import ON_DEMAND
 from slowllm.modeling.layout import Layout
 from slowllm.modeling.look_ahead import LookAhead
-from slowllm.modeling.parts import block_of
 from slowllm.modeling.routers import KeptRouter, find_router
 from slowllm.modeling.sizes import unit_buffer_bytes
 from slowllm.modeling.streamed_experts import ExpertSettings, StreamedExperts
 from slowllm.options import format_bytes
 from slowllm.planning.plan import Plan
+from slowllm.runtime.device_placement import CopiedStops, DevicePlacement, place_experts
 from slowllm.runtime.expert_history import ExpertHistory
 from slowllm.storage.spans import Placement
 from slowllm.streaming.cast_stops import CastStops
@@ -62,6 +62,7 @@ class OnDemand:
     history: ExpertHistory | None
     _reader: Reader
     _cast: CastStops | None
+    _copied: CopiedStops | None
 
     @classmethod
     def open(
@@ -72,6 +73,7 @@ class OnDemand:
         poison: bool = False,
         is_exact: bool = False,
         history: ExpertHistory | None = None,
+        placement: DevicePlacement | None = None,
     ) -> Self:
         """Open the files of experts, with memory as planned.
 
@@ -81,6 +83,9 @@ class OnDemand:
             poison: see `Reader`.
             is_exact: whether each rider's rows are multiplied by themselves.
             history: what earlier runs chose, by which it is decided what stays.
+            placement: of the model's stops on devices, to which experts are copied as well; None for the processor.
+        Raises:
+            PlanError: a device has less memory than was planned for.
         """
         units = layout.units
         sizes = [len(experts.units) for experts in layout.experts]
@@ -90,16 +95,26 @@ class OnDemand:
         counts = None if history is None else history.counts()
         num_kept = plan.kept_units // len(groups)
         kept = KeptStops(reader, units, groups, num_kept, counts)
-        dtypes, buffer_bytes = layout.unit_dtypes, unit_buffer_bytes(layout)
-        cast = CastStops(kept, units, dtypes, buffer_bytes) if any(buffer_bytes) else None
-        stops: Stops = kept if cast is None else cast
+        stops: Stops = kept
+        copied = None
+        torch_devices: Sequence[torch.device] = (torch.device("cpu"),)
+        if placement is not None:
+            try:
+                copied = place_experts(layout, kept, reader, placement, poison=poison)
+            except BaseException:
+                reader.close()
+                raise
+            stops, torch_devices = copied.stops, placement.torch_devices
+        buffer_bytes, cast = unit_buffer_bytes(layout), None
+        if any(buffer_bytes):
+            stops = cast = CastStops(stops, units, layout.unit_dtypes, buffer_bytes, torch_devices)
         demand = DemandStops(reader, stops, kept.is_kept)
         look_ahead = None
         if plan.router_bytes:
             most = _units_beside(plan.expert_ring_bytes, units)
             look_ahead = LookAhead(_routers_of(layout), groups, most, kept.is_kept)
         forecast, settings = ExpertForecast(sizes), ExpertSettings(is_exact)
-        opened = cls(layout, demand, kept, forecast, settings, look_ahead, history, reader, cast)
+        opened = cls(layout, demand, kept, forecast, settings, look_ahead, history, reader, cast, copied)
         log.info("experts are read when routers ask for them: %s", opened.products)
         if num_kept:
             known = None if history is None or not history.earlier else history.path
@@ -146,8 +161,9 @@ class OnDemand:
             first += len(experts.units)
 
     def copied(self, name: str) -> Tensor | None:
-        """Return a copy of a parameter (E, ..) that holds experts, in the compute dtype; None of another parameter.
+        """Return a copy of a parameter (E, ..) that holds experts, in the compute dtype and in the processor's memory.
 
+        None of another parameter.
         For the carousel's thread, as a visit's work.
         """
         first = 0
@@ -158,7 +174,7 @@ class OnDemand:
                 parameter, dtype = name.rpartition(".")[2], self.layout.dtypes[name]
                 return torch.stack(
                     [
-                        weights[experts.key(parameter, unit - units.start)].to(dtype, copy=True)
+                        weights[experts.key(parameter, unit - units.start)].to(dtype, copy=True).cpu()
                         for unit, weights in self.demand.bring(units)
                     ]
                 )
@@ -183,14 +199,18 @@ class OnDemand:
         self._reader.close()
 
     def close(self) -> None:
-        """End the threads that decode, let memory go, and save for the next start what was chosen."""
+        """End the threads that decode and copy, let memory go, and save for the next start what was chosen."""
         if self.demand.num_asked:
             log.info("%s", self.counted())
-        self.kept.close()
         if self._cast is not None:
             self._cast.close()
         if self.history is not None:
             self.history.save(*self._chosen)
+        if (
+            self._copied is not None
+        ):  # its thread visits those that are kept, and a device that has failed raises again
+            self._copied.close()
+        self.kept.close()
 
     def counted(self) -> str:
         """Return what was done so far, in words."""
@@ -206,9 +226,7 @@ class OnDemand:
 def _routers_of(layout: Layout) -> list[KeptRouter | None]:
     """Return the router of each module of experts."""
     routers = []
-    for experts in layout.experts:
-        number = block_of(f"{experts.name}.", layout.blocks_name)
-        assert number is not None, "experts are in blocks"
+    for number in layout.expert_blocks:
         router = find_router(layout.blocks[number])
         routers.append(None if router is None else KeptRouter(router))
     return routers

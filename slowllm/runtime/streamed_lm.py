@@ -378,12 +378,13 @@ def _release(
     carousel.close()
     if isinstance(stops, CastStops):
         stops.close()
-    if experts is not None:
-        experts.close()
-    checkpoint.close()
-    budget.give_back(num_bytes)
-    if device_placement is not None:  # last, because a device that has failed raises again
-        device_placement.close()
+    with contextlib.ExitStack() as last:  # a device that has failed raises again
+        if device_placement is not None:
+            last.callback(device_placement.close)
+        last.callback(budget.give_back, num_bytes)
+        last.callback(checkpoint.close)
+        if experts is not None:
+            experts.close()
 
 
 def peak_rss_bytes() -> int:

@@ -83,7 +83,8 @@ def gather(gathering: Gathering[Any, Any], item: Any) -> Any:
     """
     here = getcurrent()
     # Under autocast products have another dtype, which the others have not asked for.
-    if not isinstance(here, PausableWork) or here.parent is None or torch.is_autocast_enabled("cpu"):
+    is_autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    if not isinstance(here, PausableWork) or here.parent is None or is_autocast:
         (outcome,) = gathering.serve([item])
     else:
         with _outside():

@@ -1,7 +1,7 @@
 """Keep the units that are asked for most in memory, a fixed number of each group, replaced slowly.
 
 A layer between the reader of units and whoever asks for them. Knows how often each was asked for; knows neither experts nor
-tokens. Not the least recently used one gives way: a sweep comes round to each group once, and would evict just what it
+tokens. One visitor at a time, on any thread; another thread may ask meanwhile what is kept. Not the least recently used one gives way: a sweep comes round to each group once, and would evict just what it
 needs next. A unit takes another's place when it has been asked for clearly more often. Where counts of earlier runs say which
 units will stay, those take their places when they are first read, whatever was there before.
 """
@@ -72,6 +72,11 @@ class KeptStops(Stops):
         self._expected = [
             self._most_asked(group, count) for group, count in zip(groups, self._num_kept, strict=True)
         ]
+
+    @property
+    def buffers(self) -> list[np.ndarray]:
+        """The memory that units are handed out in which stay, of whole pages; others are in that of the reader."""
+        return [self._buffer.bytes]
 
     def is_kept(self, unit: int) -> bool:
         """Whether a unit is in memory to stay for now."""

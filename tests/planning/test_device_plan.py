@@ -40,7 +40,7 @@ def planned(
 ) -> tuple[DevicePlan, Plan]:
     blocks = [*range(len(sizes.stops) - sizes.num_head_stops), *[-1] * sizes.num_head_stops]
     budgets = [DeviceBudget(f"cuda:{n}", size) for n, size in enumerate(vram)]
-    devices = plan_devices([sizes], [blocks], budgets, job=job, rates=RATES, keep_resident=keep)
+    (devices,) = plan_devices([sizes], [blocks], budgets, job=job, rates=RATES, keep_resident=keep)
     host = plan_host(
         sizes, devices, free_bytes=ram, total_bytes=ram, job=job, rates=RATES, keep_resident=keep
     )
@@ -148,6 +148,6 @@ def test_leaves_are_taken_where_blocks_do_not_fit() -> None:
     leaves = replace(sizes_of([100 * MIB] * 40), granularity="leaves")
     numbers = [list(range(4)), [stop // 10 for stop in range(40)]]
     budgets = [DeviceBudget("cuda:0", int(1.5 * GIB))]
-    found = plan_devices([blocks, leaves], numbers, budgets, job=JOB, rates=RATES)
+    (found,) = plan_devices([blocks, leaves], numbers, budgets, job=JOB, rates=RATES)
     assert found.granularity == "leaves"
     assert device_plan.NUM_SLOTS == found.num_slots[0] == 2

@@ -123,8 +123,8 @@ def test_with_a_device_sessions_take_its_memory_and_none_of_the_hosts() -> None:
     rates, job = device_rates(Rates()), replace(JOB, forward_only=True)
     blocks = [[*range(10)]]
     budget = [DeviceBudget("cuda:0", 12 * GIB)]
-    with_sessions = plan_devices([SPAN], blocks, budget, job=job, rates=rates)
-    without = plan_devices([SPAN], blocks, budget, job=replace(job, cache_tokens=0), rates=rates)
+    (with_sessions,) = plan_devices([SPAN], blocks, budget, job=job, rates=rates)
+    (without,) = plan_devices([SPAN], blocks, budget, job=replace(job, cache_tokens=0), rates=rates)
     assert with_sessions.used_bytes[0] - without.used_bytes[0] == session_bytes(SPAN, job)
     host = plan_host(SPAN, with_sessions, free_bytes=8 * GIB, total_bytes=8 * GIB, job=job, rates=rates)
     assert host.peak_bytes < HOST_SLACK_BYTES + 3 * GIB
