@@ -57,7 +57,7 @@ def costs_of(lm: StreamedLM, rates: Rates) -> Costs:
     read_bytes, passing_bytes = plan.forecast.read_bytes, sizes.all_bytes
     if sizes.experts is not None:
         read_bytes = sum(
-            stop.num_bytes for number, stop in enumerate(sizes.stops) if number not in plan.resident
+            stop.num_bytes for number, stop in enumerate(sizes.stops) if number not in lm.resident
         )
         passing_bytes = sum(stop.num_bytes + stop.decoded_bytes for stop in sizes.stops)
 

@@ -216,7 +216,7 @@ class StreamedExperts:
     @property
     def wait_seconds(self) -> float:
         """How long units were waited for so far, by all blocks."""
-        return self._demand.read_stats.wait_seconds
+        return self._demand.wait_seconds
 
     def forward(self, routing: Routing) -> Tensor:
         """Return the sum of the chosen experts' outputs, (T, H).

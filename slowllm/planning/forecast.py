@@ -279,13 +279,14 @@ def sweep_costs(
     kept_units: int,
     sweep_tokens: int,
     rates: Rates,
+    on_devices: frozenset[int] = frozenset(),
     *,
     is_only: bool = False,
 ) -> tuple[SweepCost, ...]:
     """Return what a first token takes, a later one, and a sweep of the job; nothing where blocks are read whole.
 
     Args:
-        sizes, resident, ring_bytes, kept_units: as for `forecast_of`.
+        sizes, resident, ring_bytes, kept_units, on_devices: as for `forecast_of`.
         sweep_tokens: of the job's sweeps.
         rates: of the machine.
         is_only: whether the job has one sweep, which finds nothing in memory.
@@ -297,7 +298,9 @@ def sweep_costs(
     costs = []
     for tokens, is_first in ((1, True), (1, False), (max(2, sweep_tokens), is_only)):
         job = Job(num_tokens=tokens, longest=tokens, repeated=True, forward_only=True)
-        forecast = forecast_of(sizes, resident, ring_bytes, tokens, tokens, job, rates, kept_units)
+        forecast = forecast_of(
+            sizes, resident, ring_bytes, tokens, tokens, job, rates, kept_units, on_devices
+        )
         demand = sum(_demand(sizes, tokens, 0 if is_first else kept_units).values())
         num_bytes = (everything if is_first else everything - kept_bytes) + int(demand)
         seconds = forecast.first_seconds if is_first else forecast.later_seconds

@@ -108,7 +108,7 @@ class OnDemand:
         buffer_bytes, cast = unit_buffer_bytes(layout), None
         if any(buffer_bytes):
             stops = cast = CastStops(stops, units, layout.unit_dtypes, buffer_bytes, torch_devices)
-        demand = DemandStops(reader, stops, kept.is_kept)
+        demand = DemandStops(stops, kept.is_kept)
         look_ahead = None
         if plan.router_bytes:
             most = _units_beside(plan.expert_ring_bytes, units)

@@ -20,8 +20,8 @@ from slowllm.modeling.native.formats import format_name
 from slowllm.modeling.parts import Part
 from slowllm.options import AUTO, parse_bytes, parse_dtype
 from slowllm.planning.budget import Budget
-from slowllm.planning.device_plan import device_rates, least_host_bytes
-from slowllm.planning.forecast import SweepCost, forecast_of, free_tokens, sweep_costs
+from slowllm.planning.device_plan import device_forecast, device_rates, least_host_bytes
+from slowllm.planning.forecast import SweepCost, free_tokens, sweep_costs
 from slowllm.planning.host_plan import advise, keep_decoded, least_bytes, make_plan, sizes_for
 from slowllm.planning.job import WHOLE_BLOCKS, Job, Rates, Sizes, with_smaller_weights
 from slowllm.planning.plan import Plan
@@ -296,13 +296,11 @@ def _planned_on(
     lm: StreamedLM, placement: DevicePlacement, process_bytes: int, job: Job, rates: Rates
 ) -> dict[str, Any]:
     """Forecast a job on devices by the plan that the model was opened with, without larger budgets."""
+    homes, plan = placement.plan.homes, placement.plan
     forecast, halved = (
-        forecast_of(
-            sizes, lm.resident, lm.plan.ring_bytes, lm.plan.rider_tokens, lm.plan.sweep_tokens, job, rates
-        )
+        device_forecast(sizes, plan, lm.plan, job, rates)
         for sizes in (lm.sizes, with_smaller_weights(lm.sizes, 0.5))
     )
-    homes, plan = placement.plan.homes, placement.plan
     return {
         "plan": replace(lm.plan, forecast=forecast),
         "smallest_bytes": process_bytes + least_host_bytes(lm.sizes, plan.sweep_tokens),
@@ -313,5 +311,15 @@ def _planned_on(
             for number, (device, used) in enumerate(
                 zip(placement.torch_devices, plan.used_bytes, strict=True)
             )
+        ),
+        "token_costs": sweep_costs(
+            lm.sizes,
+            lm.resident,
+            lm.plan.ring_bytes,
+            lm.plan.kept_units,
+            min(plan.sweep_tokens, job.planned_tokens),
+            rates,
+            plan.kept,
+            is_only=forecast.num_sweeps == 1,
         ),
     }

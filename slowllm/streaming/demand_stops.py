@@ -8,9 +8,9 @@ are in memory come first, so that the others are read meanwhile.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 
-from slowllm.streaming.reader import Reader, ReadStats
 from slowllm.streaming.stops import Stops, Weights
 
 
@@ -18,21 +18,16 @@ class DemandStops:
     """Units that are brought on demand, for one visitor at a time.
 
     Args:
-        reader: of the units, each a stop there.
-        stops: the same in the compute dtype, some of which may stay in memory.
+        stops: units in the compute dtype, where they are computed with; some of them may stay in memory.
         is_kept: whether a unit is in memory to stay for now.
     Attributes:
         num_asked: units that were handed over.
+        wait_seconds: that they were waited for.
     """
 
-    def __init__(self, reader: Reader, stops: Stops, is_kept: Callable[[int], bool]) -> None:
-        self.num_asked = 0
-        self._reader, self._stops, self._is_kept = reader, stops, is_kept
-
-    @property
-    def read_stats(self) -> ReadStats:
-        """What reading cost so far."""
-        return self._reader.stats
+    def __init__(self, stops: Stops, is_kept: Callable[[int], bool]) -> None:
+        self.num_asked, self.wait_seconds = 0, 0.0
+        self._stops, self._is_kept = stops, is_kept
 
     def soonest_first(self, units: Sequence[int], ahead: Sequence[int] = ()) -> list[int]:
         """Return units in the order in which the disk is waited for least.
@@ -53,8 +48,8 @@ class DemandStops:
             units: each once, in the order in which they are used.
             then: expected by the next call, in order; a wrong guess costs a read.
         Raises:
-            CheckpointError, OSError, RideError: see `Reader.visit`; the units behind one that cannot be read are brought
-                by another call.
+            CheckpointError, OSError, RideError: see `Reader.visit`; the units behind one that cannot be brought come by
+                another call.
         """
         for place, unit in enumerate(units):
             with self.holding(unit, [*units[place + 1 :], *then]) as weights:
@@ -63,6 +58,8 @@ class DemandStops:
     @contextlib.contextmanager
     def holding(self, unit: int, upcoming: Sequence[int] = ()) -> Iterator[Weights]:
         """Hold one unit; `upcoming` are read meanwhile."""
+        started = time.perf_counter()
         with self._stops.visit(unit, upcoming) as weights:
+            self.wait_seconds += time.perf_counter() - started
             self.num_asked += 1
             yield weights

@@ -180,7 +180,8 @@ class DeviceStops(PrefetchedStops[_DeviceSlot, _Copy]):
                 self._copy(work)
             except BaseException as error:  # handed to whoever visits this stop
                 with self._changed:
-                    work.slot.stop, work.slot.is_ready, work.slot.weights = None, False, {}
+                    if not work.slot.is_ready:  # else it is whole on the device, and may be held already
+                        work.slot.stop, work.slot.weights = None, {}
                     self._errors[work.stop] = error
                     self._changed.notify_all()
             del work

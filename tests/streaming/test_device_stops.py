@@ -273,6 +273,26 @@ def test_an_error_as_the_host_gives_a_stop_back_is_not_lost() -> None:
             assert bool((weights["a.weight"] == value_of(0)).all())
 
 
+def test_an_error_as_the_host_gives_a_stop_back_leaves_alone_who_holds_it() -> None:
+    class Counting(HostDevice):
+        num_copies = 0
+
+        def copy(self, target: Tensor, source: Tensor) -> None:
+            super().copy(target, source)
+            self.num_copies += 1
+
+    host, device, wrong = Host(2), Counting(), list[int]()
+    host.failing_at_exit[0] = OSError("at the end")
+    with contextlib.closing(device_stops(host, device)) as stops, stops.visit(0, [1]) as weights:
+        for _ in range(2000):
+            if device.num_copies == 2 * len(SHAPES):  # the next one was copied meanwhile
+                break
+            threading.Event().wait(0.005)
+        assert device.num_copies == 2 * len(SHAPES)
+        check(weights, 0, wrong)
+    assert not wrong
+
+
 def test_a_copy_that_fails_reaches_the_visitor() -> None:
     class Broken(HostDevice):
         def copy(self, target: Tensor, source: Tensor) -> None:

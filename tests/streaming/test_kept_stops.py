@@ -5,28 +5,38 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from slowllm.storage.manifest import open_checkpoint
 from slowllm.storage.spans import Placement, Run
 from slowllm.streaming.demand_stops import DemandStops
+from slowllm.streaming.device_stops import DeviceStops
 from slowllm.streaming.kept_stops import ENOUGH_COUNTS, MARGIN, KeptStops
 from slowllm.streaming.reader import Reader
 from slowllm.streaming.ring import smallest_ring
+from tests.streaming.test_device_stops import SimulatedDevice
+from tests.support.properties import num_examples
 
 NUM_UNITS, GROUPS = 8, [range(4), range(4, 8)]
 
 
+def make_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    made = {f"{part}{unit}": torch.randn(33, 7 + part) + unit for unit in range(NUM_UNITS) for part in (0, 1)}
+    save_file(made, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return made
+
+
 @pytest.fixture
 def tensors(tmp_path: Path) -> dict[str, torch.Tensor]:
-    made = {f"{part}{unit}": torch.randn(33, 7 + part) + unit for unit in range(NUM_UNITS) for part in (0, 1)}
-    save_file(made, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
-    return made
+    return make_tensors(tmp_path)
 
 
 @contextlib.contextmanager
@@ -165,9 +175,45 @@ def test_counts_of_a_group_are_halved_where_they_are_many(
 def test_what_is_in_memory_comes_first_and_what_was_read_ahead_next(
     tmp_path: Path, tensors: dict[str, torch.Tensor]
 ) -> None:
-    with kept_stops(tmp_path, 1) as (stops, reader):
+    with kept_stops(tmp_path, 1) as (stops, _):
         for unit in (3, 5):
             visit(stops, unit, tensors)
-        demand = DemandStops(reader, stops, stops.is_kept)
+        demand = DemandStops(stops, stops.is_kept)
         assert demand.soonest_first(range(NUM_UNITS)) == [3, 5, 0, 1, 2, 4, 6, 7]
         assert demand.soonest_first([1, 2, 3, 6, 7], ahead=[7, 3, 2, 4]) == [3, 7, 2, 1, 6]
+
+
+@num_examples(25)
+@given(data=st.data())
+def test_behind_devices_every_unit_comes_whole_whoever_asks_what_is_kept(
+    data: Any, tmp_path_factory: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("units")
+    made = make_tensors(folder)
+    unit = st.integers(0, NUM_UNITS - 1)
+    visits = data.draw(st.lists(st.tuples(unit, st.lists(unit, max_size=4)), min_size=1, max_size=20))
+    eagerness = data.draw(st.sampled_from([0.0, 0.3, 1.0]))
+    devices = [SimulatedDevice(data.draw(st.integers(0, 99)), eagerness) for _ in range(2)]
+    wrong = list[int]()
+
+    def check(held: dict[str, torch.Tensor], number: int) -> None:
+        if not all(torch.equal(value, made[name]) for name, value in held.items()):
+            wrong.append(number)
+
+    with kept_stops(folder, data.draw(st.integers(0, 3))) as (kept, reader):
+        homes = [int(number in GROUPS[1]) for number in range(NUM_UNITS)]
+        stops = DeviceStops(
+            kept, kept._units, homes=homes, devices=devices, kept=frozenset(), num_slots=[2, 2], poison=False
+        )
+        demand = DemandStops(stops, kept.is_kept)
+        try:
+            for first, others in visits:
+                units = demand.soonest_first(list(dict.fromkeys([first, *others])))
+                for number, weights in demand.bring(units):
+                    assert set(weights) == {f"0{number}", f"1{number}"}
+                    held = dict(weights)
+                    devices[homes[number]].compute(lambda held=held, number=number: check(held, number))
+        finally:
+            reader.close()
+            stops.close()
+    assert not wrong

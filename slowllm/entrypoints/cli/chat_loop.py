@@ -23,7 +23,7 @@ from slowllm.inference.continuation import text_of
 from slowllm.inference.generation import generate
 from slowllm.inference.generation_types import Prompt, Settings
 from slowllm.options import format_bytes
-from slowllm.planning.device_plan import device_rates
+from slowllm.planning.device_plan import device_forecast, device_rates
 from slowllm.planning.forecast import Forecast, forecast_of
 from slowllm.planning.job import Job, Rates
 from slowllm.runtime.streamed_lm import StreamedLM
@@ -40,7 +40,9 @@ Ctrl-C stops an answer; what has come of it stays in the conversation."""
 def token_forecast(lm: StreamedLM, rates: Rates) -> Forecast:
     """Return how long the first sweep for one token takes, and a later one."""
     job = Job(num_tokens=1, longest=1, forward_only=True)
-    rates = rates if lm.device_placement is None else device_rates(rates)
+    if lm.device_placement is not None:
+        plan = replace(lm.plan, rider_tokens=1, sweep_tokens=1)
+        return device_forecast(lm.sizes, lm.device_placement.plan, plan, job, device_rates(rates))
     return forecast_of(lm.sizes, lm.resident, lm.plan.ring_bytes, 1, 1, job, rates, lm.plan.kept_units)
 
 
