@@ -311,28 +311,21 @@ def plan_host(
     padding = padding_worth(rates) if job.packing is None else job.packing[2]
     # The caches of sessions are on the devices.
     packed = replace(job, packing=(devices.rider_tokens, devices.sweep_tokens, padding), cache_tokens=0)
-    ring = sizes.smallest_ring_bytes
     stops = tuple(
         replace(stop, num_bytes=0, largest_bytes=0) if number in devices.kept else stop
         for number, stop in enumerate(sizes.stops)
     )
-
     experts = None if sizes.experts is None else replace(sizes.experts, router_bytes=0)
-
-    def planned(extra_bytes: int) -> Plan:
-        host = replace(
-            sizes, stops=stops, experts=experts, kept_bytes=HOST_SLACK_BYTES + extra_bytes, block_token_bytes=0,
-            attention_token_bytes=0, rider_token_bytes=HOST_TOKEN_BYTES, result_token_bytes=0,
-            checkpoint_token_bytes=0, replay_token_bytes=0, replay_attention_bytes=0,
-        )  # fmt: skip
-        return make_plan(
-            [host], free_bytes=free_bytes, total_bytes=total_bytes, job=packed, rates=rates,
-            keep_resident=keep_resident,
-        )  # fmt: skip
-
-    plan = planned(0)
-    if plan.ring_bytes < ring:
-        plan = replace(planned(ring), ring_bytes=ring)
+    host = replace(
+        sizes, stops=stops, experts=experts, kept_bytes=HOST_SLACK_BYTES, block_token_bytes=0,
+        attention_token_bytes=0, rider_token_bytes=HOST_TOKEN_BYTES, result_token_bytes=0,
+        checkpoint_token_bytes=0, replay_token_bytes=0, replay_attention_bytes=0,
+        passing_bytes=sizes.smallest_ring_bytes,
+    )  # fmt: skip
+    plan = make_plan(
+        [host], free_bytes=free_bytes, total_bytes=total_bytes, job=packed, rates=rates,
+        keep_resident=keep_resident,
+    )  # fmt: skip
     resident = plan.resident - devices.kept - plan.unused
     resident_bytes = sum(sizes.stops[stop].num_bytes for stop in resident)
     if experts is not None:

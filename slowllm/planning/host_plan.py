@@ -178,7 +178,7 @@ def least_bytes(sizes: Sizes, job: Job, keep_resident: bool = True) -> int:
     """Return the smallest part of a budget in which the job can run."""
     weight_bytes = sizes.smallest_ring_bytes
     if keep_resident:  # a model smaller than the ring is kept
-        weight_bytes = min(weight_bytes, _used_bytes(sizes, job))
+        weight_bytes = min(weight_bytes, _used_bytes(sizes, job) + sizes.passing_bytes)
     if sizes.experts is not None:
         weight_bytes += sizes.experts.smallest_ring_bytes
     return sizes.kept_bytes + SLACK_BYTES + weight_bytes + _least_working(sizes, job)
@@ -259,8 +259,10 @@ def _candidates(sizes: Sizes, job: Job, rates: Rates, free_bytes: int, keep_resi
             taken += sizes.experts.smallest_ring_bytes
         # What is read once is not worth keeping.
         repeats = job.repeated or job.num_passes > 1 or job.planned_tokens > sweep or job.num_tokens is None
-        if keep_resident and taken + used_bytes <= free_bytes:
-            yield plan(frozenset(range(len(sizes.stops))), 0, rider, sweep, taken + used_bytes, repeats)
+        everything = taken + used_bytes + sizes.passing_bytes
+        if keep_resident and everything <= free_bytes:
+            stops = frozenset(range(len(sizes.stops)))
+            yield plan(stops, sizes.passing_bytes, rider, sweep, everything, repeats)
             continue
         for least_ring in _ring_choices(sizes, rates, rider, sweep):
             room = free_bytes - taken - least_ring

@@ -103,6 +103,7 @@ class Sizes:
         num_blocks: whose stops these are.
         experts: that are read on demand, beside the stops.
         decoded_stop_bytes: of the coded matrices of the largest stop, decoded; experts are left out.
+        passing_bytes: of a ring that there is even where all stops stay, because stops pass through it that stay on devices.
     """
 
     granularity: Granularity
@@ -123,6 +124,7 @@ class Sizes:
     experts: ExpertSizes | None = None
     decoded_stop_bytes: int = 0
     waiting_attention_bytes: int = 0
+    passing_bytes: int = 0
 
     @property
     def all_bytes(self) -> int:
@@ -132,7 +134,8 @@ class Sizes:
     @property
     def smallest_ring_bytes(self) -> int:
         """Size of a ring that never blocks; see `smallest_ring` beside the reader."""
-        return max(stop.num_bytes for stop in self.stops) + max(stop.largest_bytes for stop in self.stops)
+        largest = max(stop.num_bytes for stop in self.stops) + max(stop.largest_bytes for stop in self.stops)
+        return max(largest, self.passing_bytes)
 
     @property
     def waiting_token_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from slowllm.errors import PlanError
-from slowllm.options import GIB, MIB
+from slowllm.options import GIB, MIB, parse_bytes
 from slowllm.planning import device_plan
 from slowllm.planning.device_plan import (
     DEVICE_SLACK_BYTES,
@@ -18,11 +19,14 @@ from slowllm.planning.device_plan import (
     DevicePlan,
     device_rates,
     homes_of,
+    least_host_bytes,
+    plan_both,
     plan_devices,
     plan_host,
 )
+from slowllm.planning.forecast import sweep_costs
 from slowllm.planning.host_plan import working_bytes
-from slowllm.planning.job import Job, Rates, Sizes, StopSize
+from slowllm.planning.job import ExpertSizes, Job, Rates, Sizes, StopSize
 from slowllm.planning.plan import Plan
 from tests.support.properties import num_examples
 
@@ -151,3 +155,118 @@ def test_leaves_are_taken_where_blocks_do_not_fit() -> None:
     (found,) = plan_devices([blocks, leaves], numbers, budgets, job=JOB, rates=RATES)
     assert found.granularity == "leaves"
     assert device_plan.NUM_SLOTS == found.num_slots[0] == 2
+
+
+# Nine blocks, eight of which have 128 experts, and the head.
+EXPERTS = ExpertSizes(frozenset(range(1, 9)), 128, 4, 13 * MIB, 9 * MIB, 50e6, router_bytes=MIB)
+WITHOUT = Sizes(
+    "experts", tuple(StopSize(60 * MIB, 20 * MIB, 1e8) for _ in range(10)), 40 * MIB, 5000, 0, 2000,
+    num_head_stops=1, num_blocks=9, experts=EXPERTS,
+)  # fmt: skip
+WHOLE = replace(
+    WITHOUT, granularity="blocks", experts=None,
+    stops=tuple(
+        replace(stop, num_bytes=stop.num_bytes + 128 * EXPERTS.unit_bytes, flops=stop.flops + 4 * EXPERTS.unit_flops)
+        if number in EXPERTS.stops
+        else stop
+        for number, stop in enumerate(WITHOUT.stops)
+    ),
+)  # fmt: skip
+BLOCKS = [*range(9), -1]
+TOKEN = Job(num_tokens=1, longest=1, repeated=True, forward_only=True)
+
+
+def cut(
+    vram: list[int],
+    ram: int = 16 * GIB,
+    job: Job | None = TOKEN,
+    choices: tuple[Sizes, ...] = (WHOLE, WITHOUT),
+) -> tuple[DevicePlan, Plan]:
+    budgets = [DeviceBudget(f"cuda:{number}", size) for number, size in enumerate(vram)]
+    return plan_both(
+        choices, [BLOCKS] * len(choices), budgets, free_bytes=ram, total_bytes=ram, job=job, rates=RATES
+    )
+
+
+@num_examples(100)
+@given(
+    vram=st.lists(st.integers(900, 6000).map(lambda n: n * MIB), min_size=1, max_size=3),
+    ram=st.integers(1200, 9000).map(lambda n: n * MIB),
+    job=st.sampled_from([TOKEN, JOB, None]),
+)
+def test_experts_take_two_slots_of_their_device_and_ring_and_room_of_ram(
+    vram: list[int], ram: int, job: Job | None
+) -> None:
+    try:
+        devices, host = cut(vram, ram, job, (WITHOUT,))
+    except PlanError:
+        assume(False)
+    for number, budget in enumerate(vram):
+        kept = sum(WITHOUT.stops[s].num_bytes for s in devices.kept if devices.homes[s] == number)
+        slots = devices.num_slots[number] * devices.slot_bytes[number]
+        working = working_bytes(
+            WITHOUT, job or Job(repeated=True), devices.rider_tokens, devices.sweep_tokens
+        )
+        taken = DEVICE_SLACK_BYTES + WITHOUT.kept_bytes + working + kept + slots + 2 * EXPERTS.unit_bytes
+        assert devices.num_expert_slots[number] == 2
+        assert taken == devices.used_bytes[number] <= budget
+    kept_bytes = host.kept_units * EXPERTS.unit_bytes
+    in_ram = sum(WITHOUT.stops[stop].num_bytes for stop in host.resident)
+    assert host.expert_ring_bytes >= EXPERTS.smallest_ring_bytes
+    assert host.resident_bytes == in_ram + kept_bytes
+    assert host.ring_bytes + host.expert_ring_bytes + host.resident_bytes <= host.peak_bytes <= ram
+    assert not host.router_bytes, "no router is asked ahead: hidden states are on the devices"
+
+
+def test_a_device_whose_blocks_have_no_experts_has_no_slots_for_them() -> None:
+    sparse = replace(WITHOUT, experts=replace(EXPERTS, stops=frozenset({1, 3, 5, 7})))
+    devices, _ = cut([4 * GIB, 4 * GIB], choices=(sparse,))
+    assert devices.num_expert_slots == (0, 2)
+    devices, _ = cut([4 * GIB, 4 * GIB], choices=(WHOLE,))
+    assert devices.num_expert_slots == (0, 0)
+
+
+def test_blocks_or_experts_are_chosen_by_the_forecast() -> None:
+    # Blocks, 1.7 GiB each, fit; to copy all experts takes longer than to copy those that are needed.
+    assert cut([8 * GIB])[0].granularity == "experts"
+    # Where all weights stay on the device there is nothing to gain.
+    devices, host = cut([24 * GIB])
+    assert (devices.granularity, devices.num_slots, host.granularity) == ("blocks", (0,), "blocks")
+    # A sweep of thousands of tokens needs all of them.
+    many = Job(num_tokens=16384, longest=128, forward_only=True, keeps_results=False)
+    assert cut([8 * GIB], job=many)[0].granularity == "blocks"
+    # Where whole blocks do not fit.
+    assert cut([2 * GIB], job=many)[0].granularity == "experts"
+    assert cut([8 * GIB], ram=2 * GIB, job=many)[0].granularity == "experts"
+    # What comes down again may be read on demand only where blocks do not fit.
+    turning = Job(num_tokens=64, longest=64, repeated=True, turns=True)
+    assert cut([8 * GIB], job=turning)[0].granularity == "blocks"
+    assert cut([2 * GIB], job=turning)[0].granularity == "experts"
+
+
+def test_the_smallest_budgets_that_would_do_are_those_of_experts() -> None:
+    for vram, ram, number in (([GIB, 512 * MIB], 16 * GIB, 1), ([2 * GIB], 700 * MIB, None)):
+        with pytest.raises(PlanError, match="the smallest that would do is") as refused:
+            cut(vram, ram)
+        smallest = parse_bytes(re.findall(r"that would do is ([\d.]+\w+)", str(refused.value))[0])
+        for size in (smallest, smallest - 32 * MIB):
+            budgets = [size if place == number else other for place, other in enumerate(vram)]
+            if size == smallest:
+                assert cut(budgets, ram if number is not None else size)[0].granularity == "experts"
+            else:
+                with pytest.raises(PlanError):
+                    cut(budgets, ram if number is not None else size)
+    assert least_host_bytes(WITHOUT, 1) < least_host_bytes(WHOLE, 1)
+
+
+def test_a_device_waits_for_what_is_copied_to_it() -> None:
+    devices, host = cut([24 * GIB], ram=64 * GIB, choices=(WITHOUT,))
+    assert len(devices.kept) == len(WITHOUT.stops)
+    assert host.kept_units == EXPERTS.num_units
+    _, later, _ = sweep_costs(
+        WITHOUT, host.resident | devices.kept, host.ring_bytes, host.kept_units, 64, RATES, devices.kept
+    )
+    copied = 8 * 4 * EXPERTS.unit_bytes / RATES.copy
+    assert later.read_bytes == 0
+    assert copied <= later.seconds <= 1.2 * copied
+    assert cut([8 * GIB], ram=64 * GIB, choices=(WHOLE,))[1].forecast.later_seconds > 5 * copied
