@@ -21,6 +21,7 @@ from slowllm.storage.codecs.team import Team
 from slowllm.streaming.devices import CudaDevice
 from tests.support.coded import coded, matrix_of
 from tests.support.families import resident, save_tiny
+from tests.support.native_checkpoints import fp8_settings, quantised, store_fp8, store_mxfp4
 from tests.support.paths import TINY_BLOOM
 
 pytestmark = [
@@ -75,6 +76,64 @@ def test_generated_tokens_are_those_of_a_resident_model(name: str, tiny: Tiny) -
                 torch.manual_seed(3)
                 found.append(model.generate(input_ids=IDS.cuda(), **options, **extra))
             assert torch.equal(*found)
+
+
+def coded_mixture(name: str, tiny: Tiny, folder: Path) -> Path:
+    """Return a mixture in the quantised format of its makers."""
+    if name == "gpt-oss":
+        settings, store = {"quant_method": "mxfp4"}, store_mxfp4
+    else:
+        settings, store = fp8_settings((8, 16)), store_fp8((8, 16))
+    return quantised(tiny(name, torch.bfloat16), folder / name, settings, store)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "deepseek-v3"])
+def test_experts_on_demand_have_the_bits_of_whole_blocks(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    folder = tiny(name) if name == "mixtral" else coded_mixture(name, tiny, tmp_path)
+    options = {**STREAMED, "dtype": "fp32" if name == "mixtral" else "bf16"}
+    texts = [IDS, IDS[:1, :4], IDS[1:, :3]]
+    found = []
+    for granularity in ("experts", "blocks"):
+        with slowllm.load(folder, **options, granularity=granularity) as lm:
+            embedded = lm.model.get_input_embeddings()(IDS).detach()
+
+            def gradient(lm: Any = lm, embedded: torch.Tensor = embedded) -> torch.Tensor:
+                own = embedded.clone().requires_grad_()
+                lm.model(inputs_embeds=own, labels=IDS.cuda()).loss.backward()
+                assert own.grad is not None
+                return own.grad.cpu()
+
+            with torch.no_grad():
+                jobs = [lambda ids=ids, lm=lm: lm.model(input_ids=ids).logits for ids in texts]
+                tokens = lm.model.generate(IDS.cuda(), max_new_tokens=3, do_sample=False)
+                found.append([*lm.ride(jobs), *(job() for job in jobs), tokens])
+            # Riders, and a call outside of a ride, whose backward pass is on autograd's thread for the device.
+            found[-1] += [*lm.ride([gradient, gradient]), gradient()]
+    # Sums into rows of which none is meant twice, so that no order of atomic additions shows.
+    assert all(map(torch.equal, *found))
+    with slowllm.load(folder, **options, granularity="experts", exact=False) as lm, torch.no_grad():
+        together = lm.ride([lambda ids=ids: lm.model(input_ids=ids).logits for ids in texts])
+        assert lm.experts.settings.stats.num_together
+        for ours, theirs in zip(together, found[0], strict=False):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4 if name == "mixtral" else 0.02)
+
+
+def test_many_experts_through_two_slots_give_the_same_bits(tmp_path: Path) -> None:
+    """Copies are large enough here to be under way while the device computes."""
+    save_tiny(
+        "mixtral", tmp_path, shard="1GB", hidden_size=1024, intermediate_size=3072, num_local_experts=8,
+        num_hidden_layers=4,
+    )  # fmt: skip
+    with slowllm.load(tmp_path, **STREAMED, granularity="experts") as lm, torch.no_grad():
+        first = lm.model(input_ids=IDS).logits
+        torch.testing.assert_close(first, on_gpu(tmp_path)(input_ids=IDS.cuda()).logits, **CLOSE)
+        for _ in range(20):
+            assert torch.equal(lm.model(input_ids=IDS).logits, first)
+    resident_options = {**STREAMED, "keep_resident": True, "poison": False}
+    with slowllm.load(tmp_path, **resident_options, granularity="experts") as lm, torch.no_grad():
+        for _ in range(5):
+            assert torch.equal(lm.model(input_ids=IDS).logits, first)
+        assert lm.experts.kept.num_hits
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])

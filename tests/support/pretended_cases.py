@@ -35,6 +35,7 @@ from slowllm.streaming.call_context import call_context
 from slowllm.streaming.way import StopAfterBlocks, StopForward
 from tests.support import pretended_device as pretended
 from tests.support.families import FAMILIES, resident, save_tiny
+from tests.support.native_checkpoints import fp8_settings, quantised, store_fp8, store_mxfp4
 from tests.support.parted import Inside, Known
 from tests.support.paths import TINY_BLOOM
 
@@ -381,6 +382,107 @@ def leaves_of_blocks() -> None:
                 assert lm.plan.granularity == "leaves"
                 close(lm.model(input_ids=IDS).logits, resident(folder(name))(input_ids=IDS).logits)
     layout.MIN_LEAF_BYTES = 1 << 20
+
+
+@cache
+def coded_mixture(name: str) -> Path:
+    """A mixture in the quantised format of its makers."""
+    made = Path(tempfile.mkdtemp(prefix=f"coded-{name}-")) / "coded"
+    settings, store = (
+        ({"quant_method": "mxfp4"}, store_mxfp4)
+        if name == "gpt-oss"
+        else (fp8_settings((8, 16)), store_fp8((8, 16)))
+    )
+    return quantised(folder(name, torch.bfloat16), made, settings, store)
+
+
+def experts_of(path: Path, device: str, dtype: str) -> None:
+    """Experts that are read on demand have the bits of whole blocks on the same devices."""
+    found = []
+    for granularity in ("experts", "blocks"):
+        with loaded(path, device, granularity=granularity, dtype=dtype) as lm:
+            assert lm.plan.granularity == granularity
+            embedded = lm.model.get_input_embeddings()(IDS).detach()
+
+            def gradient(lm: Any = lm, embedded: torch.Tensor = embedded) -> torch.Tensor:
+                own = embedded.clone().requires_grad_()
+                lm.model(inputs_embeds=own, labels=IDS.to(lm.model.device)).loss.backward()
+                assert own.grad is not None
+                return own.grad.cpu()
+
+            with torch.no_grad():
+                tokens = lm.model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
+                texts = [IDS, IDS[:1, :4], IDS[1:, :3]]
+                jobs = [lambda ids=ids, lm=lm: lm.model(input_ids=ids).logits.cpu() for ids in texts]
+                found.append([*lm.ride(jobs), jobs[0](), tokens.cpu()])
+            found[-1] += lm.ride([gradient, gradient])
+            if granularity == "experts":
+                assert lm.experts.look_ahead is None
+                name = lm.layout.experts[-1].full_names[0]
+                assert lm.weights(name).device.type == "cpu"
+    assert all(map(torch.equal, *found))
+    with loaded(path, device, granularity="experts", dtype=dtype, exact=False) as lm, torch.no_grad():
+        together = lm.ride([lambda ids=ids: lm.model(input_ids=ids).logits.cpu() for ids in texts])
+        assert lm.experts.settings.stats.num_together
+        for ours, theirs in zip(together, found[0], strict=False):
+            torch.testing.assert_close(ours, theirs, atol=2e-4 if dtype == "fp32" else 0.02, rtol=0)
+
+
+@case
+def experts_on_demand() -> None:
+    for device in ("cuda", "cuda:0,cuda:1"):
+        experts_of(folder("mixtral"), device, "fp32")
+
+
+@case
+def experts_in_float4_on_demand() -> None:
+    for device in ("cuda", "cuda:0,cuda:1"):
+        experts_of(coded_mixture("gpt-oss"), device, "bf16")
+
+
+@case
+def experts_in_float8_on_demand() -> None:
+    for device in ("cuda", "cuda:0,cuda:1"):
+        experts_of(coded_mixture("deepseek-v3"), device, "bf16")
+
+
+@case
+def gradients_through_experts_on_demand() -> None:
+    for device in ("cuda", "cuda:0,cuda:1"):
+        with loaded(folder("mixtral"), device, granularity="experts") as lm:
+            gradients(lm, folder("mixtral"), rides_only="," in device)
+
+
+@case
+def an_expert_that_cannot_be_brought() -> None:
+    with loaded(folder("mixtral"), "cuda:0,cuda:1", granularity="experts") as lm, torch.no_grad():
+        texts = [IDS[:1, :1], IDS[1:, 2:3], IDS[:1, 3:4], IDS[1:, 4:5]]
+        wanted, needed = [], []
+        for ids in texts:
+            before = lm.experts.forecast.chosen.copy()
+            wanted.append(lm.model(input_ids=ids).logits)
+            needed.append(set((lm.experts.forecast.chosen - before).nonzero()[0].tolist()))
+        (broken, *_) = needed[0] - set.intersection(*needed)
+        inner = lm.experts.kept.visit
+
+        def visit(unit: int, upcoming: Any = ()) -> Any:
+            if unit == broken:
+                raise OSError("the disk failed")
+            return inner(unit, upcoming)
+
+        lm.experts.kept.visit = visit
+
+        def job(ids: torch.Tensor) -> torch.Tensor | None:
+            try:
+                return lm.model(input_ids=ids).logits
+            except OSError:
+                return None
+
+        for found, logits, units in zip(
+            lm.ride([lambda ids=ids: job(ids) for ids in texts]), wanted, needed, strict=True
+        ):
+            assert (found is None) == (broken in units)
+            assert found is None or torch.equal(found.cpu(), logits.cpu())
 
 
 @case

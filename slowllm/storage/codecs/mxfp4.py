@@ -67,7 +67,7 @@ class Mxfp4(Codec):
 
     def multiply_plain(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
         length = parts.arrays["scales"].shape[2] * BLOCK
-        if not IS_COMPILED or first % length or last - first != length:
+        if not IS_COMPILED or x.device.type != "cpu" or first % length or last - first != length:
             return None
         from slowllm.storage.codecs import mxfp4_row_kernels
         from slowllm.storage.codecs.tiles import multiply_tiles
