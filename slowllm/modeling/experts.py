@@ -101,7 +101,7 @@ def _own_parameters(module: nn.Module) -> dict[str, Tensor]:
 
 
 def picked_experts(model: PreTrainedModel) -> frozenset[str]:
-    """Return the matrices of experts of which each operation on the processor reads one.
+    """Return the matrices of experts of which each operation reads one.
 
     Args:
         model: a skeleton.

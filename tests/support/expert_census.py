@@ -138,7 +138,7 @@ INTRODUCTION = """## {heading}
 Of {number} architectures with experts, transformers lets one choose for {reached} how these are computed (`interface`).
 For each of these, slowllm's own way of computing one chosen expert after the other (`compute_one_by_one`) has the bits
 of the family's own loop (`eager`) in fp32 and in bf16: logits, gradients with respect to the embeddings, and greedy
-tokens. Models on the processor are opened with it ([experts](experts.md)). The rows are written by `python -m tests.support.expert_census`.
+tokens. All models are opened with it ([experts](experts.md)). The rows are written by `python -m tests.support.expert_census`.
 
 | architecture | classes | how its experts are computed |
 | --- | --- | --- |
