@@ -5,6 +5,7 @@ Knows files and plans; what experts compute is `modeling.streamed_experts`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -85,29 +86,29 @@ class OnDemand:
             history: what earlier runs chose, by which it is decided what stays.
             placement: of the model's stops on devices, to which experts are copied as well; None for the processor.
         Raises:
-            PlanError: a device has less memory than was planned for.
+            PlanError: this machine or a device has less memory than was planned for.
         """
         units = layout.units
         sizes = [len(experts.units) for experts in layout.experts]
         ends = list(itertools.accumulate(sizes, initial=0))
         groups = [range(first, end) for first, end in itertools.pairwise(ends)]
-        reader = Reader(units, ring_bytes=plan.expert_ring_bytes, poison=poison)
         counts = None if history is None else history.counts()
         num_kept = plan.kept_units // len(groups)
-        kept = KeptStops(reader, units, groups, num_kept, counts)
-        stops: Stops = kept
-        copied = None
+        copied, cast = None, None
         torch_devices: Sequence[torch.device] = (torch.device("cpu"),)
-        if placement is not None:
-            try:
+        with contextlib.ExitStack() as undoing:
+            reader = Reader(units, ring_bytes=plan.expert_ring_bytes, poison=poison)
+            undoing.callback(reader.close)
+            stops: Stops
+            stops = kept = KeptStops(reader, units, groups, num_kept, counts)
+            if placement is not None:
                 copied = place_experts(layout, kept, reader, placement, poison=poison)
-            except BaseException:
-                reader.close()
-                raise
-            stops, torch_devices = copied.stops, placement.torch_devices
-        buffer_bytes, cast = unit_buffer_bytes(layout), None
-        if any(buffer_bytes):
-            stops = cast = CastStops(stops, units, layout.unit_dtypes, buffer_bytes, torch_devices)
+                undoing.callback(copied.close)
+                stops, torch_devices = copied.stops, placement.torch_devices
+            buffer_bytes = unit_buffer_bytes(layout)
+            if any(buffer_bytes):
+                stops = cast = CastStops(stops, units, layout.unit_dtypes, buffer_bytes, torch_devices)
+            undoing.pop_all()
         demand = DemandStops(stops, kept.is_kept)
         look_ahead = None
         if plan.router_bytes:

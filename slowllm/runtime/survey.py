@@ -303,7 +303,8 @@ def _planned_on(
     )
     return {
         "plan": replace(lm.plan, forecast=forecast),
-        "smallest_bytes": process_bytes + least_host_bytes(lm.sizes, plan.sweep_tokens),
+        "smallest_bytes": process_bytes
+        + min(least_host_bytes(sizes, plan.sweep_tokens) for sizes in lm.choices),
         "larger": (),
         "halved_seconds": halved.seconds,
         "devices": tuple(

@@ -72,6 +72,14 @@ def loaded(
         yield lm
 
 
+class CountingDevice(HostDevice):
+    allocated_bytes = 0
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        self.allocated_bytes += num_bytes
+        return super().allocate(num_bytes)
+
+
 def gradient(model: Any, embedded: torch.Tensor) -> torch.Tensor:
     own = embedded.clone().requires_grad_()
     model(inputs_embeds=own, labels=IDS).loss.backward()
@@ -247,7 +255,7 @@ def test_a_budget_that_is_too_small_is_refused_with_the_smallest_that_works(wide
     job = Job(num_tokens=16, longest=16, forward_only=True)
     plain: Any = resident(wide)
     for granularity, other in (("experts", {}), (None, {}), ("experts", {"num_devices": 2})):
-        options = {"granularity": granularity, "job": job, **other}
+        options = {"granularity": granularity, "job": job, "kind": CountingDevice, **other}
         with (
             pytest.raises(PlanError, match="the smallest that would do is") as refused,
             loaded(wide, vram=DEVICE_SLACK_BYTES, **options),
@@ -256,6 +264,9 @@ def test_a_budget_that_is_too_small_is_refused_with_the_smallest_that_works(wide
         smallest = parse_bytes(re.findall(r"that would do is ([\d.]+\w+)", str(refused.value))[0])
         with loaded(wide, vram=smallest, **options) as lm, torch.no_grad():
             assert lm.plan.granularity == "experts"
+            for number, device in enumerate(lm.device_placement.devices):
+                fixed = DEVICE_SLACK_BYTES + lm.sizes.kept_bytes
+                assert device.allocated_bytes <= lm.device_placement.plan.used_bytes[number] - fixed
             assert torch.equal(lm.model(IDS[:1]).logits, plain(IDS[:1]).logits)
             unit = max(sum(p.num_bytes for p in unit) for unit in lm.layout.units)
             assert smallest - DEVICE_SLACK_BYTES > 2 * unit
