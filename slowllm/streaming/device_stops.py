@@ -100,6 +100,7 @@ class DeviceStops(PrefetchedStops[_DeviceSlot, _Copy]):
                     max((s for i, s in enumerate(sizes) if homes[i] == number and i not in kept), default=0)
                 ]
             ]
+        self._all_slots = [*self._kept.values(), *(slot for slots in self._slots for slot in slots)]
         self._start_threads()
 
     @contextlib.contextmanager
@@ -138,7 +139,7 @@ class DeviceStops(PrefetchedStops[_DeviceSlot, _Copy]):
         if self._is_forked():
             return
         self._end_threads()
-        for slot in [*self._kept.values(), *(slot for slots in self._slots for slot in slots)]:
+        for slot in self._all_slots:
             slot.device.wait(slot.computed)
             slot.weights, slot.memory = {}, slot.memory[:0].clone()
 
@@ -153,11 +154,16 @@ class DeviceStops(PrefetchedStops[_DeviceSlot, _Copy]):
         return next((slot for slot in slots if slot.stop == stop and slot.is_ready), None)
 
     def _next_work(self) -> _Copy | None:
-        missing = [stop for stop in self._wanted if self._find(stop) is None and stop not in self._errors]
+        there = {slot.stop for slot in self._all_slots if slot.is_ready}
+        missing = [stop for stop in self._wanted if stop not in there and stop not in self._errors]
+        full = set[int]()  # devices that have no slot for a stop, and so none for those that are wanted later
         for number, stop in enumerate(missing):
+            if stop not in self._kept and self._homes[stop] in full:
+                continue
             if (slot := self._slot_for(stop)) is not None:
                 slot.stop, slot.is_ready = stop, False
                 return _Copy(stop, slot, missing[:number] + missing[number + 1 :])
+            full.add(self._homes[stop])
         return None
 
     def _slot_for(self, stop: int) -> _DeviceSlot | None:
