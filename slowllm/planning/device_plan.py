@@ -299,8 +299,8 @@ def plan_host(
 ) -> Plan:
     """Divide the RAM among the stops that do not stay on a device, and experts that are read on demand.
 
-    Stops that stay there are read once and pass through the ring as well, so there is always a ring. Routers have no copies in RAM
-    that guess what the next block will need: the hidden states are on the devices.
+    Stops that stay there are read once and pass through the ring as well, so there is always a ring, and no copies of routers beside
+    it, which would guess what the next block needs: hidden states are on the devices.
 
     The other arguments are those of `make_plan`, with `rates` from `device_rates`.
 
@@ -315,9 +315,8 @@ def plan_host(
         replace(stop, num_bytes=0, largest_bytes=0) if number in devices.kept else stop
         for number, stop in enumerate(sizes.stops)
     )
-    experts = None if sizes.experts is None else replace(sizes.experts, router_bytes=0)
     host = replace(
-        sizes, stops=stops, experts=experts, kept_bytes=HOST_SLACK_BYTES, block_token_bytes=0,
+        sizes, stops=stops, kept_bytes=HOST_SLACK_BYTES, block_token_bytes=0,
         attention_token_bytes=0, rider_token_bytes=HOST_TOKEN_BYTES, result_token_bytes=0,
         checkpoint_token_bytes=0, replay_token_bytes=0, replay_attention_bytes=0,
         passing_bytes=sizes.smallest_ring_bytes,
@@ -328,8 +327,8 @@ def plan_host(
     )  # fmt: skip
     resident = plan.resident - devices.kept - plan.unused
     resident_bytes = sum(sizes.stops[stop].num_bytes for stop in resident)
-    if experts is not None:
-        resident_bytes += plan.kept_units * experts.unit_bytes
+    if sizes.experts is not None:
+        resident_bytes += plan.kept_units * sizes.experts.unit_bytes
     plan = replace(plan, resident=resident, resident_bytes=resident_bytes, longest=job.longest)
     return replace(plan, forecast=device_forecast(sizes, devices, plan, job, rates))
 

@@ -245,7 +245,7 @@ def test_blocks_or_experts_are_chosen_by_the_forecast() -> None:
 
 
 def test_the_smallest_budgets_that_would_do_are_those_of_experts() -> None:
-    for vram, ram, number in (([GIB, 512 * MIB], 16 * GIB, 1), ([2 * GIB], 700 * MIB, None)):
+    for vram, ram, number in (([GIB, 512 * MIB], 16 * GIB, 1), ([8 * GIB], 700 * MIB, None)):
         with pytest.raises(PlanError, match="the smallest that would do is") as refused:
             cut(vram, ram)
         smallest = parse_bytes(re.findall(r"that would do is ([\d.]+\w+)", str(refused.value))[0])
@@ -269,4 +269,5 @@ def test_a_device_waits_for_what_is_copied_to_it() -> None:
     copied = 8 * 4 * EXPERTS.unit_bytes / RATES.copy
     assert later.read_bytes == 0
     assert copied <= later.seconds <= 1.2 * copied
+    assert copied <= host.forecast.later_seconds <= 1.2 * copied
     assert cut([8 * GIB], ram=64 * GIB, choices=(WHOLE,))[1].forecast.later_seconds > 5 * copied
