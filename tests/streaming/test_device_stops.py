@@ -293,6 +293,17 @@ def test_an_error_as_the_host_gives_a_stop_back_leaves_alone_who_holds_it() -> N
     assert not wrong
 
 
+def test_a_device_without_a_free_slot_does_not_keep_another_from_being_copied_to() -> None:
+    host = Host(3)
+    stops = device_stops(host, homes=[0, 1, 0], devices=[HostDevice(), HostDevice()], num_slots=[1, 1])
+    with contextlib.closing(stops), stops.visit(0, [2, 1]):
+        for _ in range(2000):
+            if 1 in host.visited:
+                break
+            threading.Event().wait(0.005)
+        assert host.visited == [0, 1]
+
+
 def test_a_copy_that_fails_reaches_the_visitor() -> None:
     class Broken(HostDevice):
         def copy(self, target: Tensor, source: Tensor) -> None:

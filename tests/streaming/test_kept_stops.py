@@ -217,3 +217,4 @@ def test_behind_devices_every_unit_comes_whole_whoever_asks_what_is_kept(
             reader.close()
             stops.close()
     assert not wrong
+    assert demand.wait_seconds > 0
