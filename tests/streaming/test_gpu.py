@@ -257,3 +257,11 @@ def test_blocks_take_turns_on_two_gpus(name: str, tiny: Tiny) -> None:
     wanted = on_gpu(tiny(name))(input_ids=IDS.cuda()).logits
     with slowllm.load(tiny(name), **{**STREAMED, "device": "cuda:0,cuda:1"}) as lm, torch.no_grad():
         torch.testing.assert_close(lm.model(input_ids=IDS).logits, wanted, **CLOSE)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds fewer than two GPUs on this machine")
+def test_experts_are_sent_to_the_gpu_of_their_block(tiny: Tiny) -> None:
+    wanted = on_gpu(tiny("mixtral"))(input_ids=IDS.cuda()).logits
+    options = {**STREAMED, "device": "cuda:0,cuda:1", "granularity": "experts"}
+    with slowllm.load(tiny("mixtral"), **options) as lm, torch.no_grad():
+        torch.testing.assert_close(lm.model(input_ids=IDS).logits, wanted, **CLOSE)
