@@ -7,11 +7,10 @@ family's own loop (`eager`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -21,6 +20,7 @@ from slowllm.modeling.expert_routing import ExpertSum, Routing
 from slowllm.modeling.experts import expert_modules, weights_of
 from slowllm.modeling.finite import UNKNOWN_MASK
 from slowllm.streaming.call_context import current_call
+from slowllm.streaming.lazy_weight import multiply_each
 
 # The name by which a model's config asks for `experts_forward`.
 IMPLEMENTATION = "slowllm"
@@ -52,16 +52,24 @@ def expert_output(module: nn.Module, weights: Mapping[str, Tensor], rows: Tensor
     Returns:
         (n, H), not yet multiplied by the router's weights.
     """
-    inner_name = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _product(module, weights, inner_name, rows)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
-    outer: Tensor = _product(module, weights, "down_proj", inner)
-    return module.post_expert_norm(outer) if module.has_post_expert_norm else outer  # type: ignore[operator]
+    return expert_outputs(module, weights, [rows])[0]
 
 
-def _product(module: nn.Module, weights: Mapping[str, Tensor], name: str, rows: Tensor) -> Tensor:
-    product = rows @ weights[name] if module.is_transposed else F.linear(rows, weights[name])
-    return product + weights[f"{name}_bias"] if module.has_bias else product
+def expert_outputs(
+    module: nn.Module, weights: Mapping[str, Tensor], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return what one expert makes of each of several inputs, with the bits that it has alone; see `expert_output`."""
+    inner = _products(module, weights, "gate_up_proj" if module.has_gate else "up_proj", inputs)
+    act: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn  # type: ignore[assignment]
+    outer = _products(module, weights, "down_proj", [act(one) for one in inner])
+    return [module.post_expert_norm(one) for one in outer] if module.has_post_expert_norm else outer  # type: ignore[operator]
+
+
+def _products(
+    module: nn.Module, weights: Mapping[str, Tensor], name: str, inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    products = multiply_each(inputs, weights[name], is_transposed=bool(module.is_transposed))
+    return [product + weights[f"{name}_bias"] for product in products] if module.has_bias else products
 
 
 def sum_dtype(module: nn.Module, routing: Routing) -> torch.dtype:

@@ -9,16 +9,17 @@ one, or where bits count, each as a party of its own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from slowllm.modeling.expert_forecast import ExpertForecast
-from slowllm.modeling.expert_products import expert_output, sum_dtype
-from slowllm.modeling.expert_routing import ExpertSum, Routing
+from slowllm.modeling.expert_parties import Arrival, Party, Taker
+from slowllm.modeling.expert_products import expert_outputs
+from slowllm.modeling.expert_routing import Routing
 from slowllm.modeling.expert_units import ExpertUnits
 from slowllm.modeling.held_weight import HeldWeight, Holder
 from slowllm.modeling.look_ahead import LookAhead
@@ -65,31 +66,7 @@ class ExpertSettings:
     stats: ExpertStats = field(default_factory=ExpertStats)
 
 
-@dataclass(frozen=True, eq=False)
-class _Arrival:
-    """What a rider comes with.
-
-    Attributes:
-        routing: of its rows.
-        before: its hidden states before the norm, from which the next block's experts are guessed; None if they are not.
-    """
-
-    routing: Routing
-    before: Tensor | None
-
-
-class Taker(Protocol):
-    """Somebody who computes with experts in the order in which they are brought."""
-
-    @property
-    def wants(self) -> Collection[int]:
-        """The experts that are still needed."""
-
-    def take(self, number: int, weights: Weights, /) -> None:
-        """Compute with an expert, whose weights are valid for the time of this call, by the names of the module's parameters."""
-
-    def fail(self, number: int, error: BaseException, /) -> None:
-        """Do without an expert."""
+T = TypeVar("T", bound=Taker)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,76 +79,6 @@ class _Meeting:
     @property
     def wait_seconds(self) -> float:
         return self.demand.wait_seconds
-
-
-class _Party:
-    """Riders whose rows are computed as one: all at the stop, or one.
-
-    Args:
-        module: of the experts.
-        arrivals: of the riders.
-    """
-
-    def __init__(self, module: nn.Module, arrivals: Sequence[_Arrival]) -> None:
-        self._module, self._members = module, [one.routing for one in arrivals]
-        first = self._members[0]
-        self.routing = first
-        if len(arrivals) > 1:
-            self.routing = Routing(
-                torch.cat([one.hidden for one in self._members]),
-                torch.cat([one.top_k_index for one in self._members]),
-                torch.cat([one.top_k_weights for one in self._members]),
-                first.num_experts,
-            )
-        self._total = ExpertSum(self.routing, sum_dtype(module, self.routing))
-        self._errors: dict[int, BaseException] = {}
-
-    @property
-    def wants(self) -> Collection[int]:
-        """The experts that somebody needs who has not failed."""
-        if not self._errors:
-            return self.routing.experts
-        left = [one for number, one in enumerate(self._members) if number not in self._errors]
-        return set(itertools.chain.from_iterable(one.experts for one in left))
-
-    def num_takers(self) -> list[int]:
-        """Return for each expert how many riders have chosen it; of one rider alone, only for those that it has chosen."""
-        if len(self._members) == 1:
-            return [1] * len(self.routing.experts)
-        lengths = torch.tensor([len(one.hidden) for one in self._members])
-        riders = torch.arange(len(lengths)).repeat_interleave(lengths)[:, None]
-        # The sentinel of experts elsewhere has a number of its own.
-        index = self.routing.top_k_index
-        pairs = (riders.to(index.device) * (self.routing.num_experts + 1) + index).unique()
-        counts = torch.bincount(pairs % (self.routing.num_experts + 1), minlength=self.routing.num_experts)
-        return counts[: self.routing.num_experts].tolist()
-
-    def take(self, number: int, weights: Weights) -> None:
-        """Add the outputs of an expert for its rows. Where they cannot be added, all members raise the error."""
-        outputs = expert_output(self._module, weights, self.routing.rows(number))
-        try:
-            self._total.add(number, outputs)
-        except Exception as error:  # the sum may lack those of another expert, which came before its turn
-            self._errors = dict.fromkeys(range(len(self._members)), error)
-
-    def fail(self, number: int, error: BaseException) -> None:
-        """Do without an expert: those who need it raise the error, and what only they need is not awaited any more."""
-        before = self.wants
-        for place, one in enumerate(self._members):
-            if number in one.experts:
-                self._errors.setdefault(place, error)
-        wanted = self.wants
-        if wanted:
-            for other in before:
-                if other not in wanted:
-                    self._total.skip(other)
-
-    def outcomes(self) -> list[Tensor | BaseException]:
-        """Return what comes of each rider, in order: the sum of its experts' outputs (T, H), or an error."""
-        if len(self._errors) == len(self._members):
-            return [self._errors[place] for place in range(len(self._members))]
-        sums = self._total.result().split([len(one.hidden) for one in self._members])
-        return [self._errors.get(place, total) for place, total in enumerate(sums)]
 
 
 class StreamedExperts:
@@ -228,7 +135,7 @@ class StreamedExperts:
         is_recorded = routing.hidden.requires_grad or routing.top_k_weights.requires_grad
         if torch.is_grad_enabled() and is_recorded:
             return self._recorded(routing)
-        result: Tensor = gather(self, _Arrival(routing, before))
+        result: Tensor = gather(self, Arrival(routing, before))
         return result
 
     def _recorded(self, routing: Routing) -> Tensor:
@@ -264,7 +171,8 @@ class StreamedExperts:
         stats.num_wanted += num_wanted
         stats.num_alone += num_wanted
         with torch.autograd.set_multithreading_enabled(False):
-            self._pass(items, self._demand.soonest_first([self._first + number for number in union]))
+            units = self._demand.soonest_first([self._first + number for number in union])
+            self._pass(items, units, self._record)
         self._forecast.saw(self._first, union)
         return [one.outcome() for one in items]
 
@@ -274,46 +182,54 @@ class StreamedExperts:
         biases = [key for key in layout.shapes if key not in layout.matrices]
         return {**{key: getattr(self._module, key)[number] for key in biases}, **held}
 
-    def serve(self, items: Sequence[_Arrival]) -> Sequence[Tensor | BaseException]:
+    def serve(self, items: Sequence[Arrival]) -> Sequence[Tensor | BaseException]:
         """Compute for all who are at the stop; see `gathering.Gathering`."""
         with torch.no_grad():
             return self._serve(items)
 
-    def _serve(self, items: Sequence[_Arrival]) -> list[Tensor | BaseException]:
+    def _serve(self, items: Sequence[Arrival]) -> list[Tensor | BaseException]:
         groups = [[one] for one in items] if self._settings.is_exact else [items]
-        parties = [_Party(self._module, group) for group in groups]
+        parties = [Party(self._module, group) for group in groups]
         union = sorted(set(itertools.chain.from_iterable(party.wants for party in parties)))
         self._count(parties, union)
         left = [self._first + number for number in union]
         were_ahead, ahead = self._compare(left), self._forecast.ahead_of(self._first, union)
         if self._look_ahead is not None and not ahead:
             ahead = self._look_ahead.guess(self._first, [item.before for item in items])
-        if sum(_output_bytes(party.routing) for party in parties) <= MOST_WAITING_BYTES:
+        if sum(party.output_bytes for party in parties) <= MOST_WAITING_BYTES:
             left = self._demand.soonest_first(left, were_ahead)
-        self._pass(parties, left, ahead)
+        self._pass(parties, left, self._multiply, ahead)
         self._forecast.saw(self._first, union)
         return list(itertools.chain.from_iterable(party.outcomes() for party in parties))
 
-    def _pass(self, takers: Sequence[Taker], units: Sequence[int], ahead: Sequence[int] = ()) -> None:
+    def _pass(
+        self,
+        takers: Sequence[T],
+        units: Sequence[int],
+        compute: Callable[[Sequence[T], int, Weights], None],
+        ahead: Sequence[int] = (),
+    ) -> None:
         """Bring units, each to all who want it.
 
         Args:
             takers: who want them.
             units: in the order in which they are brought.
+            compute: called with those who want an expert, its number, and the weights of its unit.
             ahead: units that are expected behind them.
         """
         left = list(units)
         while left:
             try:
                 for unit, weights in self._demand.bring(left, ahead):
-                    self._hand_out(takers, unit - self._first, weights)
+                    number = unit - self._first
+                    compute([taker for taker in takers if number in taker.wants], number, weights)
                     if self._on_expert is not None:
                         self._on_expert()
                     left = left[1:]
             except Exception as error:  # of one expert: those who need it end, and nobody else
                 left = self._without(takers, left, error)
 
-    def _count(self, parties: Sequence[_Party], union: Sequence[int]) -> None:
+    def _count(self, parties: Sequence[Party], union: Sequence[int]) -> None:
         """Count what will be done."""
         stats = self._settings.stats
         stats.num_distinct += len(union)
@@ -340,23 +256,27 @@ class StreamedExperts:
         self._look_ahead.keep(self._first)
         return self._look_ahead.compare(self._first, wanted)
 
-    def _hand_out(self, takers: Sequence[Taker], number: int, weights: Weights) -> None:
-        """Let those who want an expert compute with it."""
-        held: Mapping[str, Tensor] = {
-            parameter: weights[self._units.key(parameter, number)]
-            for parameter in self._units.layout.matrices
-        }
-        those = [taker for taker in takers if number in taker.wants]
-        if len(those) > 1:
+    def _held(self, number: int, weights: Weights) -> dict[str, Tensor]:
+        """Return the matrices of an expert that was brought, by the names of the module's parameters."""
+        layout = self._units.layout
+        return {parameter: weights[self._units.key(parameter, number)] for parameter in layout.matrices}
+
+    def _multiply(self, parties: Sequence[Party], number: int, weights: Weights) -> None:
+        """Add one expert's outputs to what comes of those who want it."""
+        held = self._with_rest(self._held(number, weights), number)
+        outputs = expert_outputs(self._module, held, [party.routing.rows(number) for party in parties])
+        for party, output in zip(parties, outputs, strict=True):
+            party.add(number, output)
+
+    def _record(
+        self, items: Sequence[RecordedExperts | RecordedGradients], number: int, weights: Weights
+    ) -> None:
+        """Let riders that run backward compute with an expert."""
+        held: Mapping[str, Tensor] = self._held(number, weights)
+        if len(items) > 1:
             held = _decoded(held)
-        held = self._with_rest(held, number)
-        for taker in those:
-            taker.take(number, held)
-
-
-def _output_bytes(routing: Routing) -> int:
-    """Return the bytes of all outputs of all chosen experts."""
-    return routing.top_k_index.numel() * routing.hidden.shape[1] * routing.hidden.itemsize
+        for item in items:
+            item.take(number, held)
 
 
 def _decoded(held: Mapping[str, Tensor]) -> dict[str, Tensor]:

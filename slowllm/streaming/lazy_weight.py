@@ -303,6 +303,41 @@ def _tiled(x: Any, weight: LazyWeight) -> Tensor | None:
     return coded.codec.multiply(x, coded.parts, *rows, coded.team)
 
 
+def multiply_each(xs: Sequence[Tensor], weight: Tensor, *, is_transposed: bool = False) -> list[Tensor]:
+    """Multiply several inputs with one weight, each with the bits that it has alone; the weight is cast or decoded once.
+
+    Args:
+        xs: (M, K) in the compute dtype.
+        weight: (R, K), or (K, R) if transposed, in memory or lazy.
+        is_transposed: whether it is multiplied as it is, and not as `linear` does.
+    Returns:
+        (M, R) for each.
+    """
+    multiply = torch.mm if is_transposed else torch.nn.functional.linear
+    if len(xs) > 1 and isinstance(weight, LazyWeight):
+        coded = weight.coded
+        # A codec that multiplies in its own way has other bits than the decoded matrix.
+        if coded is None or type(coded.codec).multiply is Codec.multiply:
+            found = None if coded is None else _in_tiles(xs, weight, coded, is_transposed=is_transposed)
+            if found is not None:
+                return found
+            weight = weight.cast()
+    return [multiply(x, weight) for x in xs]
+
+
+def _in_tiles(
+    xs: Sequence[Tensor], weight: LazyWeight, coded: CodedMatrix, *, is_transposed: bool
+) -> list[Tensor] | None:
+    """Return the products of inputs with a coded matrix that is decoded tile by tile; None where this cannot be."""
+    if weight.kept is not None or any(x.dtype != weight.dtype or not x.numel() for x in xs):
+        return None
+    if (rows := weight._rows(is_transposed=is_transposed)) is not None:
+        return coded.codec.multiply_each(xs, coded.parts, *rows, coded.team)
+    if is_transposed and (rows := weight._rows(is_transposed=False)) is not None:
+        return coded.codec.multiply_each(xs, coded.parts, *rows, coded.team, is_plain=True)
+    return None
+
+
 def _product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return a product with a coded weight that can be computed without decoding all of it first; else None."""
     x_place, weight_place, bias_place = _PRODUCTS[func]

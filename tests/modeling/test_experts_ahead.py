@@ -56,7 +56,7 @@ def test_experts_in_memory_are_computed_while_the_others_are_read(
     # A block's experts, in the order computed: (number, whether it was in memory to stay).
     computed: list[tuple[int, bool]] = []
     arrived: dict[int, threading.Event] = {unit: threading.Event() for unit in range(3 * NUM_EXPERTS)}
-    inner_serve, inner_multiply = StreamedExperts._serve, StreamedExperts._hand_out
+    inner_serve, inner_multiply = StreamedExperts._serve, StreamedExperts._multiply
 
     with opened(folder, monkeypatch, 6, exact=exact) as lm, torch.no_grad():
         lm.ride([lambda ids=ids: lm.model(ids) for ids in texts[:2]])
@@ -86,7 +86,7 @@ def test_experts_in_memory_are_computed_while_the_others_are_read(
             inner_multiply(self, parties, number, weights)
 
         monkeypatch.setattr(StreamedExperts, "_serve", serve)
-        monkeypatch.setattr(StreamedExperts, "_hand_out", multiply)
+        monkeypatch.setattr(StreamedExperts, "_multiply", multiply)
         found = lm.ride([lambda ids=ids: lm.model(ids).logits for ids in texts])
         assert num_checked == 3
     for ids, ours in zip(texts, found, strict=True):

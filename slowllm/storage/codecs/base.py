@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slowllm.storage.codecs.layout_constants import CHUNK, IS_COMPILED
 from slowllm.storage.codecs.team import OneThread, Team
-from slowllm.storage.codecs.tiles import multiply_tiles
+from slowllm.storage.codecs.tiles import DecodeRows, multiply_tiles
 from slowllm.storage.spans import TORCH_DTYPES, Coding
 
 # A codec that decodes before it multiplies does so in tiles that stay in the processor's cache.
@@ -99,18 +99,44 @@ class Codec(ABC):
 
         By default they are decoded tile by tile, where few rows are multiplied, with the bits of the whole product.
         """
-        if not IS_COMPILED:
+        found = self.multiply_each([x], parts, first, last, team, bias)
+        return None if found is None else found[0]
+
+    def multiply_plain(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
+        """Return `x` (M, last - first) times the rows `first` to `last`, not transposed; None to have them decoded."""
+        found = self.multiply_each([x], parts, first, last, team, is_plain=True)
+        return None if found is None else found[0]
+
+    def multiply_each(
+        self,
+        xs: Sequence[Tensor],
+        parts: Parts,
+        first: int,
+        last: int,
+        team: Team,
+        bias: Tensor | None = None,
+        *,
+        is_plain: bool = False,
+    ) -> list[Tensor] | None:
+        """Multiply several inputs (M, K), or (M, last - first) if plain, each as if alone, while each tile is decoded once.
+
+        None to have the rows decoded, which gives the same bits.
+        """
+        decode = self.tiles(parts, first, last, is_plain=is_plain)
+        if decode is None:
+            return None
+        return multiply_tiles(xs, parts.width if is_plain else last - first, decode, team, bias)
+
+    def tiles(self, parts: Parts, first: int, last: int, *, is_plain: bool) -> DecodeRows | None:
+        """Return what decodes rows between `first` and `last` on one thread, or if plain, columns as rows; None if nothing does."""
+        if is_plain or not IS_COMPILED:
             return None
         alone = OneThread()
 
         def decode(out: Tensor, begin: int, end: int) -> None:
             self.decode(parts, out, first + begin, first + end, alone)
 
-        return multiply_tiles(x, last - first, decode, team, bias)
-
-    def multiply_plain(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
-        """Return `x` (M, last - first) times the rows `first` to `last`, not transposed; None to have them decoded."""
-        return None
+        return decode
 
     def pick(self, parts: Parts, rows: Tensor) -> Parts | None:
         """Return the parts of some rows (N,) int64, in their order; None where a row does not lie by itself."""

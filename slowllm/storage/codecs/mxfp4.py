@@ -17,6 +17,7 @@ from slowllm.rounding import ceil_div
 from slowllm.storage.codecs.base import Codec, Parts, PartShapes, bits_of
 from slowllm.storage.codecs.layout_constants import IS_COMPILED
 from slowllm.storage.codecs.team import Team
+from slowllm.storage.codecs.tiles import DecodeRows
 
 BLOCK = 32
 # From the first exponent on, every number of a block is normal in bfloat16; up to the second, none overflows.
@@ -60,17 +61,13 @@ class Mxfp4(Codec):
         numbers = bits_of(out) if is_short else out.numpy()
         team.share(lambda low, high: loop(codes, scales, numbers, first, low, high), first, last)
 
-    def multiply(
-        self, x: Tensor, parts: Parts, first: int, last: int, team: Team, bias: Tensor | None = None
-    ) -> Tensor | None:
-        return None  # rows of the decoded matrix are columns of the stored one
-
-    def multiply_plain(self, x: Tensor, parts: Parts, first: int, last: int, team: Team) -> Tensor | None:
+    def tiles(self, parts: Parts, first: int, last: int, *, is_plain: bool) -> DecodeRows | None:
+        # Rows of the decoded matrix are columns of the stored one.
         length = parts.arrays["scales"].shape[2] * BLOCK
-        if not IS_COMPILED or x.device.type != "cpu" or first % length or last - first != length:
+        on_host = parts.arrays["scales"].device.type == "cpu"
+        if not (is_plain and IS_COMPILED and on_host) or first % length or last - first != length:
             return None
         from slowllm.storage.codecs import mxfp4_row_kernels
-        from slowllm.storage.codecs.tiles import multiply_tiles
 
         exponents = parts.arrays["scales"][first // length]
         if not keep_normal(exponents):
@@ -82,7 +79,7 @@ class Mxfp4(Codec):
             pairs = out.view(torch.int32).numpy().view(np.uint32)
             mxfp4_row_kernels.rows_to_bfloat16(codes, scales, pairs, begin, end)
 
-        return multiply_tiles(x, parts.width, decode, team)
+        return decode
 
     def example(self) -> Parts:
         codes, scales = torch.zeros(1, 2, 2, 16, dtype=torch.uint8), torch.zeros(1, 2, 2, dtype=torch.uint8)

@@ -7,7 +7,7 @@ others there are, which is tried out once for each shape on the processor at han
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,44 +28,52 @@ TILE_ROWS = 128
 _TRIAL_ROWS = 512
 
 
+# Writes rows of a matrix, from one to another, to a tensor (n, K).
+DecodeRows = Callable[[Tensor, int, int], None]
+
+
 def multiply_tiles(
-    x: Tensor,
+    xs: Sequence[Tensor],
     num_rows: int,
-    decode: Callable[[Tensor, int, int], None],
+    decode: DecodeRows,
     team: Team,
     bias: Tensor | None = None,
-) -> Tensor | None:
-    """Return `x` times a matrix, transposed; None where tiles do not pay, or might have other bits.
+) -> list[Tensor] | None:
+    """Return products with a matrix, transposed, each by itself; None where tiles do not pay, or might have other bits.
 
     Args:
-        x: (M, K) on the processor.
+        xs: at least one, of shapes (M, K), on the processor.
         num_rows: R of the matrix (R, K).
-        decode: writes rows of the matrix, from one to another, to a tensor (n, K) of x's dtype.
+        decode: in the dtype of xs.
         team: shares the work.
         bias: (R,) that is added before the result is rounded, as torch does it; None for none.
     Returns:
-        (M, R) in x's dtype.
+        (M, R) for each, in its dtype.
     """
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not 0 < len(x) <= MAX_ROWS:
+    dtype, width = torch.bfloat16, xs[0].shape[1]
+    if any(x.dtype != dtype or x.device.type != "cpu" or not 0 < len(x) <= MAX_ROWS for x in xs):
         return None
-    width = x.shape[1]
-    if num_rows < 2 * TILE_ROWS or not _has_same_bits(len(x), width, torch.get_num_threads()):
+    num_threads = torch.get_num_threads()
+    if num_rows < 2 * TILE_ROWS or not all(
+        _has_same_bits(length, width, num_threads) for length in {len(x) for x in xs}
+    ):
         return None
     rows = _tile_rows(num_rows, width, team.num_threads)
-    out = torch.empty(len(x), num_rows, dtype=x.dtype)
+    outs = [torch.empty(len(x), num_rows, dtype=dtype) for x in xs]
 
     def work(first: int, last: int) -> None:
-        tile = torch.empty(rows, width, dtype=x.dtype)
+        tile = torch.empty(rows, width, dtype=dtype)
         # In the mode in which both inference tensors and others may be written to, and no graph is made.
         with torch.inference_mode():
             for begin in range(first * rows, min(last * rows, num_rows), rows):
                 end = min(begin + rows, num_rows)
                 decode(tile[: end - begin], begin, end)
                 own = None if bias is None else bias[begin:end]
-                out[:, begin:end] = F.linear(x, tile[: end - begin], own)
+                for x, out in zip(xs, outs, strict=True):
+                    out[:, begin:end] = F.linear(x, tile[: end - begin], own)
 
     team.share(work, 0, ceil_div(num_rows, rows))
-    return out
+    return outs
 
 
 def _tile_rows(num_rows: int, width: int, num_threads: int) -> int:
