@@ -280,10 +280,10 @@ class StreamedExperts:
 
 
 def _decoded(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of which each is cast or decoded once, however many products follow."""
+    """Return weights of which each is cast or decoded once, however many products follow, if these keep their bits."""
     offset, plain = 0, dict[str, Tensor]()
     for key, value in held.items():
-        if isinstance(value, LazyWeight):
+        if isinstance(value, LazyWeight) and not value.is_multiplied_as_stored:
             plain[key] = value.cast(offset)
             offset += round_up(value.numel() * value.dtype.itemsize, CACHE_LINE_BYTES)
         else:

@@ -134,6 +134,11 @@ class LazyWeight(Tensor):
         """Return the weight's values as nested lists."""
         return self.detach().clone().tolist()
 
+    @property
+    def is_multiplied_as_stored(self) -> bool:
+        """Whether its codec multiplies in a way of its own, with other bits than those of the decoded matrix."""
+        return self.coded is not None and type(self.coded.codec).multiply is not Codec.multiply
+
     def cast(self, offset: int = 0) -> Tensor:
         """Return the weight in the compute dtype, at `offset` bytes of the cast buffer."""
         if self.coded is not None:
@@ -295,8 +300,7 @@ def _grouped_product(
 def _tiled(x: Any, weight: LazyWeight) -> Tensor | None:
     """Return `x` times a coded matrix, decoded tile by tile to the bits of the whole; None where this cannot be."""
     coded = weight.coded
-    # A codec that multiplies in its own way has other bits.
-    if coded is None or type(coded.codec).multiply is not Codec.multiply or x.dtype != weight.dtype:
+    if coded is None or weight.is_multiplied_as_stored or x.dtype != weight.dtype:
         return None
     if (rows := weight._rows(is_transposed=True)) is None:
         return None
@@ -314,22 +318,17 @@ def multiply_each(xs: Sequence[Tensor], weight: Tensor, *, is_transposed: bool =
         (M, R) for each.
     """
     multiply = torch.mm if is_transposed else torch.nn.functional.linear
-    if len(xs) > 1 and isinstance(weight, LazyWeight):
-        coded = weight.coded
-        # A codec that multiplies in its own way has other bits than the decoded matrix.
-        if coded is None or type(coded.codec).multiply is Codec.multiply:
-            found = None if coded is None else _in_tiles(xs, weight, coded, is_transposed=is_transposed)
-            if found is not None:
-                return found
-            weight = weight.cast()
+    if len(xs) > 1 and isinstance(weight, LazyWeight) and not weight.is_multiplied_as_stored:
+        if (found := _in_tiles(xs, weight, is_transposed=is_transposed)) is not None:
+            return found
+        weight = weight.cast()
     return [multiply(x, weight) for x in xs]
 
 
-def _in_tiles(
-    xs: Sequence[Tensor], weight: LazyWeight, coded: CodedMatrix, *, is_transposed: bool
-) -> list[Tensor] | None:
+def _in_tiles(xs: Sequence[Tensor], weight: LazyWeight, *, is_transposed: bool) -> list[Tensor] | None:
     """Return the products of inputs with a coded matrix that is decoded tile by tile; None where this cannot be."""
-    if weight.kept is not None or any(x.dtype != weight.dtype or not x.numel() for x in xs):
+    coded = weight.coded
+    if coded is None or weight.kept is not None or any(x.dtype != weight.dtype or not x.numel() for x in xs):
         return None
     if (rows := weight._rows(is_transposed=is_transposed)) is not None:
         return coded.codec.multiply_each(xs, coded.parts, *rows, coded.team)

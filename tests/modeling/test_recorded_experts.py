@@ -17,6 +17,7 @@ from slowllm.modeling.held_weight import HeldWeight, Holder
 from slowllm.modeling.recorded_experts import RecordedExperts, RecordedGradients
 from tests.support.families import resident, save_tiny
 from tests.support.native_checkpoints import quantised, store_mxfp4
+from tests.support.stores import make_store
 
 IDS = torch.arange(5, 35).view(2, 15)
 TEXTS = [IDS[:1, :4], IDS, IDS[1:, :9], IDS[:1, 3:6]]
@@ -80,6 +81,18 @@ def test_coded_experts_have_their_gradients_as_well(tmp_path: Path) -> None:
     with streamed(folder, "bfloat16") as lm:
         found = lm.ride([job(lm, plain, ids) for ids in TEXTS])
     assert all(map(torch.equal, found, [gradient(plain, plain, ids) for ids in TEXTS]))
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_riders_of_a_store_have_the_gradients_of_each_alone(
+    codec: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_store(tiny("mixtral", torch.bfloat16), tmp_path / "store", codec)
+    plain: Any = resident(tiny("mixtral", torch.bfloat16), torch.bfloat16)
+    with streamed(tmp_path / "store", "bfloat16") as lm:
+        alone = [gradient(lm.model, plain, ids) for ids in TEXTS]
+        found = lm.ride([job(lm, plain, ids) for ids in TEXTS])
+    assert all(map(torch.equal, found, alone))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe"])

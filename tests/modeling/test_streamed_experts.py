@@ -25,6 +25,7 @@ from slowllm.streaming.buffers import PAGE
 from tests.support.families import MIXTURES, resident, save_tiny
 from tests.support.native_checkpoints import fp8_settings, quantised, store_fp8, store_mxfp4
 from tests.support.properties import num_examples
+from tests.support.stores import make_store
 
 IDS = torch.arange(5, 35).view(2, 15)
 
@@ -86,6 +87,18 @@ def test_riders_share_what_is_read_and_keep_their_bits(
         for ours, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
         assert lm.experts.settings.stats.num_together
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_riders_of_a_store_have_the_bits_of_each_alone(
+    codec: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_store(tiny("mixtral", torch.bfloat16), tmp_path / "store", codec)
+    texts = [IDS[:1, :4], IDS, IDS[1:, :9]]
+    with streamed(tmp_path / "store", torch.bfloat16) as lm, torch.no_grad():
+        alone = [lm.model(ids).logits for ids in texts]
+        found = lm.ride([lambda ids=ids: lm.model(ids).logits for ids in texts])
+    assert all(map(torch.equal, found, alone))
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slowllm.storage.codecs import tiles
-from slowllm.storage.codecs.base import Codec, Parts
+from slowllm.storage.codecs.base import Codec, Parts, StoreCodec
 from slowllm.storage.codecs.fp8 import Fp8
 from slowllm.storage.codecs.registry import CODECS
 from slowllm.storage.codecs.team import OneThread, Team
 from slowllm.streaming.kept_matrix import KeptMatrix
-from slowllm.streaming.lazy_weight import CodedMatrix, LazyWeight
+from slowllm.streaming.lazy_weight import CodedMatrix, LazyWeight, multiply_each
 
 
 class Counting(Fp8):
@@ -229,3 +229,67 @@ def test_no_graph_holds_what_is_kept(team: Team) -> None:
     assert x.grad is not None
     assert other.grad is not None
     assert torch.equal(x.grad, other.grad)
+
+
+def inputs_of(lengths: Sequence[int], width: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(len(lengths))
+    return [torch.randn(length, width, generator=generator).bfloat16() for length in lengths]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("lengths", [(1,), (3, 1, 2), (64, 5), (1, 129, 2)])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_several_inputs_have_the_bits_of_each_alone_and_each_row_is_decoded_once(
+    lengths: tuple[int, ...], is_transposed: bool, team: Team
+) -> None:
+    weight, codec, plain = weight_of(coded(640, 384), team)
+    xs = inputs_of(lengths, 384)
+    given = weight.t() if is_transposed else weight
+    found = multiply_each(xs, given, is_transposed=is_transposed)
+    assert all(torch.equal(one, F.linear(x, plain)) for one, x in zip(found, xs, strict=True))
+    assert sum(last - first for first, last in codec.ranges) == 640
+    assert (len(codec.ranges) == 1) == (max(lengths) > tiles.MAX_ROWS)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_several_inputs_of_a_matrix_stored_by_columns_have_the_bits_of_each_alone(team: Team) -> None:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 256, (1, 640, 12, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(120, 130, (1, 640, 12), dtype=torch.uint8, generator=generator)
+    parts = Parts({"scales": scales, "codes": codes}, 384, 640)
+    plain = torch.empty(384, 640, dtype=torch.bfloat16)
+    CODECS["mxfp4"].decode(parts, plain, 0, 384, OneThread())
+    stored = torch.empty(384, 640, dtype=torch.bfloat16, device="meta")
+    buffer = torch.empty(0, dtype=torch.uint8)  # with room for nothing
+    weight = LazyWeight(stored, torch.bfloat16, buffer, CodedMatrix(CODECS["mxfp4"], parts, team))
+    xs = inputs_of((1, 4, 2), 384)
+    assert CODECS["mxfp4"].multiply_each(xs, parts, 0, 384, team, is_plain=True) is not None
+    found = multiply_each(xs, weight, is_transposed=True)
+    assert all(torch.equal(one, x @ plain) for one, x in zip(found, xs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_codec_that_multiplies_in_its_own_way_does_so_for_each_input(name: str, team: Team) -> None:
+    codec = CODECS[name]
+    assert isinstance(codec, StoreCodec)
+    matrix = torch.randn(256, 384, generator=torch.Generator().manual_seed(2)).bfloat16()
+    parts = codec.join([codec.encode(matrix.flatten(), 384)], 256, 384)
+    stored = torch.empty(256, 384, dtype=torch.bfloat16, device="meta")
+    buffer = torch.empty(2 * 256 * 384, dtype=torch.uint8)
+    weight = LazyWeight(stored, torch.bfloat16, buffer, CodedMatrix(codec, parts, team))
+    xs = inputs_of((1, 4, 60, 2), 384)
+    xs[1][0] *= 50  # outliers, of one input only
+    alone = [F.linear(x, weight) for x in xs]
+    assert all(map(torch.equal, multiply_each(xs, weight), alone))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_several_inputs_of_a_weight_in_memory_are_multiplied_one_by_one(is_transposed: bool) -> None:
+    plain = torch.randn(640, 384)
+    xs = [torch.randn(length, 384) for length in (1, 5)]
+    stored = plain.bfloat16()
+    lazy = LazyWeight(stored, torch.float32, torch.empty(plain.numel() * 4, dtype=torch.uint8))
+    for given, wanted in ((plain, plain), (lazy, stored.float())):
+        weight = given.t() if is_transposed else given
+        found = multiply_each(xs, weight, is_transposed=is_transposed)
+        assert all(torch.equal(one, F.linear(x, wanted)) for one, x in zip(found, xs, strict=True))
