@@ -46,6 +46,7 @@ class Task:
     choices: int
     choice_tokens: int
     peer_batch: int
+    is_exact: bool = False
 
 
 def queries_of(task: Task, vocab_size: int) -> list[Query]:
@@ -78,7 +79,7 @@ def run_ours(task: Task, *, share: bool = True) -> dict[str, Any]:
     rates = quick_rates(info.folder, "bfloat16")
     job = job_of_queries(queries, info, rates, share=share)
     relative = task.choice_tokens == 1
-    with load(info, ram=task.ram, dtype="bf16", job=job, rates=rates, exact=False) as lm:
+    with load(info, ram=task.ram, dtype="bf16", job=job, rates=rates, exact=task.is_exact) as lm:
         started = time.perf_counter()
         found = [a.log_likelihood for a in score_queries(lm, queries, relative=relative, share=share)]
         wall = time.perf_counter() - started
@@ -226,11 +227,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", action="store_true", help="leave out rows that share no prefix; nothing is compared then"
     )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="of a mixture, let each micro-batch have the bits that it has alone",
+    )
     arguments = parser.parse_args(argv)
     folder = sides.checkpoint(arguments.checkpoint, arguments.geometry, arguments.blocks, arguments.format)
     task = Task(
         str(folder), arguments.ram, arguments.questions, arguments.header_tokens, arguments.question_tokens,
-        arguments.choices, arguments.choice_tokens, arguments.peer_batch,
+        arguments.choices, arguments.choice_tokens, arguments.peer_batch, arguments.exact,
     )  # fmt: skip
     report = measure(arguments, task)
     print(
