@@ -114,12 +114,12 @@ class RecordedExperts:
         )
         return tuple(next(found) if value.requires_grad else None for value in product.inputs)
 
-    def node(self, total: Tensor, gathered: Callable[[Tensor], Any]) -> ExpertsNode:
+    def node(self, total: Tensor, gathered: Callable[[Tensor], list[Tensor | None]]) -> ExpertsNode:
         """Return what takes the products' place in the block's graph.
 
         Args:
             total: from `outcome`.
-            gathered: called with the gradient (T, H) of the total; returns a `RecordedGradients` when all have been computed.
+            gathered: called with the gradient (T, H) of the total; returns what `RecordedGradients.outcome` does.
         """
         return ExpertsNode(total, list(self._inputs.values()), gathered)
 
@@ -177,11 +177,11 @@ class ExpertsNode:
         """Compute, together with others, what autograd will ask for when it comes here; (T, H) is the output's gradient."""
         self._gradients = self._gathered(gradient)
 
-    def taken(self) -> list[Tensor | None]:
-        """Return what was computed, which is given away."""
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """What was computed; autograd comes here again for each node before this one, and for the whole block."""
         assert self._gradients is not None, "gradients are computed before autograd runs for the whole block"
-        found, self._gradients = self._gradients, None
-        return found
+        return self._gradients
 
 
 class _Node(torch.autograd.Function):
@@ -195,4 +195,4 @@ class _Node(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
-        return (None, None, *ctx.node.taken())
+        return (None, None, *ctx.node.gradients)

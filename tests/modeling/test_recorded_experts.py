@@ -14,7 +14,7 @@ from torch import Tensor
 import slowllm
 from slowllm.errors import CheckpointError, UnsupportedError
 from slowllm.modeling.held_weight import HeldWeight, Holder
-from slowllm.modeling.recorded_experts import RecordedExperts, RecordedGradients
+from slowllm.modeling.recorded_experts import ExpertsNode, RecordedExperts, RecordedGradients
 from tests.support.families import resident, save_tiny
 from tests.support.native_checkpoints import quantised, store_mxfp4
 from tests.support.stores import make_store
@@ -183,6 +183,18 @@ def test_an_expert_that_fails_on_the_way_down_ends_those_who_need_it(
         else:
             assert torch.equal(one, other)
     assert all(map(torch.equal, again, wanted))
+
+
+def test_autograd_comes_to_a_node_for_each_node_before_it_and_for_the_block() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    first = ExpertsNode(3 * x.detach(), [(x * 1, x[:, :1])], lambda gradient: [3 * gradient, None])
+    second = ExpertsNode(5 * first.output.detach(), [(first.output, x[:, :1])], lambda g: [5 * g, None])
+    loss = (second.output * second.output).sum()
+    for node in (second, first):
+        (gradient,) = torch.autograd.grad(loss, [node.output], retain_graph=True)
+        node.compute_gradients(gradient)
+    (found,) = torch.autograd.grad(loss, [x])
+    torch.testing.assert_close(found, 2 * 225 * x.detach())
 
 
 def test_a_weight_of_an_expert_that_is_not_held_is_not_read() -> None:
