@@ -41,7 +41,7 @@ class Arrival:
     before: Tensor | None
 
 
-class Party:
+class ExpertParty:
     """Riders whose rows are computed as one: all at the stop, or one.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slowllm.modeling.expert_forecast import ExpertForecast
-from slowllm.modeling.expert_parties import Arrival, Party, Taker
+from slowllm.modeling.expert_parties import Arrival, ExpertParty, Taker
 from slowllm.modeling.expert_products import expert_outputs
 from slowllm.modeling.expert_routing import Routing
 from slowllm.modeling.expert_units import ExpertUnits
@@ -189,7 +189,7 @@ class StreamedExperts:
 
     def _serve(self, items: Sequence[Arrival]) -> list[Tensor | BaseException]:
         groups = [[one] for one in items] if self._settings.is_exact else [items]
-        parties = [Party(self._module, group) for group in groups]
+        parties = [ExpertParty(self._module, group) for group in groups]
         union = sorted(set(itertools.chain.from_iterable(party.wants for party in parties)))
         self._count(parties, union)
         left = [self._first + number for number in union]
@@ -229,7 +229,7 @@ class StreamedExperts:
             except Exception as error:  # of one expert: those who need it end, and nobody else
                 left = self._without(takers, left, error)
 
-    def _count(self, parties: Sequence[Party], union: Sequence[int]) -> None:
+    def _count(self, parties: Sequence[ExpertParty], union: Sequence[int]) -> None:
         """Count what will be done."""
         stats = self._settings.stats
         stats.num_distinct += len(union)
@@ -261,7 +261,7 @@ class StreamedExperts:
         layout = self._units.layout
         return {parameter: weights[self._units.key(parameter, number)] for parameter in layout.matrices}
 
-    def _multiply(self, parties: Sequence[Party], number: int, weights: Weights) -> None:
+    def _multiply(self, parties: Sequence[ExpertParty], number: int, weights: Weights) -> None:
         """Add one expert's outputs to what comes of those who want it."""
         held = self._with_rest(self._held(number, weights), number)
         outputs = expert_outputs(self._module, held, [party.routing.rows(number) for party in parties])
