@@ -14,7 +14,7 @@ from typing import Any
 from slowllm.entrypoints.openai.responses import ResponseOrigin, system_fingerprint
 from slowllm.entrypoints.openai_requests import Refusal, Request
 from slowllm.entrypoints.openai_responses import answered, failed, refused
-from slowllm.errors import StateError
+from slowllm.errors import NonFiniteError, StateError
 from slowllm.inference.continuation import continue_prompts, with_own_defaults
 from slowllm.inference.generation import job_of, ride_prompts
 from slowllm.inference.generation_types import Continuation, Prompt
@@ -147,9 +147,13 @@ class _Riding:
             if self._num_top[number] is not None
         ]
         if scored:
-            self.scores.update(
-                zip((number for number, _ in scored), self._score(numbers[0], scored), strict=True)
-            )
+            try:
+                found = self._score(numbers[0], scored)
+            except NonFiniteError as error:
+                if error.row is not None:  # as the rows of the whole group are numbered
+                    error.row = numbers.index(scored[error.row][0]) * prompts[0].settings.num_rows
+                raise
+            self.scores.update(zip((number for number, _ in scored), found, strict=True))
         return continuations
 
     def _continue_group(
@@ -163,21 +167,29 @@ class _Riding:
     def _score(self, first: int, scored: Sequence[tuple[int, tuple[int, ...]]]) -> list[PromptScores]:
         # Continuations are saved under the number of a group's first prompt; these are behind all of them.
         place = len(self._num_top) + first
-        if self._state is not None and (saved := self._state.result(place)) is not None:
-            return [_scores_of(*one) for one in saved]
+        asked = [number for number, _ in scored]
+        saved = None if self._state is None else self._state.result(place)
+        # Those of others, where one of the prompts has left the micro-batch.
+        if saved is not None and saved["numbers"] == asked:
+            return [_scores_of(*one) for one in saved["scores"]]
         num_top = [self._num_top[number] or 0 for number, _ in scored]
         groups = (
             [range(len(scored))]
             if may_share_a_batch(self._lm)
             else [range(n, n + 1) for n in range(len(scored))]
         )
-        found = [
-            scores
-            for group in groups
-            for scores in score_prompts(self._lm, [scored[n][1] for n in group], [num_top[n] for n in group])
-        ]
+        found = list[PromptScores]()
+        for group in groups:
+            try:
+                found += score_prompts(self._lm, [scored[n][1] for n in group], [num_top[n] for n in group])
+            except NonFiniteError as error:
+                is_known = error.row is not None and error.row < len(
+                    group
+                )  # the head has a row for each token
+                error.row = group[error.row] if is_known and error.row is not None else None
+                raise
         if self._state is not None:
-            self._state.finish(place, [_saved_scores(one) for one in found])
+            self._state.finish(place, {"numbers": asked, "scores": [_saved_scores(one) for one in found]})
         return found
 
 

@@ -154,7 +154,8 @@ def generate(
     Args:
         lm: a loaded model.
         prompts: drawn here for the first window, then on the carousel's thread, so it must not call the model.
-        on_tokens: called as tokens come; must not call the model.
+        on_tokens: called as tokens come, from the first one again where another prompt leaves the micro-batch; must not call
+            the model.
         state: keeps finished micro-batches, and returns those that an earlier process finished.
     Raises:
         InputError: a prompt is empty, or with its continuation longer than the model or the plan takes.
@@ -195,7 +196,7 @@ def ride_prompts(
 ) -> Iterator[tuple[Continuation, ...] | Exception]:
     """Group prompts, have riders continue each group, and yield the results in the prompts' order.
 
-    An error in one rider is logged and yielded in place of the continuations of each of its prompts.
+    An error in one rider is logged and yielded in place of the continuations of each prompt that it concerns.
 
     Args:
         lm: a loaded model.
@@ -226,11 +227,10 @@ def ride_prompts(
     finished: dict[int, tuple[Continuation, ...] | Exception] = {}
     num_yielded = 0
     for job, result in lm.stream(jobs(), 1 if rule.takes_turns else MAX_RIDERS, plan.sweep_tokens):
-        if isinstance(result, Exception):
-            log.warning("%s: no continuation: %s", _names(job.numbers), result)
-            finished.update(dict.fromkeys(job.numbers, result))
-        else:
-            finished.update(zip(job.numbers, result, strict=True))
+        for error in {id(one): one for one in result if isinstance(one, Exception)}.values():
+            failed = [number for number, one in zip(job.numbers, result, strict=True) if one is error]
+            log.warning("%s: no continuation: %s", _names(failed), error)
+        finished.update(zip(job.numbers, result, strict=True))
         while num_yielded in finished:
             yield finished.pop(num_yielded)
             num_yielded += 1
@@ -242,16 +242,26 @@ def _names(numbers: Sequence[int]) -> str:
 
 def _run_rider(
     rider: ContinueGroup, numbers: Sequence[int], prompts: Sequence[Prompt]
-) -> list[tuple[Continuation, ...]] | Exception:
-    """Return the continuations, or the error where it concerns this rider only."""
+) -> list[tuple[Continuation, ...] | Exception]:
+    """Return the continuations of each prompt, or the error where it concerns this rider only.
+
+    A prompt of which NaN comes out leaves its micro-batch, and the others begin anew.
+    """
     try:
-        return rider(numbers, prompts)
+        return list(rider(numbers, prompts))
     except NonFiniteError as error:
-        return error
+        bad = len(prompts) if error.row is None else error.row // prompts[0].settings.num_rows
+        if len(prompts) == 1 or bad >= len(prompts):
+            return [error] * len(prompts)
+        log.info("prompt %d leaves its micro-batch: %s", numbers[bad] + 1, error)
+        others = [place for place in range(len(prompts)) if place != bad]
+        found = _run_rider(rider, [numbers[place] for place in others], [prompts[place] for place in others])
+        found.insert(bad, error)
+        return found
     except (SlowLLMError, OSError):  # the next rider would fail as well, say because the disk does
         raise
     except Exception as error:  # raised by `raise_at_end`
-        return error
+        return [error] * len(prompts)
 
 
 def _windows(lm: StreamedLM, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:

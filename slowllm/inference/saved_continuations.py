@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from slowllm.errors import StateError
 from slowllm.inference.generation_types import Continuation, Prompt
 from slowllm.runtime.state import State
 
@@ -26,10 +27,16 @@ def _resume_or_continue(
     state: State, rider: ContinueGroup, numbers: Sequence[int], prompts: Sequence[Prompt]
 ) -> list[tuple[Continuation, ...]]:
     saved = state.result(numbers[0])
-    if saved is not None:
-        return [tuple(_from_json(one) for one in continuations) for continuations in saved]
+    if saved is not None and not (isinstance(saved, dict) and isinstance(saved.get("numbers"), list)):
+        raise StateError(
+            f"{state.folder}: its continuations were saved by another version; name another folder, or delete it"
+        )
+    # Others, where one of the prompts has left the micro-batch because NaN came out of it.
+    if saved is not None and saved["numbers"] == list(numbers):
+        return [tuple(_from_json(one) for one in continuations) for continuations in saved["continuations"]]
     results = rider(numbers, prompts)
-    state.finish(numbers[0], [[_to_json(one) for one in continuations] for continuations in results])
+    continuations = [[_to_json(one) for one in continuations] for continuations in results]
+    state.finish(numbers[0], {"numbers": list(numbers), "continuations": continuations})
     return results
 
 

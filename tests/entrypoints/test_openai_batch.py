@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import slowllm
@@ -22,6 +23,8 @@ from slowllm.entrypoints import openai_batch, openai_responses
 from slowllm.entrypoints.cli import app
 from slowllm.entrypoints.openai_requests import Refusal, Request, read_requests
 from slowllm.errors import NonFiniteError, StateError
+from slowllm.runtime.state import State
+from tests.support.families import save_tiny, speaking
 from tests.support.paths import TINY_BLOOM
 from tests.support.processes import Processes
 
@@ -373,6 +376,31 @@ def test_a_rider_that_fails_costs_the_others_nothing(lm: Any, monkeypatch: Any) 
     rows = done(lm, *(line(f"r{n}", prompt=prompt, max_tokens=2 + n) for n, prompt in enumerate(PROMPTS)))
     assert [row["response"]["status_code"] for row in rows] == [200, 500, 200]
     assert rows[1]["error"] == {"code": "server_error", "message": "block 3: NaN"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"max_tokens": 2}, {"max_tokens": 0, "echo": True, "logprobs": 1}, {"max_tokens": 2, "logprobs": 1, "echo": True}],
+    ids=["sampled", "scored", "both"],
+)  # fmt: skip
+def test_a_prompt_that_gives_nan_costs_its_micro_batch_nothing(body: dict[str, Any], tmp_path: Path) -> None:
+    save_tiny("llama-2", tmp_path / "llama")  # whose head is not the embedding
+    folder = speaking(tmp_path / "llama", tmp_path / "model")
+    name, prompts = "model.embed_tokens.weight", [[230, 42], [230, 77, 8], [231, 5, 9]]
+    shard = next(path for path in folder.glob("*.safetensors") if name in load_file(path))
+    tensors = load_file(shard)
+    tensors[name][77] = torch.nan
+    save_file(tensors, shard, {"format": "pt"})
+    with slowllm.load(folder, dtype="fp32") as lm:
+        lines = [line(f"r{number}", prompt=prompt, **body) for number, prompt in enumerate(prompts)]
+        entries = read(lm, *lines)
+        job = openai_batch.describe(lm, entries)
+        found = []
+        for _ in range(2):  # and again, from what was saved
+            with State(tmp_path / "state", job) as state:
+                found.append(list(openai_batch.answer(lm, entries, job, state)))
+    assert found[0] == found[1]
+    assert [row["response"]["status_code"] for row in found[0]] == [200, 500, 200]
 
 
 # The command

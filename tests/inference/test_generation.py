@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -13,19 +14,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 
 import slowllm
 from slowllm.entrypoints.cli.app import app
-from slowllm.errors import InputError
+from slowllm.errors import InputError, NonFiniteError, StateError
 from slowllm.inference import generation
 from slowllm.inference.continuation import text_of
 from slowllm.inference.generation import generate
 from slowllm.inference.generation_types import Prompt, Settings, encode_prompt
 from slowllm.planning.packing import pack
+from slowllm.runtime.state import State
 from tests.support.cases import quick_and_long
-from tests.support.families import resident, speaking
+from tests.support.families import resident, save_tiny, speaking
 from tests.support.paths import TINY_BLOOM
 
 PROMPTS = ((5, 9, 14, 30, 7), (40, 3, 77), (8,), (101, 55, 20, 61, 90, 33, 250))
@@ -400,6 +403,42 @@ def test_sampled_prompts_share_a_micro_batch_and_get_what_they_get_alone(
     assert [[list(one.ids) for one in of_prompt] for of_prompt in found] == [
         by_transformers(plain_bloom, prompt) for prompt in prompts
     ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Settings(3), Settings(3, do_sample=True, seed=1, num_return_sequences=2), Settings(3, num_beams=2)],
+    ids=["greedy", "sampled", "beams"],
+)
+def test_a_prompt_that_gives_nan_costs_its_micro_batch_nothing(settings: Settings, tmp_path: Path) -> None:
+    save_tiny("llama-2", tmp_path / "model")
+    folder = speaking(tmp_path / "model", tmp_path / "speaking")
+    name, bad = "model.embed_tokens.weight", {77, 88}
+    prompts = [Prompt(ids, settings) for ids in ((5, 6, 7), (5, 77, 8), (9, 10), (88,), (12, 13, 14))]
+    with slowllm.load(folder, dtype="fp32") as lm:
+        wanted = list(generate(lm, prompts))
+        used = {token for found in wanted for one in found for token in one.ids}
+        assert not used & bad
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name][sorted(bad)] = torch.nan
+            save_file(tensors, shard, {"format": "pt"})
+    job = {"made": "for this test"}
+    with slowllm.load(folder, dtype="fp32") as lm:
+        for _ in range(2):  # and again, from what was saved
+            with State(tmp_path / "state", job) as state:
+                found = generate(lm, prompts, state=state)
+                assert list(itertools.islice(found, 5)) == [wanted[0], (), wanted[2], (), wanted[4]]
+                with pytest.raises(NonFiniteError, match="NaN"):
+                    next(found)
+
+
+def test_continuations_of_another_version_are_refused(tiny_bloom: slowllm.StreamedLM, tmp_path: Path) -> None:
+    with State(tmp_path, {"made": "for this test"}) as state:
+        state.finish(0, [[{"ids": [5]}]])
+        with pytest.raises(StateError, match="saved by another version; name another folder"):
+            list(generate(tiny_bloom, [Prompt((330,))], state=state))
 
 
 def test_unseeded_prompts_draw_different_tokens_which_the_callers_seed_repeats(
