@@ -22,7 +22,9 @@ PIP_FLAGS := -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_IN
 forward: $(VENV)/.core
 	$(BIN)/slowllm forward sentences.txt
 
-test: lint types unit
+# mypy keeps one core busy; alone, it would leave the others idle.
+test: lint
+	$(MAKE) --no-print-directory -j 2 types unit
 
 test-long: lint types unit-long
 

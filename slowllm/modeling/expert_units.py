@@ -154,7 +154,7 @@ def _cut(
         )
         return replace(coding, rows=rows), offset
     if any(not array.shape or array.shape[0] % count for array in coding.parts):
-        raise ArchitectureError(f"{placement.name}: its experts are coded together")
+        raise ArchitectureError(f"{placement.name}: its experts are coded together; let blocks be read whole")
     order_of_parts = sorted(coding.parts, key=lambda array: -TORCH_DTYPES[array.dtype].itemsize)
     by_name = {
         array.name: moved(
@@ -165,7 +165,7 @@ def _cut(
     own_parts = tuple(by_name[array.name] for array in coding.parts)
     shapes = {array.name: (array.dtype, array.shape) for array in own_parts}
     if not CODECS[coding.codec].has_parts(shapes, num_rows, width, coding.group):
-        raise ArchitectureError(f"{placement.name}: its experts are coded together")
+        raise ArchitectureError(f"{placement.name}: its experts are coded together; let blocks be read whole")
     return replace(coding, parts=own_parts), offset
 
 
