@@ -54,12 +54,13 @@ def generator_of(
     Args:
         settings: of the prompt; without a seed, the seed is drawn from the calling thread's own generator.
         index: of the continuation, by which its seed counts up.
-        device: of the logits.
+        device: of the logits; on a GPU, `generate` draws with the GPU's generator.
     """
     if not settings.do_sample:
         return None
     seed = int(torch.randint(1 << 62, ())) if settings.seed is None else settings.seed
-    return torch.Generator(device).manual_seed((seed + index) % (1 << 64))
+    own = device if torch.device(device).type == "cuda" else "cpu"
+    return torch.Generator(own).manual_seed((seed + index) % (1 << 64))
 
 
 def next_tokens(
@@ -79,7 +80,8 @@ def next_tokens(
     scores = processors(cast(Any, ids), cast(Any, logits)) if processors else logits
     if generator is None:
         return scores.argmax(-1)
-    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+    probabilities = scores.softmax(-1).to(generator.device)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(scores.device)
 
 
 class TokenChooser(LogitsProcessor):
