@@ -183,10 +183,7 @@ class _Riding:
             try:
                 found += score_prompts(self._lm, [scored[n][1] for n in group], [num_top[n] for n in group])
             except NonFiniteError as error:
-                is_known = error.row is not None and error.row < len(
-                    group
-                )  # the head has a row for each token
-                error.row = group[error.row] if is_known and error.row is not None else None
+                error.row = None if error.row is None else group[error.row]
                 raise
         if self._state is not None:
             self._state.finish(place, {"numbers": asked, "scores": [_saved_scores(one) for one in found]})

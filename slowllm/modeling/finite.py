@@ -14,13 +14,16 @@ from slowllm.streaming.call_context import current_call
 UNKNOWN_MASK = torch.empty(0)
 
 
-def check_finite(name: str, values: Tensor, *, infinity_is_legal: bool = False) -> None:
+def check_finite(
+    name: str, values: Tensor, *, infinity_is_legal: bool = False, has_rows: bool = True
+) -> None:
     """Check an output at the positions that hold text.
 
     Args:
         name: of the block, for the error.
         values: (B, T, ...); another shape is checked as a whole.
         infinity_is_legal: whether only NaN is refused.
+        has_rows: whether the first dimension is that of the batch's rows, one of which the error then names.
     Raises:
         NonFiniteError: names the first bad position.
     """
@@ -46,5 +49,5 @@ def check_finite(name: str, values: Tensor, *, infinity_is_legal: bool = False) 
             f"{name}: {kind} in the output at position {position}; "
             "the weights are damaged, or their numbers are too large for the compute dtype (try float32)"
         )
-        error.row = position[0] if len(position) > 1 else None
+        error.row = position[0] if has_rows and len(position) > 1 else None
         raise error

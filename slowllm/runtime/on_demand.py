@@ -207,9 +207,8 @@ class OnDemand:
             self._cast.close()
         if self.history is not None:
             self.history.save(*self._chosen)
-        if (
-            self._copied is not None
-        ):  # its thread visits those that are kept, and a device that has failed raises again
+        # Before those that are kept, which its thread visits; a device that has failed raises here again.
+        if self._copied is not None:
             self._copied.close()
         self.kept.close()
 

@@ -48,3 +48,12 @@ def test_only_positions_with_text_count() -> None:
 
 def test_an_empty_output_is_none() -> None:
     check_finite("h", torch.zeros(0, 3, 4))
+
+
+def test_the_row_is_named_where_there_are_rows() -> None:
+    values = torch.zeros(3, 2, 4)
+    values[1, 0, 2] = torch.nan
+    for has_rows, row in ((True, 1), (False, None)):
+        with pytest.raises(NonFiniteError, match="NaN") as caught:
+            check_finite("a block", values, has_rows=has_rows)
+        assert caught.value.row == row

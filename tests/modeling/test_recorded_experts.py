@@ -28,17 +28,6 @@ def streamed(folder: Path, dtype: str = "float32", **options: Any) -> Any:
     return slowllm.load(folder, dtype=dtype, **options)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    @functools.cache
-    def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
-        folder = tmp_path_factory.mktemp(name)
-        save_tiny(name, folder, dtype)
-        return folder
-
-    return make
-
-
 def gradient(model: Any, plain: Any, ids: Tensor) -> Tensor:
     """Return the gradient of a text's loss with respect to its embeddings (B, T, H)."""
     embedded = plain.get_input_embeddings()(ids).detach().requires_grad_()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,6 @@ IDS = torch.arange(5, 35).view(2, 15)
 def streamed(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     options = {"granularity": "experts", "resident": False, **options}
     return slowllm.load(folder, dtype=str(dtype).removeprefix("torch."), **options)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    @functools.cache
-    def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
-        folder = tmp_path_factory.mktemp(name)
-        save_tiny(name, folder, dtype)
-        return folder
-
-    return make
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
